@@ -1,0 +1,50 @@
+"""The shape and the conventions of a transcoder dictionary."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from jaxclt.errors import InputError
+
+__all__ = ["CLTConfig", "ReadSite"]
+
+ReadSite = Literal["resid_mid", "normalized", "mlp_in"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CLTConfig:
+    """Static description of a dictionary; hashable, a static argument of jit.
+
+    `span` is how many MLP outputs a feature writes, its own layer included: the
+    number of layers for a full CLT, 1 for a per-layer transcoder (PLT).
+
+    `read` is the tensor the encoder reads (Circuit Tracing 2025, section 2.1):
+    ``resid_mid`` the residual stream after attention, ``normalized`` that stream
+    divided by its norm, ``mlp_in`` the same times the norm's gain (what the MLP sees).
+
+    Raises:
+      InputError: if a field is out of its range.
+    """
+
+    n_layers: int
+    d_model: int
+    n_features: int  # per layer
+    span: int
+    activation: Literal["relu", "jumprelu", "topk"] = "jumprelu"
+    k: int | None = None  # features kept per layer and position, for topk
+    read: ReadSite = "resid_mid"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.span <= self.n_layers:
+            raise InputError(
+                f"dictionary config: span={self.span} must lie in 1..{self.n_layers}"
+            )
+        if self.activation == "topk" and not (self.k and 1 <= self.k <= self.n_features):
+            raise InputError(
+                f"dictionary config: topk needs 1 <= k <= {self.n_features}, got {self.k}"
+            )
+
+    def n_writes(self, layer: int) -> int:
+        """How many MLP outputs a feature of `layer` writes."""
+        return min(self.span, self.n_layers - layer)

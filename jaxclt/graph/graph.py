@@ -1,0 +1,128 @@
+"""The attribution graph of one prompt: nodes, signed direct effects, and their sums.
+
+Rows are targets (features, then logits), columns are sources (features, then error
+nodes layer-major, then embeddings). Everything a row needs to sum to what it explains
+is kept: ``edge_RN.sum(1) + bias_R + rest_R == readout_R`` (spec 3.3, T-E1).
+
+Arrays live on the host (numpy): a graph is a result, shared by the scores, the file
+formats and the viewer. No code but this file computes column offsets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Graph", "GraphMeta", "Pruning"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraphMeta:
+    """Where a graph comes from; everything in it is JSON."""
+
+    model: str
+    dictionary: str
+    prompt: str
+    tokens: tuple[str, ...]  # T token strings, untrusted: escape where shown
+    target_tokens: tuple[str, ...]  # K token strings
+    n_layers: int
+    convention: str = "paper"  # or "circuit-tracer"
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    hashes: dict[str, str] = dataclasses.field(default_factory=dict)
+    version: str = ""
+    schema: int = 1
+
+    def to_json(self) -> str:
+        """Serialise; `from_json` is its inverse."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> GraphMeta:
+        """Read what `to_json` wrote; unknown keys of newer versions are ignored."""
+        raw = json.loads(text)
+        known = {f.name for f in dataclasses.fields(cls)}
+        raw = {k: v for k, v in raw.items() if k in known}
+        raw["tokens"] = tuple(raw["tokens"])
+        raw["target_tokens"] = tuple(raw["target_tokens"])
+        return cls(**raw)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """Which nodes and edges of a graph to show (Circuit Tracing 2025, appendix F)."""
+
+    keep_N: np.ndarray  # bool, one per column (source node)
+    keep_edge_RN: np.ndarray  # bool; True only between kept nodes
+    node_threshold: float
+    edge_threshold: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Graph:
+    """Attribution graph of one prompt, unpruned (Circuit Tracing 2025, section 3).
+
+    A feature nodes are ordered by layer, then position, then feature index, so that the
+    feature block ``edge_RN[:A, :A]`` is strictly lower triangular.
+    """
+
+    meta: GraphMeta
+    token_T: np.ndarray  # int32
+    layer_A: np.ndarray  # int32
+    pos_A: np.ndarray  # int32
+    feature_A: np.ndarray  # int32
+    value_A: np.ndarray  # activation
+    preact_A: np.ndarray  # pre-activation, what the feature's row sums to
+    attributed_R: np.ndarray  # bool, False: the row was not computed (all zero)
+    target_token_K: np.ndarray  # int32, -1 for a custom direction
+    target_prob_K: np.ndarray
+    edge_RN: np.ndarray  # signed direct effects, source value x linear weight
+    bias_R: np.ndarray  # every bias pushed through the frozen maps
+    rest_R: np.ndarray  # sources that are not columns of this graph, summed with sign
+    rest_abs_R: np.ndarray  # the same summed without sign: their share of the inputs
+    readout_R: np.ndarray  # pre-activation, or demeaned logit
+    influence_N: np.ndarray  # on the targets (section 5.2.1)
+    pruning: Pruning
+
+    @property
+    def n_tokens(self) -> int:
+        """T."""
+        return len(self.token_T)
+
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        return self.meta.n_layers
+
+    @property
+    def n_features(self) -> int:
+        """A, feature nodes."""
+        return len(self.layer_A)
+
+    @property
+    def n_targets(self) -> int:
+        """K, logit nodes."""
+        return len(self.target_token_K)
+
+    @property
+    def feature_cols(self) -> slice:
+        """Columns (and rows) of the feature nodes."""
+        return slice(0, self.n_features)
+
+    @property
+    def error_cols(self) -> slice:
+        """Columns of the error nodes, layer-major: layer * T + position."""
+        start = self.n_features
+        return slice(start, start + self.n_layers * self.n_tokens)
+
+    @property
+    def embed_cols(self) -> slice:
+        """Columns of the embedding nodes, one per position."""
+        return slice(self.error_cols.stop, self.error_cols.stop + self.n_tokens)
+
+    @property
+    def target_rows(self) -> slice:
+        """Rows of the logit nodes."""
+        return slice(self.n_features, self.n_features + self.n_targets)

@@ -1,0 +1,141 @@
+"""Every pytree that crosses a door, with one alphabet for all axes.
+
+| letter | axis | letter | axis |
+|---|---|---|---|
+| T | tokens (positions) | H | query heads |
+| S | attended (source) position | G | key/value heads |
+| L | layers | C | channels of a head |
+| D | residual width | I | MLP neurons |
+| V | vocabulary | F | features per layer |
+| A | active features that are nodes of a graph | K | attribution targets |
+| R | rows of a graph, A + K | N | columns of a graph, A + L·T + T |
+| M | MLP outputs a feature writes (its span) | P | positions inside a band |
+
+A suffix names the axes in order: ``edge_RN``, ``pattern_LHTS``. Rows are targets,
+columns are sources, everywhere.
+
+Structs are frozen; update them with ``dataclasses.replace``.
+"""
+
+from __future__ import annotations
+
+from flax import struct
+from jax import Array
+
+__all__ = [
+    "Block",
+    "CLTParams",
+    "Frozen",
+    "LMParams",
+    "Reads",
+    "Recording",
+    "Sources",
+    "Targets",
+]
+
+
+@struct.dataclass
+class Block:
+    """Weights of all decoder blocks, stacked on a leading layer axis.
+
+    Norm gains are the effective multipliers. Projections map ``x @ W`` with input axes
+    first. Biases are None where the model has none.
+    """
+
+    norm_attn_LD: Array
+    q_LDHC: Array
+    k_LDGC: Array
+    v_LDGC: Array
+    o_LHCD: Array
+    norm_mlp_LD: Array
+    gate_LDI: Array
+    up_LDI: Array
+    down_LID: Array
+    q_bias_LHC: Array | None = None
+    k_bias_LGC: Array | None = None
+    v_bias_LGC: Array | None = None
+    o_bias_LD: Array | None = None
+    gate_bias_LI: Array | None = None
+    up_bias_LI: Array | None = None
+    down_bias_LD: Array | None = None
+
+
+@struct.dataclass
+class LMParams:
+    """Weights of a decoder language model."""
+
+    embed_VD: Array
+    blocks: Block
+    norm_out_D: Array
+    unembed_DV: Array | None = None  # None: tied to embed_VD
+
+
+@struct.dataclass
+class Frozen:
+    """What the local replacement model takes from the clean pass and holds fixed.
+
+    Circuit Tracing (2025), section 2.3: attention patterns and norm denominators.
+    Scales are reciprocal denominators, 1 / rms.
+    """
+
+    pattern_LHTS: Array
+    attn_scale_LT: Array
+    mlp_scale_LT: Array
+    out_scale_T: Array
+
+
+@struct.dataclass
+class Recording:
+    """One clean forward pass of the underlying model on one prompt."""
+
+    token_T: Array  # int32
+    embed_TD: Array
+    resid_LTD: Array  # residual stream entering each layer
+    mid_LTD: Array  # residual stream after attention, where the MLP reads
+    write_LTD: Array  # true MLP outputs
+    out_TD: Array  # after the final norm; unembed() turns it into logits
+    frozen: Frozen
+
+
+@struct.dataclass
+class Sources:
+    """What the frozen stream is linear in: embeddings and writes at MLP outputs."""
+
+    embed_TD: Array
+    write_LTD: Array
+
+
+@struct.dataclass
+class Reads:
+    """What targets read: the residual stream where encoders look, and the output."""
+
+    mid_LTD: Array
+    out_TD: Array
+
+
+@struct.dataclass
+class CLTParams:
+    """Weights of a cross-layer transcoder, source-major; a PLT is span 1.
+
+    ``W_dec[l][f, j]`` is what feature f of layer l writes to the MLP output of layer
+    l + j; its shape is [F, min(span, L - l), D].
+    """
+
+    W_enc_LFD: Array
+    b_enc_LF: Array
+    W_dec: tuple[Array, ...]
+    b_dec_LD: Array
+    theta_LF: Array | None = None  # JumpReLU thresholds
+    W_skip_LDD: Array | None = None  # linear path from read to write: read @ W_skip
+
+
+@struct.dataclass
+class Targets:
+    """What the graph explains: directions read after the final norm, last position.
+
+    Circuit Tracing (2025), section 3.1 and appendix F.
+    """
+
+    token_K: Array  # int32, -1 for a custom direction
+    prob_K: Array
+    vec_KD: Array  # demeaned unembedding column, read from `Recording.out_TD`
