@@ -1,0 +1,79 @@
+"""Where a dictionary's weights come from: memory, or files read row by row.
+
+Tracing needs every encoder once, but only the decoder rows of active features, so
+rows are asked for by feature index and a store may read them lazily from disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from jaxclt.clt.config import CLTConfig
+from jaxclt.types import CLTParams
+
+__all__ = ["DictionaryStore", "EncoderLayer", "ParamsStore"]
+
+
+class EncoderLayer(NamedTuple):
+    """The encoder of one layer; rows are features."""
+
+    W_enc_FD: np.ndarray
+    b_enc_F: np.ndarray
+    theta_F: np.ndarray | None
+
+
+class DictionaryStore(Protocol):
+    """Read access to a dictionary, layer by layer, in the dtype it is stored in."""
+
+    @property
+    def cfg(self) -> CLTConfig:
+        """Shape and conventions."""
+        ...
+
+    def encoder(self, layer: int) -> EncoderLayer:
+        """All encoder rows of one layer."""
+        ...
+
+    def decoder_rows(self, layer: int, feature_A: np.ndarray) -> np.ndarray:
+        """Decoder rows [A, n_writes(layer), D] of the given features of one layer."""
+        ...
+
+    def b_dec(self) -> np.ndarray:
+        """Decoder biases [L, D]."""
+        ...
+
+    def skip(self, layer: int) -> np.ndarray | None:
+        """Linear path [D, D] from what the encoder reads to the MLP output, or None."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamsStore:
+    """A dictionary held in memory as `CLTParams`."""
+
+    params: CLTParams
+    cfg: CLTConfig
+
+    def encoder(self, layer: int) -> EncoderLayer:
+        """All encoder rows of one layer."""
+        p = self.params
+        theta_F = None if p.theta_LF is None else np.asarray(p.theta_LF[layer])
+        return EncoderLayer(
+            np.asarray(p.W_enc_LFD[layer]), np.asarray(p.b_enc_LF[layer]), theta_F
+        )
+
+    def decoder_rows(self, layer: int, feature_A: np.ndarray) -> np.ndarray:
+        """Decoder rows [A, n_writes(layer), D] of the given features."""
+        return np.asarray(self.params.W_dec[layer])[feature_A]
+
+    def b_dec(self) -> np.ndarray:
+        """Decoder biases [L, D]."""
+        return np.asarray(self.params.b_dec_LD)
+
+    def skip(self, layer: int) -> np.ndarray | None:
+        """Linear path [D, D], or None."""
+        W = self.params.W_skip_LDD
+        return None if W is None else np.asarray(W[layer])
