@@ -1,0 +1,48 @@
+"""Feature nonlinearities: which pre-activations become activations."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxclt.clt.config import CLTConfig
+
+__all__ = ["activate", "jumprelu", "relu", "topk"]
+
+
+def relu(pre: Array) -> Array:
+    """``max(h, 0)``."""
+    return jnp.maximum(pre, jnp.zeros((), pre.dtype))
+
+
+def jumprelu(pre: Array, theta: Array) -> Array:
+    """``h · 1(h > θ)``, strictly above the threshold (spec 1).
+
+    Args:
+      pre: pre-activations, any shape.
+      theta: thresholds, broadcastable to `pre`.
+    """
+    return jnp.where(pre > theta, pre, jnp.zeros((), pre.dtype))
+
+
+def topk(pre_F: Array, k: int) -> Array:
+    """Keep the k largest pre-activations along the last axis, with their sign.
+
+    No ReLU follows, as in the published TopK transcoders.
+    """
+    _, index = jax.lax.top_k(pre_F, k)
+    keep = jnp.put_along_axis(
+        jnp.zeros(pre_F.shape, bool), index, jnp.ones((), bool), -1, inplace=False
+    )
+    return jnp.where(keep, pre_F, jnp.zeros((), pre_F.dtype))
+
+
+def activate(pre_TF: Array, theta_F: Array | None, *, cfg: CLTConfig) -> Array:
+    """Activations [T, F] of one layer from its pre-activations."""
+    if cfg.activation == "topk":
+        assert cfg.k is not None
+        return topk(pre_TF, cfg.k)
+    if theta_F is None:
+        return relu(pre_TF)
+    return jumprelu(pre_TF, theta_F[None, :])

@@ -1,0 +1,179 @@
+"""From a recording to the features that are active on this prompt.
+
+The result holds all that attribution needs of a dictionary: for every active feature
+its place, its activation, its encoder row and its decoder rows. How they came about
+(a transcoder in memory, one on disk, the model's own neurons) no longer matters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxclt.clt.activations import activate
+from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.sites import read_diagonal
+from jaxclt.clt.store import DictionaryStore
+from jaxclt.lm.config import LMConfig
+from jaxclt.types import LMParams, Recording
+
+__all__ = ["Active", "Dictionary", "StoreDictionary", "active_features"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Active:
+    """Active features of one prompt, by layer, then position, then feature index.
+
+    Host arrays. `read_AD` is the encoder row pulled back to the residual stream, so
+    that ``preact = read_AD · mid[layer, pos] + read_bias_A`` with the norm denominator
+    (and a neuron's gate) frozen.
+    """
+
+    layer_A: np.ndarray  # int32
+    pos_A: np.ndarray  # int32
+    feature_A: np.ndarray  # int32
+    value_A: np.ndarray  # activation
+    preact_A: np.ndarray
+    read_AD: np.ndarray
+    read_bias_A: np.ndarray
+    decoder: tuple[np.ndarray, ...]  # per layer [A_l, n_writes(l), D], unscaled
+    write_bias_LD: np.ndarray  # decoder biases
+    skip_diagonal_LTD: np.ndarray | None = None  # read = mid * diagonal
+    skip_LDD: np.ndarray | None = None  # read @ skip
+
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        return len(self.decoder)
+
+    @property
+    def skip(self) -> tuple[Array, Array] | None:
+        """The linear path as `jaxclt.lm.frozen.replay` takes it."""
+        if self.skip_LDD is None or self.skip_diagonal_LTD is None:
+            return None
+        return jnp.asarray(self.skip_diagonal_LTD), jnp.asarray(self.skip_LDD)
+
+    def of_layer(self, layer: int) -> slice:
+        """The slots of one layer."""
+        lo, hi = np.searchsorted(self.layer_A, [layer, layer + 1])
+        return slice(int(lo), int(hi))
+
+
+class Dictionary(Protocol):
+    """Anything that names features: a transcoder, or the model's own neurons."""
+
+    @property
+    def name(self) -> str:
+        """As the user gave it."""
+        ...
+
+    @property
+    def hash(self) -> str:
+        """Content hash, for the graph's meta data."""
+        ...
+
+    def active(self, params: LMParams, recording: Recording, cfg: LMConfig) -> Active:
+        """The features active on a recorded prompt."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreDictionary:
+    """A transcoder whose weights come from a store."""
+
+    store: DictionaryStore
+    name: str = "transcoder"
+    hash: str = ""
+
+    @property
+    def cfg(self) -> CLTConfig:
+        """Shape and conventions."""
+        return self.store.cfg
+
+    def active(self, params: LMParams, recording: Recording, cfg: LMConfig) -> Active:
+        """The features active on a recorded prompt."""
+        del cfg
+        return active_features(self.store, params, recording)
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _encode_layer(
+    W_enc_FD: Array, b_F: Array, theta_F: Array | None, read_TD: Array, cfg: CLTConfig
+) -> tuple[Array, Array]:
+    pre_TF = jnp.einsum("TD,FD->TF", read_TD, W_enc_FD) + b_F[None, :]
+    return pre_TF, activate(pre_TF, theta_F, cfg=cfg)
+
+
+def active_features(
+    store: DictionaryStore, params: LMParams, recording: Recording
+) -> Active:
+    """Encode a recording and gather the rows of the features that fired.
+
+    One layer at a time, so that neither all encoders nor dense activations of all
+    layers are ever held together.
+
+    Args:
+      store: the dictionary.
+      params: the model (its norm gains, for dictionaries that read after the norm).
+      recording: the clean pass.
+    """
+    cfg = store.cfg
+    dtype = recording.mid_LTD.dtype
+    parts, decoder, diagonals = [], [], []
+    for layer in range(cfg.n_layers):
+        enc = store.encoder(layer)
+        W_FD = np.asarray(enc.W_enc_FD, dtype)
+        b_F = np.asarray(enc.b_enc_F, dtype)
+        theta_F = None if enc.theta_F is None else jnp.asarray(enc.theta_F, dtype)
+        diagonal_TD = np.asarray(
+            read_diagonal(
+                cfg.read,
+                recording.frozen.mlp_scale_LT[layer],
+                params.blocks.norm_mlp_LD[layer],
+            )
+        )
+        read_TD = recording.mid_LTD[layer] * diagonal_TD
+        pre_TF, a_TF = map(np.asarray, _encode_layer(W_FD, b_F, theta_F, read_TD, cfg))
+        pos, feature = np.nonzero(a_TF)
+        parts.append(
+            (
+                np.full(len(pos), layer, np.int32),
+                pos.astype(np.int32),
+                feature.astype(np.int32),
+                a_TF[pos, feature],
+                pre_TF[pos, feature],
+                W_FD[feature] * diagonal_TD[pos],
+                b_F[feature],
+            )
+        )
+        # A feature fires at several positions; its row is read once.
+        unique, place = np.unique(feature, return_inverse=True)
+        decoder.append(
+            np.asarray(store.decoder_rows(layer, unique), dtype).reshape(
+                len(unique), cfg.n_writes(layer), cfg.d_model
+            )[place]
+        )
+        diagonals.append(diagonal_TD)
+    skips = [store.skip(layer) for layer in range(cfg.n_layers)]
+    has_skip = skips[0] is not None
+    fields = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    layer_A, pos_A, feature_A, value_A, preact_A, read_AD, bias_A = fields
+    return Active(
+        layer_A=layer_A,
+        pos_A=pos_A,
+        feature_A=feature_A,
+        value_A=value_A,
+        preact_A=preact_A,
+        read_AD=read_AD,
+        read_bias_A=bias_A,
+        decoder=tuple(decoder),
+        write_bias_LD=np.asarray(store.b_dec(), dtype),
+        skip_diagonal_LTD=np.stack(diagonals) if has_skip else None,
+        skip_LDD=np.stack([np.asarray(s, dtype) for s in skips]) if has_skip else None,
+    )

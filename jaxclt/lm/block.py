@@ -1,0 +1,87 @@
+"""One decoder block, the only one: live or frozen, with the MLP left to the caller.
+
+Everything that runs the model calls `block`: the forward pass, the recording, the
+frozen replay, the replacement models and the patches. They differ in two arguments:
+what writes at the MLP's place (`write`), and what is held fixed (`frozen`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax import Array
+
+from jaxclt.lm import layers
+from jaxclt.lm.config import LMConfig
+from jaxclt.types import Block
+
+__all__ = ["FrozenLayer", "Taps", "block"]
+
+
+class FrozenLayer(NamedTuple):
+    """One layer of `Frozen`."""
+
+    pattern_HTS: Array
+    attn_scale_T: Array
+    mlp_scale_T: Array
+
+
+class Taps(NamedTuple):
+    """What one block saw, wrote and normalised by."""
+
+    resid_TD: Array  # entering the block
+    mid_TD: Array  # after attention
+    write_TD: Array  # what was added at the MLP's place
+    frozen: FrozenLayer
+
+
+def block(
+    p: Block,
+    resid_TD: Array,
+    write: Callable[[Array, Array], Array],
+    *,
+    cfg: LMConfig,
+    frozen: FrozenLayer | None = None,
+    biases: bool = True,
+) -> tuple[Array, Taps]:
+    """Attention, then whatever `write` puts at the MLP's place.
+
+    Args:
+      p: weights of one layer (leaves without the leading L).
+      resid_TD: residual stream entering the block.
+      write: (mid_TD, mlp_scale_T) -> write_TD, the MLP or its replacement.
+      cfg: model shape.
+      frozen: clean pattern and scales; None computes them from the stream.
+      biases: False drops attention biases, which makes a frozen block linear.
+
+    Returns:
+      The residual stream leaving the block [T, D], and the taps.
+    """
+    with jax.named_scope("attention"):
+        attn_scale_T = (
+            layers.rms_scale(resid_TD, eps=cfg.norm_eps)
+            if frozen is None
+            else frozen.attn_scale_T
+        )
+        normed_TD = layers.normalise(resid_TD, attn_scale_T, p.norm_attn_LD)
+        pattern_HTS = (
+            layers.attention_pattern(p, normed_TD, cfg=cfg)
+            if frozen is None
+            else frozen.pattern_HTS
+        )
+        mid_TD = resid_TD + layers.move(
+            p, pattern_HTS, normed_TD, cfg=cfg, biases=biases
+        )
+    with jax.named_scope("mlp"):
+        mlp_scale_T = (
+            layers.rms_scale(mid_TD, eps=cfg.norm_eps)
+            if frozen is None
+            else frozen.mlp_scale_T
+        )
+        write_TD = write(mid_TD, mlp_scale_T)
+    taps = Taps(
+        resid_TD, mid_TD, write_TD, FrozenLayer(pattern_HTS, attn_scale_T, mlp_scale_T)
+    )
+    return mid_TD + write_TD, taps

@@ -1,0 +1,111 @@
+"""The frozen stream: the local replacement model's linear part, and its bias path.
+
+With attention patterns and norm denominators taken from a recording, every read is
+linear in the embeddings and in whatever is written at the MLPs' places (Circuit
+Tracing 2025, section 2.3). JAX itself certifies it: `jax.linear_transpose` accepts
+`frozen_reads`, and refuses the live model.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxclt.lm import layers
+from jaxclt.lm.config import LMConfig
+from jaxclt.lm.run import run
+from jaxclt.types import Block, Frozen, LMParams, Reads, Sources
+
+__all__ = ["bias_reads", "frozen_attention", "frozen_reads", "replay"]
+
+
+def frozen_attention(
+    p: Block, pattern_HTS: Array, scale_T: Array, resid_TD: Array, *, cfg: LMConfig
+) -> Array:
+    """What one layer's attention adds to the stream, linear in `resid_TD`."""
+    normed_TD = layers.normalise(resid_TD, scale_T, p.norm_attn_LD)
+    return layers.move(p, pattern_HTS, normed_TD, cfg=cfg, biases=False)
+
+
+def replay(
+    params: LMParams,
+    frozen: Frozen,
+    sources: Sources,
+    *,
+    cfg: LMConfig,
+    skip: tuple[Array, Array] | None = None,
+    biases: bool = True,
+) -> Reads:
+    """Run the frozen stream from its sources.
+
+    Args:
+      params: model weights (the MLPs are not used).
+      frozen: patterns and scales of the clean pass.
+      sources: embeddings, and everything written at the MLPs' places except the skip.
+      cfg: model shape.
+      skip: (diagonal_LTD, W_skip_LDD) of a dictionary with a linear path: it writes
+        ``(mid * diagonal) @ W_skip`` from the stream itself.
+      biases: False drops the attention biases.
+
+    Returns:
+      The residual stream after attention at every layer, and the normed output.
+    """
+
+    def given(
+        carry: None, mid_TD: Array, scale_T: Array, p: Block, x: tuple
+    ) -> tuple[None, Array]:
+        del scale_T, p
+        write_TD, layer_skip = x
+        if layer_skip is not None:
+            diagonal_TD, W_skip_DD = layer_skip
+            write_TD = write_TD + (mid_TD * diagonal_TD) @ W_skip_DD
+        return carry, write_TD
+
+    done = run(
+        params,
+        sources.embed_TD,
+        given,
+        cfg=cfg,
+        per_layer=(sources.write_LTD, skip),
+        frozen=frozen,
+        biases=biases,
+    )
+    return Reads(mid_LTD=done.taps.mid_TD, out_TD=done.out_TD)
+
+
+def frozen_reads(
+    params: LMParams,
+    frozen: Frozen,
+    sources: Sources,
+    *,
+    cfg: LMConfig,
+    skip: tuple[Array, Array] | None = None,
+) -> Reads:
+    """`replay` without biases: exactly linear in `sources`."""
+    return replay(params, frozen, sources, cfg=cfg, skip=skip, biases=False)
+
+
+def bias_reads(
+    params: LMParams,
+    frozen: Frozen,
+    write_bias_LTD: Array,
+    *,
+    cfg: LMConfig,
+    skip: tuple[Array, Array] | None = None,
+) -> Reads:
+    """What every read holds when all sources are zero: all biases, pushed through.
+
+    Args:
+      params: model weights.
+      frozen: patterns and scales of the clean pass.
+      write_bias_LTD: constants at the MLPs' places (decoder biases).
+      cfg: model shape.
+      skip: as in `replay`.
+    """
+    T, D = write_bias_LTD.shape[1:]
+    zero = Sources(
+        embed_TD=jnp.zeros((T, D), write_bias_LTD.dtype), write_LTD=write_bias_LTD
+    )
+    with jax.named_scope("bias_path"):
+        return replay(params, frozen, zero, cfg=cfg, skip=skip, biases=True)

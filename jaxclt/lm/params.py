@@ -1,0 +1,77 @@
+"""Random and abstract parameters of a decoder (tests, planning, training from scratch)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxclt.lm.config import LMConfig
+from jaxclt.types import Block, LMParams
+
+__all__ = ["abstract", "init"]
+
+
+def init(
+    key: Array,
+    cfg: LMConfig,
+    *,
+    dtype: jnp.dtype | type = jnp.float32,
+    tied: bool = True,
+    biases: bool = False,
+) -> LMParams:
+    """Random weights: normal with variance 1 / fan-in, gains around 1.
+
+    Args:
+      key: PRNG key.
+      cfg: model shape.
+      dtype: of every leaf.
+      tied: share embedding and unembedding.
+      biases: give every projection a (random, non-zero) bias.
+    """
+    L, D, H, G, C = cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
+    I, V = cfg.d_mlp, cfg.d_vocab
+    keys = iter(jax.random.split(key, 32))
+
+    def normal(*shape: int, fan_in: int) -> Array:
+        return jax.random.normal(next(keys), shape, dtype) * fan_in**-0.5
+
+    def gain(*shape: int) -> Array:
+        return 1 + 0.2 * jax.random.normal(next(keys), shape, dtype)
+
+    def bias(*shape: int) -> Array | None:
+        return 0.3 * jax.random.normal(next(keys), shape, dtype) if biases else None
+
+    blocks = Block(
+        norm_attn_LD=gain(L, D),
+        q_LDHC=normal(L, D, H, C, fan_in=D),
+        k_LDGC=normal(L, D, G, C, fan_in=D),
+        v_LDGC=normal(L, D, G, C, fan_in=D),
+        o_LHCD=normal(L, H, C, D, fan_in=H * C),
+        norm_mlp_LD=gain(L, D),
+        gate_LDI=normal(L, D, I, fan_in=D),
+        up_LDI=normal(L, D, I, fan_in=D),
+        down_LID=normal(L, I, D, fan_in=I),
+        q_bias_LHC=bias(L, H, C),
+        k_bias_LGC=bias(L, G, C),
+        v_bias_LGC=bias(L, G, C),
+        o_bias_LD=bias(L, D),
+        gate_bias_LI=bias(L, I),
+        up_bias_LI=bias(L, I),
+        down_bias_LD=bias(L, D),
+    )
+    return LMParams(
+        embed_VD=normal(V, D, fan_in=1),
+        blocks=blocks,
+        norm_out_D=gain(D),
+        unembed_DV=None if tied else normal(D, V, fan_in=D),
+    )
+
+
+def abstract(
+    cfg: LMConfig, *, dtype: jnp.dtype | type = jnp.float32, tied: bool = True
+) -> LMParams:
+    """Shapes and dtypes of `init`'s result without allocating anything."""
+    return jax.eval_shape(
+        lambda key: init(key, cfg, dtype=dtype, tied=tied), jax.random.key(0)
+    )

@@ -1,0 +1,152 @@
+"""Running the model: forward, record, and the general `run` they are made of."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxclt.lm import layers
+from jaxclt.lm.block import FrozenLayer, Taps, block
+from jaxclt.lm.config import LMConfig
+from jaxclt.types import Block, Frozen, LMParams, Recording
+
+__all__ = ["Run", "WritePolicy", "embed", "forward", "record", "run", "unembed"]
+
+
+class WritePolicy(Protocol):
+    """What stands at the MLP's place: the only seam of the model.
+
+    Called once per layer inside a scan, with one layer of the weights and of the
+    policy's own per-layer data `x`; `carry` goes from layer to layer.
+    """
+
+    def __call__(
+        self, carry: Any, mid_TD: Array, scale_T: Array, p: Block, x: Any
+    ) -> tuple[Any, Array]:
+        """Return the new carry and write_TD."""
+        ...
+
+
+class Run(NamedTuple):
+    """A pass through all blocks."""
+
+    carry: Any
+    taps: Taps  # leaves with a leading L
+    out_TD: Array  # after the final norm
+    out_scale_T: Array
+
+
+def run(
+    params: LMParams,
+    embed_TD: Array,
+    policy: WritePolicy,
+    *,
+    cfg: LMConfig,
+    carry: Any = None,
+    per_layer: Any = None,
+    frozen: Frozen | None = None,
+    biases: bool = True,
+) -> Run:
+    """Scan the block over the layers with a write policy.
+
+    Args:
+      params: model weights.
+      embed_TD: what enters layer 0.
+      policy: writes at the MLP's place.
+      cfg: model shape.
+      carry: the policy's initial carry.
+      per_layer: the policy's data, leaves with a leading L.
+      frozen: hold these patterns and scales instead of computing them.
+      biases: False drops attention biases (for the linear map).
+
+    Returns:
+      The run; `taps` have a leading layer axis.
+    """
+    held = (
+        None
+        if frozen is None
+        else FrozenLayer(frozen.pattern_LHTS, frozen.attn_scale_LT, frozen.mlp_scale_LT)
+    )
+
+    def step(state: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], Taps]:
+        resid_TD, inner = state
+        p, x, layer_frozen = xs
+
+        def write(mid_TD: Array, scale_T: Array) -> Array:
+            nonlocal inner
+            inner, write_TD = policy(inner, mid_TD, scale_T, p, x)
+            return write_TD
+
+        resid_TD, taps = block(
+            p, resid_TD, write, cfg=cfg, frozen=layer_frozen, biases=biases
+        )
+        return (resid_TD, inner), taps
+
+    (resid_TD, carry), taps = jax.lax.scan(
+        step, (embed_TD, carry), (params.blocks, per_layer, held)
+    )
+    scale_T = (
+        layers.rms_scale(resid_TD, eps=cfg.norm_eps)
+        if frozen is None
+        else frozen.out_scale_T
+    )
+    out_TD = layers.normalise(resid_TD, scale_T, params.norm_out_D)
+    return Run(carry, taps, out_TD, scale_T)
+
+
+def embed(params: LMParams, token_T: Array) -> Array:
+    """Token embeddings [T, D], the embedding nodes' vectors."""
+    return params.embed_VD[token_T]
+
+
+def unembed(params: LMParams, out_TD: Array) -> Array:
+    """Logits [T, V] from the normed output (any leading shape works)."""
+    if params.unembed_DV is None:
+        return jnp.einsum("...D,VD->...V", out_TD, params.embed_VD)
+    return jnp.einsum("...D,DV->...V", out_TD, params.unembed_DV)
+
+
+def record(params: LMParams, token_T: Array, *, cfg: LMConfig) -> Recording:
+    """One clean pass with everything the local replacement model needs.
+
+    Args:
+      params: model weights.
+      token_T: int token ids.
+      cfg: model shape.
+
+    Returns:
+      The recording, in the weights' dtype.
+    """
+    embed_TD = embed(params, token_T)
+
+    def native(
+        carry: None, mid_TD: Array, scale_T: Array, p: Block, x: None
+    ) -> tuple[None, Array]:
+        del x
+        normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
+        return carry, layers.mlp(p, normed_TD, cfg=cfg)
+
+    done = run(params, embed_TD, native, cfg=cfg)
+    taps = done.taps
+    return Recording(
+        token_T=token_T,
+        embed_TD=embed_TD,
+        resid_LTD=taps.resid_TD,
+        mid_LTD=taps.mid_TD,
+        write_LTD=taps.write_TD,
+        out_TD=done.out_TD,
+        frozen=Frozen(
+            pattern_LHTS=taps.frozen.pattern_HTS,
+            attn_scale_LT=taps.frozen.attn_scale_T,
+            mlp_scale_LT=taps.frozen.mlp_scale_T,
+            out_scale_T=done.out_scale_T,
+        ),
+    )
+
+
+def forward(params: LMParams, token_T: Array, *, cfg: LMConfig) -> Array:
+    """Logits [T, V] of the underlying model."""
+    return unembed(params, record(params, token_T, cfg=cfg).out_TD)
