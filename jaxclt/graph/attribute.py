@@ -1,0 +1,293 @@
+"""From a recorded prompt and its active features to the attribution graph.
+
+The shell of the room: it packs the sources, decides which rows to compute and in what
+order, calls the pure parts, and assembles the `Graph`. The only place of the room that
+loops on the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxclt.clt.active import Active
+from jaxclt.errors import InputError
+from jaxclt.graph.bank import SourceBank, source_bank
+from jaxclt.graph.explore import arrived_influence, next_features
+from jaxclt.graph.graph import Graph, GraphMeta, Pruning
+from jaxclt.graph.prune import prune, solve_influence
+from jaxclt.graph.rows import RowTargets, edge_rows
+from jaxclt.graph.scores import shares_total
+from jaxclt.lm.config import LMConfig
+from jaxclt.lm.frozen import bias_reads
+from jaxclt.replacement.errors import error_nodes
+from jaxclt.types import LMParams, Reads, Recording, Targets
+
+__all__ = ["AttributeConfig", "Timing", "attribute_recording"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttributeConfig:
+    """How much of a graph to compute, and how."""
+
+    max_features: int | None = 8192  # most feature nodes; None: every active feature
+    tolerance: float = 0.0  # stop when less influence than this is unexplored
+    node_threshold: float = 0.8
+    edge_threshold: float = 0.98
+    convention: Literal["paper", "circuit-tracer"] = "paper"
+    precision: str = "highest"  # of matmuls; accelerators default to less than float32
+    chunk_size: int = 256  # targets pulled back together
+    n_bands: int = 6  # position bands, one compilation each
+    rows_per_update: int = 512  # rows between two rankings when not all are computed
+
+
+@dataclasses.dataclass
+class Timing:
+    """Seconds spent, for the report; filled in by the shell."""
+
+    attribute: float = 0.0
+    influence: float = 0.0
+    prune: float = 0.0
+
+
+def attribute_recording(
+    params: LMParams,
+    recording: Recording,
+    active: Active,
+    targets: Targets,
+    *,
+    cfg: LMConfig,
+    meta: GraphMeta,
+    config: AttributeConfig | None = None,
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
+    timing: Timing | None = None,
+) -> Graph:
+    """The attribution graph of a recorded prompt.
+
+    Args:
+      params: the model.
+      recording: its clean pass on the prompt.
+      active: the dictionary's active features on it.
+      targets: what to explain.
+      cfg: model shape.
+      meta: where it all comes from.
+      config: how much to compute.
+      on_rows: progress, called with (rows done, rows planned).
+      timing: filled in if given.
+
+    Raises:
+      InputError: if an error node is not finite (NaN weights), or nothing is active.
+    """
+    config = config or AttributeConfig()
+    timing = timing or Timing()
+    start = time.perf_counter()
+    with jax.default_matmul_precision(config.precision):
+        error_LTD = error_nodes(active, recording)
+        if not np.isfinite(error_LTD).all():
+            raise InputError(
+                "the dictionary's reconstruction is not finite on this prompt: check "
+                "its weights for NaN or overflow"
+            )
+        rows = _Rows(params, recording, active, error_LTD, targets, cfg, config)
+        explored_A = rows.explore(on_rows)
+        parts = rows.assemble(explored_A)
+    timing.attribute = time.perf_counter() - start
+    start = time.perf_counter()
+    graph = Graph(
+        meta=dataclasses.replace(meta, convention=config.convention),
+        token_T=np.asarray(recording.token_T, np.int32),
+        target_token_K=np.asarray(targets.token_K, np.int32),
+        target_prob_K=np.asarray(targets.prob_K),
+        influence_N=np.zeros(parts["edge_RN"].shape[1]),
+        pruning=_no_pruning(parts["edge_RN"].shape),
+        **parts,
+    )
+    found = solve_influence(graph.edge_RN, shares_total(graph), graph.target_prob_K)
+    graph = dataclasses.replace(graph, influence_N=found)
+    timing.influence = time.perf_counter() - start
+    start = time.perf_counter()
+    pruning = prune(
+        graph,
+        node_threshold=config.node_threshold,
+        edge_threshold=config.edge_threshold,
+    )
+    timing.prune = time.perf_counter() - start
+    return dataclasses.replace(graph, pruning=pruning)
+
+
+def _no_pruning(shape: tuple[int, int]) -> Pruning:
+    return Pruning(
+        keep_N=np.ones(shape[1], bool),
+        keep_edge_RN=np.ones((1, 1), bool),
+        node_threshold=1.0,
+        edge_threshold=1.0,
+    )
+
+
+class _Rows:
+    """Rows of one prompt: computed on demand, kept in the order of computation."""
+
+    def __init__(
+        self,
+        params: LMParams,
+        recording: Recording,
+        active: Active,
+        error_LTD: np.ndarray,
+        targets: Targets,
+        cfg: LMConfig,
+        config: AttributeConfig,
+    ) -> None:
+        self.params, self.recording, self.active = params, recording, active
+        self.targets, self.cfg, self.config = targets, cfg, config
+        L, T, _ = error_LTD.shape
+        self.L, self.T, self.A = L, T, len(active.layer_A)
+        self.K = len(targets.token_K)
+        # circuit-tracer gives the first position (BOS) neither features nor errors.
+        peer = config.convention == "circuit-tracer"
+        self.usable_A = active.pos_A > 0 if peer else np.ones(self.A, bool)
+        self.error_usable = np.tile(np.arange(T) > 0, L) if peer else np.ones(L * T, bool)
+        n = int(self.usable_A.sum())
+        self.n_selected = n if config.max_features is None else min(n, config.max_features)
+        self.bank: SourceBank = source_bank(
+            active, error_LTD, np.asarray(recording.embed_TD)
+        )
+        n_rows = self.n_selected + self.K
+        self.edge_RN = np.zeros((n_rows, self.A + L * T + T), error_LTD.dtype)
+        self.total_R = np.zeros(n_rows)
+        self.feature_R = np.full(n_rows, self.A, np.int64)  # A: not computed
+        self.done = 0
+
+    def read(self, feature: np.ndarray) -> RowTargets:
+        """Directions of some features, or of target k given as -1 - k."""
+        if (feature >= 0).all():
+            a = self.active
+            return RowTargets(
+                layer_R=a.layer_A[feature],
+                pos_R=a.pos_A[feature],
+                read_RD=a.read_AD[feature],
+            )
+        K, last = self.K, self.T - 1
+        gain_D = np.asarray(self.params.norm_out_D)
+        scale = np.asarray(self.recording.frozen.out_scale_T)[last]
+        return RowTargets(
+            layer_R=np.full(K, self.L, np.int32),
+            pos_R=np.full(K, last, np.int32),
+            read_RD=np.asarray(self.targets.vec_KD) * gain_D[None, :] * scale,
+        )
+
+    def compute(self, feature: np.ndarray, on_rows: Callable[[int, int], None]) -> None:
+        """Append the rows of some features (or of all targets)."""
+        start, n = self.done, len(feature)
+        finished = start
+
+        def report(count: int) -> None:
+            nonlocal finished
+            finished += count
+            on_rows(finished, len(self.edge_RN))
+
+        edge_RN = self.edge_RN[start : start + n]
+        edge_rows(
+            self.params,
+            self.recording,
+            self.bank,
+            self.read(feature),
+            edge_RN,
+            cfg=self.cfg,
+            source_pos_A=self.active.pos_A,
+            skip=self.active.skip,
+            n_bands=self.config.n_bands,
+            chunk_size=self.config.chunk_size,
+            on_rows=report,
+        )
+        self.total_R[start : start + n] = np.abs(edge_RN).sum(1)
+        self.feature_R[start : start + n] = feature
+        self.done += n
+
+    def explore(self, on_rows: Callable[[int, int], None]) -> np.ndarray:
+        """Compute the targets' rows, then features' until a limit; those features."""
+        self.compute(-1 - np.arange(self.K), on_rows)
+        everything = self.n_selected == int(self.usable_A.sum())
+        if everything and self.config.tolerance <= 0:
+            selected = np.flatnonzero(self.usable_A)
+            if len(selected):
+                self.compute(selected, on_rows)
+            return selected
+        open_A = self.usable_A.copy()
+        weight_K = np.asarray(self.targets.prob_K, np.float64)
+        weight_K = weight_K / weight_K.sum()
+        while self.done < len(self.edge_RN):
+            visit_A = arrived_influence(
+                self.edge_RN[: self.done],
+                self.total_R[: self.done],
+                self.feature_R[: self.done],
+                weight_K,
+                self.active.layer_A,
+            )
+            n = min(self.config.rows_per_update, len(self.edge_RN) - self.done)
+            chosen, unexplored = next_features(visit_A, open_A, n)
+            if unexplored <= self.config.tolerance:
+                break
+            self.compute(chosen, on_rows)
+            open_A[chosen] = False
+        return np.sort(self.feature_R[self.K : self.done])
+
+    def assemble(self, selected: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows and columns of the selected features; everything else summed in rest."""
+        A, K = self.A, self.K
+        order = np.concatenate(
+            [K + np.argsort(self.feature_R[K : self.done]), np.arange(K)]
+        )
+        chosen = np.zeros(A, bool)
+        chosen[selected] = True
+        keep_N = np.concatenate([chosen, self.error_usable, np.ones(self.T, bool)])
+        rest_N = ~keep_N
+        edge_RN = self.edge_RN
+        rest = edge_RN[:, rest_N][order]
+        # Dropped errors stay columns of the layout, empty, so that offsets are plain.
+        columns = np.concatenate([selected, np.arange(A, edge_RN.shape[1])])
+        kept_RN = edge_RN[order][:, columns]
+        kept_RN[:, ~keep_N[columns]] = 0
+        bias = bias_reads(
+            self.params,
+            self.recording.frozen,
+            jnp.broadcast_to(
+                jnp.asarray(self.active.write_bias_LD)[:, None, :],
+                self.recording.mid_LTD.shape,
+            ),
+            cfg=self.cfg,
+            skip=self.active.skip,
+        )
+        a = self.active
+        vec_KD = np.asarray(self.targets.vec_KD)
+        return {
+            "layer_A": a.layer_A[selected].astype(np.int32),
+            "pos_A": a.pos_A[selected].astype(np.int32),
+            "feature_A": a.feature_A[selected].astype(np.int32),
+            "value_A": a.value_A[selected],
+            "preact_A": a.preact_A[selected],
+            "attributed_R": np.ones(len(order), bool),
+            "edge_RN": kept_RN,
+            "bias_R": self._bias(bias, selected),
+            "rest_R": rest.sum(1),
+            "rest_abs_R": np.abs(rest).sum(1),
+            "readout_R": np.concatenate(
+                [
+                    a.preact_A[selected],
+                    vec_KD @ np.asarray(self.recording.out_TD)[-1],
+                ]
+            ),
+        }
+
+    def _bias(self, bias: Reads, selected: np.ndarray) -> np.ndarray:
+        """The constant part of every row's readout."""
+        a = self.active
+        mid_AD = np.asarray(bias.mid_LTD)[a.layer_A[selected], a.pos_A[selected]]
+        constant_A = (a.read_AD[selected] * mid_AD).sum(1) + a.read_bias_A[selected]
+        out_D = np.asarray(bias.out_TD)[-1]
+        return np.concatenate([constant_A, np.asarray(self.targets.vec_KD) @ out_D])

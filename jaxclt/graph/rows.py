@@ -1,0 +1,262 @@
+"""Edge rows: pull targets back through the frozen stream, dot them with the sources.
+
+    A[t, s] = sum over layers l  < g_t[l, pos_s], value_s W_dec(s -> l) >
+
+where g_t[l] is the cotangent of target t at MLP output l: the transpose of the frozen
+attention maps applied from the target's own layer downwards (spec 3.3). The transpose
+is `jax.vjp` of one layer's frozen attention, batched over a chunk of targets.
+
+What is known to be zero is not computed: a chunk holds targets of nearby positions and
+layers, starts at the highest of its layers, and never looks past its last position.
+Targets are a middle axis (positions first), which is how the contractions run as plain
+matmuls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxclt.graph.bank import SourceBank
+from jaxclt.lm.config import LMConfig
+from jaxclt.lm.frozen import frozen_attention
+from jaxclt.types import Block, LMParams, Recording
+
+__all__ = ["Chunk", "RowTargets", "edge_rows", "plan_chunks"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowTargets:
+    """Directions to explain: where they read, and what.
+
+    ``layer`` < L reads the residual stream after attention of that layer; L reads the
+    stream after the last layer.
+    """
+
+    layer_R: np.ndarray
+    pos_R: np.ndarray
+    read_RD: np.ndarray
+
+    def take(self, index: np.ndarray) -> RowTargets:
+        """Some of the targets, in the given order."""
+        return RowTargets(
+            layer_R=self.layer_R[index],
+            pos_R=self.pos_R[index],
+            read_RD=self.read_RD[index],
+        )
+
+
+class Chunk(NamedTuple):
+    """Targets that are pulled back together."""
+
+    row_C: np.ndarray  # indices of targets, highest layer first
+    n_positions: int  # nothing beyond is touched
+    capacity: int  # rows of the compiled program, the rest is padding
+
+
+def plan_chunks(
+    layer_R: np.ndarray, pos_R: np.ndarray, *, n_bands: int = 6, size: int = 256
+) -> list[Chunk]:
+    """Cut targets into chunks that are narrow in position and in layer.
+
+    A band of positions shares one compiled program, so there are few bands; within a
+    band, chunks follow the layers, so that a chunk starts low if its targets are low.
+
+    Args:
+      layer_R: layer of each target.
+      pos_R: position of each target.
+      n_bands: most position bands.
+      size: aimed rows per chunk.
+    """
+    if len(layer_R) == 0:
+        return []
+    chunks = []
+    for lo, hi in _bands(pos_R, n_bands):
+        rows = np.flatnonzero((pos_R >= lo) & (pos_R < hi))
+        if len(rows) == 0:
+            continue
+        rows = rows[np.argsort(-layer_R[rows], kind="stable")]
+        n_chunks = max(1, round(len(rows) / size))
+        capacity = 32 * -(-len(rows) // (32 * n_chunks))
+        chunks += [
+            Chunk(rows[i : i + capacity], hi, capacity)
+            for i in range(0, len(rows), capacity)
+        ]
+    return chunks
+
+
+def _bands(pos_R: np.ndarray, n_bands: int) -> list[tuple[int, int]]:
+    """Position bands [lo, hi) of about equal cost, cost being rows x positions."""
+    count_T = np.bincount(pos_R)
+    cost_T = np.cumsum(count_T * (1 + np.arange(len(count_T))))
+    marks = cost_T[-1] * np.arange(1, n_bands + 1) / n_bands
+    ends = sorted({int(i) + 1 for i in np.searchsorted(cost_T, marks * (1 - 1e-9))})
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+class _Stream(NamedTuple):
+    """The frozen stream on the device, all positions."""
+
+    blocks: Block
+    pattern_LHTS: Array
+    scale_LT: Array
+    skip: tuple[Array, Array] | None
+    tile_XTSD: Array
+    block_X: Array
+    first_L: Array
+    error_LTD: Array
+    embed_TD: Array
+
+
+@partial(jax.jit, static_argnames=("cfg", "P", "n_blocks"))
+def _pull_chunk(
+    stream: _Stream,
+    layer_C: Array,
+    pos_C: Array,
+    read_CD: Array,
+    *,
+    cfg: LMConfig,
+    P: int,
+    n_blocks: int,
+) -> tuple[Array, Array, Array]:
+    """Edges of one chunk: slots [B, P, C, S], errors [L, P, C], embeddings [P, C]."""
+    C, D = read_CD.shape
+    L, S = cfg.n_layers, stream.tile_XTSD.shape[2]
+    dtype = read_CD.dtype
+    row_C = jnp.arange(C)
+
+    def inject(g_PCD: Array, layer: Array | int) -> Array:
+        here_C = layer_C == layer
+        return g_PCD.at[pos_C, row_C].add(
+            jnp.where(here_C[:, None], read_CD, jnp.zeros((), dtype))
+        )
+
+    def contract(layer: Array, g_PCD: Array, edge_BPCS: Array, empty: Array) -> Array:
+        first, last = stream.first_L[layer], stream.first_L[layer + 1]
+
+        def tile(i: Array, edge_BPCS: Array) -> Array:
+            tile_PSD = stream.tile_XTSD[i, :P]
+            with jax.named_scope("edges"):
+                edge_PCS = jnp.einsum("PCD,PSD->PCS", g_PCD, tile_PSD)
+            return edge_BPCS.at[stream.block_X[i]].add(edge_PCS)
+
+        return jax.lax.fori_loop(jnp.where(empty, last, first), last, tile, edge_BPCS)
+
+    def level(step: Array, state: tuple[Array, Array, Array]) -> tuple:
+        g_PCD, edge_BPCS, error_LPC = state
+        layer = top - step
+        edge_BPCS = contract(layer, g_PCD, edge_BPCS, empty=(step == 0) & from_mid)
+        error_LPC = error_LPC.at[layer].set(
+            jnp.einsum("PCD,PD->PC", g_PCD, stream.error_LTD[layer, :P])
+        )
+        if stream.skip is not None:
+            diagonal_LTD, W_skip_LDD = stream.skip
+            back_PCD = jnp.einsum("PCE,DE->PCD", g_PCD, W_skip_LDD[layer])
+            g_PCD = g_PCD + back_PCD * diagonal_LTD[layer, :P][:, None, :]
+        g_PCD = inject(g_PCD, layer)
+        p = jax.tree.map(lambda leaf: leaf[layer], stream.blocks)
+        attention = partial(
+            frozen_attention,
+            p,
+            stream.pattern_LHTS[layer, :, :P, :P],
+            stream.scale_LT[layer, :P],
+            cfg=cfg,
+        )
+        with jax.named_scope("pull_attention"):
+            _, pull = jax.vjp(jax.vmap(attention, in_axes=1, out_axes=1), g_PCD)
+            g_PCD = g_PCD + pull(g_PCD)[0]
+        return g_PCD, edge_BPCS, error_LPC
+
+    top_read = jnp.max(layer_C)
+    from_mid = top_read < L  # nothing has been injected above the first contraction
+    top = jnp.minimum(top_read, L - 1)
+    g_PCD, edge_BPCS, error_LPC = jax.lax.fori_loop(
+        0,
+        top + 1,
+        level,
+        (
+            inject(jnp.zeros((P, C, D), dtype), L),
+            jnp.zeros((n_blocks, P, C, S), dtype),
+            jnp.zeros((L, P, C), dtype),
+        ),
+    )
+    embed_PC = jnp.einsum("PCD,PD->PC", g_PCD, stream.embed_TD[:P])
+    return edge_BPCS, error_LPC, embed_PC
+
+
+def edge_rows(
+    params: LMParams,
+    recording: Recording,
+    bank: SourceBank,
+    targets: RowTargets,
+    out_RN: np.ndarray,
+    *,
+    cfg: LMConfig,
+    source_pos_A: np.ndarray,
+    skip: tuple[Array, Array] | None = None,
+    n_bands: int = 6,
+    chunk_size: int = 256,
+    on_rows: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Write the direct effects of every source on every target into `out_RN`.
+
+    Args:
+      params: model weights (attention values, outputs and norms are used).
+      recording: the clean pass.
+      bank: packed sources.
+      targets: R directions.
+      out_RN: zeroed host array [R, A + L·T + T], filled in place: features, errors
+        layer-major, embeddings.
+      cfg: model shape.
+      source_pos_A: position of every source feature.
+      skip: linear path of the dictionary, see `jaxclt.lm.frozen.replay`.
+      n_bands: position bands, each one compilation.
+      chunk_size: targets pulled back together.
+      on_rows: called with the number of rows just finished.
+    """
+    L, T = bank.error_LTD.shape[:2]
+    A = len(source_pos_A)
+    stream = _Stream(
+        blocks=params.blocks,
+        pattern_LHTS=recording.frozen.pattern_LHTS,
+        scale_LT=recording.frozen.attn_scale_LT,
+        skip=skip,
+        tile_XTSD=jnp.asarray(bank.tile_XTSD),
+        block_X=jnp.asarray(bank.block_X),
+        first_L=jnp.asarray(bank.first_L),
+        error_LTD=jnp.asarray(bank.error_LTD),
+        embed_TD=jnp.asarray(bank.embed_TD),
+    )
+    block_A, place_A = np.divmod(bank.slot_A, bank.width)
+    for chunk in plan_chunks(
+        targets.layer_R, targets.pos_R, n_bands=n_bands, size=chunk_size
+    ):
+        n, P = len(chunk.row_C), chunk.n_positions
+        part = targets.take(chunk.row_C)
+        pad = chunk.capacity - n
+        edge_BPCS, error_LPC, embed_PC = _pull_chunk(
+            stream,
+            jnp.asarray(np.pad(part.layer_R, (0, pad), constant_values=-1)),
+            jnp.asarray(np.pad(part.pos_R, (0, pad))),
+            jnp.asarray(np.pad(part.read_RD, ((0, pad), (0, 0)))),
+            cfg=cfg,
+            P=P,
+            n_blocks=bank.n_blocks,
+        )
+        row_C = chunk.row_C
+        near = np.flatnonzero(source_pos_A < P)
+        edge = np.asarray(edge_BPCS)[block_A[near], source_pos_A[near], :n, place_A[near]]
+        out_RN[row_C[:, None], near[None, :]] = edge.T
+        columns = A + (np.arange(L)[:, None] * T + np.arange(P)[None, :]).ravel()
+        out_RN[row_C[:, None], columns[None, :]] = (
+            np.asarray(error_LPC)[:, :, :n].reshape(L * P, n).T
+        )
+        out_RN[row_C, A + L * T : A + L * T + P] = np.asarray(embed_PC)[:, :n].T
+        on_rows(n)
