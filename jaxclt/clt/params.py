@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -33,24 +35,36 @@ def init(
       skip: add a small random linear path.
     """
     L, F, D = cfg.n_layers, cfg.n_features, cfg.d_model
-    k_enc, k_dec, k_b, k_c, k_skip = jax.random.split(key, 5)
-
-    def uniform(k: Array, shape: tuple[int, ...], bound: float) -> Array:
-        return jax.random.uniform(k, shape, dtype, -bound, bound)
-
-    scale = 0.1 if biases else 0.0
+    shapes = {
+        "W_enc_LFD": ((L, F, D), F**-0.5),
+        "b_enc_LF": ((L, F), 0.1 if biases else 0.0),
+        "b_dec_LD": ((L, D), 0.1 if biases else 0.0),
+        "W_skip_LDD": ((L, D, D), 0.1 * D**-0.5 if skip else 0.0),
+        "W_dec": ((sum(cfg.n_writes(layer) for layer in range(L)), F, D), (L * D) ** -0.5),
+    }
+    sizes = [math.prod(shape) for shape, _ in shapes.values()]
+    # One long draw, cut into leaves: a sampler per shape would compile per shape.
+    flat = jax.random.uniform(key, (sum(sizes),), dtype, -1, 1)
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    leaf = {
+        name: flat[end - size : end].reshape(shape) * bound
+        for (name, (shape, bound)), size, end in zip(
+            shapes.items(), sizes, ends, strict=True
+        )
+    }
+    first = [sum(cfg.n_writes(i) for i in range(layer)) for layer in range(L)]
     return CLTParams(
-        W_enc_LFD=uniform(k_enc, (L, F, D), F**-0.5),
-        b_enc_LF=uniform(k_b, (L, F), scale),
+        W_enc_LFD=leaf["W_enc_LFD"],
+        b_enc_LF=leaf["b_enc_LF"],
         W_dec=tuple(
-            uniform(k, (F, cfg.n_writes(layer), D), (L * D) ** -0.5)
-            for layer, k in enumerate(jax.random.split(k_dec, L))
+            leaf["W_dec"][i : i + cfg.n_writes(layer)].transpose(1, 0, 2)
+            for layer, i in enumerate(first)
         ),
-        b_dec_LD=uniform(k_c, (L, D), scale),
+        b_dec_LD=leaf["b_dec_LD"],
         theta_LF=(
             jnp.full((L, F), theta, dtype) if cfg.activation == "jumprelu" else None
         ),
-        W_skip_LDD=uniform(k_skip, (L, D, D), 0.1 * D**-0.5) if skip else None,
+        W_skip_LDD=leaf["W_skip_LDD"] if skip else None,
     )
 
 

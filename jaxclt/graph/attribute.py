@@ -22,7 +22,7 @@ from jaxclt.graph.bank import SourceBank, source_bank
 from jaxclt.graph.explore import arrived_influence, next_features
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.prune import prune, solve_influence
-from jaxclt.graph.rows import RowTargets, edge_rows
+from jaxclt.graph.rows import Plan, RowTargets, edge_rows, make_plan, pull_flops
 from jaxclt.graph.scores import shares_total
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import bias_reads
@@ -42,8 +42,8 @@ class AttributeConfig:
     edge_threshold: float = 0.98
     convention: Literal["paper", "circuit-tracer"] = "paper"
     precision: str = "highest"  # of matmuls; accelerators default to less than float32
-    chunk_size: int = 256  # targets pulled back together
-    n_bands: int = 6  # position bands, one compilation each
+    chunk_size: int = 256  # most targets pulled back together
+    n_bands: int | None = None  # position bands, one compilation each; None: chosen
     rows_per_update: int = 512  # rows between two rankings when not all are computed
 
 
@@ -162,24 +162,36 @@ class _Rows:
         self.total_R = np.zeros(n_rows)
         self.feature_R = np.full(n_rows, self.A, np.int64)  # A: not computed
         self.done = 0
+        self.plan = self._plan()
+
+    def _plan(self) -> Plan:
+        """One plan for all rows of the prompt, so that nothing compiles twice."""
+        usable = np.flatnonzero(self.usable_A)
+        stride = max(1, len(usable) // max(self.n_selected, 1))
+        last = np.full(self.K, self.T - 1)
+        return make_plan(
+            np.concatenate([self.active.pos_A[usable[::stride]], last]),
+            n_tokens=self.T,
+            flops_per_position=pull_flops(self.cfg, self.bank),
+            n_bands=self.config.n_bands,
+            chunk_size=self.config.chunk_size,
+        )
 
     def read(self, feature: np.ndarray) -> RowTargets:
-        """Directions of some features, or of target k given as -1 - k."""
-        if (feature >= 0).all():
-            a = self.active
-            return RowTargets(
-                layer_R=a.layer_A[feature],
-                pos_R=a.pos_A[feature],
-                read_RD=a.read_AD[feature],
-            )
-        K, last = self.K, self.T - 1
-        gain_D = np.asarray(self.params.norm_out_D)
+        """Directions of features, and of target k given as -1 - k."""
+        a, last = self.active, self.T - 1
+        is_target = feature < 0
+        layer = np.full(len(feature), self.L, np.int32)
+        pos = np.full(len(feature), last, np.int32)
+        read = np.empty((len(feature), self.cfg.d_model), self.edge_RN.dtype)
+        chosen = feature[~is_target]
+        layer[~is_target], pos[~is_target] = a.layer_A[chosen], a.pos_A[chosen]
+        read[~is_target] = a.read_AD[chosen]
         scale = np.asarray(self.recording.frozen.out_scale_T)[last]
-        return RowTargets(
-            layer_R=np.full(K, self.L, np.int32),
-            pos_R=np.full(K, last, np.int32),
-            read_RD=np.asarray(self.targets.vec_KD) * gain_D[None, :] * scale,
-        )
+        out_D = np.asarray(self.params.norm_out_D) * scale
+        vec_KD = np.asarray(self.targets.vec_KD)
+        read[is_target] = vec_KD[-1 - feature[is_target]] * out_D[None, :]
+        return RowTargets(layer_R=layer, pos_R=pos, read_RD=read)
 
     def compute(self, feature: np.ndarray, on_rows: Callable[[int, int], None]) -> None:
         """Append the rows of some features (or of all targets)."""
@@ -199,10 +211,9 @@ class _Rows:
             self.read(feature),
             edge_RN,
             cfg=self.cfg,
+            plan=self.plan,
             source_pos_A=self.active.pos_A,
             skip=self.active.skip,
-            n_bands=self.config.n_bands,
-            chunk_size=self.config.chunk_size,
             on_rows=report,
         )
         self.total_R[start : start + n] = np.abs(edge_RN).sum(1)
@@ -211,13 +222,13 @@ class _Rows:
 
     def explore(self, on_rows: Callable[[int, int], None]) -> np.ndarray:
         """Compute the targets' rows, then features' until a limit; those features."""
-        self.compute(-1 - np.arange(self.K), on_rows)
+        target = -1 - np.arange(self.K)
         everything = self.n_selected == int(self.usable_A.sum())
         if everything and self.config.tolerance <= 0:
             selected = np.flatnonzero(self.usable_A)
-            if len(selected):
-                self.compute(selected, on_rows)
+            self.compute(np.concatenate([target, selected]), on_rows)
             return selected
+        self.compute(target, on_rows)
         open_A = self.usable_A.copy()
         weight_K = np.asarray(self.targets.prob_K, np.float64)
         weight_K = weight_K / weight_K.sum()

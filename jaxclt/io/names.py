@@ -1,0 +1,221 @@
+"""Where every leaf of LMParams lies in files, as one table, and how to fill it.
+
+A file stores a matrix as [out, in] and keeps heads and their channels in one axis; ours
+are input-first with separate axes. A row of the table says both: `stored` lists the
+axes in the file, one word each, where "HC" is one axis of length H * C; the suffix of
+the leaf says the order that is wanted.
+
+llama.cpp rotates neighbouring channels (2j, 2j + 1) while Hugging Face and this library
+rotate the halves (j, j + C/2), so GGUF files hold the rows of query and key heads
+interleaved; rows marked `rotary` are put back in the order of halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxclt.errors import InputError
+from jaxclt.lm.config import LMConfig
+from jaxclt.types import Block, LMParams
+
+__all__ = ["LLAMA", "Row", "Source", "from_leaf", "read_params", "tensor_name"]
+__all__ += ["to_leaf"]
+
+Source = Literal["hf", "gguf"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One leaf: its name here and in files, and the axes of the stored tensor."""
+
+    leaf: str
+    hf: str
+    gguf: str
+    stored: str
+    option: str | None = None  # the leaf exists only where this option is on
+    rotary: bool = False  # GGUF interleaves the channels
+
+    @property
+    def axes(self) -> str:
+        """Axes of one layer of the leaf, in order."""
+        return self.leaf.rpartition("_")[2].removeprefix("L")
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether the leaf is stacked over layers (a field of Block)."""
+        return "{i}" in self.hf
+
+
+def _layer(leaf: str, hf: str, gguf: str, stored: str, **kw) -> Row:
+    return Row(leaf, f"model.layers.{{i}}.{hf}", f"blk.{{i}}.{gguf}", stored, **kw)
+
+
+_ATTN = {"option": "attention_bias"}
+_MLP = {"option": "mlp_bias"}
+
+# fmt: off
+LLAMA: tuple[Row, ...] = (
+    Row("embed_VD", "model.embed_tokens.weight", "token_embd.weight", "V D"),
+    Row("norm_out_D", "model.norm.weight", "output_norm.weight", "D"),
+    Row("unembed_DV", "lm_head.weight", "output.weight", "V D", option="untied"),
+    _layer("norm_attn_LD", "input_layernorm.weight", "attn_norm.weight", "D"),
+    _layer("q_LDHC", "self_attn.q_proj.weight", "attn_q.weight", "HC D", rotary=True),
+    _layer("k_LDGC", "self_attn.k_proj.weight", "attn_k.weight", "GC D", rotary=True),
+    _layer("v_LDGC", "self_attn.v_proj.weight", "attn_v.weight", "GC D"),
+    _layer("o_LHCD", "self_attn.o_proj.weight", "attn_output.weight", "D HC"),
+    _layer("norm_mlp_LD", "post_attention_layernorm.weight", "ffn_norm.weight", "D"),
+    _layer("gate_LDI", "mlp.gate_proj.weight", "ffn_gate.weight", "I D"),
+    _layer("up_LDI", "mlp.up_proj.weight", "ffn_up.weight", "I D"),
+    _layer("down_LID", "mlp.down_proj.weight", "ffn_down.weight", "D I"),
+    _layer("q_bias_LHC", "self_attn.q_proj.bias", "attn_q.bias", "HC", rotary=True,
+           **_ATTN),
+    _layer("k_bias_LGC", "self_attn.k_proj.bias", "attn_k.bias", "GC", rotary=True,
+           **_ATTN),
+    _layer("v_bias_LGC", "self_attn.v_proj.bias", "attn_v.bias", "GC", **_ATTN),
+    _layer("o_bias_LD", "self_attn.o_proj.bias", "attn_output.bias", "D", **_ATTN),
+    _layer("gate_bias_LI", "mlp.gate_proj.bias", "ffn_gate.bias", "I", **_MLP),
+    _layer("up_bias_LI", "mlp.up_proj.bias", "ffn_up.bias", "I", **_MLP),
+    _layer("down_bias_LD", "mlp.down_proj.bias", "ffn_down.bias", "D", **_MLP),
+)
+# fmt: on
+
+
+def tensor_name(row: Row, source: Source, layer: int = 0) -> str:
+    """Name of the stored tensor of one layer."""
+    return getattr(row, source).format(i=layer)
+
+
+def to_leaf(w: np.ndarray, row: Row, cfg: LMConfig, source: Source) -> np.ndarray:
+    """One stored tensor -> the leaf of one layer, axes as `row.axes`; a view if it can.
+
+    Raises:
+      ValueError: if the shape of `w` is not that of `row.stored`.
+    """
+    letters, split, joined = _shapes(row, cfg)
+    if w.shape != joined:
+        raise ValueError(f"shape {w.shape} instead of {joined}")
+    w = w.reshape(split)
+    if source == "gguf" and row.rotary:
+        w = _halves(w, letters.index("C"))
+    return w.transpose([letters.index(x) for x in row.axes])
+
+
+def from_leaf(leaf: np.ndarray, row: Row, cfg: LMConfig) -> np.ndarray:
+    """Inverse of `to_leaf` for Hugging Face files."""
+    letters, _, joined = _shapes(row, cfg)
+    return leaf.transpose([row.axes.index(x) for x in letters]).reshape(joined)
+
+
+def read_params(
+    get: Callable[[str], np.ndarray],
+    names: Collection[str],
+    cfg: LMConfig,
+    *,
+    source: Source,
+    where: str,
+    options: Collection[str],
+    ignore: Callable[[str], bool] = lambda name: False,
+) -> LMParams:
+    """Fill LMParams (float32) from named tensors.
+
+    Args:
+      get: name -> float32 array in the stored shape; called from several threads.
+      names: every tensor that the file holds.
+      cfg: sizes of the model.
+      source: whose names and channel order the file uses.
+      where: the file or directory, for messages.
+      options: which optional leaves the model has (values of `Row.option`).
+      ignore: tensors that may be left unread.
+
+    Raises:
+      InputError: for a missing, unknown, wrongly shaped or not finite tensor.
+    """
+    rows = [row for row in LLAMA if row.option is None or row.option in options]
+    jobs = [
+        (row, i, tensor_name(row, source, i))
+        for row in rows
+        for i in range(cfg.n_layers if row.per_layer else 1)
+    ]
+    _check_names({name for _, _, name in jobs}, names, where, ignore)
+
+    size = _sizes(cfg)
+    leaves = {
+        row.leaf: np.empty(
+            [cfg.n_layers] * row.per_layer + [size[x] for x in row.axes], np.float32
+        )
+        for row in rows
+    }
+
+    def fill(job: tuple[Row, int, str]) -> None:
+        row, i, name = job
+        w = get(name)
+        if not np.isfinite(w).all():
+            raise InputError(f"{where}: tensor {name} contains NaN or infinity")
+        try:
+            leaf = to_leaf(w, row, cfg, source)
+        except ValueError as error:
+            raise InputError(
+                f"{where}: tensor {name} has {error}, which the config asks for"
+            ) from error
+        leaves[row.leaf][i if row.per_layer else ...] = leaf
+
+    # Most of the time is numpy on large arrays, which releases the interpreter lock.
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(fill, jobs):
+            pass
+
+    # Popped as they go: two copies of a large model may not fit.
+    arrays = {name: jnp.asarray(leaves.pop(name)) for name in list(leaves)}
+    blocks = Block(**{r.leaf: arrays.pop(r.leaf) for r in rows if r.per_layer})
+    return LMParams(blocks=blocks, **arrays)
+
+
+def _check_names(
+    wanted: set[str],
+    names: Collection[str],
+    where: str,
+    ignore: Callable[[str], bool],
+) -> None:
+    present = set(names)
+    for name in sorted(wanted - present):
+        raise InputError(f"{where}: tensor {name} is missing from the weights")
+    # An unread tensor means the model computes something that this library does not.
+    for name in sorted(present - wanted):
+        if not ignore(name):
+            raise InputError(
+                f"{where}: tensor {name} does not belong to a llama model of this "
+                "config; its weights and its config disagree"
+            )
+
+
+def _sizes(cfg: LMConfig) -> dict[str, int]:
+    return {
+        "D": cfg.d_model,
+        "H": cfg.n_heads,
+        "G": cfg.n_kv_heads,
+        "C": cfg.d_head,
+        "I": cfg.d_mlp,
+        "V": cfg.d_vocab,
+    }
+
+
+def _shapes(row: Row, cfg: LMConfig) -> tuple[str, list[int], tuple[int, ...]]:
+    """Letters of the stored axes, their sizes apart, and the stored shape."""
+    size = _sizes(cfg)
+    words = row.stored.split()
+    joined = tuple(int(np.prod([size[x] for x in word])) for word in words)
+    letters = "".join(words)
+    return letters, [size[x] for x in letters], joined
+
+
+def _halves(w: np.ndarray, axis: int) -> np.ndarray:
+    """Reorder channels x0 y0 x1 y1 ... -> x0 x1 ... y0 y1 ... along `axis`."""
+    before, C, after = w.shape[:axis], w.shape[axis], w.shape[axis + 1 :]
+    pairs = w.reshape(*before, C // 2, 2, *after)
+    return pairs.swapaxes(axis, axis + 1).reshape(w.shape)

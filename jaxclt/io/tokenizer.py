@@ -1,0 +1,231 @@
+"""Text to token ids and back, through Hugging Face fast tokenizers.
+
+A tokenizer.json is taken as it stands: transformers' own classes rebuild some
+tokenizers from their vocabulary instead. A GGUF file's tokenizer is rebuilt from its
+vocabulary and merges, since transformers needs torch and many seconds for that.
+transformers is imported when a tokenizer is loaded, not with this module.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxclt.errors import InputError
+from jaxclt.io.weights_gguf import GGUFFile, open_gguf
+from jaxclt.io.weights_safetensors import read_json
+
+__all__ = ["Bos", "Tokenizer", "load_tokenizer"]
+
+Bos = Literal["auto", "always", "never"]
+
+_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+_GGUF_IDS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+}
+# What llama.cpp calls the rule that cuts text before merging: whether every digit is
+# on its own, ahead of GPT-2's byte-level rule.
+_DIGITS_APART = {"gpt-2": False, "gpt2": False, "smollm": True}
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A loaded tokenizer; ids that it does not have are None."""
+
+    backend: Any  # a transformers fast tokenizer
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    special_ids: frozenset[int]
+    vocab_size: int  # with added tokens
+
+    def encode(self, text: str, bos: Bos = "auto") -> list[int]:
+        """Token ids of `text`; special tokens written out in it are recognised.
+
+        Args:
+          text: the prompt.
+          bos: "never" adds nothing. "always" puts the bos token first. "auto" does so
+            unless the text starts with a special token; a tokenizer without bos lends
+            its pad, eos or another special token, in this order, and one that has none
+            adds nothing. This is circuit-tracer's rule: models treat their first
+            position apart, and no word should have to be there.
+
+        Raises:
+          InputError: for an unknown `bos`, or "always" when there is no bos token.
+        """
+        if bos not in ("auto", "always", "never"):
+            raise InputError(f"bos must be auto, always or never, not {bos!r}")
+        ids = list(self.backend.encode(text, add_special_tokens=False))
+        if bos == "never" or (bos == "always" and ids[:1] == [self.bos_id]):
+            return ids
+        if bos == "always":
+            if self.bos_id is None:
+                raise InputError("this tokenizer has no bos token: use --bos auto")
+            return [self.bos_id, *ids]
+        if ids and ids[0] in self.special_ids:
+            return ids
+        known = (self.bos_id, self.pad_id, self.eos_id, *sorted(self.special_ids))
+        first = [i for i in known if i is not None][:1]
+        return first + ids
+
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        """Each token as text of its own, with the space that it begins with.
+
+        A token that holds part of a character only reads as U+FFFD.
+        """
+        return [self._string(int(i)) for i in ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a whole sequence, special tokens included."""
+        return self.backend.decode(
+            [int(i) for i in ids],
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
+        )
+
+    def _string(self, i: int) -> str:
+        text = self.decode([i])
+        # SentencePiece decoders strip the space of what they take for the first word.
+        piece = self.backend.convert_ids_to_tokens(i) or ""
+        return f" {text}" if piece.startswith("▁") and text[:1] != " " else text
+
+
+def load_tokenizer(source: str | os.PathLike[str] | GGUFFile) -> Tokenizer:
+    """Load the tokenizer of a local directory or GGUF file; never uses the network.
+
+    A tokenizer.json beside a GGUF file is preferred to what the file itself says.
+
+    Raises:
+      InputError: if there is no tokenizer, it is damaged, or a GGUF file's kind of
+        tokenizer is not supported.
+    """
+    path = source.path if isinstance(source, GGUFFile) else Path(source)
+    folder = path if path.is_dir() else path.parent
+    if (folder / "tokenizer.json").is_file():
+        return _wrap(_from_json(folder))
+    if path.is_dir():
+        return _wrap(_from_directory(path))
+    return _wrap(
+        _from_gguf(source if isinstance(source, GGUFFile) else open_gguf(path))
+    )
+
+
+def _wrap(backend: Any) -> Tokenizer:
+    return Tokenizer(
+        backend=backend,
+        bos_id=backend.bos_token_id,
+        eos_id=backend.eos_token_id,
+        pad_id=backend.pad_token_id,
+        special_ids=frozenset(backend.all_special_ids),
+        vocab_size=len(backend),
+    )
+
+
+def _transformers() -> Any:
+    # Without torch, transformers says at import that models are unavailable.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
+
+
+def _from_json(folder: Path) -> Any:
+    """tokenizer.json, with the special tokens that tokenizer_config.json names."""
+    special = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            config = read_json(folder / name)
+            special |= {key: _text(config[key]) for key in _SPECIAL if config.get(key)}
+            more = config.get("extra_special_tokens") or config.get(
+                "additional_special_tokens"
+            )
+            if isinstance(more, list):
+                special["additional_special_tokens"] = [_text(token) for token in more]
+    file = folder / "tokenizer.json"
+    fast = _transformers().PreTrainedTokenizerFast
+    try:
+        return fast(tokenizer_file=str(file), **special)
+    except Exception as error:  # the Rust tokenizer raises a bare Exception
+        raise InputError(f"{file} is damaged ({_line(error)})") from error
+
+
+def _from_directory(folder: Path) -> Any:
+    """Any other tokenizer files that transformers knows (a SentencePiece model)."""
+    try:
+        auto = _transformers().AutoTokenizer
+        return auto.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        raise InputError(
+            f"{folder} holds no tokenizer that can be loaded (no tokenizer.json; "
+            f"{_line(error)})"
+        ) from error
+
+
+def _from_gguf(file: GGUFFile) -> Any:
+    """Rebuild a byte-level BPE tokenizer from GGUF metadata."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Fast
+
+    meta = file.meta
+    kind, rule = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or rule not in _DIGITS_APART:
+        raise InputError(
+            f"{file.path}: tokenizer {kind!r} with pre-tokenizer {rule!r} is not "
+            f"supported (only 'gpt2' with {', '.join(_DIGITS_APART)}); put the "
+            "model's tokenizer.json beside the file"
+        )
+    try:
+        tokens = list(meta["tokenizer.ggml.tokens"])
+        types = list(meta["tokenizer.ggml.token_type"])
+        merges = [tuple(m.split(" ")) for m in meta["tokenizer.ggml.merges"]]
+        vocab = {token: i for i, token in enumerate(tokens)}
+        special = _gguf_special(meta, tokens)
+        fast = Fast(models.BPE(vocab=vocab, merges=merges))
+        by_type = list(zip(tokens, types, strict=True))
+    except Exception as error:  # the Rust tokenizer raises a bare Exception
+        raise InputError(
+            f"{file.path}: its tokenizer is damaged ({_line(error)})"
+        ) from error
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    apart = _DIGITS_APART[rule]
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, bytes_] if apart else [bytes_]
+    )
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(
+        [AddedToken(t, normalized=False) for t, kind in by_type if kind == _CONTROL]
+    )
+    fast.add_tokens(
+        [AddedToken(t, normalized=False) for t, k in by_type if k == _USER_DEFINED]
+    )
+    return _transformers().PreTrainedTokenizerFast(tokenizer_object=fast, **special)
+
+
+def _gguf_special(meta: dict[str, Any], tokens: list[str]) -> dict[str, str]:
+    """Names of the bos, eos, pad and unknown tokens."""
+    special = {
+        name: tokens[meta[key]] for name, key in _GGUF_IDS.items() if key in meta
+    }
+    # SmolLM2 files exist whose eos is their bos; a tool that pads with eos would then
+    # mask the first position.
+    end = "<|im_end|>"
+    if end in tokens and special.get("eos_token") == special.get("bos_token"):
+        special |= {"eos_token": end, "pad_token": end}
+    return special
+
+
+def _text(token: Any) -> str:
+    """A token as transformers writes it: a string or an object with `content`."""
+    return str(token.get("content", "")) if isinstance(token, dict) else str(token)
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

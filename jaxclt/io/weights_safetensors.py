@@ -1,0 +1,141 @@
+"""Open the safetensors weights of a directory in the Hugging Face layout.
+
+Either one `model.safetensors`, or shards with `model.safetensors.index.json`. Tensors
+are read one at a time when asked for. Pickled weights are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxclt.errors import InputError
+
+__all__ = ["Weights", "open_weights", "read_json"]
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Weights(NamedTuple):
+    """Named tensors of a model on disk."""
+
+    names: frozenset[str]
+    get: Callable[[str], np.ndarray]  # -> float32, in the stored shape
+    files: tuple[Path, ...]
+
+
+def open_weights(directory: Path) -> Weights:
+    """Open all weight files of `directory` and list their tensors; reads no data yet.
+
+    Raises:
+      InputError: when there are only pickled weights or none, or when a file is
+        truncated, damaged or missing. `get` raises it for a missing tensor or one that
+        is not of a floating point type.
+    """
+    if (directory / _SINGLE).is_file():
+        files = (directory / _SINGLE,)
+        wanted = None
+    elif (directory / _INDEX).is_file():
+        wanted = _read_index(directory / _INDEX)
+        files = tuple(directory / name for name in sorted(set(wanted.values())))
+    else:
+        raise InputError(_nothing_to_open(directory))
+
+    where = _locate(files, wanted)
+
+    def get(name: str) -> np.ndarray:
+        if name not in where:
+            raise InputError(f"{directory}: tensor {name} is missing from the weights")
+        try:
+            return _read(where[name], name)
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{directory}: cannot read tensor {name} ({_line(error)})"
+            ) from error
+
+    return Weights(frozenset(where), get, files)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+      InputError: if the file is missing, is no JSON, or holds no object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON ({_line(error)})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object")
+    return value
+
+
+def _locate(files: Sequence[Path], wanted: dict[str, str] | None) -> dict[str, Any]:
+    """Tensor name -> open file; `wanted` is the index of shards, if there is one."""
+    where = {}
+    for file in files:
+        handle = _open(file)
+        names = set(handle.keys())
+        listed = {n for n, shard in (wanted or {}).items() if shard == file.name}
+        for name in sorted(listed - names):
+            raise InputError(
+                f"{file}: tensor {name} is missing although {_INDEX} lists it; "
+                "fetch the model again"
+            )
+        where |= dict.fromkeys(names if wanted is None else listed, handle)
+    return where
+
+
+def _read(handle: Any, name: str) -> np.ndarray:
+    kind = handle.get_slice(name).get_dtype()
+    if kind not in _FLOATS:
+        raise TypeError(f"its type is {kind}, supported: {', '.join(_FLOATS)}")
+    return np.asarray(handle.get_tensor(name)).astype(np.float32)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    wanted = read_json(path).get("weight_map")
+    if not isinstance(wanted, dict) or not wanted:
+        raise InputError(f"{path} has no weight_map; fetch the model again")
+    for shard in wanted.values():
+        # A shard lies beside its index: an index must not reach elsewhere.
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise InputError(f"{path} names a shard outside its directory: {shard!r}")
+    return wanted
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise InputError(f"shard {path} is missing; fetch the model again")
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is truncated or no safetensors file ({_line(error)}); "
+            "fetch the model again"
+        ) from error
+
+
+def _nothing_to_open(directory: Path) -> str:
+    pickled = sorted(p.name for glob in _PICKLED for p in directory.glob(glob))
+    if pickled:
+        return (
+            f"{directory} holds only pickled weights ({pickled[0]}), which are never "
+            "opened: convert them to safetensors"
+        )
+    return f"{directory} holds no {_SINGLE} and no {_INDEX}"
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,160 @@
+"""One call for a tiny model, a dictionary, and its graph, small enough to check by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxclt.clt import params as clt_params
+from jaxclt.clt.active import Active, StoreDictionary
+from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.store import ParamsStore
+from jaxclt.graph.attribute import AttributeConfig, attribute_recording
+from jaxclt.graph.graph import Graph, GraphMeta
+from jaxclt.graph.targets import salient_targets
+from jaxclt.lm import params as lm_params
+from jaxclt.lm.config import LMConfig
+from jaxclt.lm.run import record
+from jaxclt.replacement.local import LocalReplacement, local_replacement
+from jaxclt.types import CLTParams, LMParams, Recording, Targets
+
+__all__ = ["Tiny", "tiny"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiny:
+    """A random model with a random dictionary, recorded on a random prompt."""
+
+    cfg: LMConfig
+    params: LMParams
+    clt_cfg: CLTConfig
+    clt: CLTParams
+    token_T: Array
+    recording: Recording
+    targets: Targets
+
+    @property
+    def dictionary(self) -> StoreDictionary:
+        """The dictionary as tracing takes it."""
+        return StoreDictionary(ParamsStore(self.clt, self.clt_cfg), name="tiny")
+
+    @property
+    def active(self) -> Active:
+        """Its active features on the prompt."""
+        return self.dictionary.active(self.params, self.recording, self.cfg)
+
+    @property
+    def lrm(self) -> LocalReplacement:
+        """The local replacement model of the prompt."""
+        return local_replacement(
+            self.params, self.clt, self.recording, cfg=self.cfg, clt_cfg=self.clt_cfg
+        )
+
+    @property
+    def meta(self) -> GraphMeta:
+        """Meta data with made-up token strings."""
+        tokens = tuple(f" t{i}" for i in self.token_T)
+        targets = tuple(f" t{i}" for i in self.targets.token_K)
+        return GraphMeta(
+            model="tiny",
+            dictionary="tiny",
+            prompt="".join(tokens),
+            tokens=tokens,
+            target_tokens=targets,
+            n_layers=self.cfg.n_layers,
+        )
+
+    def graph(self, config: AttributeConfig | None = None) -> Graph:
+        """The attribution graph of the prompt; all features unless `config` says."""
+        return attribute_recording(
+            self.params,
+            self.recording,
+            self.active,
+            self.targets,
+            cfg=self.cfg,
+            meta=self.meta,
+            config=config or AttributeConfig(max_features=None),
+        )
+
+
+_init_lm = jax.jit(
+    lm_params.init, static_argnames=("cfg", "dtype", "tied", "biases")
+)
+_init_clt = jax.jit(
+    clt_params.init, static_argnames=("cfg", "dtype", "biases", "skip")
+)
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _record(params: LMParams, token_T: Array, cfg: LMConfig) -> Recording:
+    return record(params, token_T, cfg=cfg)
+
+
+def tiny(
+    seed: int = 0,
+    *,
+    n_layers: int = 4,
+    n_kv_heads: int = 2,
+    n_tokens: int = 6,
+    n_features: int = 20,
+    span: int | None = None,
+    activation: str = "jumprelu",
+    read: str = "resid_mid",
+    biases: bool = True,
+    tied: bool = False,
+    skip: bool = False,
+    dtype: jnp.dtype | type = jnp.float32,
+) -> Tiny:
+    """Make a random model and dictionary from a seed.
+
+    Args:
+      seed: of everything random.
+      n_layers: L.
+      n_kv_heads: 4 for plain attention, fewer for grouped queries.
+      n_tokens: prompt length.
+      n_features: per layer.
+      span: decoder span, None for a full CLT.
+      activation: of the dictionary.
+      read: where it reads.
+      biases: in the model and the dictionary.
+      tied: share embedding and unembedding.
+      skip: give the dictionary a linear path.
+      dtype: float64 needs jax's x64 mode.
+    """
+    key_lm, key_clt, key_tokens = jax.random.split(jax.random.key(seed), 3)
+    cfg = LMConfig(
+        n_layers=n_layers,
+        d_model=16,
+        n_heads=4,
+        n_kv_heads=n_kv_heads,
+        d_head=4,
+        d_mlp=24,
+        d_vocab=40,
+        n_ctx=64,
+    )
+    clt_cfg = CLTConfig(
+        n_layers=n_layers,
+        d_model=16,
+        n_features=n_features,
+        span=span or n_layers,
+        activation=activation,  # pyright: ignore[reportArgumentType]
+        k=4 if activation == "topk" else None,
+        read=read,  # pyright: ignore[reportArgumentType]
+    )
+    params = _init_lm(key_lm, cfg=cfg, dtype=dtype, tied=tied, biases=biases)
+    clt = _init_clt(key_clt, cfg=clt_cfg, dtype=dtype, biases=biases, skip=skip)
+    token_T = jax.random.randint(key_tokens, (n_tokens,), 0, cfg.d_vocab, jnp.int32)
+    recording = _record(params, token_T, cfg)
+    return Tiny(
+        cfg=cfg,
+        params=params,
+        clt_cfg=clt_cfg,
+        clt=clt,
+        token_T=token_T,
+        recording=recording,
+        targets=salient_targets(params, recording.out_TD[-1]),
+    )

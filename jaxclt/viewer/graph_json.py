@@ -1,0 +1,313 @@
+"""A pruned graph in the JSON that circuit-tracer and Neuronpedia read.
+
+`graph_json` turns the kept part of a `Graph` into ``{metadata, qParams, nodes,
+links}`` and `validate` checks such a document, ours or another tool's, before it is
+written or shown. What the schema has no place for (scores, certificate, the
+dictionary's name) lies under the top-level key ``jaxclt``, which other readers skip.
+
+Identities the tests check: the links are exactly ``graph.pruning.keep_edge_RN`` with
+the weights of ``graph.edge_RN``; a node's ``influence`` is the share of all influence
+held by it and every more influential node.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from importlib import resources
+from typing import Any
+
+import jsonschema
+import numpy as np
+
+from jaxclt.errors import InputError
+from jaxclt.graph.graph import Graph
+
+__all__ = ["VIRTUAL_TOKEN", "finite", "graph_json", "validate"]
+
+# Custom directions have no vocabulary entry. Readers want a non-negative integer in
+# the node id, so they are numbered from here, above every real vocabulary.
+VIRTUAL_TOKEN = 1 << 24
+
+_MAX_MESSAGE = 240
+
+
+def graph_json(
+    graph: Graph, *, slug: str, scores: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """State the kept nodes and links of ``graph`` in the shared schema.
+
+    Features and errors without a kept link are dropped; embeddings and logits always
+    stay. Strings are well-formed Unicode and numbers finite, so ``json.dumps(doc,
+    allow_nan=False)`` and any encoding work.
+
+    Args:
+        graph: what to show; ``graph.pruning`` says which part.
+        slug: name of the graph; characters outside ``[a-zA-Z0-9_.-]`` become ``-``.
+        scores: scores, certificate or a whole report, kept under ``jaxclt.scores``.
+
+    Raises:
+        InputError: a kept weight, an activation or an influence is not finite.
+    """
+    _require_finite(graph)
+    row_R, col_R = np.nonzero(graph.pruning.keep_edge_RN)
+    weight_R = graph.edge_RN[row_R, col_R].astype(np.float32)
+    # Nodes are numbered as columns, then logits: a row of a feature is its column.
+    n_cols, n_features = len(graph.influence_N), graph.n_features
+    target_R = np.where(row_R < n_features, row_R, row_R - n_features + n_cols)
+    shown = np.zeros(n_cols + graph.n_targets, bool)
+    shown[col_R] = shown[target_R] = True
+    shown[graph.embed_cols] = shown[n_cols:] = True
+
+    node_by_index = _nodes(graph, shown)
+    ids = {index: node["node_id"] for index, node in node_by_index.items()}
+    # Through text: the shortest decimal that reads back as the same float32.
+    weights = weight_R.astype(np.str_).astype(np.float64).tolist()
+    links = [
+        {"source": ids[s], "target": ids[t], "weight": w}
+        for s, t, w in zip(col_R.tolist(), target_R.tolist(), weights, strict=True)
+    ]
+    return {
+        "metadata": _metadata(graph, slug),
+        "qParams": {
+            "pinnedIds": [],
+            "supernodes": [],
+            "linkType": "both",
+            "clickedId": "",
+            "sg_pos": "",
+        },
+        "nodes": list(node_by_index.values()),
+        "links": links,
+        "jaxclt": finite(
+            {
+                "model": _text(graph.meta.model),
+                "dictionary": _text(graph.meta.dictionary),
+                "convention": graph.meta.convention,
+                "version": graph.meta.version,
+                "hashes": dict(graph.meta.hashes),
+                "scores": scores,
+            }
+        ),
+    }
+
+
+def validate(doc: Any) -> None:
+    """Check a graph document against ``graph.schema.json`` and what it cannot say.
+
+    Beyond the schema: numbers are finite, node ids unique, links between listed nodes.
+
+    Raises:
+        InputError: names the first offending value's path, as ``$.nodes[3].layer``.
+    """
+    # jsonschema takes 50 us per link; their three keys are checked by hand below.
+    head = doc
+    if isinstance(doc, dict) and isinstance(doc.get("links"), list):
+        head = {**doc, "links": []}
+    error = next(_validator().iter_errors(head), None)
+    if error is not None:
+        raise _bad(error.json_path, error.message)
+    ids: set[str] = set()
+    for i, node in enumerate(doc["nodes"]):
+        if node["node_id"] in ids:
+            raise _bad(f"$.nodes[{i}].node_id", f"{node['node_id']!r} is used twice")
+        ids.add(node["node_id"])
+        for key, value in node.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise _bad(f"$.nodes[{i}].{key}", f"{value} is not a finite number")
+    for i, link in enumerate(doc["links"]):
+        _check_link(i, link, ids)
+
+
+def finite(value: Any) -> Any:
+    """Copy a JSON value with numpy scalars made plain and NaN or infinity made null."""
+    if isinstance(value, dict):
+        return {_text(str(k)): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return finite(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return _text(value) if isinstance(value, str) else value
+
+
+def _check_link(i: int, link: Any, ids: set[str]) -> None:
+    if not isinstance(link, dict):
+        raise _bad(f"$.links[{i}]", "is not an object")
+    for end in ("source", "target"):
+        name = link.get(end)
+        if not isinstance(name, str) or name not in ids:
+            raise _bad(f"$.links[{i}].{end}", f"{name!r} is no node_id of this graph")
+    weight = link.get("weight")
+    # bool is an int to Python, not to JSON.
+    if type(weight) not in (int, float) or not math.isfinite(weight or 0):
+        raise _bad(f"$.links[{i}].weight", f"{weight!r} is not a finite number")
+
+
+def _bad(path: str, message: str) -> InputError:
+    message = " ".join(message.split())
+    if len(message) > _MAX_MESSAGE:
+        message = message[: _MAX_MESSAGE - 3] + "..."
+    return InputError(f"not a graph document: {path}: {message}")
+
+
+@functools.cache
+def _validator() -> jsonschema.Draft202012Validator:
+    text = resources.files("jaxclt.viewer").joinpath("graph.schema.json").read_text()
+    return jsonschema.Draft202012Validator(json.loads(text))
+
+
+def _require_finite(graph: Graph) -> None:
+    for name, array in (
+        ("edge_RN", graph.edge_RN[graph.pruning.keep_edge_RN]),
+        ("value_A", graph.value_A),
+        ("influence_N", graph.influence_N),
+    ):
+        if not np.isfinite(array).all():
+            raise InputError(
+                f"the graph's {name} holds NaN or infinity; trace the prompt again in "
+                "float32 and check the model's and the dictionary's weights"
+            )
+
+
+def _metadata(graph: Graph, slug: str) -> dict[str, Any]:
+    meta, pruning = graph.meta, graph.pruning
+    return {
+        "slug": _name(slug),
+        "scan": _name(meta.model),
+        "prompt_tokens": [_text(token) for token in meta.tokens],
+        "prompt": _text(meta.prompt),
+        "transcoder_list": [_text(meta.dictionary)],
+        "node_threshold": float(pruning.node_threshold),
+        "schema_version": 1,
+        "info": {"generator": {"name": "jaxclt", "version": meta.version}},
+        "pruning_settings": {
+            "node_threshold": float(pruning.node_threshold),
+            "edge_threshold": float(pruning.edge_threshold),
+        },
+    }
+
+
+def _nodes(graph: Graph, shown: np.ndarray) -> dict[int, dict[str, Any]]:
+    """Shown nodes by their number (columns, then logits), in that order."""
+    T, n_cols = graph.n_tokens, len(graph.influence_N)
+    cumulative_N = _cumulative_influence(graph.influence_N).tolist()
+    abs_input_R = _abs_input(graph)
+    nodes = {}
+    for i in np.flatnonzero(shown[:n_cols]).tolist():
+        influence = cumulative_N[i]
+        if i < graph.n_features:
+            layer, pos = int(graph.layer_A[i]), int(graph.pos_A[i])
+            feature = int(graph.feature_A[i])
+            nodes[i] = _node(
+                node_id=f"{layer}_{feature}_{pos}",
+                jsNodeId=f"{layer}_{feature}-0",
+                feature=_cantor(layer, feature),
+                layer=str(layer),
+                ctx_idx=pos,
+                feature_type="cross layer transcoder",
+                influence=influence,
+                activation=float(str(np.float32(graph.value_A[i]))),
+                abs_input=abs_input_R[i],
+            )
+        elif i < graph.error_cols.stop:
+            layer, pos = divmod(i - graph.error_cols.start, T)
+            nodes[i] = _node(
+                node_id=f"{layer}_-1_{pos}",
+                jsNodeId=f"{layer}_-1-{pos}",
+                feature=-1,
+                layer=str(layer),
+                ctx_idx=pos,
+                feature_type="mlp reconstruction error",
+                influence=influence,
+            )
+        else:
+            pos = i - graph.embed_cols.start
+            token = int(graph.token_T[pos])
+            nodes[i] = _node(
+                node_id=f"E_{token}_{pos}",
+                jsNodeId=f"E_{token}-{pos}",
+                feature=pos,
+                layer="E",
+                ctx_idx=pos,
+                feature_type="embedding",
+                influence=influence,
+            )
+    for k in range(graph.n_targets):
+        nodes[n_cols + k] = _logit(graph, k, abs_input_R[graph.n_features + k])
+    return nodes
+
+
+def _logit(graph: Graph, k: int, abs_input: float | None) -> dict[str, Any]:
+    vocab = int(graph.target_token_K[k])
+    if vocab < 0:
+        vocab = VIRTUAL_TOKEN + k
+    prob = float(graph.target_prob_K[k])
+    prob = prob if math.isfinite(prob) else 0.0
+    layer, pos = graph.n_layers + 1, graph.n_tokens - 1
+    # Readers cut the token at the first two quotes and the rest at "(p=".
+    token = _text(graph.meta.target_tokens[k]).replace('"', "”").replace("(p=", "( p=")
+    return _node(
+        node_id=f"{layer}_{vocab}_{pos}",
+        jsNodeId=f"L_{vocab}-{pos}",
+        feature=vocab,
+        layer=str(layer),
+        ctx_idx=pos,
+        feature_type="logit",
+        token_prob=prob,
+        is_target_logit=k == 0,
+        clerp=f'Output "{token}" (p={prob:.3f})',
+        abs_input=abs_input,
+    )
+
+
+def _node(**fields: Any) -> dict[str, Any]:
+    """A node with circuit-tracer's defaults; ``abs_input`` is our own extra key."""
+    return {
+        "token_prob": 0.0,
+        "is_target_logit": False,
+        "run_idx": 0,
+        "reverse_ctx_idx": 0,
+        "clerp": "",
+        "influence": None,
+        "activation": None,
+        **fields,
+    }
+
+
+def _cumulative_influence(influence_N: np.ndarray) -> np.ndarray:
+    """Share of all influence held by each node and those above it: low is important."""
+    order_N = np.argsort(-influence_N, kind="stable")
+    sorted_N = influence_N[order_N].astype(np.float64)
+    share_N = np.ones(len(influence_N))
+    if sorted_N.sum() > 0:
+        share_N[order_N] = np.minimum(np.cumsum(sorted_N) / sorted_N.sum(), 1.0)
+    return share_N.round(7)
+
+
+def _abs_input(graph: Graph) -> list[float | None]:
+    """Everything a row reads, summed without sign; None where it was not computed."""
+    total_R = np.abs(graph.edge_RN).sum(1, dtype=np.float64)
+    total_R += np.abs(graph.bias_R) + graph.rest_abs_R
+    return [
+        float(f"{total:.7g}") if done and math.isfinite(total) else None
+        for total, done in zip(
+            total_R.tolist(), graph.attributed_R.tolist(), strict=True
+        )
+    ]
+
+
+def _cantor(layer: int, feature: int) -> int:
+    """The pairing that numbers (layer, feature) in one integer."""
+    return (layer + feature) * (layer + feature + 1) // 2 + feature
+
+
+def _name(text: str) -> str:
+    return re.sub(r"[^a-zA-Z0-9_.-]+", "-", text).strip("-") or "graph"
+
+
+def _text(text: str) -> str:
+    """Join surrogate pairs and replace lone ones, which no UTF-8 file can hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,0 +1,288 @@
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from jaxclt.errors import InputError
+from jaxclt.io.names import LLAMA, from_leaf, to_leaf
+from jaxclt.io.weights_hf import config_from_hf, config_to_hf, load_hf, save_hf
+
+from io_models import CFG, assert_same, random_params
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_hf(random_params(), CFG, tmp_path)
+    return tmp_path
+
+
+def edit(folder, change):
+    """Rewrite the tensors of a saved model."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def shard(folder):
+    """Split a saved model into two shards and an index, as transformers does."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    where = {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        file = f"model-0000{i + 1}-of-00002.safetensors"
+        save_file({n: tensors[n] for n in part}, folder / file)
+        where |= dict.fromkeys(part, file)
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return where
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_round_trip(tmp_path, tied, bias):
+    params = random_params(tied=tied, bias=bias)
+    save_hf(params, CFG, tmp_path)
+    loaded, cfg = load_hf(tmp_path)
+    assert cfg == CFG
+    assert_same(loaded, params)
+    assert (loaded.unembed_DV is None) == tied
+    assert (loaded.blocks.q_bias_LHC is None) != bias
+
+
+def test_sharded_is_the_same(saved):
+    shard(saved)
+    assert_same(load_hf(saved)[0], random_params())
+
+
+@pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_is_upcast(saved, kind):
+    edit(saved, lambda ts: ts.update({n: t.astype(kind) for n, t in ts.items()}))
+    loaded, _ = load_hf(saved)
+    rounded = jax.tree.map(
+        lambda x: jnp.asarray(np.asarray(x).astype(kind).astype(np.float32)),
+        random_params(),
+    )
+    assert_same(loaded, rounded)
+
+
+def test_orientation_against_the_definition(saved):
+    """y = W x on HF's matrices is x @ W on ours, heads apart."""
+    raw = load_file(saved / "model.safetensors")
+    blocks = load_hf(saved)[0].blocks
+    x_D = np.linspace(-1, 1, CFG.d_model).astype(np.float32)
+    q = raw["model.layers.1.self_attn.q_proj.weight"] @ x_D
+    q_HC = np.einsum("D,DHC->HC", x_D, blocks.q_LDHC[1])
+    np.testing.assert_allclose(q.reshape(CFG.n_heads, CFG.d_head), q_HC, rtol=1e-4)
+    o = raw["model.layers.0.self_attn.o_proj.weight"] @ q
+    o_D = np.einsum("HC,HCD->D", q_HC, blocks.o_LHCD[0])
+    np.testing.assert_allclose(o, o_D, rtol=1e-3, atol=1e-3)
+    gate = raw["model.layers.0.mlp.gate_proj.weight"] @ x_D
+    np.testing.assert_allclose(gate, x_D @ blocks.gate_LDI[0], rtol=1e-4, atol=1e-5)
+    down = raw["model.layers.0.mlp.down_proj.weight"] @ gate
+    np.testing.assert_allclose(down, gate @ blocks.down_LID[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("row", LLAMA, ids=lambda row: row.leaf)
+def test_rows_invert(row):
+    params = random_params(tied=False, bias=True)
+    leaf = np.asarray(getattr(params.blocks if row.per_layer else params, row.leaf))
+    leaf = leaf[0] if row.per_layer else leaf
+    there = from_leaf(leaf, row, CFG)
+    np.testing.assert_array_equal(to_leaf(there, row, CFG, "hf"), leaf)
+
+
+@pytest.mark.parametrize("variant", ["gqa_tied", "mha_bias", "wide_head"])
+def test_reads_what_transformers_wrote(variant, tmp_path):
+    params, cfg = load_hf(GOLDENS / f"llama_{variant}")
+    with np.load(GOLDENS / f"llama_{variant}" / "taps.npz") as taps:
+        np.testing.assert_array_equal(
+            params.embed_VD[taps["token_T"]], taps["embed_TD"]
+        )
+        unembed = params.embed_VD.T if params.unembed_DV is None else params.unembed_DV
+        np.testing.assert_allclose(
+            taps["out_TD"] @ unembed, taps["logits_TV"], atol=1e-5
+        )
+        # what an MLP writes, from its input: orientation, biases, gains, activation
+        act = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}[cfg.act]
+        b, x = params.blocks, taps["mid_LTD"][0]
+        x = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + cfg.norm_eps)
+        x = x * np.asarray(b.norm_mlp_LD[0])
+        gate, up = x @ b.gate_LDI[0], x @ b.up_LDI[0]
+        if b.gate_bias_LI is not None:
+            gate, up = gate + b.gate_bias_LI[:1], up + b.up_bias_LI[:1]
+        write = (act(gate) * up) @ b.down_LID[0]
+        if b.down_bias_LD is not None:
+            write = write + b.down_bias_LD[:1]
+        np.testing.assert_allclose(write, taps["write_LTD"][0], atol=1e-5)
+    save_hf(params, cfg, tmp_path)
+    again, cfg_again = load_hf(tmp_path)
+    assert cfg_again == cfg
+    assert_same(again, params)
+
+
+# -- config.json
+
+
+def good():
+    return config_to_hf(CFG, random_params())
+
+
+def test_config_defaults_of_old_files():
+    hf = good()
+    for key in ("num_key_value_heads", "head_dim", "rope_parameters", "rope_theta"):
+        del hf[key]
+    cfg = config_from_hf(hf)
+    assert (cfg.n_kv_heads, cfg.d_head, cfg.rope_theta) == (4, 8, 10_000.0)
+
+
+def test_rope_of_both_generations():
+    new = good()
+    del new["rope_theta"]
+    assert config_from_hf(new).rope_theta == 500.0
+    old = good() | {"rope_scaling": None}
+    del old["rope_parameters"]
+    assert config_from_hf(old).rope_theta == 500.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llam"),
+        ({"model_type": None}, "model_type None is not supported"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported: silu"),
+        ({"hidden_size": None}, "hidden_size must be an integer, not None"),
+        ({"hidden_size": "32"}, "hidden_size must be an integer, not '32'"),
+        ({"num_attention_heads": 0}, "n_heads must be at least 1"),
+        ({"num_key_value_heads": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps must be a positive number"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear' are not support"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "'llama3' are not supported"),
+        ({"rope_parameters": {"full": {"rope_theta": 1}}}, "one per kind of layer"),
+        ({"rope_parameters": 7}, "must be an object"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),
+    ],
+)
+def test_config_errors(change, message):
+    with pytest.raises(InputError, match=message):
+        config_from_hf(good() | change)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "\udcff"])
+def test_config_that_is_no_json(saved, text):
+    (saved / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match="config.json"):
+        load_hf(saved)
+
+
+# -- damaged weights
+
+
+def test_pickled_weights_are_refused(saved):
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="holds no model.safetensors"):
+        load_hf(saved)
+    (saved / "pytorch_model.bin").write_bytes(b"never read")
+    with pytest.raises(InputError, match="pytorch_model.bin.*convert .* safetensors"):
+        load_hf(saved)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_truncated_anywhere(tmp_path_factory, share):
+    folder = tmp_path_factory.mktemp("cut")
+    save_hf(random_params(), CFG, folder)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(InputError, match="truncated") as error:
+        load_hf(folder)
+    assert "\n" not in str(error.value)
+    shutil.rmtree(folder)
+
+
+def test_missing_tensor(saved):
+    edit(saved, lambda ts: ts.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(InputError, match=r"layers.1.mlp.up_proj.weight is missing"):
+        load_hf(saved)
+
+
+def test_unknown_tensor(saved):
+    extra = {"model.layers.0.self_attn.q_norm.weight": np.ones(16, np.float32)}
+    edit(saved, lambda ts: ts.update(extra))
+    with pytest.raises(InputError, match=r"q_norm.weight does not belong"):
+        load_hf(saved)
+
+
+def test_harmless_tensors_are_ignored(saved):
+    tensors = load_file(saved / "model.safetensors")
+    extra = {
+        "lm_head.weight": tensors["model.embed_tokens.weight"].copy(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32),
+    }
+    edit(saved, lambda ts: ts.update(extra))
+    assert_same(load_hf(saved)[0], random_params())
+
+
+def test_wrong_shape(saved):
+    edit(saved, lambda ts: ts.update({"model.norm.weight": np.ones(31, np.float32)}))
+    with pytest.raises(InputError, match=r"norm.weight has shape \(31,\) instead of"):
+        load_hf(saved)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_not_finite(saved, bad):
+    def spoil(tensors):
+        tensors["model.layers.1.self_attn.k_proj.weight"][3, 5] = bad
+
+    edit(saved, spoil)
+    with pytest.raises(InputError, match=r"layers.1.self_attn.k_proj.weight contains"):
+        load_hf(saved)
+
+
+def test_integers_are_no_weights(saved):
+    edit(saved, lambda ts: ts.update({"model.norm.weight": np.ones(32, np.int8)}))
+    with pytest.raises(InputError, match=r"model.norm.weight .*its type is I8"):
+        load_hf(saved)
+
+
+def test_damaged_shards(saved):
+    where = shard(saved)
+    index = saved / "model.safetensors.index.json"
+    first = saved / sorted(where.values())[0]
+
+    kept = first.read_bytes()
+    first.unlink()
+    with pytest.raises(InputError, match="shard .* is missing"):
+        load_hf(saved)
+    first.write_bytes(kept)
+
+    index.write_text(json.dumps({"weight_map": where | {"extra": first.name}}))
+    with pytest.raises(InputError, match="tensor extra is missing although"):
+        load_hf(saved)
+    index.write_text(json.dumps({"weight_map": where | {"x": "../x.safetensors"}}))
+    with pytest.raises(InputError, match="outside its directory"):
+        load_hf(saved)
+    index.write_text("{}")
+    with pytest.raises(InputError, match="no weight_map"):
+        load_hf(saved)
+
+
+def test_some_biases_only_cannot_be_saved(tmp_path):
+    import dataclasses
+
+    params = random_params(bias=True)
+    blocks = dataclasses.replace(params.blocks, o_bias_LD=None)
+    with pytest.raises(InputError, match="attention_bias: .* all of these biases"):
+        save_hf(dataclasses.replace(params, blocks=blocks), CFG, tmp_path)
+    assert list(tmp_path.iterdir()) == []
