@@ -1,0 +1,1 @@
+"""The transcoder: dictionaries, what is active on a prompt, encode and decode."""

@@ -19,9 +19,9 @@ from jax import Array
 from jaxclt.clt.activations import activate
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.sites import read_diagonal
-from jaxclt.clt.store import DictionaryStore
+from jaxclt.clt.store import DictionaryStore, materialise
 from jaxclt.lm.config import LMConfig
-from jaxclt.types import LMParams, Recording
+from jaxclt.types import CLTParams, LMParams, Recording
 
 __all__ = ["Active", "Dictionary", "StoreDictionary", "active_features"]
 
@@ -95,6 +95,11 @@ class StoreDictionary:
     def cfg(self) -> CLTConfig:
         """Shape and conventions."""
         return self.store.cfg
+
+    @property
+    def params(self) -> CLTParams:
+        """All weights, in memory."""
+        return materialise(self.store)
 
     def active(self, params: LMParams, recording: Recording, cfg: LMConfig) -> Active:
         """The features active on a recorded prompt."""

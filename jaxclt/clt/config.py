@@ -40,9 +40,12 @@ class CLTConfig:
             raise InputError(
                 f"dictionary config: span={self.span} must lie in 1..{self.n_layers}"
             )
-        if self.activation == "topk" and not (self.k and 1 <= self.k <= self.n_features):
+        if self.activation == "topk" and not (
+            self.k and 1 <= self.k <= self.n_features
+        ):
             raise InputError(
-                f"dictionary config: topk needs 1 <= k <= {self.n_features}, got {self.k}"
+                f"dictionary config: topk needs 1 <= k <= {self.n_features}, not "
+                f"{self.k}"
             )
 
     def n_writes(self, layer: int) -> int:

@@ -44,8 +44,10 @@ def decode(params: CLTParams, a_LTF: Array, read_LTD: Array | None = None) -> Ar
       a_LTF: activations.
       read_LTD: what the encoders read; needed by a dictionary with a skip.
     """
-    write = [jnp.broadcast_to(b_D[None], a_LTF.shape[1:2] + b_D.shape)
-             for b_D in params.b_dec_LD]
+    write = [
+        jnp.broadcast_to(b_D[None], a_LTF.shape[1:2] + b_D.shape)
+        for b_D in params.b_dec_LD
+    ]
     for source, W_FMD in enumerate(params.W_dec):
         for offset in range(W_FMD.shape[1]):
             write[source + offset] += a_LTF[source] @ W_FMD[:, offset]

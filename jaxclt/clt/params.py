@@ -40,7 +40,10 @@ def init(
         "b_enc_LF": ((L, F), 0.1 if biases else 0.0),
         "b_dec_LD": ((L, D), 0.1 if biases else 0.0),
         "W_skip_LDD": ((L, D, D), 0.1 * D**-0.5 if skip else 0.0),
-        "W_dec": ((sum(cfg.n_writes(layer) for layer in range(L)), F, D), (L * D) ** -0.5),
+        "W_dec": (
+            (sum(cfg.n_writes(layer) for layer in range(L)), F, D),
+            (L * D) ** -0.5,
+        ),
     }
     sizes = [math.prod(shape) for shape, _ in shapes.values()]
     # One long draw, cut into leaves: a sampler per shape would compile per shape.

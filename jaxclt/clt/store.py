@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxclt.clt.config import CLTConfig
 from jaxclt.types import CLTParams
 
-__all__ = ["DictionaryStore", "EncoderLayer", "ParamsStore"]
+__all__ = ["DictionaryStore", "EncoderLayer", "ParamsStore", "materialise"]
 
 
 class EncoderLayer(NamedTuple):
@@ -77,3 +78,23 @@ class ParamsStore:
         """Linear path [D, D], or None."""
         W = self.params.W_skip_LDD
         return None if W is None else np.asarray(W[layer])
+
+
+def materialise(store: DictionaryStore) -> CLTParams:
+    """The whole dictionary as arrays in memory."""
+    cfg = store.cfg
+    enc = [store.encoder(layer) for layer in range(cfg.n_layers)]
+    theta = [e.theta_F for e in enc if e.theta_F is not None]
+    skip = [W for layer in range(cfg.n_layers) if (W := store.skip(layer)) is not None]
+    every = np.arange(cfg.n_features)
+    return CLTParams(
+        W_enc_LFD=jnp.stack([jnp.asarray(e.W_enc_FD) for e in enc]),
+        b_enc_LF=jnp.stack([jnp.asarray(e.b_enc_F) for e in enc]),
+        W_dec=tuple(
+            jnp.asarray(store.decoder_rows(layer, every))
+            for layer in range(cfg.n_layers)
+        ),
+        b_dec_LD=jnp.asarray(store.b_dec()),
+        theta_LF=jnp.stack([jnp.asarray(t) for t in theta]) if theta else None,
+        W_skip_LDD=jnp.stack([jnp.asarray(W) for W in skip]) if skip else None,
+    )

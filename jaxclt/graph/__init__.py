@@ -1,0 +1,1 @@
+"""Attribution graphs: targets, edges, influence, pruning, scores, certificate."""

@@ -151,9 +151,13 @@ class _Rows:
         # circuit-tracer gives the first position (BOS) neither features nor errors.
         peer = config.convention == "circuit-tracer"
         self.usable_A = active.pos_A > 0 if peer else np.ones(self.A, bool)
-        self.error_usable = np.tile(np.arange(T) > 0, L) if peer else np.ones(L * T, bool)
+        self.error_usable = (
+            np.tile(np.arange(T) > 0, L) if peer else np.ones(L * T, bool)
+        )
         n = int(self.usable_A.sum())
-        self.n_selected = n if config.max_features is None else min(n, config.max_features)
+        self.n_selected = (
+            n if config.max_features is None else min(n, config.max_features)
+        )
         self.bank: SourceBank = source_bank(
             active, error_LTD, np.asarray(recording.embed_TD)
         )

@@ -19,7 +19,7 @@ def arrived_influence(
     weight_K: np.ndarray,
     layer_A: np.ndarray,
 ) -> np.ndarray:
-    """Influence that arrives at every active feature through the rows known so far, [A].
+    """Influence that arrives at every active feature through the known rows, [A].
 
     An underestimate for features above which rows are missing: it grows as rows are
     added, never shrinks (T-P6).

@@ -7,6 +7,8 @@ and error nodes stay. ``circuit-tracer``'s variant is here too, for comparison.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -14,7 +16,7 @@ from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph, Pruning
 from jaxclt.graph.influence import influence
 
-__all__ = ["kept_by_mass", "kept_rows", "prune", "solve_influence"]
+__all__ = ["kept_by_mass", "kept_rows", "prune", "restrict", "solve_influence"]
 
 _solve = jax.jit(influence)
 
@@ -95,9 +97,7 @@ def prune(
 
 def kept_rows(graph: Graph, keep_N: np.ndarray) -> np.ndarray:
     """Rows [R] of the kept features, and of all targets."""
-    return np.concatenate(
-        [keep_N[graph.feature_cols], np.ones(graph.n_targets, bool)]
-    )
+    return np.concatenate([keep_N[graph.feature_cols], np.ones(graph.n_targets, bool)])
 
 
 def _kept_edges(graph: Graph, keep_N: np.ndarray, threshold: float) -> np.ndarray:
@@ -141,3 +141,39 @@ def _drop_dead_ends(
         keep_N = alive
         keep_edge_RN[:, ~keep_N] = False
         keep_edge_RN[:A][~keep_N[:A]] = False
+
+
+def restrict(graph: Graph) -> Graph:
+    """The graph of the kept nodes only; what they lose moves to `rest_R`.
+
+    Rows still sum to their readouts. Columns of dropped error nodes stay, empty, so
+    that the layout is the same.
+    """
+    pruning = graph.pruning
+    kept = np.flatnonzero(pruning.keep_N[graph.feature_cols])
+    row = np.concatenate([kept, np.arange(graph.n_features, len(graph.edge_RN))])
+    col = np.concatenate([kept, np.arange(graph.n_features, graph.edge_RN.shape[1])])
+    drop_N = ~pruning.keep_N
+    dropped = graph.edge_RN[row][:, drop_N]
+    edge_RN = graph.edge_RN[np.ix_(row, col)]
+    edge_RN[:, drop_N[col]] = 0
+    return dataclasses.replace(
+        graph,
+        layer_A=graph.layer_A[kept],
+        pos_A=graph.pos_A[kept],
+        feature_A=graph.feature_A[kept],
+        value_A=graph.value_A[kept],
+        preact_A=graph.preact_A[kept],
+        attributed_R=graph.attributed_R[row],
+        edge_RN=edge_RN,
+        bias_R=graph.bias_R[row],
+        rest_R=graph.rest_R[row] + dropped.sum(1),
+        rest_abs_R=graph.rest_abs_R[row] + np.abs(dropped).sum(1),
+        readout_R=graph.readout_R[row],
+        influence_N=graph.influence_N[col],
+        pruning=dataclasses.replace(
+            pruning,
+            keep_N=pruning.keep_N[col],
+            keep_edge_RN=pruning.keep_edge_RN[np.ix_(row, col)],
+        ),
+    )

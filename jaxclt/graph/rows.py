@@ -108,7 +108,9 @@ def make_plan(
     ends = sorted({int(i) + 1 for i in np.searchsorted(np.cumsum(cost_T), marks)})
     ends[-1] = n_tokens
     rows = np.diff(np.searchsorted(np.sort(pos_R), [0, *ends]))
-    sizes = [size for size in (32, 64, 96, 128, 192, 256, 384, 512) if size <= chunk_size]
+    sizes = [
+        size for size in (32, 64, 96, 128, 192, 256, 384, 512) if size <= chunk_size
+    ]
     # Padded rows cost as much as real ones; each chunk costs a little in itself.
     waste = [(-(-rows // size) * (size + 16)).sum() for size in sizes or [chunk_size]]
     capacity = (sizes or [chunk_size])[int(np.argmin(waste))]
@@ -266,7 +268,9 @@ def edge_rows(
         )
         row_C = chunk.row_C
         near = np.flatnonzero(source_pos_A < P)
-        edge = np.asarray(edge_BPCS)[block_A[near], source_pos_A[near], :n, place_A[near]]
+        edge = np.asarray(edge_BPCS)[
+            block_A[near], source_pos_A[near], :n, place_A[near]
+        ]
         out_RN[row_C[:, None], near[None, :]] = edge.T
         columns = A + (np.arange(L)[:, None] * T + np.arange(P)[None, :]).ravel()
         out_RN[row_C[:, None], columns[None, :]] = (

@@ -77,7 +77,9 @@ def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
         replacement=embedding / max(embedding + lost, 1e-30),
         completeness=1 - lost / length,
         completeness_ct=1 - lost / (length + 1),
-        mean_path_length=_mean_path_length(graph, edge_RN, total_R, weight_K, embedding),
+        mean_path_length=_mean_path_length(
+            graph, edge_RN, total_R, weight_K, embedding
+        ),
         mean_walk_length=length,
         embedding_share=embedding,
         error_share=error,

@@ -1,4 +1,4 @@
-"""What a graph explains: the salient next tokens, as directions of the normed output."""
+"""What a graph explains: the salient next tokens, as output directions."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Files and names: models, dictionaries, tokenizers, graphs, downloads."""

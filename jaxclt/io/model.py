@@ -121,7 +121,7 @@ def _locate(
     if name in KNOWN_MODELS:
         return fetch(name, progress=progress)
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         return path
     hub_id = _HUB_ID.fullmatch(name)
     if hub_id and not name.endswith(".gguf") and name[0] not in ".~":

@@ -12,7 +12,8 @@ interleaved; rows marked `rotary` are put back in the order of halves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -25,7 +26,7 @@ from jaxclt.lm.config import LMConfig
 from jaxclt.types import Block, LMParams
 
 __all__ = ["LLAMA", "Row", "Source", "from_leaf", "read_params", "tensor_name"]
-__all__ += ["to_leaf"]
+__all__ += ["stored_shape", "to_leaf"]
 
 Source = Literal["hf", "gguf"]
 
@@ -91,16 +92,19 @@ def tensor_name(row: Row, source: Source, layer: int = 0) -> str:
     return getattr(row, source).format(i=layer)
 
 
+def stored_shape(row: Row, cfg: LMConfig) -> tuple[int, ...]:
+    """Shape that the tensor of one layer has in files."""
+    size = _sizes(cfg)
+    return tuple(math.prod(size[x] for x in word) for word in row.stored.split())
+
+
 def to_leaf(w: np.ndarray, row: Row, cfg: LMConfig, source: Source) -> np.ndarray:
     """One stored tensor -> the leaf of one layer, axes as `row.axes`; a view if it can.
 
-    Raises:
-      ValueError: if the shape of `w` is not that of `row.stored`.
+    The shape of `w` is `stored_shape(row, cfg)`.
     """
-    letters, split, joined = _shapes(row, cfg)
-    if w.shape != joined:
-        raise ValueError(f"shape {w.shape} instead of {joined}")
-    w = w.reshape(split)
+    size, letters = _sizes(cfg), row.stored.replace(" ", "")
+    w = w.reshape([size[x] for x in letters])
     if source == "gguf" and row.rotary:
         w = _halves(w, letters.index("C"))
     return w.transpose([letters.index(x) for x in row.axes])
@@ -108,13 +112,13 @@ def to_leaf(w: np.ndarray, row: Row, cfg: LMConfig, source: Source) -> np.ndarra
 
 def from_leaf(leaf: np.ndarray, row: Row, cfg: LMConfig) -> np.ndarray:
     """Inverse of `to_leaf` for Hugging Face files."""
-    letters, _, joined = _shapes(row, cfg)
-    return leaf.transpose([row.axes.index(x) for x in letters]).reshape(joined)
+    order = [row.axes.index(x) for x in row.stored.replace(" ", "")]
+    return leaf.transpose(order).reshape(stored_shape(row, cfg))
 
 
 def read_params(
     get: Callable[[str], np.ndarray],
-    names: Collection[str],
+    shapes: Mapping[str, tuple[int, ...]],
     cfg: LMConfig,
     *,
     source: Source,
@@ -126,7 +130,7 @@ def read_params(
 
     Args:
       get: name -> float32 array in the stored shape; called from several threads.
-      names: every tensor that the file holds.
+      shapes: stored shape of every tensor that the file holds.
       cfg: sizes of the model.
       source: whose names and channel order the file uses.
       where: the file or directory, for messages.
@@ -136,13 +140,26 @@ def read_params(
     Raises:
       InputError: for a missing, unknown, wrongly shaped or not finite tensor.
     """
+    if cfg.n_layers > len(shapes):
+        raise InputError(
+            f"{where}: the config has {cfg.n_layers} layers but the weights only "
+            f"{len(shapes)} tensors"
+        )
     rows = [row for row in LLAMA if row.option is None or row.option in options]
     jobs = [
         (row, i, tensor_name(row, source, i))
         for row in rows
         for i in range(cfg.n_layers if row.per_layer else 1)
     ]
-    _check_names({name for _, _, name in jobs}, names, where, ignore)
+    _check_names({name for _, _, name in jobs}, shapes, where, ignore)
+    # Before anything is allocated: a damaged config may ask for any amount.
+    for row, _, name in jobs:
+        wanted = stored_shape(row, cfg)
+        if shapes[name] != wanted:
+            raise InputError(
+                f"{where}: tensor {name} has shape {shapes[name]} instead of "
+                f"{wanted}, which the config asks for"
+            )
 
     size = _sizes(cfg)
     leaves = {
@@ -157,12 +174,7 @@ def read_params(
         w = get(name)
         if not np.isfinite(w).all():
             raise InputError(f"{where}: tensor {name} contains NaN or infinity")
-        try:
-            leaf = to_leaf(w, row, cfg, source)
-        except ValueError as error:
-            raise InputError(
-                f"{where}: tensor {name} has {error}, which the config asks for"
-            ) from error
+        leaf = to_leaf(w, row, cfg, source)
         leaves[row.leaf][i if row.per_layer else ...] = leaf
 
     # Most of the time is numpy on large arrays, which releases the interpreter lock.
@@ -203,15 +215,6 @@ def _sizes(cfg: LMConfig) -> dict[str, int]:
         "I": cfg.d_mlp,
         "V": cfg.d_vocab,
     }
-
-
-def _shapes(row: Row, cfg: LMConfig) -> tuple[str, list[int], tuple[int, ...]]:
-    """Letters of the stored axes, their sizes apart, and the stored shape."""
-    size = _sizes(cfg)
-    words = row.stored.split()
-    joined = tuple(int(np.prod([size[x] for x in word])) for word in words)
-    letters = "".join(words)
-    return letters, [size[x] for x in letters], joined
 
 
 def _halves(w: np.ndarray, axis: int) -> np.ndarray:

@@ -183,7 +183,7 @@ def params_from_gguf(file: GGUFFile, cfg: LMConfig) -> LMParams:
     }
     return read_params(
         file.get,
-        file.tensors.keys(),
+        {name: tensor.shape for name, tensor in file.tensors.items()},
         cfg,
         source="gguf",
         where=str(file.path),

@@ -119,7 +119,7 @@ def load_hf(directory: str | os.PathLike[str]) -> tuple[LMParams, LMConfig]:
     weights = open_weights(root)
     params = read_params(
         weights.get,
-        weights.names,
+        weights.shapes,
         cfg,
         source="hf",
         where=str(root),

@@ -27,7 +27,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 class Weights(NamedTuple):
     """Named tensors of a model on disk."""
 
-    names: frozenset[str]
+    shapes: dict[str, tuple[int, ...]]
     get: Callable[[str], np.ndarray]  # -> float32, in the stored shape
     files: tuple[Path, ...]
 
@@ -61,7 +61,8 @@ def open_weights(directory: Path) -> Weights:
                 f"{directory}: cannot read tensor {name} ({_line(error)})"
             ) from error
 
-    return Weights(frozenset(where), get, files)
+    shapes = {n: tuple(f.get_slice(n).get_shape()) for n, f in where.items()}
+    return Weights(shapes, get, files)
 
 
 def read_json(path: Path) -> dict[str, Any]:

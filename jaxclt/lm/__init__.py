@@ -1,0 +1,1 @@
+"""The language model: one decoder as pure functions over a params pytree."""

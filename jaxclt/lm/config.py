@@ -37,8 +37,8 @@ class LMConfig:
     act: Literal["silu", "gelu_tanh"] = "silu"  # of the MLP's gate
 
     def __post_init__(self) -> None:
-        sizes = ("n_layers d_model n_heads n_kv_heads d_head d_mlp d_vocab n_ctx").split()
-        for name in sizes:
+        sizes = "n_layers d_model n_heads n_kv_heads d_head d_mlp d_vocab n_ctx"
+        for name in sizes.split():
             if getattr(self, name) < 1:
                 raise InputError(f"model config: {name} must be at least 1")
         if self.n_heads % self.n_kv_heads:

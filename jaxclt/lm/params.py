@@ -1,4 +1,4 @@
-"""Random and abstract parameters of a decoder (tests, planning, training from scratch)."""
+"""Random and abstract parameters of a decoder."""
 
 from __future__ import annotations
 

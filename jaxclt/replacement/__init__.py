@@ -1,0 +1,1 @@
+"""Replacement models: the MLPs swapped for a dictionary, with and without errors."""

@@ -25,7 +25,9 @@ def reconstruct(active: Active, mid_LTD: np.ndarray) -> np.ndarray:
         n = rows_AMD.shape[1]
         gate_TA = np.zeros((T, len(rows_AMD)), write_LTD.dtype)
         gate_TA[active.pos_A[slots], np.arange(len(rows_AMD))] = active.value_A[slots]
-        written_TMD = (gate_TA @ rows_AMD.reshape(len(rows_AMD), n * D)).reshape(T, n, D)
+        written_TMD = (gate_TA @ rows_AMD.reshape(len(rows_AMD), n * D)).reshape(
+            T, n, D
+        )
         write_LTD[layer : layer + n] += written_TMD.transpose(1, 0, 2)
     if active.skip_LDD is not None and active.skip_diagonal_LTD is not None:
         write_LTD += (mid_LTD * active.skip_diagonal_LTD) @ active.skip_LDD

@@ -130,7 +130,7 @@ def _reencode(lrm: LocalReplacement, embed_TD: Array, error_LTD: Array) -> Array
     are padded to one span so that one program serves all layers.
     """
     clt, span = lrm.clt, lrm.clt_cfg.span
-    L, T, D = error_LTD.shape
+    T, D = error_LTD.shape[1:]
     dec_LFMD = jnp.stack(
         [jnp.pad(W, ((0, 0), (0, span - W.shape[1]), (0, 0))) for W in clt.W_dec]
     )

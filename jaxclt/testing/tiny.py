@@ -1,4 +1,4 @@
-"""One call for a tiny model, a dictionary, and its graph, small enough to check by hand."""
+"""One call for a tiny model, a dictionary and its graph."""
 
 from __future__ import annotations
 
@@ -81,12 +81,8 @@ class Tiny:
         )
 
 
-_init_lm = jax.jit(
-    lm_params.init, static_argnames=("cfg", "dtype", "tied", "biases")
-)
-_init_clt = jax.jit(
-    clt_params.init, static_argnames=("cfg", "dtype", "biases", "skip")
-)
+_init_lm = jax.jit(lm_params.init, static_argnames=("cfg", "dtype", "tied", "biases"))
+_init_clt = jax.jit(clt_params.init, static_argnames=("cfg", "dtype", "biases", "skip"))
 
 
 @partial(jax.jit, static_argnames="cfg")

@@ -1,0 +1,1 @@
+"""Graphs for people: the JSON other viewers read, and a self-contained page."""

@@ -37,7 +37,7 @@ def test_failure_keeps_the_old_file(tmp_path):
 def test_unwritable_place_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(InputError, match="cannot write .*file/x"),
+        pytest.raises(InputError, match=r"cannot write .*file/x"),
         atomic_path(tmp_path / "file" / "x"),
     ):
         pass
@@ -69,8 +69,9 @@ def test_directory_failure_keeps_the_old_one(tmp_path):
     assert names(target) == ["kept"]
     assert names(tmp_path) == ["model"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is a file"), atomic_directory(
-        tmp_path / "file"
+    with (
+        pytest.raises(InputError, match="is a file"),
+        atomic_directory(tmp_path / "file"),
     ):
         pass
 

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from io_models import CFG, assert_same, random_params
 from safetensors.numpy import load_file, save_file
 
 from jaxclt.errors import InputError
 from jaxclt.io.names import LLAMA, from_leaf, to_leaf
 from jaxclt.io.weights_hf import config_from_hf, config_to_hf, load_hf, save_hf
-
-from io_models import CFG, assert_same, random_params
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
@@ -181,7 +180,7 @@ def test_config_errors(change, message):
 @pytest.mark.parametrize("text", ["", "[1]", "{", "\udcff"])
 def test_config_that_is_no_json(saved, text):
     (saved / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(InputError, match="config.json"):
+    with pytest.raises(InputError, match=r"config.json"):
         load_hf(saved)
 
 
@@ -190,10 +189,10 @@ def test_config_that_is_no_json(saved, text):
 
 def test_pickled_weights_are_refused(saved):
     (saved / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="holds no model.safetensors"):
+    with pytest.raises(InputError, match=r"holds no model.safetensors"):
         load_hf(saved)
     (saved / "pytorch_model.bin").write_bytes(b"never read")
-    with pytest.raises(InputError, match="pytorch_model.bin.*convert .* safetensors"):
+    with pytest.raises(InputError, match=r"pytorch_model.bin.*convert .* safetensors"):
         load_hf(saved)
 
 
@@ -234,6 +233,15 @@ def test_harmless_tensors_are_ignored(saved):
     assert_same(load_hf(saved)[0], random_params())
 
 
+@pytest.mark.parametrize("key", ["vocab_size", "num_hidden_layers", "head_dim"])
+def test_config_that_asks_for_too_much(saved, key):
+    config = json.loads((saved / "config.json").read_text())
+    config[key] = 2**40
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"which the config asks for|the config has"):
+        load_hf(saved)
+
+
 def test_wrong_shape(saved):
     edit(saved, lambda ts: ts.update({"model.norm.weight": np.ones(31, np.float32)}))
     with pytest.raises(InputError, match=r"norm.weight has shape \(31,\) instead of"):
@@ -263,7 +271,7 @@ def test_damaged_shards(saved):
 
     kept = first.read_bytes()
     first.unlink()
-    with pytest.raises(InputError, match="shard .* is missing"):
+    with pytest.raises(InputError, match=r"shard .* is missing"):
         load_hf(saved)
     first.write_bytes(kept)
 
@@ -283,6 +291,6 @@ def test_some_biases_only_cannot_be_saved(tmp_path):
 
     params = random_params(bias=True)
     blocks = dataclasses.replace(params.blocks, o_bias_LD=None)
-    with pytest.raises(InputError, match="attention_bias: .* all of these biases"):
+    with pytest.raises(InputError, match=r"attention_bias: .* all of these biases"):
         save_hf(dataclasses.replace(params, blocks=blocks), CFG, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,115 @@
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+from io_models import CFG, assert_same, random_params, write_word_tokenizer
+from test_weights_gguf import write_gguf
+
+import jaxclt.io.model as room
+from jaxclt.errors import InputError
+from jaxclt.io.fetch import sha256
+from jaxclt.io.model import fingerprint, load_model, save_hf
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_hf(random_params(), CFG, tmp_path / "m")
+    write_word_tokenizer(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def test_directory(saved):
+    model = load_model(saved)
+    assert_same(model.params, random_params())
+    assert model.cfg == CFG
+    assert model.name == str(saved)
+    assert model.tokenizer.encode("the cat") == [1, 4, 5]
+
+
+def test_gguf_file_and_its_directory(tmp_path):
+    write_word_tokenizer(tmp_path)
+    path = write_gguf(tmp_path / "m.gguf", random_params())
+    model = load_model(path)
+    assert_same(model.params, random_params())
+    assert model.hash == sha256(path) == load_model(tmp_path).hash
+    (tmp_path / "n.gguf").write_bytes(b"")
+    with pytest.raises(InputError, match=r"no config.json and 2 .gguf files"):
+        load_model(tmp_path)
+
+
+def test_known_name_is_fetched(saved, monkeypatch):
+    monkeypatch.setattr(room, "fetch", lambda name, progress: saved)
+    model = load_model("smollm2-135m")
+    assert model.name == "smollm2-135m"
+
+
+def test_hub_id(saved, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(repo, *, revision, allow_patterns, ignore_patterns):
+        asked.append((repo, revision))
+        if repo == "a/absent":
+            raise OSError("Name or service not known")
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    load_model("org/tiny")
+    load_model("org/tiny@v1.0")
+    assert asked == [("org/tiny", None), ("org/tiny", "v1.0")]
+    with pytest.raises(InputError, match="no file or directory 'a/absent', and the hu"):
+        load_model("a/absent")
+
+
+@pytest.mark.parametrize("name", ["gpt5", "./no/such", "/no/such", "no/such.gguf", ""])
+def test_unknown_name_lists_the_known(name):
+    with pytest.raises(InputError, match="the known names are smollm2-135m"):
+        load_model(name)
+
+
+def test_dtype(saved):
+    model = load_model(saved, dtype="bfloat16")
+    assert model.params.embed_VD.dtype == jnp.bfloat16
+    with pytest.raises(InputError, match="dtype 'int8' is unknown; use one of float32"):
+        load_model(saved, dtype="int8")
+    save_hf(model.params, model.cfg, saved)  # stays bfloat16 on disk
+    assert (saved / "model.safetensors").stat().st_size < 100_000
+    assert_same(load_model(saved).params, random_params(), atol=2e-2)
+
+
+def test_hash_tells_weights_apart(saved):
+    before = load_model(saved).hash
+    assert before == load_model(saved).hash
+    save_hf(random_params(seed=1), CFG, saved)
+    assert load_model(saved).hash != before
+
+
+def test_fingerprint_of_several_files(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_bytes(b"1" * 3_000_000)
+    b.write_bytes(b"2")
+    both = fingerprint([a, b])
+    assert both == fingerprint([b, a])
+    b.write_bytes(b"3")
+    assert fingerprint([a, b]) != both
+
+
+def test_foreign_tokenizer_is_refused(tmp_path):
+    import dataclasses
+
+    cfg = dataclasses.replace(CFG, d_vocab=7)
+    save_hf(random_params(cfg), cfg, tmp_path)
+    write_word_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="has 10 tokens but the model only 7"):
+        load_model(tmp_path)
+
+
+def test_import_is_light():
+    code = (
+        "import sys, jaxclt.io.model, jaxclt.io.tokenizer, jaxclt.io.fetch;"
+        "bad = {'transformers', 'torch', 'huggingface_hub', 'tokenizers'};"
+        "assert not bad & set(sys.modules), bad & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
