@@ -45,34 +45,33 @@ class Tokenizer:
     pad_id: int | None
     special_ids: frozenset[int]
     vocab_size: int  # with added tokens
+    adds_bos: bool  # whether the model was trained with bos in front
 
     def encode(self, text: str, bos: Bos = "auto") -> list[int]:
         """Token ids of `text`; special tokens written out in it are recognised.
 
         Args:
           text: the prompt.
-          bos: "never" adds nothing. "always" puts the bos token first. "auto" does so
-            unless the text starts with a special token; a tokenizer without bos lends
-            its pad, eos or another special token, in this order, and one that has none
-            adds nothing. This is circuit-tracer's rule: models treat their first
-            position apart, and no word should have to be there.
+          bos: "auto" puts the bos token first if the model was trained so, which is
+            what its tokenizer does by itself. "never" adds nothing. "always" puts bos
+            first, or where a tokenizer has none its pad, eos or another special token,
+            in this order: circuit-tracer's rule. No second one is put before a text
+            that starts with a special token.
 
         Raises:
-          InputError: for an unknown `bos`, or "always" when there is no bos token.
+          InputError: for an unknown `bos`, or "always" without any special token.
         """
         if bos not in ("auto", "always", "never"):
             raise InputError(f"bos must be auto, always or never, not {bos!r}")
         ids = list(self.backend.encode(text, add_special_tokens=False))
-        if bos == "never" or (bos == "always" and ids[:1] == [self.bos_id]):
+        if bos == "never" or (bos == "auto" and not self.adds_bos):
             return ids
-        if bos == "always":
-            if self.bos_id is None:
-                raise InputError("this tokenizer has no bos token: use --bos auto")
-            return [self.bos_id, *ids]
         if ids and ids[0] in self.special_ids:
             return ids
         known = (self.bos_id, self.pad_id, self.eos_id, *sorted(self.special_ids))
         first = [i for i in known if i is not None][:1]
+        if not first:
+            raise InputError("this tokenizer has no special token: use --bos auto")
         return first + ids
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
@@ -118,9 +117,11 @@ def load_tokenizer(source: str | os.PathLike[str] | GGUFFile) -> Tokenizer:
 
 
 def _wrap(backend: Any) -> Tokenizer:
+    bos_id = backend.bos_token_id
     return Tokenizer(
+        adds_bos=bos_id is not None and backend.encode("a")[:1] == [bos_id],
         backend=backend,
-        bos_id=backend.bos_token_id,
+        bos_id=bos_id,
         eos_id=backend.eos_token_id,
         pad_id=backend.pad_token_id,
         special_ids=frozenset(backend.all_special_ids),
@@ -170,7 +171,7 @@ def _from_directory(folder: Path) -> Any:
 
 def _from_gguf(file: GGUFFile) -> Any:
     """Rebuild a byte-level BPE tokenizer from GGUF metadata."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as Fast
 
     meta = file.meta
@@ -203,6 +204,11 @@ def _from_gguf(file: GGUFFile) -> Any:
     fast.add_special_tokens(
         [AddedToken(t, normalized=False) for t, kind in by_type if kind == _CONTROL]
     )
+    first = special.get("bos_token")
+    if meta.get("tokenizer.ggml.add_bos_token") and first in vocab:
+        fast.post_processor = processors.TemplateProcessing(
+            single=[first, "$A"], special_tokens=[(first, vocab[first])]
+        )
     fast.add_tokens(
         [AddedToken(t, normalized=False) for t, k in by_type if k == _USER_DEFINED]
     )

@@ -58,7 +58,7 @@ def assert_same(a, b, atol=0.0):
         np.testing.assert_allclose(x, y, atol=atol, rtol=0)
 
 
-def write_word_tokenizer(folder, *, bos="<bos>"):
+def write_word_tokenizer(folder, *, bos="<bos>", adds_bos=True):
     """A word-level tokenizer.json and its special tokens, as fast tokenizers save it.
 
     A decoder of its own keeps the space that a word begins with.
@@ -86,6 +86,17 @@ def write_word_tokenizer(folder, *, bos="<bos>"):
             "unk_token": "<unk>",
         },
     }
+    if adds_bos and bos is not None:
+        token = {"SpecialToken": {"id": bos, "type_id": 0}}
+        text = {"Sequence": {"id": "A", "type_id": 0}}
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [token, text],
+            "pair": [token, text, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {
+                bos: {"id": bos, "ids": [WORDS.index(bos)], "tokens": [bos]}
+            },
+        }
     (folder / "tokenizer.json").write_text(json.dumps(content))
     config = {"eos_token": {"content": "<eos>"}, "unk_token": "<unk>"}
     config |= {"pad_token": "<pad>"} if bos is None else {"bos_token": bos}

@@ -16,7 +16,9 @@ def byte_alphabet():
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
-def write_gguf_tokenizer(path, *, pre="smollm", model="gpt2", bos=1, eos=2, cut=False):
+def write_gguf_tokenizer(
+    path, *, pre="smollm", model="gpt2", bos=1, eos=2, cut=False, adds_bos=False
+):
     tokens = SPECIAL + byte_alphabet() + [m.replace(" ", "") for m in MERGES]
     types = [3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL))
     writer = gguf.GGUFWriter(path, "llama")
@@ -27,6 +29,7 @@ def write_gguf_tokenizer(path, *, pre="smollm", model="gpt2", bos=1, eos=2, cut=
     writer.add_token_merges(MERGES)
     writer.add_bos_token_id(bos)
     writer.add_eos_token_id(eos)
+    writer.add_add_bos_token(adds_bos)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -52,27 +55,33 @@ def test_bos_rules(tmp_path):
     assert tok.encode("<bos> the", "auto") == [1, 4]
     assert tok.encode("<bos> the", "always") == [1, 4]
     assert tok.encode("<eos> the", "auto") == [2, 4]
-    assert tok.encode("<eos> the", "always") == [1, 2, 4]
+    assert tok.encode("<eos> the", "always") == [2, 4]
     assert tok.encode("", "auto") == [1]
     assert tok.encode("", "never") == []
     with pytest.raises(InputError, match="bos must be auto, always or never"):
         tok.encode("the", "yes")  # pyright: ignore[reportArgumentType]
 
 
+def test_auto_does_what_the_model_was_trained_with(tmp_path):
+    write_word_tokenizer(tmp_path, adds_bos=False)
+    tok = load_tokenizer(tmp_path)
+    assert tok.encode("the") == [4]
+    assert tok.encode("the", "always") == [1, 4]
+
+
 def test_without_bos_another_special_token_stands_in(tmp_path):
     write_word_tokenizer(tmp_path, bos=None)
     tok = load_tokenizer(tmp_path)
     assert tok.bos_id is None
-    assert tok.encode("the") == [0, 4]  # pad, although its id is zero
-    with pytest.raises(InputError, match="no bos token"):
-        tok.encode("the", "always")
+    assert tok.encode("the") == [4]
+    assert tok.encode("the", "always") == [0, 4]  # pad, although its id is zero
 
 
 def test_byte_level_gguf(tmp_path):
     tok = load_tokenizer(write_gguf_tokenizer(tmp_path / "m.gguf"))
     assert (tok.bos_id, tok.eos_id) == (1, 2)
     text = "the cat, naïve 日本 12\n\tthe"
-    ids = tok.encode(text)
+    ids = tok.encode(text, "always")
     assert ids[0] == 1
     assert tok.decode(ids[1:]) == text
     assert tok.token_strings(tok.encode("the cat", "never")) == ["the", " cat"]
@@ -81,6 +90,13 @@ def test_byte_level_gguf(tmp_path):
     # and so does the space before one: the pair of spaces stays whole
     assert tok.token_strings(tok.encode("  1", "never")) == ["  ", "1"]
     assert tok.encode("<|im_start|>the") == [1, *tok.encode("the", "never")]
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_gguf_file_says_whether_bos_is_added(tmp_path, adds):
+    tok = load_tokenizer(write_gguf_tokenizer(tmp_path / "m.gguf", adds_bos=adds))
+    assert tok.adds_bos == adds
+    assert (tok.encode("the")[0] == 1) == adds
 
 
 def test_gpt2_rule_joins_digits(tmp_path):

@@ -1,0 +1,64 @@
+"""jaxclt: circuit tracing in JAX.
+
+Explains one prediction of a language model as a graph of interpretable features
+(Ameisen et al. 2025, *Circuit Tracing*), exactly, and checks it against the model.
+
+Where things are, in the order a prompt passes through them:
+
+| room | what it holds |
+|---|---|
+| `jaxclt.trace` | the shell: a prompt becomes a graph becomes a directory |
+| `jaxclt.io` | files and names: models, dictionaries, tokenizers, graphs |
+| `jaxclt.lm` | the decoder: forward, record, and the frozen linear stream |
+| `jaxclt.clt` | dictionaries: encode, decode, what is active on a prompt |
+| `jaxclt.replacement` | replacement models and error nodes |
+| `jaxclt.graph` | targets, edges, influence, pruning, scores, certificate |
+| `jaxclt.viewer` | graph JSON and the page |
+| `jaxclt.testing` | tiny models for tests and examples |
+
+Importing this package touches no device and does not import transformers.
+"""
+
+__version__ = "0.1.0"
+
+from jaxclt.api import Page, attribute, influence, prune, show
+from jaxclt.errors import InputError
+from jaxclt.graph.attribute import AttributeConfig
+from jaxclt.graph.certificate import Certificate, certificate
+from jaxclt.graph.graph import Graph, GraphMeta, Pruning
+from jaxclt.graph.scores import Scores, path_length_curve, scores
+from jaxclt.io.dictionary import load_dictionary, save_dictionary
+from jaxclt.io.graph_file import load_graph, save_graph
+from jaxclt.io.model import Model, load_model
+from jaxclt.replacement.local import local_replacement, run_local
+from jaxclt.trace import Traced, trace_prompt, write_trace
+
+__all__ = [
+    "AttributeConfig",
+    "Certificate",
+    "Graph",
+    "GraphMeta",
+    "InputError",
+    "Model",
+    "Page",
+    "Pruning",
+    "Scores",
+    "Traced",
+    "__version__",
+    "attribute",
+    "certificate",
+    "influence",
+    "load_dictionary",
+    "load_graph",
+    "load_model",
+    "local_replacement",
+    "path_length_curve",
+    "prune",
+    "run_local",
+    "save_dictionary",
+    "save_graph",
+    "scores",
+    "show",
+    "trace_prompt",
+    "write_trace",
+]

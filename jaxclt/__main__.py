@@ -1,0 +1,6 @@
+"""`python -m jaxclt` is the `jaxclt` command."""
+
+from jaxclt.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The calls a notebook makes: thin names over the rooms, re-exported by `jaxclt`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxclt import trace
+from jaxclt.clt.active import Dictionary
+from jaxclt.graph import prune as pruning
+from jaxclt.graph import scores as scoring
+from jaxclt.graph.attribute import AttributeConfig
+from jaxclt.graph.graph import Graph
+from jaxclt.io.atomic import atomic_path
+from jaxclt.io.model import Model
+from jaxclt.io.tokenizer import Bos
+from jaxclt.viewer.graph_json import graph_json
+from jaxclt.viewer.page import page
+
+__all__ = ["Page", "attribute", "influence", "prune", "show"]
+
+
+def attribute(
+    model: Model,
+    dictionary: Dictionary,
+    prompt: str,
+    *,
+    targets: Sequence[str] = (),
+    bos: Bos = "auto",
+    **config: Any,
+) -> Graph:
+    """The attribution graph of a prompt.
+
+    Args:
+      model: from `load_model`.
+      dictionary: from `load_dictionary`.
+      prompt: text.
+      targets: texts of one token each; the top tokens if empty.
+      bos: whether a beginning-of-sequence token is put first.
+      **config: fields of `AttributeConfig`, for example ``max_features=8192``.
+
+    Raises:
+      InputError: for input that does not fit the model.
+    """
+    known = {field.name for field in dataclasses.fields(AttributeConfig)}
+    unknown = set(config) - known
+    if unknown:
+        raise TypeError(
+            f"attribute() has no option {sorted(unknown)[0]!r}; there are "
+            f"{', '.join(sorted(known))}"
+        )
+    return trace.trace_prompt(
+        model,
+        dictionary,
+        prompt,
+        config=AttributeConfig(**config),
+        targets=targets,
+        bos=bos,
+    ).graph
+
+
+def prune(
+    graph: Graph, *, node_threshold: float = 0.8, edge_threshold: float = 0.98
+) -> Graph:
+    """The graph of the most influential nodes; its rows still sum (see `restrict`)."""
+    kept = pruning.prune(
+        graph, node_threshold=node_threshold, edge_threshold=edge_threshold
+    )
+    return pruning.restrict(dataclasses.replace(graph, pruning=kept))
+
+
+def influence(graph: Graph) -> np.ndarray:
+    """Influence of every source node on the targets, [N]."""
+    return graph.influence_N
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A graph as a self-contained HTML page; a notebook shows it inline."""
+
+    html: str
+
+    def save(self, path: str | os.PathLike[str], *, open_browser: bool = False) -> Path:
+        """Write the page; optionally open it in a browser."""
+        with atomic_path(path) as temporary:
+            temporary.write_text(self.html, encoding="utf-8")
+        if open_browser:
+            webbrowser.open(Path(path).resolve().as_uri())
+        return Path(path)
+
+    def _repr_html_(self) -> str:
+        # srcdoc keeps the page's scripts and styles away from the notebook's.
+        inner = self.html.replace("&", "&amp;").replace('"', "&quot;")
+        return (
+            '<iframe style="width:100%;height:760px;border:0" sandbox="allow-scripts" '
+            f'srcdoc="{inner}"></iframe>'
+        )
+
+
+def show(graph: Graph) -> Page:
+    """The pruned graph as a page, with its scores."""
+    full = dataclasses.asdict(scoring.scores(graph))
+    kept = dataclasses.asdict(scoring.scores(graph, graph.pruning))
+    doc = graph_json(graph, slug="graph", scores={"full": full, "pruned": kept})
+    return Page(page(doc))

@@ -1,0 +1,282 @@
+"""The `jaxclt` command: one frozen config dataclass per subcommand, no logic.
+
+Results go to stdout, progress and logs to stderr. Exit status: 0 done, 2 bad input (one
+line that says what to change), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from jaxclt.errors import InputError
+
+__all__ = ["FetchConfig", "TraceConfig", "ViewConfig", "main"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TraceConfig:
+    """Attribution graph of one prompt, written to a directory with a viewer page."""
+
+    prompt: tyro.conf.Positional[str]
+    """Text whose next token is explained."""
+    model: Annotated[str, tyro.conf.arg(metavar="M")]
+    """Known name (see `jaxclt fetch --list`), local directory, GGUF file or hub id."""
+    dictionary: Annotated[str, tyro.conf.arg(metavar="D")]
+    """neurons:k, local directory in circuit-tracer's format, or hub id."""
+    out: Path
+    """Directory to write graph.npz, report.json, graph.json and index.html to."""
+    targets: tuple[str, ...] = ()
+    """Tokens to explain instead of the most probable ones (mind leading spaces)."""
+    max_features: int = 8192
+    """Most feature nodes; the most influential ones are taken."""
+    tolerance: float = 0.0
+    """Stop adding features when less than this share of influence is unexplored."""
+    node_threshold: float = 0.8
+    """Share of the influence that the shown nodes hold."""
+    edge_threshold: float = 0.98
+    """Share of the edge strength that the shown edges hold."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Put a beginning-of-sequence token first."""
+    compat: Literal["none", "circuit-tracer"] = "none"
+    """circuit-tracer's conventions: no features or errors at the first position, its
+    pruning and its completeness score."""
+    save: Literal["auto", "full", "pruned"] = "auto"
+    """What graph.npz holds; auto is the full graph up to 512 MB."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights; a graph is exact in float32."""
+    precision: Literal["highest", "high", "default"] = "highest"
+    """Of matmuls on accelerators; highest is full float32."""
+    json: bool = False
+    """Print the report as JSON on stdout."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FetchConfig:
+    """Get a known model into the user cache, checksum verified."""
+
+    name: tyro.conf.Positional[str] = ""
+    """Name of the model."""
+    list: bool = False
+    """List the known names."""
+    json: bool = False
+    """Print the result as JSON on stdout."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViewConfig:
+    """Write the page of a traced prompt again, or with other thresholds."""
+
+    directory: tyro.conf.Positional[Path]
+    """Directory that trace wrote."""
+    out: Path | None = None
+    """Page to write; the directory's index.html if not given."""
+    node_threshold: float | None = None
+    """Prune the saved graph again with this share of influence."""
+    edge_threshold: float | None = None
+    """Prune the saved graph again with this share of edge strength."""
+    json: bool = False
+    """Print the result as JSON on stdout."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command line and exit."""
+    config = tyro.cli(
+        Annotated[TraceConfig, tyro.conf.subcommand("trace")]  # pyright: ignore
+        | Annotated[FetchConfig, tyro.conf.subcommand("fetch")]
+        | Annotated[ViewConfig, tyro.conf.subcommand("view")],
+        args=argv,
+        prog="jaxclt",
+        description="Circuit tracing in JAX: explain a prediction as a feature graph.",
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )
+    run = {TraceConfig: _trace, FetchConfig: _fetch, ViewConfig: _view}[type(config)]
+    say = Console(stderr=True, highlight=False)
+    try:
+        run(config, say)
+    except InputError as error:
+        if config.debug:
+            traceback.print_exc()
+        say.print(f"jaxclt: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say.print("jaxclt: interrupted; what was there before is unchanged")
+        sys.exit(130)
+
+
+def _trace(config: TraceConfig, say: Console) -> None:
+    import jax
+
+    from jaxclt import trace
+    from jaxclt.graph.attribute import AttributeConfig
+    from jaxclt.io.dictionary import load_dictionary
+    from jaxclt.io.fetch import cache_root
+    from jaxclt.io.model import load_model
+
+    if not config.prompt.strip():
+        raise InputError("the prompt is empty: give some text to trace")
+    if config.max_features < 1:
+        raise InputError(f"--max-features {config.max_features}: give at least 1")
+    trace.check_writable(config.out)
+    # The second trace of a shape starts without compiling.
+    jax.config.update(
+        "jax_compilation_cache_dir",
+        os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache_root() / "xla")),
+    )
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    started = time.perf_counter()
+    model = load_model(config.model, dtype=config.dtype, progress=_line(say))
+    dictionary = load_dictionary(config.dictionary, model)
+    loaded = time.perf_counter() - started
+    with _row_progress(say) as on_rows:
+        traced = trace.trace_prompt(
+            model,
+            dictionary,
+            config.prompt,
+            targets=config.targets,
+            bos=config.bos,
+            on_rows=on_rows,
+            config=AttributeConfig(
+                max_features=config.max_features,
+                tolerance=config.tolerance,
+                node_threshold=config.node_threshold,
+                edge_threshold=config.edge_threshold,
+                convention="paper" if config.compat == "none" else config.compat,
+                precision=config.precision,
+            ),
+        )
+    traced.timing["load"] = loaded
+    report = trace.write_trace(
+        traced,
+        config.out,
+        save=config.save,
+        environment={"dtype": config.dtype, "precision": config.precision},
+    )
+    if config.json:
+        print(json.dumps(report))  # noqa: T201
+        return
+    Console().print(_summary(report))
+    Console().print(f"page: {(config.out / 'index.html').resolve().as_uri()}")
+
+
+def _fetch(config: FetchConfig, say: Console) -> None:
+    from jaxclt.io.fetch import KNOWN_MODELS, fetch
+
+    if config.list or not config.name:
+        known = {name: model.licence for name, model in KNOWN_MODELS.items()}
+        if config.json:
+            print(json.dumps(known))  # noqa: T201
+        for name, licence in known.items():
+            Console().print(f"{name}  ({licence})", markup=False)
+        return
+    path = fetch(config.name, progress=_line(say))
+    if config.json:
+        print(json.dumps({"name": config.name, "path": str(path)}))  # noqa: T201
+    else:
+        Console().print(str(path), markup=False, soft_wrap=True)
+
+
+def _view(config: ViewConfig, say: Console) -> None:
+    from jaxclt import api
+    from jaxclt.graph.prune import prune
+    from jaxclt.io.graph_file import load_graph
+
+    graph = load_graph(config.directory / "graph.npz")
+    if config.node_threshold is not None or config.edge_threshold is not None:
+        old = graph.pruning
+        pruning = prune(
+            graph,
+            node_threshold=config.node_threshold or old.node_threshold,
+            edge_threshold=config.edge_threshold or old.edge_threshold,
+        )
+        graph = dataclasses.replace(graph, pruning=pruning)
+    path = api.show(graph).save(config.out or config.directory / "index.html")
+    del say
+    if config.json:
+        print(json.dumps({"page": str(path)}))  # noqa: T201
+    else:
+        Console().print(f"page: {path.resolve().as_uri()}")
+
+
+def _line(say: Console) -> Callable[[str], None]:
+    return lambda text: say.print(text, markup=False, soft_wrap=True)
+
+
+class _Rate(ProgressColumn):
+    """Rows per second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} rows/s" if speed else "")
+
+
+@contextmanager
+def _row_progress(say: Console) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with rate and ETA on stderr."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=say, transient=True) as bar:
+        task = bar.add_task("attributing", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _summary(report: dict[str, Any]) -> Table:
+    """What a user wants to know first, as a table."""
+    table = Table(title=Text(report["prompt"]), show_header=False)
+    top = ", ".join(f"{t!r} {p:.2f}" for t, p in report["top_tokens"][:3])
+    full, kept = report["scores"]["full"], report["scores"]["pruned"]
+    graph, proof = report["graph"], report["certificate"]
+
+    def pair(score: str) -> str:
+        return f"{full[score]:.3f} (shown {kept[score]:.3f})"
+
+    for name, value in {
+        "top tokens": top,
+        "features": f"{graph['features_attributed']:,} of {graph['features_active']:,} "
+        "active",
+        "shown": f"{graph['kept_nodes']:,} nodes, {graph['kept_edges']:,} edges",
+        "replacement score": pair("replacement"),
+        "completeness": pair("completeness"),
+        "mean path length": f"{full['mean_path_length']:.2f}",
+        "row error (max)": f"{proof['max_relative_row_error']:.1e}",
+        "seconds": ", ".join(f"{k} {v:.1f}" for k, v in report["timing_s"].items()),
+        "peak memory": f"{report['environment']['peak_memory_gb']:.1f} GB",
+    }.items():
+        table.add_row(name, Text(value))
+    return table

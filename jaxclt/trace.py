@@ -1,0 +1,295 @@
+"""A prompt becomes a graph, and a graph becomes a directory: the top-level shell.
+
+prompt --tokenizer--> tokens --lm.record--> Recording --dictionary.active--> Active
+  --graph.attribute_recording--> Graph --write_trace--> graph.npz, report.json,
+  graph.json, index.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxclt import __version__
+from jaxclt.clt.active import Dictionary
+from jaxclt.errors import InputError
+from jaxclt.graph.attribute import AttributeConfig, Timing, attribute_recording
+from jaxclt.graph.certificate import certificate
+from jaxclt.graph.graph import Graph, GraphMeta
+from jaxclt.graph.prune import restrict
+from jaxclt.graph.scores import scores
+from jaxclt.graph.targets import salient_targets, token_targets
+from jaxclt.io.atomic import atomic_path
+from jaxclt.io.graph_file import save_graph
+from jaxclt.io.model import Model
+from jaxclt.io.tokenizer import Bos
+from jaxclt.lm.config import LMConfig
+from jaxclt.lm.run import record
+from jaxclt.types import LMParams, Recording, Targets
+from jaxclt.viewer.graph_json import graph_json, validate
+from jaxclt.viewer.page import page
+
+__all__ = ["Traced", "prompt_tokens", "record_prompt", "trace_prompt", "write_trace"]
+
+FULL_GRAPH_BYTES = 512 << 20  # larger graphs are saved pruned unless asked otherwise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traced:
+    """A graph with what was measured on the way."""
+
+    graph: Graph
+    timing: dict[str, float]  # seconds
+    n_active: int  # features active on the prompt, attributed or not
+
+
+@partial(jax.jit, static_argnames="cfg")
+def record_prompt(params: LMParams, token_T: Array, cfg: LMConfig) -> Recording:
+    """`jaxclt.lm.run.record`, jitted once for everybody."""
+    return record(params, token_T, cfg=cfg)
+
+
+def prompt_tokens(model: Model, prompt: str, bos: Bos = "auto") -> list[int]:
+    """Token ids of a prompt.
+
+    Raises:
+      InputError: if the prompt is empty or longer than the model's context.
+    """
+    if not prompt.strip():
+        raise InputError("the prompt is empty: give some text to trace")
+    ids = model.tokenizer.encode(prompt, bos)
+    if len(ids) > model.cfg.n_ctx:
+        raise InputError(
+            f"the prompt has {len(ids)} tokens, the model's context holds "
+            f"{model.cfg.n_ctx}: shorten the prompt"
+        )
+    return ids
+
+
+def trace_prompt(
+    model: Model,
+    dictionary: Dictionary,
+    prompt: str,
+    *,
+    config: AttributeConfig | None = None,
+    targets: Sequence[str] = (),
+    bos: Bos = "auto",
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
+) -> Traced:
+    """Trace one prompt.
+
+    Args:
+      model: from `jaxclt.load_model`.
+      dictionary: from `jaxclt.load_dictionary`.
+      prompt: text.
+      config: how much to compute.
+      targets: texts of one token each to explain instead of the top tokens.
+      bos: whether a beginning-of-sequence token is put first.
+      on_rows: progress, (rows done, rows planned).
+
+    Raises:
+      InputError: for a prompt, target or dictionary that does not fit the model.
+    """
+    config = config or AttributeConfig()
+    if bos == "auto" and config.convention == "circuit-tracer":
+        bos = "always"
+    ids = prompt_tokens(model, prompt, bos)
+    clock: dict[str, float] = {}
+    spent = Timing()
+    with _compile_seconds() as compiled, _stage(clock, "total"):
+        with _stage(clock, "record"), jax.default_matmul_precision(config.precision):
+            token_T = jnp.asarray(ids, jnp.int32)
+            recording = record_prompt(model.params, token_T, model.cfg)
+            chosen = _targets(model, recording, targets)
+            active = dictionary.active(model.params, recording, model.cfg)
+        meta = GraphMeta(
+            model=model.name,
+            dictionary=dictionary.name,
+            prompt=prompt,
+            tokens=tuple(model.tokenizer.token_strings(ids)),
+            target_tokens=tuple(
+                model.tokenizer.token_strings([int(i) for i in chosen.token_K])
+            ),
+            n_layers=model.cfg.n_layers,
+            config=dataclasses.asdict(config),
+            hashes={"model": model.hash, "dictionary": dictionary.hash},
+            version=__version__,
+        )
+        graph = attribute_recording(
+            model.params,
+            recording,
+            active,
+            chosen,
+            cfg=model.cfg,
+            meta=meta,
+            config=config,
+            on_rows=on_rows,
+            timing=spent,
+        )
+    clock |= dataclasses.asdict(spent)
+    clock["compile"] = compiled[0]
+    return Traced(
+        graph=graph,
+        timing=clock,
+        n_active=len(active.layer_A),
+    )
+
+
+def write_trace(
+    traced: Traced,
+    out: str | os.PathLike[str],
+    *,
+    save: str = "auto",
+    environment: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write graph.npz, report.json, graph.json and index.html; return the report.
+
+    Files are written one by one, each atomically, the page last.
+
+    Args:
+      traced: from `trace_prompt`.
+      out: directory, created if absent.
+      save: `full`, `pruned`, or `auto` (full up to 512 MB).
+      environment: added to the report's environment.
+
+    Raises:
+      InputError: if the directory cannot be written.
+    """
+    out = Path(out)
+    started = time.perf_counter()
+    graph = traced.graph
+    report = _report(traced) | {"environment": _environment() | (environment or {})}
+    doc = graph_json(graph, slug=out.name or "graph", scores=report["scores"])
+    validate(doc)
+    small = save == "pruned" or (save == "auto" and _bytes(graph) > FULL_GRAPH_BYTES)
+    save_graph(out / "graph.npz", restrict(graph) if small else graph)
+    _write_text(out / "graph.json", json.dumps(doc, ensure_ascii=False))
+    report["graph"]["saved"] = "pruned" if small else "full"
+    report["timing_s"]["write"] = round(time.perf_counter() - started, 3)
+    _write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+    _write_text(out / "index.html", page(doc, report))
+    return report
+
+
+def check_writable(out: str | os.PathLike[str]) -> None:
+    """Raise InputError now if `out` cannot be written later."""
+    probe = Path(out) / ".jaxclt"
+    with atomic_path(probe):
+        pass
+    probe.unlink()
+
+
+def _targets(model: Model, recording: Recording, wanted: Sequence[str]) -> Targets:
+    out_D = recording.out_TD[-1]
+    if not wanted:
+        return salient_targets(model.params, out_D)
+    ids = []
+    for text in wanted:
+        found = model.tokenizer.encode(text, "never")
+        if len(found) != 1:
+            raise InputError(
+                f"target {text!r} is {len(found)} tokens, not one: mind the leading "
+                "space, or give a shorter text"
+            )
+        ids.append(found[0])
+    if len(set(ids)) < len(ids):
+        raise InputError("a target is given twice: name each token once")
+    return token_targets(model.params, out_D, jnp.asarray(ids, jnp.int32))
+
+
+def _report(traced: Traced) -> dict[str, Any]:
+    graph = traced.graph
+    pruning = graph.pruning
+    n_kept = int(pruning.keep_N.sum()) + graph.n_targets
+    full = scores(graph)
+    probability = [round(float(p), 6) for p in graph.target_prob_K]
+    return {
+        "prompt": graph.meta.prompt,
+        "model": graph.meta.model,
+        "dictionary": graph.meta.dictionary,
+        "convention": graph.meta.convention,
+        "top_tokens": [
+            [t, p] for t, p in zip(graph.meta.target_tokens, probability, strict=True)
+        ],
+        "scores": {
+            "full": dataclasses.asdict(full),
+            "pruned": dataclasses.asdict(scores(graph, pruning)),
+        },
+        "certificate": dataclasses.asdict(certificate(graph)),
+        "graph": {
+            "features_active": traced.n_active,
+            "features_attributed": int(graph.attributed_R[graph.feature_cols].sum()),
+            "nodes": graph.edge_RN.shape[1] + graph.n_targets,
+            "edges": int(np.count_nonzero(graph.edge_RN)),
+            "kept_nodes": n_kept,
+            "kept_edges": int(pruning.keep_edge_RN.sum()),
+            "unexplored_influence": full.unexplored_share,
+        },
+        "pruning": {
+            "node_threshold": pruning.node_threshold,
+            "edge_threshold": pruning.edge_threshold,
+        },
+        "timing_s": {k: round(v, 3) for k, v in traced.timing.items()},
+    }
+
+
+def _environment() -> dict[str, Any]:
+    device = jax.devices()[0]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+    return {
+        "jaxclt": __version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.platform}:{device.device_kind}",
+        "n_devices": jax.device_count(),
+        "cpus": os.cpu_count(),
+        "peak_memory_gb": round(peak * unit / 1e9, 2),
+    }
+
+
+def _bytes(graph: Graph) -> int:
+    return graph.edge_RN.nbytes + graph.pruning.keep_edge_RN.nbytes
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _stage(clock: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    clock[name] = time.perf_counter() - start
+
+
+@contextmanager
+def _compile_seconds() -> Iterator[list[float]]:
+    """Seconds XLA spends compiling inside the body, in a one-element list."""
+    total = [0.0]
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            total[0] += seconds
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield total
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
