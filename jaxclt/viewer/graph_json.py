@@ -40,7 +40,8 @@ def graph_json(
     """State the kept nodes and links of ``graph`` in the shared schema.
 
     Features and errors without a kept link are dropped; embeddings and logits always
-    stay. Strings are well-formed Unicode and numbers finite, so ``json.dumps(doc,
+    stay. Links come strongest first, by their share of the target's inputs times the
+    target's influence. Strings are well-formed Unicode and numbers finite, so ``json.dumps(doc,
     allow_nan=False)`` and any encoding work.
 
     Args:
@@ -54,6 +55,8 @@ def graph_json(
     _require_finite(graph)
     row_R, col_R = np.nonzero(graph.pruning.keep_edge_RN)
     weight_R = graph.edge_RN[row_R, col_R].astype(np.float32)
+    strongest = np.argsort(-_strength(graph, row_R, weight_R), kind="stable")
+    row_R, col_R, weight_R = row_R[strongest], col_R[strongest], weight_R[strongest]
     # Nodes are numbered as columns, then logits: a row of a feature is its column.
     n_cols, n_features = len(graph.influence_N), graph.n_features
     target_R = np.where(row_R < n_features, row_R, row_R - n_features + n_cols)
@@ -275,6 +278,16 @@ def _node(**fields: Any) -> dict[str, Any]:
         "activation": None,
         **fields,
     }
+
+
+def _strength(graph: Graph, row_R: np.ndarray, weight_R: np.ndarray) -> np.ndarray:
+    """Edge score of every link: share of its target's inputs x the target's influence."""
+    visit_R = np.concatenate(
+        [graph.influence_N[graph.feature_cols], graph.target_prob_K]
+    )
+    total_R = np.abs(graph.edge_RN).sum(1)
+    scale_R = visit_R / np.where(total_R > 0, total_R, 1)
+    return np.abs(weight_R) * scale_R[row_R]
 
 
 def _cumulative_influence(influence_N: np.ndarray) -> np.ndarray:

@@ -22,10 +22,15 @@ _MARKER = "/*DATA*/null"
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
+MAX_LINKS = 50_000  # more make the page slow; graph.json has them all
+
+
 def page(doc: dict[str, Any], report: dict[str, Any] | None = None) -> str:
     """Render a graph document as a page that opens from ``file://``.
 
-    The embedded data is ASCII; write the page as UTF-8 for the template's own text.
+    The embedded data is ASCII; write the page as UTF-8 for the template's own text. Of
+    more than `MAX_LINKS` links only the first are embedded, and the page says so; our
+    own documents list the strongest first.
 
     Args:
         doc: what `graph_json` returns, or another tool's file that `validate` accepts.
@@ -37,9 +42,12 @@ def page(doc: dict[str, Any], report: dict[str, Any] | None = None) -> str:
     """
     if report is None:
         report = (doc.get("jaxclt") or {}).get("scores")
+    all_links = len(doc.get("links") or ())
+    if all_links > MAX_LINKS:
+        doc = {**doc, "links": doc["links"][:MAX_LINKS]}
     try:
         data = json.dumps(
-            {"graph": doc, "report": finite(report)},
+            {"graph": doc, "report": finite(report), "allLinks": all_links},
             allow_nan=False,
             separators=(",", ":"),
         )

@@ -44,6 +44,13 @@ def data_of(html: str) -> dict:
     return json.loads(block)
 
 
+def test_a_page_of_too_many_links_holds_the_strongest_and_says_so(doc, monkeypatch):
+    monkeypatch.setattr("jaxclt.viewer.page.MAX_LINKS", 3)
+    data = data_of(page(doc))
+    assert data["graph"]["links"] == doc["links"][:3]
+    assert data["allLinks"] == len(doc["links"]) > 3
+
+
 def test_data_comes_back_whole(doc):
     data = data_of(page(doc, REPORT))
     assert data["graph"] == doc

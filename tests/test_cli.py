@@ -1,0 +1,198 @@
+"""The command line on a tiny model: what it writes, and how it says no."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxclt import cli
+from jaxclt.io.graph_file import load_graph
+from jaxclt.viewer.graph_json import validate
+
+GOLDEN = Path(__file__).parent / "goldens" / "circuit_tracer_clt"
+MODEL, DICTIONARY = GOLDEN / "model", GOLDEN / "dictionary"
+PROMPT = str(np.load(GOLDEN / "graph.npz")["prompt"])
+
+
+def run(*args: object) -> int:
+    """Exit status of a command line."""
+    try:
+        cli.main([str(arg) for arg in args])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def trace(out: Path, *more: object, prompt: str = PROMPT, model: object = MODEL) -> int:
+    dictionary = () if "--dictionary" in more else ("--dictionary", DICTIONARY)
+    return run("trace", prompt, "--model", model, *dictionary, "--out", out, *more)
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("trace") / "graph"
+    assert trace(out) == 0
+    return out
+
+
+def test_trace_writes_the_four_files_of_the_contract(traced: Path):
+    assert sorted(p.name for p in traced.iterdir()) == [
+        "graph.json", "graph.npz", "index.html", "report.json",
+    ]  # fmt: skip
+    report = json.loads((traced / "report.json").read_text())
+    assert report["certificate"]["max_relative_row_error"] < 1e-5
+    assert {
+        "replacement",
+        "completeness",
+        "completeness_ct",
+        "mean_path_length",
+    } <= set(report["scores"]["full"])
+    assert {
+        "load",
+        "record",
+        "compile",
+        "attribute",
+        "influence",
+        "prune",
+        "write",
+    } <= set(report["timing_s"])
+    validate(json.loads((traced / "graph.json").read_text()))
+    assert "http://" not in (traced / "index.html").read_text()
+
+
+def test_npz_rows_sum_without_our_code(traced: Path):
+    with np.load(traced / "graph.npz", allow_pickle=False) as graph:
+        total = graph["edge_RN"].sum(1) + graph["bias_R"] + graph["rest_R"]
+        np.testing.assert_allclose(total, graph["readout_R"], atol=1e-4)
+        meta = json.loads(str(graph["meta"]))
+        A, T, K = (len(graph[k]) for k in ("layer_A", "token_T", "target_token_K"))
+        shape = graph["edge_RN"].shape
+    L = meta["n_layers"]
+    assert meta["prompt"] == PROMPT
+    assert len(meta["tokens"]) == T
+    assert total.shape == (A + K,)
+    assert shape == (A + K, A + L * T + T)
+
+
+def test_pruned_file_still_sums_and_reads_back(tmp_path: Path):
+    assert trace(tmp_path / "g", "--save", "pruned", "--max-features", 60) == 0
+    graph = load_graph(tmp_path / "g" / "graph.npz")
+    total = graph.edge_RN.sum(1) + graph.bias_R + graph.rest_R
+    np.testing.assert_allclose(total, graph.readout_R, atol=1e-4)
+    assert 0 < graph.n_features < 60
+
+
+def test_json_report_on_stdout_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert trace(tmp_path / "g", "--json", "--dictionary", "neurons:3") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["dictionary"] == "neurons:3"
+    assert report == json.loads((tmp_path / "g" / "report.json").read_text())
+
+
+def test_given_targets_replace_the_top_tokens(tmp_path: Path, traced: Path):
+    token = json.loads((traced / "report.json").read_text())["top_tokens"][1][0]
+    assert trace(tmp_path / "g", "--targets", token) == 0
+    report = json.loads((tmp_path / "g" / "report.json").read_text())
+    assert [text for text, _ in report["top_tokens"]] == [token]
+
+
+def test_view_prunes_again(traced: Path, tmp_path: Path):
+    page = tmp_path / "tight.html"
+    assert run("view", traced, "--node-threshold", 0.3, "--out", page) == 0
+    assert len(page.read_text()) < len((traced / "index.html").read_text())
+
+
+def damaged(tmp_path: Path, what: str) -> Path:
+    """A copy of the golden model or dictionary with one file cut short."""
+    source = {"model": MODEL, "dictionary": DICTIONARY}[what]
+    copy = Path(shutil.copytree(source, tmp_path / what))
+    file = sorted(copy.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-100])
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"prompt": " "}, "the prompt is empty"),
+        ({"prompt": "word " * 3000}, "the model's context holds"),
+        ({"model": "no-such-model"}, "no model 'no-such-model'"),
+        ({"more": ("--dictionary", "nothing")}, "no dictionary 'nothing'"),
+        ({"more": ("--dictionary", "neurons:x")}, "write neurons:k"),
+        ({"more": ("--max-features", 0)}, "give at least 1"),
+        ({"more": ("--node-threshold", 1.5)}, "give a share in"),
+        ({"more": ("--targets", "two words")}, "tokens, not one"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], args: dict, message: str
+):
+    more = args.pop("more", ())
+    assert trace(tmp_path / "out", *more, **args) == 2
+    err = capsys.readouterr().err.strip()
+    assert message in err
+    assert "Traceback" not in err
+    assert err.count("jaxclt: ") == 1
+
+
+@pytest.mark.parametrize("what", ["model", "dictionary"])
+def test_a_truncated_file_leaves_an_older_output_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+):
+    out = tmp_path / "out"
+    assert trace(out) == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    bad = damaged(tmp_path, what)
+    extra = ("--dictionary", bad) if what == "dictionary" else ()
+    model = bad if what == "model" else MODEL
+    assert trace(out, *extra, model=model) == 2
+    assert "truncated" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_a_dictionary_of_another_model_names_both_sizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    other = Path(__file__).parent / "goldens" / "llama_gqa_tied"
+    model = Path(shutil.copytree(other, tmp_path / "model"))
+    shutil.copy(MODEL / "tokenizer.json", model / "tokenizer.json")
+    assert trace(tmp_path / "out", model=model) == 2
+    assert "jaxclt: " in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_fails_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").write_text("in the way")
+    assert trace(tmp_path / "file" / "out", model="no-such-model") == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_a_damaged_graph_is_refused(tmp_path: Path, traced: Path, capsys):
+    folder = Path(shutil.copytree(traced, tmp_path / "graph"))
+    file = folder / "graph.npz"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert run("view", folder) == 2
+    assert "not a complete graph file" in capsys.readouterr().err
+
+
+def test_help_needs_no_transformers():
+    code = (
+        "import sys; sys.argv=['jaxclt','trace','--help']\n"
+        "from jaxclt import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert 'transformers' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "--max-features" in done.stdout
