@@ -42,7 +42,7 @@ class AttributeConfig:
     edge_threshold: float = 0.98
     convention: Literal["paper", "circuit-tracer"] = "paper"
     precision: str = "highest"  # of matmuls; accelerators default to less than float32
-    chunk_size: int = 256  # most targets pulled back together
+    chunk_size: int = 128  # most targets pulled back together
     n_bands: int | None = None  # position bands, one compilation each; None: chosen
     rows_per_update: int = 512  # rows between two rankings when not all are computed
 

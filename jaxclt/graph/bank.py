@@ -8,6 +8,10 @@ layers, and no (targets x sources x d_model) temporary ever exists.
 A feature owns one slot of its position; slots are cut into blocks of `width`. For a
 full CLT everything below layer m writes m, so slots are ordered by layer and the
 sources of m are the first blocks. For a narrower span each layer starts a new block.
+
+Positions differ in how many features they have, the first one often by far. Tiles that
+all positions share are as deep as most positions need; what sticks out of them goes to
+overflow tiles that belong to one position each.
 """
 
 from __future__ import annotations
@@ -23,11 +27,19 @@ __all__ = ["SourceBank", "source_bank"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceBank:
-    """Sources of one prompt, packed in tiles (X tiles of width S)."""
+    """Sources of one prompt: X shared tiles and Y overflow tiles of width S.
 
-    tile_XTSD: np.ndarray  # value x decoder row; zero where a slot is empty
-    block_X: np.ndarray  # int32: which block of slots a tile's edges belong to
-    first_L: np.ndarray  # int32 [L + 1]: tiles of write layer m are first[m]:first[m+1]
+    Tiles hold value x decoder row, zero where a slot is empty, and are ordered by the
+    layer they write: layer m owns shared tiles ``shared_L[m]:shared_L[m + 1]``.
+    """
+
+    shared_XTSD: np.ndarray
+    shared_block_X: np.ndarray  # int32: which block of slots the edges belong to
+    shared_L: np.ndarray  # int32 [L + 1]
+    overflow_YSD: np.ndarray
+    overflow_block_Y: np.ndarray  # int32
+    overflow_pos_Y: np.ndarray  # int32
+    overflow_L: np.ndarray  # int32 [L + 1]
     error_LTD: np.ndarray
     embed_TD: np.ndarray
     slot_A: np.ndarray  # slot of each feature within its position
@@ -36,7 +48,7 @@ class SourceBank:
     @property
     def width(self) -> int:
         """Slots per block."""
-        return self.tile_XTSD.shape[2]
+        return self.shared_XTSD.shape[2]
 
 
 def source_bank(
@@ -53,40 +65,96 @@ def source_bank(
     count_LT = np.zeros((L, T), np.int64)
     np.add.at(count_LT, (active.layer_A, active.pos_A), 1)
     n_writes = [rows.shape[1] for rows in active.decoder]
-    reaches_end = all(n == L - layer for layer, n in enumerate(n_writes))
-    if reaches_end and L > 1:
-        slot_A, width, first_block, end_block = _prefix_slots(active, count_LT)
+    if all(n == L - layer for layer, n in enumerate(n_writes)) and L > 1:
+        width, slot_A, first_M, end_MT = _prefix_slots(active, count_LT)
     else:
-        slot_A, width, first_block, end_block = _layer_slots(active, count_LT, n_writes)
-    first_L = np.concatenate([[0], np.cumsum(end_block - first_block)]).astype(np.int32)
-    block_X = np.concatenate(
-        [np.arange(a, b) for a, b in zip(first_block, end_block, strict=True)]
-    ).astype(np.int32)
-    tile_XTSD = np.zeros((max(len(block_X), 1), T, width, D), error_LTD.dtype)
+        width, slot_A, first_M, end_MT = _layer_slots(active, count_LT, max(n_writes))
+    depth_M = _shared_depth(end_MT - first_M[:, None])
+    shared_L = np.concatenate([[0], np.cumsum(depth_M)])
+    over_M, over_T, over_block = _overflow(first_M + depth_M, end_MT)
+    overflow_L = np.searchsorted(over_M, np.arange(L + 1))
+    shared_XTSD = np.zeros((max(shared_L[-1], 1), T, width, D), error_LTD.dtype)
+    overflow_YSD = np.zeros((max(len(over_M), 1), width, D), error_LTD.dtype)
+    tile_of = {
+        key: y for y, key in enumerate(zip(over_M, over_T, over_block, strict=True))
+    }
     for layer, rows_AMD in enumerate(active.decoder):
         slots = active.of_layer(layer)
-        pos, slot = active.pos_A[slots], slot_A[slots]
-        value = active.value_A[slots, None]
+        pos, value = active.pos_A[slots], active.value_A[slots, None]
+        block, place = np.divmod(slot_A[slots], width)
         for offset in range(rows_AMD.shape[1]):
             m = layer + offset
-            tile = first_L[m] + slot // width - first_block[m]
-            tile_XTSD[tile, pos, slot % width] = value * rows_AMD[:, offset]
+            written_AD = value * rows_AMD[:, offset]
+            local = block - first_M[m]
+            shared = local < depth_M[m]
+            tile = shared_L[m] + local[shared]
+            shared_XTSD[tile, pos[shared], place[shared]] = written_AD[shared]
+            if not shared.all():
+                keys = zip(pos[~shared], block[~shared], strict=True)
+                tile = np.array([tile_of[m, p, b] for p, b in keys])
+                overflow_YSD[tile, place[~shared]] = written_AD[~shared]
+    blocks = [np.arange(a, a + n) for a, n in zip(first_M, depth_M, strict=True)]
     return SourceBank(
-        tile_XTSD=tile_XTSD,
-        block_X=block_X if len(block_X) else np.zeros(1, np.int32),
-        first_L=first_L,
+        shared_XTSD=shared_XTSD,
+        shared_block_X=_some(np.concatenate(blocks)),
+        shared_L=shared_L.astype(np.int32),
+        overflow_YSD=overflow_YSD,
+        overflow_block_Y=_some(over_block),
+        overflow_pos_Y=_some(over_T),
+        overflow_L=overflow_L.astype(np.int32),
         error_LTD=error_LTD,
         embed_TD=embed_TD,
         slot_A=slot_A,
-        n_blocks=max(int(end_block.max(initial=0)), 1),
+        n_blocks=max(int(end_MT.max(initial=0)), 1),
     )
+
+
+def _some(index: np.ndarray) -> np.ndarray:
+    """int32, and at least one entry: compiled programs need a tile to index."""
+    return (index if len(index) else np.zeros(1)).astype(np.int32)
+
+
+def _overflow(
+    shared_end_M: np.ndarray, end_MT: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(write layer, position, block) of every block beyond the shared ones."""
+    found = [
+        (m, t, block)
+        for m, t in np.argwhere(end_MT > shared_end_M[:, None])
+        for block in range(shared_end_M[m], end_MT[m, t])
+    ]
+    columns = np.array(found, np.int64).reshape(-1, 3)
+    return columns[:, 0], columns[:, 1], columns[:, 2]
+
+
+# A block computed for one position alone costs more than its share of a shared tile.
+_OVERFLOW_COST = 1.5
+
+
+def _depth_cost(need_MT: np.ndarray) -> np.ndarray:
+    """Cost [L, depth] of sharing `depth` blocks, in blocks times positions."""
+    L, T = need_MT.shape
+    depth = np.arange(need_MT.max(initial=0) + 1)
+    beyond = np.maximum(need_MT[:, :, None] - depth, 0).sum(1)
+    return T * depth[None, :] + _OVERFLOW_COST * beyond.reshape(L, len(depth))
+
+
+def _shared_depth(need_MT: np.ndarray) -> np.ndarray:
+    """Blocks of each write layer that all positions share, [L]."""
+    return np.argmin(_depth_cost(need_MT), axis=1)
+
+
+def _best_width(slots_MT: np.ndarray, widths: list[int]) -> int:
+    """Width with the least padded work; a tile costs some slots' worth in itself."""
+    cost = [_depth_cost(-(-slots_MT // w)).min(axis=1).sum() * (w + 4) for w in widths]
+    return widths[int(np.argmin(cost))]
 
 
 def _rank_in_group(group_A: np.ndarray) -> np.ndarray:
     """Place of each element among the earlier elements of its group."""
     order = np.argsort(group_A, kind="stable")
     grouped = group_A[order]
-    start = np.flatnonzero(np.r_[True, grouped[1:] != grouped[:-1]])
+    start = np.flatnonzero(np.r_[True, grouped[1:] != grouped[:-1]][: len(grouped)])
     length = np.diff(np.r_[start, len(grouped)])
     rank = np.empty(len(group_A), np.int64)
     rank[order] = np.arange(len(grouped)) - np.repeat(start, length)
@@ -95,33 +163,32 @@ def _rank_in_group(group_A: np.ndarray) -> np.ndarray:
 
 def _prefix_slots(
     active: Active, count_LT: np.ndarray
-) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
+) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
     """Slots by layer without gaps; write layer m reads the first blocks."""
-    slot_A = _rank_in_group(active.pos_A) if len(active.pos_A) else active.pos_A
-    reach_M = np.cumsum(count_LT, 0).max(1)  # slots needed up to each layer
-    # A wide tile is a better matmul, a narrow one wastes fewer padded slots.
-    widths = [8, 16, 32, 64, 128, 256]
-    cost = [(-(-reach_M // w) * (w + 16)).sum() for w in widths]
-    width = widths[int(np.argmin(cost))]
-    end = -(-reach_M // width)
-    return slot_A, width, np.zeros_like(end), end
+    reach_MT = np.cumsum(count_LT, 0)  # slots of everything that writes layer m
+    width = _best_width(reach_MT, [8, 16, 32, 64, 128, 256])
+    end_MT = -(-reach_MT // width)
+    return width, _rank_in_group(active.pos_A), np.zeros(len(end_MT), np.int64), end_MT
 
 
 def _layer_slots(
-    active: Active, count_LT: np.ndarray, n_writes: list[int]
-) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
+    active: Active, count_LT: np.ndarray, span: int
+) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
     """Each layer starts a new block; write layer m reads the blocks in its span."""
     L, T = count_LT.shape
-    need_L = count_LT.max(1)
-    widths = [8 * i for i in range(1, 33)]
-    cost = [(-(-need_L // w) * (w + 4)).sum() for w in widths]
-    width = widths[int(np.argmin(cost))]
-    start = np.concatenate([[0], np.cumsum(-(-need_L // width))])
-    slot_A = start[active.layer_A] * width + (
-        _rank_in_group(active.layer_A.astype(np.int64) * T + active.pos_A)
-        if len(active.pos_A)
-        else 0
-    )
-    span = max(n_writes)
-    source_lo = np.maximum(np.arange(L) - span + 1, 0)
-    return slot_A, width, start[source_lo], start[1:]
+    width = _best_width(count_LT, [8 * i for i in range(1, 33)])
+    need_LT = -(-count_LT // width)
+    start = np.concatenate([[0], np.cumsum(need_LT.max(1))])
+    rank_A = _rank_in_group(active.layer_A.astype(np.int64) * T + active.pos_A)
+    slot_A = start[active.layer_A] * width + rank_A
+    first_M = start[np.maximum(np.arange(L) - span + 1, 0)]
+    end_MT = np.where(need_LT > 0, start[:L, None] + need_LT, first_M[:, None])
+    # An earlier layer in the span may reach further at a position than this one does.
+    return width, slot_A, first_M, np.maximum(end_MT, _span_end(start, need_LT, span))
+
+
+def _span_end(start: np.ndarray, need_LT: np.ndarray, span: int) -> np.ndarray:
+    """Last block [L, T] of any layer of the span that has features at a position."""
+    L = len(need_LT)
+    end_LT = np.where(need_LT > 0, start[:L, None] + need_LT, 0)
+    return np.stack([end_LT[max(0, m - span + 1) : m + 1].max(0) for m in range(L)])

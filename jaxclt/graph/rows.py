@@ -86,7 +86,7 @@ def make_plan(
     n_tokens: int,
     flops_per_position: float,
     n_bands: int | None = None,
-    chunk_size: int = 256,
+    chunk_size: int = 128,
 ) -> Plan:
     """Choose position bands and the chunk capacity for targets at some positions.
 
@@ -100,25 +100,47 @@ def make_plan(
       n_bands: how many; None weighs the wasted work against the time to compile.
       chunk_size: most rows pulled back together.
     """
-    cost_T = np.bincount(pos_R, minlength=n_tokens) * (1.0 + np.arange(n_tokens))
-    if n_bands is None:
-        work = float(cost_T.sum()) * flops_per_position
-        n_bands = int(np.clip(np.sqrt(work / _FLOPS_OF_A_COMPILATION), 1, 6))
-    marks = cost_T.sum() * np.arange(1, n_bands + 1) / n_bands * (1 - 1e-9)
-    ends = sorted({int(i) + 1 for i in np.searchsorted(np.cumsum(cost_T), marks)})
-    ends[-1] = n_tokens
-    rows = np.diff(np.searchsorted(np.sort(pos_R), [0, *ends]))
-    sizes = [
-        size for size in (32, 64, 96, 128, 192, 256, 384, 512) if size <= chunk_size
+    count_T = np.bincount(pos_R, minlength=n_tokens)
+    choices = range(1, 9) if n_bands is None else [n_bands]
+    plans = [_best_bands(count_T, min(n, n_tokens)) for n in choices]
+    cost = [
+        touched * flops_per_position + len(ends) * _FLOPS_OF_A_COMPILATION
+        for touched, ends in plans
     ]
+    ends = plans[int(np.argmin(cost))][1]
+    rows = np.diff(np.searchsorted(np.sort(pos_R), [0, *ends]))
+    sizes = [size for size in (32, 64, 96, 128, 192, 256, 512) if size <= chunk_size]
     # Padded rows cost as much as real ones; each chunk costs a little in itself.
-    waste = [(-(-rows // size) * (size + 16)).sum() for size in sizes or [chunk_size]]
+    waste = [(-(-rows // size) * (size + 8)).sum() for size in sizes or [chunk_size]]
     capacity = (sizes or [chunk_size])[int(np.argmin(waste))]
-    return Plan(band_end=tuple(ends), capacity=capacity)
+    return Plan(band_end=ends, capacity=capacity)
 
 
 # Work a 2-core CPU does in the time one band's program takes to compile.
-_FLOPS_OF_A_COMPILATION = 1e11
+_FLOPS_OF_A_COMPILATION = 5e10
+
+
+def _best_bands(count_T: np.ndarray, n_bands: int) -> tuple[float, tuple[int, ...]]:
+    """Ends of the bands that touch the fewest positions, and how many they touch.
+
+    Exact by dynamic programming over at most 128 candidate ends.
+    """
+    T = len(count_T)
+    mark = np.unique(np.linspace(0, T, min(T, 128) + 1).round().astype(int))
+    rows = np.concatenate([[0], np.cumsum(count_T)])[mark].astype(float)
+    # step[i, j]: positions touched by the targets of a band from mark i to mark j.
+    touched = (rows[None, :] - rows[:, None]) * mark[None, :]
+    step = np.where(mark[:, None] < mark[None, :], touched, np.inf)
+    best, previous = step[0], []
+    for _ in range(n_bands - 1):
+        through = best[:, None] + step
+        previous.append(np.argmin(through, axis=0))
+        best = through.min(axis=0)
+    ends, at = [], len(mark) - 1
+    for back in [*reversed(previous), np.zeros(len(mark), int)]:
+        ends.append(int(mark[at]))
+        at = int(back[at])
+    return float(best[-1]), tuple(sorted(set(ends)))
 
 
 class _Stream(NamedTuple):
@@ -128,9 +150,13 @@ class _Stream(NamedTuple):
     pattern_LHTS: Array
     scale_LT: Array
     skip: tuple[Array, Array] | None
-    tile_XTSD: Array
-    block_X: Array
-    first_L: Array
+    shared_XTSD: Array
+    shared_block_X: Array
+    shared_L: Array
+    overflow_YSD: Array
+    overflow_block_Y: Array
+    overflow_pos_Y: Array
+    overflow_L: Array
     error_LTD: Array
     embed_TD: Array
 
@@ -148,7 +174,7 @@ def _pull_chunk(
 ) -> tuple[Array, Array, Array]:
     """Edges of one chunk: slots [B, P, C, S], errors [L, P, C], embeddings [P, C]."""
     C, D = read_CD.shape
-    L, S = cfg.n_layers, stream.tile_XTSD.shape[2]
+    L, S = cfg.n_layers, stream.shared_XTSD.shape[2]
     dtype = read_CD.dtype
     row_C = jnp.arange(C)
 
@@ -159,15 +185,28 @@ def _pull_chunk(
         )
 
     def contract(layer: Array, g_PCD: Array, edge_BPCS: Array, empty: Array) -> Array:
-        first, last = stream.first_L[layer], stream.first_L[layer + 1]
+        """Add the edges through what is written at one layer."""
 
-        def tile(i: Array, edge_BPCS: Array) -> Array:
-            tile_PSD = stream.tile_XTSD[i, :P]
+        def shared(i: Array, edge_BPCS: Array) -> Array:
+            tile_PSD = stream.shared_XTSD[i, :P]
             with jax.named_scope("edges"):
                 edge_PCS = jnp.einsum("PCD,PSD->PCS", g_PCD, tile_PSD)
-            return edge_BPCS.at[stream.block_X[i]].add(edge_PCS)
+            return edge_BPCS.at[stream.shared_block_X[i]].add(edge_PCS)
 
-        return jax.lax.fori_loop(jnp.where(empty, last, first), last, tile, edge_BPCS)
+        def overflow(i: Array, edge_BPCS: Array) -> Array:
+            pos, block = stream.overflow_pos_Y[i], stream.overflow_block_Y[i]
+            # A position beyond the band reads some other one and adds nothing.
+            seen = (pos < P).astype(dtype)
+            edge_CS = jnp.einsum("CD,SD->CS", g_PCD[pos], stream.overflow_YSD[i])
+            return edge_BPCS.at[block, pos].add(edge_CS * seen, mode="drop")
+
+        def bounds(first_L: Array) -> tuple[Array, Array]:
+            return jnp.where(empty, first_L[layer + 1], first_L[layer]), first_L[
+                layer + 1
+            ]
+
+        edge_BPCS = jax.lax.fori_loop(*bounds(stream.shared_L), shared, edge_BPCS)
+        return jax.lax.fori_loop(*bounds(stream.overflow_L), overflow, edge_BPCS)
 
     def level(step: Array, state: tuple[Array, Array, Array]) -> tuple:
         g_PCD, edge_BPCS, error_LPC = state
@@ -246,13 +285,16 @@ def edge_rows(
         pattern_LHTS=recording.frozen.pattern_LHTS,
         scale_LT=recording.frozen.attn_scale_LT,
         skip=skip,
-        tile_XTSD=jnp.asarray(bank.tile_XTSD),
-        block_X=jnp.asarray(bank.block_X),
-        first_L=jnp.asarray(bank.first_L),
+        shared_XTSD=jnp.asarray(bank.shared_XTSD),
+        shared_block_X=jnp.asarray(bank.shared_block_X),
+        shared_L=jnp.asarray(bank.shared_L),
+        overflow_YSD=jnp.asarray(bank.overflow_YSD),
+        overflow_block_Y=jnp.asarray(bank.overflow_block_Y),
+        overflow_pos_Y=jnp.asarray(bank.overflow_pos_Y),
+        overflow_L=jnp.asarray(bank.overflow_L),
         error_LTD=jnp.asarray(bank.error_LTD),
         embed_TD=jnp.asarray(bank.embed_TD),
     )
-    block_A, place_A = np.divmod(bank.slot_A, bank.width)
     for chunk in plan.chunks(targets.layer_R, targets.pos_R):
         n, P = len(chunk.row_C), chunk.n_positions
         part = targets.take(chunk.row_C)
@@ -268,10 +310,9 @@ def edge_rows(
         )
         row_C = chunk.row_C
         near = np.flatnonzero(source_pos_A < P)
-        edge = np.asarray(edge_BPCS)[
-            block_A[near], source_pos_A[near], :n, place_A[near]
-        ]
-        out_RN[row_C[:, None], near[None, :]] = edge.T
+        flat_CX = np.asarray(edge_BPCS).transpose(2, 1, 0, 3).reshape(plan.capacity, -1)
+        column = source_pos_A[near] * bank.n_blocks * bank.width + bank.slot_A[near]
+        out_RN[row_C[:, None], near[None, :]] = flat_CX[:n, column]
         columns = A + (np.arange(L)[:, None] * T + np.arange(P)[None, :]).ravel()
         out_RN[row_C[:, None], columns[None, :]] = (
             np.asarray(error_LPC)[:, :, :n].reshape(L * P, n).T
@@ -289,5 +330,6 @@ def pull_flops(cfg: LMConfig, bank: SourceBank) -> float:
     heads, kv_heads = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
     n_tokens = bank.error_LTD.shape[1]
     layer = cfg.d_model * (heads + kv_heads) + n_tokens * heads
-    tiles = bank.tile_XTSD.shape[0] * bank.width * cfg.d_model
+    n_tiles = len(bank.shared_XTSD) + len(bank.overflow_YSD) / n_tokens
+    tiles = n_tiles * bank.width * cfg.d_model
     return cfg.n_layers * layer + tiles

@@ -41,7 +41,7 @@ def graph_json(
 
     Features and errors without a kept link are dropped; embeddings and logits always
     stay. Links come strongest first, by their share of the target's inputs times the
-    target's influence. Strings are well-formed Unicode and numbers finite, so ``json.dumps(doc,
+    target's influence. Strings are well-formed and numbers finite: ``json.dumps(doc,
     allow_nan=False)`` and any encoding work.
 
     Args:
@@ -281,7 +281,7 @@ def _node(**fields: Any) -> dict[str, Any]:
 
 
 def _strength(graph: Graph, row_R: np.ndarray, weight_R: np.ndarray) -> np.ndarray:
-    """Edge score of every link: share of its target's inputs x the target's influence."""
+    """Score of every link: share of its target's inputs x the target's influence."""
     visit_R = np.concatenate(
         [graph.influence_N[graph.feature_cols], graph.target_prob_K]
     )
