@@ -230,7 +230,7 @@ class _Rows:
         everything = self.n_selected == int(self.usable_A.sum())
         if everything and self.config.tolerance <= 0:
             selected = np.flatnonzero(self.usable_A)
-            self.compute(np.concatenate([target, selected]), on_rows)
+            self.compute(np.concatenate([selected, target]), on_rows)
             return selected
         self.compute(target, on_rows)
         open_A = self.usable_A.copy()
@@ -250,24 +250,27 @@ class _Rows:
                 break
             self.compute(chosen, on_rows)
             open_A[chosen] = False
-        return np.sort(self.feature_R[self.K : self.done])
+        return np.sort(self.feature_R[: self.done][self.feature_R[: self.done] >= 0])
 
     def assemble(self, selected: np.ndarray) -> dict[str, np.ndarray]:
         """Rows and columns of the selected features; everything else summed in rest."""
-        A, K = self.A, self.K
-        order = np.concatenate(
-            [K + np.argsort(self.feature_R[K : self.done]), np.arange(K)]
-        )
+        A = self.A
+        done = self.feature_R[: self.done]
+        # Features in order, then targets (-1 - k) in order.
+        order = np.lexsort((np.abs(done), done < 0))
         chosen = np.zeros(A, bool)
         chosen[selected] = True
         keep_N = np.concatenate([chosen, self.error_usable, np.ones(self.T, bool)])
-        rest_N = ~keep_N
-        edge_RN = self.edge_RN
-        rest = edge_RN[:, rest_N][order]
+        edge_RN = self.edge_RN[: self.done]
+        if not (order == np.arange(len(order))).all():
+            edge_RN = edge_RN[order]
+        rest = edge_RN[:, ~keep_N]
+        if len(selected) < A:
+            columns = np.concatenate([selected, np.arange(A, edge_RN.shape[1])])
+            edge_RN, keep_N = edge_RN[:, columns], keep_N[columns]
         # Dropped errors stay columns of the layout, empty, so that offsets are plain.
-        columns = np.concatenate([selected, np.arange(A, edge_RN.shape[1])])
-        kept_RN = edge_RN[order][:, columns]
-        kept_RN[:, ~keep_N[columns]] = 0
+        if not keep_N.all():
+            edge_RN[:, ~keep_N] = 0
         bias = bias_reads(
             self.params,
             self.recording.frozen,
@@ -287,7 +290,7 @@ class _Rows:
             "value_A": a.value_A[selected],
             "preact_A": a.preact_A[selected],
             "attributed_R": np.ones(len(order), bool),
-            "edge_RN": kept_RN,
+            "edge_RN": edge_RN,
             "bias_R": self._bias(bias, selected),
             "rest_R": rest.sum(1),
             "rest_abs_R": np.abs(rest).sum(1),

@@ -16,11 +16,12 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxclt.graph.graph import Graph, Pruning
 from jaxclt.graph.influence import influence_series
-from jaxclt.graph.prune import solve_influence
+from jaxclt.graph.prune import kept_rows, solve_influence
 
 __all__ = ["Scores", "path_length_curve", "scores"]
 
@@ -52,34 +53,49 @@ def shares_total(graph: Graph) -> np.ndarray:
 
 def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
     """Scores of the full graph, or of what a pruning keeps of it."""
-    A, K = graph.n_features, graph.n_targets
-    total_R = shares_total(graph)
-    edge_RN = graph.edge_RN
-    if pruning is not None:
-        edge_RN = np.where(pruning.keep_edge_RN, edge_RN, 0)
+    A = graph.n_features
     weight_K = graph.target_prob_K / graph.target_prob_K.sum()
-    visit_N = solve_influence(edge_RN, total_R, weight_K)
+    total_R = shares_total(graph)
+    edge_RN, bias_R = graph.edge_RN, graph.bias_R
+    error_N = np.zeros(edge_RN.shape[1], bool)
+    error_N[graph.error_cols] = True
+    embed_N = np.zeros(edge_RN.shape[1], bool)
+    embed_N[graph.embed_cols] = True
+    if pruning is None:
+        visit_N = graph.influence_N / graph.target_prob_K.sum()
+    else:
+        # Only what is kept carries the walk on; shares stay those of the full graph.
+        row, col = kept_rows(graph, pruning.keep_N), pruning.keep_N
+        keep = pruning.keep_edge_RN[np.ix_(row, col)]
+        edge_RN = np.where(keep, edge_RN[np.ix_(row, col)], 0)
+        total_R, bias_R = total_R[row], bias_R[row]
+        error_N, embed_N = error_N[col], embed_N[col]
+        A = int(pruning.keep_N[graph.feature_cols].sum())
+        visit_N = solve_influence(edge_RN, total_R, weight_K)
     open_A = total_R[:A] > 0  # rows that pass the walk on
     visit_R = np.concatenate([np.where(open_A, visit_N[:A], 0), weight_K])
     safe_R = np.where(total_R > 0, total_R, 1)
-    embedding = float(visit_N[graph.embed_cols].sum())
-    error = float(visit_N[graph.error_cols].sum())
-    bias = 0.0
-    if graph.meta.convention == "paper":
-        bias = float((visit_R / safe_R) @ np.abs(graph.bias_R))
-    length = float(visit_R.sum())
-    leak = 0.0 if K == 0 else float(weight_K[total_R[A:] == 0].sum())
+    embedding = float(visit_N[embed_N].sum())
+    error = float(visit_N[error_N].sum())
+    paper = graph.meta.convention == "paper"
+    bias = float((visit_R / safe_R) @ np.abs(bias_R)) if paper else 0.0
     unexplored = max(0.0, 1.0 - embedding - error - bias)
-    if pruning is None and graph.rest_abs_R.max(initial=0) == 0 and open_A.all():
-        unexplored = leak  # exact zero instead of the rounding of a difference
-    lost = error + unexplored
+    if pruning is None and open_A.all() and not graph.rest_abs_R.any():
+        # exact zero instead of the rounding of a difference
+        unexplored = float(weight_K[total_R[A:] == 0].sum())
+    lost, length = error + unexplored, float(visit_R.sum())
+    ends_A, ends_K = np.split(np.abs(edge_RN[:, embed_N]).sum(1) / safe_R, [A])
+    reach_A = np.asarray(
+        _reach(edge_RN[:A, :A], safe_R[:A].astype(edge_RN.dtype), ends_A)
+    )
+    reach_K = ends_K + (np.abs(edge_RN[A:, :A]) / safe_R[A:, None]) @ reach_A
+    # Every visit on a walk that will end in an embedding is one more edge of its path.
+    steps = float(visit_N[:A] @ reach_A + weight_K @ reach_K)
     return Scores(
         replacement=embedding / max(embedding + lost, 1e-30),
         completeness=1 - lost / length,
         completeness_ct=1 - lost / (length + 1),
-        mean_path_length=_mean_path_length(
-            graph, edge_RN, total_R, weight_K, embedding
-        ),
+        mean_path_length=steps / embedding if embedding > 0 else float("nan"),
         mean_walk_length=length,
         embedding_share=embedding,
         error_share=error,
@@ -104,33 +120,10 @@ def path_length_curve(graph: Graph) -> np.ndarray:
     return curve / curve[-1] if curve[-1] > 0 else curve
 
 
-def _mean_path_length(
-    graph: Graph,
-    edge_RN: np.ndarray,
-    total_R: np.ndarray,
-    weight_K: np.ndarray,
-    embedding: float,
-) -> float:
-    """Mean edges on an embedding-to-target path, by one more substitution.
-
-    With e the embedding share of each row and x the visits, the walk's expected length
-    on paths that end in embeddings is ``sum_t x_t · reach_t`` where reach is the
-    probability to end in an embedding from t: every visit is one more edge.
-    """
-    if embedding <= 0:
-        return float("nan")
-    A = graph.n_features
-    safe_R = np.where(total_R > 0, total_R, 1)
-    abs_RN = np.abs(edge_RN)
-    to_embed_R = abs_RN[:, graph.embed_cols].sum(1) / safe_R
-    reach_A = _reach(abs_RN[:A, :A], safe_R[:A], to_embed_R[:A])
-    reach_K = to_embed_R[A:] + (abs_RN[A:, :A] / safe_R[A:, None]) @ reach_A
-    visit_A = solve_influence(edge_RN, total_R, weight_K)[:A]
-    return float((visit_A @ reach_A + weight_K @ reach_K) / embedding)
-
-
 @jax.jit
-def _reach(abs_AA: jax.Array, total_A: jax.Array, end_A: jax.Array) -> jax.Array:
+def _reach(edge_AA: jax.Array, total_A: jax.Array, end_A: jax.Array) -> jax.Array:
     """Probability of ending where `end_A` says, from every feature: (I - Â)^-1 end."""
-    system_AA = jax.numpy.diag(total_A) - abs_AA
-    return jax.scipy.linalg.solve_triangular(system_AA, total_A * end_A, lower=True)
+    system_AA = jnp.diag(total_A) - jnp.abs(edge_AA)
+    return jax.scipy.linalg.solve_triangular(
+        system_AA, total_A * end_A.astype(edge_AA.dtype), lower=True
+    )
