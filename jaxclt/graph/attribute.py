@@ -21,7 +21,8 @@ from jaxclt.errors import InputError
 from jaxclt.graph.bank import SourceBank, source_bank
 from jaxclt.graph.explore import arrived_influence, next_features
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
-from jaxclt.graph.prune import prune, solve_influence
+from jaxclt.graph.influence import solve_influence
+from jaxclt.graph.prune import prune
 from jaxclt.graph.rows import Plan, RowTargets, edge_rows, make_plan, pull_flops
 from jaxclt.graph.scores import shares_total
 from jaxclt.lm.config import LMConfig
@@ -220,7 +221,6 @@ class _Rows:
             skip=self.active.skip,
             on_rows=report,
         )
-        self.total_R[start : start + n] = np.abs(edge_RN).sum(1)
         self.feature_R[start : start + n] = feature
         self.done += n
 
@@ -236,7 +236,11 @@ class _Rows:
         open_A = self.usable_A.copy()
         weight_K = np.asarray(self.targets.prob_K, np.float64)
         weight_K = weight_K / weight_K.sum()
+        known = 0
         while self.done < len(self.edge_RN):
+            new = slice(known, self.done)
+            self.total_R[new] = np.abs(self.edge_RN[new]).sum(1)
+            known = self.done
             visit_A = arrived_influence(
                 self.edge_RN[: self.done],
                 self.total_R[: self.done],

@@ -11,6 +11,7 @@ formats and the viewer. No code but this file computes column offsets.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -85,6 +86,13 @@ class Graph:
     readout_R: np.ndarray  # pre-activation, or demeaned logit
     influence_N: np.ndarray  # on the targets (section 5.2.1)
     pruning: Pruning
+
+    @functools.cached_property
+    def row_strength(self) -> np.ndarray:
+        """Sum of the absolute edges of every row."""
+        # In blocks: the matrix may be large, and so would its absolute value.
+        blocks = np.array_split(self.edge_RN, max(1, len(self.edge_RN) // 256))
+        return np.concatenate([np.abs(block).sum(1) for block in blocks])
 
     @property
     def n_tokens(self) -> int:

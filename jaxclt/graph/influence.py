@@ -8,16 +8,30 @@ its inputs with probability Â, a node's influence is the probability that the w
 visits it.
 
 Features are ordered by layer, so the system is triangular and one substitution solves
-it exactly: no iteration count, no convergence test.
+it exactly: no iteration count, no convergence test. `influence` states it for any
+transform of JAX; `solve_walk` is the same substitution on a large host graph, block by
+block with few compiled shapes, and reads only the triangle.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-__all__ = ["influence", "influence_series", "row_total", "total_effect"]
+__all__ = [
+    "Walk",
+    "influence",
+    "influence_series",
+    "row_total",
+    "solve_influence",
+    "solve_walk",
+    "total_effect",
+]
 
 
 def row_total(
@@ -99,3 +113,81 @@ def total_effect(edge_RN: Array, value_A: Array, n_targets: int) -> Array:
         eye_AA - unit_RA[:A], unit_RA[A:].T, trans=1, lower=True
     )
     return effect_AK.T * value_A[None, :]
+
+
+class Walk(NamedTuple):
+    """Where the walk of the module's docstring goes, per source node."""
+
+    visit_N: np.ndarray  # probability of a visit, weighted by the targets: influence
+    length_N: np.ndarray  # the same times the number of steps until the visit
+
+
+def solve_walk(
+    edge_RN: np.ndarray,
+    total_R: np.ndarray,
+    weight_K: np.ndarray,
+    *,
+    block: int = 512,
+) -> Walk:
+    """Influence, and path lengths with it, of a graph on the host.
+
+    Args:
+      edge_RN: direct effects.
+      total_R: from `row_total`.
+      weight_K: weight of each target.
+      block: features substituted at a time.
+    """
+    K = len(weight_K)
+    A = edge_RN.shape[0] - K
+    dtype = edge_RN.dtype
+    total_R = np.where(total_R > 0, total_R, 1).astype(dtype)
+    direct_N = (weight_K / total_R[A:]).astype(dtype) @ np.abs(edge_RN[A:])
+    n_blocks = -(-A // block)
+    walk_2A = np.zeros((2, n_blocks * block), dtype)
+    walk_2A[:, :A] = direct_N[:A]  # a path of one step has length one
+    step_2A = np.zeros_like(walk_2A)
+    for i in reversed(range(n_blocks)):
+        lo, hi = i * block, min((i + 1) * block, A)
+        # Few widths, so that few shapes are compiled.
+        width = min(-(-(i + 1) // 4) * 4, n_blocks) * block
+        rows = np.zeros((block, width), dtype)
+        rows[: hi - lo, :hi] = edge_RN[lo:hi, :hi]
+        total = np.ones(block, dtype)
+        total[: hi - lo] = total_R[lo:hi]
+        step, passed = _substitute(rows, total, walk_2A[:, lo : lo + block], lo)
+        step_2A[:, lo : lo + block] = step
+        walk_2A[:, :width] += np.asarray(passed)
+    rest_AM = np.abs(edge_RN[:A, A:])
+    rest_2M = direct_N[None, A:] + step_2A[:, :A] @ rest_AM
+    found_2N = np.concatenate([walk_2A[:, :A], rest_2M], axis=1)
+    return Walk(found_2N[0], found_2N[1])
+
+
+@jax.jit
+def _substitute(
+    edge_BX: Array, total_B: Array, walk_2B: Array, start: Array
+) -> tuple[Array, Array]:
+    """Steps [2, B] out of one block of features, and what they add everywhere [2, X].
+
+    The first row of a walk counts visits, the second visits times length so far.
+    """
+    B = edge_BX.shape[0]
+    abs_BX = jnp.abs(edge_BX)
+    own_BB = jax.lax.dynamic_slice(abs_BX, (0, start), (B, B))
+    solve = partial(
+        jax.scipy.linalg.solve_triangular,
+        jnp.diag(total_B) - own_BB,
+        trans=1,
+        lower=True,
+    )
+    visit_B = solve(walk_2B[0])  # visits over totals
+    length_B = solve(walk_2B[1] + visit_B @ own_BB)
+    step_2B = jnp.stack([visit_B, visit_B + length_B])
+    return step_2B, step_2B @ abs_BX
+
+
+def solve_influence(
+    edge_RN: np.ndarray, total_R: np.ndarray, weight_K: np.ndarray
+) -> np.ndarray:
+    """Influence [N] of a graph on the host, see `solve_walk`."""
+    return solve_walk(edge_RN, total_R, weight_K).visit_N

@@ -9,34 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import numpy as np
 
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph, Pruning
-from jaxclt.graph.influence import influence
+from jaxclt.graph.influence import solve_influence
 
-__all__ = ["kept_by_mass", "kept_rows", "prune", "restrict", "solve_influence"]
-
-_solve = jax.jit(influence)
-
-
-def solve_influence(
-    edge_RN: np.ndarray, total_R: np.ndarray, weight_K: np.ndarray, bucket: int = 256
-) -> np.ndarray:
-    """`influence`, jitted, on host arrays padded so that shapes repeat."""
-    K = len(weight_K)
-    R, N = edge_RN.shape
-    A = R - K
-    pad_A, pad_N = -A % bucket, -(N - A) % bucket
-    padded = np.zeros((R + pad_A, N + pad_A + pad_N), edge_RN.dtype)
-    padded[:A, :A] = edge_RN[:A, :A]
-    padded[:A, A + pad_A : N + pad_A] = edge_RN[:A, A:]
-    padded[A + pad_A :, :A] = edge_RN[A:, :A]
-    padded[A + pad_A :, A + pad_A : N + pad_A] = edge_RN[A:, A:]
-    total = np.insert(total_R, A, np.ones(pad_A, total_R.dtype))
-    found = np.asarray(_solve(padded, total, weight_K.astype(edge_RN.dtype)))
-    return np.concatenate([found[:A], found[A + pad_A : N + pad_A]])
+__all__ = ["kept_by_mass", "kept_rows", "prune", "restrict"]
 
 
 def kept_by_mass(score: np.ndarray, threshold: float, *, ties: bool) -> np.ndarray:

@@ -16,12 +16,11 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxclt.graph.graph import Graph, Pruning
-from jaxclt.graph.influence import influence_series
-from jaxclt.graph.prune import kept_rows, solve_influence
+from jaxclt.graph.influence import influence_series, solve_walk
+from jaxclt.graph.prune import kept_rows
 
 __all__ = ["Scores", "path_length_curve", "scores"]
 
@@ -45,7 +44,7 @@ class Scores:
 
 def shares_total(graph: Graph) -> np.ndarray:
     """What row shares are taken of [R], by the graph's convention."""
-    total_R = np.abs(graph.edge_RN).sum(1)
+    total_R = graph.row_strength
     if graph.meta.convention == "paper":
         total_R = total_R + np.abs(graph.bias_R) + graph.rest_abs_R
     return total_R
@@ -61,9 +60,7 @@ def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
     error_N[graph.error_cols] = True
     embed_N = np.zeros(edge_RN.shape[1], bool)
     embed_N[graph.embed_cols] = True
-    if pruning is None:
-        visit_N = graph.influence_N / graph.target_prob_K.sum()
-    else:
+    if pruning is not None:
         # Only what is kept carries the walk on; shares stay those of the full graph.
         row, col = kept_rows(graph, pruning.keep_N), pruning.keep_N
         keep = pruning.keep_edge_RN[np.ix_(row, col)]
@@ -71,11 +68,12 @@ def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
         total_R, bias_R = total_R[row], bias_R[row]
         error_N, embed_N = error_N[col], embed_N[col]
         A = int(pruning.keep_N[graph.feature_cols].sum())
-        visit_N = solve_influence(edge_RN, total_R, weight_K)
+    visit_N, length_N = solve_walk(edge_RN, total_R, weight_K)
     open_A = total_R[:A] > 0  # rows that pass the walk on
     visit_R = np.concatenate([np.where(open_A, visit_N[:A], 0), weight_K])
     safe_R = np.where(total_R > 0, total_R, 1)
     embedding = float(visit_N[embed_N].sum())
+    paths = float(length_N[embed_N].sum())
     error = float(visit_N[error_N].sum())
     paper = graph.meta.convention == "paper"
     bias = float((visit_R / safe_R) @ np.abs(bias_R)) if paper else 0.0
@@ -84,18 +82,11 @@ def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
         # exact zero instead of the rounding of a difference
         unexplored = float(weight_K[total_R[A:] == 0].sum())
     lost, length = error + unexplored, float(visit_R.sum())
-    ends_A, ends_K = np.split(np.abs(edge_RN[:, embed_N]).sum(1) / safe_R, [A])
-    reach_A = np.asarray(
-        _reach(edge_RN[:A, :A], safe_R[:A].astype(edge_RN.dtype), ends_A)
-    )
-    reach_K = ends_K + (np.abs(edge_RN[A:, :A]) / safe_R[A:, None]) @ reach_A
-    # Every visit on a walk that will end in an embedding is one more edge of its path.
-    steps = float(visit_N[:A] @ reach_A + weight_K @ reach_K)
     return Scores(
         replacement=embedding / max(embedding + lost, 1e-30),
         completeness=1 - lost / length,
         completeness_ct=1 - lost / (length + 1),
-        mean_path_length=steps / embedding if embedding > 0 else float("nan"),
+        mean_path_length=paths / embedding if embedding > 0 else float("nan"),
         mean_walk_length=length,
         embedding_share=embedding,
         error_share=error,
@@ -118,12 +109,3 @@ def path_length_curve(graph: Graph) -> np.ndarray:
     )
     curve = np.cumsum(np.asarray(term_LN)[:, graph.embed_cols].sum(1), dtype=np.float64)
     return curve / curve[-1] if curve[-1] > 0 else curve
-
-
-@jax.jit
-def _reach(edge_AA: jax.Array, total_A: jax.Array, end_A: jax.Array) -> jax.Array:
-    """Probability of ending where `end_A` says, from every feature: (I - Â)^-1 end."""
-    system_AA = jnp.diag(total_A) - jnp.abs(edge_AA)
-    return jax.scipy.linalg.solve_triangular(
-        system_AA, total_A * end_A.astype(edge_AA.dtype), lower=True
-    )

@@ -285,7 +285,7 @@ def _strength(graph: Graph, row_R: np.ndarray, weight_R: np.ndarray) -> np.ndarr
     visit_R = np.concatenate(
         [graph.influence_N[graph.feature_cols], graph.target_prob_K]
     )
-    total_R = np.abs(graph.edge_RN).sum(1)
+    total_R = graph.row_strength
     scale_R = visit_R / np.where(total_R > 0, total_R, 1)
     return np.abs(weight_R) * scale_R[row_R]
 

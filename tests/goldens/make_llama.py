@@ -50,7 +50,7 @@ VARIANTS = {
     ),
     # heads wider than d_model / n_heads, the other activation, one kv head
     "wide_head": dict(
-        hidden_size=20,
+        hidden_size=21,
         intermediate_size=32,
         num_attention_heads=3,
         num_key_value_heads=1,

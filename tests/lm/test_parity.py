@@ -37,8 +37,12 @@ def our_taps(params, cfg, token_T) -> dict[str, np.ndarray]:
 
 
 def assert_same_taps(ours, theirs) -> None:
+    """Equal to float32 rounding, which is relative to a tensor's largest entry."""
     for name, x in ours.items():
-        np.testing.assert_allclose(x, theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
+        scale = np.abs(theirs[name]).max()
+        np.testing.assert_allclose(
+            x, theirs[name], rtol=0, atol=1e-5 * scale, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
