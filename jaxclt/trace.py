@@ -284,9 +284,9 @@ def _compile_seconds() -> Iterator[list[float]]:
     """Seconds XLA spends compiling inside the body, in a one-element list."""
     total = [0.0]
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event.endswith("backend_compile_duration"):
-            total[0] += seconds
+            total[0] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

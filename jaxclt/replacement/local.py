@@ -137,17 +137,17 @@ def _reencode(lrm: LocalReplacement, embed_TD: Array, error_LTD: Array) -> Array
     ahead_MTD = jnp.zeros((span, T, D), embed_TD.dtype)
 
     def policy(
-        ahead_MTD: Array, mid_TD: Array, scale_T: Array, p: Block, x: tuple
+        carry: Array, mid_TD: Array, scale_T: Array, p: Block, x: tuple
     ) -> tuple[Array, Array]:
         del scale_T, p
         W_FD, b_F, theta_F, dec_FMD, b_dec_D, skip_DD, diagonal_TD, error_TD = x
         read_TD = mid_TD * diagonal_TD
         a_TF = activate(read_TD @ W_FD.T + b_F[None], theta_F, cfg=lrm.clt_cfg)
-        ahead_MTD = ahead_MTD + jnp.einsum("TF,FMD->MTD", a_TF, dec_FMD)
-        write_TD = ahead_MTD[0] + b_dec_D[None] + error_TD
+        carry = carry + jnp.einsum("TF,FMD->MTD", a_TF, dec_FMD)
+        write_TD = carry[0] + b_dec_D[None] + error_TD
         if skip_DD is not None:
             write_TD = write_TD + read_TD @ skip_DD
-        return jnp.roll(ahead_MTD, -1, 0).at[-1].set(0), write_TD
+        return jnp.roll(carry, -1, 0).at[-1].set(0), write_TD
 
     per_layer = (
         clt.W_enc_LFD, clt.b_enc_LF, clt.theta_LF, dec_LFMD, clt.b_dec_LD,
