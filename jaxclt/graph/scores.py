@@ -51,7 +51,12 @@ def shares_total(graph: Graph) -> np.ndarray:
 
 
 def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
-    """Scores of the full graph, or of what a pruning keeps of it."""
+    """Scores of the full graph, or of what a pruning keeps of it.
+
+    Args:
+      graph: attributed; a hand-made one needs nothing but its edges and sums.
+      pruning: what is kept; None scores everything.
+    """
     A = graph.n_features
     weight_K = graph.target_prob_K / graph.target_prob_K.sum()
     total_R = shares_total(graph)

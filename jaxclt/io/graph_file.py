@@ -56,7 +56,7 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
       InputError: if the file is missing, damaged, or no graph.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*_ARRAYS, "keep_N", "keep_edge_RN")}
             text = str(file["meta"])
         meta, raw = GraphMeta.from_json(text), json.loads(text)

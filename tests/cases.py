@@ -1,0 +1,219 @@
+"""Models, dictionaries and graphs that many tests share, and plain-numpy oracles.
+
+Compiling costs far more than running, so each case is built once per process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxclt.clt.active import Active
+from jaxclt.graph.graph import Graph, GraphMeta, Pruning
+from jaxclt.graph.influence import solve_influence
+from jaxclt.replacement.local import LocalReplacement, LocalRun, run_local
+from jaxclt.testing import Tiny, tiny
+
+# Three models (biases, GQA, tied embeddings on and off), six dictionaries.
+CASES = {
+    "clt": {"seed": 0},
+    "plt": {"seed": 1, "span": 1, "read": "normalized"},
+    "skip": {"seed": 2, "skip": True, "read": "mlp_in"},
+    "span2": {
+        "seed": 3,
+        "span": 2,
+        "activation": "relu",
+        "n_kv_heads": 4,
+        "tied": True,
+    },
+    "topk": {
+        "seed": 4,
+        "activation": "topk",
+        "read": "mlp_in",
+        "n_kv_heads": 4,
+        "tied": True,
+    },
+    "no_bias": {"seed": 5, "biases": False},
+}
+MODELS = ("clt", "span2", "no_bias")  # one case per model
+
+
+@functools.cache
+def case(name: str) -> Tiny:
+    """A case in float64; use it in modules marked x64."""
+    with jax.enable_x64(True):
+        return tiny(dtype=jnp.float64, **CASES[name])
+
+
+@functools.cache
+def case_active(name: str) -> Active:
+    with jax.enable_x64(True):
+        return case(name).active
+
+
+@functools.cache
+def case_lrm(name: str) -> LocalReplacement:
+    with jax.enable_x64(True):
+        return jax.jit(lambda: case(name).lrm)()
+
+
+@functools.cache
+def case_graph(name: str) -> Graph:
+    with jax.enable_x64(True):
+        return case(name).graph()
+
+
+run_local_jit = jax.jit(run_local)
+
+
+@functools.cache
+def case_local(name: str) -> LocalRun:
+    """The local replacement model run on its clean sources, features re-encoded."""
+    with jax.enable_x64(True):
+        return run_local_jit(case_lrm(name))
+
+
+def close(got: object, want: object, tol: float = 1e-12) -> None:
+    """Equal within `tol` of the largest entry: rounding, not agreement."""
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype
+    scale = np.abs(want).max(initial=0)
+    np.testing.assert_allclose(got, want, rtol=0, atol=tol * max(scale, 1e-30))
+
+
+# -- random graphs ---------------------------------------------------------------------
+
+
+def random_graph(
+    seed: int = 0,
+    *,
+    counts: tuple[int, ...] = (4, 5, 3),
+    n_tokens: int = 3,
+    n_targets: int = 2,
+    density: float = 0.7,
+    bias: bool = True,
+    rest: bool = True,
+    zero_rows: float = 0.0,
+    convention: str = "paper",
+) -> Graph:
+    """A layered, causal graph with random edges that needs no model.
+
+    Args:
+      seed: of everything random.
+      counts: features per layer.
+      n_tokens: T.
+      n_targets: K.
+      density: share of the allowed edges that are there.
+      bias: give rows a bias path.
+      rest: give rows sources that are not columns.
+      zero_rows: share of feature rows with nothing in them.
+      convention: of the graph.
+    """
+    rng = random.Random(seed)
+
+    def uniform(*shape: int) -> np.ndarray:
+        return np.array([rng.random() for _ in range(int(np.prod(shape)))]).reshape(
+            shape
+        )
+
+    L, T, K, A = len(counts), n_tokens, n_targets, sum(counts)
+    layer_A = np.repeat(np.arange(L), counts)
+    pos_A = (uniform(A) * T).astype(np.int32)
+    order = np.lexsort((pos_A, layer_A))
+    layer_A, pos_A = layer_A[order].astype(np.int32), pos_A[order]
+    layer_N = np.concatenate([layer_A, np.repeat(np.arange(L), T), np.full(T, -1)])
+    pos_N = np.concatenate([pos_A, np.tile(np.arange(T), L), np.arange(T)])
+    layer_R = np.concatenate([layer_A, np.full(K, L)])
+    pos_R = np.concatenate([pos_A, np.full(K, T - 1)])
+    R, N = A + K, A + L * T + T
+    live_R = np.concatenate([uniform(A) >= zero_rows, np.ones(K, bool)])
+    there = (layer_N[None] < layer_R[:, None]) & (pos_N[None] <= pos_R[:, None])
+    there &= (uniform(R, N) < density) & live_R[:, None]
+    edge_RN = (uniform(R, N) * 2 - 0.7) ** 3 * there
+    bias_R = (uniform(R) - 0.5) * bias * live_R
+    rest_R = (uniform(R) - 0.5) * rest * live_R
+    prob_K = np.sort(uniform(K))[::-1] + 0.05
+    prob_K = 0.95 * prob_K / prob_K.sum()
+    tokens = tuple(f"t{i}" for i in range(T))
+    graph = Graph(
+        meta=GraphMeta(
+            model="random",
+            dictionary="random",
+            prompt="".join(tokens),
+            tokens=tokens,
+            target_tokens=tuple(f"k{i}" for i in range(K)),
+            n_layers=L,
+            convention=convention,
+        ),
+        token_T=np.arange(T, dtype=np.int32),
+        layer_A=layer_A,
+        pos_A=pos_A,
+        feature_A=np.arange(A, dtype=np.int32),
+        value_A=uniform(A) + 0.1,
+        preact_A=uniform(A) + 0.1,
+        attributed_R=np.ones(R, bool),
+        target_token_K=np.arange(K, dtype=np.int32),
+        target_prob_K=prob_K,
+        edge_RN=edge_RN,
+        bias_R=bias_R,
+        rest_R=rest_R,
+        rest_abs_R=1.5 * np.abs(rest_R),
+        readout_R=edge_RN.sum(1) + bias_R + rest_R,
+        influence_N=np.zeros(N),
+        pruning=Pruning(
+            keep_N=np.ones(N, bool),
+            keep_edge_RN=np.ones((R, N), bool),
+            node_threshold=1.0,
+            edge_threshold=1.0,
+        ),
+    )
+    return solved(graph)
+
+
+def solved(graph: Graph) -> Graph:
+    """The graph with the influence that belongs to its edges."""
+    total_R = np.abs(graph.edge_RN).sum(1)
+    if graph.meta.convention == "paper":
+        total_R = total_R + np.abs(graph.bias_R) + graph.rest_abs_R
+    found = solve_influence(graph.edge_RN, total_R, graph.target_prob_K)
+    return dataclasses.replace(graph, influence_N=found)
+
+
+# -- oracles ---------------------------------------------------------------------------
+
+
+def share_matrix(graph: Graph, edge_RN: np.ndarray | None = None) -> np.ndarray:
+    """Â over all nodes: the columns of the graph, its targets, then bias, then rest.
+
+    Shares are of the full rows; `edge_RN` may hold fewer edges.
+    """
+    R, N = graph.edge_RN.shape
+    A, paper = graph.n_features, graph.meta.convention == "paper"
+    size_RM = np.hstack(
+        [
+            np.abs(graph.edge_RN if edge_RN is None else edge_RN),
+            np.zeros((R, graph.n_targets)),
+            np.abs(graph.bias_R)[:, None] * paper,
+            graph.rest_abs_R[:, None] * paper,
+        ]
+    )
+    total_R = np.abs(graph.edge_RN).sum(1) + size_RM[:, -2:].sum(1)
+    share = np.zeros((N + graph.n_targets + 2,) * 2)
+    row = np.r_[np.arange(A), N + np.arange(graph.n_targets)]
+    share[row] = size_RM / np.where(total_R > 0, total_R, 1)[:, None]
+    return share
+
+
+def walk_visits(graph: Graph, share: np.ndarray) -> np.ndarray:
+    """Probability that the walk from the targets visits each node, by an inverse."""
+    start = np.zeros(len(share))
+    N = graph.edge_RN.shape[1]
+    weight_K = graph.target_prob_K.astype(np.float64)
+    start[N : N + graph.n_targets] = weight_K / weight_K.sum()
+    return start @ np.linalg.inv(np.eye(len(share)) - share)

@@ -1,0 +1,177 @@
+"""The transcoder: activations, decoding, layouts, and one code path for all spans."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, case, case_active, close
+
+from jaxclt.clt.activations import jumprelu, relu, topk
+from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.model import decode, encode, to_source_major, to_target_major
+from jaxclt.clt.params import check
+from jaxclt.clt.sites import read_diagonal
+from jaxclt.errors import InputError
+from jaxclt.graph.attribute import attribute_recording
+from jaxclt.replacement.errors import error_nodes, reconstruct
+from jaxclt.testing import Tiny
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+encode_jit = jax.jit(encode, static_argnames="cfg")
+decode_jit = jax.jit(decode)
+
+
+def reads_of(t: Tiny) -> np.ndarray:
+    """What the encoders read, written out site by site."""
+    mid_LTD, frozen = np.asarray(t.recording.mid_LTD), t.recording.frozen
+    if t.clt_cfg.read == "resid_mid":
+        return mid_LTD
+    normed = mid_LTD / np.sqrt((mid_LTD**2).mean(-1, keepdims=True) + t.cfg.norm_eps)
+    close(mid_LTD * np.asarray(frozen.mlp_scale_LT)[..., None], normed, 1e-14)
+    gain_L1D = np.asarray(t.params.blocks.norm_mlp_LD)[:, None]
+    return normed if t.clt_cfg.read == "normalized" else normed * gain_L1D
+
+
+def dense(t: Tiny) -> tuple[np.ndarray, np.ndarray]:
+    """Pre-activations and activations, loop by loop in numpy."""
+    W, b = np.asarray(t.clt.W_enc_LFD), np.asarray(t.clt.b_enc_LF)
+    pre = np.einsum("ltd,lfd->ltf", reads_of(t), W) + b[:, None]
+    if t.clt_cfg.activation == "topk":
+        cut = np.sort(pre, -1)[..., -t.clt_cfg.k, None]
+        return pre, np.where(pre >= cut, pre, 0)
+    theta = 0.0 if t.clt.theta_LF is None else np.asarray(t.clt.theta_LF)[:, None]
+    return pre, np.where(pre > theta, pre, 0)
+
+
+def test_jumprelu_is_strict() -> None:
+    pre = jnp.array([-1.0, 0.5, 0.5000001, 2.0])
+    got = jumprelu(pre, jnp.full(4, 0.5))
+    np.testing.assert_array_equal(got, [0, 0, 0.5000001, 2.0])
+    np.testing.assert_array_equal(relu(pre), [0, 0.5, 0.5000001, 2.0])
+
+
+def test_topk_keeps_exactly_k_with_their_sign() -> None:
+    pre = jnp.array([[3.0, -1.0, -2.0, -5.0], [1.0, 4.0, 2.0, 3.0]])
+    np.testing.assert_array_equal(topk(pre, 2), [[3, -1, 0, 0], [0, 4, 0, 3]])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_active_features_are_the_nonzero_activations(name: str) -> None:
+    """Every read site and activation, against numpy; T-N2's nnz(a)."""
+    t, active = case(name), case_active(name)
+    pre, a = dense(t)
+    layer, pos, feature = np.nonzero(a)
+    np.testing.assert_array_equal(active.layer_A, layer)
+    np.testing.assert_array_equal(active.pos_A, pos)
+    np.testing.assert_array_equal(active.feature_A, feature)
+    close(active.value_A, a[layer, pos, feature], 1e-13)
+    close(active.preact_A, pre[layer, pos, feature], 1e-13)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_encoder_rows_read_the_stream(name: str) -> None:
+    """The row pulled back to the residual stream gives the pre-activation."""
+    t, active = case(name), case_active(name)
+    mid_AD = np.asarray(t.recording.mid_LTD)[active.layer_A, active.pos_A]
+    got = (active.read_AD * mid_AD).sum(1) + active.read_bias_A
+    close(got, active.preact_A, 1e-13)
+
+
+@pytest.mark.parametrize("name", ["plt", "span2", "topk", "skip"])
+def test_decoding_dense_sparse_and_by_hand_agree(name: str) -> None:
+    t = case(name)
+    read = reads_of(t)
+    a = encode_jit(t.clt, read, cfg=t.clt_cfg)
+    close(a, dense(t)[1], 1e-13)
+    want = np.repeat(np.asarray(t.clt.b_dec_LD)[:, None], len(t.token_T), 1)
+    for layer, W_FMD in enumerate(t.clt.W_dec):
+        assert W_FMD.shape[1] == t.clt_cfg.n_writes(layer)
+        for offset in range(W_FMD.shape[1]):
+            want[layer + offset] += np.asarray(a)[layer] @ np.asarray(W_FMD)[:, offset]
+    if t.clt.W_skip_LDD is not None:
+        want += read @ np.asarray(t.clt.W_skip_LDD)
+    close(decode_jit(t.clt, a, read), want, 1e-13)
+    mid_LTD = np.asarray(t.recording.mid_LTD)
+    close(reconstruct(case_active(name), mid_LTD), want, 1e-13)
+    error_LTD = error_nodes(case_active(name), t.recording)
+    close(error_LTD + want, np.asarray(t.recording.write_LTD), 1e-13)
+
+
+def test_decode_needs_the_read_only_for_a_skip() -> None:
+    t = case("skip")
+    with pytest.raises(ValueError, match="read_LTD"):
+        decode(t.clt, jnp.zeros((4, 6, 20)))
+
+
+def test_plt_is_a_clt_with_only_diagonal_decoders() -> None:
+    """T-CLT2: same activations, same decoding, same graph."""
+    t = case("plt")
+    L = t.cfg.n_layers
+    padded = dataclasses.replace(
+        t.clt,
+        W_dec=tuple(
+            np.pad(W, ((0, 0), (0, L - 1 - layer), (0, 0)))
+            for layer, W in enumerate(t.clt.W_dec)
+        ),
+    )
+    cfg = dataclasses.replace(t.clt_cfg, span=L)
+    check(padded, cfg)
+    wide = dataclasses.replace(t, clt=padded, clt_cfg=cfg)
+    a = dense(t)[1]
+    close(decode_jit(padded, a), decode_jit(t.clt, a), 1e-14)
+    narrow_active, wide_active = case_active("plt"), wide.active
+    np.testing.assert_array_equal(narrow_active.value_A, wide_active.value_A)
+
+    def edges(active: object) -> np.ndarray:
+        return attribute_recording(
+            t.params, t.recording, active, t.targets, cfg=t.cfg, meta=t.meta
+        ).edge_RN
+
+    close(edges(wide_active), edges(narrow_active), 1e-13)
+
+
+def test_source_and_target_major_are_inverse() -> None:
+    """T-CLT3: a transposition, not a reshape."""
+    t = case("clt")
+    W_dec = tuple(np.asarray(W) for W in t.clt.W_dec)
+    by_target = to_target_major(W_dec)
+    L, F = t.cfg.n_layers, t.clt_cfg.n_features
+    assert [W.shape[:2] for W in by_target] == [(m + 1, F) for m in range(L)]
+    np.testing.assert_array_equal(by_target[3][1], W_dec[1][:, 2])  # layer 1 to layer 3
+    for back, W in zip(to_source_major(by_target), W_dec, strict=True):
+        np.testing.assert_array_equal(back, W)
+
+
+@pytest.mark.parametrize("site", ["resid_mid", "normalized", "mlp_in"])
+def test_read_sites_are_diagonals(site: str) -> None:
+    scale_T, gain_D = np.arange(1.0, 4), np.arange(1.0, 3) + 0.5
+    want = {
+        "resid_mid": np.ones((3, 2)),
+        "normalized": scale_T[:, None] * np.ones((3, 2)),
+        "mlp_in": np.outer(scale_T, gain_D),
+    }[site]
+    got = read_diagonal(site, jnp.asarray(scale_T), jnp.asarray(gain_D))
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"), [({"span": 5}, "span"), ({"activation": "topk"}, "topk")]
+)
+def test_impossible_dictionaries_are_refused(change: dict, word: str) -> None:
+    good = {"n_layers": 4, "d_model": 16, "n_features": 20, "span": 4}
+    with pytest.raises(InputError, match=word):
+        CLTConfig(**(good | change))
+
+
+def test_arrays_that_do_not_fit_the_config_are_refused() -> None:
+    t = case("clt")
+    check(t.clt, t.clt_cfg)
+    with pytest.raises(InputError, match="W_dec"):
+        check(t.clt, dataclasses.replace(t.clt_cfg, span=2))
+    with pytest.raises(InputError, match="W_enc_LFD"):
+        check(t.clt, dataclasses.replace(t.clt_cfg, n_features=21))
