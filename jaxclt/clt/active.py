@@ -59,6 +59,16 @@ class Active:
             return None
         return jnp.asarray(self.skip_diagonal_LTD), jnp.asarray(self.skip_LDD)
 
+    def where(self, keep_A: np.ndarray) -> Active:
+        """Some of the features; what the others wrote is left to the error nodes."""
+        decoder = tuple(
+            rows_AMD[keep_A[self.of_layer(layer)]]
+            for layer, rows_AMD in enumerate(self.decoder)
+        )
+        names = "layer_A pos_A feature_A value_A preact_A read_AD read_bias_A"
+        kept = {name: getattr(self, name)[keep_A] for name in names.split()}
+        return dataclasses.replace(self, decoder=decoder, **kept)
+
     def of_layer(self, layer: int) -> slice:
         """The slots of one layer."""
         lo, hi = np.searchsorted(self.layer_A, [layer, layer + 1])

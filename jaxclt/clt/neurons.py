@@ -64,13 +64,7 @@ def _strongest(
 ) -> tuple[Array, Array, Array]:
     """Indices [T, k], activations [T, k] and gates [T, k] of the strongest neurons."""
     normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
-    gate_TI = normed_TD @ p.gate_LDI
-    up_TI = normed_TD @ p.up_LDI
-    if p.gate_bias_LI is not None:
-        gate_TI = gate_TI + p.gate_bias_LI[None]
-    if p.up_bias_LI is not None:
-        up_TI = up_TI + p.up_bias_LI[None]
-    gate_TI = layers.activate_gate(gate_TI, cfg=cfg)
+    gate_TI, up_TI = layers.gate_and_up(p, normed_TD, cfg=cfg)
     value_TI = gate_TI * up_TI
     norm_I = jnp.linalg.norm(p.down_LID, axis=-1)
     _, index_TJ = jax.lax.top_k(jnp.abs(value_TI) * norm_I[None], k)

@@ -89,6 +89,10 @@ def attribute_recording(
     timing = timing or Timing()
     start = time.perf_counter()
     with jax.default_matmul_precision(config.precision):
+        if config.convention == "circuit-tracer":
+            # That tool gives the first position (BOS) no features; what they wrote
+            # stays, as part of the error there, which is no node either.
+            active = active.where(active.pos_A > 0)
         error_LTD = error_nodes(active, recording)
         if not np.isfinite(error_LTD).all():
             raise InputError(
@@ -149,16 +153,11 @@ class _Rows:
         L, T, _ = error_LTD.shape
         self.L, self.T, self.A = L, T, len(active.layer_A)
         self.K = len(targets.token_K)
-        # circuit-tracer gives the first position (BOS) neither features nor errors.
-        peer = config.convention == "circuit-tracer"
-        self.usable_A = active.pos_A > 0 if peer else np.ones(self.A, bool)
-        self.error_usable = (
-            np.tile(np.arange(T) > 0, L) if peer else np.ones(L * T, bool)
-        )
-        n = int(self.usable_A.sum())
-        self.n_selected = (
-            n if config.max_features is None else min(n, config.max_features)
-        )
+        self.is_node_N = np.ones(self.A + L * T + T, bool)
+        if config.convention == "circuit-tracer":
+            self.is_node_N[self.A : self.A + L * T : T] = False
+        cap = self.A if config.max_features is None else config.max_features
+        self.n_selected = min(self.A, cap)
         self.bank: SourceBank = source_bank(
             active, error_LTD, np.asarray(recording.embed_TD)
         )
@@ -171,11 +170,10 @@ class _Rows:
 
     def _plan(self) -> Plan:
         """One plan for all rows of the prompt, so that nothing compiles twice."""
-        usable = np.flatnonzero(self.usable_A)
-        stride = max(1, len(usable) // max(self.n_selected, 1))
+        stride = max(1, self.A // max(self.n_selected, 1))
         last = np.full(self.K, self.T - 1)
         return make_plan(
-            np.concatenate([self.active.pos_A[usable[::stride]], last]),
+            np.concatenate([self.active.pos_A[::stride], last]),
             n_tokens=self.T,
             flops_per_position=pull_flops(self.cfg, self.bank),
             n_bands=self.config.n_bands,
@@ -227,19 +225,18 @@ class _Rows:
     def explore(self, on_rows: Callable[[int, int], None]) -> np.ndarray:
         """Compute the targets' rows, then features' until a limit; those features."""
         target = -1 - np.arange(self.K)
-        everything = self.n_selected == int(self.usable_A.sum())
-        if everything and self.config.tolerance <= 0:
-            selected = np.flatnonzero(self.usable_A)
+        if self.n_selected == self.A and self.config.tolerance <= 0:
+            selected = np.arange(self.A)
             self.compute(np.concatenate([selected, target]), on_rows)
             return selected
         self.compute(target, on_rows)
-        open_A = self.usable_A.copy()
+        open_A = np.ones(self.A, bool)
         weight_K = np.asarray(self.targets.prob_K, np.float64)
         weight_K = weight_K / weight_K.sum()
         known = 0
         while self.done < len(self.edge_RN):
             new = slice(known, self.done)
-            self.total_R[new] = np.abs(self.edge_RN[new]).sum(1)
+            self.total_R[new] = np.abs(self.edge_RN[new]) @ self.is_node_N
             known = self.done
             visit_A = arrived_influence(
                 self.edge_RN[: self.done],
@@ -262,9 +259,9 @@ class _Rows:
         done = self.feature_R[: self.done]
         # Features in order, then targets (-1 - k) in order.
         order = np.lexsort((np.abs(done), done < 0))
-        chosen = np.zeros(A, bool)
-        chosen[selected] = True
-        keep_N = np.concatenate([chosen, self.error_usable, np.ones(self.T, bool)])
+        keep_N = self.is_node_N.copy()
+        keep_N[:A] = False
+        keep_N[selected] = True
         edge_RN = self.edge_RN[: self.done]
         if not (order == np.arange(len(order))).all():
             edge_RN = edge_RN[order]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from jaxclt.clt.active import Dictionary, StoreDictionary
@@ -17,6 +16,7 @@ from jaxclt.io.circuit_tracer_read import (
     open_dictionary,
 )
 from jaxclt.io.circuit_tracer_write import save_dictionary
+from jaxclt.io.hub import download, parse_hub_id
 from jaxclt.io.model import Model
 
 __all__ = [
@@ -28,8 +28,6 @@ __all__ = [
     "open_dictionary",
     "save_dictionary",
 ]
-
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<rev>[\w./-]+))?")
 
 
 def load_dictionary(name_or_path: str | os.PathLike[str], model: Model) -> Dictionary:
@@ -50,33 +48,14 @@ def load_dictionary(name_or_path: str | os.PathLike[str], model: Model) -> Dicti
         return NeuronDictionary(neurons.k, hash=model.hash)
     path = Path(name).expanduser()
     if not path.exists():
-        path = _from_hub(name)
+        if parse_hub_id(name) is None:
+            raise InputError(
+                f"no dictionary {name!r}: give neurons:k, a directory that holds a "
+                "config.yaml in circuit-tracer's format, or a hub id organisation/name"
+            )
+        path = download(name, "dictionary", allow=["config.yaml", "*.safetensors"])
     if (path / "dictionary").is_dir() and not (path / "config.yaml").exists():
         path = path / "dictionary"
     store = open_dictionary(path)
     check(store, model.cfg)
     return StoreDictionary(store, name=name, hash=dictionary_hash(store))
-
-
-def _from_hub(name: str) -> Path:
-    hub_id = _HUB_ID.fullmatch(name)
-    if hub_id is None:
-        raise InputError(
-            f"no dictionary {name!r}: give neurons:k, a directory that holds a "
-            "config.yaml in circuit-tracer's format, or a hub id organisation/name"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(
-            hub_id["repo"],
-            revision=hub_id["rev"],
-            allow_patterns=["config.yaml", "*.safetensors"],
-        )
-    except Exception as error:  # whatever its HTTP library of the day raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"no directory {name!r}, and the hub has no such dictionary or cannot be "
-            f"reached ({reason})"
-        ) from error
-    return Path(folder)

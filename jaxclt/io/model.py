@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import jax
 
 from jaxclt.errors import InputError
 from jaxclt.io.fetch import HUB_FILES, HUB_NOT, KNOWN_MODELS, fetch, sha256
+from jaxclt.io.hub import download, parse_hub_id
 from jaxclt.io.tokenizer import Tokenizer, load_tokenizer
 from jaxclt.io.weights_gguf import config_from_gguf, open_gguf, params_from_gguf
 from jaxclt.io.weights_hf import load_hf, save_hf
@@ -22,7 +22,6 @@ from jaxclt.types import LMParams
 __all__ = ["Model", "fingerprint", "load_model", "save_hf"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<rev>[\w./-]+))?")
 _MB = 1 << 20
 
 
@@ -123,32 +122,12 @@ def _locate(
     path = Path(name).expanduser()
     if name and path.exists():
         return path
-    hub_id = _HUB_ID.fullmatch(name)
-    if hub_id and not name.endswith(".gguf") and name[0] not in ".~":
-        return _from_hub(hub_id["repo"], hub_id["rev"])
+    if parse_hub_id(name) and not name.endswith(".gguf"):
+        return download(name, "model", allow=HUB_FILES, ignore=HUB_NOT)
     raise InputError(
         f"no model {name!r}: it is no file or directory, and the known names are "
         f"{', '.join(KNOWN_MODELS)}"
     )
-
-
-def _from_hub(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=HUB_FILES,
-            ignore_patterns=HUB_NOT,
-        )
-    except Exception as error:  # whatever its HTTP library of the day raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"no file or directory {repo!r}, and the hub has no such model or cannot "
-            f"be reached ({reason}); known names: {', '.join(KNOWN_MODELS)}"
-        ) from error
-    return Path(folder)
 
 
 def _only_gguf(folder: Path) -> Path:

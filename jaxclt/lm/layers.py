@@ -16,6 +16,7 @@ from jaxclt.types import Block
 __all__ = [
     "activate_gate",
     "attention_pattern",
+    "gate_and_up",
     "mlp",
     "move",
     "normalise",
@@ -89,15 +90,21 @@ def activate_gate(x: Array, *, cfg: LMConfig) -> Array:
     return jax.nn.silu(x) if cfg.act == "silu" else jax.nn.gelu(x, approximate=True)
 
 
-def mlp(p: Block, normed_TD: Array, *, cfg: LMConfig) -> Array:
-    """Gated MLP: ``(act(x W_gate) * x W_up) W_down``, [T, D]. `p` is one layer."""
+def gate_and_up(p: Block, normed_TD: Array, *, cfg: LMConfig) -> tuple[Array, Array]:
+    """The two factors of a gated MLP's neurons, [T, I] each: act(x W_gate), x W_up."""
     gate_TI = normed_TD @ p.gate_LDI
     up_TI = normed_TD @ p.up_LDI
     if p.gate_bias_LI is not None:
         gate_TI = gate_TI + p.gate_bias_LI[None]
     if p.up_bias_LI is not None:
         up_TI = up_TI + p.up_bias_LI[None]
-    out_TD = (activate_gate(gate_TI, cfg=cfg) * up_TI) @ p.down_LID
+    return activate_gate(gate_TI, cfg=cfg), up_TI
+
+
+def mlp(p: Block, normed_TD: Array, *, cfg: LMConfig) -> Array:
+    """Gated MLP: ``(act(x W_gate) * x W_up) W_down``, [T, D]. `p` is one layer."""
+    gate_TI, up_TI = gate_and_up(p, normed_TD, cfg=cfg)
+    out_TD = (gate_TI * up_TI) @ p.down_LID
     if p.down_bias_LD is not None:
         out_TD = out_TD + p.down_bias_LD[None]
     return out_TD
