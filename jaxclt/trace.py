@@ -40,6 +40,7 @@ from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import record
+from jaxclt.shapes import bucket
 from jaxclt.types import LMParams, Recording, Targets
 from jaxclt.viewer.graph_json import graph_json, validate
 from jaxclt.viewer.page import page
@@ -113,9 +114,11 @@ def trace_prompt(
     spent = Timing()
     with _compile_seconds() as compiled, _stage(clock, "total"):
         with _stage(clock, "record"), jax.default_matmul_precision(config.precision):
-            token_T = jnp.asarray(ids, jnp.int32)
-            recording = record_prompt(model.params, token_T, model.cfg)
-            chosen = _targets(model, recording, targets)
+            # Padding comes after the prompt, so a causal model does not see it.
+            token_T = np.zeros(bucket(len(ids)), np.int32)
+            token_T[: len(ids)] = ids
+            recording = record_prompt(model.params, jnp.asarray(token_T), model.cfg)
+            chosen = _targets(model, recording.out_TD[len(ids) - 1], targets)
             active = dictionary.active(model.params, recording, model.cfg)
         meta = GraphMeta(
             model=model.name,
@@ -138,6 +141,7 @@ def trace_prompt(
             cfg=model.cfg,
             meta=meta,
             config=config,
+            n_tokens=len(ids),
             on_rows=on_rows,
             timing=spent,
         )
@@ -146,7 +150,7 @@ def trace_prompt(
     return Traced(
         graph=graph,
         timing=clock,
-        n_active=len(active.layer_A),
+        n_active=int((active.pos_A < len(ids)).sum()),
     )
 
 
@@ -194,8 +198,7 @@ def check_writable(out: str | os.PathLike[str]) -> None:
     probe.unlink()
 
 
-def _targets(model: Model, recording: Recording, wanted: Sequence[str]) -> Targets:
-    out_D = recording.out_TD[-1]
+def _targets(model: Model, out_D: Array, wanted: Sequence[str]) -> Targets:
     if not wanted:
         return salient_targets(model.params, out_D)
     ids = []

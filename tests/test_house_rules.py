@@ -18,7 +18,8 @@ ROOMS = {
     "lm": ("types", "errors"),
     "clt": ("types", "errors", "lm.layers", "lm.config"),
     "replacement": ("types", "errors", "lm", "clt"),
-    "graph": ("types", "errors", "lm", "clt", "replacement"),
+    "graph": ("types", "errors", "shapes", "lm", "clt", "replacement"),
+    "shapes": (),
     "viewer": ("errors", "graph.graph"),
 }
 

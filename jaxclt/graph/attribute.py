@@ -66,6 +66,7 @@ def attribute_recording(
     cfg: LMConfig,
     meta: GraphMeta,
     config: AttributeConfig | None = None,
+    n_tokens: int | None = None,
     on_rows: Callable[[int, int], None] = lambda done, total: None,
     timing: Timing | None = None,
 ) -> Graph:
@@ -79,6 +80,7 @@ def attribute_recording(
       cfg: model shape.
       meta: where it all comes from.
       config: how much to compute.
+      n_tokens: length of the prompt if the recording is padded beyond it.
       on_rows: progress, called with (rows done, rows planned).
       timing: filled in if given.
 
@@ -93,20 +95,25 @@ def attribute_recording(
             # That tool gives the first position (BOS) no features; what they wrote
             # stays, as part of the error there, which is no node either.
             active = active.where(active.pos_A > 0)
+        n_tokens = n_tokens or len(recording.token_T)
+        if n_tokens < len(recording.token_T):
+            active = active.where(active.pos_A < n_tokens)
         error_LTD = error_nodes(active, recording)
         if not np.isfinite(error_LTD).all():
             raise InputError(
                 "the dictionary's reconstruction is not finite on this prompt: check "
                 "its weights for NaN or overflow"
             )
-        rows = _Rows(params, recording, active, error_LTD, targets, cfg, config)
+        rows = _Rows(
+            params, recording, active, error_LTD, targets, cfg, config, n_tokens
+        )
         explored_A = rows.explore(on_rows)
         parts = rows.assemble(explored_A)
     timing.attribute = time.perf_counter() - start
     start = time.perf_counter()
     graph = Graph(
         meta=dataclasses.replace(meta, convention=config.convention),
-        token_T=np.asarray(recording.token_T, np.int32),
+        token_T=np.asarray(recording.token_T, np.int32)[:n_tokens],
         target_token_K=np.asarray(targets.token_K, np.int32),
         target_prob_K=np.asarray(targets.prob_K),
         influence_N=np.zeros(parts["edge_RN"].shape[1]),
@@ -147,10 +154,11 @@ class _Rows:
         targets: Targets,
         cfg: LMConfig,
         config: AttributeConfig,
+        n_tokens: int,
     ) -> None:
         self.params, self.recording, self.active = params, recording, active
         self.targets, self.cfg, self.config = targets, cfg, config
-        L, T, _ = error_LTD.shape
+        L, T = len(error_LTD), n_tokens
         self.L, self.T, self.A = L, T, len(active.layer_A)
         self.K = len(targets.token_K)
         self.is_node_N = np.ones(self.A + L * T + T, bool)
@@ -170,11 +178,9 @@ class _Rows:
 
     def _plan(self) -> Plan:
         """One plan for all rows of the prompt, so that nothing compiles twice."""
-        stride = max(1, self.A // max(self.n_selected, 1))
-        last = np.full(self.K, self.T - 1)
         return make_plan(
-            np.concatenate([self.active.pos_A[::stride], last]),
-            n_tokens=self.T,
+            self.n_selected + self.K,
+            n_positions=len(self.recording.token_T),
             flops_per_position=pull_flops(self.cfg, self.bank),
             n_bands=self.config.n_bands,
             chunk_size=self.config.chunk_size,
@@ -298,7 +304,7 @@ class _Rows:
             "readout_R": np.concatenate(
                 [
                     a.preact_A[selected],
-                    vec_KD @ np.asarray(self.recording.out_TD)[-1],
+                    vec_KD @ np.asarray(self.recording.out_TD)[self.T - 1],
                 ]
             ),
         }
@@ -308,5 +314,5 @@ class _Rows:
         a = self.active
         mid_AD = np.asarray(bias.mid_LTD)[a.layer_A[selected], a.pos_A[selected]]
         constant_A = (a.read_AD[selected] * mid_AD).sum(1) + a.read_bias_A[selected]
-        out_D = np.asarray(bias.out_TD)[-1]
+        out_D = np.asarray(bias.out_TD)[self.T - 1]
         return np.concatenate([constant_A, np.asarray(self.targets.vec_KD) @ out_D])

@@ -21,6 +21,7 @@ import dataclasses
 import numpy as np
 
 from jaxclt.clt.active import Active
+from jaxclt.shapes import bucket, round_up
 
 __all__ = ["SourceBank", "source_bank"]
 
@@ -73,8 +74,11 @@ def source_bank(
     shared_L = np.concatenate([[0], np.cumsum(depth_M)])
     over_M, over_T, over_block = _overflow(first_M + depth_M, end_MT)
     overflow_L = np.searchsorted(over_M, np.arange(L + 1))
-    shared_XTSD = np.zeros((max(shared_L[-1], 1), T, width, D), error_LTD.dtype)
-    overflow_YSD = np.zeros((max(len(over_M), 1), width, D), error_LTD.dtype)
+    # Sizes are bucketed so that prompts share compiled programs; empty tiles cost
+    # memory, not time.
+    X, Y = bucket(int(shared_L[-1])), bucket(len(over_M))
+    shared_XTSD = np.zeros((X, T, width, D), error_LTD.dtype)
+    overflow_YSD = np.zeros((Y, width, D), error_LTD.dtype)
     tile_of = {
         key: y for y, key in enumerate(zip(over_M, over_T, over_block, strict=True))
     }
@@ -96,22 +100,21 @@ def source_bank(
     blocks = [np.arange(a, a + n) for a, n in zip(first_M, depth_M, strict=True)]
     return SourceBank(
         shared_XTSD=shared_XTSD,
-        shared_block_X=_some(np.concatenate(blocks)),
+        shared_block_X=_padded(np.concatenate(blocks), X),
         shared_L=shared_L.astype(np.int32),
         overflow_YSD=overflow_YSD,
-        overflow_block_Y=_some(over_block),
-        overflow_pos_Y=_some(over_T),
+        overflow_block_Y=_padded(over_block, Y),
+        overflow_pos_Y=_padded(over_T, Y),
         overflow_L=overflow_L.astype(np.int32),
         error_LTD=error_LTD,
         embed_TD=embed_TD,
         slot_A=slot_A,
-        n_blocks=max(int(end_MT.max(initial=0)), 1),
+        n_blocks=round_up(max(int(end_MT.max(initial=0)), 1), 8),
     )
 
 
-def _some(index: np.ndarray) -> np.ndarray:
-    """int32, and at least one entry: compiled programs need a tile to index."""
-    return (index if len(index) else np.zeros(1)).astype(np.int32)
+def _padded(index: np.ndarray, size: int) -> np.ndarray:
+    return np.pad(index, (0, size - len(index))).astype(np.int32)
 
 
 def _overflow(
@@ -133,7 +136,8 @@ _OVERFLOW_COST = 1.5
 
 def _depth_cost(need_MT: np.ndarray) -> np.ndarray:
     """Cost [L, depth] of sharing `depth` blocks, in blocks times positions."""
-    L, T = need_MT.shape
+    L = len(need_MT)
+    T = int(need_MT.any(0).sum())  # padded positions have no features
     depth = np.arange(need_MT.max(initial=0) + 1)
     beyond = np.maximum(need_MT[:, :, None] - depth, 0).sum(1)
     return T * depth[None, :] + _OVERFLOW_COST * beyond.reshape(L, len(depth))
@@ -146,7 +150,7 @@ def _shared_depth(need_MT: np.ndarray) -> np.ndarray:
 
 def _best_width(slots_MT: np.ndarray, widths: list[int]) -> int:
     """Width with the least padded work; a tile costs some slots' worth in itself."""
-    cost = [_depth_cost(-(-slots_MT // w)).min(axis=1).sum() * (w + 4) for w in widths]
+    cost = [_depth_cost(-(-slots_MT // w)).min(axis=1).sum() * (w + 8) for w in widths]
     return widths[int(np.argmin(cost))]
 
 
@@ -166,7 +170,7 @@ def _prefix_slots(
 ) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
     """Slots by layer without gaps; write layer m reads the first blocks."""
     reach_MT = np.cumsum(count_LT, 0)  # slots of everything that writes layer m
-    width = _best_width(reach_MT, [8, 16, 32, 64, 128, 256])
+    width = _best_width(reach_MT, [32, 64, 128, 256])
     end_MT = -(-reach_MT // width)
     return width, _rank_in_group(active.pos_A), np.zeros(len(end_MT), np.int64), end_MT
 
@@ -176,7 +180,7 @@ def _layer_slots(
 ) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
     """Each layer starts a new block; write layer m reads the blocks in its span."""
     L, T = count_LT.shape
-    width = _best_width(count_LT, [8 * i for i in range(1, 33)])
+    width = _best_width(count_LT, [16 * i for i in range(2, 17)])
     need_LT = -(-count_LT // width)
     start = np.concatenate([[0], np.cumsum(need_LT.max(1))])
     rank_A = _rank_in_group(active.layer_A.astype(np.int64) * T + active.pos_A)

@@ -81,43 +81,36 @@ class Plan:
 
 
 def make_plan(
-    pos_R: np.ndarray,
+    n_rows: int,
     *,
-    n_tokens: int,
+    n_positions: int,
     flops_per_position: float,
     n_bands: int | None = None,
     chunk_size: int = 128,
 ) -> Plan:
-    """Choose position bands and the chunk capacity for targets at some positions.
+    """Choose position bands and the chunk capacity.
 
     A target at position p needs p + 1 positions, its band's end is what it gets: more
-    bands waste less work and compile more programs.
+    bands waste less work and compile more programs. The choice depends on sizes only,
+    so that prompts of one bucket share their programs.
 
     Args:
-      pos_R: position of each target.
-      n_tokens: T.
+      n_rows: targets that may be computed.
+      n_positions: length of the recording.
       flops_per_position: cost of one target per position it touches.
-      n_bands: how many; None weighs the wasted work against the time to compile.
+      n_bands: how many; None for few where the work is little.
       chunk_size: most rows pulled back together.
     """
-    count_T = np.bincount(pos_R, minlength=n_tokens)
-    choices = range(1, 9) if n_bands is None else [n_bands]
-    plans = [_best_bands(count_T, min(n, n_tokens)) for n in choices]
-    cost = [
-        touched * flops_per_position + len(ends) * _FLOPS_OF_A_COMPILATION
-        for touched, ends in plans
-    ]
-    ends = plans[int(np.argmin(cost))][1]
-    rows = np.diff(np.searchsorted(np.sort(pos_R), [0, *ends]))
-    sizes = [size for size in (32, 64, 96, 128, 192, 256, 512) if size <= chunk_size]
-    # Padded rows cost as much as real ones; each chunk costs a little in itself.
-    waste = [(-(-rows // size) * (size + 8)).sum() for size in sizes or [chunk_size]]
-    capacity = (sizes or [chunk_size])[int(np.argmin(waste))]
+    if n_bands is None:
+        work = n_rows * flops_per_position * n_positions / 2
+        n_bands = 1 if work < _FLOPS_WORTH_BANDS else 6
+    ends = _best_bands(np.ones(n_positions, int), min(n_bands, n_positions))[1]
+    capacity = min(chunk_size, 128 if n_rows > 256 else 32)
     return Plan(band_end=ends, capacity=capacity)
 
 
-# Work a 2-core CPU does in the time one band's program takes to compile.
-_FLOPS_OF_A_COMPILATION = 5e10
+# Below this, compiling more programs takes longer than they save.
+_FLOPS_WORTH_BANDS = 2e11
 
 
 def _best_bands(count_T: np.ndarray, n_bands: int) -> tuple[float, tuple[int, ...]]:
@@ -278,8 +271,8 @@ def edge_rows(
       skip: linear path of the dictionary, see `jaxclt.lm.frozen.replay`.
       on_rows: called with the number of rows just finished.
     """
-    L, T = bank.error_LTD.shape[:2]
-    A = len(source_pos_A)
+    L, A = cfg.n_layers, len(source_pos_A)
+    T = (out_RN.shape[1] - A) // (L + 1)  # without the padding of the recording
     stream = _Stream(
         blocks=params.blocks,
         pattern_LHTS=recording.frozen.pattern_LHTS,
@@ -313,11 +306,12 @@ def edge_rows(
         flat_CX = np.asarray(edge_BPCS).transpose(2, 1, 0, 3).reshape(plan.capacity, -1)
         column = source_pos_A[near] * bank.n_blocks * bank.width + bank.slot_A[near]
         out_RN[row_C[:, None], near[None, :]] = flat_CX[:n, column]
+        P = min(P, T)
         columns = A + (np.arange(L)[:, None] * T + np.arange(P)[None, :]).ravel()
         out_RN[row_C[:, None], columns[None, :]] = (
-            np.asarray(error_LPC)[:, :, :n].reshape(L * P, n).T
+            np.asarray(error_LPC)[:, :P, :n].reshape(L * P, n).T
         )
-        out_RN[row_C, A + L * T : A + L * T + P] = np.asarray(embed_PC)[:, :n].T
+        out_RN[row_C, A + L * T : A + L * T + P] = np.asarray(embed_PC)[:P, :n].T
         on_rows(n)
 
 

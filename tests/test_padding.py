@@ -1,0 +1,71 @@
+"""A padded recording gives the graph of the prompt: one compilation per bucket."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxclt.clt.active import Dictionary
+from jaxclt.graph import influence, rows
+from jaxclt.graph.attribute import AttributeConfig, attribute_recording
+from jaxclt.graph.targets import salient_targets
+from jaxclt.io.dictionary import load_dictionary
+from jaxclt.io.model import Model, load_model
+from jaxclt.shapes import bucket
+from jaxclt.trace import record_prompt, trace_prompt
+
+GOLDEN = Path(__file__).parent / "goldens" / "circuit_tracer_clt"
+PROMPT = "w7 w31 w7 w55 w12 w90"
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load_model(GOLDEN / "model")
+
+
+@pytest.fixture(scope="module", params=["neurons:3", str(GOLDEN / "dictionary")])
+def dictionary(request: pytest.FixtureRequest, model: Model) -> Dictionary:
+    return load_dictionary(request.param, model)
+
+
+def test_padded_equals_unpadded(model: Model, dictionary: Dictionary):
+    config = AttributeConfig(max_features=None)
+    padded = trace_prompt(model, dictionary, PROMPT, config=config).graph
+    token_T = jnp.asarray(padded.token_T)
+    assert bucket(len(token_T)) > len(token_T)
+    recording = record_prompt(model.params, token_T, model.cfg)
+    bare = attribute_recording(
+        model.params,
+        recording,
+        dictionary.active(model.params, recording, model.cfg),
+        salient_targets(model.params, recording.out_TD[-1]),
+        cfg=model.cfg,
+        meta=padded.meta,
+        config=config,
+    )
+    for field in dataclasses.fields(bare):
+        ours, theirs = getattr(padded, field.name), getattr(bare, field.name)
+        if isinstance(ours, np.ndarray):
+            scale = np.abs(theirs.astype(float)).max(initial=1.0)
+            np.testing.assert_allclose(
+                ours, theirs, rtol=0, atol=2e-6 * scale, err_msg=field.name
+            )
+
+
+def test_prompts_of_one_bucket_compile_once(model: Model, dictionary: Dictionary):
+    programs = (record_prompt, rows._pull_chunk, influence._substitute)
+    trace_prompt(model, dictionary, "w7 w31 w7 w55")
+    before = [program._cache_size() for program in programs]
+    trace_prompt(model, dictionary, "w12 w90 w3 w44 w7")
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_buckets_are_close_and_monotone():
+    sizes = [bucket(n) for n in range(1, 3000)]
+    assert all(n <= size < max(2 * n, 9) for n, size in enumerate(sizes, start=1))
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) < 20
