@@ -8,6 +8,7 @@ Where things are, in the order a prompt passes through them:
 | room | what it holds |
 |---|---|
 | `jaxclt.trace` | the shell: a prompt becomes a graph becomes a directory |
+| `jaxclt.sweep` | the same for many prompts, resumable |
 | `jaxclt.io` | files and names: models, dictionaries, tokenizers, graphs |
 | `jaxclt.lm` | the decoder: forward, record, and the frozen linear stream |
 | `jaxclt.clt` | dictionaries: encode, decode, what is active on a prompt |
@@ -25,12 +26,16 @@ from jaxclt.api import Page, attribute, influence, prune, show
 from jaxclt.errors import InputError
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.certificate import Certificate, certificate
+from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
+from jaxclt.graph.inhibition import Inhibition, find_inhibition
+from jaxclt.graph.paths import Path, describe_paths, strongest_paths
 from jaxclt.graph.scores import Scores, path_length_curve, scores
 from jaxclt.io.dictionary import load_dictionary, save_dictionary
 from jaxclt.io.graph_file import load_graph, save_graph
 from jaxclt.io.model import Model, load_model
 from jaxclt.replacement.local import local_replacement, run_local
+from jaxclt.sweep import sweep_prompts
 from jaxclt.trace import Traced, trace_prompt, write_trace
 
 __all__ = [
@@ -38,15 +43,19 @@ __all__ = [
     "Certificate",
     "Graph",
     "GraphMeta",
+    "Inhibition",
     "InputError",
     "Model",
     "Page",
+    "Path",
     "Pruning",
     "Scores",
     "Traced",
     "__version__",
     "attribute",
     "certificate",
+    "describe_paths",
+    "find_inhibition",
     "influence",
     "load_dictionary",
     "load_graph",
@@ -59,6 +68,9 @@ __all__ = [
     "save_graph",
     "scores",
     "show",
+    "solve_total_effect",
+    "strongest_paths",
+    "sweep_prompts",
     "trace_prompt",
     "write_trace",
 ]

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -34,23 +34,22 @@ from rich.text import Text
 
 from jaxclt.errors import InputError
 
-__all__ = ["FetchConfig", "TraceConfig", "ViewConfig", "main"]
+if TYPE_CHECKING:
+    from jaxclt.clt.active import Dictionary
+    from jaxclt.graph.attribute import AttributeConfig
+    from jaxclt.io.model import Model
+
+__all__ = ["FetchConfig", "SweepConfig", "TraceConfig", "ViewConfig", "main"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TraceConfig:
-    """Attribution graph of one prompt, written to a directory with a viewer page."""
+class _Attribution:
+    """What trace and sweep have in common."""
 
-    prompt: tyro.conf.Positional[str]
-    """Text whose next token is explained."""
     model: Annotated[str, tyro.conf.arg(metavar="M")]
     """Known name (see `jaxclt fetch --list`), local directory, GGUF file or hub id."""
     dictionary: Annotated[str, tyro.conf.arg(metavar="D")]
     """neurons:k, local directory in circuit-tracer's format, or hub id."""
-    out: Path
-    """Directory to write graph.npz, report.json, graph.json and index.html to."""
-    targets: tuple[str, ...] = ()
-    """Tokens to explain instead of the most probable ones (mind leading spaces)."""
     max_features: int = 8192
     """Most feature nodes; the most influential ones are taken."""
     tolerance: float = 0.0
@@ -60,20 +59,49 @@ class TraceConfig:
     edge_threshold: float = 0.98
     """Share of the edge strength that the shown edges hold."""
     bos: Literal["auto", "always", "never"] = "auto"
-    """Put a beginning-of-sequence token first."""
+    """Put a beginning-of-sequence token first; auto: as the model was trained."""
     compat: Literal["none", "circuit-tracer"] = "none"
-    """circuit-tracer's conventions: no features or errors at the first position, its
-    pruning and its completeness score."""
-    save: Literal["auto", "full", "pruned"] = "auto"
-    """What graph.npz holds; auto is the full graph up to 512 MB."""
+    """circuit-tracer's conventions: a first token always, no features or errors there,
+    its pruning and its completeness score."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights; a graph is exact in float32."""
     precision: Literal["highest", "high", "default"] = "highest"
     """Of matmuls on accelerators; highest is full float32."""
     json: bool = False
-    """Print the report as JSON on stdout."""
+    """Print the result as JSON on stdout."""
     debug: bool = False
     """Show tracebacks."""
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Settings that the report lists with the machine's."""
+        return {"dtype": self.dtype, "precision": self.precision}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TraceConfig(_Attribution):
+    """Attribution graph of one prompt, written to a directory with a viewer page."""
+
+    prompt: tyro.conf.Positional[str]
+    """Text whose next token is explained."""
+    out: Path
+    """Directory to write graph.npz, report.json, graph.json and index.html to."""
+    targets: tuple[str, ...] = ()
+    """Tokens to explain instead of the most probable ones (mind leading spaces)."""
+    save: Literal["auto", "full", "pruned"] = "auto"
+    """What graph.npz holds; auto is the full graph up to 512 MB."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig(_Attribution):
+    """The same for many prompts: a directory each and an index; resumes by itself."""
+
+    prompts: tyro.conf.Positional[Path]
+    """.txt file with a prompt a line, or .jsonl file of objects with `prompt`."""
+    out: Path
+    """Directory to write to."""
+    save: Literal["auto", "full", "pruned"] = "pruned"
+    """What each graph.npz holds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line and exit."""
     config = tyro.cli(
         Annotated[TraceConfig, tyro.conf.subcommand("trace")]  # pyright: ignore
+        | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
         | Annotated[FetchConfig, tyro.conf.subcommand("fetch")]
         | Annotated[ViewConfig, tyro.conf.subcommand("view")],
         args=argv,
@@ -119,7 +148,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Circuit tracing in JAX: explain a prediction as a feature graph.",
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
-    run = {TraceConfig: _trace, FetchConfig: _fetch, ViewConfig: _view}[type(config)]
+    run = {
+        TraceConfig: _trace,
+        SweepConfig: _sweep,
+        FetchConfig: _fetch,
+        ViewConfig: _view,
+    }[type(config)]
     say = Console(stderr=True, highlight=False)
     try:
         run(config, say)
@@ -134,19 +168,77 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _trace(config: TraceConfig, say: Console) -> None:
+    from jaxclt import trace
+
+    if not config.prompt.strip():
+        raise InputError("the prompt is empty: give some text to trace")
+    model, dictionary, attribution, loaded = _prepare(config, say)
+    with _progress(say, "attributing", "rows/s") as on_rows:
+        traced = trace.trace_prompt(
+            model,
+            dictionary,
+            config.prompt,
+            targets=config.targets,
+            bos=config.bos,
+            on_rows=on_rows,
+            config=attribution,
+        )
+    traced.timing["load"] = loaded
+    report = trace.write_trace(
+        traced, config.out, save=config.save, environment=config.environment
+    )
+    if config.json:
+        print(json.dumps(report))  # noqa: T201
+        return
+    Console().print(_summary(report))
+    Console().print("strongest paths:")
+    for path in report["paths"]:
+        Console().print(f"  {path}", markup=False, soft_wrap=True)
+    Console().print(f"page: {(config.out / 'index.html').resolve().as_uri()}")
+
+
+def _sweep(config: SweepConfig, say: Console) -> None:
+    from jaxclt.sweep import read_prompts, sweep_prompts
+
+    prompts = read_prompts(config.prompts)
+    model, dictionary, attribution, _ = _prepare(config, say)
+    with _progress(say, "prompts", "prompts/s") as on_prompt:
+        index = sweep_prompts(
+            model,
+            dictionary,
+            prompts,
+            config.out,
+            config=attribution,
+            bos=config.bos,
+            save=config.save,
+            environment=config.environment,
+            on_prompt=on_prompt,
+        )
+    for line in index:
+        if line["status"] == "failed":
+            say.print(f"{line['directory']}: {line['error']}", markup=False)
+    if config.json:
+        print(json.dumps(index))  # noqa: T201
+        return
+    done = sum(line["status"] == "done" for line in index)
+    Console().print(f"{done} of {len(index)} prompts traced: {config.out}/index.jsonl")
+
+
+def _prepare(
+    config: TraceConfig | SweepConfig, say: Console
+) -> tuple[Model, Dictionary, AttributeConfig, float]:
+    """Check the output, load model and dictionary; with the seconds that took."""
     import jax
 
-    from jaxclt import trace
     from jaxclt.graph.attribute import AttributeConfig
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.fetch import cache_root
     from jaxclt.io.model import load_model
+    from jaxclt.trace import check_writable
 
-    if not config.prompt.strip():
-        raise InputError("the prompt is empty: give some text to trace")
     if config.max_features < 1:
         raise InputError(f"--max-features {config.max_features}: give at least 1")
-    trace.check_writable(config.out)
+    check_writable(config.out)
     # The second trace of a shape starts without compiling.
     jax.config.update(
         "jax_compilation_cache_dir",
@@ -156,36 +248,15 @@ def _trace(config: TraceConfig, say: Console) -> None:
     started = time.perf_counter()
     model = load_model(config.model, dtype=config.dtype, progress=_line(say))
     dictionary = load_dictionary(config.dictionary, model)
-    loaded = time.perf_counter() - started
-    with _row_progress(say) as on_rows:
-        traced = trace.trace_prompt(
-            model,
-            dictionary,
-            config.prompt,
-            targets=config.targets,
-            bos=config.bos,
-            on_rows=on_rows,
-            config=AttributeConfig(
-                max_features=config.max_features,
-                tolerance=config.tolerance,
-                node_threshold=config.node_threshold,
-                edge_threshold=config.edge_threshold,
-                convention="paper" if config.compat == "none" else config.compat,
-                precision=config.precision,
-            ),
-        )
-    traced.timing["load"] = loaded
-    report = trace.write_trace(
-        traced,
-        config.out,
-        save=config.save,
-        environment={"dtype": config.dtype, "precision": config.precision},
+    attribution = AttributeConfig(
+        max_features=config.max_features,
+        tolerance=config.tolerance,
+        node_threshold=config.node_threshold,
+        edge_threshold=config.edge_threshold,
+        convention="paper" if config.compat == "none" else config.compat,
+        precision=config.precision,
     )
-    if config.json:
-        print(json.dumps(report))  # noqa: T201
-        return
-    Console().print(_summary(report))
-    Console().print(f"page: {(config.out / 'index.html').resolve().as_uri()}")
+    return model, dictionary, attribution, time.perf_counter() - started
 
 
 def _fetch(config: FetchConfig, say: Console) -> None:
@@ -232,27 +303,34 @@ def _line(say: Console) -> Callable[[str], None]:
 
 
 class _Rate(ProgressColumn):
-    """Rows per second."""
+    """How many per second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
 
     def render(self, task: Task) -> Text:
+        """Rate once it is known."""
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} rows/s" if speed else "")
+        return Text(f"{speed:,.3g} {self.unit}" if speed else "")
 
 
 @contextmanager
-def _row_progress(say: Console) -> Iterator[Callable[[int, int], None]]:
+def _progress(
+    say: Console, what: str, unit: str
+) -> Iterator[Callable[[int, int], None]]:
     """A progress bar with rate and ETA on stderr."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        _Rate(),
+        _Rate(unit),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=say, transient=True) as bar:
-        task = bar.add_task("attributing", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

@@ -11,7 +11,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def bucket(n: int, smallest: int = 8) -> int:
-    """The next of smallest x 1, 2, 3, 4, 6, 8, 12, ...: less than twice what is asked."""
+    """The next of smallest x 1, 2, 3, 4, 6, 8, 12, ...: never twice what is asked."""
     power = smallest
     while power * 2 <= n:
         power *= 2

@@ -31,6 +31,7 @@ from jaxclt.errors import InputError
 from jaxclt.graph.attribute import AttributeConfig, Timing, attribute_recording
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.graph import Graph, GraphMeta
+from jaxclt.graph.paths import describe_paths, strongest_paths
 from jaxclt.graph.prune import restrict
 from jaxclt.graph.scores import scores
 from jaxclt.graph.targets import salient_targets, token_targets
@@ -45,7 +46,15 @@ from jaxclt.types import LMParams, Recording, Targets
 from jaxclt.viewer.graph_json import graph_json, validate
 from jaxclt.viewer.page import page
 
-__all__ = ["Traced", "prompt_tokens", "record_prompt", "trace_prompt", "write_trace"]
+__all__ = [
+    "Traced",
+    "check_writable",
+    "identity",
+    "prompt_tokens",
+    "record_prompt",
+    "trace_prompt",
+    "write_trace",
+]
 
 FULL_GRAPH_BYTES = 512 << 20  # larger graphs are saved pruned unless asked otherwise
 
@@ -56,6 +65,7 @@ class Traced:
 
     graph: Graph
     timing: dict[str, float]  # seconds
+    identity: dict[str, Any]  # what it depends on, see `identity`
     n_active: int  # features active on the prompt, attributed or not
 
 
@@ -80,6 +90,20 @@ def prompt_tokens(model: Model, prompt: str, bos: Bos = "auto") -> list[int]:
             f"{model.cfg.n_ctx}: shorten the prompt"
         )
     return ids
+
+
+def identity(
+    model: Model, dictionary: Dictionary, prompt: str, config: AttributeConfig, bos: Bos
+) -> dict[str, Any]:
+    """What a trace depends on, as JSON: equal identities give equal graphs."""
+    return {
+        "prompt": prompt,
+        "bos": bos,
+        "hashes": {"model": model.hash, "dictionary": dictionary.hash},
+        "dictionary": dictionary.name,
+        "config": dataclasses.asdict(config),
+        "version": __version__,
+    }
 
 
 def trace_prompt(
@@ -107,6 +131,7 @@ def trace_prompt(
       InputError: for a prompt, target or dictionary that does not fit the model.
     """
     config = config or AttributeConfig()
+    same = identity(model, dictionary, prompt, config, bos)
     if bos == "auto" and config.convention == "circuit-tracer":
         bos = "always"
     ids = prompt_tokens(model, prompt, bos)
@@ -129,8 +154,8 @@ def trace_prompt(
                 model.tokenizer.token_strings([int(i) for i in chosen.token_K])
             ),
             n_layers=model.cfg.n_layers,
-            config=dataclasses.asdict(config),
-            hashes={"model": model.hash, "dictionary": dictionary.hash},
+            config=same["config"],
+            hashes=same["hashes"],
             version=__version__,
         )
         graph = attribute_recording(
@@ -150,6 +175,7 @@ def trace_prompt(
     return Traced(
         graph=graph,
         timing=clock,
+        identity=same,
         n_active=int((active.pos_A < len(ids)).sum()),
     )
 
@@ -243,10 +269,12 @@ def _report(traced: Traced) -> dict[str, Any]:
             "kept_edges": int(pruning.keep_edge_RN.sum()),
             "unexplored_influence": full.unexplored_share,
         },
+        "paths": describe_paths(graph, strongest_paths(graph, k=5)).splitlines(),
         "pruning": {
             "node_threshold": pruning.node_threshold,
             "edge_threshold": pruning.edge_threshold,
         },
+        "identity": traced.identity,
         "timing_s": {k: round(v, 3) for k, v in traced.timing.items()},
     }
 

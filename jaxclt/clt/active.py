@@ -8,8 +8,9 @@ its place, its activation, its encoder row and its decoder rows. How they came a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,14 @@ from jaxclt.clt.store import DictionaryStore, materialise
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import CLTParams, LMParams, Recording
 
-__all__ = ["Active", "Dictionary", "StoreDictionary", "active_features"]
+__all__ = [
+    "Active",
+    "Dictionary",
+    "EncodedLayer",
+    "StoreDictionary",
+    "active_features",
+    "encoded_layers",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,10 +133,24 @@ def _encode_layer(
     return pre_TF, activate(pre_TF, theta_F, cfg=cfg)
 
 
-def active_features(
+class EncodedLayer(NamedTuple):
+    """One layer of a dictionary on a recording; host arrays in the recording's dtype.
+
+    ``pre = (mid * diagonal) @ W_enc.T + b``.
+    """
+
+    W_FD: np.ndarray
+    b_F: np.ndarray
+    theta_F: np.ndarray | None
+    diagonal_TD: np.ndarray
+    pre_TF: np.ndarray
+    a_TF: np.ndarray
+
+
+def encoded_layers(
     store: DictionaryStore, params: LMParams, recording: Recording
-) -> Active:
-    """Encode a recording and gather the rows of the features that fired.
+) -> Iterator[EncodedLayer]:
+    """Encode a recording layer by layer.
 
     One layer at a time, so that neither all encoders nor dense activations of all
     layers are ever held together.
@@ -140,12 +162,11 @@ def active_features(
     """
     cfg = store.cfg
     dtype = recording.mid_LTD.dtype
-    parts, decoder, diagonals = [], [], []
     for layer in range(cfg.n_layers):
         enc = store.encoder(layer)
         W_FD = np.asarray(enc.W_enc_FD, dtype)
         b_F = np.asarray(enc.b_enc_F, dtype)
-        theta_F = None if enc.theta_F is None else jnp.asarray(enc.theta_F, dtype)
+        theta_F = None if enc.theta_F is None else np.asarray(enc.theta_F, dtype)
         diagonal_TD = np.asarray(
             read_diagonal(
                 cfg.read,
@@ -155,16 +176,35 @@ def active_features(
         )
         read_TD = recording.mid_LTD[layer] * diagonal_TD
         pre_TF, a_TF = map(np.asarray, _encode_layer(W_FD, b_F, theta_F, read_TD, cfg))
-        pos, feature = np.nonzero(a_TF)
+        yield EncodedLayer(W_FD, b_F, theta_F, diagonal_TD, pre_TF, a_TF)
+
+
+def active_features(
+    store: DictionaryStore, params: LMParams, recording: Recording
+) -> Active:
+    """Encode a recording and gather the rows of the features that fired.
+
+    One layer at a time, see `encoded_layers`.
+
+    Args:
+      store: the dictionary.
+      params: the model (its norm gains, for dictionaries that read after the norm).
+      recording: the clean pass.
+    """
+    cfg = store.cfg
+    dtype = recording.mid_LTD.dtype
+    parts, decoder, diagonals = [], [], []
+    for layer, enc in enumerate(encoded_layers(store, params, recording)):
+        pos, feature = np.nonzero(enc.a_TF)
         parts.append(
             (
                 np.full(len(pos), layer, np.int32),
                 pos.astype(np.int32),
                 feature.astype(np.int32),
-                a_TF[pos, feature],
-                pre_TF[pos, feature],
-                W_FD[feature] * diagonal_TD[pos],
-                b_F[feature],
+                enc.a_TF[pos, feature],
+                enc.pre_TF[pos, feature],
+                enc.W_FD[feature] * enc.diagonal_TD[pos],
+                enc.b_F[feature],
             )
         )
         # A feature fires at several positions; its row is read once.
@@ -174,7 +214,7 @@ def active_features(
                 len(unique), cfg.n_writes(layer), cfg.d_model
             )[place]
         )
-        diagonals.append(diagonal_TD)
+        diagonals.append(enc.diagonal_TD)
     skips = [store.skip(layer) for layer in range(cfg.n_layers)]
     has_skip = skips[0] is not None
     fields = [np.concatenate(column) for column in zip(*parts, strict=True)]

@@ -15,6 +15,7 @@ block with few compiled shapes, and reads only the triangle.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from jax import Array
 
 __all__ = [
     "Walk",
+    "feature_blocks",
     "influence",
     "influence_series",
     "row_total",
@@ -142,25 +144,38 @@ def solve_walk(
     dtype = edge_RN.dtype
     total_R = np.where(total_R > 0, total_R, 1).astype(dtype)
     direct_N = (weight_K / total_R[A:]).astype(dtype) @ np.abs(edge_RN[A:])
-    n_blocks = -(-A // block)
-    walk_2A = np.zeros((2, n_blocks * block), dtype)
+    n_padded = -(-A // block) * block
+    walk_2A = np.zeros((2, n_padded), dtype)
     walk_2A[:, :A] = direct_N[:A]  # a path of one step has length one
     step_2A = np.zeros_like(walk_2A)
-    for i in reversed(range(n_blocks)):
-        lo, hi = i * block, min((i + 1) * block, A)
-        # Few widths, so that few shapes are compiled.
-        width = min(-(-(i + 1) // 4) * 4, n_blocks) * block
-        rows = np.zeros((block, width), dtype)
-        rows[: hi - lo, :hi] = edge_RN[lo:hi, :hi]
-        total = np.ones(block, dtype)
-        total[: hi - lo] = total_R[lo:hi]
-        step, passed = _substitute(rows, total, walk_2A[:, lo : lo + block], lo)
-        step_2A[:, lo : lo + block] = step
-        walk_2A[:, :width] += np.asarray(passed)
+    total_A = np.ones(n_padded, dtype)
+    total_A[:A] = total_R[:A]
+    for start, rows in feature_blocks(edge_RN, A, block):
+        own = slice(start, start + block)
+        step, passed = _substitute(rows, total_A[own], walk_2A[:, own], start)
+        step_2A[:, own] = step
+        walk_2A[:, : rows.shape[1]] += np.asarray(passed)
     rest_AM = np.abs(edge_RN[:A, A:])
     rest_2M = direct_N[None, A:] + step_2A[:, :A] @ rest_AM
     found_2N = np.concatenate([walk_2A[:, :A], rest_2M], axis=1)
     return Walk(found_2N[0], found_2N[1])
+
+
+def feature_blocks(
+    edge_RN: np.ndarray, n_features: int, block: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Rows of the feature block from the last to the first, as (first row, rows).
+
+    Every block is [block, width], zero where the graph ends: the triangle alone is
+    read, in few widths, so that few shapes are compiled.
+    """
+    n_blocks = -(-n_features // block)
+    for i in reversed(range(n_blocks)):
+        lo, hi = i * block, min((i + 1) * block, n_features)
+        width = min(-(-(i + 1) // 4) * 4, n_blocks) * block
+        rows = np.zeros((block, width), edge_RN.dtype)
+        rows[: hi - lo, :hi] = edge_RN[lo:hi, :hi]
+        yield lo, rows
 
 
 @jax.jit

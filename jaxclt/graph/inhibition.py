@@ -1,0 +1,247 @@
+"""One ablation away: inactive features that an active one holds below threshold.
+
+Attribution graphs show what is active; what was suppressed is missing (Circuit Tracing
+2025, section 7.3). Edges are exact for any change, so which features are suppressed by
+a single source is exact too: with pre-activation h_u and threshold theta_u, removing
+source s releases u if and only if
+
+    h_u <= theta_u < h_u - A[u, s]
+
+This is the direct effect: all other activations as they were, attention and norms
+frozen. Other features between s and u respond as well once they are run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxclt.clt.active import Active, encoded_layers
+from jaxclt.clt.store import DictionaryStore
+from jaxclt.errors import InputError
+from jaxclt.graph.bank import source_bank
+from jaxclt.graph.rows import RowTargets, edge_rows, make_plan, pull_flops
+from jaxclt.lm.config import LMConfig
+from jaxclt.replacement.errors import error_nodes
+from jaxclt.types import LMParams, Recording
+
+__all__ = [
+    "Candidates",
+    "Inhibition",
+    "Released",
+    "find_inhibition",
+    "near_threshold",
+    "released_by",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """Inactive features close to their thresholds; host arrays.
+
+    `read_UD` is pulled back to the residual stream, as in `jaxclt.clt.active.Active`.
+    """
+
+    layer_U: np.ndarray  # int32
+    pos_U: np.ndarray  # int32
+    feature_U: np.ndarray  # int32
+    preact_U: np.ndarray
+    theta_U: np.ndarray  # 0 for a dictionary without thresholds
+    read_UD: np.ndarray
+
+    def take(self, index: np.ndarray) -> Candidates:
+        """Some of the candidates, in the given order."""
+        fields = {
+            f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self)
+        }
+        return Candidates(**fields)
+
+    @property
+    def rows(self) -> RowTargets:
+        """The candidates as directions to explain."""
+        return RowTargets(layer_R=self.layer_U, pos_R=self.pos_U, read_RD=self.read_UD)
+
+
+class Released(NamedTuple):
+    """Pairs of a suppressed feature and the source that suppresses it."""
+
+    u_P: np.ndarray  # row, or candidate
+    s_P: np.ndarray  # column: for features, the index among the active ones
+    gap_P: np.ndarray  # pre-activation above the threshold once s is gone, > 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inhibition:
+    """What `find_inhibition` found."""
+
+    candidates: Candidates
+    released: Released
+
+
+def near_threshold(
+    store: DictionaryStore,
+    params: LMParams,
+    recording: Recording,
+    *,
+    margin: float,
+    limit: int | None = None,
+    n_tokens: int | None = None,
+) -> Candidates:
+    """Inactive features with a pre-activation at most `margin` below the threshold.
+
+    Ordered by layer, then position, then feature index.
+
+    Args:
+      store: the dictionary.
+      params: the model.
+      recording: the clean pass.
+      margin: in units of the pre-activation; `math.inf` for all inactive features.
+      limit: most candidates, the closest ones; None for no limit.
+      n_tokens: length of the prompt if the recording is padded beyond it.
+
+    Raises:
+      InputError: if the margin is negative, or the dictionary has no thresholds because
+        it keeps the top k.
+    """
+    if not margin >= 0:
+        raise InputError(f"margin {margin}: give a number that is not negative")
+    if store.cfg.activation == "topk":
+        raise InputError(
+            "a topk dictionary has no thresholds: what is released depends on all of "
+            "its features, use a relu or jumprelu dictionary"
+        )
+    found = None
+    for layer, enc in enumerate(encoded_layers(store, params, recording)):
+        theta_F = np.zeros_like(enc.b_F) if enc.theta_F is None else enc.theta_F
+        below_TF = theta_F[None, :] - enc.pre_TF[:n_tokens]
+        pos, feature = np.nonzero((below_TF >= 0) & (below_TF <= margin))
+        near = _closest(below_TF[pos, feature], limit)
+        pos, feature = pos[near], feature[near]
+        here = Candidates(
+            layer_U=np.full(len(pos), layer, np.int32),
+            pos_U=pos.astype(np.int32),
+            feature_U=feature.astype(np.int32),
+            preact_U=enc.pre_TF[pos, feature],
+            theta_U=theta_F[feature],
+            read_UD=enc.W_FD[feature] * enc.diagonal_TD[pos],
+        )
+        # Cut after every layer, so that few read vectors are held.
+        found = here if found is None else _joined(found, here)
+        found = found.take(_closest(found.theta_U - found.preact_U, limit))
+    assert found is not None
+    return found
+
+
+def _closest(below_U: np.ndarray, limit: int | None) -> np.ndarray:
+    """Indices of the smallest entries, in their old order."""
+    if limit is None or len(below_U) <= limit:
+        return np.arange(len(below_U))
+    return np.sort(np.argsort(below_U, kind="stable")[:limit])
+
+
+def _joined(one: Candidates, other: Candidates) -> Candidates:
+    return Candidates(
+        **{
+            f.name: np.concatenate([getattr(one, f.name), getattr(other, f.name)])
+            for f in dataclasses.fields(one)
+        }
+    )
+
+
+def released_by(
+    edge_UN: np.ndarray, preact_U: np.ndarray, theta_U: np.ndarray
+) -> Released:
+    """Pairs (u, s) where removing s alone lifts u over its threshold.
+
+    Sorted by how far it is lifted over it, furthest first; influence plays no part.
+
+    Args:
+      edge_UN: direct effects of sources on candidates.
+      preact_U: pre-activations.
+      theta_U: thresholds; rows at or below them count, others release nothing.
+    """
+    gap_UN = (preact_U[:, None] - edge_UN) - theta_U[:, None]
+    u, s = np.nonzero((gap_UN > 0) & (preact_U <= theta_U)[:, None])
+    return _sorted(Released(u, s, gap_UN[u, s]))
+
+
+def _sorted(released: Released) -> Released:
+    order = np.argsort(-released.gap_P, kind="stable")
+    return Released(*(column[order] for column in released))
+
+
+def find_inhibition(
+    params: LMParams,
+    recording: Recording,
+    store: DictionaryStore,
+    active: Active,
+    cfg: LMConfig,
+    *,
+    margin: float,
+    limit: int | None = 4096,
+    n_tokens: int | None = None,
+    chunk_size: int = 128,
+    rows_at_once: int = 1024,
+    precision: str = "highest",
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
+) -> Inhibition:
+    """Every pair of a near-threshold feature and an active feature that suppresses it.
+
+    None is missed among the candidates: what is not listed is not released by removing
+    any single active feature.
+
+    Args:
+      params: the model.
+      recording: its clean pass on the prompt.
+      store: the dictionary.
+      active: its active features on the prompt, the sources.
+      cfg: model shape.
+      margin: how far below the threshold to look, see `near_threshold`.
+      limit: most candidates, the closest ones; None for no limit.
+      n_tokens: length of the prompt if the recording is padded beyond it.
+      chunk_size: most rows pulled back together.
+      rows_at_once: most rows whose edges are held.
+      precision: of matmuls.
+      on_rows: progress, called with (rows done, rows planned).
+    """
+    with jax.default_matmul_precision(precision):
+        found = near_threshold(
+            store, params, recording, margin=margin, limit=limit, n_tokens=n_tokens
+        )
+        error_LTD = error_nodes(active, recording)
+        bank = source_bank(active, error_LTD, np.asarray(recording.embed_TD))
+        L, T, _ = error_LTD.shape
+        A, U = len(active.layer_A), len(found.layer_U)
+        plan = make_plan(
+            U,
+            n_positions=T,
+            flops_per_position=pull_flops(cfg, bank),
+            chunk_size=chunk_size,
+        )
+        parts = [Released(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
+        # By position, so that the rows of a part share few bands.
+        order = np.argsort(found.pos_U, kind="stable")
+        for start in range(0, U, rows_at_once):
+            index = order[start : start + rows_at_once]
+            part = found.take(index)
+            edge_UN = np.zeros((len(index), A + L * T + T), error_LTD.dtype)
+            edge_rows(
+                params,
+                recording,
+                bank,
+                part.rows,
+                edge_UN,
+                cfg=cfg,
+                plan=plan,
+                source_pos_A=active.pos_A,
+                skip=active.skip,
+            )
+            pairs = released_by(edge_UN[:, :A], part.preact_U, part.theta_U)
+            parts.append(pairs._replace(u_P=index[pairs.u_P]))
+            on_rows(start + len(index), U)
+    columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Inhibition(candidates=found, released=_sorted(Released(*columns)))

@@ -1,0 +1,211 @@
+"""The strongest paths of a graph, exactly, and a line of text for each.
+
+A path's strength is the product of the row shares along it times its target's weight:
+the probability that the walk of `jaxclt.graph.influence` takes just this path, so the
+strengths of all paths from the embeddings sum to the embeddings' influence.
+
+Nodes are numbered as the graph's columns; target k is number N + k, after the last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxclt.errors import InputError
+from jaxclt.graph.graph import Graph
+from jaxclt.graph.scores import shares_total
+
+__all__ = ["Path", "describe_paths", "node_name", "strongest_paths"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Path:
+    """One path from an input to a target (or to a feature)."""
+
+    nodes: tuple[int, ...]  # columns of the graph, input first; target k is N + k
+    strength: float  # never negative
+    sign: int  # of the product of the edges, 1 or -1
+    share: bool = True  # strength is a share of the target, not an effect on it
+
+    @property
+    def steps(self) -> int:
+        """How many edges."""
+        return len(self.nodes) - 1
+
+
+def strongest_paths(
+    graph: Graph,
+    *,
+    start: int | None = None,
+    end: int | None = None,
+    k: int = 10,
+    share: bool = True,
+    kept: bool = False,
+) -> list[Path]:
+    """The k strongest paths, strongest first; fewer if there are not as many.
+
+    Exact: the k best paths to every feature, in order, follow from those to the
+    features below it.
+
+    Args:
+      graph: attributed.
+      start: column where the paths start; None: any embedding.
+      end: row where they end, with weight 1; None: any target, weighted by its
+        probability.
+      k: how many.
+      share: rank by row shares, as influence does. Otherwise by the size of a path's
+        part of the signed total effect (see `jaxclt.graph.effects`): the product of the
+        edges over the activations passed through.
+      kept: only through the nodes and edges that `graph.pruning` keeps. Shares stay
+        those of the full rows.
+
+    Raises:
+      InputError: if `start`, `end` or `k` is out of range.
+    """
+    R, N = graph.edge_RN.shape
+    A = graph.n_features
+    _check("start", start, N)
+    _check("end", end, R)
+    if k < 1:
+        raise InputError(f"k={k}: ask for at least one path")
+    first = 0 if start is None or start >= A else start + 1
+    if end is None:
+        row_E, weight_E = np.arange(A, R), np.asarray(graph.target_prob_K, np.float64)
+    else:
+        row_E, weight_E = np.array([end]), np.ones(1)
+        if end < first:
+            return []
+    last = A if end is None else min(end + 1, A)
+    best = _Best(graph, start, k, share=share, kept=kept)
+    for row in [*range(first, last), *row_E[row_E >= A]]:
+        best.extend(int(row))
+    node_E = np.where(row_E < A, row_E, row_E - A + N)
+    strength = (best.strength_MK[node_E] * weight_E[:, None]).ravel()
+    return [
+        Path(
+            nodes=nodes,
+            strength=float(strength[i]),
+            sign=_sign(graph, nodes),
+            share=share,
+        )
+        for i in _largest(strength, k)
+        for nodes in [best.path(int(node_E[i // k]), int(i % k))]
+    ]
+
+
+def _check(name: str, index: int | None, size: int) -> None:
+    if index is not None and not 0 <= index < size:
+        raise InputError(f"{name}={index}: the graph has 0..{size - 1}")
+
+
+def _largest(x: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the k largest positive entries, largest first."""
+    index = np.flatnonzero(x > 0)
+    if len(index) > k:
+        index = np.sort(index[np.argpartition(-x[index], k - 1)[:k]])
+    return index[np.argsort(-x[index], kind="stable")]
+
+
+class _Best:
+    """The k best paths to every node so far, as their last steps."""
+
+    def __init__(
+        self, graph: Graph, start: int | None, k: int, *, share: bool, kept: bool
+    ) -> None:
+        N, A = graph.edge_RN.shape[1], graph.n_features
+        self.graph, self.k = graph, k
+        self.keep_RN = graph.pruning.keep_edge_RN if kept else None
+        start_X = np.arange(N)[graph.embed_cols] if start is None else np.array([start])
+        self.input_X = start_X[start_X >= A]
+        M = N + graph.n_targets
+        self.strength_MK = np.zeros((M, k))
+        self.strength_MK[start_X, 0] = 1
+        self.source_MK = np.full((M, k), -1)
+        self.rank_MK = np.zeros((M, k), int)  # which of the source's paths it prolongs
+        self.total_R = shares_total(graph).astype(np.float64) if share else None
+        value_A = np.abs(graph.value_A).astype(np.float64)
+        value_A[start_X[start_X < A]] = 1  # a path starts with the whole activation
+        self.value_A = np.where(value_A > 0, value_A, 1)
+
+    def extend(self, row: int) -> None:
+        """Find the paths to a row from those to everything below it.
+
+        Only the k sources with the best first path can matter: each of them alone is
+        as good as anything that comes through the others.
+        """
+        A, N = self.graph.n_features, self.graph.edge_RN.shape[1]
+        column_S = np.concatenate([np.arange(min(row, A)), self.input_X])
+        size_S = np.abs(self.graph.edge_RN[row, column_S]).astype(np.float64)
+        if self.keep_RN is not None:
+            size_S *= self.keep_RN[row, column_S]
+        if self.total_R is not None:
+            size_S /= self.total_R[row] if self.total_R[row] > 0 else 1
+        else:
+            size_S[: min(row, A)] /= self.value_A[:row]
+        use = _largest(size_S * self.strength_MK[column_S, 0], self.k)
+        through = (size_S[use, None] * self.strength_MK[column_S[use]]).ravel()
+        found = _largest(through, self.k)
+        node, n = (row if row < A else row - A + N), len(found)
+        self.strength_MK[node, :n] = through[found]
+        self.source_MK[node, :n] = column_S[use[found // self.k]]
+        self.rank_MK[node, :n] = found % self.k
+
+    def path(self, node: int, rank: int) -> tuple[int, ...]:
+        """Nodes of one path, first to last."""
+        nodes = [node]
+        while (source := int(self.source_MK[node, rank])) >= 0:
+            node, rank = source, int(self.rank_MK[node, rank])
+            nodes.append(node)
+        return tuple(reversed(nodes))
+
+
+def _sign(graph: Graph, nodes: Sequence[int]) -> int:
+    N, A = graph.edge_RN.shape[1], graph.n_features
+    negative = False
+    for source, node in itertools.pairwise(nodes):
+        row = node if node < N else node - N + A
+        negative ^= bool(graph.edge_RN[row, source] < 0)
+    return -1 if negative else 1
+
+
+def node_name(graph: Graph, index: int) -> str:
+    """What a node is called in text: a column of the graph, or N + k for target k.
+
+    Raises:
+      InputError: if there is no such node.
+    """
+    N, T = graph.edge_RN.shape[1], graph.n_tokens
+    _check("node", index, N + graph.n_targets)
+    if index >= N:
+        return f"output {_quoted(graph.meta.target_tokens[index - N])}"
+    if index >= graph.embed_cols.start:
+        pos = index - graph.embed_cols.start
+        return f"token {_quoted(graph.meta.tokens[pos])}@{pos}"
+    if index >= graph.n_features:
+        layer, pos = divmod(index - graph.n_features, T)
+        return f"L{layer} error@{pos}"
+    layer, pos = graph.layer_A[index], graph.pos_A[index]
+    return f"L{layer} feature {graph.feature_A[index]}@{pos}"
+
+
+def _quoted(token: str) -> str:
+    """A token in quotes on one line; nothing in it can steer a terminal."""
+    quoted = json.dumps(token, ensure_ascii=False)
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in quoted)
+
+
+def describe_paths(graph: Graph, paths: Sequence[Path]) -> str:
+    """One line per path: strength (percent, or effect), sign, and the nodes."""
+    lines = []
+    for path in paths:
+        strength = (
+            f"{100 * path.strength:6.2f}%" if path.share else f"{path.strength:9.3g}"
+        )
+        names = " -> ".join(node_name(graph, node) for node in path.nodes)
+        lines.append(f"{strength} {'+' if path.sign > 0 else '-'}  {names}")
+    return "\n".join(lines)

@@ -1,0 +1,129 @@
+"""Many prompts in one go: a directory for each, an index, a run that can be resumed.
+
+Prompts of similar length share compiled programs (`jaxclt.shapes.bucket`), so all but
+the first few cost their arithmetic only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxclt.clt.active import Dictionary
+from jaxclt.errors import InputError
+from jaxclt.graph.attribute import AttributeConfig
+from jaxclt.io.atomic import atomic_path
+from jaxclt.io.model import Model
+from jaxclt.io.tokenizer import Bos
+from jaxclt.trace import identity, trace_prompt, write_trace
+
+__all__ = ["read_prompts", "sweep_prompts"]
+
+
+def read_prompts(path: str | os.PathLike[str]) -> list[str]:
+    """Prompts of a .txt file (one a line) or a .jsonl file (objects with `prompt`).
+
+    Raises:
+      InputError: if the file is missing, empty, or a line is not such an object.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read prompts from {path}: {error}") from error
+    numbered = [(i, line) for i, line in enumerate(lines, start=1) if line.strip()]
+    if path.suffix == ".jsonl":
+        prompts = [_prompt_of(path, i, line) for i, line in numbered]
+    else:
+        prompts = [line for _, line in numbered]
+    if not prompts:
+        raise InputError(f"{path} holds no prompt: write one a line")
+    return prompts
+
+
+def _prompt_of(path: Path, number: int, line: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f'{path} line {number}: write a JSON object such as {{"prompt": "text"}}'
+        ) from error
+    if not isinstance(prompt, str):
+        raise InputError(f"{path} line {number}: `prompt` is not a text")
+    return prompt
+
+
+def sweep_prompts(
+    model: Model,
+    dictionary: Dictionary,
+    prompts: Sequence[str],
+    out: str | os.PathLike[str],
+    *,
+    config: AttributeConfig | None = None,
+    bos: Bos = "auto",
+    save: str = "pruned",
+    environment: dict[str, Any] | None = None,
+    on_prompt: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Trace every prompt into a directory of its own and write `index.jsonl`.
+
+    A prompt that is there already, traced with the same model, dictionary and settings,
+    is not traced again; one that fails is reported in the index and skipped.
+
+    Args:
+      model: from `load_model`.
+      dictionary: from `load_dictionary`.
+      prompts: texts.
+      out: directory.
+      config: how much to compute.
+      bos: as for `trace_prompt`.
+      save: as for `write_trace`.
+      environment: added to the reports.
+      on_prompt: progress, (prompts done, prompts in all).
+
+    Returns:
+      The lines of the index: prompt, directory, status, and scores or error.
+
+    Raises:
+      InputError: if the directory cannot be written.
+    """
+    out, config = Path(out), config or AttributeConfig()
+    index = []
+    for i, prompt in enumerate(prompts):
+        folder = out / f"{i:05d}-{_slug(prompt)}"
+        line: dict[str, Any] = {"prompt": prompt, "directory": folder.name}
+        try:
+            wanted = identity(model, dictionary, prompt, config, bos)
+            report = _finished(folder, wanted)
+            if report is None:
+                traced = trace_prompt(model, dictionary, prompt, config=config, bos=bos)
+                report = write_trace(traced, folder, save=save, environment=environment)
+            line |= {"status": "done", "scores": report["scores"]}
+        except InputError as error:
+            line |= {"status": "failed", "error": str(error)}
+        index.append(line)
+        with atomic_path(out / "index.jsonl") as temporary:
+            lines = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in index)
+            temporary.write_text(lines, encoding="utf-8")
+        on_prompt(i + 1, len(prompts))
+    return index
+
+
+def _finished(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of an earlier run of exactly this, if it got to its last file."""
+    if not (folder / "index.html").exists():
+        return None
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return report if report.get("identity") == wanted else None
+
+
+def _slug(prompt: str) -> str:
+    words: Iterator[str] = iter(re.findall(r"[a-z0-9]+", prompt.lower()))
+    return "-".join(words)[:40].strip("-") or "prompt"
