@@ -133,6 +133,9 @@ def attribute_recording(
     return dataclasses.replace(graph, pruning=pruning)
 
 
+_bias_reads = jax.jit(bias_reads, static_argnames="cfg")
+
+
 def _no_pruning(shape: tuple[int, int]) -> Pruning:
     return Pruning(
         keep_N=np.ones(shape[1], bool),
@@ -278,7 +281,7 @@ class _Rows:
         # Dropped errors stay columns of the layout, empty, so that offsets are plain.
         if not keep_N.all():
             edge_RN[:, ~keep_N] = 0
-        bias = bias_reads(
+        bias = _bias_reads(
             self.params,
             self.recording.frozen,
             jnp.broadcast_to(
