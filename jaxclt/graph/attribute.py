@@ -23,7 +23,14 @@ from jaxclt.graph.explore import arrived_influence, next_features
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.influence import solve_influence
 from jaxclt.graph.prune import prune
-from jaxclt.graph.rows import Plan, RowTargets, edge_rows, make_plan, pull_flops
+from jaxclt.graph.rows import (
+    Plan,
+    RowTargets,
+    edge_rows,
+    make_plan,
+    make_stream,
+    pull_flops,
+)
 from jaxclt.graph.scores import shares_total
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import bias_reads
@@ -172,6 +179,7 @@ class _Rows:
         self.bank: SourceBank = source_bank(
             active, error_LTD, np.asarray(recording.embed_TD)
         )
+        self.stream = make_stream(params, recording, self.bank, skip=active.skip)
         n_rows = self.n_selected + self.K
         self.edge_RN = np.zeros((n_rows, self.A + L * T + T), error_LTD.dtype)
         self.total_R = np.zeros(n_rows)
@@ -217,15 +225,13 @@ class _Rows:
 
         edge_RN = self.edge_RN[start : start + n]
         edge_rows(
-            self.params,
-            self.recording,
+            self.stream,
             self.bank,
             self.read(feature),
             edge_RN,
             cfg=self.cfg,
             plan=self.plan,
             source_pos_A=self.active.pos_A,
-            skip=self.active.skip,
             on_rows=report,
         )
         self.feature_R[start : start + n] = feature

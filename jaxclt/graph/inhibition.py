@@ -24,7 +24,13 @@ from jaxclt.clt.active import Active, encoded_layers
 from jaxclt.clt.store import DictionaryStore
 from jaxclt.errors import InputError
 from jaxclt.graph.bank import source_bank
-from jaxclt.graph.rows import RowTargets, edge_rows, make_plan, pull_flops
+from jaxclt.graph.rows import (
+    RowTargets,
+    edge_rows,
+    make_plan,
+    make_stream,
+    pull_flops,
+)
 from jaxclt.lm.config import LMConfig
 from jaxclt.replacement.errors import error_nodes
 from jaxclt.types import LMParams, Recording
@@ -214,6 +220,7 @@ def find_inhibition(
         )
         error_LTD = error_nodes(active, recording)
         bank = source_bank(active, error_LTD, np.asarray(recording.embed_TD))
+        stream = make_stream(params, recording, bank, skip=active.skip)
         L, T, _ = error_LTD.shape
         A, U = len(active.layer_A), len(found.layer_U)
         plan = make_plan(
@@ -230,15 +237,13 @@ def find_inhibition(
             part = found.take(index)
             edge_UN = np.zeros((len(index), A + L * T + T), error_LTD.dtype)
             edge_rows(
-                params,
-                recording,
+                stream,
                 bank,
                 part.rows,
                 edge_UN,
                 cfg=cfg,
                 plan=plan,
                 source_pos_A=active.pos_A,
-                skip=active.skip,
             )
             pairs = released_by(edge_UN[:, :A], part.preact_U, part.theta_U)
             parts.append(pairs._replace(u_P=index[pairs.u_P]))

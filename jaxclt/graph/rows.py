@@ -29,7 +29,16 @@ from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import frozen_attention
 from jaxclt.types import Block, LMParams, Recording
 
-__all__ = ["Chunk", "Plan", "RowTargets", "edge_rows", "make_plan", "pull_flops"]
+__all__ = [
+    "Chunk",
+    "Plan",
+    "RowTargets",
+    "Stream",
+    "edge_rows",
+    "make_plan",
+    "make_stream",
+    "pull_flops",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,8 +145,8 @@ def _best_bands(count_T: np.ndarray, n_bands: int) -> tuple[float, tuple[int, ..
     return float(best[-1]), tuple(sorted(set(ends)))
 
 
-class _Stream(NamedTuple):
-    """The frozen stream on the device, all positions."""
+class Stream(NamedTuple):
+    """The frozen stream of a prompt and its packed sources, on the device."""
 
     blocks: Block
     pattern_LHTS: Array
@@ -156,7 +165,7 @@ class _Stream(NamedTuple):
 
 @partial(jax.jit, static_argnames=("cfg", "P", "n_blocks"))
 def _pull_chunk(
-    stream: _Stream,
+    stream: Stream,
     layer_C: Array,
     pos_C: Array,
     read_CD: Array,
@@ -243,9 +252,37 @@ def _pull_chunk(
     return edge_BPCS, error_LPC, embed_PC
 
 
-def edge_rows(
+def make_stream(
     params: LMParams,
     recording: Recording,
+    bank: SourceBank,
+    *,
+    skip: tuple[Array, Array] | None = None,
+) -> Stream:
+    """Put what all rows of a prompt need on the device, once.
+
+    Args:
+      params: model weights (attention values, outputs and norms are used).
+      recording: the clean pass.
+      bank: packed sources.
+      skip: linear path of the dictionary, see `jaxclt.lm.frozen.replay`.
+    """
+    packed = {
+        field.name: jnp.asarray(getattr(bank, field.name))
+        for field in dataclasses.fields(bank)
+        if field.name in Stream._fields
+    }
+    return Stream(
+        blocks=params.blocks,
+        pattern_LHTS=recording.frozen.pattern_LHTS,
+        scale_LT=recording.frozen.attn_scale_LT,
+        skip=skip,
+        **packed,
+    )
+
+
+def edge_rows(
+    stream: Stream,
     bank: SourceBank,
     targets: RowTargets,
     out_RN: np.ndarray,
@@ -253,66 +290,67 @@ def edge_rows(
     cfg: LMConfig,
     plan: Plan,
     source_pos_A: np.ndarray,
-    skip: tuple[Array, Array] | None = None,
     on_rows: Callable[[int], None] = lambda n: None,
 ) -> None:
     """Write the direct effects of every source on every target into `out_RN`.
 
     Args:
-      params: model weights (attention values, outputs and norms are used).
-      recording: the clean pass.
-      bank: packed sources.
+      stream: from `make_stream`.
+      bank: what it was made of.
       targets: R directions.
       out_RN: zeroed host array [R, A + L·T + T], filled in place: features, errors
         layer-major, embeddings.
       cfg: model shape.
       plan: bands and chunk capacity.
       source_pos_A: position of every source feature.
-      skip: linear path of the dictionary, see `jaxclt.lm.frozen.replay`.
       on_rows: called with the number of rows just finished.
     """
-    L, A = cfg.n_layers, len(source_pos_A)
-    T = (out_RN.shape[1] - A) // (L + 1)  # without the padding of the recording
-    stream = _Stream(
-        blocks=params.blocks,
-        pattern_LHTS=recording.frozen.pattern_LHTS,
-        scale_LT=recording.frozen.attn_scale_LT,
-        skip=skip,
-        shared_XTSD=jnp.asarray(bank.shared_XTSD),
-        shared_block_X=jnp.asarray(bank.shared_block_X),
-        shared_L=jnp.asarray(bank.shared_L),
-        overflow_YSD=jnp.asarray(bank.overflow_YSD),
-        overflow_block_Y=jnp.asarray(bank.overflow_block_Y),
-        overflow_pos_Y=jnp.asarray(bank.overflow_pos_Y),
-        overflow_L=jnp.asarray(bank.overflow_L),
-        error_LTD=jnp.asarray(bank.error_LTD),
-        embed_TD=jnp.asarray(bank.embed_TD),
-    )
+    pending: tuple[Chunk, _Pulled] | None = None
     for chunk in plan.chunks(targets.layer_R, targets.pos_R):
-        n, P = len(chunk.row_C), chunk.n_positions
         part = targets.take(chunk.row_C)
-        pad = plan.capacity - n
-        edge_BPCS, error_LPC, embed_PC = _pull_chunk(
+        pad = plan.capacity - len(chunk.row_C)
+        pulled = _pull_chunk(
             stream,
             jnp.asarray(np.pad(part.layer_R, (0, pad), constant_values=-1)),
             jnp.asarray(np.pad(part.pos_R, (0, pad))),
             jnp.asarray(np.pad(part.read_RD, ((0, pad), (0, 0)))),
             cfg=cfg,
-            P=P,
+            P=chunk.n_positions,
             n_blocks=bank.n_blocks,
         )
-        row_C = chunk.row_C
-        near = np.flatnonzero(source_pos_A < P)
-        flat_CX = np.asarray(edge_BPCS).transpose(2, 1, 0, 3).reshape(plan.capacity, -1)
-        column = source_pos_A[near] * bank.n_blocks * bank.width + bank.slot_A[near]
-        out_RN[row_C[:, None], near[None, :]] = flat_CX[:n, column]
-        P = min(P, T)
-        columns = A + (np.arange(L)[:, None] * T + np.arange(P)[None, :]).ravel()
-        out_RN[row_C[:, None], columns[None, :]] = (
-            np.asarray(error_LPC)[:, :P, :n].reshape(L * P, n).T
-        )
-        out_RN[row_C, A + L * T : A + L * T + P] = np.asarray(embed_PC)[:P, :n].T
-        on_rows(n)
+        # The device works on this chunk while the host unpacks the one before.
+        if pending is not None:
+            _unpack(*pending, bank, source_pos_A, out_RN)
+            on_rows(len(pending[0].row_C))
+        pending = chunk, pulled
+    if pending is not None:
+        _unpack(*pending, bank, source_pos_A, out_RN)
+        on_rows(len(pending[0].row_C))
+
+
+_Pulled = tuple[Array, Array, Array]
+
+
+def _unpack(
+    chunk: Chunk,
+    pulled: _Pulled,
+    bank: SourceBank,
+    source_pos_A: np.ndarray,
+    out_RN: np.ndarray,
+) -> None:
+    """Put one chunk's edges where they belong: rows by target, columns by source."""
+    edge_BPCS, error_LPC, embed_PC = map(np.asarray, pulled)
+    L, A, n = len(error_LPC), len(source_pos_A), len(chunk.row_C)
+    T = (out_RN.shape[1] - A) // (L + 1)  # without the padding of the recording
+    P = min(chunk.n_positions, T)
+    near = np.flatnonzero(source_pos_A < P)
+    flat_CX = edge_BPCS[:, :, :n].transpose(2, 1, 0, 3).reshape(n, -1)
+    place = source_pos_A[near] * bank.n_blocks * bank.width + bank.slot_A[near]
+    row_C1 = chunk.row_C[:, None]
+    out_RN[row_C1, near[None, :]] = flat_CX[:, place]
+    error = A + (np.arange(L)[:, None] * T + np.arange(P)[None, :]).ravel()
+    out_RN[row_C1, error[None, :]] = error_LPC[:, :P, :n].reshape(L * P, n).T
+    out_RN[chunk.row_C, A + L * T : A + L * T + P] = embed_PC[:P, :n].T
 
 
 def pull_flops(cfg: LMConfig, bank: SourceBank) -> float:
