@@ -157,7 +157,8 @@ def _chunks(
     col, count = np.unique(col_E, return_counts=True)
     band = sources.pos_N[col] // width
     by_col = np.split(np.argsort(col_E, kind="stable"), np.cumsum(count)[:-1])
-    most = max(256, int(count.max(initial=1)))
+    # Reading an edge off costs little next to pushing a column, even a padded one.
+    most = max(256, 4 * int(count.max(initial=1)))
     groups: list[list[int]] = []
     for i in np.lexsort((-sources.layer_N[col], band)):
         group = groups[-1] if groups else []
