@@ -92,7 +92,7 @@ def attribute_recording(
       timing: filled in if given.
 
     Raises:
-      InputError: if an error node is not finite (NaN weights), or nothing is active.
+      InputError: if an error node is not finite (NaN weights).
     """
     config = config or AttributeConfig()
     timing = timing or Timing()

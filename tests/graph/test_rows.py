@@ -25,6 +25,7 @@ from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.rows import make_plan
+from jaxclt.graph.scores import scores
 from jaxclt.lm.frozen import frozen_reads
 from jaxclt.lm.run import unembed
 from jaxclt.replacement.errors import error_nodes
@@ -310,3 +311,18 @@ def test_a_dictionary_with_nan_is_refused() -> None:
         attribute_recording(
             t.params, t.recording, broken, t.targets, cfg=t.cfg, meta=t.meta
         )
+
+
+def test_a_dictionary_that_is_silent_leaves_everything_to_the_errors() -> None:
+    """Zero CLT: no feature nodes, replacement only by direct embedding paths."""
+    t = case("clt")
+    theta_LF = jnp.full_like(t.clt.b_enc_LF, 1e6)
+    silent = dataclasses.replace(
+        t, clt=dataclasses.replace(t.clt, theta_LF=theta_LF)
+    ).graph()
+    assert silent.n_features == 0
+    assert certificate(silent).max_relative_row_error < 5e-15
+    got = scores(silent)
+    assert got.mean_path_length == pytest.approx(1.0)
+    assert got.embedding_share + got.error_share + got.bias_share == pytest.approx(1.0)
+    assert got.error_share > 0
