@@ -52,7 +52,7 @@ class AttributeConfig:
     precision: str = "highest"  # of matmuls; accelerators default to less than float32
     chunk_size: int = 128  # most targets pulled back together
     n_bands: int | None = None  # position bands, one compilation each; None: chosen
-    rows_per_update: int = 512  # rows between two rankings when not all are computed
+    rows_per_update: int | None = None  # between two rankings; None: a quarter or 512
 
 
 @dataclasses.dataclass
@@ -248,6 +248,8 @@ class _Rows:
         open_A = np.ones(self.A, bool)
         weight_K = np.asarray(self.targets.prob_K, np.float64)
         weight_K = weight_K / weight_K.sum()
+        # Many rows at once make chunks that are narrow in layer, hence cheap.
+        at_once = self.config.rows_per_update or max(512, -(-self.n_selected // 4))
         known = 0
         while self.done < len(self.edge_RN):
             new = slice(known, self.done)
@@ -260,7 +262,7 @@ class _Rows:
                 weight_K,
                 self.active.layer_A,
             )
-            n = min(self.config.rows_per_update, len(self.edge_RN) - self.done)
+            n = min(at_once, len(self.edge_RN) - self.done)
             chosen, unexplored = next_features(visit_A, open_A, n)
             if unexplored <= self.config.tolerance:
                 break
