@@ -32,6 +32,7 @@ from jaxclt.graph.rows import (
     pull_flops,
 )
 from jaxclt.graph.scores import shares_total
+from jaxclt.graph.targets import target_reads
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import bias_reads
 from jaxclt.replacement.errors import error_nodes
@@ -207,10 +208,8 @@ class _Rows:
         chosen = feature[~is_target]
         layer[~is_target], pos[~is_target] = a.layer_A[chosen], a.pos_A[chosen]
         read[~is_target] = a.read_AD[chosen]
-        scale = np.asarray(self.recording.frozen.out_scale_T)[last]
-        out_D = np.asarray(self.params.norm_out_D) * scale
-        vec_KD = np.asarray(self.targets.vec_KD)
-        read[is_target] = vec_KD[-1 - feature[is_target]] * out_D[None, :]
+        read_KD = target_reads(self.params, self.recording, self.targets.vec_KD, last)
+        read[is_target] = read_KD[-1 - feature[is_target]]
         return RowTargets(layer_R=layer, pos_R=pos, read_RD=read)
 
     def compute(self, feature: np.ndarray, on_rows: Callable[[int, int], None]) -> None:

@@ -30,6 +30,7 @@ from jax import Array
 from jaxclt.clt.active import Active
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.rows import RowTargets
+from jaxclt.graph.targets import target_reads
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import frozen_attention
 from jaxclt.types import Block, Frozen, LMParams, Recording
@@ -91,8 +92,7 @@ def graph_rows(
 ) -> RowTargets:
     """What all rows of a graph read: its features, then its targets."""
     K, L, T = len(vec_KD), *recording.mid_LTD.shape[:2]
-    scale = np.asarray(recording.frozen.out_scale_T)[-1]
-    target_KD = np.asarray(vec_KD) * (np.asarray(params.norm_out_D) * scale)[None, :]
+    target_KD = target_reads(params, recording, vec_KD, T - 1)
     return RowTargets(
         layer_R=np.concatenate([active.layer_A, np.full(K, L, np.int32)]),
         pos_R=np.concatenate([active.pos_A, np.full(K, T - 1, np.int32)]),

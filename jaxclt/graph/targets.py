@@ -9,9 +9,14 @@ from jax import Array
 
 from jaxclt.errors import InputError
 from jaxclt.lm.run import unembed
-from jaxclt.types import LMParams, Targets
+from jaxclt.types import LMParams, Recording, Targets
 
-__all__ = ["demeaned_unembedding", "salient_targets", "token_targets"]
+__all__ = [
+    "demeaned_unembedding",
+    "salient_targets",
+    "target_reads",
+    "token_targets",
+]
 
 
 def demeaned_unembedding(params: LMParams, token_K: Array) -> Array:
@@ -69,3 +74,11 @@ def salient_targets(
     reached = np.searchsorted(np.cumsum(prob_V[order]), mass) + 1
     token_K = jnp.asarray(order[:reached].astype(np.int32))
     return token_targets(params, out_D, token_K)
+
+
+def target_reads(
+    params: LMParams, recording: Recording, vec_KD: np.ndarray | Array, pos: int
+) -> np.ndarray:
+    """Target directions [K, D] pulled back through the frozen final norm at `pos`."""
+    scale = np.asarray(recording.frozen.out_scale_T)[pos]
+    return np.asarray(vec_KD) * (np.asarray(params.norm_out_D) * scale)[None, :]

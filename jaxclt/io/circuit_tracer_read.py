@@ -7,7 +7,6 @@ row by decoder row, so a dictionary larger than memory can be traced.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from jaxclt.io.circuit_tracer_format import (
     WRITE_HOOKS,
     Layout,
 )
+from jaxclt.io.digest import digest_ends
 from jaxclt.io.tensors import TensorFile, open_tensors, pickle_message
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import CLTParams
@@ -159,15 +159,7 @@ def dictionary_hash(store: CircuitTracerDir) -> str:
     """
     paths = {f.path for f in (*store.encoder_files, *store.decoder_files)}
     paths.add(store.path / "config.yaml")
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(store.path).as_posix()}\0{size}\0".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
-    return digest.hexdigest()
+    return digest_ends({p.relative_to(store.path).as_posix(): p for p in paths})
 
 
 def _read_config(path: Path) -> dict[str, Any]:

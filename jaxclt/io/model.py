@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import jax
 
 from jaxclt.errors import InputError
+from jaxclt.io.digest import digest_ends
 from jaxclt.io.fetch import HUB_FILES, HUB_NOT, KNOWN_MODELS, fetch, sha256
 from jaxclt.io.hub import download, parse_hub_id
 from jaxclt.io.tokenizer import Tokenizer, load_tokenizer
@@ -22,7 +22,6 @@ from jaxclt.types import LMParams
 __all__ = ["Model", "fingerprint", "load_model", "save_hf"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_MB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -86,15 +85,7 @@ def fingerprint(files: Sequence[Path]) -> str:
     """
     if len(files) == 1:
         return sha256(files[0])
-    total = hashlib.sha256()
-    for file in sorted(files, key=lambda file: file.name):
-        size = file.stat().st_size
-        total.update(f"{file.name}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            total.update(stream.read(_MB))
-            stream.seek(max(size - _MB, 0))
-            total.update(stream.read(_MB))
-    return total.hexdigest()
+    return digest_ends({file.name: file for file in files})
 
 
 _Parts = tuple[LMParams, LMConfig, Tokenizer, list[Path]]
