@@ -38,9 +38,11 @@ __all__ = [
 class Active:
     """Active features of one prompt, by layer, then position, then feature index.
 
-    Host arrays. `read_AD` is the encoder row pulled back to the residual stream, so
-    that ``preact = read_AD · mid[layer, pos] + read_bias_A`` with the norm denominator
-    (and a neuron's gate) frozen.
+    Host arrays. Rows of the dictionary are held once, however often their feature
+    fires: `row_A` is a feature's row in its layer's tables of U encoder and decoder
+    rows. With `read` the encoder row pulled back to the residual stream,
+    ``preact = read · mid[layer, pos] + read_bias_A``, where the norm denominator (and a
+    neuron's gate) are frozen.
     """
 
     layer_A: np.ndarray  # int32
@@ -48,12 +50,14 @@ class Active:
     feature_A: np.ndarray  # int32
     value_A: np.ndarray  # activation
     preact_A: np.ndarray
-    read_AD: np.ndarray
     read_bias_A: np.ndarray
-    decoder: tuple[np.ndarray, ...]  # per layer [A_l, n_writes(l), D], unscaled
+    gate_A: np.ndarray  # a neuron's frozen gate, else 1
+    row_A: np.ndarray  # int32
+    encoder: tuple[np.ndarray, ...]  # per layer [U, D]
+    decoder: tuple[np.ndarray, ...]  # per layer [U, n_writes(l), D], unscaled
+    diagonal_LTD: np.ndarray  # encoders read mid * diagonal
     write_bias_LD: np.ndarray  # decoder biases
-    skip_diagonal_LTD: np.ndarray | None = None  # read = mid * diagonal
-    skip_LDD: np.ndarray | None = None  # read @ skip
+    skip_LDD: np.ndarray | None = None  # linear path, (mid * diagonal) @ skip
 
     @property
     def n_layers(self) -> int:
@@ -63,19 +67,32 @@ class Active:
     @property
     def skip(self) -> tuple[Array, Array] | None:
         """The linear path as `jaxclt.lm.frozen.replay` takes it."""
-        if self.skip_LDD is None or self.skip_diagonal_LTD is None:
+        if self.skip_LDD is None:
             return None
-        return jnp.asarray(self.skip_diagonal_LTD), jnp.asarray(self.skip_LDD)
+        return jnp.asarray(self.diagonal_LTD), jnp.asarray(self.skip_LDD)
+
+    def reads(self, index: np.ndarray | None = None) -> np.ndarray:
+        """What features (by slot, all if None) read of the residual stream, [n, D]."""
+        index = np.arange(len(self.layer_A)) if index is None else index
+        read = np.empty((len(index), self.diagonal_LTD.shape[2]), self.value_A.dtype)
+        layer_n = self.layer_A[index]
+        for layer in np.unique(layer_n):
+            here = layer_n == layer
+            slot = index[here]
+            diagonal = self.diagonal_LTD[layer, self.pos_A[slot]]
+            gated = diagonal * self.gate_A[slot, None]
+            read[here] = self.encoder[layer][self.row_A[slot]] * gated
+        return read
+
+    def decoder_rows(self, slots: slice | np.ndarray, layer: int) -> np.ndarray:
+        """Decoder rows [n, n_writes, D] of some slots of one layer, unscaled."""
+        return self.decoder[layer][self.row_A[slots]]
 
     def where(self, keep_A: np.ndarray) -> Active:
         """Some of the features; what the others wrote is left to the error nodes."""
-        decoder = tuple(
-            rows_AMD[keep_A[self.of_layer(layer)]]
-            for layer, rows_AMD in enumerate(self.decoder)
-        )
-        names = "layer_A pos_A feature_A value_A preact_A read_AD read_bias_A"
+        names = "layer_A pos_A feature_A value_A preact_A read_bias_A gate_A row_A"
         kept = {name: getattr(self, name)[keep_A] for name in names.split()}
-        return dataclasses.replace(self, decoder=decoder, **kept)
+        return dataclasses.replace(self, **kept)
 
     def of_layer(self, layer: int) -> slice:
         """The slots of one layer."""
@@ -193,9 +210,11 @@ def active_features(
     """
     cfg = store.cfg
     dtype = recording.mid_LTD.dtype
-    parts, decoder, diagonals = [], [], []
+    parts, encoder, decoder, diagonals = [], [], [], []
     for layer, enc in enumerate(encoded_layers(store, params, recording)):
         pos, feature = np.nonzero(enc.a_TF)
+        # A feature fires at several positions; its rows are read once.
+        unique, row = np.unique(feature, return_inverse=True)
         parts.append(
             (
                 np.full(len(pos), layer, np.int32),
@@ -203,32 +222,34 @@ def active_features(
                 feature.astype(np.int32),
                 enc.a_TF[pos, feature],
                 enc.pre_TF[pos, feature],
-                enc.W_FD[feature] * enc.diagonal_TD[pos],
                 enc.b_F[feature],
+                row.astype(np.int32),
             )
         )
-        # A feature fires at several positions; its row is read once.
-        unique, place = np.unique(feature, return_inverse=True)
+        encoder.append(enc.W_FD[unique])
         decoder.append(
             np.asarray(store.decoder_rows(layer, unique), dtype).reshape(
                 len(unique), cfg.n_writes(layer), cfg.d_model
-            )[place]
+            )
         )
         diagonals.append(enc.diagonal_TD)
     skips = [store.skip(layer) for layer in range(cfg.n_layers)]
-    has_skip = skips[0] is not None
     fields = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    layer_A, pos_A, feature_A, value_A, preact_A, read_AD, bias_A = fields
+    layer_A, pos_A, feature_A, value_A, preact_A, bias_A, row_A = fields
     return Active(
         layer_A=layer_A,
         pos_A=pos_A,
         feature_A=feature_A,
         value_A=value_A,
         preact_A=preact_A,
-        read_AD=read_AD,
         read_bias_A=bias_A,
+        gate_A=np.ones_like(value_A),
+        row_A=row_A,
+        encoder=tuple(encoder),
         decoder=tuple(decoder),
+        diagonal_LTD=np.stack(diagonals),
         write_bias_LD=np.asarray(store.b_dec(), dtype),
-        skip_diagonal_LTD=np.stack(diagonals) if has_skip else None,
-        skip_LDD=np.stack([np.asarray(s, dtype) for s in skips]) if has_skip else None,
+        skip_LDD=None
+        if skips[0] is None
+        else np.stack([np.asarray(s, dtype) for s in skips]),
     )

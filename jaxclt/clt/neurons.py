@@ -85,7 +85,7 @@ def active_neurons(
     """
     k = cfg.d_mlp if k is None else min(k, cfg.d_mlp)
     T = recording.token_T.shape[0]
-    parts, decoder = [], []
+    parts, encoder, decoder, diagonals = [], [], [], []
     for layer in range(cfg.n_layers):
         p = jax.tree.map(lambda leaf: leaf[layer], params.blocks)  # noqa: B023
         scale_T = recording.frozen.mlp_scale_LT[layer]
@@ -96,23 +96,24 @@ def active_neurons(
             np.take_along_axis(x, order_TJ, 1).ravel()
             for x in (index_TJ, value_TJ, gate_TJ)
         )
-        pos = np.repeat(np.arange(T, dtype=np.int32), k)
-        diagonal_TD = np.asarray(scale_T)[:, None] * np.asarray(p.norm_mlp_LD)[None]
-        up_DI = np.asarray(p.up_LDI)
+        unique, row = np.unique(index, return_inverse=True)
         bias = 0 if p.up_bias_LI is None else np.asarray(p.up_bias_LI)[index]
         parts.append(
             (
-                np.full(len(pos), layer, np.int32),
-                pos,
+                np.full(len(index), layer, np.int32),
+                np.repeat(np.arange(T, dtype=np.int32), k),
                 index.astype(np.int32),
                 value,
-                up_DI.T[index] * diagonal_TD[pos] * gate[:, None],
+                gate,
                 (gate * bias).astype(value.dtype),
+                row.astype(np.int32),
             )
         )
-        decoder.append(np.asarray(p.down_LID)[index][:, None, :])
+        encoder.append(np.asarray(p.up_LDI).T[unique])
+        decoder.append(np.asarray(p.down_LID)[unique][:, None, :])
+        diagonals.append(np.asarray(scale_T)[:, None] * np.asarray(p.norm_mlp_LD)[None])
     fields = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    layer_A, pos_A, feature_A, value_A, read_AD, bias_A = fields
+    layer_A, pos_A, feature_A, value_A, gate_A, bias_A, row_A = fields
     down_bias_LD = params.blocks.down_bias_LD
     return Active(
         layer_A=layer_A,
@@ -120,9 +121,12 @@ def active_neurons(
         feature_A=feature_A,
         value_A=value_A,
         preact_A=value_A,
-        read_AD=read_AD,
         read_bias_A=bias_A,
+        gate_A=gate_A,
+        row_A=row_A,
+        encoder=tuple(encoder),
         decoder=tuple(decoder),
+        diagonal_LTD=np.stack(diagonals),
         write_bias_LD=(
             np.zeros((cfg.n_layers, cfg.d_model), value_A.dtype)
             if down_bias_LD is None

@@ -207,7 +207,7 @@ class _Rows:
         read = np.empty((len(feature), self.cfg.d_model), self.edge_RN.dtype)
         chosen = feature[~is_target]
         layer[~is_target], pos[~is_target] = a.layer_A[chosen], a.pos_A[chosen]
-        read[~is_target] = a.read_AD[chosen]
+        read[~is_target] = a.reads(chosen)
         read_KD = target_reads(self.params, self.recording, self.targets.vec_KD, last)
         read[is_target] = read_KD[-1 - feature[is_target]]
         return RowTargets(layer_R=layer, pos_R=pos, read_RD=read)
@@ -323,6 +323,6 @@ class _Rows:
         """The constant part of every row's readout."""
         a = self.active
         mid_AD = np.asarray(bias.mid_LTD)[a.layer_A[selected], a.pos_A[selected]]
-        constant_A = (a.read_AD[selected] * mid_AD).sum(1) + a.read_bias_A[selected]
+        constant_A = (a.reads(selected) * mid_AD).sum(1) + a.read_bias_A[selected]
         out_D = np.asarray(bias.out_TD)[self.T - 1]
         return np.concatenate([constant_A, np.asarray(self.targets.vec_KD) @ out_D])

@@ -82,8 +82,9 @@ def source_bank(
     tile_of = {
         key: y for y, key in enumerate(zip(over_M, over_T, over_block, strict=True))
     }
-    for layer, rows_AMD in enumerate(active.decoder):
+    for layer in range(L):
         slots = active.of_layer(layer)
+        rows_AMD = active.decoder_rows(slots, layer)
         pos, value = active.pos_A[slots], active.value_A[slots, None]
         block, place = np.divmod(slot_A[slots], width)
         for offset in range(rows_AMD.shape[1]):

@@ -189,7 +189,7 @@ def _pushed(
     for b, n in enumerate(col_B):
         layer, pos = int(layer_N[n]), pos_N[n]
         if n < len(active.layer_A):
-            rows_MD = active.decoder[layer][n - active.of_layer(layer).start]
+            rows_MD = active.decoder[layer][active.row_A[n]]
             write_LBD[layer : layer + len(rows_MD), b] = active.value_A[n] * rows_MD
         elif layer >= 0:
             write_LBD[layer, b] = error_LTD[layer, pos]

@@ -69,10 +69,8 @@ def crop(
             out_scale_T=frozen.out_scale_T[:n],
         ),
     )
-    diagonal = active.skip_diagonal_LTD
     active = dataclasses.replace(
-        active.where(active.pos_A < n),
-        skip_diagonal_LTD=None if diagonal is None else diagonal[:, :n],
+        active.where(active.pos_A < n), diagonal_LTD=active.diagonal_LTD[:, :n]
     )
     return cropped, active
 
@@ -96,7 +94,7 @@ def graph_rows(
     return RowTargets(
         layer_R=np.concatenate([active.layer_A, np.full(K, L, np.int32)]),
         pos_R=np.concatenate([active.pos_A, np.full(K, T - 1, np.int32)]),
-        read_RD=np.concatenate([active.read_AD, target_KD]),
+        read_RD=np.concatenate([active.reads(), target_KD]),
     )
 
 
@@ -113,8 +111,8 @@ def residual_reads(
     ]
     for layer in reversed(range(active.n_layers)):
         write_RD, mid_RD = mid_RD, mid_RD.copy()
-        if active.skip_LDD is not None and active.skip_diagonal_LTD is not None:
-            diagonal_RD = active.skip_diagonal_LTD[layer, rows.pos_R]
+        if active.skip_LDD is not None:
+            diagonal_RD = active.diagonal_LTD[layer, rows.pos_R]
             mid_RD += (write_RD @ active.skip_LDD[layer].T) * diagonal_RD
         here = rows.layer_R == layer
         mid_RD[here] = rows.read_RD[here]
@@ -123,16 +121,15 @@ def residual_reads(
 
 def _written(active: Active, layer: int, pos: int) -> tuple[np.ndarray, np.ndarray]:
     """Features that write one MLP output: their columns, value x decoder row."""
-    columns, vectors = [np.zeros(0, np.int64)], [active.read_AD[:0]]
+    columns, vectors = [np.zeros(0, np.int64)], [active.write_bias_LD[:0]]
     for source in range(layer + 1):
         if layer - source >= active.decoder[source].shape[1]:
             continue
         slots = active.of_layer(source)
         lo, hi = np.searchsorted(active.pos_A[slots], [pos, pos + 1])
-        value_A = active.value_A[slots][lo:hi]
         columns.append(np.arange(slots.start + lo, slots.start + hi))
-        row_AD = active.decoder[source][lo:hi, layer - source]
-        vectors.append(value_A[:, None] * row_AD)
+        row_AD = active.decoder[source][active.row_A[columns[-1]], layer - source]
+        vectors.append(active.value_A[columns[-1], None] * row_AD)
     return np.concatenate(columns), np.concatenate(vectors)
 
 

@@ -21,16 +21,14 @@ def reconstruct(active: Active, mid_LTD: np.ndarray) -> np.ndarray:
     write_LTD = np.repeat(active.write_bias_LD[:, None, :], T, axis=1)
     for layer in range(L):
         slots = active.of_layer(layer)
-        rows_AMD = active.decoder[layer]
-        n = rows_AMD.shape[1]
-        gate_TA = np.zeros((T, len(rows_AMD)), write_LTD.dtype)
-        gate_TA[active.pos_A[slots], np.arange(len(rows_AMD))] = active.value_A[slots]
-        written_TMD = (gate_TA @ rows_AMD.reshape(len(rows_AMD), n * D)).reshape(
-            T, n, D
-        )
+        rows_UMD = active.decoder[layer]
+        U, n, _ = rows_UMD.shape
+        value_TU = np.zeros((T, U), write_LTD.dtype)
+        value_TU[active.pos_A[slots], active.row_A[slots]] = active.value_A[slots]
+        written_TMD = (value_TU @ rows_UMD.reshape(U, n * D)).reshape(T, n, D)
         write_LTD[layer : layer + n] += written_TMD.transpose(1, 0, 2)
-    if active.skip_LDD is not None and active.skip_diagonal_LTD is not None:
-        write_LTD += (mid_LTD * active.skip_diagonal_LTD) @ active.skip_LDD
+    if active.skip_LDD is not None:
+        write_LTD += (mid_LTD * active.diagonal_LTD) @ active.skip_LDD
     return write_LTD
 
 

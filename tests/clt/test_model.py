@@ -78,7 +78,7 @@ def test_encoder_rows_read_the_stream(name: str) -> None:
     """The row pulled back to the residual stream gives the pre-activation."""
     t, active = case(name), case_active(name)
     mid_AD = np.asarray(t.recording.mid_LTD)[active.layer_A, active.pos_A]
-    got = (active.read_AD * mid_AD).sum(1) + active.read_bias_A
+    got = (active.reads() * mid_AD).sum(1) + active.read_bias_A
     close(got, active.preact_A, 1e-13)
 
 

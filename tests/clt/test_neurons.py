@@ -28,7 +28,7 @@ def test_a_neuron_is_linear_in_the_stream(k: int | None) -> None:
     t = case("clt")
     active = NeuronDictionary(k).active(t.params, t.recording, t.cfg)
     mid_AD = np.asarray(t.recording.mid_LTD)[active.layer_A, active.pos_A]
-    close((active.read_AD * mid_AD).sum(1) + active.read_bias_A, active.value_A, 1e-13)
+    close((active.reads() * mid_AD).sum(1) + active.read_bias_A, active.value_A, 1e-13)
     assert (active.value_A < 0).any()
 
 

@@ -88,7 +88,7 @@ def gated(name: str):
         want_RN = np.zeros(direct(name).shape)
         for s in A:
             layer = active.layer_A[s]
-            rows_MD = active.decoder[layer][s - active.of_layer(layer).start]
+            rows_MD = active.decoder[layer][active.row_A[s]]
             g_RMD = back.write_LTD[:, layer : layer + len(rows_MD), active.pos_A[s]]
             want_RN[:, s] = active.value_A[s] * (g_RMD * rows_MD).sum((1, 2))
         error = (back.write_LTD * errors(name)).sum(-1).reshape(R, -1)
@@ -124,7 +124,7 @@ def test_direct_part_is_the_edge_with_all_gates_off(name: str) -> None:
 def test_direct_part_is_the_virtual_weight_times_the_norm(name: str) -> None:
     """T-H5: value x <decoder rows up to the target, encoder> x scale, no skip."""
     t = case(name)
-    none = {"skip_LDD": None, "skip_diagonal_LTD": None}
+    none = {"skip_LDD": None}
     active = dataclasses.replace(case_active(name), **none)
     scale_LT = np.asarray(t.recording.frozen.mlp_scale_LT)
     gain_LD = np.asarray(t.params.blocks.norm_mlp_LD)

@@ -91,7 +91,7 @@ def test_rows_equal_jax_reverse_mode_of_the_frozen_stream(name: str) -> None:
     f = partial(frozen_reads, t.params, frozen, cfg=t.cfg, skip=active.skip)
     mid_RLTD = np.zeros((R, *t.recording.mid_LTD.shape))
     A = np.arange(graph.n_features)
-    mid_RLTD[A, graph.layer_A, graph.pos_A] = active.read_AD
+    mid_RLTD[A, graph.layer_A, graph.pos_A] = active.reads()
     out_RTD = np.zeros((R, *t.recording.out_TD.shape))
     out_RTD[graph.target_rows, -1] = t.targets.vec_KD
     pull = jax.jit(lambda ct: jax.vmap(jax.vjp(f, sources)[1])(ct)[0])
@@ -99,7 +99,7 @@ def test_rows_equal_jax_reverse_mode_of_the_frozen_stream(name: str) -> None:
     want = np.zeros_like(graph.edge_RN)
     for s in A:
         layer = graph.layer_A[s]
-        rows_MD = active.decoder[layer][s - active.of_layer(layer).start]
+        rows_MD = active.decoder[layer][active.row_A[s]]
         g_RMD = back.write_LTD[:, layer : layer + len(rows_MD), graph.pos_A[s]]
         want[:, s] = active.value_A[s] * (g_RMD * rows_MD).sum((1, 2))
     error = back.write_LTD * error_nodes(active, t.recording)
