@@ -67,6 +67,7 @@ class Traced:
     timing: dict[str, float]  # seconds
     identity: dict[str, Any]  # what it depends on, see `identity`
     n_active: int  # features active on the prompt, attributed or not
+    work: dict[str, Any]  # how the edges were computed, and what that took
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -170,13 +171,14 @@ def trace_prompt(
             on_rows=on_rows,
             timing=spent,
         )
-    clock |= dataclasses.asdict(spent)
+    clock |= {s: getattr(spent, s) for s in ("attribute", "influence", "prune")}
     clock["compile"] = compiled[0]
     return Traced(
         graph=graph,
         timing=clock,
         identity=same,
         n_active=int((active.pos_A < len(ids)).sum()),
+        work=spent.work,
     )
 
 
@@ -274,6 +276,7 @@ def _report(traced: Traced) -> dict[str, Any]:
             "node_threshold": pruning.node_threshold,
             "edge_threshold": pruning.edge_threshold,
         },
+        "work": traced.work,
         "identity": traced.identity,
         "timing_s": {k: round(v, 3) for k, v in traced.timing.items()},
     }

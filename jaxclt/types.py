@@ -75,13 +75,15 @@ class Frozen:
     """What the local replacement model takes from the clean pass and holds fixed.
 
     Circuit Tracing (2025), section 2.3: attention patterns and norm denominators.
-    Scales are reciprocal denominators, 1 / rms.
+    Scales are reciprocal denominators, 1 / rms. Patterns of a long prompt are not kept:
+    they are computed again from the clean stream that entered the layer.
     """
 
-    pattern_LHTS: Array
+    pattern_LHTS: Array | None
     attn_scale_LT: Array
     mlp_scale_LT: Array
     out_scale_T: Array
+    clean_LTD: Array | None = None  # instead of patterns
 
 
 @struct.dataclass

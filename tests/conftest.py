@@ -1,4 +1,4 @@
-"""Set-up of the whole suite: jax made strict, two CPU devices, no disk cache."""
+"""Set-up of the whole suite: jax made strict, eight CPU devices, no disk cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_compilation_cache", False)
 # Tiny arrays: nearly all time is compilation, and a third of that is optimisation.
 jax.config.update("jax_disable_most_optimizations", True)

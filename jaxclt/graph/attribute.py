@@ -1,7 +1,7 @@
 """From a recorded prompt and its active features to the attribution graph.
 
-The shell of the room: it packs the sources, decides which rows to compute and in what
-order, calls the pure parts, and assembles the `Graph`. The only place of the room that
+The shell of the room: it decides which rows to compute, in what order and from which
+side, calls the pure parts, and assembles the `Graph`. The only place of the room that
 loops on the host.
 """
 
@@ -10,35 +10,39 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxclt.clt.active import Active
 from jaxclt.errors import InputError
-from jaxclt.graph.bank import SourceBank, source_bank
+from jaxclt.graph.bank import Bank, Items, pack, readers, writers
+from jaxclt.graph.columns import Columns, edge_columns, push_flops
 from jaxclt.graph.explore import arrived_influence, next_features
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.influence import solve_influence
+from jaxclt.graph.memory import MemoryPlan, Sizes, available_bytes, memory_plan
+from jaxclt.graph.plan import Plan, make_plan, mean_flops
 from jaxclt.graph.prune import prune
 from jaxclt.graph.rows import (
-    Plan,
+    Puller,
     RowTargets,
     edge_rows,
-    make_plan,
-    make_stream,
+    make_puller,
     pull_flops,
+    visits,
 )
 from jaxclt.graph.scores import shares_total
 from jaxclt.graph.targets import target_reads
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import bias_reads
 from jaxclt.replacement.errors import error_nodes
-from jaxclt.types import LMParams, Reads, Recording, Targets
+from jaxclt.types import LMParams, Recording, Targets
 
-__all__ = ["AttributeConfig", "Timing", "attribute_recording"]
+__all__ = ["AttributeConfig", "Timing", "attribute_recording", "plan_attribution"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,15 +58,19 @@ class AttributeConfig:
     chunk_size: int = 128  # most targets pulled back together
     n_bands: int | None = None  # position bands, one compilation each; None: chosen
     rows_per_update: int | None = None  # between two rankings; None: a quarter or 512
+    direction: Literal["auto", "pull", "push"] = "auto"  # rows or columns; by cost
+    devices: int | None = None  # how many share the rows; None: all
+    memory_gb: float | None = None  # most memory to use; None: what is free
 
 
 @dataclasses.dataclass
 class Timing:
-    """Seconds spent, for the report; filled in by the shell."""
+    """Seconds spent and work done, for the report; filled in by the shell."""
 
     attribute: float = 0.0
     influence: float = 0.0
     prune: float = 0.0
+    work: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def attribute_recording(
@@ -112,11 +120,19 @@ def attribute_recording(
                 "the dictionary's reconstruction is not finite on this prompt: check "
                 "its weights for NaN or overflow"
             )
-        rows = _Rows(
-            params, recording, active, error_LTD, targets, cfg, config, n_tokens
+        prompt = _Prompt(
+            params=params,
+            recording=recording,
+            active=active,
+            error_LTD=error_LTD,
+            targets=targets,
+            cfg=cfg,
+            config=config,
+            n_tokens=n_tokens,
         )
-        explored_A = rows.explore(on_rows)
-        parts = rows.assemble(explored_A)
+        found = _compute(prompt, on_rows)
+        timing.work = found.work
+        parts = _assemble(prompt, found)
     timing.attribute = time.perf_counter() - start
     start = time.perf_counter()
     graph = Graph(
@@ -153,176 +169,477 @@ def _no_pruning(shape: tuple[int, int]) -> Pruning:
     )
 
 
-class _Rows:
-    """Rows of one prompt: computed on demand, kept in the order of computation."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Prompt:
+    """Everything the rows of one prompt are made of."""
+
+    params: LMParams
+    recording: Recording
+    active: Active
+    error_LTD: np.ndarray
+    targets: Targets
+    cfg: LMConfig
+    config: AttributeConfig
+    n_tokens: int
+
+    @property
+    def n_selected(self) -> int:
+        """Most features that get a row."""
+        A, cap = len(self.active.layer_A), self.config.max_features
+        return A if cap is None else min(A, cap)
+
+    @property
+    def n_targets(self) -> int:
+        """K."""
+        return len(self.targets.token_K)
+
+    def ignored_errors(self) -> np.ndarray:
+        """Errors, layer-major, that are no nodes: of that tool's first position."""
+        every = np.arange(self.cfg.n_layers * self.n_tokens)
+        ct = self.config.convention == "circuit-tracer"
+        return every[:: self.n_tokens] if ct else every[:0]
+
+    def target_weights(self) -> np.ndarray:
+        """What influence starts with at each target; sums to 1."""
+        weight_K = np.asarray(self.targets.prob_K, np.float64)
+        return weight_K / weight_K.sum()
+
+    def target_rows(self) -> RowTargets:
+        """Directions of the targets."""
+        last, K = self.n_tokens - 1, self.n_targets
+        return RowTargets(
+            layer_R=np.full(K, self.cfg.n_layers, np.int32),
+            pos_R=np.full(K, last, np.int32),
+            read_RD=target_reads(
+                self.params, self.recording, self.targets.vec_KD, last
+            ),
+        )
+
+    def feature_rows(self, feature: np.ndarray) -> RowTargets:
+        """Directions of some features."""
+        a = self.active
+        return RowTargets(
+            layer_R=a.layer_A[feature],
+            pos_R=a.pos_A[feature],
+            read_RD=a.reads(feature),
+        )
+
+    def all_rows(self) -> RowTargets:
+        """Directions of all features, then of the targets."""
+        features = self.feature_rows(np.arange(len(self.active.layer_A)))
+        targets = self.target_rows()
+        return RowTargets(
+            layer_R=np.concatenate([features.layer_R, targets.layer_R]),
+            pos_R=np.concatenate([features.pos_R, targets.pos_R]),
+            read_RD=np.concatenate([features.read_RD, targets.read_RD]),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Computed:
+    """Rows of selected features, then of the targets."""
+
+    selected: np.ndarray  # active features, ascending
+    edge_RN: np.ndarray  # columns: selected features, errors, embeddings
+    rest_R: np.ndarray  # what is no column, summed
+    rest_abs_R: np.ndarray
+    work: dict[str, Any]
+
+
+def plan_attribution(
+    active: Active,
+    n_targets: int,
+    *,
+    cfg: LMConfig,
+    params: LMParams,
+    config: AttributeConfig,
+    n_tokens: int,
+) -> MemoryPlan:
+    """What a prompt's graph will hold in memory, known before any row is computed.
+
+    Raises:
+      InputError: if it does not fit, with the bytes needed and the flags that lower it.
+    """
+    A, cap = len(active.layer_A), config.max_features
+    spans = np.array([rows.shape[1] for rows in active.decoder])
+    sizes = Sizes(
+        cfg=cfg,
+        n_tokens=n_tokens,
+        n_active=A,
+        n_rows=A if cap is None else min(A, cap),
+        n_targets=n_targets,
+        n_sites=float(spans[active.layer_A].mean()) if A else 1.0,
+        n_unique=sum(len(rows) for rows in active.decoder),
+        params_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
+        itemsize=active.value_A.itemsize,
+    )
+    budget = memory_budget(config)
+    n_devices = _mesh(config).size
+    return memory_plan(sizes, budget, chunk_size=config.chunk_size, n_devices=n_devices)
+
+
+def memory_budget(config: AttributeConfig) -> int:
+    """Bytes that may be used: as configured, else what is free now."""
+    if config.memory_gb is None:
+        return available_bytes()
+    return int(config.memory_gb * 1e9)
+
+
+def _mesh(config: AttributeConfig) -> Mesh:
+    devices = jax.devices()
+    n = len(devices) if config.devices is None else config.devices
+    if not 1 <= n <= len(devices):
+        raise InputError(f"devices {n}: this machine has {len(devices)}")
+    return Mesh(np.array(devices[:n]), ("rows",))
+
+
+def _compute(p: _Prompt, on_rows: Callable[[int, int], None]) -> _Computed:
+    """All rows that are wanted, from the cheaper side."""
+    config, T, K = p.config, len(p.recording.token_T), p.n_targets
+    kept = p.recording.frozen.pattern_LHTS is not None
+    memory = plan_attribution(
+        p.active, K, cfg=p.cfg, params=p.params, config=config, n_tokens=T
+    )
+    mesh = _mesh(config)
+    sources = writers(p.active)
+    bank = pack(sources, T)
+    plan = make_plan(
+        p.n_selected + K,
+        n_positions=T,
+        flops_per_position=mean_flops(p.cfg, bank, T),
+        n_bands=config.n_bands,
+        chunk_size=memory.chunk_size,
+        n_devices=mesh.size,
+    )
+    work: dict[str, Any] = {
+        "chunk_size": plan.capacity,
+        "bands": len(plan.band_end),
+        "devices": mesh.size,
+        "memory_gb": {k: round(v / 1e9, 3) for k, v in memory.bytes.items()},
+        "patterns": "kept" if kept else "recomputed",
+    }
+    can_push = memory.full_matrix and kept
+    if config.direction == "push" and not can_push:
+        raise InputError(
+            "direction push: all edges do not fit in memory; use auto or pull"
+        )
+    if can_push and config.direction != "pull":
+        push = _push_side(p, sources)
+        skip = p.active.skip is not None
+        cost = push_flops(p.cfg, push.bank, plan, push.columns, skip=skip)
+        rows = pull_flops(p.cfg, bank, plan, push.rows, skip=skip)
+        rows *= (p.n_selected + K) / len(push.rows.pos_R)
+        if config.direction == "push" or cost <= rows:
+            work |= {"direction": "push", "tflop": cost / 1e12}
+            return _push_all(p, push, plan, mesh, work, on_rows)
+    puller = make_puller(
+        p.params,
+        p.recording,
+        p.active,
+        p.error_LTD,
+        cfg=p.cfg,
+        plan=plan,
+        n_tokens=p.n_tokens,
+        mesh=mesh,
+        bank=bank,
+        packed=memory.packed,
+    )
+    work |= {
+        "direction": "pull",
+        "sources": "packed" if memory.packed else "gathered",
+        "pool": memory.pool,
+    }
+    return _pull_some(p, puller, memory.pool, work, on_rows)
+
+
+# -- from the sources' side: everything at once ----------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _PushSide:
+    """All sources, all targets."""
+
+    columns: Columns
+    rows: RowTargets
+    bank: Bank  # of the rows
+
+
+def _push_side(p: _Prompt, sources: Items) -> _PushSide:
+    rows = p.all_rows()
+    return _PushSide(
+        columns=Columns(
+            written=sources,
+            error_LTD=p.error_LTD[:, : p.n_tokens],
+            embed_TD=np.asarray(p.recording.embed_TD)[: p.n_tokens],
+        ),
+        rows=rows,
+        bank=pack(readers(rows, p.cfg.n_layers), len(p.recording.token_T)),
+    )
+
+
+def _push_all(
+    p: _Prompt,
+    push: _PushSide,
+    plan: Plan,
+    mesh: Mesh,
+    work: dict[str, Any],
+    on_rows: Callable[[int, int], None],
+) -> _Computed:
+    """Every edge, then the rows and columns of the most influential features."""
+    A, N = len(p.active.layer_A), len(push.columns.sites)
+    edge_RN = np.zeros((len(push.rows.pos_R), N), p.error_LTD.dtype)
+    edge_columns(
+        p.params,
+        p.recording,
+        push.columns,
+        push.rows,
+        push.bank,
+        edge_RN,
+        cfg=p.cfg,
+        plan=plan,
+        mesh=mesh,
+        skip=p.active.skip,
+        on_columns=_counted(on_rows, N),
+    )
+    ignored = A + p.ignored_errors()
+    selected = np.arange(A)
+    if p.n_selected < A:
+        visit_A = arrived_influence(
+            edge_RN,
+            _row_totals(edge_RN, ignored),
+            np.concatenate([np.arange(A), -1 - np.arange(p.n_targets)]),
+            p.target_weights(),
+            p.active.layer_A,
+        )
+        selected, _ = next_features(visit_A, np.ones(A, bool), p.n_selected)
+        edge_RN = edge_RN[np.concatenate([selected, np.arange(A, len(edge_RN))])]
+    rest_R = np.zeros(len(edge_RN))
+    rest_abs_R = rest_R.copy()
+    edge_RN = _cut_columns(edge_RN, A, selected, ignored, rest_R, rest_abs_R)
+    return _Computed(
+        selected=selected,
+        edge_RN=edge_RN,
+        rest_R=rest_R,
+        rest_abs_R=rest_abs_R,
+        work=work,
+    )
+
+
+def _counted(report: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    """A progress callback for parts, from one for the whole."""
+    done = 0
+
+    def count(n: int) -> None:
+        nonlocal done
+        done += n
+        report(done, total)
+
+    return count
+
+
+def _row_totals(edge_RN: np.ndarray, ignored: np.ndarray) -> np.ndarray:
+    """Sum of the absolute edges of every row, without some columns."""
+    # In blocks: the matrix may be large, and so would its absolute value.
+    blocks = np.array_split(edge_RN, max(1, len(edge_RN) // 256))
+    total_R = np.concatenate([np.abs(block).sum(1) for block in blocks])
+    return total_R - np.abs(edge_RN[:, ignored]).sum(1)
+
+
+def _cut_columns(
+    edge_RN: np.ndarray,
+    n_features: int,
+    selected: np.ndarray,
+    ignored: np.ndarray,
+    rest_R: np.ndarray,
+    rest_abs_R: np.ndarray,
+) -> np.ndarray:
+    """Columns of the selected features; those left out are added to the rests.
+
+    Ignored errors stay columns of the layout, empty, so that offsets are plain.
+    """
+    out = np.ones(n_features, bool)
+    out[selected] = False
+    for left_out in (np.flatnonzero(out), ignored):
+        dropped = edge_RN[:, left_out]
+        rest_R += dropped.sum(1)
+        rest_abs_R += np.abs(dropped).sum(1)
+    edge_RN[:, ignored] = 0
+    if len(selected) == n_features:
+        return edge_RN
+    other = np.arange(n_features, edge_RN.shape[1])
+    return edge_RN[:, np.concatenate([selected, other])]
+
+
+# -- from the targets' side: row by row ------------------------------------------------
+
+
+def _pull_some(
+    p: _Prompt,
+    puller: Puller,
+    pool_size: int,
+    work: dict[str, Any],
+    on_rows: Callable[[int, int], None],
+) -> _Computed:
+    """The targets' rows, then features' in order of influence until a limit."""
+    A, K = len(p.active.layer_A), p.n_targets
+    pool_A = np.arange(A)
+    if pool_size < A:
+        pool_A = _scout(p, puller, pool_size)
+    rows = _PooledRows(p, puller, pool_A, _counted(on_rows, p.n_selected + K))
+    if p.n_selected == A and p.config.tolerance <= 0:
+        rows.compute(np.arange(A))
+    rows.compute(-1 - np.arange(K))
+    while rows.done < len(rows.edge_RN):
+        visit_A, outside = rows.visits()
+        n = min(rows.at_once, len(rows.edge_RN) - rows.done)
+        chosen, unexplored = next_features(visit_A, rows.open_A, n)
+        if unexplored + outside <= p.config.tolerance:
+            break
+        rows.compute(chosen)
+    flops = pull_flops(
+        p.cfg,
+        puller.bank,
+        puller.plan,
+        p.feature_rows(pool_A[rows.feature_R[: rows.done - K]]),
+        skip=p.active.skip is not None,
+    )
+    return rows.finished(work | {"tflop": flops / 1e12})
+
+
+_SCOUTS = 128  # rows looked at, not kept, before a pool is chosen
+
+
+def _scout(p: _Prompt, puller: Puller, size: int) -> np.ndarray:
+    """Features to keep columns of when not all fit: those with most influence so far.
+
+    The influence that the targets and the first features in its order pass on; what
+    stays outside the pool is summed into the rest, so that no bound is touched.
+    """
+    is_node_LT = np.ones((p.cfg.n_layers, p.n_tokens), bool)
+    is_node_LT.ravel()[p.ignored_errors()] = False
+    visit_A = visits(puller, p.target_rows(), p.target_weights(), is_node_LT)
+    first = np.sort(np.argsort(-visit_A, kind="stable")[:_SCOUTS])
+    visit_A += visits(puller, p.feature_rows(first), visit_A[first], is_node_LT)
+    return np.sort(np.argsort(-visit_A, kind="stable")[:size])
+
+
+class _PooledRows:
+    """Rows computed on demand, kept in the order of computation.
+
+    Features are named by their place in the pool, target k by -1 - k.
+    """
 
     def __init__(
         self,
-        params: LMParams,
-        recording: Recording,
-        active: Active,
-        error_LTD: np.ndarray,
-        targets: Targets,
-        cfg: LMConfig,
-        config: AttributeConfig,
-        n_tokens: int,
+        p: _Prompt,
+        puller: Puller,
+        pool_A: np.ndarray,
+        on_rows: Callable[[int], None],
     ) -> None:
-        self.params, self.recording, self.active = params, recording, active
-        self.targets, self.cfg, self.config = targets, cfg, config
-        L, T = len(error_LTD), n_tokens
-        self.L, self.T, self.A = L, T, len(active.layer_A)
-        self.K = len(targets.token_K)
-        self.is_node_N = np.ones(self.A + L * T + T, bool)
-        if config.convention == "circuit-tracer":
-            self.is_node_N[self.A : self.A + L * T : T] = False
-        cap = self.A if config.max_features is None else config.max_features
-        self.n_selected = min(self.A, cap)
-        self.bank: SourceBank = source_bank(
-            active, error_LTD, np.asarray(recording.embed_TD)
-        )
-        self.stream = make_stream(params, recording, self.bank, skip=active.skip)
-        n_rows = self.n_selected + self.K
-        self.edge_RN = np.zeros((n_rows, self.A + L * T + T), error_LTD.dtype)
+        self.p, self.puller, self.pool_A, self.on_rows = p, puller, pool_A, on_rows
+        L, T = p.cfg.n_layers, p.n_tokens
+        n_rows, width = p.n_selected + p.n_targets, len(pool_A)
+        self.edge_RN = np.zeros((n_rows, width + L * T + T), p.error_LTD.dtype)
+        self.rest_R, self.rest_abs_R = np.zeros(n_rows), np.zeros(n_rows)
         self.total_R = np.zeros(n_rows)
-        self.feature_R = np.full(n_rows, self.A, np.int64)  # A: not computed
+        self.feature_R = np.full(n_rows, width, np.int64)
+        self.open_A = np.ones(width, bool)
         self.done = 0
-        self.plan = self._plan()
-
-    def _plan(self) -> Plan:
-        """One plan for all rows of the prompt, so that nothing compiles twice."""
-        return make_plan(
-            self.n_selected + self.K,
-            n_positions=len(self.recording.token_T),
-            flops_per_position=pull_flops(self.cfg, self.bank),
-            n_bands=self.config.n_bands,
-            chunk_size=self.config.chunk_size,
-        )
-
-    def read(self, feature: np.ndarray) -> RowTargets:
-        """Directions of features, and of target k given as -1 - k."""
-        a, last = self.active, self.T - 1
-        is_target = feature < 0
-        layer = np.full(len(feature), self.L, np.int32)
-        pos = np.full(len(feature), last, np.int32)
-        read = np.empty((len(feature), self.cfg.d_model), self.edge_RN.dtype)
-        chosen = feature[~is_target]
-        layer[~is_target], pos[~is_target] = a.layer_A[chosen], a.pos_A[chosen]
-        read[~is_target] = a.reads(chosen)
-        read_KD = target_reads(self.params, self.recording, self.targets.vec_KD, last)
-        read[is_target] = read_KD[-1 - feature[is_target]]
-        return RowTargets(layer_R=layer, pos_R=pos, read_RD=read)
-
-    def compute(self, feature: np.ndarray, on_rows: Callable[[int, int], None]) -> None:
-        """Append the rows of some features (or of all targets)."""
-        start, n = self.done, len(feature)
-        finished = start
-
-        def report(count: int) -> None:
-            nonlocal finished
-            finished += count
-            on_rows(finished, len(self.edge_RN))
-
-        edge_RN = self.edge_RN[start : start + n]
-        edge_rows(
-            self.stream,
-            self.bank,
-            self.read(feature),
-            edge_RN,
-            cfg=self.cfg,
-            plan=self.plan,
-            source_pos_A=self.active.pos_A,
-            on_rows=report,
-        )
-        self.feature_R[start : start + n] = feature
-        self.done += n
-
-    def explore(self, on_rows: Callable[[int, int], None]) -> np.ndarray:
-        """Compute the targets' rows, then features' until a limit; those features."""
-        target = -1 - np.arange(self.K)
-        if self.n_selected == self.A and self.config.tolerance <= 0:
-            selected = np.arange(self.A)
-            self.compute(np.concatenate([selected, target]), on_rows)
-            return selected
-        self.compute(target, on_rows)
-        open_A = np.ones(self.A, bool)
-        weight_K = np.asarray(self.targets.prob_K, np.float64)
-        weight_K = weight_K / weight_K.sum()
+        self.ignored = width + p.ignored_errors()
         # Many rows at once make chunks that are narrow in layer, hence cheap.
-        at_once = self.config.rows_per_update or max(512, -(-self.n_selected // 4))
-        known = 0
-        while self.done < len(self.edge_RN):
-            new = slice(known, self.done)
-            self.total_R[new] = np.abs(self.edge_RN[new]) @ self.is_node_N
-            known = self.done
-            visit_A = arrived_influence(
-                self.edge_RN[: self.done],
-                self.total_R[: self.done],
-                self.feature_R[: self.done],
-                weight_K,
-                self.active.layer_A,
-            )
-            n = min(at_once, len(self.edge_RN) - self.done)
-            chosen, unexplored = next_features(visit_A, open_A, n)
-            if unexplored <= self.config.tolerance:
-                break
-            self.compute(chosen, on_rows)
-            open_A[chosen] = False
-        return np.sort(self.feature_R[: self.done][self.feature_R[: self.done] >= 0])
+        quarter = max(512, -(-p.n_selected // 4))
+        self.at_once = p.config.rows_per_update or quarter
 
-    def assemble(self, selected: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows and columns of the selected features; everything else summed in rest."""
-        A = self.A
-        done = self.feature_R[: self.done]
-        # Features in order, then targets (-1 - k) in order.
-        order = np.lexsort((np.abs(done), done < 0))
-        keep_N = self.is_node_N.copy()
-        keep_N[:A] = False
-        keep_N[selected] = True
-        edge_RN = self.edge_RN[: self.done]
-        if not (order == np.arange(len(order))).all():
-            edge_RN = edge_RN[order]
-        rest = edge_RN[:, ~keep_N]
-        if len(selected) < A:
-            columns = np.concatenate([selected, np.arange(A, edge_RN.shape[1])])
-            edge_RN, keep_N = edge_RN[:, columns], keep_N[columns]
-        # Dropped errors stay columns of the layout, empty, so that offsets are plain.
-        if not keep_N.all():
-            edge_RN[:, ~keep_N] = 0
-        bias = _bias_reads(
-            self.params,
-            self.recording.frozen,
-            jnp.broadcast_to(
-                jnp.asarray(self.active.write_bias_LD)[:, None, :],
-                self.recording.mid_LTD.shape,
-            ),
-            cfg=self.cfg,
-            skip=self.active.skip,
+    def compute(self, feature: np.ndarray) -> None:
+        """Append the rows of some features, or of all targets."""
+        new = slice(self.done, self.done + len(feature))
+        is_target = feature[0] < 0 if len(feature) else False
+        targets = (
+            self.p.target_rows()
+            if is_target
+            else self.p.feature_rows(self.pool_A[feature])
         )
-        a = self.active
-        vec_KD = np.asarray(self.targets.vec_KD)
-        return {
-            "layer_A": a.layer_A[selected].astype(np.int32),
-            "pos_A": a.pos_A[selected].astype(np.int32),
-            "feature_A": a.feature_A[selected].astype(np.int32),
-            "value_A": a.value_A[selected],
-            "preact_A": a.preact_A[selected],
-            "attributed_R": np.ones(len(order), bool),
-            "edge_RN": edge_RN,
-            "bias_R": self._bias(bias, selected),
-            "rest_R": rest.sum(1),
-            "rest_abs_R": np.abs(rest).sum(1),
-            "readout_R": np.concatenate(
-                [
-                    a.preact_A[selected],
-                    vec_KD @ np.asarray(self.recording.out_TD)[self.T - 1],
-                ]
-            ),
-        }
+        edge_RN = self.edge_RN[new]
+        edge_rows(
+            self.puller,
+            targets,
+            edge_RN,
+            pool_A=None if len(self.pool_A) == self.puller.n_features else self.pool_A,
+            rest_R=self.rest_R[new],
+            rest_abs_R=self.rest_abs_R[new],
+            on_rows=self.on_rows,
+        )
+        self.total_R[new] = _row_totals(edge_RN, self.ignored) + self.rest_abs_R[new]
+        self.feature_R[new] = feature
+        if not is_target:
+            self.open_A[feature] = False
+        self.done = new.stop
 
-    def _bias(self, bias: Reads, selected: np.ndarray) -> np.ndarray:
-        """The constant part of every row's readout."""
-        a = self.active
-        mid_AD = np.asarray(bias.mid_LTD)[a.layer_A[selected], a.pos_A[selected]]
-        constant_A = (a.reads(selected) * mid_AD).sum(1) + a.read_bias_A[selected]
-        out_D = np.asarray(bias.out_TD)[self.T - 1]
-        return np.concatenate([constant_A, np.asarray(self.targets.vec_KD) @ out_D])
+    def visits(self) -> tuple[np.ndarray, float]:
+        """Influence that has arrived at the pool, and at everything outside it."""
+        n = slice(0, self.done)
+        weight_K = self.p.target_weights()
+        layer_A = self.p.active.layer_A[self.pool_A]
+        visit_A = arrived_influence(
+            self.edge_RN[n], self.total_R[n], self.feature_R[n], weight_K, layer_A
+        )
+        feature_R = self.feature_R[n]
+        visit_R = np.concatenate([visit_A, weight_K[::-1]])[feature_R]
+        total_R = np.where(self.total_R[n] > 0, self.total_R[n], 1)
+        return visit_A, float((visit_R * self.rest_abs_R[n] / total_R).sum())
+
+    def finished(self, work: dict[str, Any]) -> _Computed:
+        """Rows and columns of the explored features; everything else in the rest."""
+        feature_R = self.feature_R[: self.done]
+        # Features in order, then targets (-1 - k) in order.
+        order = np.lexsort((np.abs(feature_R), feature_R < 0))
+        in_order = (order == np.arange(len(order))).all()
+        edge_RN = self.edge_RN[: self.done]
+        rest_R, rest_abs_R = self.rest_R[order], self.rest_abs_R[order]
+        selected = np.sort(feature_R[feature_R >= 0])
+        edge_RN = _cut_columns(
+            edge_RN if in_order else edge_RN[order],
+            len(self.pool_A),
+            selected,
+            self.ignored,
+            rest_R,
+            rest_abs_R,
+        )
+        return _Computed(
+            selected=self.pool_A[selected],
+            edge_RN=edge_RN,
+            rest_R=rest_R,
+            rest_abs_R=rest_abs_R,
+            work=work,
+        )
+
+
+def _assemble(p: _Prompt, found: _Computed) -> dict[str, np.ndarray]:
+    """The graph's arrays, what the rows sum to beside their edges included."""
+    a, selected = p.active, found.selected
+    bias = _bias_reads(
+        p.params,
+        p.recording.frozen,
+        jnp.broadcast_to(
+            jnp.asarray(a.write_bias_LD)[:, None, :], p.recording.mid_LTD.shape
+        ),
+        cfg=p.cfg,
+        skip=a.skip,
+    )
+    mid_AD = np.asarray(bias.mid_LTD)[a.layer_A[selected], a.pos_A[selected]]
+    constant_A = (a.reads(selected) * mid_AD).sum(1) + a.read_bias_A[selected]
+    vec_KD, last = np.asarray(p.targets.vec_KD), p.n_tokens - 1
+    out_D = np.asarray(p.recording.out_TD)[last]
+    return {
+        "layer_A": a.layer_A[selected].astype(np.int32),
+        "pos_A": a.pos_A[selected].astype(np.int32),
+        "feature_A": a.feature_A[selected].astype(np.int32),
+        "value_A": a.value_A[selected],
+        "preact_A": a.preact_A[selected],
+        "attributed_R": np.ones(len(found.edge_RN), bool),
+        "edge_RN": found.edge_RN,
+        "bias_R": np.concatenate([constant_A, vec_KD @ np.asarray(bias.out_TD)[last]]),
+        "rest_R": found.rest_R,
+        "rest_abs_R": found.rest_abs_R,
+        "readout_R": np.concatenate([a.preact_A[selected], vec_KD @ out_D]),
+    }

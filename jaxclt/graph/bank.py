@@ -1,117 +1,352 @@
-"""Source vectors packed for matmuls: what every feature writes, by layer and position.
+"""Vectors packed for matmuls: what many features write or read, by site and position.
 
-An edge is the dot product of a target's cotangent at an MLP output with what a source
-writes there. Packed so that all sources of one position that write one MLP output form
-a few tiles of equal shape, the edges are plain matmuls, one compiled program serves all
-layers, and no (targets x sources x d_model) temporary ever exists.
+An edge is a dot product of something that lives on one prompt position, summed over
+sites: of a target's cotangent with what a source writes at each MLP, or of a pushed
+source with what a target reads. Packed so that the vectors of one position and site
+form a few tiles of equal shape, the edges are plain matmuls, one compiled program
+serves all layers, and no (targets x sources x d_model) temporary ever exists.
 
-A feature owns one slot of its position; slots are cut into blocks of `width`. For a
-full CLT everything below layer m writes m, so slots are ordered by layer and the
-sources of m are the first blocks. For a narrower span each layer starts a new block.
+A vector's owner has one slot of its position; slots are cut into blocks of equal width.
+For a full CLT everything below layer m writes m, so slots are ordered by layer and the
+owners present at m are the first blocks. Otherwise each layer starts a new block.
 
 Positions differ in how many features they have, the first one often by far. Tiles that
 all positions share are as deep as most positions need; what sticks out of them goes to
 overflow tiles that belong to one position each.
+
+Axes besides the usual: X shared tiles, Y overflow tiles, W slots of a block, Z blocks,
+U rows of the table, B targets or sources treated together, E slots read out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jaxclt.clt.active import Active
 from jaxclt.shapes import bucket, round_up
 
-__all__ = ["SourceBank", "source_bank"]
+__all__ = [
+    "Bank",
+    "DeviceBank",
+    "Items",
+    "RowTargets",
+    "add_dots",
+    "pack",
+    "readers",
+    "writers",
+]
+
+
+class Items(NamedTuple):
+    """Owners of vectors: each has one position and one or more consecutive sites.
+
+    At its j-th site an owner has the vector ``value * table_UD[row + j]``.
+    """
+
+    site_A: np.ndarray  # the first
+    pos_A: np.ndarray
+    value_A: np.ndarray
+    row_A: np.ndarray
+    n_sites: tuple[int, ...]  # of an owner, by its first site
+    table_UD: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SourceBank:
-    """Sources of one prompt: X shared tiles and Y overflow tiles of width S.
+class RowTargets:
+    """Directions to explain: where they read, and what.
 
-    Tiles hold value x decoder row, zero where a slot is empty, and are ordered by the
-    layer they write: layer m owns shared tiles ``shared_L[m]:shared_L[m + 1]``.
+    ``layer`` < L reads the residual stream after attention of that layer; L reads the
+    stream after the last layer.
     """
 
-    shared_XTSD: np.ndarray
-    shared_block_X: np.ndarray  # int32: which block of slots the edges belong to
-    shared_L: np.ndarray  # int32 [L + 1]
-    overflow_YSD: np.ndarray
-    overflow_block_Y: np.ndarray  # int32
-    overflow_pos_Y: np.ndarray  # int32
-    overflow_L: np.ndarray  # int32 [L + 1]
-    error_LTD: np.ndarray
-    embed_TD: np.ndarray
-    slot_A: np.ndarray  # slot of each feature within its position
+    layer_R: np.ndarray
+    pos_R: np.ndarray
+    read_RD: np.ndarray
+
+    def take(self, index: np.ndarray) -> RowTargets:
+        """Some of the targets, in the given order."""
+        return RowTargets(
+            layer_R=self.layer_R[index],
+            pos_R=self.pos_R[index],
+            read_RD=self.read_RD[index],
+        )
+
+
+def writers(active: Active) -> Items:
+    """What active features write at the MLP outputs; site m is the output of layer m.
+
+    The table holds every decoder row once, however often its feature fires.
+    """
+    D = active.write_bias_LD.shape[1]
+    n_sites = tuple(rows.shape[1] for rows in active.decoder)
+    size = [rows.shape[0] * rows.shape[1] for rows in active.decoder]
+    base = np.concatenate([[0], np.cumsum(size)])
+    span_A = np.array(n_sites)[active.layer_A]
+    return Items(
+        site_A=active.layer_A,
+        pos_A=active.pos_A,
+        value_A=active.value_A,
+        row_A=base[active.layer_A] + active.row_A * span_A,
+        n_sites=n_sites,
+        table_UD=np.concatenate([rows.reshape(-1, D) for rows in active.decoder]),
+    )
+
+
+def readers(rows: RowTargets, n_layers: int) -> Items:
+    """What targets read; site l < L is the stream after attention of layer l."""
+    return Items(
+        site_A=rows.layer_R,
+        pos_A=rows.pos_R,
+        value_A=np.ones(len(rows.layer_R), rows.read_RD.dtype),
+        row_A=np.arange(len(rows.layer_R)),
+        n_sites=(1,) * (n_layers + 1),
+        table_UD=rows.read_RD,
+    )
+
+
+class Slots(NamedTuple):
+    """Which slots the tiles of every site belong to.
+
+    Site m owns shared tiles ``shared_first_M[m]:shared_first_M[m + 1]``.
+    """
+
+    shared_block_X: np.ndarray | Array  # int32
+    shared_first_M: np.ndarray | Array  # int32
+    overflow_block_Y: np.ndarray | Array  # int32
+    overflow_pos_Y: np.ndarray | Array  # int32
+    overflow_first_M: np.ndarray | Array  # int32
+
+
+class Indexed(NamedTuple):
+    """Tiles as rows of a table times values: gathered when they are multiplied."""
+
+    table_UD: Array
+    shared_row_XTW: Array  # int32
+    shared_value_XTW: Array  # zero where a slot is empty
+    overflow_row_YW: Array
+    overflow_value_YW: Array
+
+    def shared(self, x: Array, start: Array | int, P: int) -> Array:
+        """One shared tile [P, W, D] from position `start` on."""
+        row_PW = _cut(self.shared_row_XTW, x, start, P)
+        value_PW = _cut(self.shared_value_XTW, x, start, P)
+        return self.table_UD[row_PW] * value_PW[..., None]
+
+    def overflow(self, y: Array) -> Array:
+        """One overflow tile [W, D]."""
+        row_W, value_W = self.overflow_row_YW[y], self.overflow_value_YW[y]
+        return self.table_UD[row_W] * value_W[:, None]
+
+
+class Packed(NamedTuple):
+    """Tiles written out: multiplied as they are."""
+
+    shared_XTWD: Array
+    overflow_YWD: Array
+
+    def shared(self, x: Array, start: Array | int, P: int) -> Array:
+        """One shared tile [P, W, D] from position `start` on."""
+        return _cut(self.shared_XTWD, x, start, P)
+
+    def overflow(self, y: Array) -> Array:
+        """One overflow tile [W, D]."""
+        return self.overflow_YWD[y]
+
+
+def _cut(tiles_XT: Array, x: Array, start: Array | int, P: int) -> Array:
+    zeros = (jnp.zeros((), x.dtype),) * (tiles_XT.ndim - 2)
+    at = (x, jnp.asarray(start, x.dtype), *zeros)
+    return jax.lax.dynamic_slice(tiles_XT, at, (1, P, *tiles_XT.shape[2:]))[0]
+
+
+class DeviceBank(NamedTuple):
+    """A bank as the kernels take it."""
+
+    slots: Slots
+    tiles: Packed | Indexed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bank:
+    """Packed owners on the host: X shared and Y overflow tiles of width W."""
+
+    slots: Slots
+    table_UD: np.ndarray
+    shared_row_XTW: np.ndarray
+    shared_value_XTW: np.ndarray
+    overflow_row_YW: np.ndarray
+    overflow_value_YW: np.ndarray
+    pos_A: np.ndarray
+    slot_A: np.ndarray  # slot of each owner within its position
     n_blocks: int
 
     @property
     def width(self) -> int:
-        """Slots per block."""
-        return self.shared_XTSD.shape[2]
+        """W."""
+        return self.shared_row_XTW.shape[2]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Memory that the written-out tiles take."""
+        n = self.shared_row_XTW.size + self.overflow_row_YW.size
+        return n * self.table_UD.shape[1] * self.table_UD.itemsize
+
+    def place(self, index: np.ndarray, start: int, P: int) -> np.ndarray:
+        """Where owners are in edges [Z, P, W] of positions from `start` on; -1: not."""
+        pos = self.pos_A[index] - start
+        block, slot = np.divmod(self.slot_A[index], self.width)
+        place = (block * P + pos) * self.width + slot
+        return np.where((pos >= 0) & (pos < P), place, -1)
+
+    def on_device(self, *, packed: bool) -> DeviceBank:
+        """The bank for the kernels: written out (faster), or as indices (smaller)."""
+        tiles = Indexed(
+            *map(
+                jnp.asarray,
+                (
+                    self.table_UD,
+                    self.shared_row_XTW,
+                    self.shared_value_XTW,
+                    self.overflow_row_YW,
+                    self.overflow_value_YW,
+                ),
+            )
+        )
+        slots = Slots(*map(jnp.asarray, self.slots))
+        return DeviceBank(slots, _write_out(tiles) if packed else tiles)
 
 
-def source_bank(
-    active: Active, error_LTD: np.ndarray, embed_TD: np.ndarray
-) -> SourceBank:
-    """Pack the sources of a prompt.
+@jax.jit
+def _write_out(tiles: Indexed) -> Packed:
+    table_UD, row_XTW, value_XTW, row_YW, value_YW = tiles
+    return Packed(
+        table_UD[row_XTW] * value_XTW[..., None], table_UD[row_YW] * value_YW[..., None]
+    )
+
+
+def add_dots(
+    bank: DeviceBank,
+    site: Array,
+    x_PBD: Array,
+    edge_ZPWB: Array,
+    *,
+    start: Array | int,
+    nothing: Array | bool = False,
+) -> Array:
+    """Add the dot products with all vectors of one site.
 
     Args:
-      active: active features with their decoder rows.
-      error_LTD: error vectors.
-      embed_TD: embedding vectors.
+      bank: the vectors.
+      site: which site.
+      x_PBD: cotangents or streams, positions from `start` on.
+      edge_ZPWB: slots, added to.
+      start: first position.
+      nothing: if true, x is known to be zero.
     """
-    L, T, D = error_LTD.shape
-    count_LT = np.zeros((L, T), np.int64)
-    np.add.at(count_LT, (active.layer_A, active.pos_A), 1)
-    n_writes = [rows.shape[1] for rows in active.decoder]
-    if all(n == L - layer for layer, n in enumerate(n_writes)) and L > 1:
-        width, slot_A, first_M, end_MT = _prefix_slots(active, count_LT)
+    slots, tiles = bank
+    P = x_PBD.shape[0]
+
+    def shared(i: Array, edge_ZPWB: Array) -> Array:
+        tile_PWD = tiles.shared(i, start, P)
+        with jax.named_scope("edges"):
+            edge_PWB = jnp.einsum("PWD,PBD->PWB", tile_PWD, x_PBD)
+        return edge_ZPWB.at[slots.shared_block_X[i]].add(edge_PWB)
+
+    def overflow(i: Array, edge_ZPWB: Array) -> Array:
+        pos = slots.overflow_pos_Y[i] - start
+        inside = (pos >= 0) & (pos < P)
+        # A position outside the band reads some other one and adds nothing.
+        pos = jnp.clip(pos, 0, P - 1)
+        edge_WB = jnp.einsum("WD,BD->WB", tiles.overflow(i), x_PBD[pos])
+        return edge_ZPWB.at[slots.overflow_block_Y[i], pos].add(
+            edge_WB * inside.astype(edge_WB.dtype)
+        )
+
+    def bounds(first_M: Array | np.ndarray) -> tuple[Array, Array]:
+        first_M = jnp.asarray(first_M)
+        end = first_M[site + 1]
+        return jnp.where(nothing, end, first_M[site]), end
+
+    edge_ZPWB = jax.lax.fori_loop(*bounds(slots.shared_first_M), shared, edge_ZPWB)
+    return jax.lax.fori_loop(*bounds(slots.overflow_first_M), overflow, edge_ZPWB)
+
+
+# -- packing ---------------------------------------------------------------------------
+
+
+def pack(items: Items, n_positions: int) -> Bank:
+    """Give every owner a slot and every site its tiles.
+
+    Args:
+      items: owners, ordered by first site, then position.
+      n_positions: T.
+    """
+    M, T = len(items.n_sites), n_positions
+    count_MT = np.zeros((M, T), np.int64)
+    np.add.at(count_MT, (items.site_A, items.pos_A), 1)
+    if all(n == M - site for site, n in enumerate(items.n_sites)) and M > 1:
+        width, slot_A, first_M, end_MT = _prefix_slots(items, count_MT)
     else:
-        width, slot_A, first_M, end_MT = _layer_slots(active, count_LT, max(n_writes))
+        width, slot_A, first_M, end_MT = _layer_slots(items, count_MT)
     depth_M = _shared_depth(end_MT - first_M[:, None])
-    shared_L = np.concatenate([[0], np.cumsum(depth_M)])
+    shared_first_M = np.concatenate([[0], np.cumsum(depth_M)])
     over_M, over_T, over_block = _overflow(first_M + depth_M, end_MT)
-    overflow_L = np.searchsorted(over_M, np.arange(L + 1))
     # Sizes are bucketed so that prompts share compiled programs; empty tiles cost
     # memory, not time.
-    X, Y = bucket(int(shared_L[-1])), bucket(len(over_M))
-    shared_XTSD = np.zeros((X, T, width, D), error_LTD.dtype)
-    overflow_YSD = np.zeros((Y, width, D), error_LTD.dtype)
-    tile_of = {
-        key: y for y, key in enumerate(zip(over_M, over_T, over_block, strict=True))
-    }
-    for layer in range(L):
-        slots = active.of_layer(layer)
-        rows_AMD = active.decoder_rows(slots, layer)
-        pos, value = active.pos_A[slots], active.value_A[slots, None]
-        block, place = np.divmod(slot_A[slots], width)
-        for offset in range(rows_AMD.shape[1]):
-            m = layer + offset
-            written_AD = value * rows_AMD[:, offset]
-            local = block - first_M[m]
-            shared = local < depth_M[m]
-            tile = shared_L[m] + local[shared]
-            shared_XTSD[tile, pos[shared], place[shared]] = written_AD[shared]
+    X, Y = bucket(int(shared_first_M[-1])), bucket(len(over_M))
+    shared_row_XTW = np.zeros((X, T, width), np.int32)
+    shared_value_XTW = np.zeros((X, T, width), items.value_A.dtype)
+    overflow_row_YW = np.zeros((Y, width), np.int32)
+    overflow_value_YW = np.zeros((Y, width), items.value_A.dtype)
+    tile_of = np.full((M, T, int(end_MT.max(initial=0)) + 1), -1, np.int64)
+    tile_of[over_M, over_T, over_block] = np.arange(len(over_M))
+    for site, n_sites in enumerate(items.n_sites):
+        mine = np.flatnonzero(items.site_A == site)
+        pos, value = items.pos_A[mine], items.value_A[mine]
+        block, place = np.divmod(slot_A[mine], width)
+        for offset in range(n_sites):
+            m = site + offset
+            row = items.row_A[mine] + offset
+            shared = block - first_M[m] < depth_M[m]
+            at = (
+                (shared_first_M[m] + block - first_M[m])[shared],
+                pos[shared],
+                place[shared],
+            )
+            shared_row_XTW[at], shared_value_XTW[at] = row[shared], value[shared]
             if not shared.all():
-                keys = zip(pos[~shared], block[~shared], strict=True)
-                tile = np.array([tile_of[m, p, b] for p, b in keys])
-                overflow_YSD[tile, place[~shared]] = written_AD[~shared]
+                at = tile_of[m, pos[~shared], block[~shared]], place[~shared]
+                overflow_row_YW[at] = row[~shared]
+                overflow_value_YW[at] = value[~shared]
     blocks = [np.arange(a, a + n) for a, n in zip(first_M, depth_M, strict=True)]
-    return SourceBank(
-        shared_XTSD=shared_XTSD,
-        shared_block_X=_padded(np.concatenate(blocks), X),
-        shared_L=shared_L.astype(np.int32),
-        overflow_YSD=overflow_YSD,
-        overflow_block_Y=_padded(over_block, Y),
-        overflow_pos_Y=_padded(over_T, Y),
-        overflow_L=overflow_L.astype(np.int32),
-        error_LTD=error_LTD,
-        embed_TD=embed_TD,
+    return Bank(
+        slots=Slots(
+            shared_block_X=_padded(np.concatenate(blocks), X),
+            shared_first_M=shared_first_M.astype(np.int32),
+            overflow_block_Y=_padded(over_block, Y),
+            overflow_pos_Y=_padded(over_T, Y),
+            overflow_first_M=np.searchsorted(over_M, np.arange(M + 1)).astype(np.int32),
+        ),
+        # Never empty, so that a bank without owners can be indexed too.
+        table_UD=items.table_UD if len(items.table_UD) else _one_row(items.table_UD),
+        shared_row_XTW=shared_row_XTW,
+        shared_value_XTW=shared_value_XTW,
+        overflow_row_YW=overflow_row_YW,
+        overflow_value_YW=overflow_value_YW,
+        pos_A=items.pos_A,
         slot_A=slot_A,
         n_blocks=round_up(max(int(end_MT.max(initial=0)), 1), 8),
     )
+
+
+def _one_row(table_UD: np.ndarray) -> np.ndarray:
+    return np.zeros((1, table_UD.shape[1]), table_UD.dtype)
 
 
 def _padded(index: np.ndarray, size: int) -> np.ndarray:
@@ -121,7 +356,7 @@ def _padded(index: np.ndarray, size: int) -> np.ndarray:
 def _overflow(
     shared_end_M: np.ndarray, end_MT: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(write layer, position, block) of every block beyond the shared ones."""
+    """(site, position, block) of every block beyond the shared ones."""
     found = [
         (m, t, block)
         for m, t in np.argwhere(end_MT > shared_end_M[:, None])
@@ -136,16 +371,16 @@ _OVERFLOW_COST = 1.5
 
 
 def _depth_cost(need_MT: np.ndarray) -> np.ndarray:
-    """Cost [L, depth] of sharing `depth` blocks, in blocks times positions."""
-    L = len(need_MT)
+    """Cost [M, depth] of sharing `depth` blocks, in blocks times positions."""
+    M = len(need_MT)
     T = int(need_MT.any(0).sum())  # padded positions have no features
     depth = np.arange(need_MT.max(initial=0) + 1)
     beyond = np.maximum(need_MT[:, :, None] - depth, 0).sum(1)
-    return T * depth[None, :] + _OVERFLOW_COST * beyond.reshape(L, len(depth))
+    return T * depth[None, :] + _OVERFLOW_COST * beyond.reshape(M, len(depth))
 
 
 def _shared_depth(need_MT: np.ndarray) -> np.ndarray:
-    """Blocks of each write layer that all positions share, [L]."""
+    """Blocks of each site that all positions share, [M]."""
     return np.argmin(_depth_cost(need_MT), axis=1)
 
 
@@ -167,33 +402,34 @@ def _rank_in_group(group_A: np.ndarray) -> np.ndarray:
 
 
 def _prefix_slots(
-    active: Active, count_LT: np.ndarray
+    items: Items, count_MT: np.ndarray
 ) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-    """Slots by layer without gaps; write layer m reads the first blocks."""
-    reach_MT = np.cumsum(count_LT, 0)  # slots of everything that writes layer m
+    """Slots by layer without gaps; site m holds the first blocks."""
+    reach_MT = np.cumsum(count_MT, 0)  # slots of everything present at site m
     width = _best_width(reach_MT, [32, 64, 128, 256])
     end_MT = -(-reach_MT // width)
-    return width, _rank_in_group(active.pos_A), np.zeros(len(end_MT), np.int64), end_MT
+    return width, _rank_in_group(items.pos_A), np.zeros(len(end_MT), np.int64), end_MT
 
 
 def _layer_slots(
-    active: Active, count_LT: np.ndarray, span: int
+    items: Items, count_MT: np.ndarray
 ) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-    """Each layer starts a new block; write layer m reads the blocks in its span."""
-    L, T = count_LT.shape
-    width = _best_width(count_LT, [16 * i for i in range(2, 17)])
-    need_LT = -(-count_LT // width)
-    start = np.concatenate([[0], np.cumsum(need_LT.max(1))])
-    rank_A = _rank_in_group(active.layer_A.astype(np.int64) * T + active.pos_A)
-    slot_A = start[active.layer_A] * width + rank_A
-    first_M = start[np.maximum(np.arange(L) - span + 1, 0)]
-    end_MT = np.where(need_LT > 0, start[:L, None] + need_LT, first_M[:, None])
+    """Each first site starts a new block; site m holds the blocks in its span."""
+    M, T = count_MT.shape
+    span = max(items.n_sites)
+    width = _best_width(count_MT, [16 * i for i in range(2, 17)])
+    need_MT = -(-count_MT // width)
+    start = np.concatenate([[0], np.cumsum(need_MT.max(1))])
+    rank_A = _rank_in_group(items.site_A.astype(np.int64) * T + items.pos_A)
+    slot_A = start[items.site_A] * width + rank_A
+    first_M = start[np.maximum(np.arange(M) - span + 1, 0)]
+    end_MT = np.where(need_MT > 0, start[:M, None] + need_MT, first_M[:, None])
     # An earlier layer in the span may reach further at a position than this one does.
-    return width, slot_A, first_M, np.maximum(end_MT, _span_end(start, need_LT, span))
+    return width, slot_A, first_M, np.maximum(end_MT, _span_end(start, need_MT, span))
 
 
-def _span_end(start: np.ndarray, need_LT: np.ndarray, span: int) -> np.ndarray:
-    """Last block [L, T] of any layer of the span that has features at a position."""
-    L = len(need_LT)
-    end_LT = np.where(need_LT > 0, start[:L, None] + need_LT, 0)
-    return np.stack([end_LT[max(0, m - span + 1) : m + 1].max(0) for m in range(L)])
+def _span_end(start: np.ndarray, need_MT: np.ndarray, span: int) -> np.ndarray:
+    """Last block [M, T] of any site of the span that has owners at a position."""
+    M = len(need_MT)
+    end_MT = np.where(need_MT > 0, start[:M, None] + need_MT, 0)
+    return np.stack([end_MT[max(0, m - span + 1) : m + 1].max(0) for m in range(M)])

@@ -23,13 +23,13 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.active import Active
+from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.provenance import (
     FrozenStream,
     direct_edges,
     frozen_stream,
     residual_reads,
 )
-from jaxclt.graph.rows import RowTargets
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import Block, LMParams, Recording

@@ -19,18 +19,14 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxclt.clt.active import Active, encoded_layers
 from jaxclt.clt.store import DictionaryStore
 from jaxclt.errors import InputError
-from jaxclt.graph.bank import source_bank
-from jaxclt.graph.rows import (
-    RowTargets,
-    edge_rows,
-    make_plan,
-    make_stream,
-    pull_flops,
-)
+from jaxclt.graph.bank import RowTargets, pack, writers
+from jaxclt.graph.plan import make_plan, mean_flops
+from jaxclt.graph.rows import edge_rows, make_puller
 from jaxclt.lm.config import LMConfig
 from jaxclt.replacement.errors import error_nodes
 from jaxclt.types import LMParams, Recording
@@ -219,15 +215,24 @@ def find_inhibition(
             store, params, recording, margin=margin, limit=limit, n_tokens=n_tokens
         )
         error_LTD = error_nodes(active, recording)
-        bank = source_bank(active, error_LTD, np.asarray(recording.embed_TD))
-        stream = make_stream(params, recording, bank, skip=active.skip)
         L, T, _ = error_LTD.shape
         A, U = len(active.layer_A), len(found.layer_U)
-        plan = make_plan(
-            U,
-            n_positions=T,
-            flops_per_position=pull_flops(cfg, bank),
-            chunk_size=chunk_size,
+        bank = pack(writers(active), T)
+        puller = make_puller(
+            params,
+            recording,
+            active,
+            error_LTD,
+            cfg=cfg,
+            plan=make_plan(
+                U,
+                n_positions=T,
+                flops_per_position=mean_flops(cfg, bank, T),
+                chunk_size=chunk_size,
+            ),
+            n_tokens=T,
+            mesh=Mesh(np.array(jax.devices()[:1]), ("rows",)),
+            bank=bank,
         )
         parts = [Released(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
         # By position, so that the rows of a part share few bands.
@@ -236,15 +241,7 @@ def find_inhibition(
             index = order[start : start + rows_at_once]
             part = found.take(index)
             edge_UN = np.zeros((len(index), A + L * T + T), error_LTD.dtype)
-            edge_rows(
-                stream,
-                bank,
-                part.rows,
-                edge_UN,
-                cfg=cfg,
-                plan=plan,
-                source_pos_A=active.pos_A,
-            )
+            edge_rows(puller, part.rows, edge_UN)
             pairs = released_by(edge_UN[:, :A], part.preact_U, part.theta_U)
             parts.append(pairs._replace(u_P=index[pairs.u_P]))
             on_rows(start + len(index), U)

@@ -28,8 +28,9 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.active import Active
+from jaxclt.errors import InputError
+from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.rows import RowTargets
 from jaxclt.graph.targets import target_reads
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import frozen_attention
@@ -53,8 +54,17 @@ _CHUNK_BYTES = 2**28  # of the cotangents held at once
 def crop(
     recording: Recording, active: Active, n_tokens: int
 ) -> tuple[Recording, Active]:
-    """A padded recording without its padding; everything else here expects that."""
+    """A padded recording without its padding; everything else here expects that.
+
+    Raises:
+      InputError: if the recording has no attention patterns.
+    """
     n, frozen = n_tokens, recording.frozen
+    if frozen.pattern_LHTS is None:
+        raise InputError(
+            "how edges travelled needs the attention patterns, which were not kept for "
+            "so long a prompt: raise --memory or shorten it"
+        )
     cropped = Recording(
         token_T=recording.token_T[:n],
         embed_TD=recording.embed_TD[:n],
@@ -185,6 +195,7 @@ def frozen_stream(
 ) -> FrozenStream:
     """Everything of a recorded prompt that moves what sources write."""
     frozen = recording.frozen
+    assert frozen.pattern_LHTS is not None, "see crop"
     return FrozenStream(
         params.blocks, frozen.pattern_LHTS, frozen.attn_scale_LT, active.skip
     )

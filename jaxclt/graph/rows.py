@@ -9,359 +9,416 @@ is `jax.vjp` of one layer's frozen attention, batched over a chunk of targets.
 What is known to be zero is not computed: a chunk holds targets of nearby positions and
 layers, starts at the highest of its layers, and never looks past its last position.
 Targets are a middle axis (positions first), which is how the contractions run as plain
-matmuls.
+matmuls. Chunks are split over the devices of a mesh; no device needs another's.
+
+Not all edges are always wanted: sources outside a `pool` are only summed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 
-from jaxclt.graph.bank import SourceBank
+from jaxclt.clt.active import Active
+from jaxclt.graph.bank import Bank, DeviceBank, RowTargets, add_dots, pack, writers
+from jaxclt.graph.plan import Chunk, Plan, chunk_flops
+from jaxclt.graph.stream import Stream, attend, make_stream
 from jaxclt.lm.config import LMConfig
-from jaxclt.lm.frozen import frozen_attention
-from jaxclt.types import Block, LMParams, Recording
+from jaxclt.shapes import bucket
+from jaxclt.types import LMParams, Recording
 
-__all__ = [
-    "Chunk",
-    "Plan",
-    "RowTargets",
-    "Stream",
-    "edge_rows",
-    "make_plan",
-    "make_stream",
-    "pull_flops",
-]
+__all__ = ["Puller", "RowTargets", "edge_rows", "make_puller", "pull_flops", "visits"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RowTargets:
-    """Directions to explain: where they read, and what.
+class _Held(NamedTuple):
+    """What all chunks of a prompt share, on every device."""
 
-    ``layer`` < L reads the residual stream after attention of that layer; L reads the
-    stream after the last layer.
-    """
-
-    layer_R: np.ndarray
-    pos_R: np.ndarray
-    read_RD: np.ndarray
-
-    def take(self, index: np.ndarray) -> RowTargets:
-        """Some of the targets, in the given order."""
-        return RowTargets(
-            layer_R=self.layer_R[index],
-            pos_R=self.pos_R[index],
-            read_RD=self.read_RD[index],
-        )
-
-
-class Chunk(NamedTuple):
-    """Targets that are pulled back together."""
-
-    row_C: np.ndarray  # indices of targets, highest layer first
-    n_positions: int  # nothing beyond is touched
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How targets are cut into chunks; every band is one compiled program."""
-
-    band_end: tuple[int, ...]  # position bands [previous end, end)
-    capacity: int  # rows of a chunk, the last of a band padded
-
-    def chunks(self, layer_R: np.ndarray, pos_R: np.ndarray) -> list[Chunk]:
-        """Chunks narrow in position, then in layer: a low one starts low."""
-        chunks = []
-        for start, end in zip((0, *self.band_end[:-1]), self.band_end, strict=True):
-            rows = np.flatnonzero((pos_R >= start) & (pos_R < end))
-            rows = rows[np.argsort(-layer_R[rows], kind="stable")]
-            chunks += [
-                Chunk(rows[i : i + self.capacity], end)
-                for i in range(0, len(rows), self.capacity)
-            ]
-        return chunks
-
-
-def make_plan(
-    n_rows: int,
-    *,
-    n_positions: int,
-    flops_per_position: float,
-    n_bands: int | None = None,
-    chunk_size: int = 128,
-) -> Plan:
-    """Choose position bands and the chunk capacity.
-
-    A target at position p needs p + 1 positions, its band's end is what it gets: more
-    bands waste less work and compile more programs. The choice depends on sizes only,
-    so that prompts of one bucket share their programs.
-
-    Args:
-      n_rows: targets that may be computed.
-      n_positions: length of the recording.
-      flops_per_position: cost of one target per position it touches.
-      n_bands: how many; None for few where the work is little.
-      chunk_size: most rows pulled back together.
-    """
-    if n_bands is None:
-        work = n_rows * flops_per_position * n_positions / 2
-        n_bands = 1 if work < _FLOPS_WORTH_BANDS else 6
-    ends = _best_bands(np.ones(n_positions, int), min(n_bands, n_positions))[1]
-    capacity = min(chunk_size, 128 if n_rows > 256 else 32)
-    return Plan(band_end=ends, capacity=capacity)
-
-
-# Below this, compiling more programs takes longer than they save.
-_FLOPS_WORTH_BANDS = 2e11
-
-
-def _best_bands(count_T: np.ndarray, n_bands: int) -> tuple[float, tuple[int, ...]]:
-    """Ends of the bands that touch the fewest positions, and how many they touch.
-
-    Exact by dynamic programming over at most 128 candidate ends.
-    """
-    T = len(count_T)
-    mark = np.unique(np.linspace(0, T, min(T, 128) + 1).round().astype(int))
-    rows = np.concatenate([[0], np.cumsum(count_T)])[mark].astype(float)
-    # step[i, j]: positions touched by the targets of a band from mark i to mark j.
-    touched = (rows[None, :] - rows[:, None]) * mark[None, :]
-    step = np.where(mark[:, None] < mark[None, :], touched, np.inf)
-    best, previous = step[0], []
-    for _ in range(n_bands - 1):
-        through = best[:, None] + step
-        previous.append(np.argmin(through, axis=0))
-        best = through.min(axis=0)
-    ends, at = [], len(mark) - 1
-    for back in [*reversed(previous), np.zeros(len(mark), int)]:
-        ends.append(int(mark[at]))
-        at = int(back[at])
-    return float(best[-1]), tuple(sorted(set(ends)))
-
-
-class Stream(NamedTuple):
-    """The frozen stream of a prompt and its packed sources, on the device."""
-
-    blocks: Block
-    pattern_LHTS: Array
-    scale_LT: Array
-    skip: tuple[Array, Array] | None
-    shared_XTSD: Array
-    shared_block_X: Array
-    shared_L: Array
-    overflow_YSD: Array
-    overflow_block_Y: Array
-    overflow_pos_Y: Array
-    overflow_L: Array
+    stream: Stream
+    bank: DeviceBank
     error_LTD: Array
     embed_TD: Array
 
 
-@partial(jax.jit, static_argnames=("cfg", "P", "n_blocks"))
+class _Rows(NamedTuple):
+    """A chunk of targets."""
+
+    layer_B: Array
+    pos_B: Array
+    read_BD: Array
+
+
+class _Edges(NamedTuple):
+    """Edges of a chunk by slot: features [Z, P, W, B], errors and embeddings."""
+
+    edge_ZPWB: Array
+    error_LPB: Array
+    embed_PB: Array
+
+
+def _pull(
+    held: _Held, rows: _Rows, *, cfg: LMConfig, P: int, n_blocks: int, width: int
+) -> _Edges:
+    stream, bank, error_LTD, embed_TD = held
+    layer_B, pos_B, read_BD = rows
+    B, D = read_BD.shape
+    L, dtype = cfg.n_layers, read_BD.dtype
+    row_B = jnp.arange(B)
+
+    def inject(g_PBD: Array, layer: Array | int) -> Array:
+        here_BD = jnp.where((layer_B == layer)[:, None], read_BD, jnp.zeros((), dtype))
+        return g_PBD.at[pos_B, row_B].add(here_BD)
+
+    def level(step: Array, state: tuple[Array, Array, Array]) -> tuple:
+        g_PBD, edge_ZPWB, error_LPB = state
+        layer = top - step
+        nothing = (step == 0) & from_mid
+        edge_ZPWB = add_dots(bank, layer, g_PBD, edge_ZPWB, start=0, nothing=nothing)
+        error_PB = jnp.einsum("PBD,PD->PB", g_PBD, error_LTD[layer, :P])
+        error_LPB = error_LPB.at[layer].set(error_PB)
+        if stream.skip is not None:
+            diagonal_LTD, W_skip_LDD = stream.skip
+            back_PBD = jnp.einsum("PBE,DE->PBD", g_PBD, W_skip_LDD[layer])
+            g_PBD = g_PBD + back_PBD * diagonal_LTD[layer, :P][:, None, :]
+        g_PBD = inject(g_PBD, layer)
+        attention = partial(attend, stream, layer, cfg=cfg, start=0, pull=True)
+        with jax.named_scope("pull_attention"):
+            _, pull = jax.vjp(attention, g_PBD)
+            g_PBD = g_PBD + pull(g_PBD)[0]
+        return g_PBD, edge_ZPWB, error_LPB
+
+    top_read = jnp.max(layer_B)
+    from_mid = top_read < L  # nothing has been injected above the first contraction
+    top = jnp.minimum(top_read, L - 1)
+    state = (
+        inject(jnp.zeros((P, B, D), dtype), L),
+        jnp.zeros((n_blocks, P, width, B), dtype),
+        jnp.zeros((L, P, B), dtype),
+    )
+    g_PBD, edge_ZPWB, error_LPB = jax.lax.fori_loop(0, top + 1, level, state)
+    embed_PB = jnp.einsum("PBD,PD->PB", g_PBD, embed_TD[:P])
+    return _Edges(edge_ZPWB, error_LPB, embed_PB)
+
+
+class _Read(NamedTuple):
+    """A chunk's edges as they leave the device."""
+
+    edge_EB: Array  # of the pool
+    error_LPB: Array
+    embed_PB: Array
+    rest_B: Array  # features outside the pool, summed
+    rest_abs_B: Array
+
+
+# Every device has its share of the rows; the rest is replicated.
+_AXIS = "rows"
+_ROW = PartitionSpec(_AXIS)
+
+
+def _last(ndim: int) -> PartitionSpec:
+    return PartitionSpec(*(None,) * (ndim - 1), _AXIS)
+
+
+_STATIC = ("cfg", "P", "n_blocks", "width", "mesh")
+
+
+@partial(jax.jit, static_argnames=(*_STATIC, "all_kept"))
 def _pull_chunk(
-    stream: Stream,
-    layer_C: Array,
-    pos_C: Array,
-    read_CD: Array,
+    held: _Held,
+    rows: _Rows,
+    place_E: Array,
     *,
     cfg: LMConfig,
     P: int,
     n_blocks: int,
-) -> tuple[Array, Array, Array]:
-    """Edges of one chunk: slots [B, P, C, S], errors [L, P, C], embeddings [P, C]."""
-    C, D = read_CD.shape
-    L, S = cfg.n_layers, stream.shared_XTSD.shape[2]
-    dtype = read_CD.dtype
-    row_C = jnp.arange(C)
+    width: int,
+    mesh: Mesh,
+    all_kept: bool,
+) -> _Read:
+    def local(held: _Held, rows: _Rows, place_E: Array) -> _Read:
+        edges = _pull(held, rows, cfg=cfg, P=P, n_blocks=n_blocks, width=width)
+        edge_ZPWB, error_LPB, embed_PB = edges
+        flat_XB = edge_ZPWB.reshape(-1, edge_ZPWB.shape[-1])
+        # Empty places point past the end.
+        edge_EB = flat_XB.at[place_E].get(mode="fill", fill_value=0)
+        rest_B = rest_abs_B = jnp.zeros_like(embed_PB[0])
+        if not all_kept:
+            rest_B = flat_XB.sum(0) - edge_EB.sum(0)
+            rest_abs_B = jnp.abs(flat_XB).sum(0) - jnp.abs(edge_EB).sum(0)
+        return _Read(edge_EB, error_LPB, embed_PB, rest_B, rest_abs_B)
 
-    def inject(g_PCD: Array, layer: Array | int) -> Array:
-        here_C = layer_C == layer
-        return g_PCD.at[pos_C, row_C].add(
-            jnp.where(here_C[:, None], read_CD, jnp.zeros((), dtype))
-        )
-
-    def contract(layer: Array, g_PCD: Array, edge_BPCS: Array, empty: Array) -> Array:
-        """Add the edges through what is written at one layer."""
-
-        def shared(i: Array, edge_BPCS: Array) -> Array:
-            tile_PSD = stream.shared_XTSD[i, :P]
-            with jax.named_scope("edges"):
-                edge_PCS = jnp.einsum("PCD,PSD->PCS", g_PCD, tile_PSD)
-            return edge_BPCS.at[stream.shared_block_X[i]].add(edge_PCS)
-
-        def overflow(i: Array, edge_BPCS: Array) -> Array:
-            pos, block = stream.overflow_pos_Y[i], stream.overflow_block_Y[i]
-            # A position beyond the band reads some other one and adds nothing.
-            seen = (pos < P).astype(dtype)
-            edge_CS = jnp.einsum("CD,SD->CS", g_PCD[pos], stream.overflow_YSD[i])
-            return edge_BPCS.at[block, pos].add(edge_CS * seen, mode="drop")
-
-        def bounds(first_L: Array) -> tuple[Array, Array]:
-            return jnp.where(empty, first_L[layer + 1], first_L[layer]), first_L[
-                layer + 1
-            ]
-
-        edge_BPCS = jax.lax.fori_loop(*bounds(stream.shared_L), shared, edge_BPCS)
-        return jax.lax.fori_loop(*bounds(stream.overflow_L), overflow, edge_BPCS)
-
-    def level(step: Array, state: tuple[Array, Array, Array]) -> tuple:
-        g_PCD, edge_BPCS, error_LPC = state
-        layer = top - step
-        edge_BPCS = contract(layer, g_PCD, edge_BPCS, empty=(step == 0) & from_mid)
-        error_LPC = error_LPC.at[layer].set(
-            jnp.einsum("PCD,PD->PC", g_PCD, stream.error_LTD[layer, :P])
-        )
-        if stream.skip is not None:
-            diagonal_LTD, W_skip_LDD = stream.skip
-            back_PCD = jnp.einsum("PCE,DE->PCD", g_PCD, W_skip_LDD[layer])
-            g_PCD = g_PCD + back_PCD * diagonal_LTD[layer, :P][:, None, :]
-        g_PCD = inject(g_PCD, layer)
-        p = jax.tree.map(lambda leaf: leaf[layer], stream.blocks)
-        attention = partial(
-            frozen_attention,
-            p,
-            stream.pattern_LHTS[layer, :, :P, :P],
-            stream.scale_LT[layer, :P],
-            cfg=cfg,
-        )
-        with jax.named_scope("pull_attention"):
-            _, pull = jax.vjp(jax.vmap(attention, in_axes=1, out_axes=1), g_PCD)
-            g_PCD = g_PCD + pull(g_PCD)[0]
-        return g_PCD, edge_BPCS, error_LPC
-
-    top_read = jnp.max(layer_C)
-    from_mid = top_read < L  # nothing has been injected above the first contraction
-    top = jnp.minimum(top_read, L - 1)
-    g_PCD, edge_BPCS, error_LPC = jax.lax.fori_loop(
-        0,
-        top + 1,
-        level,
-        (
-            inject(jnp.zeros((P, C, D), dtype), L),
-            jnp.zeros((n_blocks, P, C, S), dtype),
-            jnp.zeros((L, P, C), dtype),
-        ),
+    by_row: Any = _Read(*cast(Any, (_last(2), _last(3), _last(2), _ROW, _ROW)))
+    split = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), _ROW, PartitionSpec()),
+        out_specs=by_row,
+        check_vma=False,
     )
-    embed_PC = jnp.einsum("PCD,PD->PC", g_PCD, stream.embed_TD[:P])
-    return edge_BPCS, error_LPC, embed_PC
+    return split(held, rows, place_E)
 
 
-def make_stream(
+@partial(jax.jit, static_argnames=_STATIC)
+def _visit_chunk(
+    held: _Held,
+    rows: _Rows,
+    visit_B: Array,
+    is_node_LP: Array,
+    *,
+    cfg: LMConfig,
+    P: int,
+    n_blocks: int,
+    width: int,
+    mesh: Mesh,
+) -> Array:
+    """Influence [devices, Z, P, W] that a chunk passes on to every slot."""
+
+    def local(held: _Held, rows: _Rows, visit_B: Array, is_node_LP: Array) -> Array:
+        edges = _pull(held, rows, cfg=cfg, P=P, n_blocks=n_blocks, width=width)
+        edge_ZPWB, error_LPB, embed_PB = map(jnp.abs, edges)
+        total_B = edge_ZPWB.sum((0, 1, 2)) + embed_PB.sum(0)
+        total_B += jnp.einsum("LPB,LP->B", error_LPB, is_node_LP)
+        share_B = visit_B / jnp.where(total_B > 0, total_B, 1)
+        return jnp.einsum("ZPWB,B->ZPW", edge_ZPWB, share_B)[None]
+
+    split = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), _ROW, _ROW, PartitionSpec()),
+        out_specs=_ROW,
+        check_vma=False,
+    )
+    return split(held, rows, visit_B, is_node_LP)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Puller:
+    """A prompt ready for its rows to be computed."""
+
+    held: _Held
+    bank: Bank
+    cfg: LMConfig
+    plan: Plan
+    mesh: Mesh
+    n_tokens: int  # of the prompt, without the padding of the recording
+
+    @property
+    def n_features(self) -> int:
+        """A."""
+        return len(self.bank.pos_A)
+
+    def chunks(self, targets: RowTargets) -> list[Chunk]:
+        """Targets cut into chunks."""
+        return self.plan.chunks(targets.layer_R, targets.pos_R + 1)
+
+
+def make_puller(
     params: LMParams,
     recording: Recording,
-    bank: SourceBank,
+    active: Active,
+    error_LTD: np.ndarray,
     *,
-    skip: tuple[Array, Array] | None = None,
-) -> Stream:
-    """Put what all rows of a prompt need on the device, once.
+    cfg: LMConfig,
+    plan: Plan,
+    n_tokens: int,
+    mesh: Mesh,
+    bank: Bank | None = None,
+    packed: bool = True,
+) -> Puller:
+    """Put what all rows of a prompt need on the devices, once.
 
     Args:
       params: model weights (attention values, outputs and norms are used).
       recording: the clean pass.
-      bank: packed sources.
-      skip: linear path of the dictionary, see `jaxclt.lm.frozen.replay`.
+      active: source features.
+      error_LTD: error vectors.
+      cfg: model shape.
+      plan: bands and chunk capacity.
+      n_tokens: length of the prompt; the recording may be longer.
+      mesh: devices to split chunks over, one axis `rows`.
+      bank: packed `writers` of `active`, if already at hand.
+      packed: hold the source vectors written out; else gather them as they are used.
     """
-    packed = {
-        field.name: jnp.asarray(getattr(bank, field.name))
-        for field in dataclasses.fields(bank)
-        if field.name in Stream._fields
-    }
-    return Stream(
-        blocks=params.blocks,
-        pattern_LHTS=recording.frozen.pattern_LHTS,
-        scale_LT=recording.frozen.attn_scale_LT,
-        skip=skip,
-        **packed,
+    T = error_LTD.shape[1]
+    bank = bank or pack(writers(active), T)
+    held = _Held(
+        stream=make_stream(params, recording, cfg=cfg, pull=True, skip=active.skip),
+        bank=bank.on_device(packed=packed),
+        error_LTD=jnp.asarray(error_LTD),
+        embed_TD=recording.embed_TD,
+    )
+    if mesh.size > 1:
+        held = jax.device_put(held, jax.sharding.NamedSharding(mesh, PartitionSpec()))
+    return Puller(
+        held=held, bank=bank, cfg=cfg, plan=plan, mesh=mesh, n_tokens=n_tokens
+    )
+
+
+def _padded_rows(puller: Puller, targets: RowTargets, index_B: np.ndarray) -> _Rows:
+    part = targets.take(index_B)
+    pad = puller.plan.capacity - len(index_B)
+    return _Rows(
+        jnp.asarray(np.pad(part.layer_R, (0, pad), constant_values=-1)),
+        jnp.asarray(np.pad(part.pos_R, (0, pad))),
+        jnp.asarray(np.pad(part.read_RD, ((0, pad), (0, 0)))),
     )
 
 
 def edge_rows(
-    stream: Stream,
-    bank: SourceBank,
+    puller: Puller,
     targets: RowTargets,
     out_RN: np.ndarray,
     *,
-    cfg: LMConfig,
-    plan: Plan,
-    source_pos_A: np.ndarray,
+    pool_A: np.ndarray | None = None,
+    rest_R: np.ndarray | None = None,
+    rest_abs_R: np.ndarray | None = None,
     on_rows: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """Write the direct effects of every source on every target into `out_RN`.
+    """Write the direct effects of the sources on every target into `out_RN`.
 
     Args:
-      stream: from `make_stream`.
-      bank: what it was made of.
+      puller: from `make_puller`.
       targets: R directions.
-      out_RN: zeroed host array [R, A + L·T + T], filled in place: features, errors
-        layer-major, embeddings.
-      cfg: model shape.
-      plan: bands and chunk capacity.
-      source_pos_A: position of every source feature.
+      out_RN: zeroed host array [R, A' + L·T + T], filled in place: pooled features,
+        errors layer-major, embeddings.
+      pool_A: features whose edges are kept, ascending; None for all.
+      rest_R: filled with the sum of the other features' edges, if given.
+      rest_abs_R: the same without sign.
       on_rows: called with the number of rows just finished.
     """
-    pending: tuple[Chunk, _Pulled] | None = None
-    for chunk in plan.chunks(targets.layer_R, targets.pos_R):
-        part = targets.take(chunk.row_C)
-        pad = plan.capacity - len(chunk.row_C)
-        pulled = _pull_chunk(
-            stream,
-            jnp.asarray(np.pad(part.layer_R, (0, pad), constant_values=-1)),
-            jnp.asarray(np.pad(part.pos_R, (0, pad))),
-            jnp.asarray(np.pad(part.read_RD, ((0, pad), (0, 0)))),
-            cfg=cfg,
+    every = np.arange(len(puller.bank.pos_A))
+    pool = every if pool_A is None else pool_A
+    near = {}
+    for P in puller.plan.band_end:
+        place = puller.bank.place(pool, 0, P)
+        found = np.flatnonzero(place >= 0)
+        size = bucket(len(found))
+        end = puller.bank.n_blocks * P * puller.bank.width
+        padded = np.pad(place[found], (0, size - len(found)), constant_values=end)
+        near[P] = found, jnp.asarray(padded.astype(np.int32))
+
+    def start(chunk: Chunk) -> _Read:
+        return _pull_chunk(
+            puller.held,
+            _padded_rows(puller, targets, chunk.index_B),
+            near[chunk.n_positions][1],
+            cfg=puller.cfg,
             P=chunk.n_positions,
-            n_blocks=bank.n_blocks,
+            n_blocks=puller.bank.n_blocks,
+            width=puller.bank.width,
+            mesh=puller.mesh,
+            all_kept=len(pool) == len(every),
         )
-        # The device works on this chunk while the host unpacks the one before.
+
+    for chunk, read in pipelined(puller.chunks(targets), start):
+        columns = near[chunk.n_positions][0]
+        _write_rows(chunk, read, columns, len(pool), puller.n_tokens, out_RN)
+        n = len(chunk.index_B)
+        if rest_R is not None:
+            rest_R[chunk.index_B] = np.asarray(read.rest_B)[:n]
+        if rest_abs_R is not None:
+            rest_abs_R[chunk.index_B] = np.asarray(read.rest_abs_B)[:n]
+        on_rows(n)
+
+
+_Result = TypeVar("_Result")
+
+
+def pipelined(
+    chunks: list[Chunk], start: Callable[[Chunk], _Result]
+) -> Iterator[tuple[Chunk, _Result]]:
+    """Results one chunk late: the device works on while the host unpacks."""
+    pending = None
+    for chunk in chunks:
+        started = chunk, start(chunk)
         if pending is not None:
-            _unpack(*pending, bank, source_pos_A, out_RN)
-            on_rows(len(pending[0].row_C))
-        pending = chunk, pulled
+            yield pending
+        pending = started
     if pending is not None:
-        _unpack(*pending, bank, source_pos_A, out_RN)
-        on_rows(len(pending[0].row_C))
+        yield pending
 
 
-_Pulled = tuple[Array, Array, Array]
-
-
-def _unpack(
+def _write_rows(
     chunk: Chunk,
-    pulled: _Pulled,
-    bank: SourceBank,
-    source_pos_A: np.ndarray,
+    read: _Read,
+    columns: np.ndarray,
+    n_features: int,
+    n_tokens: int,
     out_RN: np.ndarray,
 ) -> None:
     """Put one chunk's edges where they belong: rows by target, columns by source."""
-    edge_BPCS, error_LPC, embed_PC = map(np.asarray, pulled)
-    L, A, n = len(error_LPC), len(source_pos_A), len(chunk.row_C)
-    T = (out_RN.shape[1] - A) // (L + 1)  # without the padding of the recording
-    P = min(chunk.n_positions, T)
-    near = np.flatnonzero(source_pos_A < P)
-    flat_CX = edge_BPCS[:, :, :n].transpose(2, 1, 0, 3).reshape(n, -1)
-    place = source_pos_A[near] * bank.n_blocks * bank.width + bank.slot_A[near]
-    row_C1 = chunk.row_C[:, None]
-    out_RN[row_C1, near[None, :]] = flat_CX[:, place]
+    edge_EB, error_LPB, embed_PB = map(np.asarray, read[:3])
+    A, T, n = n_features, n_tokens, len(chunk.index_B)
+    L, P = len(error_LPB), min(chunk.n_positions, n_tokens)
+    row_B1 = chunk.index_B[:, None]
+    out_RN[row_B1, columns[None, :]] = edge_EB[: len(columns), :n].T
     error = A + (np.arange(L)[:, None] * T + np.arange(P)[None, :]).ravel()
-    out_RN[row_C1, error[None, :]] = error_LPC[:, :P, :n].reshape(L * P, n).T
-    out_RN[chunk.row_C, A + L * T : A + L * T + P] = embed_PC[:P, :n].T
+    out_RN[row_B1, error[None, :]] = error_LPB[:, :P, :n].reshape(L * P, n).T
+    out_RN[chunk.index_B, A + L * T : A + L * T + P] = embed_PB[:P, :n].T
 
 
-def pull_flops(cfg: LMConfig, bank: SourceBank) -> float:
-    """Floating-point operations per target and position it touches, on average.
+def visits(
+    puller: Puller, targets: RowTargets, visit_R: np.ndarray, is_node_LT: np.ndarray
+) -> np.ndarray:
+    """Influence that targets pass on to every feature, without holding their rows, [A].
 
-    A target goes down half of the layers; in each, the transposes of W_O, the pattern
-    and W_V, and the dot products with the tiles of one write layer.
+    Args:
+      puller: from `make_puller`.
+      targets: R directions.
+      visit_R: influence that has arrived at each.
+      is_node_LT: which errors count as inputs.
     """
-    heads, kv_heads = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
-    n_tokens = bank.error_LTD.shape[1]
-    layer = cfg.d_model * (heads + kv_heads) + n_tokens * heads
-    n_tiles = len(bank.shared_XTSD) + len(bank.overflow_YSD) / n_tokens
-    tiles = n_tiles * bank.width * cfg.d_model
-    return cfg.n_layers * layer + tiles
+    bank, total_A = puller.bank, np.zeros(len(puller.bank.pos_A))
+    dtype = targets.read_RD.dtype
+    every = np.arange(len(total_A))
+    is_node_LT = np.pad(
+        is_node_LT.astype(dtype),
+        ((0, 0), (0, puller.held.embed_TD.shape[0] - is_node_LT.shape[1])),
+    )
+
+    def start(chunk: Chunk) -> Array:
+        pad = puller.plan.capacity - len(chunk.index_B)
+        visit_B = np.pad(visit_R[chunk.index_B], (0, pad)).astype(dtype)
+        return _visit_chunk(
+            puller.held,
+            _padded_rows(puller, targets, chunk.index_B),
+            jnp.asarray(visit_B),
+            jnp.asarray(is_node_LT[:, : chunk.n_positions]),
+            cfg=puller.cfg,
+            P=chunk.n_positions,
+            n_blocks=bank.n_blocks,
+            width=bank.width,
+            mesh=puller.mesh,
+        )
+
+    for chunk, passed in pipelined(puller.chunks(targets), start):
+        place = bank.place(every, 0, chunk.n_positions)
+        flat = np.asarray(passed).sum(0).ravel()
+        total_A += np.where(place >= 0, flat[place], 0)
+    return total_A
+
+
+def pull_flops(
+    cfg: LMConfig, bank: Bank, plan: Plan, targets: RowTargets, *, skip: bool
+) -> float:
+    """Floating-point operations of all rows, padding included."""
+    total = 0.0
+    for chunk in plan.chunks(targets.layer_R, targets.pos_R + 1):
+        read = int(targets.layer_R[chunk.index_B].max())
+        total += chunk_flops(
+            cfg,
+            bank,
+            chunk.n_positions,
+            plan.capacity,
+            range(min(read, cfg.n_layers - 1) + 1),
+            range(read),  # what is written at the layer it reads comes after it
+            skip=skip,
+        )
+    return total

@@ -17,15 +17,16 @@ from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import Block
 
-__all__ = ["FrozenLayer", "Taps", "block"]
+__all__ = ["FrozenLayer", "Taps", "block", "frozen_pattern"]
 
 
 class FrozenLayer(NamedTuple):
     """One layer of `Frozen`."""
 
-    pattern_HTS: Array
+    pattern_HTS: Array | None
     attn_scale_T: Array
     mlp_scale_T: Array
+    clean_TD: Array | None = None  # what the pattern is computed from if not kept
 
 
 class Taps(NamedTuple):
@@ -45,6 +46,7 @@ def block(
     cfg: LMConfig,
     frozen: FrozenLayer | None = None,
     biases: bool = True,
+    keep_patterns: bool = True,
 ) -> tuple[Array, Taps]:
     """Attention, then whatever `write` puts at the MLP's place.
 
@@ -55,6 +57,7 @@ def block(
       cfg: model shape.
       frozen: clean pattern and scales; None computes them from the stream.
       biases: False drops attention biases, which makes a frozen block linear.
+      keep_patterns: False leaves the attention pattern out of the taps.
 
     Returns:
       The residual stream leaving the block [T, D], and the taps.
@@ -69,7 +72,7 @@ def block(
         pattern_HTS = (
             layers.attention_pattern(p, normed_TD, cfg=cfg)
             if frozen is None
-            else frozen.pattern_HTS
+            else frozen_pattern(p, frozen, cfg=cfg)
         )
         mid_TD = resid_TD + layers.move(
             p, pattern_HTS, normed_TD, cfg=cfg, biases=biases
@@ -81,7 +84,17 @@ def block(
             else frozen.mlp_scale_T
         )
         write_TD = write(mid_TD, mlp_scale_T)
-    taps = Taps(
-        resid_TD, mid_TD, write_TD, FrozenLayer(pattern_HTS, attn_scale_T, mlp_scale_T)
+    held = FrozenLayer(
+        pattern_HTS if keep_patterns else None, attn_scale_T, mlp_scale_T
     )
-    return mid_TD + write_TD, taps
+    return mid_TD + write_TD, Taps(resid_TD, mid_TD, write_TD, held)
+
+
+def frozen_pattern(p: Block, frozen: FrozenLayer, *, cfg: LMConfig) -> Array:
+    """The clean attention pattern [H, T, S] of one layer, kept or computed again."""
+    if frozen.pattern_HTS is not None:
+        return frozen.pattern_HTS
+    if frozen.clean_TD is None:
+        raise ValueError("a frozen layer holds neither a pattern nor a clean stream")
+    normed_TD = layers.normalise(frozen.clean_TD, frozen.attn_scale_T, p.norm_attn_LD)
+    return layers.attention_pattern(p, normed_TD, cfg=cfg)

@@ -49,6 +49,7 @@ def run(
     per_layer: Any = None,
     frozen: Frozen | None = None,
     biases: bool = True,
+    keep_patterns: bool = True,
 ) -> Run:
     """Scan the block over the layers with a write policy.
 
@@ -61,6 +62,7 @@ def run(
       per_layer: the policy's data, leaves with a leading L.
       frozen: hold these patterns and scales instead of computing them.
       biases: False drops attention biases (for the linear map).
+      keep_patterns: False leaves attention patterns out of the taps.
 
     Returns:
       The run; `taps` have a leading layer axis.
@@ -68,7 +70,12 @@ def run(
     held = (
         None
         if frozen is None
-        else FrozenLayer(frozen.pattern_LHTS, frozen.attn_scale_LT, frozen.mlp_scale_LT)
+        else FrozenLayer(
+            frozen.pattern_LHTS,
+            frozen.attn_scale_LT,
+            frozen.mlp_scale_LT,
+            frozen.clean_LTD,
+        )
     )
 
     def step(state: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], Taps]:
@@ -81,7 +88,13 @@ def run(
             return write_TD
 
         resid_TD, taps = block(
-            p, resid_TD, write, cfg=cfg, frozen=layer_frozen, biases=biases
+            p,
+            resid_TD,
+            write,
+            cfg=cfg,
+            frozen=layer_frozen,
+            biases=biases,
+            keep_patterns=keep_patterns,
         )
         return (resid_TD, inner), taps
 
@@ -109,13 +122,17 @@ def unembed(params: LMParams, out_TD: Array) -> Array:
     return jnp.einsum("...D,DV->...V", out_TD, params.unembed_DV)
 
 
-def record(params: LMParams, token_T: Array, *, cfg: LMConfig) -> Recording:
+def record(
+    params: LMParams, token_T: Array, *, cfg: LMConfig, keep_patterns: bool = True
+) -> Recording:
     """One clean pass with everything the local replacement model needs.
 
     Args:
       params: model weights.
       token_T: int token ids.
       cfg: model shape.
+      keep_patterns: False for prompts whose L·H·T² attention probabilities would take
+        too much memory; they are then computed again where they are used.
 
     Returns:
       The recording, in the weights' dtype.
@@ -129,7 +146,7 @@ def record(params: LMParams, token_T: Array, *, cfg: LMConfig) -> Recording:
         normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
         return carry, layers.mlp(p, normed_TD, cfg=cfg)
 
-    done = run(params, embed_TD, native, cfg=cfg)
+    done = run(params, embed_TD, native, cfg=cfg, keep_patterns=keep_patterns)
     taps = done.taps
     return Recording(
         token_T=token_T,
@@ -143,10 +160,12 @@ def record(params: LMParams, token_T: Array, *, cfg: LMConfig) -> Recording:
             attn_scale_LT=taps.frozen.attn_scale_T,
             mlp_scale_LT=taps.frozen.mlp_scale_T,
             out_scale_T=done.out_scale_T,
+            clean_LTD=None if keep_patterns else taps.resid_TD,
         ),
     )
 
 
 def forward(params: LMParams, token_T: Array, *, cfg: LMConfig) -> Array:
     """Logits [T, V] of the underlying model."""
-    return unembed(params, record(params, token_T, cfg=cfg).out_TD)
+    done = record(params, token_T, cfg=cfg, keep_patterns=False)
+    return unembed(params, done.out_TD)

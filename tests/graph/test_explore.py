@@ -75,7 +75,9 @@ def test_exploring_everything_step_by_step_is_the_full_graph() -> None:
 def test_exploring_stops_at_the_tolerance() -> None:
     """Less influence than the tolerance rests on features without a row."""
     full = case_graph("clt")
-    config = AttributeConfig(max_features=None, tolerance=0.2, rows_per_update=10)
+    config = AttributeConfig(
+        max_features=None, tolerance=0.2, rows_per_update=10, direction="pull"
+    )
     part = case("clt").graph(config)
     assert 0 < part.n_features < full.n_features / 2
     rows, feature_R, total_R, weight_K = parts_of(full)

@@ -24,7 +24,7 @@ from cases import (
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.rows import make_plan
+from jaxclt.graph.plan import make_plan
 from jaxclt.graph.scores import scores
 from jaxclt.lm.frozen import frozen_reads
 from jaxclt.lm.run import unembed
@@ -250,12 +250,14 @@ def test_bands_touch_the_fewest_positions(n_bands: int | None) -> None:
     plan = make_plan(len(pos_R), n_positions=T, flops_per_position=1e9, n_bands=n_bands)
     assert plan.band_end[-1] == T
     assert (np.diff((0, *plan.band_end)) > 0).all()
-    chunks = plan.chunks(layer_R, pos_R)
-    assert sorted(np.concatenate([c.row_C for c in chunks])) == list(range(len(pos_R)))
+    chunks = plan.chunks(layer_R, pos_R + 1)
+    assert sorted(np.concatenate([c.index_B for c in chunks])) == list(
+        range(len(pos_R))
+    )
     for chunk in chunks:
-        assert len(chunk.row_C) <= plan.capacity
-        assert pos_R[chunk.row_C].max() < chunk.n_positions
-        assert (np.diff(layer_R[chunk.row_C]) <= 0).all()
+        assert len(chunk.index_B) <= plan.capacity
+        assert pos_R[chunk.index_B].max() < chunk.n_positions
+        assert (np.diff(layer_R[chunk.index_B]) <= 0).all()
 
     def touched(ends: tuple[int, ...]) -> int:
         return int(np.array(ends)[np.searchsorted(ends, pos_R, side="right")].sum())

@@ -1,0 +1,255 @@
+"""Edge columns: push sources forward through the frozen stream, dot them with targets.
+
+The mirror image of `jaxclt.graph.rows`: a source's vectors are added at every MLP
+output it writes, the stream moves them up through frozen attention, and each target
+reads its layer once. Same numbers, another order of summation. Worth it when all rows
+are wanted, see `jaxclt.graph.plan`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxclt.graph.bank import Bank, DeviceBank, Items, RowTargets, add_dots
+from jaxclt.graph.plan import Chunk, Plan, chunk_flops
+from jaxclt.graph.rows import pipelined
+from jaxclt.graph.stream import Stream, attend, make_stream
+from jaxclt.lm.config import LMConfig
+from jaxclt.shapes import bucket
+from jaxclt.types import LMParams, Recording
+
+__all__ = ["Columns", "edge_columns", "push_flops"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Columns:
+    """All sources of a prompt: features, errors layer-major, embeddings.
+
+    Site 0 is the embedding, site m + 1 the MLP output of layer m.
+    """
+
+    written: Items  # features, from `jaxclt.graph.bank.writers`
+    error_LTD: np.ndarray
+    embed_TD: np.ndarray
+
+    @property
+    def sites(self) -> np.ndarray:
+        """First site of every source."""
+        L, T, _ = self.error_LTD.shape
+        error = np.repeat(np.arange(L), T) + 1
+        return np.concatenate([self.written.site_A + 1, error, np.zeros(T, int)])
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Position of every source."""
+        L, T, _ = self.error_LTD.shape
+        pos = np.arange(T)
+        return np.concatenate([self.written.pos_A, np.tile(pos, L), pos])
+
+    def write(self, index_B: np.ndarray, capacity: int) -> np.ndarray:
+        """What a chunk of sources writes at every site, [L + 1, capacity, D]."""
+        L, T, D = self.error_LTD.shape
+        A = len(self.written.pos_A)
+        write_MBD = np.zeros((L + 1, capacity, D), self.error_LTD.dtype)
+        place = np.flatnonzero(index_B < A)
+        feature = index_B[place]
+        items = self.written
+        n_sites_A = np.array(items.n_sites)[items.site_A[feature]]
+        for j in range(int(n_sites_A.max(initial=0))):
+            more = n_sites_A > j
+            f = feature[more]
+            rows = items.table_UD[items.row_A[f] + j] * items.value_A[f, None]
+            write_MBD[items.site_A[f] + 1 + j, place[more]] = rows
+        place = np.flatnonzero((index_B >= A) & (index_B < A + L * T))
+        layer, pos = np.divmod(index_B[place] - A, T)
+        write_MBD[layer + 1, place] = self.error_LTD[layer, pos]
+        place = np.flatnonzero(index_B >= A + L * T)
+        write_MBD[0, place] = self.embed_TD[index_B[place] - A - L * T]
+        return write_MBD
+
+
+class _Held(NamedTuple):
+    stream: Stream
+    bank: DeviceBank
+
+
+_STATIC = ("cfg", "P", "n_blocks", "width", "mesh")
+
+
+@partial(jax.jit, static_argnames=_STATIC)
+def _push_chunk(
+    held: _Held,
+    first: Array,
+    start: Array,
+    pos_B: Array,
+    write_MBD: Array,
+    place_E: Array,
+    *,
+    cfg: LMConfig,
+    P: int,
+    n_blocks: int,
+    width: int,
+    mesh: Mesh,
+) -> Array:
+    """Edges [E, B] of a chunk of sources on the targets at `place_E`."""
+
+    def local(
+        held: _Held,
+        first: Array,
+        start: Array,
+        pos_B: Array,
+        write_MBD: Array,
+        place_E: Array,
+    ) -> Array:
+        stream, bank = held
+        L, (_, B, D) = cfg.n_layers, write_MBD.shape
+        row_B = jnp.arange(B)
+        near_B = pos_B - start
+
+        def level(layer: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+            x_PBD, edge_ZPWB = state
+            with jax.named_scope("push_attention"):
+                moved = attend(stream, layer, x_PBD, cfg=cfg, start=start, pull=False)
+            x_PBD = x_PBD + moved
+            edge_ZPWB = add_dots(bank, layer, x_PBD, edge_ZPWB, start=start)
+            if stream.skip is not None:
+                diagonal_LTD, W_skip_LDD = stream.skip
+                at = (layer, start, jnp.zeros((), layer.dtype))
+                diagonal_PD = jax.lax.dynamic_slice(diagonal_LTD, at, (1, P, D))[0]
+                read_PBD = x_PBD * diagonal_PD[:, None, :]
+                x_PBD = x_PBD + jnp.einsum("PBD,DE->PBE", read_PBD, W_skip_LDD[layer])
+            x_PBD = x_PBD.at[near_B, row_B].add(write_MBD[layer + 1])
+            return x_PBD, edge_ZPWB
+
+        x_PBD = jnp.zeros((P, B, D), write_MBD.dtype)
+        x_PBD = x_PBD.at[near_B, row_B].add(write_MBD[first])
+        edge_ZPWB = jnp.zeros((n_blocks, P, width, B), write_MBD.dtype)
+        x_PBD, edge_ZPWB = jax.lax.fori_loop(first, L, level, (x_PBD, edge_ZPWB))
+        end = jnp.asarray(L, jnp.int32)
+        edge_ZPWB = add_dots(bank, end, x_PBD, edge_ZPWB, start=start)
+        flat_XB = edge_ZPWB.reshape(-1, B)
+        # Empty places point past the end.
+        return flat_XB.at[place_E].get(mode="fill", fill_value=0)
+
+    one, rows = PartitionSpec(), PartitionSpec("rows")
+    split = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(one, one, one, rows, PartitionSpec(None, "rows"), one),
+        out_specs=PartitionSpec(None, "rows"),
+        check_vma=False,
+    )
+    return split(held, first, start, pos_B, write_MBD, place_E)
+
+
+def edge_columns(
+    params: LMParams,
+    recording: Recording,
+    columns: Columns,
+    targets: RowTargets,
+    bank: Bank,
+    out_RN: np.ndarray,
+    *,
+    cfg: LMConfig,
+    plan: Plan,
+    mesh: Mesh,
+    skip: tuple[Array, Array] | None = None,
+    on_columns: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Write the direct effects of all sources on all targets into `out_RN`.
+
+    Args:
+      params: model weights.
+      recording: the clean pass, with its patterns; may be padded.
+      columns: all sources; errors and embeddings of the prompt's T tokens.
+      targets: R directions.
+      bank: packed `readers` of the targets.
+      out_RN: zeroed host array [R, N], filled in place.
+      cfg: model shape.
+      plan: bands and chunk capacity, of reach T - position.
+      mesh: devices to split chunks over, one axis `rows`.
+      skip: linear path of the dictionary.
+      on_columns: called with the number of columns just finished.
+    """
+    stream = make_stream(params, recording, cfg=cfg, pull=False, skip=skip)
+    held = _Held(stream, bank.on_device(packed=True))
+    if mesh.size > 1:
+        held = jax.device_put(held, jax.sharding.NamedSharding(mesh, PartitionSpec()))
+    T = len(columns.embed_TD)
+    site_N, pos_N = columns.sites, columns.positions
+    every = np.arange(len(targets.pos_R))
+    near = {}
+    for P in plan.band_end:
+        place = bank.place(every, max(T - P, 0), P)
+        found = np.flatnonzero(place >= 0)
+        end = bank.n_blocks * P * bank.width
+        padding = (0, bucket(len(found)) - len(found))
+        padded = np.pad(place[found], padding, constant_values=end)
+        near[P] = found, jnp.asarray(padded.astype(np.int32))
+
+    def start(chunk: Chunk) -> Array:
+        index_B, P = chunk.index_B, chunk.n_positions
+        pad = plan.capacity - len(index_B)
+        return _push_chunk(
+            held,
+            jnp.asarray(site_N[index_B].min(), jnp.int32),
+            jnp.asarray(max(T - P, 0), jnp.int32),
+            jnp.asarray(np.pad(pos_N[index_B], (0, pad), mode="edge"), jnp.int32),
+            jnp.asarray(columns.write(index_B, plan.capacity)),
+            near[P][1],
+            cfg=cfg,
+            P=P,
+            n_blocks=bank.n_blocks,
+            width=bank.width,
+            mesh=mesh,
+        )
+
+    chunks = _chunks(columns, cfg, plan)
+    for chunk, pushed in pipelined(chunks, start):
+        rows = near[chunk.n_positions][0]
+        column_B = chunk.index_B
+        edge_EB = np.asarray(pushed)[: len(rows), : len(column_B)]
+        # Within a layer the columns of a band are neighbours: copied run by run.
+        order = np.argsort(column_B)
+        sorted_B = column_B[order]
+        breaks = np.flatnonzero(np.diff(sorted_B) != 1) + 1
+        for run in np.split(order, breaks):
+            first = column_B[run[0]]
+            block_EB = edge_EB[:, run[0] : run[0] + len(run)]
+            if (np.diff(run) != 1).any():
+                block_EB = edge_EB[:, run]
+            out_RN[rows, first : first + len(run)] = block_EB
+        on_columns(len(column_B))
+
+
+def _chunks(columns: Columns, cfg: LMConfig, plan: Plan) -> list[Chunk]:
+    levels = cfg.n_layers - columns.sites
+    return plan.chunks(levels, len(columns.embed_TD) - columns.positions)
+
+
+def push_flops(
+    cfg: LMConfig, bank: Bank, plan: Plan, columns: Columns, *, skip: bool
+) -> float:
+    """Floating-point operations of all columns, padding included."""
+    total, L, sites = 0.0, cfg.n_layers, columns.sites
+    for chunk in _chunks(columns, cfg, plan):
+        first = int(sites[chunk.index_B].min())
+        total += chunk_flops(
+            cfg,
+            bank,
+            chunk.n_positions,
+            plan.capacity,
+            range(first, L),
+            range(first, L + 1),
+            skip=skip,
+        )
+    return total

@@ -1,0 +1,206 @@
+"""How much memory a graph takes, and what to do when there is less.
+
+Three things grow with the prompt: attention patterns with its square, the source
+vectors with the active features, the edge matrix with rows times columns. Each has a
+smaller form: patterns computed again in each layer, sources gathered from the
+dictionary's rows as they are used, edges kept for a pool of the most influential
+features only (the others are summed into `rest`). A plan takes them in that order, and
+smaller chunks last, until it fits; if nothing fits it says so before any work is done.
+
+The counts are of arrays held at the same time at the worst moment, from shapes alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+
+from jaxclt.errors import InputError
+from jaxclt.lm.config import LMConfig
+
+__all__ = ["MemoryPlan", "Sizes", "available_bytes", "memory_plan", "patterns_kept"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What memory depends on."""
+
+    cfg: LMConfig
+    n_tokens: int  # of the recording, padding included
+    n_active: int
+    n_rows: int  # features that get a row, at most
+    n_targets: int
+    n_sites: float = 1  # MLP outputs a feature writes, on average
+    n_unique: int | None = None  # distinct active features; None: all distinct
+    params_bytes: int = 0
+    itemsize: int = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """The chosen forms, and the bytes they take."""
+
+    keep_patterns: bool
+    packed: bool  # source vectors written out
+    pool: int  # features whose columns are kept while rows are computed
+    chunk_size: int
+    full_matrix: bool  # rows of all active features would fit
+    bytes: dict[str, int]  # by what they are for
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(self.bytes.values())
+
+
+def patterns_kept(cfg: LMConfig, n_tokens: int, budget: int, itemsize: int = 4) -> bool:
+    """Whether the attention patterns of a prompt may be held: up to 1/16 of memory.
+
+    They are held twice for a moment, when the norm's scale is folded in.
+    """
+    return _patterns(cfg, n_tokens, itemsize) <= budget // 16
+
+
+def _patterns(cfg: LMConfig, n_tokens: int, itemsize: int) -> int:
+    return cfg.n_layers * cfg.n_heads * n_tokens**2 * itemsize
+
+
+_CHUNKS = (128, 64, 32, 16)
+
+
+def memory_plan(
+    sizes: Sizes, budget: int, *, chunk_size: int = 128, n_devices: int = 1
+) -> MemoryPlan:
+    """The fastest plan that fits.
+
+    Args:
+      sizes: of the prompt.
+      budget: bytes that may be used in all.
+      chunk_size: most rows pulled back together on one device.
+      n_devices: devices that share each chunk.
+
+    Raises:
+      InputError: if even the smallest plan does not fit, with what it needs.
+    """
+    keep = patterns_kept(sizes.cfg, sizes.n_tokens, budget, sizes.itemsize)
+    chunks = [c for c in _CHUNKS if c < chunk_size]
+    smallest = None
+    for chunk in (chunk_size, *chunks):
+        for packed in (True, False):
+            fixed = _fixed(sizes, keep, packed, chunk * n_devices)
+            room = budget - sum(fixed.values())
+            pool = _pool(sizes, room)
+            plan = _planned(sizes, keep, packed, pool, chunk, fixed, budget)
+            smallest = plan
+            # A pool cut below four times the rows picks them with too little choice.
+            if plan.total <= budget and pool >= min(sizes.n_active, 4 * sizes.n_rows):
+                return plan
+    assert smallest is not None
+    if smallest.total <= budget:
+        return smallest
+    raise InputError(
+        f"this graph needs {smallest.total / 1e9:.1f} GB of memory and "
+        f"{budget / 1e9:.1f} GB may be used: lower --max-features (now "
+        f"{sizes.n_rows:,}), shorten the prompt ({sizes.n_tokens:,} tokens), or raise "
+        "--memory"
+    )
+
+
+def _pool(sizes: Sizes, room: int) -> int:
+    """Columns that fit beside errors and embeddings, at least one per row."""
+    other = (sizes.cfg.n_layers + 1) * sizes.n_tokens
+    per_column = (sizes.n_rows + sizes.n_targets) * sizes.itemsize * _MATRIX
+    fits = int(room / max(per_column, 1)) - other
+    return max(min(fits, sizes.n_active), min(sizes.n_rows, sizes.n_active))
+
+
+_MATRIX = 2.0  # the matrix, its selection, and the masks and blocks of pruning
+
+
+def _matrix(sizes: Sizes, n_rows: int, pool: int) -> int:
+    columns = pool + (sizes.cfg.n_layers + 1) * sizes.n_tokens
+    return int((n_rows + sizes.n_targets) * columns * sizes.itemsize * _MATRIX)
+
+
+def _fixed(sizes: Sizes, keep: bool, packed: bool, chunk: int) -> dict[str, int]:
+    """Bytes of everything but the edge matrix."""
+    cfg, T, item = sizes.cfg, sizes.n_tokens, sizes.itemsize
+    L, D = cfg.n_layers, cfg.d_model
+    heads = cfg.n_heads * cfg.d_head
+    unique = min(sizes.n_unique or sizes.n_active, sizes.n_active)
+    vectors = int(sizes.n_active * sizes.n_sites)
+    patterns = _patterns(cfg, T, item)
+    one_layer = patterns // L
+    tiles = vectors * (D if packed else 2) * item
+    slots = -(-sizes.n_active // max(T, 1)) * T
+    stream = T * chunk * (3 * D + 2 * heads) * item
+    gathered = 0 if packed else -(-vectors // L) * D * item
+    return {
+        "parameters": sizes.params_bytes,
+        "recording": 8 * L * T * D * item,  # the stream, writes, errors, diagonals
+        "patterns": 2 * patterns if keep else 3 * one_layer,
+        "dictionary rows": int(unique * (1 + 2 * sizes.n_sites) * D * item),
+        "active features": sizes.n_active * 64,
+        "sources": tiles + gathered,
+        "chunk": stream + 2 * slots * chunk * item,
+    }
+
+
+def _planned(
+    sizes: Sizes,
+    keep: bool,
+    packed: bool,
+    pool: int,
+    chunk: int,
+    fixed: dict[str, int],
+    budget: int,
+) -> MemoryPlan:
+    everything = sum(fixed.values()) + _matrix(sizes, sizes.n_active, sizes.n_active)
+    return MemoryPlan(
+        keep_patterns=keep,
+        packed=packed,
+        pool=pool,
+        chunk_size=chunk,
+        full_matrix=everything <= budget,
+        bytes=fixed | {"edges": _matrix(sizes, sizes.n_rows, pool)},
+    )
+
+
+def available_bytes() -> int:
+    """Memory that may be used: the accelerator's, else what the machine has free."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        if "bytes_limit" in stats:
+            return int(stats["bytes_limit"]) * jax.local_device_count()
+    free = _meminfo() or 8 << 30
+    limit = _cgroup_room()
+    return free if limit is None else min(free, limit)
+
+
+def _meminfo() -> int | None:
+    """MemAvailable on Linux, physical memory elsewhere."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    if "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def _cgroup_room() -> int | None:
+    """What a container's limit leaves beside its processes' memory; None: no limit."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        stat = dict(s.split() for s in (root / "memory.stat").read_text().splitlines())
+        used = int(stat["anon"])  # the page cache gives way
+    except (OSError, ValueError, KeyError):
+        return None
+    return None if limit == "max" else max(int(limit) - used, 0)

@@ -1,0 +1,155 @@
+"""The frozen stream on the device, laid out for one direction of travel.
+
+Edges need the frozen attention maps many times, and nothing else of the model. Gains
+and norm denominators are folded into the value maps and the patterns once, and the
+projections are stored so that every product has its contracted axis first on the right,
+which is what matmul kernels want: a pull-back multiplies by the transposes.
+
+Attention patterns are kept, or, where they would not fit, computed again in each layer
+from what entered it; next to moving a chunk of vectors that costs little.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxclt.lm.block import FrozenLayer, frozen_pattern
+from jaxclt.lm.config import LMConfig
+from jaxclt.types import Block, LMParams, Recording
+
+__all__ = ["Stream", "attend", "make_stream"]
+
+
+class Stream(NamedTuple):
+    """Frozen attention of all layers; axes as in `jaxclt.types`, J heads per group."""
+
+    value: Array  # push: [L, D, G, C]; pull: [L, G, C, D]
+    output: Array  # push: [L, G, J, C, D]; pull: [L, D, G, J, C]
+    pattern_LHTS: Array | None  # times the norm's scale at S
+    blocks: Block | None  # what computes a pattern that is not kept
+    clean_LTD: Array | None
+    scale_LT: Array
+    skip: tuple[Array, Array] | None
+
+
+def make_stream(
+    params: LMParams,
+    recording: Recording,
+    *,
+    cfg: LMConfig,
+    pull: bool,
+    skip: tuple[Array | np.ndarray, Array | np.ndarray] | None = None,
+) -> Stream:
+    """Put what moves vectors between positions on the device, once per prompt.
+
+    Args:
+      params: model weights.
+      recording: the clean pass.
+      cfg: model shape.
+      pull: laid out for pulling targets back, else for pushing sources forward.
+      skip: linear path of the dictionary, see `jaxclt.lm.frozen.replay`.
+    """
+    frozen = recording.frozen
+    kept = frozen.pattern_LHTS is not None
+    return _lay_out(
+        params.blocks,
+        frozen.pattern_LHTS,
+        None if kept else frozen.clean_LTD,
+        frozen.attn_scale_LT,
+        None if skip is None else (jnp.asarray(skip[0]), jnp.asarray(skip[1])),
+        cfg=cfg,
+        pull=pull,
+    )
+
+
+def _lay_out(
+    blocks: Block,
+    pattern_LHTS: Array | None,
+    clean_LTD: Array | None,
+    scale_LT: Array,
+    skip: tuple[Array, Array] | None,
+    *,
+    cfg: LMConfig,
+    pull: bool,
+) -> Stream:
+    value, output = _fold(blocks, cfg=cfg, pull=pull)
+    return Stream(
+        value=value,
+        output=output,
+        pattern_LHTS=None if pattern_LHTS is None else _scaled(pattern_LHTS, scale_LT),
+        blocks=None if clean_LTD is None else blocks,
+        clean_LTD=clean_LTD,
+        scale_LT=scale_LT,
+        skip=skip,
+    )
+
+
+@jax.jit
+def _scaled(pattern_LHTS: Array, scale_LT: Array) -> Array:
+    return pattern_LHTS * scale_LT[:, None, None, :]
+
+
+@partial(jax.jit, static_argnames=("cfg", "pull"))
+def _fold(blocks: Block, *, cfg: LMConfig, pull: bool) -> tuple[Array, Array]:
+    L, _, C, D = blocks.o_LHCD.shape
+    value_LDGC = blocks.v_LDGC * blocks.norm_attn_LD[:, :, None, None]
+    output_LGJCD = blocks.o_LHCD.reshape(L, cfg.n_kv_heads, -1, C, D)
+    if pull:
+        return value_LDGC.transpose(0, 2, 3, 1), output_LGJCD.transpose(0, 4, 1, 2, 3)
+    return value_LDGC, output_LGJCD
+
+
+def attend(
+    stream: Stream,
+    layer: Array,
+    x_PBD: Array,
+    *,
+    cfg: LMConfig,
+    start: Array | int,
+    pull: bool,
+) -> Array:
+    """What frozen attention of one layer adds to streams [P, B, D]; linear in them.
+
+    Args:
+      stream: laid out for `pull` or not.
+      layer: which layer.
+      x_PBD: streams at positions from `start` on.
+      cfg: model shape.
+      start: first position; nothing before it is read.
+      pull: which layout `stream` has. The map is the same.
+    """
+    P = x_PBD.shape[0]
+    pattern_GJTS = _pattern(stream, layer, cfg, start, P)
+    value, output = stream.value[layer], stream.output[layer]
+    if pull:
+        v_SBGC = jnp.einsum("SBD,GCD->SBGC", x_PBD, value)
+        moved_TBGJC = jnp.einsum("GJTS,SBGC->TBGJC", pattern_GJTS, v_SBGC)
+        return jnp.einsum("TBGJC,DGJC->TBD", moved_TBGJC, output)
+    v_SBGC = jnp.einsum("SBD,DGC->SBGC", x_PBD, value)
+    moved_TBGJC = jnp.einsum("GJTS,SBGC->TBGJC", pattern_GJTS, v_SBGC)
+    return jnp.einsum("TBGJC,GJCD->TBD", moved_TBGJC, output)
+
+
+def _pattern(
+    stream: Stream, layer: Array, cfg: LMConfig, start: Array | int, P: int
+) -> Array:
+    """Pattern times scale [G, J, P, P] of positions from `start` on."""
+    if stream.pattern_LHTS is not None:
+        first = jnp.asarray(start, layer.dtype)
+        at = (layer, jnp.zeros((), layer.dtype), first, first)
+        size = (1, cfg.n_heads, P, P)
+        pattern_HTS = jax.lax.dynamic_slice(stream.pattern_LHTS, at, size)[0]
+    else:
+        if stream.blocks is None or stream.clean_LTD is None or start != 0:
+            raise ValueError("patterns of later positions need the earlier ones")
+        p = jax.tree.map(lambda leaf: leaf[layer], stream.blocks)
+        clean_TD, scale_T = stream.clean_LTD[layer, :P], stream.scale_LT[layer, :P]
+        frozen = FrozenLayer(None, scale_T, scale_T, clean_TD)
+        pattern_HTS = frozen_pattern(p, frozen, cfg=cfg) * scale_T[None, None, :]
+    return pattern_HTS.reshape(cfg.n_kv_heads, -1, P, P)
