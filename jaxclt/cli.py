@@ -67,6 +67,10 @@ class _Attribution:
     """Of the weights; a graph is exact in float32."""
     precision: Literal["highest", "high", "default"] = "highest"
     """Of matmuls on accelerators; highest is full float32."""
+    memory: float | None = None
+    """Most memory to use, GB; what is free if not given. Graphs are fitted to it."""
+    devices: int | None = None
+    """How many accelerators share the rows of a graph; all if not given."""
     json: bool = False
     """Print the result as JSON on stdout."""
     debug: bool = False
@@ -90,6 +94,8 @@ class TraceConfig(_Attribution):
     """Tokens to explain instead of the most probable ones (mind leading spaces)."""
     save: Literal["auto", "full", "pruned"] = "auto"
     """What graph.npz holds; auto is the full graph up to 512 MB."""
+    dry_run: bool = False
+    """Say how much memory the graph needs and how it would be computed, then stop."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,6 +179,9 @@ def _trace(config: TraceConfig, say: Console) -> None:
     if not config.prompt.strip():
         raise InputError("the prompt is empty: give some text to trace")
     model, dictionary, attribution, loaded = _prepare(config, say)
+    if config.dry_run:
+        _dry_run(model, dictionary, config, attribution)
+        return
     with _progress(say, "attributing", "rows/s") as on_rows:
         traced = trace.trace_prompt(
             model,
@@ -195,6 +204,43 @@ def _trace(config: TraceConfig, say: Console) -> None:
     for path in report["paths"]:
         Console().print(f"  {path}", markup=False, soft_wrap=True)
     Console().print(f"page: {(config.out / 'index.html').resolve().as_uri()}")
+
+
+def _dry_run(
+    model: Model, dictionary: Dictionary, config: TraceConfig, how: AttributeConfig
+) -> None:
+    from jaxclt.graph.attribute import memory_budget
+    from jaxclt.trace import plan_trace
+
+    plan, n_tokens, n_active = plan_trace(
+        model, dictionary, config.prompt, config=how, bos=config.bos
+    )
+    budget = memory_budget(how)
+    result = {
+        "tokens": n_tokens,
+        "features_active": n_active,
+        "max_features": how.max_features,
+        "memory_gb": {k: round(v / 1e9, 3) for k, v in plan.bytes.items()},
+        "total_gb": round(plan.total / 1e9, 3),
+        "budget_gb": round(budget / 1e9, 3),
+        "patterns": "kept" if plan.keep_patterns else "recomputed",
+        "sources": "packed" if plan.packed else "gathered",
+        "pool": plan.pool,
+        "chunk_size": plan.chunk_size,
+    }
+    if config.json:
+        print(json.dumps(result))  # noqa: T201
+        return
+    table = Table(title="dry run: nothing was attributed", show_header=False)
+    for name, value in result.items():
+        if isinstance(value, dict):
+            for part, gb in value.items():
+                table.add_row(f"  {part}", f"{gb:.3f} GB")
+        elif name.endswith("_gb"):
+            table.add_row(name.removesuffix("_gb"), f"{value:.3f} GB")
+        else:
+            table.add_row(name.replace("_", " "), f"{value}")
+    Console().print(table)
 
 
 def _sweep(config: SweepConfig, say: Console) -> None:
@@ -238,6 +284,8 @@ def _prepare(
 
     if config.max_features < 1:
         raise InputError(f"--max-features {config.max_features}: give at least 1")
+    if config.memory is not None and not config.memory > 0:
+        raise InputError(f"--memory {config.memory}: give GB above 0")
     check_writable(config.out)
     # The second trace of a shape starts without compiling.
     jax.config.update(
@@ -255,6 +303,8 @@ def _prepare(
         edge_threshold=config.edge_threshold,
         convention="paper" if config.compat == "none" else config.compat,
         precision=config.precision,
+        memory_gb=config.memory,
+        devices=config.devices,
     )
     return model, dictionary, attribution, time.perf_counter() - started
 

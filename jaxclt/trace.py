@@ -28,9 +28,16 @@ from jax import Array
 from jaxclt import __version__
 from jaxclt.clt.active import Dictionary
 from jaxclt.errors import InputError
-from jaxclt.graph.attribute import AttributeConfig, Timing, attribute_recording
+from jaxclt.graph.attribute import (
+    AttributeConfig,
+    Timing,
+    attribute_recording,
+    memory_budget,
+    plan_attribution,
+)
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.graph import Graph, GraphMeta
+from jaxclt.graph.memory import MemoryPlan, patterns_kept
 from jaxclt.graph.paths import describe_paths, strongest_paths
 from jaxclt.graph.prune import restrict
 from jaxclt.graph.scores import scores
@@ -50,6 +57,7 @@ __all__ = [
     "Traced",
     "check_writable",
     "identity",
+    "plan_trace",
     "prompt_tokens",
     "record_prompt",
     "trace_prompt",
@@ -70,10 +78,23 @@ class Traced:
     work: dict[str, Any]  # how the edges were computed, and what that took
 
 
-@partial(jax.jit, static_argnames="cfg")
-def record_prompt(params: LMParams, token_T: Array, cfg: LMConfig) -> Recording:
+@partial(jax.jit, static_argnames=("cfg", "keep_patterns"))
+def record_prompt(
+    params: LMParams, token_T: Array, cfg: LMConfig, *, keep_patterns: bool = True
+) -> Recording:
     """`jaxclt.lm.run.record`, jitted once for everybody."""
-    return record(params, token_T, cfg=cfg)
+    return record(params, token_T, cfg=cfg, keep_patterns=keep_patterns)
+
+
+def _recorded(model: Model, ids: list[int], config: AttributeConfig) -> Recording:
+    """The recording of a prompt, padded to a bucket of lengths."""
+    # Padding comes after the prompt, so a causal model does not see it.
+    token_T = np.zeros(bucket(len(ids)), np.int32)
+    token_T[: len(ids)] = ids
+    keep = patterns_kept(model.cfg, len(token_T), memory_budget(config))
+    return record_prompt(
+        model.params, jnp.asarray(token_T), model.cfg, keep_patterns=keep
+    )
 
 
 def prompt_tokens(model: Model, prompt: str, bos: Bos = "auto") -> list[int]:
@@ -140,10 +161,7 @@ def trace_prompt(
     spent = Timing()
     with _compile_seconds() as compiled, _stage(clock, "total"):
         with _stage(clock, "record"), jax.default_matmul_precision(config.precision):
-            # Padding comes after the prompt, so a causal model does not see it.
-            token_T = np.zeros(bucket(len(ids)), np.int32)
-            token_T[: len(ids)] = ids
-            recording = record_prompt(model.params, jnp.asarray(token_T), model.cfg)
+            recording = _recorded(model, ids, config)
             chosen = _targets(model, recording.out_TD[len(ids) - 1], targets)
             active = dictionary.active(model.params, recording, model.cfg)
         meta = GraphMeta(
@@ -180,6 +198,45 @@ def trace_prompt(
         n_active=int((active.pos_A < len(ids)).sum()),
         work=spent.work,
     )
+
+
+def plan_trace(
+    model: Model,
+    dictionary: Dictionary,
+    prompt: str,
+    *,
+    config: AttributeConfig | None = None,
+    bos: Bos = "auto",
+) -> tuple[MemoryPlan, int, int]:
+    """What tracing a prompt will hold in memory; runs the model once, no row.
+
+    Args:
+      model: from `jaxclt.load_model`.
+      dictionary: from `jaxclt.load_dictionary`.
+      prompt: text.
+      config: how much to compute, and with how much memory.
+      bos: as for `trace_prompt`.
+
+    Returns:
+      The plan, the prompt's tokens and its active features.
+
+    Raises:
+      InputError: if it does not fit, with the bytes needed and the flag to lower.
+    """
+    config = config or AttributeConfig()
+    ids = prompt_tokens(model, prompt, bos)
+    recording = _recorded(model, ids, config)
+    active = dictionary.active(model.params, recording, model.cfg)
+    active = active.where(active.pos_A < len(ids))
+    plan = plan_attribution(
+        active,
+        10,
+        cfg=model.cfg,
+        params=model.params,
+        config=config,
+        n_tokens=len(recording.token_T),
+    )
+    return plan, len(ids), len(active.layer_A)
 
 
 def write_trace(

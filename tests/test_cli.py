@@ -97,6 +97,18 @@ def test_json_report_on_stdout_and_nothing_else(
     assert report == json.loads((tmp_path / "g" / "report.json").read_text())
 
 
+def test_dry_run_states_the_memory_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    assert trace(out, "--dry-run", "--json", "--memory", 3) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["budget_gb"] == 3
+    assert plan["total_gb"] == pytest.approx(sum(plan["memory_gb"].values()), abs=0.01)
+    assert 0 < plan["total_gb"] < 3
+    assert list(out.iterdir()) == []
+
+
 def test_given_targets_replace_the_top_tokens(tmp_path: Path, traced: Path):
     token = json.loads((traced / "report.json").read_text())["top_tokens"][1][0]
     assert trace(tmp_path / "g", "--targets", token) == 0
@@ -128,6 +140,10 @@ def damaged(tmp_path: Path, what: str) -> Path:
         ({"more": ("--dictionary", "nothing")}, "no dictionary 'nothing'"),
         ({"more": ("--dictionary", "neurons:x")}, "write neurons:k"),
         ({"more": ("--max-features", 0)}, "give at least 1"),
+        ({"more": ("--memory", -1)}, "give GB above 0"),
+        ({"more": ("--memory", 1e-6)}, "may be used: lower --max-features"),
+        ({"more": ("--memory", 1e-6, "--dry-run")}, "or raise --memory"),
+        ({"more": ("--devices", 99)}, "this machine has"),
         ({"more": ("--node-threshold", 1.5)}, "give a share in"),
         ({"more": ("--targets", "two words")}, "tokens, not one"),
     ],

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxclt.clt.active import Dictionary
-from jaxclt.graph import influence, rows
+from jaxclt.graph import bank, columns, influence, rows
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.targets import salient_targets
 from jaxclt.io.dictionary import load_dictionary
@@ -56,11 +56,17 @@ def test_padded_equals_unpadded(model: Model, dictionary: Dictionary):
             )
 
 
-def test_prompts_of_one_bucket_compile_once(model: Model, dictionary: Dictionary):
-    programs = (record_prompt, rows._pull_chunk, influence._substitute)
-    trace_prompt(model, dictionary, "w7 w31 w7 w55")
+@pytest.mark.parametrize("direction", ["pull", "push"])
+def test_prompts_of_one_bucket_compile_once(
+    model: Model, dictionary: Dictionary, direction: str
+):
+    config = AttributeConfig(direction=direction)  # pyright: ignore[reportArgumentType]
+    edges = {"pull": rows._pull_chunk, "push": columns._push_chunk}[direction]
+    programs = (record_prompt, edges, bank._write_out, influence._substitute)
+    trace_prompt(model, dictionary, "w7 w31 w7 w55", config=config)
     before = [program._cache_size() for program in programs]
-    trace_prompt(model, dictionary, "w12 w90 w3 w44 w7")
+    assert all(before)
+    trace_prompt(model, dictionary, "w12 w90 w3 w44 w7", config=config)
     assert [program._cache_size() for program in programs] == before
 
 

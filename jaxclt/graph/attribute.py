@@ -42,7 +42,13 @@ from jaxclt.lm.frozen import bias_reads
 from jaxclt.replacement.errors import error_nodes
 from jaxclt.types import LMParams, Recording, Targets
 
-__all__ = ["AttributeConfig", "Timing", "attribute_recording", "plan_attribution"]
+__all__ = [
+    "AttributeConfig",
+    "Timing",
+    "attribute_recording",
+    "memory_budget",
+    "plan_attribution",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,6 +280,8 @@ def plan_attribution(
         itemsize=active.value_A.itemsize,
     )
     budget = memory_budget(config)
+    if config.memory_gb is None:
+        budget += sizes.params_bytes  # what is free does not count what is loaded
     n_devices = _mesh(config).size
     return memory_plan(sizes, budget, chunk_size=config.chunk_size, n_devices=n_devices)
 

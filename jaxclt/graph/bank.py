@@ -333,8 +333,7 @@ def pack(items: Items, n_positions: int) -> Bank:
             overflow_pos_Y=_padded(over_T, Y),
             overflow_first_M=np.searchsorted(over_M, np.arange(M + 1)).astype(np.int32),
         ),
-        # Never empty, so that a bank without owners can be indexed too.
-        table_UD=items.table_UD if len(items.table_UD) else _one_row(items.table_UD),
+        table_UD=_bucketed(items.table_UD),
         shared_row_XTW=shared_row_XTW,
         shared_value_XTW=shared_value_XTW,
         overflow_row_YW=overflow_row_YW,
@@ -345,8 +344,12 @@ def pack(items: Items, n_positions: int) -> Bank:
     )
 
 
-def _one_row(table_UD: np.ndarray) -> np.ndarray:
-    return np.zeros((1, table_UD.shape[1]), table_UD.dtype)
+def _bucketed(table_UD: np.ndarray) -> np.ndarray:
+    """A table with rows to spare: prompts share programs, and none is empty."""
+    more = bucket(len(table_UD)) - len(table_UD)
+    return np.concatenate(
+        [table_UD, np.zeros_like(table_UD, shape=(more, table_UD.shape[1]))]
+    )
 
 
 def _padded(index: np.ndarray, size: int) -> np.ndarray:

@@ -24,7 +24,6 @@ from jaxclt.graph.plan import Chunk, Plan, chunk_flops
 from jaxclt.graph.rows import pipelined
 from jaxclt.graph.stream import Stream, attend, make_stream
 from jaxclt.lm.config import LMConfig
-from jaxclt.shapes import bucket
 from jaxclt.types import LMParams, Recording
 
 __all__ = ["Columns", "edge_columns", "push_flops"]
@@ -92,7 +91,6 @@ def _push_chunk(
     start: Array,
     pos_B: Array,
     write_MBD: Array,
-    place_E: Array,
     *,
     cfg: LMConfig,
     P: int,
@@ -100,7 +98,7 @@ def _push_chunk(
     width: int,
     mesh: Mesh,
 ) -> Array:
-    """Edges [E, B] of a chunk of sources on the targets at `place_E`."""
+    """Edges of a chunk of sources on the targets in all slots, [Z·P·W, B]."""
 
     def local(
         held: _Held,
@@ -108,7 +106,6 @@ def _push_chunk(
         start: Array,
         pos_B: Array,
         write_MBD: Array,
-        place_E: Array,
     ) -> Array:
         stream, bank = held
         L, (_, B, D) = cfg.n_layers, write_MBD.shape
@@ -136,19 +133,17 @@ def _push_chunk(
         x_PBD, edge_ZPWB = jax.lax.fori_loop(first, L, level, (x_PBD, edge_ZPWB))
         end = jnp.asarray(L, jnp.int32)
         edge_ZPWB = add_dots(bank, end, x_PBD, edge_ZPWB, start=start)
-        flat_XB = edge_ZPWB.reshape(-1, B)
-        # Empty places point past the end.
-        return flat_XB.at[place_E].get(mode="fill", fill_value=0)
+        return edge_ZPWB.reshape(-1, B)
 
     one, rows = PartitionSpec(), PartitionSpec("rows")
     split = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(one, one, one, rows, PartitionSpec(None, "rows"), one),
+        in_specs=(one, one, one, rows, PartitionSpec(None, "rows")),
         out_specs=PartitionSpec(None, "rows"),
         check_vma=False,
     )
-    return split(held, first, start, pos_B, write_MBD, place_E)
+    return split(held, first, start, pos_B, write_MBD)
 
 
 def edge_columns(
@@ -190,11 +185,7 @@ def edge_columns(
     near = {}
     for P in plan.band_end:
         place = bank.place(every, max(T - P, 0), P)
-        found = np.flatnonzero(place >= 0)
-        end = bank.n_blocks * P * bank.width
-        padding = (0, bucket(len(found)) - len(found))
-        padded = np.pad(place[found], padding, constant_values=end)
-        near[P] = found, jnp.asarray(padded.astype(np.int32))
+        near[P] = np.flatnonzero(place >= 0), place[place >= 0]
 
     def start(chunk: Chunk) -> Array:
         index_B, P = chunk.index_B, chunk.n_positions
@@ -205,7 +196,6 @@ def edge_columns(
             jnp.asarray(max(T - P, 0), jnp.int32),
             jnp.asarray(np.pad(pos_N[index_B], (0, pad), mode="edge"), jnp.int32),
             jnp.asarray(columns.write(index_B, plan.capacity)),
-            near[P][1],
             cfg=cfg,
             P=P,
             n_blocks=bank.n_blocks,
@@ -215,9 +205,9 @@ def edge_columns(
 
     chunks = _chunks(columns, cfg, plan)
     for chunk, pushed in pipelined(chunks, start):
-        rows = near[chunk.n_positions][0]
+        rows, place = near[chunk.n_positions]
         column_B = chunk.index_B
-        edge_EB = np.asarray(pushed)[: len(rows), : len(column_B)]
+        edge_EB = np.asarray(pushed)[place, : len(column_B)]
         # Within a layer the columns of a band are neighbours: copied run by run.
         order = np.argsort(column_B)
         sorted_B = column_B[order]

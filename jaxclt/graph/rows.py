@@ -110,7 +110,7 @@ def _pull(
 class _Read(NamedTuple):
     """A chunk's edges as they leave the device."""
 
-    edge_EB: Array  # of the pool
+    edge_EB: Array  # of the pool, or of all slots
     error_LPB: Array
     embed_PB: Array
     rest_B: Array  # features outside the pool, summed
@@ -129,29 +129,29 @@ def _last(ndim: int) -> PartitionSpec:
 _STATIC = ("cfg", "P", "n_blocks", "width", "mesh")
 
 
-@partial(jax.jit, static_argnames=(*_STATIC, "all_kept"))
+@partial(jax.jit, static_argnames=_STATIC)
 def _pull_chunk(
     held: _Held,
     rows: _Rows,
-    place_E: Array,
+    place_E: Array | None,
     *,
     cfg: LMConfig,
     P: int,
     n_blocks: int,
     width: int,
     mesh: Mesh,
-    all_kept: bool,
 ) -> _Read:
-    def local(held: _Held, rows: _Rows, place_E: Array) -> _Read:
+    def local(held: _Held, rows: _Rows, place_E: Array | None) -> _Read:
         edges = _pull(held, rows, cfg=cfg, P=P, n_blocks=n_blocks, width=width)
         edge_ZPWB, error_LPB, embed_PB = edges
         flat_XB = edge_ZPWB.reshape(-1, edge_ZPWB.shape[-1])
+        rest_B = rest_abs_B = jnp.zeros_like(embed_PB[0])
+        if place_E is None:
+            return _Read(flat_XB, error_LPB, embed_PB, rest_B, rest_abs_B)
         # Empty places point past the end.
         edge_EB = flat_XB.at[place_E].get(mode="fill", fill_value=0)
-        rest_B = rest_abs_B = jnp.zeros_like(embed_PB[0])
-        if not all_kept:
-            rest_B = flat_XB.sum(0) - edge_EB.sum(0)
-            rest_abs_B = jnp.abs(flat_XB).sum(0) - jnp.abs(edge_EB).sum(0)
+        rest_B = flat_XB.sum(0) - edge_EB.sum(0)
+        rest_abs_B = jnp.abs(flat_XB).sum(0) - jnp.abs(edge_EB).sum(0)
         return _Read(edge_EB, error_LPB, embed_PB, rest_B, rest_abs_B)
 
     by_row: Any = _Read(*cast(Any, (_last(2), _last(3), _last(2), _ROW, _ROW)))
@@ -293,33 +293,37 @@ def edge_rows(
       rest_abs_R: the same without sign.
       on_rows: called with the number of rows just finished.
     """
-    every = np.arange(len(puller.bank.pos_A))
-    pool = every if pool_A is None else pool_A
-    near = {}
+    all_kept = pool_A is None
+    pool = np.arange(puller.n_features) if pool_A is None else pool_A
+    near, device_places = {}, {}
     for P in puller.plan.band_end:
         place = puller.bank.place(pool, 0, P)
-        found = np.flatnonzero(place >= 0)
-        size = bucket(len(found))
-        end = puller.bank.n_blocks * P * puller.bank.width
-        padded = np.pad(place[found], (0, size - len(found)), constant_values=end)
-        near[P] = found, jnp.asarray(padded.astype(np.int32))
+        near[P] = np.flatnonzero(place >= 0), place[place >= 0]
+        device_places[P] = None
+        if not all_kept:
+            # One size for all bands and prompts of a bucket.
+            end = puller.bank.n_blocks * P * puller.bank.width
+            place = np.where(place >= 0, place, end)
+            padding = (0, bucket(len(pool)) - len(pool))
+            place = np.pad(place, padding, constant_values=end)
+            device_places[P] = jnp.asarray(place.astype(np.int32))
 
     def start(chunk: Chunk) -> _Read:
         return _pull_chunk(
             puller.held,
             _padded_rows(puller, targets, chunk.index_B),
-            near[chunk.n_positions][1],
+            device_places[chunk.n_positions],
             cfg=puller.cfg,
             P=chunk.n_positions,
             n_blocks=puller.bank.n_blocks,
             width=puller.bank.width,
             mesh=puller.mesh,
-            all_kept=len(pool) == len(every),
         )
 
     for chunk, read in pipelined(puller.chunks(targets), start):
-        columns = near[chunk.n_positions][0]
-        _write_rows(chunk, read, columns, len(pool), puller.n_tokens, out_RN)
+        columns, place = near[chunk.n_positions]
+        place = place if all_kept else columns
+        _write_rows(chunk, read, columns, place, len(pool), puller.n_tokens, out_RN)
         n = len(chunk.index_B)
         if rest_R is not None:
             rest_R[chunk.index_B] = np.asarray(read.rest_B)[:n]
@@ -349,6 +353,7 @@ def _write_rows(
     chunk: Chunk,
     read: _Read,
     columns: np.ndarray,
+    place: np.ndarray,
     n_features: int,
     n_tokens: int,
     out_RN: np.ndarray,
@@ -358,7 +363,7 @@ def _write_rows(
     A, T, n = n_features, n_tokens, len(chunk.index_B)
     L, P = len(error_LPB), min(chunk.n_positions, n_tokens)
     row_B1 = chunk.index_B[:, None]
-    out_RN[row_B1, columns[None, :]] = edge_EB[: len(columns), :n].T
+    out_RN[row_B1, columns[None, :]] = edge_EB[place, :n].T
     error = A + (np.arange(L)[:, None] * T + np.arange(P)[None, :]).ravel()
     out_RN[row_B1, error[None, :]] = error_LPB[:, :P, :n].reshape(L * P, n).T
     out_RN[chunk.index_B, A + L * T : A + L * T + P] = embed_PB[:P, :n].T
