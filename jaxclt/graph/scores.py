@@ -18,6 +18,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from jaxclt.graph.blocks import submatrix
 from jaxclt.graph.graph import Graph, Pruning
 from jaxclt.graph.influence import influence_series, solve_walk
 from jaxclt.graph.prune import kept_rows
@@ -67,9 +68,10 @@ def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
     embed_N[graph.embed_cols] = True
     if pruning is not None:
         # Only what is kept carries the walk on; shares stay those of the full graph.
-        row, col = kept_rows(graph, pruning.keep_N), pruning.keep_N
-        keep = pruning.keep_edge_RN[np.ix_(row, col)]
-        edge_RN = np.where(keep, edge_RN[np.ix_(row, col)], 0)
+        row = np.flatnonzero(kept_rows(graph, pruning.keep_N))
+        col = np.flatnonzero(pruning.keep_N)
+        edge_RN = submatrix(edge_RN, row, col)
+        edge_RN *= submatrix(pruning.keep_edge_RN, row, col)
         total_R, bias_R = total_R[row], bias_R[row]
         error_N, embed_N = error_N[col], embed_N[col]
         A = int(pruning.keep_N[graph.feature_cols].sum())
