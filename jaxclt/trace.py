@@ -267,7 +267,10 @@ def _report(traced: Traced) -> dict[str, Any]:
             "edges": int(np.count_nonzero(graph.edge_RN)),
             "kept_nodes": n_kept,
             "kept_edges": int(pruning.keep_edge_RN.sum()),
-            "unexplored_influence": full.unexplored_share,
+            # circuit-tracer's shares leave out what is unexplored.
+            "unexplored_influence": full.unexplored_share
+            if graph.meta.convention == "paper"
+            else None,
         },
         "paths": describe_paths(graph, strongest_paths(graph, k=5)).splitlines(),
         "pruning": {

@@ -77,7 +77,7 @@ class Tiny:
             self.targets,
             cfg=self.cfg,
             meta=self.meta,
-            config=config or AttributeConfig(max_features=None),
+            config=config or AttributeConfig(max_features=None, tolerance=0.0),
         )
 
 
