@@ -9,8 +9,9 @@ visits it.
 
 Features are ordered by layer, so the system is triangular and one substitution solves
 it exactly: no iteration count, no convergence test. `influence` states it for any
-transform of JAX; `solve_walk` is the same substitution on a large host graph, block by
-block with few compiled shapes, and reads only the triangle.
+transform of JAX; `solve_walk` is the same substitution on a large host graph: a jitted
+triangular solve for every block of the diagonal, one compiled shape, one pass over the
+triangle.
 """
 
 from __future__ import annotations
