@@ -59,7 +59,7 @@ from jaxclt.types import CLTParams
 HERE = Path(__file__).resolve().parent
 SMOKE_MODEL = HERE.parent / "tests/goldens/circuit_tracer_clt/model"
 SMOKE_TEXTS = ("w7 w31 w8 w55 w12 w90 w41", "w3 w14 w15 w92 w65 w35", "w27 w18 w28 w9")
-CONFIG = AttributeConfig(convention="circuit-tracer", max_features=None)
+CONFIG = AttributeConfig(convention="circuit-tracer", max_features=None, tolerance=0.0)
 TOLERANCE = 1e-5  # of the largest edge
 GAP = 1e-3  # no pre-activation is closer to its threshold, so both see the same ones
 STAGES = ("record", "attribute", "influence", "prune")

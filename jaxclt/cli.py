@@ -52,8 +52,9 @@ class _Attribution:
     """neurons:k, local directory in circuit-tracer's format, or hub id."""
     max_features: int = 8192
     """Most feature nodes; the most influential ones are taken."""
-    tolerance: float = 0.0
-    """Stop adding features when less than this share of influence is unexplored."""
+    tolerance: float = 0.02
+    """Stop adding features when less than this share of influence is unexplored; 0 adds
+    all up to max-features. Not used with --compat circuit-tracer."""
     node_threshold: float = 0.8
     """Share of the influence that the shown nodes hold."""
     edge_threshold: float = 0.98
@@ -282,6 +283,8 @@ def _prepare(
     from jaxclt.io.model import load_model
     from jaxclt.trace import check_writable
 
+    if not 0 <= config.tolerance < 1:
+        raise InputError(f"--tolerance {config.tolerance}: give a share in [0, 1)")
     if config.max_features < 1:
         raise InputError(f"--max-features {config.max_features}: give at least 1")
     if config.memory is not None and not config.memory > 0:
@@ -298,7 +301,8 @@ def _prepare(
     dictionary = load_dictionary(config.dictionary, model)
     attribution = AttributeConfig(
         max_features=config.max_features,
-        tolerance=config.tolerance,
+        # That tool leaves out what is not explored: no bound could be stated.
+        tolerance=config.tolerance if config.compat == "none" else 0.0,
         node_threshold=config.node_threshold,
         edge_threshold=config.edge_threshold,
         convention="paper" if config.compat == "none" else config.compat,
@@ -336,8 +340,8 @@ def _view(config: ViewConfig, say: Console) -> None:
         old = graph.pruning
         pruning = prune(
             graph,
-            node_threshold=config.node_threshold or old.node_threshold,
-            edge_threshold=config.edge_threshold or old.edge_threshold,
+            node_threshold=_given(config.node_threshold, old.node_threshold),
+            edge_threshold=_given(config.edge_threshold, old.edge_threshold),
         )
         graph = dataclasses.replace(graph, pruning=pruning)
     path = api.show(graph).save(config.out or config.directory / "index.html")
@@ -346,6 +350,10 @@ def _view(config: ViewConfig, say: Console) -> None:
         print(json.dumps({"page": str(path)}))  # noqa: T201
     else:
         Console().print(f"page: {path.resolve().as_uri()}")
+
+
+def _given(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value
 
 
 def _line(say: Console) -> Callable[[str], None]:
@@ -384,6 +392,18 @@ def _progress(
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def _unexplored(share: float | None, full: dict[str, float]) -> str:
+    """The bound, and what it means for the scores."""
+    if share is None:
+        return "not stated by this convention"
+    if share == 0:
+        return "none: the graph is exact"
+    return (
+        f"{share:.2%}: replacement is at most {full['replacement_at_most']:.3f}, "
+        f"completeness {full['completeness_at_most']:.3f}"
+    )
+
+
 def _summary(report: dict[str, Any]) -> Table:
     """What a user wants to know first, as a table."""
     table = Table(title=Text(report["prompt"]), show_header=False)
@@ -398,6 +418,7 @@ def _summary(report: dict[str, Any]) -> Table:
         "top tokens": top,
         "features": f"{graph['features_attributed']:,} of {graph['features_active']:,} "
         "active",
+        "unexplored influence": _unexplored(graph["unexplored_influence"], full),
         "shown": f"{graph['kept_nodes']:,} nodes, {graph['kept_edges']:,} edges",
         "replacement score": pair("replacement"),
         "completeness": pair("completeness"),

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orjson
 from jax import Array
 
 from jaxclt import __version__
@@ -267,7 +268,8 @@ def write_trace(
     validate(doc)
     small = save == "pruned" or (save == "auto" and _bytes(graph) > FULL_GRAPH_BYTES)
     save_graph(out / "graph.npz", restrict(graph) if small else graph)
-    _write_text(out / "graph.json", json.dumps(doc, ensure_ascii=False))
+    with atomic_path(out / "graph.json") as temporary:
+        temporary.write_bytes(orjson.dumps(doc))
     report["graph"]["saved"] = "pruned" if small else "full"
     report["timing_s"]["write"] = round(time.perf_counter() - started, 3)
     _write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
@@ -326,7 +328,10 @@ def _report(traced: Traced) -> dict[str, Any]:
             "edges": int(np.count_nonzero(graph.edge_RN)),
             "kept_nodes": n_kept,
             "kept_edges": int(pruning.keep_edge_RN.sum()),
-            "unexplored_influence": full.unexplored_share,
+            # circuit-tracer's shares leave out what is unexplored.
+            "unexplored_influence": full.unexplored_share
+            if graph.meta.convention == "paper"
+            else None,
         },
         "paths": describe_paths(graph, strongest_paths(graph, k=5)).splitlines(),
         "pruning": {

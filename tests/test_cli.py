@@ -122,6 +122,42 @@ def test_view_prunes_again(traced: Path, tmp_path: Path):
     assert len(page.read_text()) < len((traced / "index.html").read_text())
 
 
+@pytest.mark.parametrize("which", ["--node-threshold", "--edge-threshold"])
+def test_view_takes_a_threshold_of_zero_as_given(
+    traced: Path, tmp_path: Path, which: str, capsys: pytest.CaptureFixture[str]
+):
+    """Zero is no share to keep, and not the same as not given."""
+    assert run("view", traced, which, 0, "--out", tmp_path / "none.html") == 2
+    assert f"{which} 0.0: give a share in (0, 1]" in capsys.readouterr().err
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_the_bound_of_a_truncated_graph_is_stated_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Scores, certificate, report, graph.json and the table; exact only if asked."""
+    assert trace(tmp_path / "some", "--max-features", 100) == 0
+    table = capsys.readouterr().out
+    report = json.loads((tmp_path / "some" / "report.json").read_text())
+    graph, full = report["graph"], report["scores"]["full"]
+    assert graph["features_attributed"] < graph["features_active"]
+    bound = graph["unexplored_influence"]
+    assert 0 < bound < 1
+    assert f"{bound:.2%}" in table
+    assert report["certificate"]["rest_share"] > 0
+    doc = json.loads((tmp_path / "some" / "graph.json").read_text())
+    assert doc["jaxclt"]["scores"]["full"]["unexplored_share"] == bound
+    assert trace(tmp_path / "all", "--tolerance", 0) == 0
+    exact = json.loads((tmp_path / "all" / "report.json").read_text())
+    assert exact["graph"]["unexplored_influence"] == 0
+    assert exact["certificate"]["rest_share"] == 0
+    assert "the graph is exact" in capsys.readouterr().out
+    for name in ("replacement", "completeness"):
+        value = exact["scores"]["full"][name]
+        assert full[name] - 1e-6 <= value <= full[f"{name}_at_most"] + 1e-6
+        assert exact["scores"]["full"][f"{name}_at_most"] == value
+
+
 def damaged(tmp_path: Path, what: str) -> Path:
     """A copy of the golden model or dictionary with one file cut short."""
     source = {"model": MODEL, "dictionary": DICTIONARY}[what]
@@ -135,6 +171,7 @@ def damaged(tmp_path: Path, what: str) -> Path:
     ("args", "message"),
     [
         ({"prompt": " "}, "the prompt is empty"),
+        ({"more": ("--tolerance", "1.5")}, "--tolerance 1.5"),
         ({"prompt": "word " * 3000}, "the model's context holds"),
         ({"model": "no-such-model"}, "no model 'no-such-model'"),
         ({"more": ("--dictionary", "nothing")}, "no dictionary 'nothing'"),

@@ -71,6 +71,7 @@ def graph(name: str, which: str, convention: str = "circuit-tracer") -> Graph:
     config = AttributeConfig(
         convention=convention,
         max_features=None if which == "full" else len(golden["active_A3"]) // 2,
+        tolerance=0.0,
         rows_per_update=rows,
     )
     meta = GraphMeta(

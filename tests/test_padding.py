@@ -33,7 +33,7 @@ def dictionary(request: pytest.FixtureRequest, model: Model) -> Dictionary:
 
 
 def test_padded_equals_unpadded(model: Model, dictionary: Dictionary):
-    config = AttributeConfig(max_features=None)
+    config = AttributeConfig(max_features=None, tolerance=0.0)
     padded = trace_prompt(model, dictionary, PROMPT, config=config).graph
     token_T = jnp.asarray(padded.token_T)
     assert bucket(len(token_T)) > len(token_T)

@@ -56,7 +56,7 @@ class AttributeConfig:
     """How much of a graph to compute, and how."""
 
     max_features: int | None = 8192  # most feature nodes; None: every active feature
-    tolerance: float = 0.0  # stop when less influence than this is unexplored
+    tolerance: float = 0.02  # stop when less influence than this is unexplored
     node_threshold: float = 0.8
     edge_threshold: float = 0.98
     convention: Literal["paper", "circuit-tracer"] = "paper"

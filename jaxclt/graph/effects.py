@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxclt.graph.blocks import BLOCK, row_blocks
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.influence import feature_blocks
 
 __all__ = ["solve_total_effect"]
 
 
-def solve_total_effect(graph: Graph, *, block: int = 512) -> np.ndarray:
+def solve_total_effect(graph: Graph, *, block: int = BLOCK) -> np.ndarray:
     """Signed total effect of every feature on every target, [K, A].
 
     `jaxclt.graph.influence.total_effect` for a large graph on the host: solves
@@ -36,30 +36,26 @@ def solve_total_effect(graph: Graph, *, block: int = 512) -> np.ndarray:
       graph: attributed.
       block: features substituted at a time.
     """
-    A, dtype = graph.n_features, graph.edge_RN.dtype
-    n_padded = -(-A // block) * block
+    A, K, dtype = graph.n_features, graph.n_targets, graph.edge_RN.dtype
     value_A = graph.value_A.astype(dtype)
-    safe_A = np.ones(n_padded, dtype)
-    safe_A[:A] = np.where(value_A == 0, 1, value_A)
-    direct_KA = np.zeros((graph.n_targets, n_padded), dtype)
-    direct_KA[:, :A] = graph.edge_RN[graph.target_rows, :A]
-    unit_KA = np.zeros_like(direct_KA)  # effect over value
-    for start, rows in feature_blocks(graph.edge_RN, A, block):
-        own = slice(start, start + block)
-        unit, passed = _substitute(rows, safe_A[own], direct_KA[:, own], start)
-        unit_KA[:, own] = unit
-        direct_KA[:, : rows.shape[1]] += np.asarray(passed)
-    return unit_KA[:, :A] * value_A[None, :]
+    safe_A = np.where(value_A == 0, 1, value_A).astype(dtype)
+    direct_KA = graph.edge_RN[graph.target_rows, :A].copy()
+    unit_KA = np.empty_like(direct_KA)  # effect over value
+    for rows, below_BX, _ in row_blocks(graph.edge_RN, A, block=block, signed=True):
+        n = rows.stop - rows.start
+        # Full blocks always, so that one shape is compiled.
+        own_BB, value_B = np.zeros((block, block), dtype), np.ones(block, dtype)
+        direct_KB = np.zeros((K, block), dtype)
+        own_BB[:n, :n], value_B[:n] = below_BX[:, rows], safe_A[rows]
+        direct_KB[:, :n] = direct_KA[:, rows]
+        unit_KA[:, rows] = np.asarray(_substitute(own_BB, value_B, direct_KB))[:, :n]
+        direct_KA[:, : rows.stop] += unit_KA[:, rows] @ below_BX
+    return unit_KA * value_A[None, :]
 
 
 @jax.jit
-def _substitute(
-    edge_BX: Array, value_B: Array, direct_KB: Array, start: Array
-) -> tuple[Array, Array]:
-    """Effects over values [K, B] of one block of features, and what they pass on."""
-    B = edge_BX.shape[0]
-    own_BB = jax.lax.dynamic_slice(edge_BX, (0, start), (B, B))
+def _substitute(own_BB: Array, value_B: Array, direct_KB: Array) -> Array:
+    """Effects over values [K, B] of a block, from its edges and what reached it."""
+    system_BB = jnp.diag(value_B) - jnp.tril(own_BB, -1)
     solve = partial(jax.scipy.linalg.solve_triangular, trans=1, lower=True)
-    unit_BK = solve(jnp.diag(value_B) - own_BB, direct_KB.T)
-    # Terms cancel here, so the matmul must not round them to less than they have.
-    return unit_BK.T, jnp.matmul(unit_BK.T, edge_BX, precision="highest")
+    return solve(system_BB, direct_KB.T).T

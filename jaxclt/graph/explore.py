@@ -47,15 +47,20 @@ def arrived_influence(
 
 
 def next_features(
-    visit_A: np.ndarray, open_A: np.ndarray, n: int
+    visit_A: np.ndarray, open_A: np.ndarray, n: int, *, enough: float = 0.0
 ) -> tuple[np.ndarray, float]:
-    """The n open features with the most influence, and all influence on open ones.
+    """The open features with the most influence, and all influence on open ones.
 
     Args:
       visit_A: from `arrived_influence`.
       open_A: bool, features whose rows may still be computed.
-      n: how many.
+      n: how many at most.
+      enough: stop at the feature that brings the influence on the others to this or
+        less; some of what it settles arrives at others and takes a further round.
     """
     candidates = np.flatnonzero(open_A)
     order = np.argsort(-visit_A[candidates], kind="stable")[:n]
-    return np.sort(candidates[order]), float(visit_A[candidates].sum())
+    unexplored = float(visit_A[candidates].sum())
+    left = unexplored - np.cumsum(visit_A[candidates[order]], dtype=np.float64)
+    needed = int(np.searchsorted(-left, -enough)) + 1 if enough > 0 else n
+    return np.sort(candidates[order[:needed]]), unexplored

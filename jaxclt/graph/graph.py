@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxclt.graph.blocks import row_strength
+
 __all__ = ["Graph", "GraphMeta", "Pruning"]
 
 
@@ -90,9 +92,7 @@ class Graph:
     @functools.cached_property
     def row_strength(self) -> np.ndarray:
         """Sum of the absolute edges of every row."""
-        # In blocks: the matrix may be large, and so would its absolute value.
-        blocks = np.array_split(self.edge_RN, max(1, len(self.edge_RN) // 256))
-        return np.concatenate([np.abs(block).sum(1) for block in blocks])
+        return row_strength(self.edge_RN, self.n_features)
 
     @property
     def n_tokens(self) -> int:

@@ -9,13 +9,13 @@ visits it.
 
 Features are ordered by layer, so the system is triangular and one substitution solves
 it exactly: no iteration count, no convergence test. `influence` states it for any
-transform of JAX; `solve_walk` is the same substitution on a large host graph, block by
-block with few compiled shapes, and reads only the triangle.
+transform of JAX; `solve_walk` is the same substitution on a large host graph: a jitted
+triangular solve for every block of the diagonal, one compiled shape, one pass over the
+triangle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -24,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxclt.graph.blocks import BLOCK, row_blocks
+
 __all__ = [
     "Walk",
-    "feature_blocks",
     "influence",
     "influence_series",
     "row_total",
@@ -129,7 +130,7 @@ def solve_walk(
     total_R: np.ndarray,
     weight_K: np.ndarray,
     *,
-    block: int = 512,
+    block: int = BLOCK,
 ) -> Walk:
     """Influence, and path lengths with it, of a graph on the host.
 
@@ -139,70 +140,64 @@ def solve_walk(
       weight_K: weight of each target.
       block: features substituted at a time.
     """
-    K = len(weight_K)
-    A = edge_RN.shape[0] - K
-    dtype = edge_RN.dtype
-    total_R = np.where(total_R > 0, total_R, 1).astype(dtype)
-    direct_N = (weight_K / total_R[A:]).astype(dtype) @ np.abs(edge_RN[A:])
-    n_padded = -(-A // block) * block
-    walk_2A = np.zeros((2, n_padded), dtype)
-    walk_2A[:, :A] = direct_N[:A]  # a path of one step has length one
-    step_2A = np.zeros_like(walk_2A)
-    total_A = np.ones(n_padded, dtype)
-    total_A[:A] = total_R[:A]
-    for start, rows in feature_blocks(edge_RN, A, block):
-        own = slice(start, start + block)
-        step, passed = _substitute(rows, total_A[own], walk_2A[:, own], start)
-        step_2A[:, own] = step
-        walk_2A[:, : rows.shape[1]] += np.asarray(passed)
-    rest_AM = np.abs(edge_RN[:A, A:])
-    rest_2M = direct_N[None, A:] + step_2A[:, :A] @ rest_AM
-    found_2N = np.concatenate([walk_2A[:, :A], rest_2M], axis=1)
-    return Walk(found_2N[0], found_2N[1])
-
-
-def feature_blocks(
-    edge_RN: np.ndarray, n_features: int, block: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Rows of the feature block from the last to the first, as (first row, rows).
-
-    Every block is [block, width], zero where the graph ends: the triangle alone is
-    read, in few widths, so that few shapes are compiled.
-    """
-    n_blocks = -(-n_features // block)
-    for i in reversed(range(n_blocks)):
-        lo, hi = i * block, min((i + 1) * block, n_features)
-        width = min(-(-(i + 1) // 4) * 4, n_blocks) * block
-        rows = np.zeros((block, width), edge_RN.dtype)
-        rows[: hi - lo, :hi] = edge_RN[lo:hi, :hi]
-        yield lo, rows
-
-
-@jax.jit
-def _substitute(
-    edge_BX: Array, total_B: Array, walk_2B: Array, start: Array
-) -> tuple[Array, Array]:
-    """Steps [2, B] out of one block of features, and what they add everywhere [2, X].
-
-    The first row of a walk counts visits, the second visits times length so far.
-    """
-    B = edge_BX.shape[0]
-    abs_BX = jnp.abs(edge_BX)
-    own_BB = jax.lax.dynamic_slice(abs_BX, (0, start), (B, B))
-    solve = partial(
-        jax.scipy.linalg.solve_triangular,
-        jnp.diag(total_B) - own_BB,
-        trans=1,
-        lower=True,
-    )
-    visit_B = solve(walk_2B[0])  # visits over totals
-    length_B = solve(walk_2B[1] + visit_B @ own_BB)
-    step_2B = jnp.stack([visit_B, visit_B + length_B])
-    return step_2B, step_2B @ abs_BX
+    return Walk(*_solve(edge_RN, total_R, weight_K, 2, block))
 
 
 def solve_influence(
     edge_RN: np.ndarray, total_R: np.ndarray, weight_K: np.ndarray
 ) -> np.ndarray:
-    """Influence [N] of a graph on the host, see `solve_walk`."""
-    return solve_walk(edge_RN, total_R, weight_K).visit_N
+    """Influence [N] of a graph on the host: `solve_walk` without the lengths."""
+    return _solve(edge_RN, total_R, weight_K, 1, BLOCK)[0]
+
+
+def _solve(
+    edge_RN: np.ndarray,
+    total_R: np.ndarray,
+    weight_K: np.ndarray,
+    n_moments: int,
+    block: int,
+) -> np.ndarray:
+    """Moments [n_moments, N] of the walk: visits, then visits times length.
+
+    The jitted substitution solves one diagonal block; what the block passes on to the
+    columns before it is a product of a vector and a matrix that is in cache by then.
+    """
+    A, dtype = edge_RN.shape[0] - len(weight_K), edge_RN.dtype
+    total_R = np.where(total_R > 0, total_R, 1).astype(dtype)
+    direct_N = (weight_K / total_R[A:]).astype(dtype) @ np.abs(edge_RN[A:])
+    walk_SN = np.tile(direct_N, (n_moments, 1))  # a path of one step has length one
+    for rows, below_BX, roots_BM in row_blocks(edge_RN, A, block=block):
+        n = rows.stop - rows.start
+        # Full blocks always, so that one shape is compiled.
+        own_BB = np.zeros((block, block), dtype)
+        own_BB[:n, :n] = below_BX[:, rows]
+        total_B, walk_SB = np.ones(block, dtype), np.zeros((n_moments, block), dtype)
+        total_B[:n], walk_SB[:, :n] = total_R[rows], walk_SN[:, rows]
+        step_SB = np.asarray(_substitute(own_BB, total_B, walk_SB))[:, :n]
+        for walk_N, step_B in zip(walk_SN, step_SB, strict=True):
+            # einsum, since BLAS would start threads for each of these small products.
+            walk_N[: rows.stop] += np.einsum("b,bx->x", step_B, below_BX)
+            walk_N[A:] += np.einsum("b,bm->m", step_B, roots_BM)
+    return walk_SN
+
+
+@jax.jit
+def _substitute(own_BB: Array, total_B: Array, walk_SB: Array) -> Array:
+    """Steps [S, B] out of a block of features: moments over totals.
+
+    Args:
+      own_BB: absolute edges inside the block.
+      total_B: of its rows.
+      walk_SB: what has arrived from outside: visits, and visits times length so far.
+    """
+    solve = partial(
+        jax.scipy.linalg.solve_triangular,
+        jnp.diag(total_B) - jnp.tril(own_BB, -1),
+        trans=1,
+        lower=True,
+    )
+    visit_B = solve(walk_SB[0])
+    if len(walk_SB) == 1:
+        return visit_B[None]
+    length_B = solve(walk_SB[1] + jnp.matmul(visit_B, own_BB, precision="highest"))
+    return jnp.stack([visit_B, visit_B + length_B])

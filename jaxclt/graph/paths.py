@@ -22,6 +22,8 @@ from jaxclt.graph.scores import shares_total
 
 __all__ = ["Path", "describe_paths", "node_name", "strongest_paths"]
 
+_FEW = 256  # rows to begin with
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Path:
@@ -53,7 +55,7 @@ def strongest_paths(
     features below it.
 
     Args:
-      graph: attributed.
+      graph: attributed, with the influence that belongs to its edges.
       start: column where the paths start; None: any embedding.
       end: row where they end, with weight 1; None: any target, weighted by its
         probability.
@@ -81,11 +83,25 @@ def strongest_paths(
         if end < first:
             return []
     last = A if end is None else min(end + 1, A)
-    best = _Best(graph, start, k, share=share, kept=kept)
-    for row in [*range(first, last), *row_E[row_E >= A]]:
-        best.extend(int(row))
     node_E = np.where(row_E < A, row_E, row_E - A + N)
-    strength = (best.strength_MK[node_E] * weight_E[:, None]).ravel()
+    row_B = np.arange(first, last)
+    bounded = share and end is None and len(row_B) > _FEW
+    if bounded:
+        row_B = np.sort(row_B[np.argsort(-graph.influence_N[row_B])[:_FEW]])
+    while True:
+        best = _Best(graph, start, k, share=share, kept=kept)
+        for row in [*row_B, *row_E[row_E >= A]]:
+            best.extend(int(row))
+        strength = (best.strength_MK[node_E] * weight_E[:, None]).ravel()
+        if not bounded:
+            break
+        # A path's strength is no more than the influence of any node on it: what these
+        # rows give bounds the rows that can matter, all of which come next.
+        reached = _largest(strength, k)
+        least = 0.999 * strength[reached[-1]] if len(reached) == k else 0.0
+        row_B = np.arange(first, last)
+        row_B = row_B[graph.influence_N[row_B] >= least]
+        bounded = False
     return [
         Path(
             nodes=nodes,

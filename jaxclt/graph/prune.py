@@ -12,10 +12,13 @@ import dataclasses
 import numpy as np
 
 from jaxclt.errors import InputError
+from jaxclt.graph.blocks import submatrix
 from jaxclt.graph.graph import Graph, Pruning
 from jaxclt.graph.influence import solve_influence
 
 __all__ = ["kept_by_mass", "kept_rows", "prune", "restrict"]
+
+_FEW = 1 << 13  # scores that are simply sorted
 
 
 def kept_by_mass(score: np.ndarray, threshold: float, *, ties: bool) -> np.ndarray:
@@ -29,17 +32,49 @@ def kept_by_mass(score: np.ndarray, threshold: float, *, ties: bool) -> np.ndarr
     """
     if threshold >= 1.0:
         return score > 0
-    positive = np.flatnonzero(score > 0)
-    if len(positive) == 0:
+    total = float(score.sum(dtype=np.float64))
+    if not total > 0:
         return np.zeros(score.shape, bool)
-    order = positive[np.argsort(-score[positive], kind="stable")]
-    mass = np.cumsum(score[order], dtype=np.float64)
-    crossing = min(int(np.searchsorted(mass / mass[-1], threshold)), len(order) - 1)
+    last, n_last = _crossing(score, threshold, total)
     if ties:
-        return score >= score[order[crossing]]
-    keep = np.zeros(score.shape, bool)
-    keep[order[: crossing + 1]] = True
+        return score >= last
+    keep = score > last
+    keep[np.flatnonzero(score == last)[:n_last]] = True
     return keep
+
+
+def _crossing(score: np.ndarray, threshold: float, total: float) -> tuple[float, int]:
+    """The score that crosses the threshold, and how many of its equals it takes.
+
+    A selection by mass instead of a sort of everything: the scores on one side of a
+    pivot are settled by their sum alone.
+    """
+    left, settled = score, 0.0  # candidates; mass of all scores above them
+    while len(left) > _FEW:
+        sample = left[:: len(left) // _FEW + 1]
+        sample = np.sort(sample[sample > 0])[::-1]
+        mass = np.cumsum(sample, dtype=np.float64)
+        if len(sample) == 0:
+            break
+        # Where the sample thinks the crossing is: most go with the first pivot.
+        wanted = (threshold * total - settled) / (left.sum(dtype=np.float64) or 1)
+        guess = int(np.searchsorted(mass, wanted * mass[-1]))
+        pivot = sample[min(guess, len(sample) - 1)]
+        upper = left[left >= pivot]
+        reached = settled + float(upper.sum(dtype=np.float64))
+        if reached / total >= threshold:
+            smaller = upper
+        else:
+            smaller, settled = left[left < pivot], reached
+        if len(smaller) == len(left):
+            break
+        left = smaller
+    order = np.sort(left[left > 0])[::-1]
+    mass = settled + np.cumsum(order, dtype=np.float64)
+    crossing = min(int(np.searchsorted(mass / total, threshold)), len(order) - 1)
+    last = order[crossing]
+    first = len(order) - int(np.searchsorted(order[::-1], last, side="right"))
+    return last, crossing - first + 1
 
 
 def prune(
@@ -63,9 +98,11 @@ def prune(
     keep_N[graph.embed_cols] = True
     if not peer:
         keep_N[graph.error_cols] = True
-    keep_edge_RN = _kept_edges(graph, keep_N, edge_threshold)
+    row_E, col_E = _kept_edges(graph, keep_N, edge_threshold)
     if peer:
-        keep_N, keep_edge_RN = _drop_dead_ends(graph, keep_N, keep_edge_RN)
+        keep_N, row_E, col_E = _drop_dead_ends(graph, keep_N, row_E, col_E)
+    keep_edge_RN = np.zeros(graph.edge_RN.shape, bool)
+    keep_edge_RN[row_E, col_E] = True
     return Pruning(
         keep_N=keep_N,
         keep_edge_RN=keep_edge_RN,
@@ -79,47 +116,56 @@ def kept_rows(graph: Graph, keep_N: np.ndarray) -> np.ndarray:
     return np.concatenate([keep_N[graph.feature_cols], np.ones(graph.n_targets, bool)])
 
 
-def _kept_edges(graph: Graph, keep_N: np.ndarray, threshold: float) -> np.ndarray:
-    """Edges [R, N] of the strongest score, score = share of the row x its influence."""
+def _kept_edges(
+    graph: Graph, keep_N: np.ndarray, threshold: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the edges of the strongest score, in order.
+
+    An edge's score is its share of its row times the row's influence, both among the
+    kept nodes.
+    """
     row = np.flatnonzero(kept_rows(graph, keep_N))
     col = np.flatnonzero(keep_N)
-    edge = graph.edge_RN[np.ix_(row, col)]
-    total = np.abs(edge).sum(1)
+    size = submatrix(graph.edge_RN, row, col)
+    np.absolute(size, out=size)
+    total = size.sum(1)
     if graph.meta.convention == "paper":
         total = total + np.abs(graph.bias_R[row]) + graph.rest_abs_R[row]
     weight_K = graph.target_prob_K
-    found = solve_influence(edge, total, weight_K)
+    found = solve_influence(size, total, weight_K)
     n_features = len(row) - len(weight_K)
     visit = np.concatenate([found[:n_features], weight_K])
     scale = visit / np.where(total > 0, total, 1)
-    score = np.abs(edge) * scale[:, None].astype(edge.dtype)
+    score = np.multiply(size, scale[:, None].astype(size.dtype), out=size)
     keep = kept_by_mass(
         score.ravel(), threshold, ties=graph.meta.convention == "circuit-tracer"
     )
-    keep_edge_RN = np.zeros(graph.edge_RN.shape, bool)
-    keep_edge_RN[np.ix_(row, col)] = keep.reshape(score.shape)
-    return keep_edge_RN
+    row_E, col_E = np.divmod(np.flatnonzero(keep), len(col))
+    return row[row_E], col[col_E]
 
 
 def _drop_dead_ends(
-    graph: Graph, keep_N: np.ndarray, keep_edge_RN: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+    graph: Graph, keep_N: np.ndarray, row_E: np.ndarray, col_E: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Drop features and errors that lead nowhere, and features that come from nowhere.
 
     circuit-tracer's last step; a fixpoint after at most n_layers + 1 rounds.
     """
-    keep_N, keep_edge_RN = keep_N.copy(), keep_edge_RN.copy()
-    A = graph.n_features
-    droppable = np.ones(len(keep_N), bool)
-    droppable[graph.embed_cols] = False
+    A, N = graph.n_features, len(keep_N)
+    is_embed_N = np.zeros(N, bool)
+    is_embed_N[graph.embed_cols] = True
     while True:
-        alive = keep_N & (keep_edge_RN.any(0) | ~droppable)
-        alive[:A] &= keep_edge_RN[:A].any(1)
-        if (alive == keep_N).all():
-            return keep_N, keep_edge_RN
-        keep_N = alive
-        keep_edge_RN[:, ~keep_N] = False
-        keep_edge_RN[:A][~keep_N[:A]] = False
+        alive_N = keep_N & is_embed_N
+        alive_N[col_E] = keep_N[col_E]
+        fed_A = np.zeros(A, bool)
+        fed_A[row_E[row_E < A]] = True
+        alive_N[:A] &= fed_A
+        if (alive_N == keep_N).all():
+            return keep_N, row_E, col_E
+        keep_N = alive_N
+        alive_R = np.concatenate([keep_N[:A], np.ones(graph.n_targets, bool)])
+        alive_E = alive_R[row_E] & keep_N[col_E]
+        row_E, col_E = row_E[alive_E], col_E[alive_E]
 
 
 def restrict(graph: Graph) -> Graph:
@@ -133,8 +179,8 @@ def restrict(graph: Graph) -> Graph:
     row = np.concatenate([kept, np.arange(graph.n_features, len(graph.edge_RN))])
     col = np.concatenate([kept, np.arange(graph.n_features, graph.edge_RN.shape[1])])
     drop_N = ~pruning.keep_N
-    dropped = graph.edge_RN[row][:, drop_N]
-    edge_RN = graph.edge_RN[np.ix_(row, col)]
+    dropped = submatrix(graph.edge_RN, row, np.flatnonzero(drop_N))
+    edge_RN = submatrix(graph.edge_RN, row, col)
     edge_RN[:, drop_N[col]] = 0
     return dataclasses.replace(
         graph,
@@ -153,6 +199,6 @@ def restrict(graph: Graph) -> Graph:
         pruning=dataclasses.replace(
             pruning,
             keep_N=pruning.keep_N[col],
-            keep_edge_RN=pruning.keep_edge_RN[np.ix_(row, col)],
+            keep_edge_RN=submatrix(pruning.keep_edge_RN, row, col),
         ),
     )

@@ -9,6 +9,30 @@ in something pruned, unattributed or outside the graph), lambda its mean length.
 
 On a pruned graph the shares stay those of the full graph and everything dropped counts
 as error: nothing is renormalised, nothing cancels.
+
+What a truncated graph can be off by. Let U be the probability that the walk ever steps
+to a feature whose row was not computed (part of `unexplored_share`), W the sum of the
+targets' weights, L the layers. Let the walk on the exact graph take the same steps
+until that happens; it happens with probability U, and the truncated walk ends there.
+So, with shares of whole rows, explored or not (convention "paper"):
+
+- Influence. A node is visited at most once, hence every node's exact influence lies
+  between its influence here and that plus U W; a feature left out has at most U W.
+- Replacement R = a / (1 - B), with a the embeddings' and B the bias's share of endings.
+  Of U, the exact walk sends some parts u to embeddings and v to the bias, u + v <= U:
+  R <= exact = (a + u) / (1 - B - v) <= (a + U) / (1 - B) = R + U / (1 - B). A quotient
+  of linear functions is largest at a corner, and this corner is the largest one, as
+  (a + U)(1 - B - U) - a (1 - B) = U (1 - B - U - a) is U times the share of what is
+  unexplained otherwise, which is not negative.
+- Completeness C = 1 - E / l. The exact E lies between E - U and E, the exact length
+  between l and l + U L, as at most one feature per layer is still to come:
+  C <= exact <= 1 - (E - U) / (l + U L).
+- Pruned sets. All influences together differ by at most D = (L + 1) U W. If one graph
+  keeps a node at threshold t, then in the other less than t + D / total of all
+  influence lies on nodes ahead of it by more than U W, since those are ahead of it in
+  both. So the two sets differ only in nodes next to the threshold, by that measure.
+
+Scores of a pruned graph are those of the same nodes and edges in the exact graph.
 """
 
 from __future__ import annotations
@@ -18,6 +42,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from jaxclt.graph.blocks import submatrix
 from jaxclt.graph.graph import Graph, Pruning
 from jaxclt.graph.influence import influence_series, solve_walk
 from jaxclt.graph.prune import kept_rows
@@ -40,6 +65,8 @@ class Scores:
     error_share: float
     bias_share: float
     unexplored_share: float  # rest of the graph: pruned, unattributed, not a node
+    replacement_at_most: float  # of the exact graph, with every feature explored
+    completeness_at_most: float
 
 
 def shares_total(graph: Graph) -> np.ndarray:
@@ -67,9 +94,10 @@ def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
     embed_N[graph.embed_cols] = True
     if pruning is not None:
         # Only what is kept carries the walk on; shares stay those of the full graph.
-        row, col = kept_rows(graph, pruning.keep_N), pruning.keep_N
-        keep = pruning.keep_edge_RN[np.ix_(row, col)]
-        edge_RN = np.where(keep, edge_RN[np.ix_(row, col)], 0)
+        row = np.flatnonzero(kept_rows(graph, pruning.keep_N))
+        col = np.flatnonzero(pruning.keep_N)
+        edge_RN = submatrix(edge_RN, row, col)
+        edge_RN *= submatrix(pruning.keep_edge_RN, row, col)
         total_R, bias_R = total_R[row], bias_R[row]
         error_N, embed_N = error_N[col], embed_N[col]
         A = int(pruning.keep_N[graph.feature_cols].sum())
@@ -82,14 +110,28 @@ def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
     error = float(visit_N[error_N].sum())
     paper = graph.meta.convention == "paper"
     bias = float((visit_R / safe_R) @ np.abs(bias_R)) if paper else 0.0
-    unexplored = max(0.0, 1.0 - embedding - error - bias)
-    if pruning is None and open_A.all() and not graph.rest_abs_R.any():
-        # exact zero instead of the rounding of a difference
-        unexplored = float(weight_K[total_R[A:] == 0].sum())
+    unexplored, left_out = 1.0 - embedding - error - bias, 0.0
+    if pruning is None:
+        # The same without the rounding of a difference, so that nothing is zero.
+        if paper:
+            left_out = float((visit_R / safe_R) @ graph.rest_abs_R)
+        unexplored = left_out + float(visit_N[:A][~open_A].sum())
+        unexplored += float(weight_K[total_R[A:] == 0].sum())
+    unexplored = max(0.0, unexplored)
     lost, length = error + unexplored, float(visit_R.sum())
+    explained = max(embedding + lost, 1e-30)
+    replacement, completeness = embedding / explained, 1 - lost / length
+    most = replacement, completeness
+    if pruning is None and graph.rest_abs_R.any():
+        # circuit-tracer's shares leave the rest out: then nothing is known about it.
+        left_out = left_out if paper else 1.0
+        most = (
+            min(1.0, replacement + left_out / explained),
+            1 - max(0.0, lost - left_out) / (length + left_out * graph.n_layers),
+        )
     return Scores(
-        replacement=embedding / max(embedding + lost, 1e-30),
-        completeness=1 - lost / length,
+        replacement=replacement,
+        completeness=completeness,
         completeness_ct=1 - lost / (length + 1),
         mean_path_length=paths / embedding if embedding > 0 else float("nan"),
         mean_walk_length=length,
@@ -97,6 +139,8 @@ def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
         error_share=error,
         bias_share=bias,
         unexplored_share=unexplored,
+        replacement_at_most=most[0],
+        completeness_at_most=most[1],
     )
 
 

@@ -77,7 +77,8 @@ class Tiny:
             self.targets,
             cfg=self.cfg,
             meta=self.meta,
-            config=config or AttributeConfig(max_features=None, devices=1),
+            config=config
+            or AttributeConfig(max_features=None, tolerance=0.0, devices=1),
         )
 
 

@@ -30,7 +30,9 @@ def place_in_full(part: Graph, full: Graph) -> np.ndarray:
 def test_a_partial_graph_is_part_of_the_full_one(max_features: int) -> None:
     """Its edges are those of the full graph; what is left out sums to rest (T-E1)."""
     full = case_graph("clt")
-    config = AttributeConfig(max_features=max_features, rows_per_update=20)
+    config = AttributeConfig(
+        max_features=max_features, tolerance=0.0, rows_per_update=20
+    )
     part = case("clt").graph(config)
     assert part.n_features == max_features
     chosen = place_in_full(part, full)
@@ -52,7 +54,9 @@ def test_a_partial_graph_is_part_of_the_full_one(max_features: int) -> None:
 def test_more_features_than_there_are_is_all_of_them() -> None:
     """T-P6: N = all equals the full graph."""
     full = case_graph("clt")
-    part = case("clt").graph(AttributeConfig(max_features=full.n_features))
+    part = case("clt").graph(
+        AttributeConfig(max_features=full.n_features, tolerance=0.0)
+    )
     np.testing.assert_array_equal(part.edge_RN, full.edge_RN)
     assert not part.rest_abs_R.any()
 
@@ -125,10 +129,28 @@ def test_the_next_features_are_the_strongest_open_ones() -> None:
     assert unexplored == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize(
+    ("enough", "want"),
+    [(0.0, [1, 2, 3, 4]), (0.05, [1, 2, 3, 4]), (0.1, [1, 2, 3]), (0.3, [2, 3]),
+     (0.6, [2]), (2.0, [2])],
+)  # fmt: skip
+def test_no_more_features_than_bring_the_rest_below_the_tolerance(
+    enough: float, want: list[int]
+) -> None:
+    visit = np.array([0.5, 0.125, 0.4, 0.3, 0.0625])
+    open_A = np.array([False, True, True, True, True])
+    chosen, unexplored = next_features(visit, open_A, 4, enough=enough)
+    assert chosen.tolist() == want
+    assert unexplored == pytest.approx(0.8875)
+    assert len(next_features(visit, open_A, 2)[0]) == 2
+
+
 def test_rest_counts_as_unexplained_in_shares() -> None:
     """Rows of a partial graph do not renormalise: shares are of the whole row."""
     full = case_graph("clt")
-    part = case("clt").graph(AttributeConfig(max_features=80, rows_per_update=20))
+    part = case("clt").graph(
+        AttributeConfig(max_features=80, tolerance=0.0, rows_per_update=20)
+    )
     row = part.target_rows.start
     size = np.abs(full.edge_RN[full.target_rows.start]).sum()
     got = np.abs(part.edge_RN[row]).sum() + part.rest_abs_R[row]
@@ -140,7 +162,9 @@ def test_rest_counts_as_unexplained_in_shares() -> None:
 def test_circuit_tracer_convention_moves_position_zero_to_rest() -> None:
     """Its features are no nodes and its errors are empty, but rows still sum (T-E1)."""
     full = case_graph("clt")
-    config = AttributeConfig(max_features=None, convention="circuit-tracer")
+    config = AttributeConfig(
+        max_features=None, tolerance=0.0, convention="circuit-tracer"
+    )
     peer = case("clt").graph(config)
     assert (peer.pos_A > 0).all()
     assert peer.n_features == (full.pos_A > 0).sum()

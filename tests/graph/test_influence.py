@@ -212,3 +212,17 @@ def test_total_effect_of_a_silent_feature_is_zero() -> None:
     got = np.asarray(effect(edge_RN, value_A, graph.n_targets))
     assert np.isfinite(got).all()
     assert (got[:, 5] == 0).all()
+
+
+def test_float32_influence_is_right_to_single_precision() -> None:
+    """Against the inverse in float64, on several blocks of features."""
+    graph = random_graph(9, counts=(120,) * 3, density=0.9)
+    edge_RN = graph.edge_RN.astype(np.float32)
+    graph = dataclasses.replace(graph, edge_RN=edge_RN.astype(np.float64))
+    N = edge_RN.shape[1]
+    want = walk_visits(graph, share_matrix(graph))[:N] * graph.target_prob_K.sum()
+    total_R = shares_total(dataclasses.replace(graph, edge_RN=edge_RN))
+    got = solve_influence(edge_RN, total_R, graph.target_prob_K)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * want.max())
+    close(solved(graph), want, 1e-12)

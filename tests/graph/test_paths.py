@@ -10,6 +10,7 @@ import pytest
 from cases import close, random_graph, share_matrix
 
 from jaxclt.errors import InputError
+from jaxclt.graph import paths
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.paths import Path, describe_paths, node_name, strongest_paths
 from jaxclt.graph.prune import prune
@@ -185,3 +186,27 @@ def test_bad_requests_are_refused() -> None:
             strongest_paths(graph, **bad)
     with pytest.raises(InputError):
         node_name(graph, N + graph.n_targets)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_rows_without_the_influence_for_it_need_no_search(
+    monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    """Many features: the same paths as when every row is searched."""
+    graph = random_graph(5, counts=(150, 150, 150), n_targets=3)
+    graph = dataclasses.replace(graph, pruning=prune(graph, node_threshold=0.95))
+    start = int(graph.embed_cols.start)
+    assert graph.n_features > paths._FEW
+
+    def searched() -> list[list[Path]]:
+        return [
+            strongest_paths(graph, k=7, kept=kept),
+            strongest_paths(graph, k=300, kept=kept),
+            strongest_paths(graph, k=3, start=start, kept=kept),
+            strongest_paths(graph, k=3, start=5, kept=kept),
+        ]
+
+    quick = searched()
+    monkeypatch.setattr(paths, "_FEW", 10**6)
+    assert quick == searched()
+    assert len(quick[1]) == 300

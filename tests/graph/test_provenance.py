@@ -218,7 +218,9 @@ def test_kept_edges_of_a_smaller_graph_in_bands(
     """Rows and columns of the selected features; several bands, chunks, few columns."""
     t = case("clt")
     monkeypatch.setattr(heads, "_LEAST_BAND", 2)
-    graph = t.graph(AttributeConfig(max_features=30, edge_threshold=0.7, n_bands=1))
+    graph = t.graph(
+        AttributeConfig(max_features=30, tolerance=0.0, edge_threshold=0.7, n_bands=1)
+    )
     active = provenance.graph_active(graph, t.active)
     np.testing.assert_array_equal(active.value_A, graph.value_A)
     error_LTD = error_nodes(t.active, t.recording)

@@ -7,12 +7,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from cases import random_graph, solved
+from cases import random_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.prune import kept_by_mass, prune, restrict
+from jaxclt.graph.prune import kept_by_mass, prune
 from jaxclt.graph.scores import path_length_curve, scores
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -124,25 +124,3 @@ def test_curve_and_solve_agree_on_any_graph(seed: int) -> None:
     if curve[-1] > 0:
         want = (1 - np.r_[0, curve[:-1]]).sum()
         assert scores(graph).mean_path_length == pytest.approx(want, rel=1e-11)
-
-
-@quick
-@given(graphs(), st.integers(0, 2**28 - 1))
-def test_what_is_unexplored_bounds_what_any_node_can_gain(
-    graph: Graph, subset: int
-) -> None:
-    """The guarantee of `tolerance`: influence and scores are off by at most that."""
-    explored = [bool(subset >> i & 1) for i in range(graph.n_features)]
-    keep_N = np.ones(len(graph.influence_N), bool)
-    keep_N[graph.feature_cols] = explored
-    pruning = dataclasses.replace(graph.pruning, keep_N=keep_N)
-    partial = solved(restrict(dataclasses.replace(graph, pruning=pruning)))
-    known, exact = scores(partial), scores(graph)
-    unexplored = known.unexplored_share
-    gain_N = graph.influence_N[keep_N] - partial.influence_N
-    assert gain_N.min(initial=0) >= -1e-12
-    assert gain_N.max(initial=0) <= unexplored * graph.target_prob_K.sum() + 1e-12
-    assert known.replacement <= exact.replacement + 1e-12
-    most = known.embedding_share + unexplored
-    assert exact.replacement <= most / max(1 - known.bias_share, 1e-30) + 1e-12
-    assert exact.error_share <= known.error_share + unexplored + 1e-12

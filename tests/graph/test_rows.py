@@ -171,7 +171,9 @@ def test_a_node_for_every_active_feature_error_token_and_target() -> None:
 @pytest.mark.parametrize(("chunk_size", "n_bands"), [(32, 1), (64, 3)], ids=str)
 def test_chunks_and_bands_change_nothing(chunk_size: int, n_bands: int) -> None:
     """T-E6: how rows are batched is invisible; every band meets every chunk edge."""
-    config = AttributeConfig(max_features=None, chunk_size=chunk_size, n_bands=n_bands)
+    config = AttributeConfig(
+        max_features=None, tolerance=0.0, chunk_size=chunk_size, n_bands=n_bands
+    )
     got = case("skip").graph(config)
     close(got.edge_RN, case_graph("skip").edge_RN, 1e-14)
 

@@ -126,7 +126,7 @@ def test_without_error_everything_is_explained() -> None:
         t.targets,
         cfg=t.cfg,
         meta=t.meta,
-        config=AttributeConfig(max_features=None),
+        config=AttributeConfig(max_features=None, tolerance=0.0),
     )
     got = scores(graph)
     assert got.replacement == near(1, abs=1e-12)

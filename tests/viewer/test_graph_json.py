@@ -196,6 +196,12 @@ def test_custom_targets_get_distinct_ids_no_vocabulary_has():
     assert all("-" not in n["node_id"] for n in logits)
 
 
+def test_what_json_has_no_word_for_is_refused(doc):
+    doc["nodes"][0]["clerp"] = object()
+    with pytest.raises(InputError, match="not a graph document"):
+        validate(doc)
+
+
 def test_hostile_tokens_leave_a_readable_document():
     doc = graph_json(make_graph(tokens=HOSTILE, targets=HOSTILE), slug="../../x y")
     validate(doc)
