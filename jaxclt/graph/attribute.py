@@ -32,7 +32,13 @@ from jaxclt.graph.rows import (
     pull_flops,
 )
 from jaxclt.graph.scores import shares_total
-from jaxclt.graph.targets import target_reads
+from jaxclt.graph.targets import (
+    place_targets,
+    target_bias,
+    target_readouts,
+    target_rows,
+    written_edges,
+)
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import bias_reads
 from jaxclt.replacement.errors import error_nodes
@@ -84,7 +90,7 @@ def attribute_recording(
       params: the model.
       recording: its clean pass on the prompt.
       active: the dictionary's active features on it.
-      targets: what to explain.
+      targets: what to explain, see `jaxclt.graph.targets`.
       cfg: model shape.
       meta: where it all comes from.
       config: how much to compute.
@@ -93,7 +99,8 @@ def attribute_recording(
       timing: filled in if given.
 
     Raises:
-      InputError: if an error node is not finite (NaN weights).
+      InputError: if an error node is not finite (NaN weights), or a target does not
+        fit the model or the prompt.
     """
     config = config or AttributeConfig()
     timing = timing or Timing()
@@ -104,6 +111,7 @@ def attribute_recording(
             # stays, as part of the error there, which is no node either.
             active = active.where(active.pos_A > 0)
         n_tokens = n_tokens or len(recording.token_T)
+        targets = place_targets(targets, cfg=cfg, n_tokens=n_tokens)
         if n_tokens < len(recording.token_T):
             active = active.where(active.pos_A < n_tokens)
         error_LTD = error_nodes(active, recording)
@@ -123,7 +131,9 @@ def attribute_recording(
         meta=dataclasses.replace(meta, convention=config.convention),
         token_T=np.asarray(recording.token_T, np.int32)[:n_tokens],
         target_token_K=np.asarray(targets.token_K, np.int32),
-        target_prob_K=np.asarray(targets.prob_K),
+        target_prob_K=np.asarray(targets.weight_K),
+        target_layer_K=np.asarray(targets.layer_K),
+        target_pos_K=np.asarray(targets.pos_K),
         influence_N=np.zeros(parts["edge_RN"].shape[1]),
         pruning=_no_pruning(parts["edge_RN"].shape),
         **parts,
@@ -181,6 +191,7 @@ class _Rows:
             active, error_LTD, np.asarray(recording.embed_TD)
         )
         self.stream = make_stream(params, recording, self.bank, skip=active.skip)
+        self.target_rows = target_rows(params, recording, active, targets)
         n_rows = self.n_selected + self.K
         self.edge_RN = np.zeros((n_rows, self.A + L * T + T), error_LTD.dtype)
         self.total_R = np.zeros(n_rows)
@@ -200,16 +211,15 @@ class _Rows:
 
     def read(self, feature: np.ndarray) -> RowTargets:
         """Directions of features, and of target k given as -1 - k."""
-        a, last = self.active, self.T - 1
-        is_target = feature < 0
-        layer = np.full(len(feature), self.L, np.int32)
-        pos = np.full(len(feature), last, np.int32)
+        a, is_target = self.active, feature < 0
+        layer, pos = np.empty((2, len(feature)), np.int32)
         read = np.empty((len(feature), self.cfg.d_model), self.edge_RN.dtype)
         chosen = feature[~is_target]
         layer[~is_target], pos[~is_target] = a.layer_A[chosen], a.pos_A[chosen]
         read[~is_target] = a.reads(chosen)
-        read_KD = target_reads(self.params, self.recording, self.targets.vec_KD, last)
-        read[is_target] = read_KD[-1 - feature[is_target]]
+        targets = self.target_rows.take(-1 - feature[is_target])
+        layer[is_target], pos[is_target] = targets.layer_R, targets.pos_R
+        read[is_target] = targets.read_RD
         return RowTargets(layer_R=layer, pos_R=pos, read_RD=read)
 
     def compute(self, feature: np.ndarray, on_rows: Callable[[int, int], None]) -> None:
@@ -233,6 +243,12 @@ class _Rows:
             source_pos_A=self.active.pos_A,
             on_rows=report,
         )
+        for row in np.flatnonzero(feature < 0):
+            k = -1 - int(feature[row])
+            if np.asarray(self.targets.write_KD)[k].any():
+                edge_RN[row] += written_edges(
+                    self.active, self.bank.error_LTD, self.targets, k, n_tokens=self.T
+                )
         self.feature_R[start : start + n] = feature
         self.done += n
 
@@ -245,7 +261,7 @@ class _Rows:
             return selected
         self.compute(target, on_rows)
         open_A = np.ones(self.A, bool)
-        weight_K = np.asarray(self.targets.prob_K, np.float64)
+        weight_K = np.asarray(self.targets.weight_K, np.float64)
         weight_K = weight_K / weight_K.sum()
         # Many rows at once make chunks that are narrow in layer, hence cheap.
         at_once = self.config.rows_per_update or max(512, -(-self.n_selected // 4))
@@ -299,7 +315,7 @@ class _Rows:
             skip=self.active.skip,
         )
         a = self.active
-        vec_KD = np.asarray(self.targets.vec_KD)
+        readout_K = target_readouts(self.recording, self.targets)
         return {
             "layer_A": a.layer_A[selected].astype(np.int32),
             "pos_A": a.pos_A[selected].astype(np.int32),
@@ -311,12 +327,7 @@ class _Rows:
             "bias_R": self._bias(bias, selected),
             "rest_R": rest.sum(1),
             "rest_abs_R": np.abs(rest).sum(1),
-            "readout_R": np.concatenate(
-                [
-                    a.preact_A[selected],
-                    vec_KD @ np.asarray(self.recording.out_TD)[self.T - 1],
-                ]
-            ),
+            "readout_R": np.concatenate([a.preact_A[selected], readout_K]),
         }
 
     def _bias(self, bias: Reads, selected: np.ndarray) -> np.ndarray:
@@ -324,5 +335,5 @@ class _Rows:
         a = self.active
         mid_AD = np.asarray(bias.mid_LTD)[a.layer_A[selected], a.pos_A[selected]]
         constant_A = (a.reads(selected) * mid_AD).sum(1) + a.read_bias_A[selected]
-        out_D = np.asarray(bias.out_TD)[self.T - 1]
-        return np.concatenate([constant_A, np.asarray(self.targets.vec_KD) @ out_D])
+        constant_K = target_bias(a, bias, self.targets, self.target_rows)
+        return np.concatenate([constant_A, constant_K])
