@@ -4,15 +4,15 @@
 |---|---|
 | `" Paris"` | the logit of a token (minus the mean logit) |
 | `" Paris@5"` | the same after position 5; -1 is the last one |
-| `"top@5"` | the most probable tokens after position 5 |
+| `"top:5"` | the most probable tokens after position 5 |
 | `"diff: Paris\\| London"` | the logit of the first minus that of the second |
 | `"prob: Paris"`, `"logp: Paris"` | the token's (log-)probability, to first order |
 | `"feature:12:5:345"` | a feature's pre-activation: layer, position, index |
 | `"vector:resid_post:12@5:probe.npz"` | a direction at a site and position |
 
-The second to fourth kinds take ``@position`` too; all take a weight in front, as in
-``"0.5*top@5"``, and a negative one turns the target round. A text that is one token of
-the model is always that token, whatever it looks like.
+Differences and probabilities take ``@position`` too. Every text takes a weight in
+front, as in ``"0.5*top:5"``, and a negative one turns the target round. A text that is
+one token of the model is always that token, whatever it looks like.
 
 Plain tokens alone weigh as much as they are probable; as soon as anything else is
 given, every text counts the same, or by its weight. Vectors come from an npz file:
@@ -122,6 +122,8 @@ def _one(prompt: _Prompt, body: str) -> Targets:
         return _feature(prompt, body)
     if body.startswith("vector:"):
         return _vector(prompt, body)
+    if body.startswith("top:"):
+        return _top(prompt, body)
     last = prompt.n_tokens - 1
     # The text itself first: a token may hold an @.
     made = _logits(prompt, body, last)
@@ -137,6 +139,8 @@ def _one(prompt: _Prompt, body: str) -> Targets:
     text = text[kind.end() :] if kind else text
     n = len(prompt.model.tokenizer.encode(text, "never"))
     what = "it" if text == body else repr(text)
+    if n == 1:
+        raise InputError(f"{what} is no token of this model")
     raise InputError(
         f"{what} is {n} tokens, not one: mind the leading space, or give a shorter text"
     )
@@ -148,8 +152,6 @@ def _logits(prompt: _Prompt, body: str, pos: int) -> Targets | None:
     token = _token(model, body)
     if token is not None:
         return _tokens(prompt, [token], pos)
-    if body == "top":
-        return salient_targets(model.params, out_D, pos=pos)
     kind, _, text = body.partition(":")
     if kind in ("prob", "logp") and (token := _token(model, text)) is not None:
         return probability_targets(
@@ -187,6 +189,14 @@ def _tokens(prompt: _Prompt, ids: list[int], pos: int) -> Targets:
         raise InputError("a target is given twice: name each token once")
     model, out_D = prompt.model, prompt.recording.out_TD[pos]
     return token_targets(model.params, out_D, jnp.asarray(ids, jnp.int32), pos=pos)
+
+
+def _top(prompt: _Prompt, body: str) -> Targets:
+    found = re.fullmatch(r"top:(-?\d+)", body)
+    if found is None:
+        raise InputError("write top:position, a whole number")
+    pos = _position(prompt, int(found[1]))
+    return salient_targets(prompt.model.params, prompt.recording.out_TD[pos], pos=pos)
 
 
 def _feature(prompt: _Prompt, body: str) -> Targets:
@@ -252,14 +262,13 @@ def _position(prompt: _Prompt, pos: int) -> int:
 
 
 def _token(model: Model, text: str) -> int | None:
-    """The id of a text that is one token."""
+    """The id of a text that is one token, and not the one for what is unknown."""
     ids = model.tokenizer.encode(text, "never")
     if len(ids) != 1:
         return None
-    unknown = getattr(model.tokenizer.backend, "unk_token_id", None)
-    if ids[0] == unknown and text != model.tokenizer.backend.unk_token:
-        raise InputError(f"{text!r}: the model has no such token")
-    return ids[0]
+    backend = model.tokenizer.backend
+    unknown = ids[0] == getattr(backend, "unk_token_id", None)
+    return None if unknown and text != backend.unk_token else ids[0]
 
 
 def _string(model: Model, token: int) -> str:

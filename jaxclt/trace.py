@@ -144,6 +144,7 @@ def trace_prompt(
     config = config or AttributeConfig()
     same = identity(model, dictionary, prompt, config, bos)
     texts = [targets] if isinstance(targets, str) else targets
+    given = not isinstance(texts, Sequence) or len(texts) > 0
     if bos == "auto" and config.convention == "circuit-tracer":
         bos = "always"
     ids = prompt_tokens(model, prompt, bos)
@@ -158,10 +159,10 @@ def trace_prompt(
             recording = record_prompt(model.params, jnp.asarray(token_T), model.cfg)
             chosen = _targets(model, dictionary, recording, len(ids), texts)
             top = chosen
-            if not isinstance(texts, Sequence) or texts:
+            if given:
                 top = _next_tokens(model, recording, len(ids), chosen)
             active = dictionary.active(model.params, recording, model.cfg)
-        if not isinstance(texts, Sequence) or texts:
+        if given:
             listed = list(texts) if isinstance(texts, Sequence) else _digest(chosen)
             same["targets"] = listed
         meta = GraphMeta(
@@ -171,6 +172,7 @@ def trace_prompt(
             tokens=tuple(model.tokenizer.token_strings(ids)),
             target_tokens=_labels(model, chosen),
             n_layers=model.cfg.n_layers,
+            weights=_weights(chosen, top),
             config=same["config"],
             hashes=same["hashes"],
             version=__version__,
@@ -282,6 +284,13 @@ def _next_tokens(
     if ((chosen.token_K >= 0) & (chosen.pos_K == n_tokens - 1)).all():
         return token_targets(model.params, out_D, jnp.asarray(chosen.token_K))
     return salient_targets(model.params, out_D)
+
+
+def _weights(chosen: Targets, next_tokens: Targets) -> str:
+    """Whether the chosen targets weigh what they are probable."""
+    same = np.array_equal(chosen.token_K, next_tokens.token_K)
+    same = same and np.array_equal(chosen.weight_K, next_tokens.weight_K)
+    return "probability" if same else "chosen"
 
 
 def _digest(targets: Targets) -> str:

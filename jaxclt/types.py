@@ -19,6 +19,7 @@ Structs are frozen; update them with ``dataclasses.replace``.
 
 from __future__ import annotations
 
+import numpy as np
 from flax import struct
 from jax import Array
 
@@ -144,13 +145,11 @@ class Targets:
     `jaxclt.graph.targets`, which makes them.
     """
 
-    token_K: Array  # int32, -1 for what is no logit of a token
-    weight_K: (
-        Array  # what influence starts with, >= 0: a token's probability, or chosen
-    )
-    layer_K: Array  # int32
-    pos_K: Array  # int32, negative counts from the end of the prompt
-    vec_KD: Array  # a logit's demeaned unembedding column
-    write_KD: Array
-    const_K: Array
+    token_K: Array | np.ndarray  # int32, -1 for what is no logit of a token
+    weight_K: Array | np.ndarray  # what influence starts with: >= 0
+    layer_K: Array | np.ndarray  # int32
+    pos_K: Array | np.ndarray  # int32, negative counts from the end of the prompt
+    vec_KD: Array | np.ndarray  # a logit's demeaned unembedding column
+    write_KD: Array | np.ndarray
+    const_K: Array | np.ndarray
     labels: tuple[str, ...] = struct.field(pytree_node=False)  # "": the token's text

@@ -31,6 +31,7 @@ class GraphMeta:
     target_tokens: tuple[str, ...]  # K token strings, or labels of other targets
     n_layers: int
     convention: str = "paper"  # or "circuit-tracer"
+    weights: str = "probability"  # what target_prob_K holds, or "chosen"
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
     version: str = ""

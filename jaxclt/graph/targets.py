@@ -97,35 +97,34 @@ def demeaned_unembedding(params: LMParams, token_K: Array) -> Array:
 
 
 def _targets(
-    vec_KD: Array,
+    vec_KD: Array | np.ndarray,
     *,
-    layer: int,
+    layer: ArrayLike,
     pos: ArrayLike,
     token_K: Array | None = None,
     weight_K: Array | None = None,
-    write_KD: Array | None = None,
-    const_K: Array | None = None,
+    write_KD: np.ndarray | None = None,
+    const_K: ArrayLike | None = None,
     labels: Sequence[str] | None = None,
 ) -> Targets:
-    """Targets of one layer with everything not given at its default.
+    """Targets with everything not given at its default.
 
     Raises:
       InputError: if the number of labels or constants is not that of the directions.
     """
     K, dtype = len(vec_KD), vec_KD.dtype
-    if const_K is None:
-        const_K = jnp.zeros(K, dtype)
+    const_K = np.zeros(K) if const_K is None else np.atleast_1d(const_K)
     labels = ("",) * K if labels is None else tuple(labels)
     if len(labels) != K or const_K.shape != (K,):
         raise InputError(f"{K} targets need {K} labels and {K} constants")
     return Targets(
-        token_K=jnp.full(K, -1, jnp.int32) if token_K is None else token_K,
-        weight_K=jnp.full(K, 1 / max(K, 1), dtype) if weight_K is None else weight_K,
-        layer_K=jnp.full(K, layer, jnp.int32),
-        pos_K=jnp.broadcast_to(jnp.asarray(pos, jnp.int32), (K,)),
+        token_K=np.full(K, -1, np.int32) if token_K is None else token_K,
+        weight_K=np.full(K, 1 / max(K, 1), dtype) if weight_K is None else weight_K,
+        layer_K=np.broadcast_to(np.asarray(layer, np.int32), (K,)),
+        pos_K=np.broadcast_to(np.asarray(pos, np.int32), (K,)),
         vec_KD=vec_KD,
-        write_KD=jnp.zeros_like(vec_KD) if write_KD is None else write_KD,
-        const_K=const_K,
+        write_KD=np.zeros(vec_KD.shape, dtype) if write_KD is None else write_KD,
+        const_K=const_K.astype(dtype),
         labels=labels,
     )
 
@@ -276,14 +275,13 @@ def feature_targets(
     T = len(recording.token_T)
     place_K3[:, 1] = [_position(int(pos), T) for pos in place_K3[:, 1]]
     read = feature_reads(dictionary, params, recording, place_K3, cfg=cfg)
-    made = _targets(
+    return _targets(
         read.read_KD,
-        layer=0,
+        layer=place_K3[:, 0],
         pos=place_K3[:, 1],
         const_K=read.bias_K,
         labels=[f"L{layer} feature {feature}" for layer, _, feature in place_K3],
     )
-    return dataclasses.replace(made, layer_K=jnp.asarray(place_K3[:, 0]))
 
 
 def functional_targets(
@@ -313,22 +311,23 @@ def functional_targets(
     T, D = recording.embed_TD.shape
     L, dtype = _n_layers(params), recording.out_TD.dtype
     p = _position(pos, T)
-    vec_KD = jnp.atleast_2d(jnp.asarray(vec_KD, dtype))
-    if vec_KD.ndim != 2 or vec_KD.shape[1] != D:
-        raise InputError(
-            f"a target direction has shape {vec_KD.shape[1:]}; this model needs ({D},)"
-        )
     name, layer = _site(site, L)
-    write_KD = jnp.zeros_like(vec_KD)
+    read_KD = np.atleast_2d(np.asarray(vec_KD, dtype))
+    if read_KD.ndim != 2 or read_KD.shape[1] != D:
+        raise InputError(
+            f"a target direction has shape {read_KD.shape[1:]}; this model needs ({D},)"
+        )
+    write_KD = np.zeros_like(read_KD)
     frozen, blocks = recording.frozen, params.blocks
     match name:
         case "normalized" | "mlp_in":
             scale_T, gain_D = frozen.mlp_scale_LT[layer], blocks.norm_mlp_LD[layer]
-            vec_KD = vec_KD * read_diagonal(name, scale_T, gain_D)[None, p]
+            diagonal_TD = read_diagonal(name, scale_T[p : p + 1], gain_D)
+            read_KD = read_KD * np.asarray(diagonal_TD)
         case "mlp_out":
-            vec_KD, write_KD = write_KD, vec_KD
+            read_KD, write_KD = write_KD, read_KD
         case "resid_post":
-            write_KD = vec_KD
+            write_KD = read_KD
         case "resid_pre" | "attn_in":
             if layer == 0:
                 raise InputError(
@@ -336,18 +335,16 @@ def functional_targets(
                     "no other inputs, name a later layer"
                 )
             if name == "attn_in":
-                scale, gain_D = frozen.attn_scale_LT[layer, p], blocks.norm_attn_LD
-                vec_KD = vec_KD * (gain_D[layer] * scale)[None]
-            write_KD, layer = vec_KD, layer - 1
+                scale = np.asarray(frozen.attn_scale_LT)[layer, p]
+                read_KD = read_KD * np.asarray(blocks.norm_attn_LD)[layer] * scale
+            write_KD, layer = read_KD, layer - 1
     return _targets(
-        vec_KD,
+        read_KD,
         layer=layer,
         pos=p,
         write_KD=write_KD,
-        const_K=None
-        if const_K is None
-        else jnp.atleast_1d(jnp.asarray(const_K, dtype)),
-        labels=labels or [site] * len(vec_KD),
+        const_K=const_K,
+        labels=labels or [site] * len(read_KD),
     )
 
 
@@ -405,23 +402,21 @@ def combine_targets(
     columns = zip(*(jax.tree.leaves(part) for part in scaled), strict=True)
     labels = tuple(label for part in scaled for label in part.labels)
     form = jax.tree.structure(dataclasses.replace(scaled[0], labels=labels))
-    return jax.tree.unflatten(form, [jnp.concatenate(column) for column in columns])
+    return jax.tree.unflatten(form, [np.concatenate(column) for column in columns])
 
 
 def _scaled(part: Targets, weight: float) -> Targets:
     """A part whose weights sum to the size of `weight`, turned round if negative."""
-    total = part.weight_K.sum()
-    even_K = jnp.full_like(part.weight_K, 1 / len(part.weight_K))
-    safe = jnp.where(total > 0, total, jnp.ones_like(total))
-    share_K = jnp.where(total > 0, part.weight_K / safe, even_K)
+    part = jax.tree.map(np.asarray, part)
+    share_K = part.weight_K if part.weight_K.any() else np.ones_like(part.weight_K)
+    share_K = (share_K * (abs(weight) / share_K.sum())).astype(share_K.dtype)
     if weight > 0:
-        return dataclasses.replace(part, weight_K=share_K * weight)
-    token_K = np.asarray(part.token_K).tolist()
-    names = zip(part.labels, token_K, strict=True)
+        return dataclasses.replace(part, weight_K=share_K)
+    names = zip(part.labels, part.token_K.tolist(), strict=True)
     return dataclasses.replace(
         part,
-        token_K=jnp.full_like(part.token_K, -1),
-        weight_K=share_K * -weight,
+        token_K=np.full_like(part.token_K, -1),
+        weight_K=share_K,
         vec_KD=-part.vec_KD,
         write_KD=-part.write_KD,
         const_K=-part.const_K,
@@ -539,7 +534,7 @@ def target_readouts(recording: Recording, targets: Targets) -> np.ndarray:
         place = targets.layer_K[k], targets.pos_K[k]
         value_K[k] = targets.vec_KD[k] @ mid_LTD[place]
         value_K[k] += targets.write_KD[k] @ write_LTD[place]
-    return value_K + np.asarray(targets.const_K)
+    return value_K + np.asarray(targets.const_K, value_K.dtype)
 
 
 def target_bias(
@@ -559,14 +554,16 @@ def target_bias(
         layer, pos = targets.layer_K[k], targets.pos_K[k]
         value_K[k] = rows.read_RD[k] @ mid_LTD[layer, pos]
         value_K[k] += targets.write_KD[k] @ active.write_bias_LD[layer]
-    return value_K + np.asarray(targets.const_K)
+    return value_K + np.asarray(targets.const_K, value_K.dtype)
 
 
 def _out_values(out_TD: Array, targets: Targets, n_layers: int) -> np.ndarray:
     """``vec · out`` of the targets that read the output, [K], zero for the others."""
-    value_K = np.zeros_like(np.asarray(targets.const_K))
+    host_TD, vec_KD = np.asarray(out_TD), np.asarray(targets.vec_KD)
+    # numpy multiplies bfloat16 matrices to float32.
+    value_K = np.zeros(len(vec_KD), (vec_KD[:1] @ host_TD[0]).dtype)
     is_out_K = np.asarray(targets.layer_K) == n_layers
     for pos in np.unique(np.asarray(targets.pos_K)[is_out_K]):
         here = np.flatnonzero(is_out_K & (targets.pos_K == pos))
-        value_K[here] = np.asarray(targets.vec_KD)[here] @ np.asarray(out_TD)[pos]
+        value_K[here] = vec_KD[here] @ host_TD[pos]
     return value_K

@@ -259,7 +259,7 @@ def _logit(graph: Graph, k: int, abs_input: float | None) -> dict[str, Any]:
     prob = prob if math.isfinite(prob) else 0.0
     layer = graph.n_layers + 1
     extra = {}
-    if not graph.is_next_token[k]:
+    if graph.meta.weights == "chosen" or not graph.is_next_token[k]:
         read_layer = int(graph.target_layer_K[k])
         extra["target"] = {
             "layer": read_layer if read_layer < graph.n_layers else None,

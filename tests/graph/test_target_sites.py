@@ -45,9 +45,8 @@ def vector(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray(jax.random.normal(jax.random.key(seed), shape, jnp.float64))
 
 
-def values(t: Tiny, diagonal_LTD: np.ndarray, run: dict[str, np.ndarray]) -> dict:
+def held(t: Tiny, run: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What each site holds [..., D] at (LAYER, POS), from a run; leading axes kept."""
-    del diagonal_LTD
     frozen, blocks = t.recording.frozen, t.params.blocks
     mid, write = run["mid"][..., LAYER, POS, :], run["write"][..., LAYER, POS, :]
     pre = (run["mid"] + run["write"])[..., LAYER - 1, POS, :]
@@ -158,10 +157,9 @@ def wanted_readouts(name: str, run: dict[str, np.ndarray]) -> np.ndarray:
     prob_TV = np.asarray(jax.nn.softmax(clean_TV))
     logit = np.asarray(unembed(t.params, run["out"]))
     demeaned = logit - logit.mean(-1, keepdims=True)
-    held = values(t, np.zeros(0), run)
+    at = held(t, run)
     parts = [
-        held[s] @ vector(i, (2, D)).T + np.array([0.7, -2.0])
-        for i, s in enumerate(SITES)
+        at[s] @ vector(i, (2, D)).T + np.array([0.7, -2.0]) for i, s in enumerate(SITES)
     ]
     top = np.argsort(-prob_TV[-1], kind="stable")[:3]
     centred = logit - (logit * prob_TV).sum(-1, keepdims=True)
@@ -223,8 +221,8 @@ def test_the_bias_of_a_target_is_the_run_without_sources(name: str) -> None:
     write = np.repeat(np.asarray(t.clt.b_dec_LD)[:, None], mid.shape[1], 1)
     if t.clt.W_skip_LDD is not None:
         write += (mid * np.asarray(lrm.diagonal_LTD)) @ np.asarray(t.clt.W_skip_LDD)
-    held = {"mid": mid, "write": write, "out": np.asarray(run.out_TD)}
-    want = wanted_readouts(name, held | {"pre": np.asarray(run.pre_LTF)})
+    done = {"mid": mid, "write": write, "out": np.asarray(run.out_TD)}
+    want = wanted_readouts(name, done | {"pre": np.asarray(run.pre_LTF)})
     close(graph_of(name).bias_R[graph_of(name).target_rows], want, 1e-12)
 
 
@@ -263,10 +261,9 @@ def test_an_active_feature_as_a_target_has_the_row_of_its_node() -> None:
     assert got.meta.target_tokens == (f"L{LAYER} feature {place[node, 2]}",)
 
 
-@pytest.mark.parametrize("k", [None, 3])
-def test_a_neuron_as_a_target(k: int | None) -> None:
+def test_a_neuron_as_a_target() -> None:
     """Its gate frozen, chosen by `neurons:k` or not: the readout is its activation."""
-    t, neurons = case("clt"), NeuronDictionary(k)
+    t, neurons = case("clt"), NeuronDictionary(3)
     every = NeuronDictionary().active(t.params, t.recording, t.cfg)
     at = np.array([5, 200, 333])
     place_K3 = np.stack([every.layer_A, every.pos_A, every.feature_A], 1)[at]
