@@ -243,14 +243,20 @@ class _Rows:
             source_pos_A=self.active.pos_A,
             on_rows=report,
         )
+        self.add_written(edge_RN, feature, self.active)
+        self.feature_R[start : start + n] = feature
+        self.done += n
+
+    def add_written(
+        self, out_RN: np.ndarray, feature: np.ndarray, active: Active
+    ) -> None:
+        """Add to rows of targets what they read of an MLP's output themselves."""
         for row in np.flatnonzero(feature < 0):
             k = -1 - int(feature[row])
             if np.asarray(self.targets.write_KD)[k].any():
-                edge_RN[row] += written_edges(
-                    self.active, self.bank.error_LTD, self.targets, k, n_tokens=self.T
+                out_RN[row] += written_edges(
+                    active, self.bank.error_LTD, self.targets, k, n_tokens=self.T
                 )
-        self.feature_R[start : start + n] = feature
-        self.done += n
 
     def explore(self, on_rows: Callable[[int, int], None]) -> np.ndarray:
         """Compute the targets' rows, then features' until a limit; those features."""
