@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import webbrowser
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def attribute(
     dictionary: Dictionary,
     prompt: str,
     *,
-    targets: Sequence[str] = (),
+    targets: trace.TargetChoice = (),
     bos: Bos = "auto",
     **config: Any,
 ) -> Graph:
@@ -41,7 +40,10 @@ def attribute(
       model: from `load_model`.
       dictionary: from `load_dictionary`.
       prompt: text.
-      targets: texts of one token each; the top tokens if empty.
+      targets: what to explain instead of the top tokens: texts as in
+        `jaxclt.target_text` (``" Paris"``, ``"diff: Paris| London"``,
+        ``"feature:12:5:345"``), `Targets` from `jaxclt.graph.targets`, or a function
+        that makes them from ``(params, recording)``.
       bos: whether a beginning-of-sequence token is put first.
       **config: fields of `AttributeConfig`, for example ``max_features=8192``.
 

@@ -92,7 +92,14 @@ class TraceConfig(_Attribution):
     out: Path
     """Directory to write graph.npz, report.json, graph.json and index.html to."""
     targets: tuple[str, ...] = ()
-    """Tokens to explain instead of the most probable ones (mind leading spaces)."""
+    """What to explain instead of the most probable tokens. A text that is one token is
+    that token (mind leading spaces). Otherwise: "diff: Paris| London" for a difference
+    of two logits; "prob: Paris" and "logp: Paris" for a probability, to first order;
+    any of these and a token with "@P" after position P instead of the last; "top:P" for
+    the most probable tokens there; "feature:LAYER:P:INDEX" for a feature;
+    "vector:SITE@P:FILE.npz" for a direction `vec` at out, resid_mid:L, normalized:L,
+    mlp_in:L, mlp_out:L, resid_post:L, resid_pre:L or attn_in:L. "2*..." gives a weight,
+    otherwise all count the same; tokens alone count by probability."""
     save: Literal["auto", "full", "pruned"] = "auto"
     """What graph.npz holds; auto is the full graph up to 512 MB."""
     dry_run: bool = False
@@ -428,4 +435,9 @@ def _summary(report: dict[str, Any]) -> Table:
         "peak memory": f"{report['environment']['peak_memory_gb']:.1f} GB",
     }.items():
         table.add_row(name, Text(value))
+    for target in report.get("targets", ()):
+        layer = "output" if target["layer"] is None else f"layer {target['layer']}"
+        place = f"{target['label']!r} at position {target['pos']}, {layer}"
+        what = f"{place}: {target['readout']:.4g}, weight {target['weight']:.3g}"
+        table.add_row("target", Text(what))
     return table

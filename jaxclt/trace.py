@@ -8,6 +8,7 @@ prompt --tokenizer--> tokens --lm.record--> Recording --dictionary.active--> Act
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -42,7 +43,7 @@ from jaxclt.graph.memory import MemoryPlan, patterns_kept
 from jaxclt.graph.paths import describe_paths, strongest_paths
 from jaxclt.graph.prune import restrict
 from jaxclt.graph.scores import scores
-from jaxclt.graph.targets import salient_targets, token_targets
+from jaxclt.graph.targets import place_targets, salient_targets, token_targets
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.graph_file import save_graph
 from jaxclt.io.model import Model
@@ -50,11 +51,13 @@ from jaxclt.io.tokenizer import Bos
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import record
 from jaxclt.shapes import bucket
+from jaxclt.target_text import read_targets
 from jaxclt.types import LMParams, Recording, Targets
 from jaxclt.viewer.graph_json import graph_json, validate
 from jaxclt.viewer.page import page
 
 __all__ = [
+    "TargetChoice",
     "Traced",
     "check_writable",
     "identity",
@@ -68,6 +71,11 @@ __all__ = [
 FULL_GRAPH_BYTES = 512 << 20  # larger graphs are saved pruned unless asked otherwise
 
 
+# Texts (see `jaxclt.target_text`), or targets of `jaxclt.graph.targets`, or a function
+# that makes them from the model and its recording of the prompt (not padded).
+TargetChoice = str | Sequence[str] | Targets | Callable[[LMParams, Recording], Targets]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traced:
     """A graph with what was measured on the way."""
@@ -77,6 +85,9 @@ class Traced:
     identity: dict[str, Any]  # what it depends on, see `identity`
     n_active: int  # features active on the prompt, attributed or not
     work: dict[str, Any]  # how the edges were computed, and what that took
+    # Next tokens with their probabilities: the targets, or the most probable ones if
+    # something else is explained.
+    top_tokens: tuple[tuple[str, float], ...]
 
 
 @partial(jax.jit, static_argnames=("cfg", "keep_patterns"))
@@ -87,10 +98,12 @@ def record_prompt(
     return record(params, token_T, cfg=cfg, keep_patterns=keep_patterns)
 
 
-def _recorded(model: Model, ids: list[int], config: AttributeConfig) -> Recording:
-    """The recording of a prompt, padded to a bucket of lengths."""
+def _recorded(
+    model: Model, ids: list[int], config: AttributeConfig, *, pad: bool = True
+) -> Recording:
+    """The recording of a prompt, padded to a bucket of lengths if `pad`."""
     # Padding comes after the prompt, so a causal model does not see it.
-    token_T = np.zeros(bucket(len(ids)), np.int32)
+    token_T = np.zeros(bucket(len(ids)) if pad else len(ids), np.int32)
     token_T[: len(ids)] = ids
     keep = patterns_kept(model.cfg, len(token_T), memory_budget(config))
     return record_prompt(
@@ -135,7 +148,7 @@ def trace_prompt(
     prompt: str,
     *,
     config: AttributeConfig | None = None,
-    targets: Sequence[str] = (),
+    targets: TargetChoice = (),
     bos: Bos = "auto",
     on_rows: Callable[[int, int], None] = lambda done, total: None,
 ) -> Traced:
@@ -146,7 +159,7 @@ def trace_prompt(
       dictionary: from `jaxclt.load_dictionary`.
       prompt: text.
       config: how much to compute.
-      targets: texts of one token each to explain instead of the top tokens.
+      targets: what to explain instead of the top tokens, see `TargetChoice`.
       bos: whether a beginning-of-sequence token is put first.
       on_rows: progress, (rows done, rows planned).
 
@@ -155,6 +168,8 @@ def trace_prompt(
     """
     config = config or AttributeConfig()
     same = identity(model, dictionary, prompt, config, bos)
+    texts = [targets] if isinstance(targets, str) else targets
+    given = not isinstance(texts, Sequence) or len(texts) > 0
     if bos == "auto" and config.convention == "circuit-tracer":
         bos = "always"
     ids = prompt_tokens(model, prompt, bos)
@@ -162,18 +177,24 @@ def trace_prompt(
     spent = Timing()
     with _compile_seconds() as compiled, _stage(clock, "total"):
         with _stage(clock, "record"), jax.default_matmul_precision(config.precision):
-            recording = _recorded(model, ids, config)
-            chosen = _targets(model, recording.out_TD[len(ids) - 1], targets)
+            pad = not callable(targets)  # a function of the recording sees the prompt
+            recording = _recorded(model, ids, config, pad=pad)
+            chosen = _targets(model, dictionary, recording, len(ids), texts)
+            top = chosen
+            if given:
+                top = _next_tokens(model, recording, len(ids), chosen)
             active = dictionary.active(model.params, recording, model.cfg)
+        if given:
+            listed = list(texts) if isinstance(texts, Sequence) else _digest(chosen)
+            same["targets"] = listed
         meta = GraphMeta(
             model=model.name,
             dictionary=dictionary.name,
             prompt=prompt,
             tokens=tuple(model.tokenizer.token_strings(ids)),
-            target_tokens=tuple(
-                model.tokenizer.token_strings([int(i) for i in chosen.token_K])
-            ),
+            target_tokens=_labels(model, chosen),
             n_layers=model.cfg.n_layers,
+            weights=_weights(chosen, top),
             config=same["config"],
             hashes=same["hashes"],
             version=__version__,
@@ -198,6 +219,10 @@ def trace_prompt(
         identity=same,
         n_active=int((active.pos_A < len(ids)).sum()),
         work=spent.work,
+        top_tokens=tuple(
+            (label, round(float(p), 6))
+            for label, p in zip(_labels(model, top), top.weight_K, strict=True)
+        ),
     )
 
 
@@ -285,21 +310,58 @@ def check_writable(out: str | os.PathLike[str]) -> None:
     probe.unlink()
 
 
-def _targets(model: Model, out_D: Array, wanted: Sequence[str]) -> Targets:
-    if not wanted:
-        return salient_targets(model.params, out_D)
-    ids = []
-    for text in wanted:
-        found = model.tokenizer.encode(text, "never")
-        if len(found) != 1:
-            raise InputError(
-                f"target {text!r} is {len(found)} tokens, not one: mind the leading "
-                "space, or give a shorter text"
-            )
-        ids.append(found[0])
-    if len(set(ids)) < len(ids):
-        raise InputError("a target is given twice: name each token once")
-    return token_targets(model.params, out_D, jnp.asarray(ids, jnp.int32))
+def _targets(
+    model: Model,
+    dictionary: Dictionary,
+    recording: Recording,
+    n_tokens: int,
+    wanted: TargetChoice,
+) -> Targets:
+    if callable(wanted):
+        found = wanted(model.params, recording)
+        if not isinstance(found, Targets):
+            raise InputError("the function given as targets did not return Targets")
+    elif isinstance(wanted, Targets):
+        found = wanted
+    elif wanted:
+        found = read_targets(wanted, model, dictionary, recording, n_tokens=n_tokens)
+    else:
+        found = salient_targets(model.params, recording.out_TD[n_tokens - 1])
+    return place_targets(found, cfg=model.cfg, n_tokens=n_tokens)
+
+
+def _labels(model: Model, targets: Targets) -> tuple[str, ...]:
+    """Token strings, and what other targets are called."""
+    ids = [int(i) for i in targets.token_K]
+    return tuple(
+        label or (model.tokenizer.token_strings([i])[0] if i >= 0 else "target")
+        for label, i in zip(targets.labels, ids, strict=True)
+    )
+
+
+def _next_tokens(
+    model: Model, recording: Recording, n_tokens: int, chosen: Targets
+) -> Targets:
+    """The chosen next tokens, or the top ones if anything else was chosen."""
+    out_D = recording.out_TD[n_tokens - 1]
+    if ((chosen.token_K >= 0) & (chosen.pos_K == n_tokens - 1)).all():
+        return token_targets(model.params, out_D, jnp.asarray(chosen.token_K))
+    return salient_targets(model.params, out_D)
+
+
+def _weights(chosen: Targets, next_tokens: Targets) -> str:
+    """Whether the chosen targets weigh what they are probable."""
+    same = np.array_equal(chosen.token_K, next_tokens.token_K)
+    same = same and np.array_equal(chosen.weight_K, next_tokens.weight_K)
+    return "probability" if same else "chosen"
+
+
+def _digest(targets: Targets) -> str:
+    """What tells targets apart that were not given as text."""
+    total = hashlib.sha256(repr(targets.labels).encode())
+    for leaf in jax.tree.leaves(targets):
+        total.update(f"{leaf.dtype}{leaf.shape}".encode() + np.asarray(leaf).tobytes())
+    return total.hexdigest()
 
 
 def _report(traced: Traced) -> dict[str, Any]:
@@ -307,15 +369,13 @@ def _report(traced: Traced) -> dict[str, Any]:
     pruning = graph.pruning
     n_kept = int(pruning.keep_N.sum()) + graph.n_targets
     full = scores(graph)
-    probability = [round(float(p), 6) for p in graph.target_prob_K]
     return {
         "prompt": graph.meta.prompt,
         "model": graph.meta.model,
         "dictionary": graph.meta.dictionary,
         "convention": graph.meta.convention,
-        "top_tokens": [
-            [t, p] for t, p in zip(graph.meta.target_tokens, probability, strict=True)
-        ],
+        "top_tokens": [list(pair) for pair in traced.top_tokens],
+        **({"targets": _explained(graph)} if "targets" in traced.identity else {}),
         "scores": {
             "full": dataclasses.asdict(full),
             "pruned": dataclasses.asdict(scores(graph, pruning)),
@@ -342,6 +402,22 @@ def _report(traced: Traced) -> dict[str, Any]:
         "identity": traced.identity,
         "timing_s": {k: round(v, 3) for k, v in traced.timing.items()},
     }
+
+
+def _explained(graph: Graph) -> list[dict[str, Any]]:
+    """Given targets: where they read, what influence starts with, what they are."""
+    value_K = graph.readout_R[graph.target_rows]
+    return [
+        {
+            "label": label,
+            "layer": None if layer == graph.n_layers else layer,  # null: the output
+            "pos": int(graph.target_pos_K[k]),
+            "weight": round(float(graph.target_prob_K[k]), 6),
+            "readout": float(value_K[k]),
+        }
+        for k, label in enumerate(graph.meta.target_tokens)
+        for layer in [int(graph.target_layer_K[k])]
+    ]
 
 
 def _environment() -> dict[str, Any]:

@@ -19,6 +19,7 @@ Structs are frozen; update them with ``dataclasses.replace``.
 
 from __future__ import annotations
 
+import numpy as np
 from flax import struct
 from jax import Array
 
@@ -133,11 +134,24 @@ class CLTParams:
 
 @struct.dataclass
 class Targets:
-    """What the graph explains: directions read after the final norm, last position.
+    """What a graph explains: K linear functionals of the recorded run, with weights.
 
-    Circuit Tracing (2025), section 3.1 and appendix F.
+    With x and y taken at position ``pos``, target k is ``vec · x + write · y + const``:
+
+    | layer | x | y |
+    |---|---|---|
+    | L | the output after the final norm, `Recording.out_TD` | nothing |
+    | l < L | the stream after attention, `Recording.mid_LTD` | its MLP's output |
+
+    Circuit Tracing (2025), section 3.1 and appendix F, has logits; the rest is in
+    `jaxclt.graph.targets`, which makes them.
     """
 
-    token_K: Array  # int32, -1 for a custom direction
-    prob_K: Array
-    vec_KD: Array  # demeaned unembedding column, read from `Recording.out_TD`
+    token_K: Array | np.ndarray  # int32, -1 for what is no logit of a token
+    weight_K: Array | np.ndarray  # what influence starts with: >= 0
+    layer_K: Array | np.ndarray  # int32
+    pos_K: Array | np.ndarray  # int32, negative counts from the end of the prompt
+    vec_KD: Array | np.ndarray  # a logit's demeaned unembedding column
+    write_KD: Array | np.ndarray
+    const_K: Array | np.ndarray
+    labels: tuple[str, ...] = struct.field(pytree_node=False)  # "": the token's text

@@ -139,7 +139,7 @@ def test_active_features_are_the_same(name: str) -> None:
 def test_targets_are_the_same(name: str) -> None:
     golden, *_, targets = traced(name)
     np.testing.assert_array_equal(targets.token_K, golden["logit_token_K"])
-    np.testing.assert_allclose(targets.prob_K, golden["logit_prob_K"], rtol=TOL)
+    np.testing.assert_allclose(targets.weight_K, golden["logit_prob_K"], rtol=TOL)
 
 
 @every

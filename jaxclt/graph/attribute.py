@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -36,7 +36,13 @@ from jaxclt.graph.rows import (
     visits,
 )
 from jaxclt.graph.scores import shares_total
-from jaxclt.graph.targets import target_reads
+from jaxclt.graph.targets import (
+    place_targets,
+    target_bias,
+    target_readouts,
+    target_rows,
+    written_edges,
+)
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import bias_reads
 from jaxclt.replacement.errors import error_nodes
@@ -98,7 +104,7 @@ def attribute_recording(
       params: the model.
       recording: its clean pass on the prompt.
       active: the dictionary's active features on it.
-      targets: what to explain.
+      targets: what to explain, see `jaxclt.graph.targets`.
       cfg: model shape.
       meta: where it all comes from.
       config: how much to compute.
@@ -107,7 +113,8 @@ def attribute_recording(
       timing: filled in if given.
 
     Raises:
-      InputError: if an error node is not finite (NaN weights).
+      InputError: if an error node is not finite (NaN weights), or a target does not
+        fit the model or the prompt.
     """
     config = config or AttributeConfig()
     timing = timing or Timing()
@@ -118,6 +125,7 @@ def attribute_recording(
             # stays, as part of the error there, which is no node either.
             active = active.where(active.pos_A > 0)
         n_tokens = n_tokens or len(recording.token_T)
+        targets = place_targets(targets, cfg=cfg, n_tokens=n_tokens)
         if n_tokens < len(recording.token_T):
             active = active.where(active.pos_A < n_tokens)
         error_LTD = error_nodes(active, recording)
@@ -145,7 +153,9 @@ def attribute_recording(
         meta=dataclasses.replace(meta, convention=config.convention),
         token_T=np.asarray(recording.token_T, np.int32)[:n_tokens],
         target_token_K=np.asarray(targets.token_K, np.int32),
-        target_prob_K=np.asarray(targets.prob_K),
+        target_prob_K=np.asarray(targets.weight_K),
+        target_layer_K=np.asarray(targets.layer_K),
+        target_pos_K=np.asarray(targets.pos_K),
         influence_N=np.zeros(parts["edge_RN"].shape[1]),
         pruning=_no_pruning(parts["edge_RN"].shape),
         **parts,
@@ -207,19 +217,22 @@ class _Prompt:
 
     def target_weights(self) -> np.ndarray:
         """What influence starts with at each target; sums to 1."""
-        weight_K = np.asarray(self.targets.prob_K, np.float64)
+        weight_K = np.asarray(self.targets.weight_K, np.float64)
         return weight_K / weight_K.sum()
 
     def target_rows(self) -> RowTargets:
         """Directions of the targets."""
-        last, K = self.n_tokens - 1, self.n_targets
-        return RowTargets(
-            layer_R=np.full(K, self.cfg.n_layers, np.int32),
-            pos_R=np.full(K, last, np.int32),
-            read_RD=target_reads(
-                self.params, self.recording, self.targets.vec_KD, last
-            ),
-        )
+        return target_rows(self.params, self.recording, self.active, self.targets)
+
+    def written(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Targets that read an MLP's output, with the edges to what writes it."""
+        for k in np.flatnonzero(np.asarray(self.targets.write_KD).any(1)):
+            yield (
+                int(k),
+                written_edges(
+                    self.active, self.error_LTD, self.targets, k, n_tokens=self.n_tokens
+                ),
+            )
 
     def feature_rows(self, feature: np.ndarray) -> RowTargets:
         """Directions of some features."""
@@ -409,6 +422,8 @@ def _push_all(
         skip=p.active.skip,
         on_columns=_counted(on_rows, N),
     )
+    for k, edge_N in p.written():
+        edge_RN[A + k] += edge_N
     ignored = A + p.ignored_errors()
     selected = np.arange(A)
     if p.n_selected < A:
@@ -577,11 +592,23 @@ class _PooledRows:
             rest_abs_R=self.rest_abs_R[new],
             on_rows=self.on_rows,
         )
+        if is_target:
+            self.add_written(edge_RN)
         self.total_R[new] = _row_totals(edge_RN, self.ignored) + self.rest_abs_R[new]
         self.feature_R[new] = feature
         if not is_target:
             self.open_A[feature] = False
         self.done = new.stop
+
+    def add_written(self, edge_KN: np.ndarray) -> None:
+        """Add what targets read of an MLP's output themselves; theirs are first."""
+        A, width = len(self.p.active.layer_A), len(self.pool_A)
+        for k, edge_N in self.p.written():
+            edge_KN[k, :width] += edge_N[self.pool_A]
+            edge_KN[k, width:] += edge_N[A:]
+            outside = np.delete(edge_N[:A], self.pool_A)
+            self.rest_R[k] += outside.sum()
+            self.rest_abs_R[k] += np.abs(outside).sum()
 
     def visits(self) -> tuple[np.ndarray, float]:
         """Influence that has arrived at the pool, and at everything outside it."""
@@ -636,8 +663,8 @@ def _assemble(p: _Prompt, found: _Computed) -> dict[str, np.ndarray]:
     )
     mid_AD = np.asarray(bias.mid_LTD)[a.layer_A[selected], a.pos_A[selected]]
     constant_A = (a.reads(selected) * mid_AD).sum(1) + a.read_bias_A[selected]
-    vec_KD, last = np.asarray(p.targets.vec_KD), p.n_tokens - 1
-    out_D = np.asarray(p.recording.out_TD)[last]
+    constant_K = target_bias(a, bias, p.targets, p.target_rows())
+    readout_K = target_readouts(p.recording, p.targets)
     return {
         "layer_A": a.layer_A[selected].astype(np.int32),
         "pos_A": a.pos_A[selected].astype(np.int32),
@@ -646,8 +673,8 @@ def _assemble(p: _Prompt, found: _Computed) -> dict[str, np.ndarray]:
         "preact_A": a.preact_A[selected],
         "attributed_R": np.ones(len(found.edge_RN), bool),
         "edge_RN": found.edge_RN,
-        "bias_R": np.concatenate([constant_A, vec_KD @ np.asarray(bias.out_TD)[last]]),
+        "bias_R": np.concatenate([constant_A, constant_K]),
         "rest_R": found.rest_R,
         "rest_abs_R": found.rest_abs_R,
-        "readout_R": np.concatenate([a.preact_A[selected], vec_KD @ out_D]),
+        "readout_R": np.concatenate([a.preact_A[selected], readout_K]),
     }

@@ -1,8 +1,8 @@
 """The attribution graph of one prompt: nodes, signed direct effects, and their sums.
 
-Rows are targets (features, then logits), columns are sources (features, then error
-nodes layer-major, then embeddings). Everything a row needs to sum to what it explains
-is kept: ``edge_RN.sum(1) + bias_R + rest_R == readout_R`` (spec 3.3, T-E1).
+Rows are what is explained (features, then targets), columns are sources (features, then
+error nodes layer-major, then embeddings). Everything a row needs to sum to what it
+explains is kept: ``edge_RN.sum(1) + bias_R + rest_R == readout_R`` (spec 3.3, T-E1).
 
 Arrays live on the host (numpy): a graph is a result, shared by the scores, the file
 formats and the viewer. No code but this file computes column offsets.
@@ -30,9 +30,10 @@ class GraphMeta:
     dictionary: str
     prompt: str
     tokens: tuple[str, ...]  # T token strings, untrusted: escape where shown
-    target_tokens: tuple[str, ...]  # K token strings
+    target_tokens: tuple[str, ...]  # K token strings, or labels of other targets
     n_layers: int
     convention: str = "paper"  # or "circuit-tracer"
+    weights: str = "probability"  # what target_prob_K holds, or "chosen"
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
     version: str = ""
@@ -63,6 +64,10 @@ class Pruning:
     edge_threshold: float
 
 
+def _absent() -> np.ndarray:
+    return np.zeros(0, np.int32)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Graph:
     """Attribution graph of one prompt, unpruned (Circuit Tracing 2025, section 3).
@@ -80,7 +85,7 @@ class Graph:
     preact_A: np.ndarray  # pre-activation, what the feature's row sums to
     attributed_R: np.ndarray  # bool, False: the row was not computed (all zero)
     target_token_K: np.ndarray  # int32, -1 for a custom direction
-    target_prob_K: np.ndarray
+    target_prob_K: np.ndarray  # what influence starts with: probability, or a weight
     edge_RN: np.ndarray  # signed direct effects, source value x linear weight
     bias_R: np.ndarray  # every bias pushed through the frozen maps
     rest_R: np.ndarray  # sources that are not columns of this graph, summed with sign
@@ -88,11 +93,30 @@ class Graph:
     readout_R: np.ndarray  # pre-activation, or demeaned logit
     influence_N: np.ndarray  # on the targets (section 5.2.1)
     pruning: Pruning
+    # Where targets read, int32: layer l < L the stream after its attention, L the
+    # output. Left out (graphs of older files): the output at the last position.
+    target_layer_K: np.ndarray = dataclasses.field(default_factory=_absent)
+    target_pos_K: np.ndarray = dataclasses.field(default_factory=_absent)
+
+    def __post_init__(self) -> None:
+        """Fill in where targets read if that was left out."""
+        last = {"target_layer_K": self.n_layers, "target_pos_K": self.n_tokens - 1}
+        for name, value in last.items():
+            if len(getattr(self, name)) == 0:
+                full_K = np.full(self.n_targets, value, np.int32)
+                object.__setattr__(self, name, full_K)
 
     @functools.cached_property
     def row_strength(self) -> np.ndarray:
         """Sum of the absolute edges of every row."""
         return row_strength(self.edge_RN, self.n_features)
+
+    @property
+    def is_next_token(self) -> np.ndarray:
+        """Which targets are logits at the last position, [K]."""
+        at_end_K = self.target_pos_K == self.n_tokens - 1
+        at_end_K &= self.target_layer_K == self.n_layers
+        return at_end_K & (self.target_token_K >= 0)
 
     @property
     def n_tokens(self) -> int:
@@ -111,7 +135,7 @@ class Graph:
 
     @property
     def n_targets(self) -> int:
-        """K, logit nodes."""
+        """K, targets."""
         return len(self.target_token_K)
 
     @property
@@ -132,5 +156,5 @@ class Graph:
 
     @property
     def target_rows(self) -> slice:
-        """Rows of the logit nodes."""
+        """Rows of the targets."""
         return slice(self.n_features, self.n_features + self.n_targets)

@@ -198,7 +198,12 @@ def node_name(graph: Graph, index: int) -> str:
     N, T = graph.edge_RN.shape[1], graph.n_tokens
     _check("node", index, N + graph.n_targets)
     if index >= N:
-        return f"output {_quoted(graph.meta.target_tokens[index - N])}"
+        k = index - N
+        name = _quoted(graph.meta.target_tokens[k])
+        if graph.is_next_token[k]:
+            return f"output {name}"
+        kind = "output" if graph.target_token_K[k] >= 0 else "target"
+        return f"{kind} {name}@{graph.target_pos_K[k]}"
     if index >= graph.embed_cols.start:
         pos = index - graph.embed_cols.start
         return f"token {_quoted(graph.meta.tokens[pos])}@{pos}"

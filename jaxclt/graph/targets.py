@@ -1,22 +1,83 @@
-"""What a graph explains: the salient next tokens, as output directions."""
+"""What a graph explains: next tokens, or any linear functional of the recorded run.
+
+Builders make `Targets`: logits (`salient_targets`, `token_targets`), logit differences,
+a token's probability to first order, features, any direction at a site and position,
+and several of these with weights (`combine_targets`). The rest of the file is what the
+rows of targets need: where they read, what they sum to, and their constant part.
+
+The sites of `functional_targets`, each linear once patterns and norms are frozen:
+
+| site | what is read |
+|---|---|
+| out | the output after the final norm, which unembeds to logits |
+| resid_mid:l | the residual stream after attention of layer l |
+| normalized:l, mlp_in:l | the same after the MLP's norm, without and with its gain |
+| mlp_out:l | what the MLP of layer l adds |
+| resid_post:l | the stream after layer l: resid_mid:l + mlp_out:l |
+| resid_pre:l | the stream entering layer l > 0: resid_post:l-1 |
+| attn_in:l | the same after the attention's norm and gain |
+
+Weights are what influence starts with: a token's probability; for all else 1 / K each,
+which `combine_targets` changes. They are never negative: what is given a negative
+weight is turned round instead (``-v`` with weight ``|w|``), so that rows, paths and
+total effects have the sign that was asked for while influence counts sizes.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from numpy.typing import ArrayLike
 
+from jaxclt.clt.active import Active, Dictionary
+from jaxclt.clt.reads import feature_reads
+from jaxclt.clt.sites import read_diagonal
 from jaxclt.errors import InputError
+from jaxclt.graph.bank import RowTargets
+from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import unembed
-from jaxclt.types import LMParams, Recording, Targets
+from jaxclt.types import LMParams, Reads, Recording, Targets
 
 __all__ = [
+    "SITES",
+    "combine_targets",
     "demeaned_unembedding",
+    "difference_targets",
+    "feature_targets",
+    "functional_targets",
+    "place_targets",
+    "probability_targets",
     "salient_targets",
+    "target_bias",
+    "target_readouts",
     "target_reads",
+    "target_rows",
     "token_targets",
+    "written_edges",
 ]
+
+SITES = (
+    "out",
+    "resid_mid",
+    "normalized",
+    "mlp_in",
+    "mlp_out",
+    "resid_post",
+    "resid_pre",
+    "attn_in",
+)
+
+
+def _unembedding(params: LMParams, token_K: Array) -> Array:
+    if params.unembed_DV is None:
+        return params.embed_VD[token_K]
+    return params.unembed_DV[:, token_K].T
 
 
 def demeaned_unembedding(params: LMParams, token_K: Array) -> Array:
@@ -27,29 +88,79 @@ def demeaned_unembedding(params: LMParams, token_K: Array) -> Array:
     """
     if params.unembed_DV is None:
         mean_D = params.embed_VD.mean(0)
-        return params.embed_VD[token_K] - mean_D[None]
-    mean_D = params.unembed_DV.mean(1)
-    return params.unembed_DV[:, token_K].T - mean_D[None]
+    else:
+        mean_D = params.unembed_DV.mean(1)
+    return _unembedding(params, token_K) - mean_D[None]
 
 
-def token_targets(params: LMParams, out_D: Array, token_K: Array) -> Targets:
-    """Targets for given token ids.
+# -- making targets --------------------------------------------------------------------
+
+
+def _targets(
+    vec_KD: Array | np.ndarray,
+    *,
+    layer: ArrayLike,
+    pos: ArrayLike,
+    token_K: Array | None = None,
+    weight_K: Array | None = None,
+    write_KD: np.ndarray | None = None,
+    const_K: ArrayLike | None = None,
+    labels: Sequence[str] | None = None,
+) -> Targets:
+    """Targets with everything not given at its default.
+
+    Raises:
+      InputError: if the number of labels or constants is not that of the directions.
+    """
+    K, dtype = len(vec_KD), vec_KD.dtype
+    const_K = np.zeros(K) if const_K is None else np.atleast_1d(const_K)
+    labels = ("",) * K if labels is None else tuple(labels)
+    if len(labels) != K or const_K.shape != (K,):
+        raise InputError(f"{K} targets need {K} labels and {K} constants")
+    return Targets(
+        token_K=np.full(K, -1, np.int32) if token_K is None else token_K,
+        weight_K=np.full(K, 1 / max(K, 1), dtype) if weight_K is None else weight_K,
+        layer_K=np.broadcast_to(np.asarray(layer, np.int32), (K,)),
+        pos_K=np.broadcast_to(np.asarray(pos, np.int32), (K,)),
+        vec_KD=vec_KD,
+        write_KD=np.zeros(vec_KD.shape, dtype) if write_KD is None else write_KD,
+        const_K=const_K.astype(dtype),
+        labels=labels,
+    )
+
+
+def _n_layers(params: LMParams) -> int:
+    return len(params.blocks.norm_attn_LD)
+
+
+def token_targets(
+    params: LMParams, out_D: Array, token_K: Array, *, pos: int = -1
+) -> Targets:
+    """Logits of given tokens minus the mean logit; weights are their probabilities.
 
     Args:
       params: the model.
-      out_D: normed output at the last position.
+      out_D: normed output at `pos`.
       token_K: int32 token ids.
+      pos: the position that is read, by default the last of the prompt.
     """
     prob_V = jax.nn.softmax(unembed(params, out_D))
-    return Targets(
+    return _targets(
+        demeaned_unembedding(params, token_K),
+        layer=_n_layers(params),
+        pos=pos,
         token_K=token_K,
-        prob_K=prob_V[token_K],
-        vec_KD=demeaned_unembedding(params, token_K),
+        weight_K=prob_V[token_K],
     )
 
 
 def salient_targets(
-    params: LMParams, out_D: Array, *, mass: float = 0.95, most: int = 10
+    params: LMParams,
+    out_D: Array,
+    *,
+    mass: float = 0.95,
+    most: int = 10,
+    pos: int = -1,
 ) -> Targets:
     """The top tokens up to `mass` of the probability, at most `most` of them.
 
@@ -57,9 +168,10 @@ def salient_targets(
 
     Args:
       params: the model.
-      out_D: normed output at the last position.
+      out_D: normed output at `pos`.
       mass: cumulative probability to reach.
       most: cap on K.
+      pos: the position that is read, by default the last of the prompt.
 
     Raises:
       InputError: if the model's output is not finite.
@@ -73,12 +185,385 @@ def salient_targets(
     order = np.argsort(-prob_V, kind="stable")[: min(most, len(prob_V))]
     reached = np.searchsorted(np.cumsum(prob_V[order]), mass) + 1
     token_K = jnp.asarray(order[:reached].astype(np.int32))
-    return token_targets(params, out_D, token_K)
+    return token_targets(params, out_D, token_K, pos=pos)
+
+
+def difference_targets(
+    params: LMParams,
+    token_K: Array,
+    other_K: Array,
+    *,
+    pos: int = -1,
+    labels: Sequence[str] | None = None,
+) -> Targets:
+    """Logits of some tokens minus those of others, pair by pair.
+
+    Args:
+      params: the model.
+      token_K: int32 token ids.
+      other_K: int32 token ids that are subtracted.
+      pos: the position that is read, by default the last of the prompt.
+      labels: names; token ids by default.
+    """
+    pairs = zip(np.asarray(token_K).tolist(), np.asarray(other_K).tolist(), strict=True)
+    return _targets(
+        _unembedding(params, token_K) - _unembedding(params, other_K),
+        layer=_n_layers(params),
+        pos=pos,
+        labels=labels or [f"token {a} − token {b}" for a, b in pairs],
+    )
+
+
+def probability_targets(
+    params: LMParams,
+    out_D: Array,
+    token_K: Array,
+    *,
+    log: bool = False,
+    pos: int = -1,
+    labels: Sequence[str] | None = None,
+) -> Targets:
+    """Gradients of probabilities (or of their logarithms) with respect to the logits.
+
+    ``p_a (e_a - p)`` of logits z, and ``e_a - p`` with `log`. That is the first order:
+    what a row sums to is ``p_a (z_a - Σ_v p_v z_v)``, not the probability.
+
+    Args:
+      params: the model.
+      out_D: normed output at `pos`.
+      token_K: int32 token ids a.
+      log: of the log-probability; its negative is the loss.
+      pos: the position that is read, by default the last of the prompt.
+      labels: names; token ids by default.
+    """
+    prob_V = jax.nn.softmax(unembed(params, out_D))
+    if params.unembed_DV is None:
+        mean_D = prob_V @ params.embed_VD
+    else:
+        mean_D = params.unembed_DV @ prob_V
+    vec_KD = _unembedding(params, token_K) - mean_D[None]
+    name = "log p" if log else "p"
+    return _targets(
+        vec_KD if log else vec_KD * prob_V[token_K][:, None],
+        layer=_n_layers(params),
+        pos=pos,
+        labels=labels or [f"{name}(token {i})" for i in np.asarray(token_K).tolist()],
+    )
+
+
+def feature_targets(
+    dictionary: Dictionary,
+    params: LMParams,
+    recording: Recording,
+    place_K3: ArrayLike,
+    *,
+    cfg: LMConfig,
+) -> Targets:
+    """Pre-activations of features, active or not; they need not be nodes of the graph.
+
+    Args:
+      dictionary: a transcoder, or the model's neurons (their gates are frozen).
+      params: the model.
+      recording: its clean pass.
+      place_K3: layer, position and feature index of each.
+      cfg: model shape.
+
+    Raises:
+      InputError: if there is no such layer, position or feature.
+    """
+    place_K3 = np.asarray(place_K3, np.int32).reshape(-1, 3)
+    T = len(recording.token_T)
+    place_K3[:, 1] = [_position(int(pos), T) for pos in place_K3[:, 1]]
+    read = feature_reads(dictionary, params, recording, place_K3, cfg=cfg)
+    return _targets(
+        read.read_KD,
+        layer=place_K3[:, 0],
+        pos=place_K3[:, 1],
+        const_K=read.bias_K,
+        labels=[f"L{layer} feature {feature}" for layer, _, feature in place_K3],
+    )
+
+
+def functional_targets(
+    params: LMParams,
+    recording: Recording,
+    site: str,
+    pos: int,
+    vec_KD: ArrayLike,
+    *,
+    const_K: ArrayLike | None = None,
+    labels: Sequence[str] | None = None,
+) -> Targets:
+    """Any linear functional: ``vec · x + const`` at a site and position.
+
+    Args:
+      params: the model.
+      recording: its clean pass (norm denominators are taken from it).
+      site: ``out`` or ``name:layer``, see the table of this module.
+      pos: position in the recording; negative counts from its end.
+      vec_KD: directions, [K, D] or [D].
+      const_K: added constants, for example a probe's bias.
+      labels: names; the site by default.
+
+    Raises:
+      InputError: if the site, the position or a shape does not fit the model.
+    """
+    T, D = recording.embed_TD.shape
+    L, dtype = _n_layers(params), recording.out_TD.dtype
+    p = _position(pos, T)
+    name, layer = _site(site, L)
+    read_KD = np.atleast_2d(np.asarray(vec_KD, dtype))
+    if read_KD.ndim != 2 or read_KD.shape[1] != D:
+        raise InputError(
+            f"a target direction has shape {read_KD.shape[1:]}; this model needs ({D},)"
+        )
+    write_KD = np.zeros_like(read_KD)
+    frozen, blocks = recording.frozen, params.blocks
+    match name:
+        case "normalized" | "mlp_in":
+            scale_T, gain_D = frozen.mlp_scale_LT[layer], blocks.norm_mlp_LD[layer]
+            diagonal_TD = read_diagonal(name, scale_T[p : p + 1], gain_D)
+            read_KD = read_KD * np.asarray(diagonal_TD)
+        case "mlp_out":
+            read_KD, write_KD = write_KD, read_KD
+        case "resid_post":
+            write_KD = read_KD
+        case "resid_pre" | "attn_in":
+            if layer == 0:
+                raise InputError(
+                    f"target site {site}: what enters layer 0 is one embedding and has "
+                    "no other inputs, name a later layer"
+                )
+            if name == "attn_in":
+                scale = np.asarray(frozen.attn_scale_LT)[layer, p]
+                read_KD = read_KD * np.asarray(blocks.norm_attn_LD)[layer] * scale
+            write_KD, layer = read_KD, layer - 1
+    return _targets(
+        read_KD,
+        layer=layer,
+        pos=p,
+        write_KD=write_KD,
+        const_K=const_K,
+        labels=labels or [site] * len(read_KD),
+    )
+
+
+def _site(site: str, n_layers: int) -> tuple[str, int]:
+    """Name and layer of a site."""
+    found = re.fullmatch(r"(\w+):(\d+)", site)
+    if site == "out":
+        return "out", n_layers
+    if found is None or found[1] not in SITES[1:]:
+        raise InputError(
+            f"target site {site!r} is unknown: write out, or one of "
+            f"{', '.join(SITES[1:])} with a layer, for example resid_mid:3"
+        )
+    if int(found[2]) >= n_layers:
+        raise InputError(
+            f"target site {site}: the model has layers 0 to {n_layers - 1}"
+        )
+    return found[1], int(found[2])
+
+
+def _position(pos: int, n_tokens: int) -> int:
+    if not -n_tokens <= pos < n_tokens:
+        raise InputError(
+            f"target position {pos}: the prompt has {n_tokens} tokens, give 0 to "
+            f"{n_tokens - 1}, or -1 for the last"
+        )
+    return pos % n_tokens
+
+
+def combine_targets(
+    parts: Sequence[Targets], weights: Sequence[float] | None = None
+) -> Targets:
+    """Several targets in one graph, for example those of all positions of an answer.
+
+    Part i gets ``|weights[i]|`` of the influence, shared among its targets by their own
+    weights (equally if these are all zero); everything is scaled to sum to 1. A part
+    with a negative weight is turned round.
+
+    Args:
+      parts: targets; a negative position still counts from the end of the prompt.
+      weights: one per part; equal by default.
+
+    Raises:
+      InputError: if there is no part, or a weight is zero or not finite.
+    """
+    weights = [1.0] * len(parts) if weights is None else list(weights)
+    if not parts or len(weights) != len(parts):
+        raise InputError(
+            f"{len(parts)} targets with {len(weights)} weights: give one each"
+        )
+    if not all(np.isfinite(w) and w != 0 for w in weights):
+        raise InputError(f"target weights {weights}: give finite numbers other than 0")
+    total = sum(abs(w) for w in weights)
+    scaled = [_scaled(part, w / total) for part, w in zip(parts, weights, strict=True)]
+    columns = zip(*(jax.tree.leaves(part) for part in scaled), strict=True)
+    labels = tuple(label for part in scaled for label in part.labels)
+    form = jax.tree.structure(dataclasses.replace(scaled[0], labels=labels))
+    return jax.tree.unflatten(form, [np.concatenate(column) for column in columns])
+
+
+def _scaled(part: Targets, weight: float) -> Targets:
+    """A part whose weights sum to the size of `weight`, turned round if negative."""
+    part = jax.tree.map(np.asarray, part)
+    share_K = part.weight_K if part.weight_K.any() else np.ones_like(part.weight_K)
+    share_K = (share_K * (abs(weight) / share_K.sum())).astype(share_K.dtype)
+    if weight > 0:
+        return dataclasses.replace(part, weight_K=share_K)
+    names = zip(part.labels, part.token_K.tolist(), strict=True)
+    return dataclasses.replace(
+        part,
+        token_K=np.full_like(part.token_K, -1),
+        weight_K=share_K,
+        vec_KD=-part.vec_KD,
+        write_KD=-part.write_KD,
+        const_K=-part.const_K,
+        labels=tuple(f"−({label or f'token {i}'})" for label, i in names),
+    )
+
+
+# -- what their rows need --------------------------------------------------------------
+
+
+def place_targets(targets: Targets, *, cfg: LMConfig, n_tokens: int) -> Targets:
+    """The same on the host, checked, all positions counted from the front.
+
+    Raises:
+      InputError: if there is none, a layer, a position or a width is not the model's or
+        the prompt's, a direction is not finite, weights are negative or all zero, or
+        the final output is given a direction to read of an MLP.
+    """
+    host = jax.tree.map(np.asarray, targets)
+    n_layers = cfg.n_layers
+    if len(host.token_K) == 0:
+        raise InputError("there is nothing to explain: give at least one target")
+    if host.vec_KD.shape[1] != cfg.d_model:
+        raise InputError(
+            f"a target direction has shape {host.vec_KD.shape[1:]}; this model needs "
+            f"({cfg.d_model},)"
+        )
+    if not ((host.layer_K >= 0) & (host.layer_K <= n_layers)).all():
+        raise InputError(f"a target's layer is not among 0 to {n_layers}")
+    if host.write_KD[host.layer_K == n_layers].any():
+        raise InputError("no MLP writes after the final norm: use site resid_post")
+    for name in ("vec_KD", "write_KD", "const_K", "weight_K"):
+        if not np.isfinite(getattr(host, name)).all():
+            raise InputError(f"a target's {name} is not finite")
+    if (host.weight_K < 0).any() or not host.weight_K.any():
+        raise InputError(
+            "target weights must not be negative and not all be zero: use "
+            "combine_targets, which turns a target round and scales weights"
+        )
+    pos_K = [_position(int(pos), n_tokens) for pos in host.pos_K]
+    return dataclasses.replace(host, pos_K=np.asarray(pos_K, np.int32))
 
 
 def target_reads(
-    params: LMParams, recording: Recording, vec_KD: np.ndarray | Array, pos: int
+    params: LMParams,
+    recording: Recording,
+    vec_KD: np.ndarray | Array,
+    pos: int | np.ndarray,
 ) -> np.ndarray:
-    """Target directions [K, D] pulled back through the frozen final norm at `pos`."""
-    scale = np.asarray(recording.frozen.out_scale_T)[pos]
-    return np.asarray(vec_KD) * (np.asarray(params.norm_out_D) * scale)[None, :]
+    """Directions [K, D] of the output pulled back through the frozen final norm.
+
+    Args:
+      params: the model.
+      recording: its clean pass.
+      vec_KD: directions.
+      pos: position of all, or of each.
+    """
+    scale_K = np.asarray(recording.frozen.out_scale_T)[np.atleast_1d(pos)]
+    return np.asarray(vec_KD) * (np.asarray(params.norm_out_D)[None] * scale_K[:, None])
+
+
+def target_rows(
+    params: LMParams, recording: Recording, active: Active, targets: Targets
+) -> RowTargets:
+    """Where the rows of placed targets read, and what of the residual stream.
+
+    The direction on an MLP's output reaches the stream below only through a
+    dictionary's linear skip; what it reads of the sources at its own place is
+    `written_edges`.
+    """
+    layer_K, pos_K = np.asarray(targets.layer_K), np.asarray(targets.pos_K)
+    read_KD = np.array(targets.vec_KD)
+    is_out = layer_K == active.n_layers
+    read_KD[is_out] = target_reads(params, recording, read_KD[is_out], pos_K[is_out])
+    if active.skip_LDD is not None:
+        for k in np.flatnonzero(~is_out):
+            back_D = active.skip_LDD[layer_K[k]] @ np.asarray(targets.write_KD)[k]
+            read_KD[k] += back_D * active.diagonal_LTD[layer_K[k], pos_K[k]]
+    return RowTargets(layer_R=layer_K, pos_R=pos_K, read_RD=read_KD)
+
+
+def written_edges(
+    active: Active, error_LTD: np.ndarray, targets: Targets, k: int, *, n_tokens: int
+) -> np.ndarray:
+    """Edges [N] of target k through the MLP output that it reads itself.
+
+    They come on top of those through the stream: `jaxclt.graph.rows` treats a target of
+    layer l as reading before that layer's MLP writes.
+
+    Args:
+      active: the features, columns of the edges.
+      error_LTD: error vectors.
+      targets: placed targets.
+      k: which of them.
+      n_tokens: T of the columns, features, errors, embeddings.
+    """
+    layer, pos = int(targets.layer_K[k]), int(targets.pos_K[k])
+    write_D, A = np.asarray(targets.write_KD)[k], len(active.layer_A)
+    edge_N = np.zeros(A + (active.n_layers + 1) * n_tokens, write_D.dtype)
+    for source in range(layer + 1):
+        if layer - source < active.decoder[source].shape[1]:
+            slots = active.of_layer(source)
+            at = slots.start + np.flatnonzero(active.pos_A[slots] == pos)
+            row_AD = active.decoder[source][active.row_A[at], layer - source]
+            edge_N[at] = active.value_A[at] * (row_AD @ write_D)
+    edge_N[A + layer * n_tokens + pos] = error_LTD[layer, pos] @ write_D
+    return edge_N
+
+
+def target_readouts(recording: Recording, targets: Targets) -> np.ndarray:
+    """What the rows of placed targets sum to, [K]: the functionals of the clean run."""
+    mid_LTD, write_LTD = np.asarray(recording.mid_LTD), np.asarray(recording.write_LTD)
+    value_K = _out_values(recording.out_TD, targets, len(mid_LTD))
+    for k in np.flatnonzero(targets.layer_K < len(mid_LTD)):
+        place = targets.layer_K[k], targets.pos_K[k]
+        value_K[k] = targets.vec_KD[k] @ mid_LTD[place]
+        value_K[k] += targets.write_KD[k] @ write_LTD[place]
+    return value_K + np.asarray(targets.const_K, value_K.dtype)
+
+
+def target_bias(
+    active: Active, bias: Reads, targets: Targets, rows: RowTargets
+) -> np.ndarray:
+    """The constant part of placed targets, [K]: all biases, pushed through.
+
+    Args:
+      active: the features (their dictionary's biases).
+      bias: from `jaxclt.lm.frozen.bias_reads`.
+      targets: placed targets.
+      rows: theirs, from `target_rows`.
+    """
+    mid_LTD = np.asarray(bias.mid_LTD)
+    value_K = _out_values(bias.out_TD, targets, active.n_layers)
+    for k in np.flatnonzero(targets.layer_K < active.n_layers):
+        layer, pos = targets.layer_K[k], targets.pos_K[k]
+        value_K[k] = rows.read_RD[k] @ mid_LTD[layer, pos]
+        value_K[k] += targets.write_KD[k] @ active.write_bias_LD[layer]
+    return value_K + np.asarray(targets.const_K, value_K.dtype)
+
+
+def _out_values(out_TD: Array, targets: Targets, n_layers: int) -> np.ndarray:
+    """``vec · out`` of the targets that read the output, [K], zero for the others."""
+    host_TD, vec_KD = np.asarray(out_TD), np.asarray(targets.vec_KD)
+    # numpy multiplies bfloat16 matrices to float32.
+    value_K = np.zeros(len(vec_KD), (vec_KD[:1] @ host_TD[0]).dtype)
+    is_out_K = np.asarray(targets.layer_K) == n_layers
+    for pos in np.unique(np.asarray(targets.pos_K)[is_out_K]):
+        here = np.flatnonzero(is_out_K & (targets.pos_K == pos))
+        value_K[here] = vec_KD[here] @ host_TD[pos]
+    return value_K

@@ -57,7 +57,10 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
     """
     try:
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in (*_ARRAYS, "keep_N", "keep_edge_RN")}
+            names = (*_ARRAYS, "keep_N", "keep_edge_RN")
+            # Older files lack these: `Graph` fills them in.
+            later = {"target_layer_K", "target_pos_K"} - set(file.files)
+            arrays = {name: file[name] for name in names if name not in later}
             text = str(file["meta"])
         meta, raw = GraphMeta.from_json(text), json.loads(text)
         thresholds = raw["pruning"]
@@ -83,8 +86,12 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
         **thresholds,
     )
     graph = Graph(meta=meta, pruning=pruning, **arrays)
-    R, N = graph.n_features + graph.n_targets, graph.embed_cols.stop
+    K = graph.n_targets
+    R, N = graph.n_features + K, graph.embed_cols.stop
     for name, shape in {
+        "target_prob_K": (K,),
+        "target_layer_K": (K,),
+        "target_pos_K": (K,),
         "edge_RN": (R, N),
         "bias_R": (R,),
         "rest_R": (R,),

@@ -58,7 +58,12 @@ class Tiny:
     def meta(self) -> GraphMeta:
         """Meta data with made-up token strings."""
         tokens = tuple(f" t{i}" for i in self.token_T)
-        targets = tuple(f" t{i}" for i in self.targets.token_K)
+        targets = tuple(
+            label or f" t{i}"
+            for label, i in zip(
+                self.targets.labels, self.targets.token_K.tolist(), strict=True
+            )
+        )
         return GraphMeta(
             model="tiny",
             dictionary="tiny",

@@ -5,6 +5,12 @@ links}`` and `validate` checks such a document, ours or another tool's, before i
 written or shown. What the schema has no place for (scores, certificate, the
 dictionary's name) lies under the top-level key ``jaxclt``, which other readers skip.
 
+The schema knows one kind of thing to explain, an output token. Every other target is
+written as one, as circuit-tracer does with custom directions: an output node in the
+column of its position, with a number above the vocabulary, its label for the token and
+its weight for the probability, so that other viewers draw it and score the same graph.
+Our own extra key ``target`` says what it is.
+
 Identities the tests check: the links are exactly ``graph.pruning.keep_edge_RN`` with
 the weights of ``graph.edge_RN``; a node's ``influence`` is the share of all influence
 held by it and every more influential node.
@@ -56,7 +62,10 @@ def graph_json(
     row_R, col_R = np.nonzero(graph.pruning.keep_edge_RN)
     weight_R = graph.edge_RN[row_R, col_R].astype(np.float32)
     _require_finite(
-        edge_RN=weight_R, value_A=graph.value_A, influence_N=graph.influence_N
+        edge_RN=weight_R,
+        value_A=graph.value_A,
+        influence_N=graph.influence_N,
+        readout_R=graph.readout_R[graph.target_rows],
     )
     strongest = np.argsort(-_strength(graph, row_R, weight_R), kind="stable")
     row_R, col_R, weight_R = row_R[strongest], col_R[strongest], weight_R[strongest]
@@ -266,12 +275,21 @@ def _nodes(graph: Graph, shown: np.ndarray) -> dict[int, dict[str, Any]]:
 
 
 def _logit(graph: Graph, k: int, abs_input: float | None) -> dict[str, Any]:
-    vocab = int(graph.target_token_K[k])
-    if vocab < 0:
+    vocab, pos = int(graph.target_token_K[k]), int(graph.target_pos_K[k])
+    earlier = zip(graph.target_token_K[:k], graph.target_pos_K[:k], strict=True)
+    if vocab < 0 or (vocab, pos) in earlier:
         vocab = VIRTUAL_TOKEN + k
     prob = float(graph.target_prob_K[k])
     prob = prob if math.isfinite(prob) else 0.0
-    layer, pos = graph.n_layers + 1, graph.n_tokens - 1
+    layer = graph.n_layers + 1
+    extra = {}
+    if graph.meta.weights == "chosen" or not graph.is_next_token[k]:
+        read_layer = int(graph.target_layer_K[k])
+        extra["target"] = {
+            "layer": read_layer if read_layer < graph.n_layers else None,
+            "token": bool(graph.target_token_K[k] >= 0),
+            "readout": float(f"{graph.readout_R[graph.n_features + k]:.7g}"),
+        }
     # Readers cut the token at the first two quotes and the rest at "(p=".
     token = _text(graph.meta.target_tokens[k]).replace('"', "”").replace("(p=", "( p=")
     return _node(
@@ -285,6 +303,7 @@ def _logit(graph: Graph, k: int, abs_input: float | None) -> dict[str, Any]:
         is_target_logit=k == 0,
         clerp=f'Output "{token}" (p={prob:.3f})',
         abs_input=abs_input,
+        **extra,
     )
 
 

@@ -57,7 +57,7 @@ def test_enough_targets_to_hold_the_mass() -> None:
     targets = salient_targets(t.params, out_D)
     assert prob[:10].sum() < 0.95  # so the cap is what ends it
     assert len(targets.token_K) == 10
-    close(targets.prob_K, prob[:10], 1e-13)
+    close(targets.weight_K, prob[:10], 1e-13)
 
 
 def test_a_certain_prediction_has_one_target() -> None:
@@ -65,7 +65,7 @@ def test_a_certain_prediction_has_one_target() -> None:
     t = case("clt")
     sure = salient_targets(t.params, t.recording.out_TD[-1] * 1e3)
     assert sure.token_K.tolist() == [int(probabilities("clt").argmax())]
-    assert float(sure.prob_K[0]) == 1.0
+    assert float(sure.weight_K[0]) == 1.0
 
 
 def test_no_preference_has_ten_targets_in_order() -> None:

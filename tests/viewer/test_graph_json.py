@@ -279,3 +279,28 @@ def test_fifty_thousand_links_are_validated_in_seconds():
     start = time.perf_counter()
     validate(doc)
     assert time.perf_counter() - start < 5
+
+
+def test_a_target_that_is_no_next_token_is_an_output_that_says_so() -> None:
+    """A feature's pre-activation, and one token twice: node ids stay apart."""
+    graph = make_graph(targets=("L1 feature 9", " on", " on"), target_token=(-1, 7, 7))
+    graph = dataclasses.replace(
+        graph,
+        target_layer_K=np.array([1, 3, 3], np.int32),
+        target_pos_K=np.array([2, 3, 3], np.int32),
+    )
+    doc = graph_json(graph, slug="cat")
+    validate(doc)
+    feature, *tokens = (n for n in doc["nodes"] if n["feature_type"] == "logit")
+    assert feature["node_id"] == f"4_{VIRTUAL_TOKEN}_2"
+    assert (feature["layer"], feature["ctx_idx"]) == ("4", 2)
+    assert feature["target"] == {
+        "layer": 1,
+        "token": False,
+        "readout": pytest.approx(graph.readout_R[graph.n_features], rel=1e-6),
+    }
+    assert [n["node_id"] for n in tokens] == ["4_7_3", f"4_{VIRTUAL_TOKEN + 2}_3"]
+    assert not any("target" in n for n in tokens)
+    chosen = dataclasses.replace(graph.meta, weights="chosen")
+    doc = graph_json(dataclasses.replace(graph, meta=chosen), slug="cat")
+    assert sum("target" in n for n in doc["nodes"]) == 3

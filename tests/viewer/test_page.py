@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_graph_json import HOSTILE, make_graph
 
@@ -170,6 +172,31 @@ def test_click_shows_inputs_and_outputs(open_page, doc):
     assert tab.evaluate("window.__jaxclt.state.selected.id") != node
     tab.keyboard.press("Escape")
     assert tab.evaluate("window.__jaxclt.state.selected") is None
+
+
+def test_targets_of_other_kinds_are_not_called_outputs(open_page) -> None:
+    """A weight is no probability, and a feature is nothing the model says next."""
+    graph = make_graph(targets=("<b>L1</b> feature 9", " on"), target_token=(-1, 7))
+    graph = dataclasses.replace(
+        graph,
+        target_layer_K=np.array([1, 3], np.int32),
+        target_pos_K=np.array([2, 1], np.int32),
+    )
+    doc = graph_json(graph, slug="cat")
+    tab = open_page(page(doc, REPORT))
+    assert "What the graph explains" in tab.text_content("#side")
+    assert "→" not in tab.text_content("#h1")
+    for i, what in ((0, "Target “<b>L1</b> feature 9”"), (1, "Output “ on”")):
+        node = [n for n in doc["nodes"] if n["feature_type"] == "logit"][i]
+        tab.evaluate("id => window.__jaxclt.select(id)", node["node_id"])
+        side = tab.text_content("#side")
+        assert what in side
+        assert "Weight" in side
+        assert "Probability" not in side
+        assert ("layer 1, position 2" if i == 0 else "after position 1") in side
+    tab = open_page(page(graph_json(make_graph(), slug="cat"), REPORT))
+    assert "What the model says next" in tab.text_content("#side")
+    assert "→" in tab.text_content("#h1")
 
 
 def test_shares_of_a_nodes_inputs_sum_to_one(open_page, doc):
