@@ -21,7 +21,10 @@ from jaxclt.errors import InputError
 from jaxclt.graph.bank import SourceBank, source_bank
 from jaxclt.graph.explore import arrived_influence, next_features
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
+from jaxclt.graph.head_table import only_columns
+from jaxclt.graph.heads import head_loadings, strongest_kept
 from jaxclt.graph.influence import solve_influence
+from jaxclt.graph.provenance import direct_edges
 from jaxclt.graph.prune import prune
 from jaxclt.graph.rows import (
     Plan,
@@ -51,6 +54,7 @@ class AttributeConfig:
     edge_threshold: float = 0.98
     convention: Literal["paper", "circuit-tracer"] = "paper"
     precision: str = "highest"  # of matmuls; accelerators default to less than float32
+    heads: int = 0  # list the last heads of this many of the strongest kept edges
     chunk_size: int = 128  # most targets pulled back together
     n_bands: int | None = None  # position bands, one compilation each; None: chosen
     rows_per_update: int | None = None  # between two rankings; None: a quarter or 512
@@ -63,6 +67,7 @@ class Timing:
     attribute: float = 0.0
     influence: float = 0.0
     prune: float = 0.0
+    provenance: float = 0.0
 
 
 def attribute_recording(
@@ -138,7 +143,11 @@ def attribute_recording(
         edge_threshold=config.edge_threshold,
     )
     timing.prune = time.perf_counter() - start
-    return dataclasses.replace(graph, pruning=pruning)
+    graph = dataclasses.replace(graph, pruning=pruning)
+    start = time.perf_counter()
+    graph = rows.provenance(graph, explored_A)
+    timing.provenance = time.perf_counter() - start
+    return graph
 
 
 _bias_reads = jax.jit(bias_reads, static_argnames="cfg")
@@ -169,6 +178,7 @@ class _Rows:
     ) -> None:
         self.params, self.recording, self.active = params, recording, active
         self.targets, self.cfg, self.config = targets, cfg, config
+        self.error_LTD = error_LTD
         L, T = len(error_LTD), n_tokens
         self.L, self.T, self.A = L, T, len(active.layer_A)
         self.K = len(targets.token_K)
@@ -318,6 +328,31 @@ class _Rows:
                 ]
             ),
         }
+
+    def provenance(self, graph: Graph, selected: np.ndarray) -> Graph:
+        """The graph with its edges' residual-direct parts, and heads if asked for."""
+        nodes, T = self.active.where(selected), self.T
+        target = self.read(np.concatenate([selected, -1 - np.arange(self.K)]))
+        embed_TD = np.asarray(self.recording.embed_TD)[:T]
+        direct_RN = direct_edges(nodes, self.error_LTD[:, :T], embed_TD, target)
+        is_node_N = np.concatenate(
+            [np.ones(len(selected), bool), self.is_node_N[self.A :]]
+        )
+        graph = dataclasses.replace(graph, direct_RN=only_columns(direct_RN, is_node_N))
+        if self.config.heads <= 0:
+            return graph
+        heads = head_loadings(
+            self.params,
+            self.recording,
+            nodes,
+            self.error_LTD,
+            target,
+            *strongest_kept(graph, self.config.heads),
+            cfg=self.cfg,
+            n_tokens=T,
+            direct=graph.direct_RN,
+        )
+        return dataclasses.replace(graph, heads=heads)
 
     def _bias(self, bias: Reads, selected: np.ndarray) -> np.ndarray:
         """The constant part of every row's readout."""

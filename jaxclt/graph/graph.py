@@ -16,6 +16,9 @@ import json
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_array
+
+from jaxclt.graph.head_table import HeadLoads
 
 __all__ = ["Graph", "GraphMeta", "Pruning"]
 
@@ -86,6 +89,9 @@ class Graph:
     readout_R: np.ndarray  # pre-activation, or demeaned logit
     influence_N: np.ndarray  # on the targets (section 5.2.1)
     pruning: Pruning
+    # How edges travelled (spec 3.4); None in graphs of versions that did not say.
+    direct_RN: csr_array | None = None  # residual-direct parts, between equal positions
+    heads: HeadLoads | None = None  # the strongest kept edges by their last head
 
     @functools.cached_property
     def row_strength(self) -> np.ndarray:
@@ -93,6 +99,11 @@ class Graph:
         # In blocks: the matrix may be large, and so would its absolute value.
         blocks = np.array_split(self.edge_RN, max(1, len(self.edge_RN) // 256))
         return np.concatenate([np.abs(block).sum(1) for block in blocks])
+
+    @property
+    def edge_direct_RN(self) -> np.ndarray | None:
+        """Residual-direct part of every edge, made dense; the rest passed a head."""
+        return None if self.direct_RN is None else self.direct_RN.toarray()
 
     @property
     def n_tokens(self) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph, Pruning
+from jaxclt.graph.head_table import only_columns
 from jaxclt.graph.influence import solve_influence
 
 __all__ = ["kept_by_mass", "kept_rows", "prune", "restrict"]
@@ -136,6 +137,11 @@ def restrict(graph: Graph) -> Graph:
     dropped = graph.edge_RN[row][:, drop_N]
     edge_RN = graph.edge_RN[np.ix_(row, col)]
     edge_RN[:, drop_N[col]] = 0
+    direct_RN, heads = graph.direct_RN, graph.heads
+    if direct_RN is not None:
+        direct_RN = only_columns(direct_RN[row][:, col], ~drop_N[col])
+    if heads is not None:
+        heads = heads.restrict(row, col, pruning.keep_N)
     return dataclasses.replace(
         graph,
         layer_A=graph.layer_A[kept],
@@ -155,4 +161,6 @@ def restrict(graph: Graph) -> Graph:
             keep_N=pruning.keep_N[col],
             keep_edge_RN=pruning.keep_edge_RN[np.ix_(row, col)],
         ),
+        direct_RN=direct_RN,
+        heads=heads,
     )
