@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -279,7 +279,7 @@ class _Rows:
             open_A[chosen] = False
         return np.sort(self.feature_R[: self.done][self.feature_R[: self.done] >= 0])
 
-    def assemble(self, selected: np.ndarray) -> dict[str, np.ndarray]:
+    def assemble(self, selected: np.ndarray) -> dict[str, Any]:
         """Rows and columns of the selected features; everything else summed in rest."""
         A = self.A
         done = self.feature_R[: self.done]

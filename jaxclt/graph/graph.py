@@ -101,7 +101,7 @@ class Graph:
         return np.concatenate([np.abs(block).sum(1) for block in blocks])
 
     @property
-    def edge_direct_RN(self) -> np.ndarray | None:
+    def edge_direct_RN(self) -> np.ndarray | None:  # noqa: N802  as in graph.npz
         """Residual-direct part of every edge, made dense; the rest passed a head."""
         return None if self.direct_RN is None else self.direct_RN.toarray()
 

@@ -41,7 +41,18 @@ class HeadLoads:
         found = np.flatnonzero((self.row_E == row) & (self.col_E == col))
         return int(found[0]) if len(found) else None
 
-    def restrict(self, row: np.ndarray, col: np.ndarray, keep_N: np.ndarray) -> HeadLoads:
+    def listed(self, at: int) -> tuple[tuple[int, int, float], ...]:
+        """Heads of one entry: (layer, head, load), strongest first."""
+        entry = self.layer_EJ[at], self.head_EJ[at], self.load_EJ[at]
+        return tuple(
+            (int(layer), int(head), float(load))
+            for layer, head, load in zip(*entry, strict=True)
+            if load
+        )
+
+    def restrict(
+        self, row: np.ndarray, col: np.ndarray, keep_N: np.ndarray
+    ) -> HeadLoads:
         """Edges between kept nodes, numbered as in the smaller graph.
 
         Args:

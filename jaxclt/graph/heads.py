@@ -304,7 +304,9 @@ def head_loadings(
     embed_TD = np.asarray(recording.embed_TD)[:n_tokens]
     if direct is None:
         direct = direct_edges(active, error_LTD, embed_TD, rows)
-    table = _Table(len(row_E), min(per_edge, cfg.n_layers * cfg.n_heads), error_LTD.dtype)
+    table = _Table(
+        len(row_E), min(per_edge, cfg.n_layers * cfg.n_heads), error_LTD.dtype
+    )
     sources = _sources(active, error_LTD, embed_TD)
     with jax.default_matmul_precision("highest"):
         stream = frozen_stream(params, recording, active)

@@ -76,10 +76,10 @@ def _write_dense(stream: IO[bytes], x_RN: csr_array) -> None:
     header = {
         "descr": np.lib.format.dtype_to_descr(x_RN.dtype),
         "fortran_order": False,
-        "shape": x_RN.shape,
+        "shape": tuple(map(int, x_RN.shape or ())),
     }
     np.lib.format.write_array_header_1_0(stream, header)
-    R, N = x_RN.shape
+    R, N = header["shape"]
     n = max(1, _BLOCK_BYTES // max(1, N * x_RN.dtype.itemsize))
     for start in range(0, R, n):
         stream.write(x_RN[start : start + n].toarray().tobytes())
@@ -106,6 +106,7 @@ def _provenance(file: np.lib.npyio.NpzFile, shape: tuple[int, int]) -> dict:
     """The optional fields; ValueError if they do not fit the graph."""
     direct_RN = heads = None
     if _DIRECT in file.files:
+        assert file.zip is not None
         with file.zip.open(f"{_DIRECT}.npy") as stream:
             direct_RN = _read_dense(stream, shape)
     if f"heads_{_HEADS[0]}" in file.files:
