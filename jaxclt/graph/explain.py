@@ -111,8 +111,6 @@ def _why(graph: Graph, row: int, col: int) -> str:
     A, T = graph.n_features, graph.n_tokens
     if not graph.attributed_R[row]:
         return "the inputs of the target were not computed"
-    if not graph.pruning.keep_N[col]:
-        return "the source was pruned, or is no node in this convention"
     if row < A:
         if col < A:
             layer, pos = int(graph.layer_A[col]), int(graph.pos_A[col])
@@ -124,4 +122,6 @@ def _why(graph: Graph, row: int, col: int) -> str:
             return "a feature reads only what layers below it wrote"
         if pos > graph.pos_A[row]:
             return "the source comes after the target"
+    if not graph.pruning.keep_N[col]:
+        return "the source was pruned, or is no node in this convention"
     return "its effect is zero"

@@ -87,7 +87,7 @@ def _find(graph: Graph, name: str, kind: str, part: dict[str, str]) -> int:
     at = {key: int(value) for key, value in part.items() if value != "E"}
     if kind == "target" and at["target"] < graph.n_targets:
         return N + at["target"]
-    if kind == "vocabulary":
+    if kind == "vocabulary" and at["layer"] == L + 1:
         found = np.flatnonzero(graph.target_token_K == at["feature"])
         if len(found):
             return N + int(found[0])
