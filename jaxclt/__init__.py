@@ -32,7 +32,7 @@ from jaxclt.graph.explain import EdgeParts, edge_parts
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.inhibition import Inhibition, find_inhibition
 from jaxclt.graph.nodes import find_node
-from jaxclt.graph.paths import Path, describe_paths, strongest_paths
+from jaxclt.graph.paths import Path, describe_paths, node_name, strongest_paths
 from jaxclt.graph.scores import Scores, path_length_curve, scores
 from jaxclt.io.dictionary import load_dictionary, save_dictionary
 from jaxclt.io.graph_file import load_graph, save_graph
@@ -71,6 +71,7 @@ __all__ = [
     "load_graph",
     "load_model",
     "local_replacement",
+    "node_name",
     "path_length_curve",
     "prune",
     "run_local",
