@@ -18,7 +18,7 @@ from cases import case, case_active, close
 from jaxclt.graph import heads, provenance
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.head_table import HeadLoads
-from jaxclt.graph.heads import explain, head_loadings
+from jaxclt.graph.heads import head_loadings
 from jaxclt.graph.rows import RowTargets
 from jaxclt.lm.frozen import frozen_reads
 from jaxclt.replacement.errors import error_nodes
@@ -269,29 +269,3 @@ def test_no_edges_is_no_error() -> None:
     args = (t.params, t.recording, case_active("clt"), errors("clt"), rows("clt"))
     found = head_loadings(*args, none, none, cfg=t.cfg)
     assert found.edge.shape == (0,)
-
-
-def test_explain_lists_the_parts_of_an_edge() -> None:
-    found = HeadLoads(
-        row_E=np.array([5]),
-        col_E=np.array([2]),
-        direct_E=np.array([1.0]),
-        layer_EJ=np.array([[3, 0]], np.int32),
-        head_EJ=np.array([[1, 7]], np.int32),
-        load_EJ=np.array([[2.0, -0.5]]),
-        rest_E=np.array([1.5]),
-    )
-    hops = np.array([1.0, 2.0, 1.0])
-    text = explain(found, 0, source="a", target="b", hops=hops)
-    assert text.splitlines() == [
-        "a -> b",
-        "edge                           +4   100.0%",
-        "residual-direct                +1    25.0%",
-        "attention-mediated             +3    75.0%",
-        "  last head 3.1                +2    50.0%",
-        "  last head 0.7              -0.5   -12.5%",
-        "  other heads                +1.5    37.5%",
-        "0 hops                         +1    25.0%",
-        "1 hops                         +2    50.0%",
-        "2 or more hops                 +1    25.0%",
-    ]
