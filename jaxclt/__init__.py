@@ -8,6 +8,7 @@ Where things are, in the order a prompt passes through them:
 | room | what it holds |
 |---|---|
 | `jaxclt.trace` | the shell: a prompt becomes a graph becomes a directory |
+| `jaxclt.provenance` | hops, heads and suppressed features of a traced prompt |
 | `jaxclt.sweep` | the same for many prompts, resumable |
 | `jaxclt.io` | files and names: models, dictionaries, tokenizers, graphs |
 | `jaxclt.lm` | the decoder: forward, record, and the frozen linear stream |
@@ -22,18 +23,21 @@ Importing this package touches no device and does not import transformers.
 
 __version__ = "0.1.0"
 
-from jaxclt.api import Page, attribute, influence, prune, show
+from jaxclt.api import Page, attribute, explain, influence, prune, show
 from jaxclt.errors import InputError
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.certificate import Certificate, certificate
 from jaxclt.graph.effects import solve_total_effect
+from jaxclt.graph.explain import EdgeParts, edge_parts
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.inhibition import Inhibition, find_inhibition
-from jaxclt.graph.paths import Path, describe_paths, strongest_paths
+from jaxclt.graph.nodes import find_node
+from jaxclt.graph.paths import Path, describe_paths, node_name, strongest_paths
 from jaxclt.graph.scores import Scores, path_length_curve, scores
 from jaxclt.io.dictionary import load_dictionary, save_dictionary
 from jaxclt.io.graph_file import load_graph, save_graph
 from jaxclt.io.model import Model, load_model
+from jaxclt.provenance import edge_parts_with_model, inhibition
 from jaxclt.replacement.local import local_replacement, run_local
 from jaxclt.sweep import sweep_prompts
 from jaxclt.trace import Traced, trace_prompt, write_trace
@@ -41,6 +45,7 @@ from jaxclt.trace import Traced, trace_prompt, write_trace
 __all__ = [
     "AttributeConfig",
     "Certificate",
+    "EdgeParts",
     "Graph",
     "GraphMeta",
     "Inhibition",
@@ -55,12 +60,18 @@ __all__ = [
     "attribute",
     "certificate",
     "describe_paths",
+    "edge_parts",
+    "edge_parts_with_model",
+    "explain",
     "find_inhibition",
+    "find_node",
     "influence",
+    "inhibition",
     "load_dictionary",
     "load_graph",
     "load_model",
     "local_replacement",
+    "node_name",
     "path_length_curve",
     "prune",
     "run_local",

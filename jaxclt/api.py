@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxclt import trace
+from jaxclt import provenance, trace
 from jaxclt.clt.active import Dictionary
 from jaxclt.graph import prune as pruning
 from jaxclt.graph import scores as scoring
 from jaxclt.graph.attribute import AttributeConfig
+from jaxclt.graph.explain import edge_parts
 from jaxclt.graph.graph import Graph
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.model import Model
@@ -22,7 +23,7 @@ from jaxclt.io.tokenizer import Bos
 from jaxclt.viewer.graph_json import graph_json
 from jaxclt.viewer.page import page
 
-__all__ = ["Page", "attribute", "influence", "prune", "show"]
+__all__ = ["Page", "attribute", "explain", "influence", "prune", "show"]
 
 
 def attribute(
@@ -80,6 +81,36 @@ def prune(
 def influence(graph: Graph) -> np.ndarray:
     """Influence of every source node on the targets, [N]."""
     return graph.influence_N
+
+
+def explain(
+    graph: Graph,
+    source: str,
+    target: str,
+    *,
+    model: Model | None = None,
+    dictionary: Dictionary | None = None,
+) -> str:
+    """How an edge travelled, as text: straight up the residual stream, or by heads.
+
+    Args:
+      graph: from `attribute` or `load_graph`.
+      source: a node, as the page and graph.json name it: ``12:5:345`` (or
+        ``12_345_5``), ``error 12:5``, ``embed 2``.
+      target: a feature, or a target by its text or number.
+      model: with it and the dictionary, also by the number of heads passed, and the
+        last heads of any edge.
+      dictionary: see `model`.
+
+    Raises:
+      InputError: if there is no such node or edge, or the model is another.
+    """
+    if model is None or dictionary is None:
+        return edge_parts(graph, source, target).text()
+    found = provenance.edge_parts_with_model(
+        graph, source, target, model=model, dictionary=dictionary
+    )
+    return found.text()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from jaxclt.cli_explain import ExplainConfig, run_explain
 from jaxclt.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class _Attribution:
     """Share of the influence that the shown nodes hold."""
     edge_threshold: float = 0.98
     """Share of the edge strength that the shown edges hold."""
+    heads: int = 0
+    """List the last attention heads of this many of the strongest shown edges."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Put a beginning-of-sequence token first; auto: as the model was trained."""
     compat: Literal["none", "circuit-tracer"] = "none"
@@ -156,7 +159,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         Annotated[TraceConfig, tyro.conf.subcommand("trace")]  # pyright: ignore
         | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
         | Annotated[FetchConfig, tyro.conf.subcommand("fetch")]
-        | Annotated[ViewConfig, tyro.conf.subcommand("view")],
+        | Annotated[ViewConfig, tyro.conf.subcommand("view")]
+        | Annotated[ExplainConfig, tyro.conf.subcommand("explain")],
         args=argv,
         prog="jaxclt",
         description="Circuit tracing in JAX: explain a prediction as a feature graph.",
@@ -167,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SweepConfig: _sweep,
         FetchConfig: _fetch,
         ViewConfig: _view,
+        ExplainConfig: run_explain,
     }[type(config)]
     say = Console(stderr=True, highlight=False)
     try:
@@ -296,6 +301,8 @@ def _prepare(
         raise InputError(f"--max-features {config.max_features}: give at least 1")
     if config.memory is not None and not config.memory > 0:
         raise InputError(f"--memory {config.memory}: give GB above 0")
+    if config.heads < 0:
+        raise InputError(f"--heads {config.heads}: give 0 for none, or how many edges")
     check_writable(config.out)
     # The second trace of a shape starts without compiling.
     jax.config.update(
@@ -312,6 +319,7 @@ def _prepare(
         tolerance=config.tolerance if config.compat == "none" else 0.0,
         node_threshold=config.node_threshold,
         edge_threshold=config.edge_threshold,
+        heads=config.heads,
         convention="paper" if config.compat == "none" else config.compat,
         precision=config.precision,
         memory_gb=config.memory,

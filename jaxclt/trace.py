@@ -68,6 +68,7 @@ __all__ = [
     "write_trace",
 ]
 
+_STAGES = ("attribute", "influence", "prune", "provenance")
 FULL_GRAPH_BYTES = 512 << 20  # larger graphs are saved pruned unless asked otherwise
 
 
@@ -211,7 +212,7 @@ def trace_prompt(
             on_rows=on_rows,
             timing=spent,
         )
-    clock |= {s: getattr(spent, s) for s in ("attribute", "influence", "prune")}
+    clock |= {s: getattr(spent, s) for s in _STAGES}
     clock["compile"] = compiled[0]
     return Traced(
         graph=graph,

@@ -23,9 +23,12 @@ from jaxclt.graph.bank import Bank, Items, pack, readers, writers
 from jaxclt.graph.columns import Columns, edge_columns, push_flops
 from jaxclt.graph.explore import arrived_influence, next_features
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
+from jaxclt.graph.head_table import add_rows, only_columns
+from jaxclt.graph.heads import head_loadings, strongest_kept
 from jaxclt.graph.influence import solve_influence
 from jaxclt.graph.memory import MemoryPlan, Sizes, available_bytes, memory_plan
 from jaxclt.graph.plan import Plan, make_plan, mean_flops
+from jaxclt.graph.provenance import direct_edges
 from jaxclt.graph.prune import prune
 from jaxclt.graph.rows import (
     Puller,
@@ -67,6 +70,7 @@ class AttributeConfig:
     edge_threshold: float = 0.98
     convention: Literal["paper", "circuit-tracer"] = "paper"
     precision: str = "highest"  # of matmuls; accelerators default to less than float32
+    heads: int = 0  # list the last heads of this many of the strongest kept edges
     chunk_size: int = 128  # most targets pulled back together
     n_bands: int | None = None  # position bands, one compilation each; None: chosen
     rows_per_update: int | None = None  # between two rankings; None: a quarter or 512
@@ -82,6 +86,7 @@ class Timing:
     attribute: float = 0.0
     influence: float = 0.0
     prune: float = 0.0
+    provenance: float = 0.0
     work: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -160,8 +165,10 @@ def attribute_recording(
         pruning=_no_pruning(parts["edge_RN"].shape),
         **parts,
     )
-    found = solve_influence(graph.edge_RN, shares_total(graph), graph.target_prob_K)
-    graph = dataclasses.replace(graph, influence_N=found)
+    influence_N = solve_influence(
+        graph.edge_RN, shares_total(graph), graph.target_prob_K
+    )
+    graph = dataclasses.replace(graph, influence_N=influence_N)
     timing.influence = time.perf_counter() - start
     start = time.perf_counter()
     pruning = prune(
@@ -170,7 +177,50 @@ def attribute_recording(
         edge_threshold=config.edge_threshold,
     )
     timing.prune = time.perf_counter() - start
-    return dataclasses.replace(graph, pruning=pruning)
+    graph = dataclasses.replace(graph, pruning=pruning)
+    start = time.perf_counter()
+    graph = _with_provenance(prompt, graph, found.selected)
+    timing.provenance = time.perf_counter() - start
+    return graph
+
+
+def _with_provenance(p: _Prompt, graph: Graph, selected: np.ndarray) -> Graph:
+    """The graph with its edges' residual-direct parts, and heads if asked for."""
+    keep_A = np.zeros(len(p.active.layer_A), bool)
+    keep_A[selected] = True
+    nodes, T = p.active.where(keep_A), p.n_tokens
+    rows = _joined(p.feature_rows(selected), p.target_rows())
+    error_LTD = p.error_LTD[:, :T]
+    embed_TD = np.asarray(p.recording.embed_TD)[:T]
+    direct_RN = direct_edges(nodes, error_LTD, embed_TD, rows)
+    own = dataclasses.replace(p, active=nodes).written()
+    if own_rows := {len(selected) + k: edge_N for k, edge_N in own}:
+        direct_RN = add_rows(direct_RN, own_rows)
+    is_node_N = np.ones(direct_RN.shape[1], bool)
+    is_node_N[len(selected) + p.ignored_errors()] = False
+    graph = dataclasses.replace(graph, direct_RN=only_columns(direct_RN, is_node_N))
+    if p.config.heads <= 0:
+        return graph
+    heads = head_loadings(
+        p.params,
+        p.recording,
+        nodes,
+        p.error_LTD,
+        rows,
+        *strongest_kept(graph, p.config.heads),
+        cfg=p.cfg,
+        n_tokens=T,
+        direct=graph.direct_RN,
+    )
+    return dataclasses.replace(graph, heads=heads)
+
+
+def _joined(first: RowTargets, then: RowTargets) -> RowTargets:
+    return RowTargets(
+        layer_R=np.concatenate([first.layer_R, then.layer_R]),
+        pos_R=np.concatenate([first.pos_R, then.pos_R]),
+        read_RD=np.concatenate([first.read_RD, then.read_RD]),
+    )
 
 
 _bias_reads = jax.jit(bias_reads, static_argnames="cfg")
@@ -226,13 +276,11 @@ class _Prompt:
 
     def written(self) -> Iterator[tuple[int, np.ndarray]]:
         """Targets that read an MLP's output, with the edges to what writes it."""
-        for k in np.flatnonzero(np.asarray(self.targets.write_KD).any(1)):
-            yield (
-                int(k),
-                written_edges(
-                    self.active, self.error_LTD, self.targets, k, n_tokens=self.n_tokens
-                ),
+        for k in np.flatnonzero(np.asarray(self.targets.write_KD).any(1)).tolist():
+            edge_N = written_edges(
+                self.active, self.error_LTD, self.targets, k, n_tokens=self.n_tokens
             )
+            yield k, edge_N
 
     def feature_rows(self, feature: np.ndarray) -> RowTargets:
         """Directions of some features."""
@@ -246,12 +294,7 @@ class _Prompt:
     def all_rows(self) -> RowTargets:
         """Directions of all features, then of the targets."""
         features = self.feature_rows(np.arange(len(self.active.layer_A)))
-        targets = self.target_rows()
-        return RowTargets(
-            layer_R=np.concatenate([features.layer_R, targets.layer_R]),
-            pos_R=np.concatenate([features.pos_R, targets.pos_R]),
-            read_RD=np.concatenate([features.read_RD, targets.read_RD]),
-        )
+        return _joined(features, self.target_rows())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -515,7 +558,8 @@ def _pull_some(
     while rows.done < len(rows.edge_RN):
         visit_A, outside = rows.visits()
         n = min(rows.at_once, len(rows.edge_RN) - rows.done)
-        chosen, unexplored = next_features(visit_A, rows.open_A, n)
+        enough = p.config.tolerance - outside
+        chosen, unexplored = next_features(visit_A, rows.open_A, n, enough=enough)
         if unexplored + outside <= p.config.tolerance:
             break
         rows.compute(chosen)

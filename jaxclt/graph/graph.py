@@ -16,8 +16,10 @@ import json
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from jaxclt.graph.blocks import row_strength
+from jaxclt.graph.head_table import HeadLoads
 
 __all__ = ["Graph", "GraphMeta", "Pruning"]
 
@@ -97,6 +99,9 @@ class Graph:
     # output. Left out (graphs of older files): the output at the last position.
     target_layer_K: np.ndarray = dataclasses.field(default_factory=_absent)
     target_pos_K: np.ndarray = dataclasses.field(default_factory=_absent)
+    # How edges travelled (spec 3.4); None in graphs of versions that did not say.
+    direct_RN: csr_array | None = None  # residual-direct parts, between equal positions
+    heads: HeadLoads | None = None  # the strongest kept edges by their last head
 
     def __post_init__(self) -> None:
         """Fill in where targets read if that was left out."""
@@ -117,6 +122,11 @@ class Graph:
         at_end_K = self.target_pos_K == self.n_tokens - 1
         at_end_K &= self.target_layer_K == self.n_layers
         return at_end_K & (self.target_token_K >= 0)
+
+    @property
+    def edge_direct_RN(self) -> np.ndarray | None:  # noqa: N802  as in graph.npz
+        """Residual-direct part of every edge, made dense; the rest passed a head."""
+        return None if self.direct_RN is None else self.direct_RN.toarray()
 
     @property
     def n_tokens(self) -> int:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
 
 import numpy as np
 
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
+from jaxclt.graph.nodes import find_column, find_row, quoted
 from jaxclt.graph.scores import shares_total
 
 __all__ = ["Path", "describe_paths", "node_name", "strongest_paths"]
@@ -43,8 +43,8 @@ class Path:
 def strongest_paths(
     graph: Graph,
     *,
-    start: int | None = None,
-    end: int | None = None,
+    start: int | str | None = None,
+    end: int | str | None = None,
     k: int = 10,
     share: bool = True,
     kept: bool = False,
@@ -56,9 +56,10 @@ def strongest_paths(
 
     Args:
       graph: attributed, with the influence that belongs to its edges.
-      start: column where the paths start; None: any embedding.
-      end: row where they end, with weight 1; None: any target, weighted by its
-        probability.
+      start: column where the paths start, or a name (see `jaxclt.graph.nodes`); None:
+        any embedding.
+      end: row where they end, with weight 1, or a name; None: any target, weighted by
+        its probability.
       k: how many.
       share: rank by row shares, as influence does. Otherwise by the size of a path's
         part of the signed total effect (see `jaxclt.graph.effects`): the product of the
@@ -67,10 +68,12 @@ def strongest_paths(
         those of the full rows.
 
     Raises:
-      InputError: if `start`, `end` or `k` is out of range.
+      InputError: if `start`, `end` or `k` is out of range, or names no node.
     """
     R, N = graph.edge_RN.shape
     A = graph.n_features
+    start = find_column(graph, start) if isinstance(start, str) else start
+    end = find_row(graph, end) if isinstance(end, str) else end
     _check("start", start, N)
     _check("end", end, R)
     if k < 1:
@@ -199,25 +202,19 @@ def node_name(graph: Graph, index: int) -> str:
     _check("node", index, N + graph.n_targets)
     if index >= N:
         k = index - N
-        name = _quoted(graph.meta.target_tokens[k])
+        name = quoted(graph.meta.target_tokens[k])
         if graph.is_next_token[k]:
             return f"output {name}"
         kind = "output" if graph.target_token_K[k] >= 0 else "target"
         return f"{kind} {name}@{graph.target_pos_K[k]}"
     if index >= graph.embed_cols.start:
         pos = index - graph.embed_cols.start
-        return f"token {_quoted(graph.meta.tokens[pos])}@{pos}"
+        return f"token {quoted(graph.meta.tokens[pos])}@{pos}"
     if index >= graph.n_features:
         layer, pos = divmod(index - graph.n_features, T)
         return f"L{layer} error@{pos}"
     layer, pos = graph.layer_A[index], graph.pos_A[index]
     return f"L{layer} feature {graph.feature_A[index]}@{pos}"
-
-
-def _quoted(token: str) -> str:
-    """A token in quotes on one line; nothing in it can steer a terminal."""
-    quoted = json.dumps(token, ensure_ascii=False)
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in quoted)
 
 
 def describe_paths(graph: Graph, paths: Sequence[Path]) -> str:

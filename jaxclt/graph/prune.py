@@ -14,6 +14,7 @@ import numpy as np
 from jaxclt.errors import InputError
 from jaxclt.graph.blocks import submatrix
 from jaxclt.graph.graph import Graph, Pruning
+from jaxclt.graph.head_table import only_columns
 from jaxclt.graph.influence import solve_influence
 
 __all__ = ["kept_by_mass", "kept_rows", "prune", "restrict"]
@@ -182,6 +183,11 @@ def restrict(graph: Graph) -> Graph:
     dropped = submatrix(graph.edge_RN, row, np.flatnonzero(drop_N))
     edge_RN = submatrix(graph.edge_RN, row, col)
     edge_RN[:, drop_N[col]] = 0
+    direct_RN, heads = graph.direct_RN, graph.heads
+    if direct_RN is not None:
+        direct_RN = only_columns(direct_RN[row][:, col], ~drop_N[col])
+    if heads is not None:
+        heads = heads.restrict(row, col, pruning.keep_N)
     return dataclasses.replace(
         graph,
         layer_A=graph.layer_A[kept],
@@ -201,4 +207,6 @@ def restrict(graph: Graph) -> Graph:
             keep_N=pruning.keep_N[col],
             keep_edge_RN=submatrix(pruning.keep_edge_RN, row, col),
         ),
+        direct_RN=direct_RN,
+        heads=heads,
     )

@@ -39,6 +39,8 @@ __all__ = ["VIRTUAL_TOKEN", "finite", "graph_json", "validate"]
 VIRTUAL_TOKEN = 1 << 24
 
 _MAX_MESSAGE = 240
+_MAX_PARTS = 10_000  # strongest links that say how they travelled, to bound the file
+_MAX_HEADS = 3  # listed for a link
 
 
 def graph_json(
@@ -80,10 +82,11 @@ def graph_json(
     ids = {index: node["node_id"] for index, node in node_by_index.items()}
     # Through text: the shortest decimal that reads back as the same float32.
     weights = orjson.loads(orjson.dumps(weight_R, option=orjson.OPT_SERIALIZE_NUMPY))
-    links = [
+    links: list[dict[str, Any]] = [
         {"source": ids[s], "target": ids[t], "weight": w}
         for s, t, w in zip(col_R.tolist(), target_R.tolist(), weights, strict=True)
     ]
+    _add_parts(graph, links, row_R[:_MAX_PARTS], col_R[:_MAX_PARTS])
     return {
         "metadata": _metadata(graph, slug),
         "qParams": {
@@ -106,6 +109,45 @@ def graph_json(
             }
         ),
     }
+
+
+def _add_parts(
+    graph: Graph, links: list[dict[str, Any]], row_R: np.ndarray, col_R: np.ndarray
+) -> None:
+    """Say of the strongest links how they travelled, as far as the graph knows.
+
+    A link that has no ``direct`` part because it moves between positions has no such
+    key: a viewer that reads the parts takes ``attention`` for the whole.
+    """
+    if graph.direct_RN is None or len(row_R) == 0:
+        return
+    direct_R = np.asarray(graph.direct_RN[row_R, col_R]).ravel()
+    attention_R = graph.edge_RN[row_R, col_R] - direct_R
+    for link, direct, attention in zip(
+        links, direct_R.tolist(), attention_R.tolist(), strict=False
+    ):
+        if direct:
+            link["direct"] = _brief(direct)
+        if attention:
+            link["attention"] = _brief(attention)
+    heads = graph.heads
+    if heads is None:
+        return
+    n_cols = graph.edge_RN.shape[1]
+    place = np.argsort(heads.row_E.astype(np.int64) * n_cols + heads.col_E)
+    key_E = (heads.row_E.astype(np.int64) * n_cols + heads.col_E)[place]
+    want_R = row_R.astype(np.int64) * n_cols + col_R
+    at_R = np.searchsorted(key_E, want_R)
+    at_R = np.minimum(at_R, max(len(key_E) - 1, 0))
+    for i in np.flatnonzero(key_E[at_R] == want_R) if len(key_E) else ():
+        listed = heads.listed(int(place[at_R[i]]))[:_MAX_HEADS]
+        if listed:
+            links[i]["heads"] = [[l, h, _brief(load)] for l, h, load in listed]
+
+
+def _brief(x: float) -> float:
+    """Four digits: parts are read, not added up again."""
+    return float(f"{x:.4g}")
 
 
 def validate(doc: Any) -> None:
@@ -178,10 +220,11 @@ def _check_link(i: int, link: Any, ids: set[str]) -> None:
         name = link.get(end)
         if not isinstance(name, str) or name not in ids:
             raise _bad(f"$.links[{i}].{end}", f"{name!r} is no node_id of this graph")
-    weight = link.get("weight")
-    # bool is an int to Python, not to JSON.
-    if type(weight) not in (int, float) or not math.isfinite(weight or 0):
-        raise _bad(f"$.links[{i}].weight", f"{weight!r} is not a finite number")
+    for key in ("weight", *(k for k in ("direct", "attention") if k in link)):
+        value = link.get(key)
+        # bool is an int to Python, not to JSON.
+        if type(value) not in (int, float) or not math.isfinite(value or 0):
+            raise _bad(f"$.links[{i}].{key}", f"{value!r} is not a finite number")
 
 
 def _bad(path: str, message: str) -> InputError:

@@ -17,8 +17,9 @@ from cases import case, case_active, close
 
 from jaxclt.graph import heads, provenance
 from jaxclt.graph.attribute import AttributeConfig
-from jaxclt.graph.heads import HeadLoads, explain, head_loadings
-from jaxclt.graph.rows import RowTargets
+from jaxclt.graph.bank import RowTargets
+from jaxclt.graph.head_table import HeadLoads
+from jaxclt.graph.heads import head_loadings
 from jaxclt.lm.frozen import frozen_reads
 from jaxclt.replacement.errors import error_nodes
 from jaxclt.types import Reads, Sources
@@ -45,7 +46,8 @@ def rows(name: str) -> RowTargets:
 def direct(name: str) -> np.ndarray:
     embed_TD = np.asarray(case(name).recording.embed_TD)
     active = case_active(name)
-    return provenance.direct_edges(active, errors(name), embed_TD, rows(name))
+    found = provenance.direct_edges(active, errors(name), embed_TD, rows(name))
+    return found.toarray()
 
 
 @functools.cache
@@ -141,7 +143,7 @@ def test_direct_part_is_the_virtual_weight_times_the_norm(name: str) -> None:
     assert np.count_nonzero(want) > 10
     embed_TD = np.asarray(t.recording.embed_TD)
     found = provenance.direct_edges(active, errors(name), embed_TD, rows(name))
-    close(found[:A, :A], want, 1e-13)
+    close(found.toarray()[:A, :A], want, 1e-13)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -217,7 +219,9 @@ def test_kept_edges_of_a_smaller_graph_in_bands(
 ) -> None:
     """Rows and columns of the selected features; several bands, chunks, few columns."""
     t = case("clt")
-    monkeypatch.setattr(heads, "_LEAST_BAND", 2)
+    monkeypatch.setattr(heads, "_FLOPS_WORTH_WINDOWS", 0)
+    monkeypatch.setattr(heads, "_TOKENS", 24)
+    monkeypatch.setattr(heads, "_EDGES", 7)
     graph = t.graph(
         AttributeConfig(max_features=30, tolerance=0.0, edge_threshold=0.7, n_bands=1)
     )
@@ -230,14 +234,18 @@ def test_kept_edges_of_a_smaller_graph_in_bands(
     found = head_loadings(
         *(t.params, t.recording, active, error_LTD, target, row_E, col_E),
         cfg=t.cfg,
-        n_columns=8,
         on_edges=lambda done, total: seen.append((done, total)),
     )
     close(found.edge, graph.edge_RN[row_E, col_E], 1e-12)
     assert seen[-1] == (len(row_E), len(row_E))
     assert len(seen) > 3
+    back = head_loadings(
+        *(t.params, t.recording, active, error_LTD, target, row_E * 0, col_E),
+        cfg=t.cfg,
+    )
+    close(back.edge, graph.edge_RN[0, col_E], 1e-12)
     embed_TD = np.asarray(t.recording.embed_TD)
-    direct_RN = provenance.direct_edges(active, error_LTD, embed_TD, target)
+    direct_RN = provenance.direct_edges(active, error_LTD, embed_TD, target).toarray()
     assert direct_RN.shape == graph.edge_RN.shape
     close(found.direct_E, direct_RN[row_E, col_E], 1e-13)
 
@@ -263,29 +271,3 @@ def test_no_edges_is_no_error() -> None:
     args = (t.params, t.recording, case_active("clt"), errors("clt"), rows("clt"))
     found = head_loadings(*args, none, none, cfg=t.cfg)
     assert found.edge.shape == (0,)
-
-
-def test_explain_lists_the_parts_of_an_edge() -> None:
-    found = HeadLoads(
-        row_E=np.array([5]),
-        col_E=np.array([2]),
-        direct_E=np.array([1.0]),
-        layer_EJ=np.array([[3, 0]], np.int32),
-        head_EJ=np.array([[1, 7]], np.int32),
-        load_EJ=np.array([[2.0, -0.5]]),
-        rest_E=np.array([1.5]),
-    )
-    hops = np.array([1.0, 2.0, 1.0])
-    text = explain(found, 0, source="a", target="b", hops=hops)
-    assert text.splitlines() == [
-        "a -> b",
-        "edge                           +4   100.0%",
-        "residual-direct                +1    25.0%",
-        "attention-mediated             +3    75.0%",
-        "  last head 3.1                +2    50.0%",
-        "  last head 0.7              -0.5   -12.5%",
-        "  other heads                +1.5    37.5%",
-        "0 hops                         +1    25.0%",
-        "1 hops                         +2    50.0%",
-        "2 or more hops                 +1    25.0%",
-    ]

@@ -1,0 +1,127 @@
+"""The parts of one edge: straight up the residual stream, and moved by which heads.
+
+    edge = residual-direct + attention-mediated
+         = residual-direct + heads listed + other heads
+
+(spec 3.4). Numbers come from the graph; hops, and heads of edges that the graph does
+not list, take the model (`jaxclt.explain`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxclt.errors import InputError
+from jaxclt.graph.graph import Graph
+from jaxclt.graph.nodes import find_column, find_row
+from jaxclt.graph.paths import node_name
+
+__all__ = ["EdgeParts", "edge_parts"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EdgeParts:
+    """One edge and what it is made of; None is not known."""
+
+    source: str
+    target: str
+    row: int  # of the graph
+    col: int
+    edge: float  # signed effect
+    share: float  # of all that the target reads, counted without sign
+    kept: bool  # by the graph's pruning
+    direct: float | None  # residual-direct
+    attention: float | None  # all that passed a head
+    heads: tuple[tuple[int, int, float], ...] | None = None  # last head: layer, number
+    other_heads: float | None = None
+    hops: tuple[float, ...] | None = None  # by heads passed, the last: that or more
+
+    def text(self) -> str:
+        """A plain-text table, each part with its share of the edge."""
+        parts: list[tuple[str, float]] = [("edge", self.edge)]
+        if self.direct is not None and self.attention is not None:
+            parts.append(("residual-direct", self.direct))
+            parts.append(("attention-mediated", self.attention))
+        for layer, head, load in self.heads or ():
+            parts.append((f"  last head {layer}.{head}", load))
+        if self.other_heads is not None:
+            parts.append(("  other heads", self.other_heads))
+        for k, part in enumerate(self.hops or ()):
+            more = " or more" if k == len(self.hops or ()) - 1 else ""
+            parts.append((f"{k}{more} hops", part))
+        lines = [f"{self.source} -> {self.target}"]
+        for name, part in parts:
+            lines.append(f"{name:<20} {part:+12.4g} {part / self.edge:8.1%}")
+        shown = "shown" if self.kept else "not shown, pruned"
+        lines.append(f"{self.share:.2%} of what the target reads; {shown}")
+        if self.direct is None:
+            lines.append("parts: not in this file; trace the prompt again")
+        elif self.heads is None:
+            lines.append("heads: not listed for this edge; trace with --heads N")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON."""
+        return dataclasses.asdict(self)
+
+
+def edge_parts(graph: Graph, source: str, target: str) -> EdgeParts:
+    """What a graph says about one of its edges.
+
+    Args:
+      graph: attributed.
+      source: feature, error or token; see `jaxclt.graph.nodes` for the names.
+      target: feature or target.
+
+    Raises:
+      InputError: if there is no such node or edge.
+    """
+    col, row = find_column(graph, source), find_row(graph, target)
+    N, A = graph.edge_RN.shape[1], graph.n_features
+    names = node_name(graph, col), node_name(graph, row if row < A else row - A + N)
+    edge = float(graph.edge_RN[row, col])
+    if edge == 0:
+        raise InputError(f"no edge {names[0]} -> {names[1]}: {_why(graph, row, col)}")
+    total = graph.row_strength[row] + abs(graph.bias_R[row]) + graph.rest_abs_R[row]
+    direct = attention = heads = other = None
+    if graph.direct_RN is not None:
+        direct = float(graph.direct_RN[row, col])
+        attention = edge - direct
+    at = None if graph.heads is None else graph.heads.find(row, col)
+    if graph.heads is not None and at is not None:
+        heads, other = graph.heads.listed(at), float(graph.heads.rest_E[at])
+    return EdgeParts(
+        source=names[0],
+        target=names[1],
+        row=row,
+        col=col,
+        edge=edge,
+        share=abs(edge) / float(total),
+        kept=bool(graph.pruning.keep_edge_RN[row, col]),
+        direct=direct,
+        attention=attention,
+        heads=heads,
+        other_heads=other,
+    )
+
+
+def _why(graph: Graph, row: int, col: int) -> str:
+    """Why an edge is zero."""
+    A, T = graph.n_features, graph.n_tokens
+    if not graph.attributed_R[row]:
+        return "the inputs of the target were not computed"
+    if row < A:
+        if col < A:
+            layer, pos = int(graph.layer_A[col]), int(graph.pos_A[col])
+        elif col < graph.error_cols.stop:
+            layer, pos = divmod(col - A, T)
+        else:
+            layer, pos = -1, col - graph.embed_cols.start
+        if layer >= graph.layer_A[row]:
+            return "a feature reads only what layers below it wrote"
+        if pos > graph.pos_A[row]:
+            return "the source comes after the target"
+    if not graph.pruning.keep_N[col]:
+        return "the source was pruned, or is no node in this convention"
+    return "its effect is zero"

@@ -1,0 +1,94 @@
+"""How edges travelled, as a graph keeps it: host arrays that can be cut with the graph.
+
+`HeadLoads` lists edges by the last head that moved them; its further axes are E (edges)
+and J (heads listed for an edge). `jaxclt.graph.heads.head_loadings` makes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from scipy.sparse import csr_array
+
+__all__ = ["HeadLoads", "add_rows", "only_columns"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadLoads:
+    """Edges by the last head that moved them; ``edge = direct + sum(load) + rest``."""
+
+    row_E: np.ndarray  # int32, of the graph
+    col_E: np.ndarray  # int32
+    direct_E: np.ndarray  # residual-direct, A0
+    layer_EJ: np.ndarray  # int16, strongest first
+    head_EJ: np.ndarray  # int16
+    load_EJ: np.ndarray  # signed, 0 where fewer heads moved anything
+    rest_E: np.ndarray  # all other heads
+
+    @property
+    def attention(self) -> np.ndarray:
+        """The attention-mediated parts, [E]."""
+        return self.load_EJ.sum(1) + self.rest_E
+
+    @property
+    def edge(self) -> np.ndarray:
+        """The whole edges, [E]."""
+        return self.direct_E + self.attention
+
+    def find(self, row: int, col: int) -> int | None:
+        """Where an edge stands in the table, None if it is not listed."""
+        found = np.flatnonzero((self.row_E == row) & (self.col_E == col))
+        return int(found[0]) if len(found) else None
+
+    def listed(self, at: int) -> tuple[tuple[int, int, float], ...]:
+        """Heads of one entry: (layer, head, load), strongest first."""
+        entry = self.layer_EJ[at], self.head_EJ[at], self.load_EJ[at]
+        return tuple(
+            (int(layer), int(head), float(load))
+            for layer, head, load in zip(*entry, strict=True)
+            if load
+        )
+
+    def restrict(
+        self, row: np.ndarray, col: np.ndarray, keep_N: np.ndarray
+    ) -> HeadLoads:
+        """Edges between kept nodes, numbered as in the smaller graph.
+
+        Args:
+          row: rows of the smaller graph, ascending.
+          col: its columns, ascending.
+          keep_N: kept columns; others are in the smaller graph at most as empty ones.
+        """
+        row_E = np.searchsorted(row, self.row_E)
+        col_E = np.searchsorted(col, self.col_E)
+        stay_E = np.isin(self.row_E, row) & np.isin(self.col_E, col)
+        stay_E &= keep_N[self.col_E]
+        numbered = dataclasses.replace(
+            self, row_E=row_E.astype(np.int32), col_E=col_E.astype(np.int32)
+        )
+        return HeadLoads(
+            **{
+                field.name: getattr(numbered, field.name)[stay_E]
+                for field in dataclasses.fields(self)
+            }
+        )
+
+
+def add_rows(x_RN: csr_array, rows: dict[int, np.ndarray]) -> csr_array:
+    """The matrix with whole rows [N] added to some of its rows."""
+    values = np.stack(list(rows.values()))
+    index = np.repeat(list(rows), values.shape[1])
+    place = np.tile(np.arange(values.shape[1]), len(rows))
+    added = csr_array(x_RN + csr_array((values.ravel(), (index, place)), x_RN.shape))
+    added.eliminate_zeros()
+    return added
+
+
+def only_columns(x_RN: csr_array, keep_N: np.ndarray) -> csr_array:
+    """The same matrix with all other columns empty."""
+    kept = csr_array(
+        (x_RN.data * keep_N[x_RN.indices], x_RN.indices, x_RN.indptr), x_RN.shape
+    )
+    kept.eliminate_zeros()
+    return kept
