@@ -196,7 +196,7 @@ def _with_provenance(p: _Prompt, graph: Graph, selected: np.ndarray) -> Graph:
     own = dataclasses.replace(p, active=nodes).written()
     if own_rows := {len(selected) + k: edge_N for k, edge_N in own}:
         direct_RN = add_rows(direct_RN, own_rows)
-    is_node_N = np.ones(direct_RN.shape[1], bool)
+    is_node_N = np.ones(graph.edge_RN.shape[1], bool)
     is_node_N[len(selected) + p.ignored_errors()] = False
     graph = dataclasses.replace(graph, direct_RN=only_columns(direct_RN, is_node_N))
     if p.config.heads <= 0:
@@ -693,7 +693,7 @@ class _PooledRows:
         )
 
 
-def _assemble(p: _Prompt, found: _Computed) -> dict[str, np.ndarray]:
+def _assemble(p: _Prompt, found: _Computed) -> dict[str, Any]:
     """The graph's arrays, what the rows sum to beside their edges included."""
     a, selected = p.active, found.selected
     bias = _bias_reads(
