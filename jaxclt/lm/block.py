@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jaxclt.lm import layers
@@ -21,11 +22,11 @@ __all__ = ["FrozenLayer", "Taps", "block"]
 
 
 class FrozenLayer(NamedTuple):
-    """One layer of `Frozen`."""
+    """One layer of `Frozen` or `Held`; None is computed from the stream."""
 
-    pattern_HTS: Array
-    attn_scale_T: Array
-    mlp_scale_T: Array
+    pattern_HTS: Array | None
+    attn_scale_T: Array | None
+    mlp_scale_T: Array | None
 
 
 class Taps(NamedTuple):
@@ -34,7 +35,9 @@ class Taps(NamedTuple):
     resid_TD: Array  # entering the block
     mid_TD: Array  # after attention
     write_TD: Array  # what was added at the MLP's place
-    frozen: FrozenLayer
+    pattern_HTS: Array
+    attn_scale_T: Array
+    mlp_scale_T: Array
 
 
 def block(
@@ -44,6 +47,7 @@ def block(
     *,
     cfg: LMConfig,
     frozen: FrozenLayer | None = None,
+    held_T: Array | None = None,
     biases: bool = True,
 ) -> tuple[Array, Taps]:
     """Attention, then whatever `write` puts at the MLP's place.
@@ -54,34 +58,35 @@ def block(
       write: (mid_TD, mlp_scale_T) -> write_TD, the MLP or its replacement.
       cfg: model shape.
       frozen: clean pattern and scales; None computes them from the stream.
+      held_T: bool, the positions at which `frozen` holds; None for all.
       biases: False drops attention biases, which makes a frozen block linear.
 
     Returns:
       The residual stream leaving the block [T, D], and the taps.
     """
+    held = FrozenLayer(None, None, None) if frozen is None else frozen
+
+    def hold(clean: Array | None, live: Callable[[], Array]) -> Array:
+        if clean is None or held_T is None:
+            return live() if clean is None else clean
+        row = held_T[None, :, None] if clean.ndim == 3 else held_T
+        return jnp.where(row, clean, live())
+
     with jax.named_scope("attention"):
-        attn_scale_T = (
-            layers.rms_scale(resid_TD, eps=cfg.norm_eps)
-            if frozen is None
-            else frozen.attn_scale_T
+        attn_scale_T = hold(
+            held.attn_scale_T, lambda: layers.rms_scale(resid_TD, eps=cfg.norm_eps)
         )
         normed_TD = layers.normalise(resid_TD, attn_scale_T, p.norm_attn_LD)
-        pattern_HTS = (
-            layers.attention_pattern(p, normed_TD, cfg=cfg)
-            if frozen is None
-            else frozen.pattern_HTS
+        pattern_HTS = hold(
+            held.pattern_HTS, lambda: layers.attention_pattern(p, normed_TD, cfg=cfg)
         )
         mid_TD = resid_TD + layers.move(
             p, pattern_HTS, normed_TD, cfg=cfg, biases=biases
         )
     with jax.named_scope("mlp"):
-        mlp_scale_T = (
-            layers.rms_scale(mid_TD, eps=cfg.norm_eps)
-            if frozen is None
-            else frozen.mlp_scale_T
+        mlp_scale_T = hold(
+            held.mlp_scale_T, lambda: layers.rms_scale(mid_TD, eps=cfg.norm_eps)
         )
         write_TD = write(mid_TD, mlp_scale_T)
-    taps = Taps(
-        resid_TD, mid_TD, write_TD, FrozenLayer(pattern_HTS, attn_scale_T, mlp_scale_T)
-    )
+    taps = Taps(resid_TD, mid_TD, write_TD, pattern_HTS, attn_scale_T, mlp_scale_T)
     return mid_TD + write_TD, taps
