@@ -15,11 +15,11 @@ from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.lm.run import Run
-from jaxclt.patch.batch import How, Local, make_local, make_patchable, patch_one
-from jaxclt.patch.edits import Edit, Edits, expand_edits, make_edits
-from jaxclt.patch.effects import Ask, Effect, measure_effect, watch_values
-from jaxclt.patch.features import gather_features
-from jaxclt.patch.modes import Patchable
+from jaxclt.patching.batch import How, Local, make_local, make_patchable, patch_one
+from jaxclt.patching.edits import Edit, Edits, expand_edits, make_edits
+from jaxclt.patching.effects import Ask, Effect, measure_effect, watch_values
+from jaxclt.patching.features import gather_features
+from jaxclt.patching.modes import Patchable
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -70,7 +70,9 @@ def patched(
         slot = local(name).slots(a.layer_A[slots], a.feature_A[slots])
         tables = (local(name).tables, jnp.asarray(slot))
     edits = edits_of(name, changes, how.pop("op", "scale"))
-    return run_jit(model(name), edits, jnp.asarray(layers, jnp.int32), tables, How(**how))
+    return run_jit(
+        model(name), edits, jnp.asarray(layers, jnp.int32), tables, How(**how)
+    )
 
 
 def effect(name: str, done: Run) -> Effect:
@@ -225,9 +227,13 @@ def test_silent_features_may_switch_on_unless_gates_are_frozen():
     # ... because a feature that was silent fires.
     done = patched("clt", {s: 8.0}, (0, L - 1), mode="iterative", freeze_norm=True)
     t = case("clt")
-    fired = set(zip(a.layer_A.tolist(), a.pos_A.tolist(), a.feature_A.tolist(), strict=True))
+    fired = set(
+        zip(a.layer_A.tolist(), a.pos_A.tolist(), a.feature_A.tolist(), strict=True)
+    )
     every = np.stack(np.meshgrid(range(L), range(6), range(20), indexing="ij"), -1)
-    silent = np.array([n for n in every.reshape(-1, 3).tolist() if tuple(n) not in fired])
+    silent = np.array(
+        [n for n in every.reshape(-1, 3).tolist() if tuple(n) not in fired]
+    )
     watch = gather_features(t.dictionary, t.params, t.recording, silent, cfg=t.cfg)
     assert not np.asarray(watch.value_E).any()
     assert np.asarray(watch_values(model("clt"), done, watch)).any()
@@ -277,7 +283,9 @@ def neuron_patch(k: int | None, s: int, M: float, layers: Any, **how: Any) -> Ef
         own = make_local(dictionary, patchable, a)
         tables = (own.tables, jnp.asarray(a.feature_A[[s]]))
     done = run_jit(patchable, edits, jnp.asarray(layers, jnp.int32), tables, How(**how))
-    return measure_effect(patchable, done, Ask(t.targets.token_K, jnp.asarray(5, jnp.int32)))
+    return measure_effect(
+        patchable, done, Ask(t.targets.token_K, jnp.asarray(5, jnp.int32))
+    )
 
 
 def test_a_neuron_with_its_gate_frozen_has_the_graphs_total_effect():

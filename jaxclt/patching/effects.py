@@ -9,8 +9,8 @@ from jax import Array
 
 from jaxclt.clt.sites import read_diagonal
 from jaxclt.lm.run import Run, unembed
-from jaxclt.patch.features import Features, activation
-from jaxclt.patch.modes import Patchable
+from jaxclt.patching.features import Features, activation
+from jaxclt.patching.modes import Patchable
 
 __all__ = ["Ask", "Effect", "clean_effect", "measure_effect", "watch_values"]
 

@@ -21,9 +21,9 @@ from jaxclt.clt.active import Active, Dictionary, StoreDictionary
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import Run
-from jaxclt.patch.edits import Edits
-from jaxclt.patch.features import dictionary_config
-from jaxclt.patch.modes import (
+from jaxclt.patching.edits import Edits
+from jaxclt.patching.features import dictionary_config
+from jaxclt.patching.modes import (
     Gates,
     Mode,
     Nudge,
@@ -32,6 +32,7 @@ from jaxclt.patch.modes import (
     additive,
     clean_tables,
     constrained,
+    first_edited,
     hold_of,
     iterative,
 )
@@ -150,7 +151,7 @@ def make_local(
 def _rows(
     dictionary: StoreDictionary, every: tuple[np.ndarray, ...], M: int, dtype: Any
 ) -> Tables:
-    """Rows of the chosen features; short layers padded with features that are silent."""
+    """Rows of the chosen features; short layers padded with silent features."""
     cfg = dictionary.cfg
     L, U, D = cfg.n_layers, max(1, *(len(f) for f in every)), cfg.d_model
     W_enc_LUD, W_dec_LUMD = np.zeros((L, U, D), dtype), np.zeros((L, U, M, D), dtype)
@@ -254,7 +255,7 @@ def _chunk(
     edited_L = (edits.features.layer_E[..., None] == index_L[None, None]).any((0, 1))
     inside_L = ((index_L[None] >= first_B1) & (index_L[None] <= last_B1)).any(0)
     if how.mode == "additive":
-        live_L = index_L > edits.features.layer_E.min()
+        live_L = index_L > first_edited(edits.features.layer_E)
     else:
         live_L = (index_L[None] > last_B1).any(0)
 
@@ -286,7 +287,7 @@ def patch_many(
     measure: Measure,
     ask: Any = None,
     local: Local | None = None,
-    feature_BE: np.ndarray | None = None,
+    slot_BE: np.ndarray | None = None,
     chunk: int | None = None,
     on_done: Callable[[int, int], None] = lambda done, total: None,
 ) -> Any:
@@ -301,7 +302,7 @@ def patch_many(
         it is a static argument.
       ask: what `measure` gets besides.
       local: for the iterative mode.
-      feature_BE: feature indices of the edits, for the iterative mode.
+      slot_BE: the edited features' places in its tables.
       chunk: patches run together; None: as many as fit.
       on_done: progress, (patches done, patches planned).
 
@@ -310,13 +311,6 @@ def patch_many(
     """
     B, E = np.shape(edits.factor_E)
     size = min(chunk or chunk_size(model, E, edits.features.span), B)
-    slot_BE = None
-    if how.mode == "iterative":
-        assert local is not None
-        assert feature_BE is not None
-        layer_BE = np.asarray(edits.features.layer_E)
-        flat = local.slots(layer_BE.ravel(), feature_BE.ravel())
-        slot_BE = flat.reshape(B, E)
     order = np.lexsort((layers_B2[:, 1], layers_B2[:, 0]))
     parts = []
     for start in range(0, B, size):
@@ -333,7 +327,8 @@ def patch_many(
             how=how,
             measure=measure,
         )
-        parts.append(jax.tree.map(lambda x, n=len(index): np.asarray(x)[:n], done))
+        kept = slice(len(index))
+        parts.append(jax.tree.map(lambda x, i=kept: np.asarray(x)[i], done))
         on_done(min(start + size, B), B)
     back = np.argsort(order)
     return jax.tree.map(lambda *x: np.concatenate(x)[back], *parts)

@@ -21,7 +21,7 @@ from jax import Array
 from jaxclt.clt.active import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.lm.config import LMConfig
-from jaxclt.patch.features import Features, dictionary_config, gather_features
+from jaxclt.patching.features import Features, dictionary_config, gather_features
 from jaxclt.types import LMParams, Recording
 
 __all__ = [
@@ -231,7 +231,10 @@ def make_edits(
 
 
 def batch_edits(many: Sequence[Edits]) -> Edits:
-    """Stack edits that are made separately, [B, E]; short ones padded with no-ops."""
+    """Stack edits that are made separately, [B, E].
+
+    Short ones are padded with edits of layer -1, which no layer sees.
+    """
     E = max(len(edits.factor_E) for edits in many)
 
     def padded(edits: Edits) -> Edits:
@@ -243,6 +246,9 @@ def batch_edits(many: Sequence[Edits]) -> Edits:
         grown = jax.tree.map(grow, edits)
         factor_E = np.array(grown.factor_E)
         factor_E[E - n :] = 1
-        return dataclasses.replace(grown, factor_E=factor_E)
+        layer_E = np.array(grown.features.layer_E)
+        layer_E[E - n :] = -1
+        features = dataclasses.replace(grown.features, layer_E=layer_E)
+        return dataclasses.replace(grown, features=features, factor_E=factor_E)
 
     return jax.tree.map(lambda *leaves: np.stack(leaves), *map(padded, many))

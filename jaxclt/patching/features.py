@@ -55,7 +55,7 @@ class Features:
 def activation(features: Features, read_ED: Array, *, cfg: LMConfig) -> Array:
     """Activations [E] of features that read the rows `read_ED`."""
     pre_E = (features.encoder_ED * read_ED).sum(-1) + features.bias_E
-    if features.gate_ED is None:
+    if features.gate_ED is None or features.gate_bias_E is None:
         fires_E = pre_E > features.theta_E
         return jnp.where(fires_E, pre_E, jnp.zeros((), pre_E.dtype))
     gate_E = (features.gate_ED * read_ED).sum(-1) + features.gate_bias_E

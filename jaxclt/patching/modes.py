@@ -42,8 +42,8 @@ from jaxclt.clt.sites import read_diagonal
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import Run, run
-from jaxclt.patch.edits import Edits, amounts
-from jaxclt.patch.features import activation
+from jaxclt.patching.edits import Edits, amounts
+from jaxclt.patching.features import activation
 from jaxclt.types import Block, Held, LMParams, Recording
 
 __all__ = [
@@ -55,8 +55,11 @@ __all__ = [
     "additive",
     "clean_tables",
     "constrained",
+    "first_edited",
     "hold_of",
     "iterative",
+    "pending",
+    "read",
     "underlying",
 ]
 
@@ -141,11 +144,11 @@ def constrained(
         carry: None, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[None, Array]:
         index, live, write_TD, clean_mid_TD, clean_scale_T, skip_DD = x
-        pending_TD = _pending(edits, amount_E, index, mid_TD)
+        pending_TD = pending(edits, amount_E, index, mid_TD)
         clamped_TD = write_TD + pending_TD
         if skip_DD is not None:
-            now = _read(model, mid_TD, scale_T, p)
-            was = _read(model, clean_mid_TD, clean_scale_T, p)
+            now = read(model, mid_TD, scale_T, p)
+            was = read(model, clean_mid_TD, clean_scale_T, p)
             clamped_TD = clamped_TD + (now - was) @ skip_DD
         real_TD = _real(model, live, write_TD, mid_TD, scale_T, p)
         return carry, _by_place(index, first, last, write_TD, clamped_TD, real_TD)
@@ -187,19 +190,19 @@ def additive(
     """
     rec, features = model.recording, edits.features
     index_L = jnp.arange(model.cfg.n_layers, dtype=jnp.int32)
-    live_L = index_L > features.layer_E.min() if live_L is None else live_L
+    live_L = index_L > first_edited(features.layer_E) if live_L is None else live_L
 
     def policy(
-        amount_E: Array, mid_TD: Array, scale_T: Array, p: Block, x: Any
+        carry: Array, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[Array, Array]:
         index, live, write_TD = x
-        read_TD = _read(model, mid_TD, scale_T, p)
+        read_TD = read(model, mid_TD, scale_T, p)
         now_E = activation(features, read_TD[features.pos_E], cfg=model.cfg)
         here_E = features.layer_E == index
-        amount_E = jnp.where(here_E, amounts(edits, now_E), amount_E)
+        amount_E = jnp.where(here_E, amounts(edits, now_E), carry)
         inside = (first <= index) & (index <= last)
         real_TD = _real(model, live, write_TD, mid_TD, scale_T, p)
-        pending_TD = _pending(edits, amount_E, index, mid_TD)
+        pending_TD = pending(edits, amount_E, index, mid_TD)
         return amount_E, jnp.where(inside, real_TD + pending_TD, real_TD)
 
     return run(
@@ -256,12 +259,12 @@ def iterative(
     amount_E = amounts(edits, features.value_E)
 
     def policy(
-        ahead_MTD: Array, mid_TD: Array, scale_T: Array, p: Block, x: Any
+        carry: Array, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[Array, Array]:
         index, live, local, write_TD, clean_mid_TD, clean_scale_T, skip_DD, table = x
         mid_TD, scale_T, push_TD = _nudged(model, nudge, index, mid_TD, scale_T, hold)
         inside = (first <= index) & (index <= last)
-        read_TD = _read(model, mid_TD, scale_T, p)
+        read_TD = read(model, mid_TD, scale_T, p)
 
         def responded() -> Array:
             a_TU = _encode(model, table, read_TD, p, gates=gates)
@@ -276,12 +279,12 @@ def iterative(
             W_dec_UMD = (
                 p.down_LID[:, None, :] if table.W_dec_LUMD is None else table.W_dec_LUMD
             )
-            return ahead_MTD + jnp.einsum("TU,UMD->MTD", change_TU, W_dec_UMD)
+            return carry + jnp.einsum("TU,UMD->MTD", change_TU, W_dec_UMD)
 
-        ahead_MTD = jax.lax.cond(local, responded, lambda: ahead_MTD)
+        ahead_MTD = jax.lax.cond(local, responded, lambda: carry)
         clamped_TD = write_TD + ahead_MTD[0]
         if skip_DD is not None:
-            was = _read(model, clean_mid_TD, clean_scale_T, p)
+            was = read(model, clean_mid_TD, clean_scale_T, p)
             clamped_TD = clamped_TD + (read_TD - was) @ skip_DD
         real_TD = _real(model, live, write_TD, mid_TD, scale_T, p)
         out_TD = _by_place(index, first, last, write_TD, clamped_TD, real_TD)
@@ -301,6 +304,12 @@ def iterative(
         per_layer=per_layer,
         frozen=hold,
     )
+
+
+def first_edited(layer_E: Array) -> Array:
+    """The lowest edited layer; padding (layer -1) does not count."""
+    largest = jnp.asarray(jnp.iinfo(layer_E.dtype).max, layer_E.dtype)
+    return jnp.where(layer_E < 0, largest, layer_E).min()
 
 
 def underlying(model: Patchable, nudge: Nudge, *, hold: Held) -> Run:
@@ -333,7 +342,7 @@ def clean_tables(model: Patchable, tables: Tables) -> Tables:
 
     def one(x: Any) -> tuple[Array, Array | None]:
         p, table, mid_TD, scale_T = x
-        read_TD = _read(model, mid_TD, scale_T, p)
+        read_TD = read(model, mid_TD, scale_T, p)
         gate_TU = None
         if table.kept_LTU is not None:
             gate_TU, _ = layers.gate_and_up(p, read_TD, cfg=model.cfg)
@@ -372,7 +381,7 @@ def _encode(
     return activate(pre_TU, table.theta_LU, cfg=model.clt_cfg)
 
 
-def _read(model: Patchable, mid_TD: Array, scale_T: Array, p: Block) -> Array:
+def read(model: Patchable, mid_TD: Array, scale_T: Array, p: Block) -> Array:
     """What the dictionary reads of the stream."""
     return mid_TD * read_diagonal(model.clt_cfg.read, scale_T, p.norm_mlp_LD)
 
@@ -385,7 +394,7 @@ def _real(
     scale_T: Array,
     p: Block,
 ) -> Array:
-    """The model's own MLP; the recorded output where the stream is known to be clean."""
+    """The model's own MLP, or the recorded output where the stream is clean."""
 
     def mlp() -> Array:
         normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
@@ -394,7 +403,7 @@ def _real(
     return jax.lax.cond(live, mlp, lambda: write_TD)
 
 
-def _pending(edits: Edits, amount_E: Array, index: Array, like_TD: Array) -> Array:
+def pending(edits: Edits, amount_E: Array, index: Array, like_TD: Array) -> Array:
     """What the edits write to layer `index`, [T, D]."""
     f = edits.features
     offset_E = index - f.layer_E
