@@ -281,7 +281,6 @@ def _total_effects(
     counter: _Counter,
 ) -> tuple[dict[str, Any], dict[str, Any], Effect]:
     """Measurement 1, and the constrained ablations that 2 and 3 use."""
-    graph = subject.graph
     clean_K = _clean(subject)
     watched = _watched(subject, options)
     out, scatter, kept = {}, {}, None
