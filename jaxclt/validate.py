@@ -511,30 +511,44 @@ def _perturbations(
         # The first position's stream is so large in many models that float32 hides a
         # perturbation there.
         live_A = live_A & (a.pos_A > 0)
+    drawn: list[tuple[int, int, bool]] = []  # row, feature, upstream
     for row, layer in enumerate(layers):
-        key, here_key, before_key, way_key = jax.random.split(key, 4)
-        ways = np.asarray(jax.random.normal(way_key, (options.n_perturbed, D)))
-        here = _draw(live_A & (a.layer_A == layer), options.n_perturbed, here_key)
-        for s, way in zip(here, ways.astype(dtype), strict=False):
-            idle = subject.edits([_place(a, s, 1.0, 0.0)], silent=True)
-            slot = int(subject.local.slots(a.layer_A[[s]], a.feature_A[[s]])[0])
-            read_D = a.reads(np.array([s]))[0]
-            step = options.size * a.value_A[s] / (read_D @ read_D)
-            vector_D = (step * read_D).astype(dtype)
-            any_D = way * (np.linalg.norm(vector_D) / np.linalg.norm(way))
-            for kind, vector in (("encoder", vector_D), ("random", any_D)):
-                pos = int(a.pos_A[s])
-                made[kind][0].append(row)
-                made[kind][1].append(nudged(idle, layer, pos, vector, T, slot))
-        before = _draw(live_A & (a.layer_A < layer), options.n_perturbed, before_key)
-        for s in before:
-            change = options.size * float(a.value_A[s])
-            edits = subject.edits([_place(a, s, 1.0, change)])
-            slot = int(subject.local.slots(a.layer_A[[s]], a.feature_A[[s]])[0])
+        key, here_key, before_key = jax.random.split(key, 3)
+        n = options.n_perturbed
+        here = _draw(live_A & (a.layer_A == layer), n, here_key)
+        before = _draw(live_A & (a.layer_A < layer), n, before_key)
+        drawn += [(row, int(s), False) for s in here]
+        drawn += [(row, int(s), True) for s in before]
+    if not drawn:
+        return made
+    slot_N = np.array([s for _, s, _ in drawn])
+    place_N = subject.local.slots(a.layer_A[slot_N], a.feature_A[slot_N])
+    # Upstream edits raise an activation; the others only lend their shape.
+    edits = subject.edits(
+        [
+            _place(a, s, 1.0, options.size * float(a.value_A[s]) * up)
+            for _, s, up in drawn
+        ],
+        silent=True,
+    )
+    way_ND = np.asarray(jax.random.normal(key, (len(drawn), D))).astype(dtype)
+    read_ND = a.reads(slot_N)
+    zero_TD = np.zeros((T, D), dtype)
+    for i, (row, s, is_upstream) in enumerate(drawn):
+        one = jax.tree.map(lambda x, i=i: np.asarray(x)[i : i + 1], edits)
+        layer, pos, slot = layers[row], int(a.pos_A[s]), int(place_N[i])
+        if is_upstream:
             made["upstream"][0].append(row)
-            made["upstream"][1].append(
-                upstream(edits, layer, np.zeros((T, D), dtype), slot)
-            )
+            made["upstream"][1].append(upstream(one, layer, zero_TD, slot))
+            continue
+        read_D = read_ND[i]
+        vector_D = (options.size * a.value_A[s] / (read_D @ read_D) * read_D).astype(
+            dtype
+        )
+        any_D = way_ND[i] * (np.linalg.norm(vector_D) / np.linalg.norm(way_ND[i]))
+        for kind, vector in (("encoder", vector_D), ("random", any_D)):
+            made[kind][0].append(row)
+            made[kind][1].append(nudged(one, layer, pos, vector, T, slot))
     return made
 
 

@@ -7,7 +7,6 @@ its gate times what it reads, so it brings a second row.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -123,14 +122,14 @@ def gather_features(
         )
         read_ED = (np.asarray(recording.mid_LTD[layer]) * diagonal_TD)[pos_E[here]]
         if neurons:
-            p = jax.tree.map(lambda leaf: leaf[layer], params.blocks)  # noqa: B023
-            encoder_ED[here] = np.asarray(p.up_LDI)[:, unique].T[row]
-            gate_ED[here] = np.asarray(p.gate_LDI)[:, unique].T[row]
-            decoder_EMD[here, 0] = np.asarray(p.down_LID)[unique][row]
+            p, l = params.blocks, int(layer)
+            encoder_ED[here] = np.asarray(p.up_LDI[l])[:, unique].T[row]
+            gate_ED[here] = np.asarray(p.gate_LDI[l])[:, unique].T[row]
+            decoder_EMD[here, 0] = np.asarray(p.down_LID[l])[unique][row]
             if p.up_bias_LI is not None:
-                bias_E[here] = np.asarray(p.up_bias_LI)[unique][row]
+                bias_E[here] = np.asarray(p.up_bias_LI[l])[unique][row]
             if p.gate_bias_LI is not None:
-                gate_bias_E[here] = np.asarray(p.gate_bias_LI)[unique][row]
+                gate_bias_E[here] = np.asarray(p.gate_bias_LI[l])[unique][row]
             gate_E = (gate_ED[here] * read_ED).sum(-1) + gate_bias_E[here]
             pre_E = (encoder_ED[here] * read_ED).sum(-1) + bias_E[here]
             value_E[here] = np.asarray(layers.activate_gate(gate_E, cfg=cfg)) * pre_E

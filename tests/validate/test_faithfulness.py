@@ -65,9 +65,7 @@ def perturbations(kind: str, size: float = 0.1) -> list[Perturbation]:
             made.append(
                 nudged(edit(s, 0.0), layer, int(a.pos_A[s]), vector, T, int(slot[0]))
             )
-        made.append(
-            upstream(edit(before, size), layer, np.zeros((T, D)), int(slot[1]))
-        )
+        made.append(upstream(edit(before, size), layer, np.zeros((T, D)), int(slot[1])))
     return made
 
 
@@ -140,9 +138,7 @@ def test_small_perturbations_measure_the_jacobians():
 
     start, way = np.zeros((T, D)), np.asarray(one.nudge.delta_TD)
     want = jax.jit(
-        lambda: compare(
-            *(jax.jvp(f, (start,), (way,))[1] for f in (replacement, real))
-        )
+        lambda: compare(*(jax.jvp(f, (start,), (way,))[1] for f in (replacement, real)))
     )()
     layer = int(one.nudge.layer)
     np.testing.assert_allclose(
