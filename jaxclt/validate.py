@@ -542,9 +542,8 @@ def _perturbations(
             made["upstream"][1].append(upstream(one, layer, zero_TD, slot))
             continue
         read_D = read_ND[i]
-        vector_D = (options.size * a.value_A[s] / (read_D @ read_D) * read_D).astype(
-            dtype
-        )
+        step = options.size * a.value_A[s] / (read_D @ read_D)
+        vector_D = (step * read_D).astype(dtype)
         any_D = way_ND[i] * (np.linalg.norm(vector_D) / np.linalg.norm(way_ND[i]))
         for kind, vector in (("encoder", vector_D), ("random", any_D)):
             made[kind][0].append(row)
