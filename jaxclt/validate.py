@@ -25,7 +25,7 @@ from jaxclt.errors import InputError
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.intervene import Subject
 from jaxclt.io.atomic import atomic_path
-from jaxclt.patching.batch import How, default_range
+from jaxclt.patching.batch import How, chunk_size, default_range
 from jaxclt.patching.edits import Supernode
 from jaxclt.patching.effects import Effect, clean_effect
 from jaxclt.patching.modes import Mode
@@ -47,6 +47,7 @@ from jaxclt.validation.words import markdown, verdict
 
 __all__ = ["ValidateOptions", "validate_graph", "write_validation"]
 
+CHUNK = 32  # patches run together
 MODES: tuple[Mode, ...] = ("constrained", "iterative", "additive")
 
 
@@ -248,8 +249,15 @@ def _ablate(
         )
         ranges.append((0, L - 1) if everywhere else layers)
     features = None if watch is None else subject.watch(watch)
+    # One chunk size, so that full and small patches share a program.
+    size = chunk_size(subject.patchable, 1, subject.patchable.clt_cfg.span)
     return subject.effects(
-        many, ranges, how, subject.ask(features), on_done=counter.within
+        many,
+        ranges,
+        how,
+        subject.ask(features),
+        chunk=min(CHUNK, size),
+        on_done=counter.within,
     )
 
 
@@ -304,7 +312,12 @@ def _total_effects(
         out[mode]["sign_agreement"] = _number(float(agree[large].mean()))
         out[mode]["slope"] = _number(_slope(predicted_BK, measured_BK))
         little = _ablate(
-            subject, [own[i] for i in small], how, counter, factor=options.small
+            subject,
+            [own[i] for i in small],
+            how,
+            counter,
+            factor=options.small,
+            watch=watch,
         )
         small_BK = np.asarray(little.logit_K, np.float64) - clean_K
         predicted_small_BK = (1 - options.small) * predicted_BK[small]

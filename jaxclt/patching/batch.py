@@ -41,6 +41,7 @@ from jaxclt.types import LMParams, Recording
 __all__ = [
     "How",
     "Local",
+    "chunk_size",
     "default_range",
     "make_local",
     "make_patchable",
@@ -303,14 +304,15 @@ def patch_many(
       ask: what `measure` gets besides.
       local: for the iterative mode.
       slot_BE: the edited features' places in its tables.
-      chunk: patches run together; None: as many as fit.
+      chunk: patches run together, padded up to; None: as many as fit, at most B.
       on_done: progress, (patches done, patches planned).
 
     Returns:
       What `measure` returns, numpy, with a leading B in the given order.
     """
     B, E = np.shape(edits.factor_E)
-    size = min(chunk or chunk_size(model, E, edits.features.span), B)
+    # A given size is padded up to, so that batches of any length share a program.
+    size = chunk or min(chunk_size(model, E, edits.features.span), B)
     order = np.lexsort((layers_B2[:, 1], layers_B2[:, 0]))
     parts = []
     for start in range(0, B, size):

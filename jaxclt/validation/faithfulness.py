@@ -163,9 +163,8 @@ def perturb_many(
     gates: Gates,
     chunk: int = 16,
 ) -> Agreement:
-    """Many perturbations, leaves with a leading B; numpy."""
+    """Many perturbations, leaves with a leading B; numpy. Chunks are padded up to."""
     B = len(perturbations.start)
-    chunk = min(chunk, B)
     order = np.argsort(np.asarray(perturbations.start), kind="stable")
     parts = []
     for start in range(0, B, chunk):
