@@ -130,7 +130,8 @@ def test_importing_starts_no_backend_and_no_tokenizer() -> None:
     code = (
         "import sys, pkgutil, importlib, jaxclt\n"
         "for room in (\n"
-        "    'lm', 'clt', 'replacement', 'graph', 'viewer', 'io', 'patching', 'validation'\n"
+        "    'lm', 'clt', 'replacement', 'graph', 'viewer', 'io',\n"
+        "    'patching', 'validation',\n"
         "):\n"
         "    package = importlib.import_module('jaxclt.' + room)\n"
         "    for m in pkgutil.iter_modules(package.__path__):\n"

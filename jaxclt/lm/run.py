@@ -98,12 +98,12 @@ def run(
         step, (embed_TD, carry), (params.blocks, per_layer, held)
     )
     clean_T = None if frozen is None else frozen.out_scale_T
-    if clean_T is None or held_T is not None:
-        scale_T = layers.rms_scale(resid_TD, eps=cfg.norm_eps)
-        if clean_T is not None:
-            scale_T = jnp.where(held_T, clean_T, scale_T)
-    else:
+    if clean_T is not None and held_T is None:
         scale_T = clean_T
+    else:
+        scale_T = layers.rms_scale(resid_TD, eps=cfg.norm_eps)
+        if clean_T is not None and held_T is not None:
+            scale_T = jnp.where(held_T, clean_T, scale_T)
     out_TD = layers.normalise(resid_TD, scale_T, params.norm_out_D)
     return Run(carry, taps, out_TD, scale_T)
 
