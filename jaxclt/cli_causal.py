@@ -74,7 +74,8 @@ class PatchConfig(_Reopen):
     model in the range; additive: writes added while all MLPs respond."""
     layers: str | None = None
     """First and last layer of the range a:b, both included; by default from the first
-    edited layer to two behind the last one (additive: all)."""
+    edited layer to two behind the last one (constrained: as far as the dictionary
+    writes; additive: all)."""
     sweep_end: bool = False
     """Also patch with every end layer of the range."""
     freeze_patterns: bool = True

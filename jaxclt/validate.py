@@ -167,8 +167,8 @@ class _Counter:
 def _planned(subject: Subject, options: ValidateOptions, chosen: _Chosen) -> int:
     B = len(chosen.node_B)
     small = len(_small(options, chosen))
-    n = len(MODES) * (B + small) + min(options.n_replacement, B) + len(chosen.group)
-    del subject
+    n_modes = len(MODES) - (subject.patchable.clt_cfg.span == 1)
+    n = n_modes * (B + small) + min(options.n_replacement, B) + len(chosen.group)
     return n + 6 * options.n_layers * options.n_perturbed
 
 
@@ -295,6 +295,10 @@ def _total_effects(
     own = [np.array([a]) for a in chosen.node_B]
     small = _small(options, chosen)
     for mode in MODES:
+        if mode == "additive" and subject.patchable.clt_cfg.span == 1:
+            # The same patch (T-C6): all of a feature's writes are in its own layer.
+            out[mode], scatter[mode] = out["constrained"], scatter["constrained"]
+            continue
         how = subject.how(mode)
         watch = watched if mode == "constrained" else None
         done = _ablate(subject, own, how, counter, watch=watch)

@@ -182,12 +182,14 @@ def default_range(
     """First and last layer of a patch for which the user gave none.
 
     From the first edited layer to two layers behind the last edited one (Circuit
-    Tracing 2025, section G.2), less for a dictionary that writes to fewer layers; for
-    the additive mode all layers.
+    Tracing 2025, section G.2). Constrained patches end where the dictionary's writes
+    end: what a per-layer transcoder writes is all in its own layer, and a longer range
+    would only shut out the model's answer. The additive mode takes all layers.
     """
     if mode == "additive":
         return 0, n_layers - 1
-    last = int(layer_E.max()) + min(span, 3) - 1
+    behind = 2 if mode == "iterative" else min(span, 3) - 1
+    last = int(layer_E.max()) + behind
     return int(layer_E.min()), min(last, n_layers - 1)
 
 

@@ -139,7 +139,13 @@ def _effects(report: dict[str, Any]) -> list[str]:
         "![effects](validation_effects.png)",
         "",
     ]
-    if report["span"] > 1:
+    if report["span"] == 1:
+        lines += [
+            "The dictionary writes to one layer only: additive and constrained patches "
+            "are the same and were run once.",
+            "",
+        ]
+    else:
         lines += [
             "The dictionary writes to several layers: additive patching counts its "
             "effects twice and is shown for comparison with other tools only.",
@@ -248,8 +254,8 @@ def _method(report: dict[str, Any]) -> list[str]:
         "## Method",
         "",
         f"{report['n_top']} most influential and {report['n_random']} random features "
-        "of the graph, one at a time. Constrained and iterative patches range from "
-        "the feature's layer to at most two layers behind it, as far as it writes; "
+        "of the graph, one at a time. Patches range from the feature's layer to two "
+        "layers behind it (constrained: as far as it writes; additive: all layers); "
         "attention patterns frozen, norms live. Full patches ablate; small ones "
         f"multiply by {o['small']}. Intervals: bootstrap over features. Perturbations "
         f"are {o['size']:.0%} of the feature's activation, {o['n_perturbed']} of each "
