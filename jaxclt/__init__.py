@@ -15,6 +15,9 @@ Where things are, in the order a prompt passes through them:
 | `jaxclt.clt` | dictionaries: encode, decode, what is active on a prompt |
 | `jaxclt.replacement` | replacement models and error nodes |
 | `jaxclt.graph` | targets, edges, influence, pruning, scores, certificate |
+| `jaxclt.intervene` | the shell of patching: a traced prompt is changed |
+| `jaxclt.patching` | edits, the three modes, batches, generation |
+| `jaxclt.validate`, `jaxclt.validation` | a graph's predictions against patches |
 | `jaxclt.viewer` | graph JSON and the page |
 | `jaxclt.testing` | tiny models for tests and examples |
 
@@ -34,9 +37,11 @@ from jaxclt.graph.inhibition import Inhibition, find_inhibition
 from jaxclt.graph.nodes import find_node
 from jaxclt.graph.paths import Path, describe_paths, node_name, strongest_paths
 from jaxclt.graph.scores import Scores, path_length_curve, scores
+from jaxclt.intervene import PatchResult, patch
 from jaxclt.io.dictionary import load_dictionary, save_dictionary
 from jaxclt.io.graph_file import load_graph, save_graph
 from jaxclt.io.model import Model, load_model
+from jaxclt.patching.edits import Edit, Supernode
 from jaxclt.provenance import edge_parts_with_model, inhibition
 from jaxclt.replacement.local import local_replacement, run_local
 from jaxclt.sweep import sweep_prompts
@@ -46,15 +51,18 @@ __all__ = [
     "AttributeConfig",
     "Certificate",
     "EdgeParts",
+    "Edit",
     "Graph",
     "GraphMeta",
     "Inhibition",
     "InputError",
     "Model",
     "Page",
+    "PatchResult",
     "Path",
     "Pruning",
     "Scores",
+    "Supernode",
     "Traced",
     "__version__",
     "attribute",
@@ -72,6 +80,7 @@ __all__ = [
     "load_model",
     "local_replacement",
     "node_name",
+    "patch",
     "path_length_curve",
     "prune",
     "run_local",

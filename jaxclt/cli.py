@@ -32,6 +32,13 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from jaxclt.cli_causal import (
+    PatchConfig,
+    ValidateConfig,
+    run_patch,
+    run_validate,
+    validate_opened,
+)
 from jaxclt.cli_explain import ExplainConfig, run_explain
 from jaxclt.errors import InputError
 
@@ -107,6 +114,8 @@ class TraceConfig(_Attribution):
     """What graph.npz holds; auto is the full graph up to 512 MB."""
     dry_run: bool = False
     """Say how much memory the graph needs and how it would be computed, then stop."""
+    validate: bool = False
+    """Compare the graph with patches of the model; adds validation.json and .md."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,7 +169,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
         | Annotated[FetchConfig, tyro.conf.subcommand("fetch")]
         | Annotated[ViewConfig, tyro.conf.subcommand("view")]
-        | Annotated[ExplainConfig, tyro.conf.subcommand("explain")],
+        | Annotated[ExplainConfig, tyro.conf.subcommand("explain")]
+        | Annotated[PatchConfig, tyro.conf.subcommand("patch")]
+        | Annotated[ValidateConfig, tyro.conf.subcommand("validate")],
         args=argv,
         prog="jaxclt",
         description="Circuit tracing in JAX: explain a prediction as a feature graph.",
@@ -172,6 +183,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         FetchConfig: _fetch,
         ViewConfig: _view,
         ExplainConfig: run_explain,
+        PatchConfig: lambda config, say: run_patch(config, say, _progress),
+        ValidateConfig: lambda config, say: run_validate(config, say, _progress),
     }[type(config)]
     say = Console(stderr=True, highlight=False)
     try:
@@ -209,6 +222,14 @@ def _trace(config: TraceConfig, say: Console) -> None:
     report = trace.write_trace(
         traced, config.out, save=config.save, environment=config.environment
     )
+    checked: dict[str, Any] = {}
+    if config.validate:
+        from jaxclt.intervene import Reopened
+
+        opened = Reopened(
+            model=model, dictionary=dictionary, graph=traced.graph, report=report
+        )
+        checked = validate_opened(opened, config.out, say, _progress)
     if config.json:
         print(json.dumps(report))  # noqa: T201
         return
@@ -216,6 +237,8 @@ def _trace(config: TraceConfig, say: Console) -> None:
     Console().print("strongest paths:")
     for path in report["paths"]:
         Console().print(f"  {path}", markup=False, soft_wrap=True)
+    if config.validate:
+        Console().print(Text(checked["verdict"]))
     Console().print(f"page: {(config.out / 'index.html').resolve().as_uri()}")
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "Block",
     "CLTParams",
     "Frozen",
+    "Held",
     "LMParams",
     "Reads",
     "Recording",
@@ -85,6 +86,22 @@ class Frozen:
     mlp_scale_LT: Array
     out_scale_T: Array
     clean_LTD: Array | None = None  # instead of patterns
+
+
+@struct.dataclass
+class Held:
+    """Parts of a `Frozen`, or some of its positions; None is computed live.
+
+    A patch of the underlying model holds the attention patterns but, unless asked, not
+    the norms (spec 5); generation holds the prompt's positions and not the new ones.
+    """
+
+    pattern_LHTS: Array | None = None
+    attn_scale_LT: Array | None = None
+    mlp_scale_LT: Array | None = None
+    out_scale_T: Array | None = None
+    clean_LTD: Array | None = None  # instead of patterns, see `Frozen`
+    held_T: Array | None = None  # bool, positions that are held; None: all
 
 
 @struct.dataclass

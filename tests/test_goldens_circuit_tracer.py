@@ -195,8 +195,9 @@ def test_scores_are_the_same(name: str, which: str) -> None:
 def test_our_rows_sum_in_float32_and_its_rows_do_not(name: str) -> None:
     """T-E1 on a model from files; traps 4 and 5: bias and first position dropped."""
     ours = graph(name, "full", "paper")
-    assert certificate(ours).max_relative_row_error < 1e-6
-    assert certificate(graph(name, "reduced")).max_relative_row_error < 1e-6
+    rounding = 16 * float(np.finfo(np.float32).eps)  # of sums over all layers
+    assert certificate(ours).max_relative_row_error < rounding
+    assert certificate(graph(name, "reduced")).max_relative_row_error < rounding
     rows, _ = golden_places(name, "full")
     its_sum_R = traced(name).golden["full_edge_NN"][rows].sum(1)
     readout_R = graph(name, "full").readout_R

@@ -19,6 +19,7 @@ ROOMS = {
     "clt": ("types", "errors", "lm.layers", "lm.config"),
     "replacement": ("types", "errors", "lm", "clt"),
     "graph": ("types", "errors", "shapes", "lm", "clt", "replacement"),
+    "patching": ("types", "errors", "lm", "clt"),
     "shapes": (),
     "viewer": ("errors", "graph.graph"),
 }
@@ -128,7 +129,10 @@ def test_importing_starts_no_backend_and_no_tokenizer() -> None:
     """Reading a config or asking for help must not wait for a device."""
     code = (
         "import sys, pkgutil, importlib, jaxclt\n"
-        "for room in ('lm', 'clt', 'replacement', 'graph', 'viewer', 'io'):\n"
+        "for room in (\n"
+        "    'lm', 'clt', 'replacement', 'graph', 'viewer', 'io',\n"
+        "    'patching', 'validation',\n"
+        "):\n"
         "    package = importlib.import_module('jaxclt.' + room)\n"
         "    for m in pkgutil.iter_modules(package.__path__):\n"
         "        importlib.import_module(package.__name__ + '.' + m.name)\n"

@@ -346,10 +346,9 @@ def pack(items: Items, n_positions: int) -> Bank:
 
 def _bucketed(table_UD: np.ndarray) -> np.ndarray:
     """A table with rows to spare: prompts share programs, and none is empty."""
-    more = bucket(len(table_UD)) - len(table_UD)
-    return np.concatenate(
-        [table_UD, np.zeros_like(table_UD, shape=(more, table_UD.shape[1]))]
-    )
+    U, D = table_UD.shape
+    more = bucket(U, smallest=1024) - U
+    return np.concatenate([table_UD, np.zeros((more, D), table_UD.dtype)])
 
 
 def _padded(index: np.ndarray, size: int) -> np.ndarray:

@@ -151,5 +151,7 @@ def _pattern(
         p = jax.tree.map(lambda leaf: leaf[layer], stream.blocks)
         clean_TD, scale_T = stream.clean_LTD[layer, :P], stream.scale_LT[layer, :P]
         frozen = FrozenLayer(None, scale_T, scale_T, clean_TD)
-        pattern_HTS = frozen_pattern(p, frozen, cfg=cfg) * scale_T[None, None, :]
+        pattern_HTS = frozen_pattern(p, frozen, cfg=cfg)
+        assert pattern_HTS is not None, "the clean stream is there"
+        pattern_HTS = pattern_HTS * scale_T[None, None, :]
     return pattern_HTS.reshape(cfg.n_kv_heads, -1, P, P)

@@ -11,7 +11,7 @@ from jax import Array
 from jaxclt.lm import layers
 from jaxclt.lm.block import FrozenLayer, Taps, block
 from jaxclt.lm.config import LMConfig
-from jaxclt.types import Block, Frozen, LMParams, Recording
+from jaxclt.types import Block, Frozen, Held, LMParams, Recording
 
 __all__ = ["Run", "WritePolicy", "embed", "forward", "record", "run", "unembed"]
 
@@ -47,7 +47,7 @@ def run(
     cfg: LMConfig,
     carry: Any = None,
     per_layer: Any = None,
-    frozen: Frozen | None = None,
+    frozen: Frozen | Held | None = None,
     biases: bool = True,
     keep_patterns: bool = True,
 ) -> Run:
@@ -60,7 +60,8 @@ def run(
       cfg: model shape.
       carry: the policy's initial carry.
       per_layer: the policy's data, leaves with a leading L.
-      frozen: hold these patterns and scales instead of computing them.
+      frozen: hold these patterns and scales instead of computing them; a `Held` may
+        hold some of them only, or only at some positions.
       biases: False drops attention biases (for the linear map).
       keep_patterns: False leaves attention patterns out of the taps.
 
@@ -78,6 +79,8 @@ def run(
         )
     )
 
+    held_T = frozen.held_T if isinstance(frozen, Held) else None
+
     def step(state: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], Taps]:
         resid_TD, inner = state
         p, x, layer_frozen = xs
@@ -93,6 +96,7 @@ def run(
             write,
             cfg=cfg,
             frozen=layer_frozen,
+            held_T=held_T,
             biases=biases,
             keep_patterns=keep_patterns,
         )
@@ -101,11 +105,13 @@ def run(
     (resid_TD, carry), taps = jax.lax.scan(
         step, (embed_TD, carry), (params.blocks, per_layer, held)
     )
-    scale_T = (
-        layers.rms_scale(resid_TD, eps=cfg.norm_eps)
-        if frozen is None
-        else frozen.out_scale_T
-    )
+    clean_T = None if frozen is None else frozen.out_scale_T
+    if clean_T is not None and held_T is None:
+        scale_T = clean_T
+    else:
+        scale_T = layers.rms_scale(resid_TD, eps=cfg.norm_eps)
+        if clean_T is not None and held_T is not None:
+            scale_T = jnp.where(held_T, clean_T, scale_T)
     out_TD = layers.normalise(resid_TD, scale_T, params.norm_out_D)
     return Run(carry, taps, out_TD, scale_T)
 
@@ -156,9 +162,9 @@ def record(
         write_LTD=taps.write_TD,
         out_TD=done.out_TD,
         frozen=Frozen(
-            pattern_LHTS=taps.frozen.pattern_HTS,
-            attn_scale_LT=taps.frozen.attn_scale_T,
-            mlp_scale_LT=taps.frozen.mlp_scale_T,
+            pattern_LHTS=taps.pattern_HTS,
+            attn_scale_LT=taps.attn_scale_T,
+            mlp_scale_LT=taps.mlp_scale_T,
             out_scale_T=done.out_scale_T,
             clean_LTD=None if keep_patterns else taps.resid_TD,
         ),

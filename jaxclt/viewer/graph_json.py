@@ -202,6 +202,8 @@ def _all_good(links: list[Any], ids: set[str]) -> bool:
     try:
         ends = {link["source"] for link in links} | {link["target"] for link in links}
         weights = [link["weight"] for link in links]
+        for part in ("direct", "attention"):
+            weights += [link[part] for link in links if part in link]
         kinds = set(map(type, links)), set(map(type, weights))
         return (
             ends <= ids

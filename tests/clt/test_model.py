@@ -16,7 +16,7 @@ from jaxclt.clt.model import decode, encode, to_source_major, to_target_major
 from jaxclt.clt.params import check
 from jaxclt.clt.sites import read_diagonal
 from jaxclt.errors import InputError
-from jaxclt.graph.attribute import attribute_recording
+from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.replacement.errors import error_nodes, reconstruct
 from jaxclt.testing import Tiny
 
@@ -129,7 +129,13 @@ def test_plt_is_a_clt_with_only_diagonal_decoders() -> None:
 
     def edges(active: object) -> np.ndarray:
         return attribute_recording(
-            t.params, t.recording, active, t.targets, cfg=t.cfg, meta=t.meta
+            t.params,
+            t.recording,
+            active,
+            t.targets,
+            cfg=t.cfg,
+            meta=t.meta,
+            config=AttributeConfig(max_features=None, tolerance=0.0),
         ).edge_RN
 
     close(edges(wide_active), edges(narrow_active), 1e-13)

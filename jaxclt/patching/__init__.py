@@ -1,0 +1,1 @@
+"""Interventions on a recorded prompt: what changes when a feature is changed."""

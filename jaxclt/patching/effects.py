@@ -1,0 +1,82 @@
+"""What a patch does, measured on its run: logits, divergence, activations."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from jaxclt.clt.sites import read_diagonal
+from jaxclt.lm.run import Run, unembed
+from jaxclt.patching.features import Features, activation
+from jaxclt.patching.modes import Patchable
+
+__all__ = ["Ask", "Effect", "clean_effect", "measure_effect", "watch_values"]
+
+
+@struct.dataclass
+class Ask:
+    """What to measure; `watch` is downstream features, `last` the position read."""
+
+    token_K: Array  # int32
+    last: Array  # int32 scalar
+    watch: Features | None = None
+    n_top: int = struct.field(pytree_node=False, default=0)
+
+
+@struct.dataclass
+class Effect:
+    """The model's answer under a patch."""
+
+    kl: Array  # nats, KL(clean || patched) at the position read
+    logit_K: Array  # demeaned over the vocabulary, as the graph's readout
+    raw_logit_K: Array
+    prob_K: Array
+    top_token_J: Array  # most probable tokens
+    top_prob_J: Array
+    watch_W: Array | None  # activations of the watched features
+
+
+def measure_effect(model: Patchable, done: Run, ask: Ask) -> Effect:
+    """Measure one run of a patch."""
+    clean_V = unembed(model.params, model.recording.out_TD[ask.last])
+    return _effect(model, done, ask, clean_V)
+
+
+def clean_effect(model: Patchable, ask: Ask) -> Effect:
+    """The same of the recording itself."""
+    rec = model.recording
+    logit_V = unembed(model.params, rec.out_TD[ask.last])
+    watch = None if ask.watch is None else ask.watch.value_E
+    return _answer(logit_V, logit_V, ask, watch)
+
+
+def watch_values(model: Patchable, done: Run, watch: Features) -> Array:
+    """Activations [W] of watched features in a run."""
+    diagonal_LTD = jax.vmap(read_diagonal, in_axes=(None, 0, 0))(
+        model.clt_cfg.read, done.taps.mlp_scale_T, model.params.blocks.norm_mlp_LD
+    )
+    at = (watch.layer_E, watch.pos_E)
+    read_WD = done.taps.mid_TD[at] * diagonal_LTD[at]
+    return activation(watch, read_WD, cfg=model.cfg)
+
+
+def _effect(model: Patchable, done: Run, ask: Ask, clean_V: Array) -> Effect:
+    logit_V = unembed(model.params, done.out_TD[ask.last])
+    watch = None if ask.watch is None else watch_values(model, done, ask.watch)
+    return _answer(logit_V, clean_V, ask, watch)
+
+
+def _answer(logit_V: Array, clean_V: Array, ask: Ask, watch: Array | None) -> Effect:
+    log_V, clean_log_V = jax.nn.log_softmax(logit_V), jax.nn.log_softmax(clean_V)
+    top_prob_J, top_token_J = jax.lax.top_k(jnp.exp(log_V), ask.n_top)
+    return Effect(
+        kl=(jnp.exp(clean_log_V) * (clean_log_V - log_V)).sum(),
+        logit_K=logit_V[ask.token_K] - logit_V.mean(),
+        raw_logit_K=logit_V[ask.token_K],
+        prob_K=jnp.exp(log_V)[ask.token_K],
+        top_token_J=top_token_J,
+        top_prob_J=top_prob_J,
+        watch_W=watch,
+    )

@@ -1,0 +1,167 @@
+"""Features at positions of a recording, with all that a patch must know of them.
+
+The same struct serves the features that are edited and those whose activations are
+watched. Transcoder features and neurons differ in one thing: a neuron's activation is
+its gate times what it reads, so it brings a second row.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from jaxclt.clt.activations import activate
+from jaxclt.clt.active import Dictionary, StoreDictionary
+from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.clt.sites import read_diagonal
+from jaxclt.errors import InputError
+from jaxclt.lm import layers
+from jaxclt.lm.config import LMConfig
+from jaxclt.types import LMParams, Recording
+
+__all__ = ["Features", "activation", "dictionary_config", "gather_features"]
+
+
+@struct.dataclass
+class Features:
+    """E features, each at one position.
+
+    ``pre = encoder · read + bias`` with `read` what the dictionary reads there; the
+    activation is `pre` where ``pre > theta``, or ``act(gate · read + gate_bias) * pre``
+    for a neuron. A topk feature keeps the gate it has on the recording (its theta is
+    infinite with either sign), because the gate depends on all other features.
+    """
+
+    layer_E: Array  # int32
+    pos_E: Array  # int32
+    value_E: Array  # activation on the recording
+    encoder_ED: Array
+    bias_E: Array
+    theta_E: Array
+    decoder_EMD: Array  # what it writes to its own layer and the following ones
+    gate_ED: Array | None = None
+    gate_bias_E: Array | None = None
+
+    @property
+    def span(self) -> int:
+        """M."""
+        return self.decoder_EMD.shape[-2]
+
+
+def activation(features: Features, read_ED: Array, *, cfg: LMConfig) -> Array:
+    """Activations [E] of features that read the rows `read_ED`."""
+    pre_E = (features.encoder_ED * read_ED).sum(-1) + features.bias_E
+    if features.gate_ED is None or features.gate_bias_E is None:
+        fires_E = pre_E > features.theta_E
+        return jnp.where(fires_E, pre_E, jnp.zeros((), pre_E.dtype))
+    gate_E = (features.gate_ED * read_ED).sum(-1) + features.gate_bias_E
+    return layers.activate_gate(gate_E, cfg=cfg) * pre_E
+
+
+def dictionary_config(dictionary: Dictionary, cfg: LMConfig) -> CLTConfig:
+    """Shape and conventions of a dictionary; neurons are a PLT that reads MLP inputs.
+
+    Raises:
+      InputError: for a kind of dictionary that cannot be patched.
+    """
+    if isinstance(dictionary, NeuronDictionary):
+        return CLTConfig(
+            n_layers=cfg.n_layers,
+            d_model=cfg.d_model,
+            n_features=cfg.d_mlp,
+            span=1,
+            activation="relu",
+            read="mlp_in",
+        )
+    if isinstance(dictionary, StoreDictionary):
+        return dictionary.cfg
+    raise InputError(
+        f"a {type(dictionary).__name__} cannot be patched: use a transcoder or neurons"
+    )
+
+
+def gather_features(
+    dictionary: Dictionary,
+    params: LMParams,
+    recording: Recording,
+    node_E3: np.ndarray,
+    *,
+    cfg: LMConfig,
+) -> Features:
+    """Read the rows of some features and their activations on the recording.
+
+    In the recording's dtype. Features need not be active.
+
+    Args:
+      dictionary: whose features.
+      params: the model.
+      recording: the clean pass.
+      node_E3: int (layer, position, feature) rows, all within range.
+      cfg: model shape.
+    """
+    clt_cfg = dictionary_config(dictionary, cfg)
+    dtype = recording.mid_LTD.dtype
+    E, D, M = len(node_E3), cfg.d_model, clt_cfg.span
+    layer_E, pos_E, feature_E = np.asarray(node_E3, np.int32).reshape(E, 3).T
+    encoder_ED, decoder_EMD = np.zeros((E, D), dtype), np.zeros((E, M, D), dtype)
+    bias_E, theta_E, value_E = (np.zeros(E, dtype) for _ in range(3))
+    neurons = isinstance(dictionary, NeuronDictionary)
+    gate_ED, gate_bias_E = np.zeros((E, D), dtype), np.zeros(E, dtype)
+    for layer in np.unique(layer_E):
+        here = np.flatnonzero(layer_E == layer)
+        unique, row = np.unique(feature_E[here], return_inverse=True)
+        diagonal_TD = np.asarray(
+            read_diagonal(
+                clt_cfg.read,
+                recording.frozen.mlp_scale_LT[layer],
+                params.blocks.norm_mlp_LD[layer],
+            )
+        )
+        read_ED = (np.asarray(recording.mid_LTD[layer]) * diagonal_TD)[pos_E[here]]
+        if neurons:
+            p, l = params.blocks, int(layer)
+            encoder_ED[here] = np.asarray(p.up_LDI[l])[:, unique].T[row]
+            gate_ED[here] = np.asarray(p.gate_LDI[l])[:, unique].T[row]
+            decoder_EMD[here, 0] = np.asarray(p.down_LID[l])[unique][row]
+            if p.up_bias_LI is not None:
+                bias_E[here] = np.asarray(p.up_bias_LI[l])[unique][row]
+            if p.gate_bias_LI is not None:
+                gate_bias_E[here] = np.asarray(p.gate_bias_LI[l])[unique][row]
+            gate_E = (gate_ED[here] * read_ED).sum(-1) + gate_bias_E[here]
+            pre_E = (encoder_ED[here] * read_ED).sum(-1) + bias_E[here]
+            value_E[here] = np.asarray(layers.activate_gate(gate_E, cfg=cfg)) * pre_E
+            theta_E[here] = -np.inf
+            continue
+        assert isinstance(dictionary, StoreDictionary)
+        enc = dictionary.store.encoder(int(layer))
+        encoder_ED[here] = np.asarray(enc.W_enc_FD[unique], dtype)[row]
+        bias_E[here] = np.asarray(enc.b_enc_F[unique], dtype)[row]
+        n = clt_cfg.n_writes(int(layer))
+        rows = np.asarray(dictionary.store.decoder_rows(int(layer), unique), dtype)
+        decoder_EMD[here, :n] = rows.reshape(len(unique), n, D)[row]
+        if clt_cfg.activation == "topk":
+            pre_EF = read_ED @ np.asarray(enc.W_enc_FD, dtype).T
+            pre_EF = pre_EF + np.asarray(enc.b_enc_F, dtype)[None]
+            a_EF = np.asarray(activate(jnp.asarray(pre_EF), None, cfg=clt_cfg))
+            value_E[here] = a_EF[np.arange(len(here)), feature_E[here]]
+            theta_E[here] = np.where(value_E[here] != 0, -np.inf, np.inf)
+            continue
+        if enc.theta_F is not None:
+            theta_E[here] = np.asarray(enc.theta_F, dtype)[feature_E[here]]
+        pre_E = (encoder_ED[here] * read_ED).sum(-1) + bias_E[here]
+        value_E[here] = np.where(pre_E > theta_E[here], pre_E, 0)
+    made = {
+        "layer_E": layer_E,
+        "pos_E": pos_E,
+        "value_E": value_E,
+        "encoder_ED": encoder_ED,
+        "bias_E": bias_E,
+        "theta_E": theta_E,
+        "decoder_EMD": decoder_EMD,
+    }
+    if neurons:
+        made |= {"gate_ED": gate_ED, "gate_bias_E": gate_bias_E}
+    return Features(**{name: jnp.asarray(x) for name, x in made.items()})

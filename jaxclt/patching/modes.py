@@ -1,0 +1,449 @@
+"""The three ways to patch, as pure functions of a recording (Circuit Tracing 2025).
+
+All three run the one model of `jaxclt.lm.run` with other writes at the MLPs' places:
+
+- `constrained` (sections 3.5 and H): inside a layer range MLP outputs are clamped to
+  ``recorded + sum of amount * decoder``, computed once at the outset; attention
+  responds; behind the range the real MLPs run. What the edits would write behind the
+  range is dropped.
+- `iterative` (section K): inside the range features are encoded again, layer by layer,
+  the edited ones held at their edited values; ``recorded + sum of (a' - a) * decoder``
+  is written. With errors constant this is the local replacement model.
+- `additive`: the real MLPs run everywhere and ``amount * decoder`` is added to what
+  they write, with the amount taken from the current activation. This is what
+  circuit-tracer calls iterative. For a cross-layer transcoder it counts effects twice:
+  the real MLPs of later layers respond to the first write and already produce part of
+  what the later writes add (section H). For a per-layer transcoder it is plain
+  steering.
+
+A neuron (dictionary `neurons:k`) has the activation ``act(gate) * up``. Patching it
+means: its whole written contribution ``activation * W_down`` is changed. Constrained
+and additive patches need no more, and an additive ablation removes the neuron from the
+running model. In the local replacement model (`iterative`) the kept neurons respond and
+all others are part of the constant errors; with `gates="frozen"` a neuron keeps its
+recorded gate, which is what graphs say of it, with "live" the gate is computed anew.
+
+Attention patterns are those of the clean pass unless asked otherwise, norm denominators
+are live unless asked otherwise (`hold_of`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from jaxclt.clt.activations import activate
+from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.sites import read_diagonal
+from jaxclt.lm import layers
+from jaxclt.lm.config import LMConfig
+from jaxclt.lm.run import Run, run
+from jaxclt.patching.edits import Edits, amounts
+from jaxclt.patching.features import activation
+from jaxclt.types import Block, Held, LMParams, Recording
+
+__all__ = [
+    "Gates",
+    "Mode",
+    "Nudge",
+    "Patchable",
+    "Tables",
+    "additive",
+    "clean_tables",
+    "constrained",
+    "first_edited",
+    "hold_of",
+    "iterative",
+    "pending",
+    "read",
+    "underlying",
+]
+
+Mode = Literal["constrained", "iterative", "additive"]
+Gates = Literal["live", "frozen"]
+
+
+@struct.dataclass
+class Tables:
+    """What the local replacement model re-encodes, and the clean activations.
+
+    Transcoder rows of U features a layer (all of them, or those that are active
+    somewhere on the prompt); for neurons only which ones are kept, their rows being the
+    model's own.
+    """
+
+    clean_LTU: Array  # activations on the recording
+    W_enc_LUD: Array | None = None
+    b_LU: Array | None = None
+    theta_LU: Array | None = None
+    W_dec_LUMD: Array | None = None  # padded to one span
+    gate_LTU: Array | None = None  # neurons: act(gate) on the recording
+    kept_LTU: Array | None = None  # neurons: bool, the others belong to the errors
+
+
+@struct.dataclass
+class Patchable:
+    """A recording with what patches of it need."""
+
+    params: LMParams
+    recording: Recording
+    skip_LDD: Array | None  # linear path of the dictionary
+    cfg: LMConfig = struct.field(pytree_node=False)
+    clt_cfg: CLTConfig = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Nudge:
+    """A vector added to the stream after attention of one layer."""
+
+    layer: Array  # int32 scalar
+    delta_TD: Array
+
+
+def hold_of(recording: Recording, *, pattern: bool = True, norm: bool = False) -> Held:
+    """What a patch holds at its clean values."""
+    f = recording.frozen
+    return Held(
+        pattern_LHTS=f.pattern_LHTS if pattern else None,
+        clean_LTD=f.clean_LTD if pattern else None,
+        attn_scale_LT=f.attn_scale_LT if norm else None,
+        mlp_scale_LT=f.mlp_scale_LT if norm else None,
+        out_scale_T=f.out_scale_T if norm else None,
+    )
+
+
+def constrained(
+    model: Patchable,
+    edits: Edits,
+    first: Array,
+    last: Array,
+    *,
+    hold: Held,
+    live_L: Array | None = None,
+) -> Run:
+    """MLP outputs of layers first..last clamped, real MLPs behind them.
+
+    Args:
+      model: the recording.
+      edits: what to change, against the recorded activations.
+      first: first layer of the range.
+      last: last layer of the range, included.
+      hold: patterns and norms that stay clean.
+      live_L: bool, layers at which some patch of a batch needs the real MLP; None finds
+        out (which a `vmap` over `last` turns into computing every MLP).
+    """
+    rec = model.recording
+    amount_E = amounts(edits, edits.features.value_E)
+    index_L = jnp.arange(model.cfg.n_layers, dtype=jnp.int32)
+    live_L = index_L > last if live_L is None else live_L
+
+    def policy(
+        carry: None, mid_TD: Array, scale_T: Array, p: Block, x: Any
+    ) -> tuple[None, Array]:
+        index, live, write_TD, clean_mid_TD, clean_scale_T, skip_DD = x
+        pending_TD = pending(edits, amount_E, index, mid_TD)
+        clamped_TD = write_TD + pending_TD
+        if skip_DD is not None:
+            now = read(model, mid_TD, scale_T, p)
+            was = read(model, clean_mid_TD, clean_scale_T, p)
+            clamped_TD = clamped_TD + (now - was) @ skip_DD
+        real_TD = _real(model, live, write_TD, mid_TD, scale_T, p)
+        return carry, _by_place(index, first, last, write_TD, clamped_TD, real_TD)
+
+    frozen = rec.frozen
+    per_layer = (
+        index_L, live_L, rec.write_LTD, rec.mid_LTD, frozen.mlp_scale_LT,
+        model.skip_LDD,
+    )  # fmt: skip
+    return run(
+        model.params,
+        rec.embed_TD,
+        policy,
+        cfg=model.cfg,
+        per_layer=per_layer,
+        frozen=hold,
+    )
+
+
+def additive(
+    model: Patchable,
+    edits: Edits,
+    first: Array,
+    last: Array,
+    *,
+    hold: Held,
+    live_L: Array | None = None,
+) -> Run:
+    """Decoder writes added to the real MLPs' outputs in layers first..last.
+
+    Args:
+      model: the recording.
+      edits: what to change, against the activations of this pass.
+      first: first layer that is written to.
+      last: last layer that is written to, included.
+      hold: patterns and norms that stay clean.
+      live_L: bool, layers whose MLP may differ from the recording for some patch of a
+        batch; None: all from the first edited layer on.
+    """
+    rec, features = model.recording, edits.features
+    index_L = jnp.arange(model.cfg.n_layers, dtype=jnp.int32)
+    live_L = index_L > first_edited(features.layer_E) if live_L is None else live_L
+
+    def policy(
+        carry: Array, mid_TD: Array, scale_T: Array, p: Block, x: Any
+    ) -> tuple[Array, Array]:
+        index, live, write_TD = x
+        read_TD = read(model, mid_TD, scale_T, p)
+        now_E = activation(features, read_TD[features.pos_E], cfg=model.cfg)
+        here_E = features.layer_E == index
+        amount_E = jnp.where(here_E, amounts(edits, now_E), carry)
+        inside = (first <= index) & (index <= last)
+        real_TD = _real(model, live, write_TD, mid_TD, scale_T, p)
+        pending_TD = pending(edits, amount_E, index, mid_TD)
+        return amount_E, jnp.where(inside, real_TD + pending_TD, real_TD)
+
+    return run(
+        model.params,
+        rec.embed_TD,
+        policy,
+        cfg=model.cfg,
+        carry=jnp.zeros_like(features.value_E),
+        per_layer=(index_L, live_L, rec.write_LTD),
+        frozen=hold,
+    )
+
+
+def iterative(
+    model: Patchable,
+    edits: Edits,
+    slot_E: Array,
+    tables: Tables,
+    first: Array,
+    last: Array,
+    *,
+    hold: Held,
+    gates: Gates = "live",
+    live_L: Array | None = None,
+    local_L: Array | None = None,
+    nudge: Nudge | None = None,
+) -> Run:
+    """The local replacement model in layers first..last, the real model behind them.
+
+    Features of layers before the range keep their clean values, edited ones have their
+    edited values wherever they live.
+
+    Args:
+      model: the recording.
+      edits: what to change, against the recorded activations.
+      slot_E: the edited features' places in `tables`.
+      tables: what is re-encoded.
+      first: first layer of the range.
+      last: last layer of the range, included.
+      hold: patterns and norms that stay clean.
+      gates: "frozen" keeps on exactly what is on in the recording.
+      live_L: as in `constrained`.
+      local_L: bool, layers inside the range of some patch of a batch, or edited by one;
+        None finds out.
+      nudge: a perturbation of the stream inside the range.
+    """
+    rec, features = model.recording, edits.features
+    L, (T, D), M = model.cfg.n_layers, rec.embed_TD.shape, features.span
+    index_L = jnp.arange(L, dtype=jnp.int32)
+    live_L = index_L > last if live_L is None else live_L
+    if local_L is None:
+        edited_L = (features.layer_E[:, None] == index_L[None, :]).any(0)
+        local_L = ((index_L >= first) & (index_L <= last)) | edited_L
+    amount_E = amounts(edits, features.value_E)
+
+    def policy(
+        carry: Array, mid_TD: Array, scale_T: Array, p: Block, x: Any
+    ) -> tuple[Array, Array]:
+        index, live, local, write_TD, clean_mid_TD, clean_scale_T, skip_DD, table = x
+        mid_TD, scale_T, push_TD = _nudged(model, nudge, index, mid_TD, scale_T, hold)
+        inside = (first <= index) & (index <= last)
+        read_TD = read(model, mid_TD, scale_T, p)
+
+        def responded() -> Array:
+            a_TU = _encode(model, table, read_TD, p, gates=gates)
+            change_TU = a_TU - table.clean_LTU
+            change_TU = jnp.where(inside, change_TU, jnp.zeros_like(change_TU))
+            # Edited features are held: what they would do by themselves is replaced.
+            off_E = amount_E - change_TU[features.pos_E, slot_E]
+            here_E = features.layer_E == index
+            change_TU = change_TU.at[features.pos_E, slot_E].add(
+                jnp.where(here_E, off_E, jnp.zeros_like(off_E))
+            )
+            W_dec_UMD = (
+                p.down_LID[:, None, :] if table.W_dec_LUMD is None else table.W_dec_LUMD
+            )
+            return carry + jnp.einsum("TU,UMD->MTD", change_TU, W_dec_UMD)
+
+        ahead_MTD = jax.lax.cond(local, responded, lambda: carry)
+        clamped_TD = write_TD + ahead_MTD[0]
+        if skip_DD is not None:
+            was = read(model, clean_mid_TD, clean_scale_T, p)
+            clamped_TD = clamped_TD + (read_TD - was) @ skip_DD
+        real_TD = _real(model, live, write_TD, mid_TD, scale_T, p)
+        out_TD = _by_place(index, first, last, write_TD, clamped_TD, real_TD)
+        ahead_MTD = jnp.roll(ahead_MTD, -1, 0).at[-1].set(0)
+        return ahead_MTD, out_TD + push_TD
+
+    per_layer = (
+        index_L, live_L, local_L, rec.write_LTD, rec.mid_LTD, rec.frozen.mlp_scale_LT,
+        model.skip_LDD, tables,
+    )  # fmt: skip
+    return run(
+        model.params,
+        rec.embed_TD,
+        policy,
+        cfg=model.cfg,
+        carry=jnp.zeros((M, T, D), rec.embed_TD.dtype),
+        per_layer=per_layer,
+        frozen=hold,
+    )
+
+
+def first_edited(layer_E: Array) -> Array:
+    """The lowest edited layer; padding (layer -1) does not count."""
+    largest = jnp.asarray(jnp.iinfo(layer_E.dtype).max, layer_E.dtype)
+    return jnp.where(layer_E < 0, largest, layer_E).min()
+
+
+def underlying(model: Patchable, nudge: Nudge, *, hold: Held) -> Run:
+    """The real model with its stream nudged at one layer."""
+    rec = model.recording
+
+    def policy(
+        carry: None, mid_TD: Array, scale_T: Array, p: Block, x: Any
+    ) -> tuple[None, Array]:
+        index, write_TD = x
+        mid_TD, scale_T, push_TD = _nudged(model, nudge, index, mid_TD, scale_T, hold)
+        live = index >= nudge.layer
+        return carry, _real(model, live, write_TD, mid_TD, scale_T, p) + push_TD
+
+    return run(
+        model.params,
+        rec.embed_TD,
+        policy,
+        cfg=model.cfg,
+        per_layer=(jnp.arange(model.cfg.n_layers, dtype=jnp.int32), rec.write_LTD),
+        frozen=hold,
+    )
+
+
+def clean_tables(model: Patchable, tables: Tables) -> Tables:
+    """The tables with the activations of the recording, by the code that patches use.
+
+    The same code, so that re-encoding an unchanged stream changes nothing.
+    """
+
+    def one(x: Any) -> tuple[Array, Array | None]:
+        p, table, mid_TD, scale_T = x
+        read_TD = read(model, mid_TD, scale_T, p)
+        gate_TU = None
+        if table.kept_LTU is not None:
+            gate_TU, _ = layers.gate_and_up(p, read_TD, cfg=model.cfg)
+        return _encode(model, table, read_TD, p, gates="live"), gate_TU
+
+    rec = model.recording
+    xs = (model.params.blocks, tables, rec.mid_LTD, rec.frozen.mlp_scale_LT)
+    clean_LTU, gate_LTU = jax.lax.map(one, xs)
+    return Tables(
+        clean_LTU=clean_LTU,
+        W_enc_LUD=tables.W_enc_LUD,
+        b_LU=tables.b_LU,
+        theta_LU=tables.theta_LU,
+        W_dec_LUMD=tables.W_dec_LUMD,
+        gate_LTU=gate_LTU,
+        kept_LTU=tables.kept_LTU,
+    )
+
+
+def _encode(
+    model: Patchable, table: Tables, read_TD: Array, p: Block, *, gates: Gates
+) -> Array:
+    """Activations [T, U] of one layer of the tables."""
+    if table.kept_LTU is not None:
+        gate_TU, up_TU = layers.gate_and_up(p, read_TD, cfg=model.cfg)
+        if gates == "frozen":
+            assert table.gate_LTU is not None
+            gate_TU = table.gate_LTU
+        a_TU = gate_TU * up_TU
+        return jnp.where(table.kept_LTU, a_TU, jnp.zeros((), a_TU.dtype))
+    assert table.W_enc_LUD is not None
+    assert table.b_LU is not None
+    pre_TU = read_TD @ table.W_enc_LUD.T + table.b_LU[None]
+    if gates == "frozen":
+        return jnp.where(table.clean_LTU != 0, pre_TU, jnp.zeros((), pre_TU.dtype))
+    return activate(pre_TU, table.theta_LU, cfg=model.clt_cfg)
+
+
+def read(model: Patchable, mid_TD: Array, scale_T: Array, p: Block) -> Array:
+    """What the dictionary reads of the stream."""
+    return mid_TD * read_diagonal(model.clt_cfg.read, scale_T, p.norm_mlp_LD)
+
+
+def _real(
+    model: Patchable,
+    live: Array,
+    write_TD: Array,
+    mid_TD: Array,
+    scale_T: Array,
+    p: Block,
+) -> Array:
+    """The model's own MLP, or the recorded output where the stream is clean."""
+
+    def mlp() -> Array:
+        normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
+        return layers.mlp(p, normed_TD, cfg=model.cfg)
+
+    return jax.lax.cond(live, mlp, lambda: write_TD)
+
+
+def pending(edits: Edits, amount_E: Array, index: Array, like_TD: Array) -> Array:
+    """What the edits write to layer `index`, [T, D]."""
+    f = edits.features
+    offset_E = index - f.layer_E
+    there_E = (offset_E >= 0) & (offset_E < f.span)
+    place_E = jnp.clip(offset_E, 0, f.span - 1)
+    row_ED = jnp.take_along_axis(f.decoder_EMD, place_E[:, None, None], axis=1)[:, 0]
+    size_E = jnp.where(there_E, amount_E, jnp.zeros_like(amount_E))
+    at_ET = f.pos_E[:, None] == jnp.arange(len(like_TD), dtype=jnp.int32)[None, :]
+    return at_ET.astype(like_TD.dtype).T @ (size_E[:, None] * row_ED)
+
+
+def _by_place(
+    index: Array,
+    first: Array,
+    last: Array,
+    before_TD: Array,
+    inside_TD: Array,
+    behind_TD: Array,
+) -> Array:
+    """What is written before, inside and behind the range."""
+    out_TD = jnp.where(index > last, behind_TD, inside_TD)
+    return jnp.where(index < first, before_TD, out_TD)
+
+
+def _nudged(
+    model: Patchable,
+    nudge: Nudge | None,
+    index: Array,
+    mid_TD: Array,
+    scale_T: Array,
+    hold: Held,
+) -> tuple[Array, Array, Array]:
+    """The stream after the nudge, its norm, and what the nudge adds to the output."""
+    if nudge is None:
+        return mid_TD, scale_T, jnp.zeros((), mid_TD.dtype)
+    push_TD = jnp.where(
+        index == nudge.layer, nudge.delta_TD, jnp.zeros((), mid_TD.dtype)
+    )
+    mid_TD = mid_TD + push_TD
+    if hold.mlp_scale_LT is None:
+        scale_T = layers.rms_scale(mid_TD, eps=model.cfg.norm_eps)
+    return mid_TD, scale_T, push_TD

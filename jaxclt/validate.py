@@ -1,0 +1,578 @@
+"""The validation report of a graph: its predictions against patches of the model.
+
+Four measurements (Circuit Tracing 2025, sections G.1 to G.3 and 5.3), over the most
+influential features, a random control set and supernodes:
+
+1. the signed total effect on the targets against small and full patches in each mode;
+2. influence against the divergence of an ablation, beside activation and direct edge;
+3. influence between features against the change of downstream activations;
+4. how a perturbation spreads in the replacement model and in the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxclt.errors import InputError
+from jaxclt.graph.effects import solve_total_effect
+from jaxclt.intervene import Subject
+from jaxclt.io.atomic import atomic_path
+from jaxclt.patching.batch import How, chunk_size, default_range
+from jaxclt.patching.edits import Supernode
+from jaxclt.patching.effects import Effect, clean_effect
+from jaxclt.patching.modes import Mode
+from jaxclt.validation import plots
+from jaxclt.validation.faithfulness import (
+    Perturbation,
+    nudged,
+    perturb_many,
+    stack,
+    upstream,
+)
+from jaxclt.validation.predictions import (
+    direct_effect,
+    group_effects,
+    pairwise_influence,
+)
+from jaxclt.validation.stats import bootstrap, pearson, spearman
+from jaxclt.validation.words import markdown, verdict
+
+__all__ = ["ValidateOptions", "validate_graph", "write_validation"]
+
+CHUNK = 32  # patches run together
+MODES: tuple[Mode, ...] = ("constrained", "iterative", "additive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidateOptions:
+    """How much to patch."""
+
+    n_features: int = 100  # most influential ones, and as many at random
+    n_small: int = 25  # of each, also patched a little
+    small: float = 0.8  # factor of the small patch
+    n_replacement: int = 16  # patched in the replacement model alone
+    n_watched: int = 60  # features whose activations are watched
+    n_groups: int = 8
+    n_layers: int = 8  # perturbed layers
+    n_perturbed: int = 3  # perturbations of a kind and layer
+    size: float = 0.1  # of a perturbation, share of the feature's activation
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """Which features are patched, and from where to where."""
+
+    node_B: np.ndarray  # slots: the most influential, then the control set
+    control_B: np.ndarray  # bool
+    group: list[tuple[str, np.ndarray]]
+
+
+def validate_graph(
+    subject: Subject,
+    options: ValidateOptions | None = None,
+    *,
+    groups: Sequence[Supernode] | None = None,
+    on_done: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Measure; the content of ``validation.json`` and what the plots need.
+
+    Args:
+      subject: the traced prompt, recorded again.
+      options: how much to patch.
+      groups: supernodes; None or empty takes features that are active at several
+        positions, each with all its positions.
+      on_done: progress, (patches done, patches planned).
+
+    Raises:
+      InputError: if the graph has fewer than three features.
+    """
+    options = options or ValidateOptions()
+    graph = subject.graph
+    if graph.n_features < 3:
+        raise InputError(
+            f"the graph has {graph.n_features} features, validation needs at least 3: "
+            "trace with more features"
+        )
+    key = jax.random.key(options.seed)
+    chosen = _choose(subject, options, groups, key)
+    effect_KA = solve_total_effect(graph)[subject.targets]
+    counter = _Counter(on_done, _planned(subject, options, chosen))
+    report: dict[str, Any] = {
+        "prompt": graph.meta.prompt,
+        "dictionary": graph.meta.dictionary,
+        "model": graph.meta.model,
+        "span": subject.patchable.clt_cfg.span,
+        "options": dataclasses.asdict(options),
+        "n_top": int((~chosen.control_B).sum()),
+        "n_random": int(chosen.control_B.sum()),
+    }
+    report["total_effect"], scatter, full = _total_effects(
+        subject, options, chosen, effect_KA, key, counter
+    )
+    report["influence_vs_kl"], ranks = _influence(subject, chosen, full, key)
+    report["pairwise"] = _pairwise(subject, options, chosen, full, key)
+    report["supernodes"] = _supernodes(subject, chosen, effect_KA, counter)
+    report["failures"] = _failures(subject, chosen, scatter)
+    report["faithfulness"], report["faithfulness_layers"] = _faithfulness(
+        subject, options, key, counter
+    )
+    report["complete_replacement"] = subject.local.complete
+    report["_scatter"], report["_ranks"] = scatter, ranks
+    report["verdict"] = verdict(report)
+    return report
+
+
+def write_validation(report: dict[str, Any], directory: str | Path) -> None:
+    """Write validation.json, validation.md and three plots; drops the plots' data."""
+    folder = Path(directory)
+    scatter, ranks = report.pop("_scatter"), report.pop("_ranks")
+    plots.draw_effects(folder / "validation_effects.png", scatter)
+    plots.draw_ranks(folder / "validation_influence.png", ranks)
+    plots.draw_faithfulness(
+        folder / "validation_faithfulness.png",
+        report["faithfulness"],
+        report["faithfulness_layers"],
+    )
+    for name, text in {
+        "validation.json": json.dumps(report, ensure_ascii=False, allow_nan=False),
+        "validation.md": markdown(report),
+    }.items():
+        with atomic_path(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+class _Counter:
+    """Patches done of patches planned."""
+
+    def __init__(self, on_done: Callable[[int, int], None], planned: int) -> None:
+        self.on_done, self.planned, self.done = on_done, planned, 0
+        on_done(0, planned)
+
+    def within(self, done: int, total: int) -> None:
+        """Progress of one batch, as `patch_many` reports it."""
+        self.on_done(min(self.done + done, self.planned), self.planned)
+        if done == total:
+            self.done += total
+
+
+def _planned(subject: Subject, options: ValidateOptions, chosen: _Chosen) -> int:
+    B = len(chosen.node_B)
+    small = len(_small(options, chosen))
+    n_modes = len(MODES) - (subject.patchable.clt_cfg.span == 1)
+    n = n_modes * (B + small) + min(options.n_replacement, B) + len(chosen.group)
+    return n + 6 * options.n_layers * options.n_perturbed
+
+
+def _choose(
+    subject: Subject,
+    options: ValidateOptions,
+    groups: Sequence[Supernode] | None,
+    key: jax.Array,
+) -> _Chosen:
+    graph = subject.graph
+    score_A = graph.influence_N[graph.feature_cols]
+    order = np.argsort(-score_A, kind="stable")
+    order = order[graph.value_A[order] != 0]
+    top, rest = order[: options.n_features], order[options.n_features :]
+    shuffled = np.asarray(jax.random.permutation(key, len(rest)))
+    control = rest[shuffled[: options.n_features]]
+    node_B = np.concatenate([top, control])
+    return _Chosen(
+        node_B=node_B,
+        control_B=np.arange(len(node_B)) >= len(top),
+        group=_groups(subject, options, groups),
+    )
+
+
+def _groups(
+    subject: Subject, options: ValidateOptions, groups: Sequence[Supernode] | None
+) -> list[tuple[str, np.ndarray]]:
+    graph = subject.graph
+    place = zip(graph.layer_A, graph.pos_A, graph.feature_A, strict=True)
+    slot = {tuple(map(int, p)): a for a, p in enumerate(place)}
+    if groups:
+        found = []
+        for group in groups:
+            members = [slot[node] for node in group.nodes if node in slot]
+            if members:
+                found.append((group.name, np.unique(members)))
+        return found[: options.n_groups]
+    score_A = graph.influence_N[graph.feature_cols]
+    same: dict[tuple[int, int], list[int]] = {}
+    for (layer, _, feature), a in slot.items():
+        if graph.value_A[a] != 0:
+            same.setdefault((layer, feature), []).append(a)
+    several = [(score_A[a].sum(), name, a) for name, a in same.items() if len(a) > 1]
+    several.sort(key=lambda item: (-item[0], item[1]))
+    return [
+        (f"feature {feature} of layer {layer} at all positions", np.array(a))
+        for _, (layer, feature), a in several[: options.n_groups]
+    ]
+
+
+def _small(options: ValidateOptions, chosen: _Chosen) -> np.ndarray:
+    """Places in the batch of the features that are also patched a little."""
+    top, control = (np.flatnonzero(chosen.control_B == c) for c in (False, True))
+    return np.concatenate([top[: options.n_small], control[: options.n_small]])
+
+
+def _ablate(
+    subject: Subject,
+    nodes: Sequence[np.ndarray],
+    how: How,
+    counter: _Counter,
+    *,
+    factor: float = 0.0,
+    watch: np.ndarray | None = None,
+    everywhere: bool = False,
+) -> Effect:
+    """Patches of groups of the graph's features by one factor."""
+    g, L = subject.graph, subject.model.cfg.n_layers
+    many, ranges = [], []
+    for node in nodes:
+        own = zip(g.layer_A[node], g.pos_A[node], g.feature_A[node], strict=True)
+        many.append([(*map(int, place), factor, 0.0) for place in own])
+        layers = default_range(
+            g.layer_A[node],
+            span=subject.patchable.clt_cfg.span,
+            n_layers=L,
+            mode=how.mode,
+        )
+        ranges.append((0, L - 1) if everywhere else layers)
+    features = None if watch is None else subject.watch(watch)
+    # One chunk size, so that full and small patches share a program.
+    size = chunk_size(subject.patchable, 1, subject.patchable.clt_cfg.span)
+    return subject.effects(
+        many,
+        ranges,
+        how,
+        subject.ask(features),
+        chunk=min(CHUNK, size),
+        on_done=counter.within,
+    )
+
+
+def _correlations(
+    x: np.ndarray, y: np.ndarray, key: jax.Array, *, intervals: bool = True
+) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "spearman": _number(spearman(x, y)),
+        "pearson": _number(pearson(x, y)),
+        "n": len(x),
+    }
+    if intervals:
+        out["interval"] = [_number(v) for v in bootstrap(spearman, x, y, key)]
+        out["pearson_interval"] = [_number(v) for v in bootstrap(pearson, x, y, key)]
+    return out
+
+
+def _number(x: float) -> float | None:
+    """For JSON, which has no nan."""
+    return round(float(x), 6) if math.isfinite(x) else None
+
+
+def _total_effects(
+    subject: Subject,
+    options: ValidateOptions,
+    chosen: _Chosen,
+    effect_KA: np.ndarray,
+    key: jax.Array,
+    counter: _Counter,
+) -> tuple[dict[str, Any], dict[str, Any], Effect]:
+    """Measurement 1, and the constrained ablations that 2 and 3 use."""
+    clean_K = _clean(subject)
+    watched = _watched(subject, options)
+    out, scatter, kept = {}, {}, None
+    own = [np.array([a]) for a in chosen.node_B]
+    small = _small(options, chosen)
+    for mode in MODES:
+        if mode == "additive" and subject.patchable.clt_cfg.span == 1:
+            # The same patch (T-C6): all of a feature's writes are in its own layer.
+            out[mode], scatter[mode] = out["constrained"], scatter["constrained"]
+            continue
+        how = subject.how(mode)
+        watch = watched if mode == "constrained" else None
+        done = _ablate(subject, own, how, counter, watch=watch)
+        kept = done if mode == "constrained" else kept
+        measured_BK = np.asarray(done.logit_K, np.float64) - clean_K
+        predicted_BK = -effect_KA[:, chosen.node_B].T.astype(np.float64)
+        out[mode] = _correlations(predicted_BK, measured_BK, key)
+        for name, mine in (("top", ~chosen.control_B), ("random", chosen.control_B)):
+            out[mode][name] = _correlations(
+                predicted_BK[mine], measured_BK[mine], key, intervals=False
+            )
+        top = ~chosen.control_B
+        large = np.abs(predicted_BK[top]) >= np.median(np.abs(predicted_BK[top]))
+        agree = np.sign(predicted_BK[top]) == np.sign(measured_BK[top])
+        out[mode]["sign_agreement"] = _number(float(agree[large].mean()))
+        out[mode]["slope"] = _number(_slope(predicted_BK, measured_BK))
+        little = _ablate(
+            subject,
+            [own[i] for i in small],
+            how,
+            counter,
+            factor=options.small,
+            watch=watch,
+        )
+        small_BK = np.asarray(little.logit_K, np.float64) - clean_K
+        predicted_small_BK = (1 - options.small) * predicted_BK[small]
+        out[mode]["small"] = _correlations(predicted_small_BK, small_BK, key)
+        scatter[mode] = {
+            "predicted": predicted_BK.tolist(),
+            "measured": measured_BK.tolist(),
+            "control": chosen.control_B.tolist(),
+        }
+    # The graph against the replacement model it describes: what is lost here is lost
+    # to features that are not nodes of the graph.
+    how = dataclasses.replace(
+        subject.how("iterative", freeze_norm=True), gates="frozen"
+    )
+    few = slice(options.n_replacement)
+    done = _ablate(subject, own[few], how, counter, everywhere=True)
+    out["replacement"] = _correlations(
+        -effect_KA[:, chosen.node_B[few]].T.astype(np.float64),
+        np.asarray(done.logit_K, np.float64) - clean_K,
+        key,
+    )
+    assert kept is not None
+    return out, scatter, kept
+
+
+def _clean(subject: Subject) -> np.ndarray:
+    """Demeaned logits of the targets, of the recording that is patched."""
+    with jax.default_matmul_precision("highest"):
+        clean = clean_effect(subject.patchable, subject.ask())
+    return np.asarray(clean.logit_K, np.float64)
+
+
+def _slope(x: np.ndarray, y: np.ndarray) -> float:
+    """Measured change for one unit of predicted change, least squares."""
+    size = float((x * x).sum())
+    return float((x * y).sum() / size) if size > 0 else math.nan
+
+
+def _watched(subject: Subject, options: ValidateOptions) -> np.ndarray:
+    graph = subject.graph
+    order = np.argsort(-graph.influence_N[graph.feature_cols], kind="stable")
+    order = order[(graph.layer_A[order] > 0) & (graph.value_A[order] != 0)]
+    return order[: options.n_watched]
+
+
+def _influence(
+    subject: Subject, chosen: _Chosen, full: Effect, key: jax.Array
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measurement 2."""
+    graph, node_B = subject.graph, chosen.node_B
+    kl_B = np.maximum(np.asarray(full.kl, np.float64), 0)
+    score = {
+        "influence": graph.influence_N[graph.feature_cols][node_B],
+        "activation": np.abs(graph.value_A[node_B]),
+        "direct": direct_effect(graph)[node_B],
+    }
+    out: dict[str, Any] = {k: _number(spearman(v, kl_B)) for k, v in score.items()}
+    out["n"] = len(node_B)
+    out["intervals"] = {
+        k: [_number(x) for x in bootstrap(spearman, v, kl_B, key)]
+        for k, v in score.items()
+    }
+    # The paper's text says log-log Pearson where its caption says Spearman.
+    log_kl = np.log(np.maximum(kl_B, 1e-12))
+    out["log_pearson"] = {
+        k: _number(pearson(np.log(np.maximum(v, 1e-12)), log_kl))
+        for k, v in score.items()
+    }
+    points = {k: v.tolist() for k, v in score.items()} | {"kl": kl_B.tolist()}
+    return out, points
+
+
+def _pairwise(
+    subject: Subject,
+    options: ValidateOptions,
+    chosen: _Chosen,
+    full: Effect,
+    key: jax.Array,
+) -> dict[str, Any]:
+    """Measurement 3."""
+    graph, node_B = subject.graph, chosen.node_B
+    watch_W = _watched(subject, options)
+    clean_W = np.asarray(subject.watch(watch_W).value_E, np.float64)
+    assert full.watch_W is not None
+    change_BW = np.abs(np.asarray(full.watch_W, np.float64) - clean_W)
+    change_BW = change_BW / np.maximum(np.abs(clean_W), 1e-12)
+    influence_BW = pairwise_influence(graph, watch_W)[:, node_B].T
+    later = graph.layer_A[watch_W][None] > graph.layer_A[node_B][:, None]
+    later &= graph.pos_A[watch_W][None] >= graph.pos_A[node_B][:, None]
+    x, y = influence_BW[later], change_BW[later]
+    out = {"spearman": _number(spearman(x, y)), "n": int(later.sum())}
+    if len(x) >= 3:
+        # Whole sources are drawn, with all their pairs.
+        draw = np.asarray(jax.random.randint(key, (200, len(node_B)), 0, len(node_B)))
+        found = [
+            spearman(influence_BW[i][later[i]], change_BW[i][later[i]]) for i in draw
+        ]
+        low, high = np.nanquantile(found, [0.025, 0.975])
+        out["interval"] = [_number(low), _number(high)]
+    return out
+
+
+def _supernodes(
+    subject: Subject, chosen: _Chosen, effect_KA: np.ndarray, counter: _Counter
+) -> dict[str, Any]:
+    """Supernodes: predicted and measured change of the first target under ablation."""
+    if not chosen.group:
+        return {"spearman": None, "n": 0, "groups": []}
+    graph = subject.graph
+    clean_K = _clean(subject)
+    members = [group for _, group in chosen.group]
+    predicted = -group_effects(graph, members)[:, subject.targets]
+    done = _ablate(subject, members, subject.how("constrained"), counter)
+    measured = np.asarray(done.logit_K, np.float64) - clean_K
+    groups = [
+        {
+            "name": name,
+            "members": len(group),
+            "predicted": _number(float(predicted[i, 0])),
+            "measured": _number(float(measured[i, 0])),
+            "kl": _number(max(0.0, float(done.kl[i]))),
+        }
+        for i, (name, group) in enumerate(chosen.group)
+    ]
+    del effect_KA
+    return {
+        "spearman": _number(spearman(predicted, measured)),
+        "n": len(groups),
+        "groups": groups,
+    }
+
+
+def _failures(
+    subject: Subject, chosen: _Chosen, scatter: dict[str, Any], n: int = 5
+) -> list[dict[str, Any]]:
+    """The influential features whose ablation surprises most."""
+    graph, points = subject.graph, scatter["constrained"]
+    predicted = np.asarray(points["predicted"])[:, 0]
+    measured = np.asarray(points["measured"])[:, 0]
+    gap = np.where(chosen.control_B, 0, np.abs(predicted - measured))
+    return [
+        {
+            "layer": int(graph.layer_A[a]),
+            "pos": int(graph.pos_A[a]),
+            "feature": int(graph.feature_A[a]),
+            "predicted": _number(float(predicted[i])),
+            "measured": _number(float(measured[i])),
+        }
+        for i in np.argsort(-gap, kind="stable")[:n]
+        for a in [chosen.node_B[i]]
+    ]
+
+
+def _faithfulness(
+    subject: Subject, options: ValidateOptions, key: jax.Array, counter: _Counter
+) -> tuple[dict[str, Any], list[int]]:
+    """Measurement 4: means by perturbed layer (rows) and measured layer (columns)."""
+    L = subject.model.cfg.n_layers
+    layers = sorted({round(x) for x in np.linspace(0, L - 2, options.n_layers)})
+    layers = [layer for layer in layers if layer >= 0] or [0]
+    made = _perturbations(subject, options, layers, key)
+    neurons = not hasattr(subject.dictionary, "store")
+    out: dict[str, Any] = {}
+    for norms in ("frozen", "live"):
+        gates = "frozen" if neurons and norms == "frozen" else "live"
+        for kind, (rows, batch) in made.items():
+            name = kind if norms == "frozen" else f"{kind}_live"
+            cosine, nmse = (np.full((len(layers), L), np.nan) for _ in range(2))
+            if batch:
+                with jax.default_matmul_precision("highest"):
+                    done = perturb_many(
+                        subject.patchable,
+                        subject.local,
+                        stack(batch),
+                        norms=norms,  # pyright: ignore[reportArgumentType]
+                        gates=gates,
+                    )
+                for row in range(len(layers)):
+                    mine = np.flatnonzero(np.array(rows) == row)
+                    if len(mine):
+                        cosine[row] = np.asarray(done.cosine_L)[mine].mean(0)
+                        nmse[row] = np.asarray(done.nmse_L)[mine].mean(0)
+            counter.within(len(batch), len(batch))
+            out[name] = {"cosine": _table(cosine), "nmse": _table(nmse)}
+    return out, layers
+
+
+def _table(values: np.ndarray) -> list[list[float | None]]:
+    return [[_number(x) for x in row] for row in values]
+
+
+def _perturbations(
+    subject: Subject, options: ValidateOptions, layers: list[int], key: jax.Array
+) -> dict[str, tuple[list[int], list[Perturbation]]]:
+    """Rows of the heat map and perturbations of each kind."""
+    a, rec = subject.active, subject.patchable.recording
+    T, D = subject.n_tokens, subject.model.cfg.d_model
+    dtype = np.asarray(rec.mid_LTD[0, 0, 0]).dtype
+    made: dict[str, tuple[list[int], list[Perturbation]]] = {
+        kind: ([], []) for kind in ("encoder", "random", "upstream")
+    }
+    live_A = a.value_A != 0
+    if T > 1:
+        # The first position's stream is so large in many models that float32 hides a
+        # perturbation there.
+        live_A = live_A & (a.pos_A > 0)
+    drawn: list[tuple[int, int, bool]] = []  # row, feature, upstream
+    for row, layer in enumerate(layers):
+        key, here_key, before_key = jax.random.split(key, 3)
+        n = options.n_perturbed
+        here = _draw(live_A & (a.layer_A == layer), n, here_key)
+        before = _draw(live_A & (a.layer_A < layer), n, before_key)
+        drawn += [(row, int(s), False) for s in here]
+        drawn += [(row, int(s), True) for s in before]
+    if not drawn:
+        return made
+    slot_N = np.array([s for _, s, _ in drawn])
+    place_N = subject.local.slots(a.layer_A[slot_N], a.feature_A[slot_N])
+    # Upstream edits raise an activation; the others only lend their shape.
+    edits = subject.edits(
+        [
+            _place(a, s, 1.0, options.size * float(a.value_A[s]) * up)
+            for _, s, up in drawn
+        ],
+        silent=True,
+    )
+    way_ND = np.asarray(jax.random.normal(key, (len(drawn), D))).astype(dtype)
+    read_ND = a.reads(slot_N)
+    zero_TD = np.zeros((T, D), dtype)
+    for i, (row, s, is_upstream) in enumerate(drawn):
+        one = jax.tree.map(lambda x, i=i: np.asarray(x)[i : i + 1], edits)
+        layer, pos, slot = layers[row], int(a.pos_A[s]), int(place_N[i])
+        if is_upstream:
+            made["upstream"][0].append(row)
+            made["upstream"][1].append(upstream(one, layer, zero_TD, slot))
+            continue
+        read_D = read_ND[i]
+        step = options.size * a.value_A[s] / (read_D @ read_D)
+        vector_D = (step * read_D).astype(dtype)
+        any_D = way_ND[i] * (np.linalg.norm(vector_D) / np.linalg.norm(way_ND[i]))
+        for kind, vector in (("encoder", vector_D), ("random", any_D)):
+            made[kind][0].append(row)
+            made[kind][1].append(nudged(one, layer, pos, vector, T, slot))
+    return made
+
+
+def _place(a: Any, s: int, factor: float, offset: float) -> tuple:
+    place = (int(a.layer_A[s]), int(a.pos_A[s]), int(a.feature_A[s]))
+    return (*place, factor, offset)
+
+
+def _draw(mask_A: np.ndarray, n: int, key: jax.Array) -> np.ndarray:
+    found = np.flatnonzero(mask_A)
+    return found[np.asarray(jax.random.permutation(key, len(found)))[:n]]

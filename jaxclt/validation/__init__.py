@@ -1,0 +1,1 @@
+"""How far a graph can be trusted: its predictions against patches of the model."""

@@ -1,0 +1,315 @@
+"""The exact identities of the three ways to patch (spec 5), in float64."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, case, case_active, case_graph, close
+
+from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.graph.attribute import AttributeConfig, attribute_recording
+from jaxclt.graph.effects import solve_total_effect
+from jaxclt.lm.run import Run
+from jaxclt.patching.batch import How, Local, make_local, make_patchable, patch_one
+from jaxclt.patching.edits import Edit, Edits, expand_edits, make_edits
+from jaxclt.patching.effects import Ask, Effect, measure_effect, watch_values
+from jaxclt.patching.features import gather_features
+from jaxclt.patching.modes import Patchable
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+L = 4
+
+
+@functools.cache
+def model(name: str) -> Patchable:
+    with jax.enable_x64(True):
+        t = case(name)
+        return make_patchable(t.dictionary, t.params, t.recording, t.cfg)
+
+
+@functools.cache
+def local(name: str) -> Local:
+    with jax.enable_x64(True):
+        return make_local(case(name).dictionary, model(name), case_active(name))
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def run_jit(model: Patchable, edits: Edits, layers: Any, tables: Any, how: How) -> Run:
+    return patch_one(model, edits, layers, tables, how=how)
+
+
+measure_jit = jax.jit(measure_effect)
+
+
+def edits_of(name: str, changes: dict[int, float], op: str = "scale") -> Edits:
+    """Edits of slots of the active features."""
+    t, a = case(name), case_active(name)
+    given = [
+        Edit(
+            layer=int(a.layer_A[s]),
+            pos=int(a.pos_A[s]),
+            feature=int(a.feature_A[s]),
+            **{op: value},
+        )
+        for s, value in changes.items()
+    ]
+    single = expand_edits(given, n_tokens=len(t.token_T))
+    return make_edits(single, t.dictionary, t.params, t.recording, cfg=t.cfg)
+
+
+def patched(
+    name: str, changes: dict[int, float], layers: tuple[int, int], **how: Any
+) -> Run:
+    a = case_active(name)
+    slots = list(changes)
+    tables = None
+    if how.get("mode") == "iterative":
+        slot = local(name).slots(a.layer_A[slots], a.feature_A[slots])
+        tables = (local(name).tables, jnp.asarray(slot))
+    edits = edits_of(name, changes, how.pop("op", "scale"))
+    return run_jit(
+        model(name), edits, jnp.asarray(layers, jnp.int32), tables, How(**how)
+    )
+
+
+def effect(name: str, done: Run) -> Effect:
+    t = case(name)
+    ask = Ask(t.targets.token_K, jnp.asarray(5, jnp.int32), n_top=3)
+    return measure_jit(model(name), done, ask)
+
+
+def source(name: str, layer: int = 1) -> int:
+    """A feature in the middle with effects."""
+    a, graph = case_active(name), case_graph(name)
+    own = np.flatnonzero(a.layer_A == layer)
+    strength = np.abs(graph.edge_RN[:, own]).sum(0)
+    return int(own[np.argmax(strength)])
+
+
+def clean_stream(name: str) -> np.ndarray:
+    return np.asarray(case(name).recording.mid_LTD)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [(name, "iterative") for name in CASES]
+    + [(name, "constrained") for name in ("clt", "skip")]
+    + [(name, "additive") for name in ("clt", "plt")],
+)
+def test_a_factor_of_one_changes_nothing(name: str, mode: str):
+    """T-C1, T-IT1 for several ranges; T-R1: the divergence is zero."""
+    s = source(name)
+    for layers in ((1, 1), (1, 2), (0, L - 1)):
+        done = patched(name, {s: 1.0}, layers, mode=mode)
+        close(done.taps.mid_TD, clean_stream(name), 1e-13)
+        assert abs(float(effect(name, done).kl)) < 1e-13
+    if mode == "constrained":
+        # Nothing is recomputed inside the range, so it is the same to the last bit.
+        np.testing.assert_array_equal(
+            done.taps.write_TD, case(name).recording.write_LTD
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_constrained_patch_moves_features_by_their_edges(name: str):
+    """T-C2: range up to the layer below the target, patterns and norms frozen."""
+    t, a, graph = case(name), case_active(name), case_graph(name)
+    s, M = source(name), -7.0
+    for layer in (2, 3):
+        own = np.flatnonzero(a.layer_A == layer)
+        done = patched(name, {s: M}, (1, layer - 1), freeze_norm=True)
+        change = np.asarray(done.taps.mid_TD) - clean_stream(name)
+        moved = (a.reads(own) * change[layer, a.pos_A[own]]).sum(1)
+        want = (M - 1) * graph.edge_RN[own, s]
+        assert np.abs(want).max() > 1e-3
+        np.testing.assert_allclose(moved, want, rtol=0, atol=1e-12)
+    live = patched(name, {s: M}, (1, 2), freeze_norm=False)
+    other = (np.asarray(live.taps.mid_TD) - clean_stream(name))[3]
+    assert np.abs(other - change[3]).max() > 1e-6
+    del t
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_constrained_patch_of_all_layers_is_the_direct_edge_to_the_logits(name: str):
+    """T-C3."""
+    graph, s, M = case_graph(name), source(name), -2.0
+    done = patched(name, {s: M}, (0, L - 1), freeze_norm=True)
+    change = effect(name, done).logit_K - graph.readout_R[graph.target_rows]
+    close(change, (M - 1) * graph.edge_RN[graph.target_rows, s], 1e-11)
+
+
+@pytest.mark.parametrize("name", ["clt", "skip"])
+def test_the_stream_behind_the_range_is_affine_and_additive(name: str):
+    """T-C4: with frozen norms; the final logits are not, real MLPs follow."""
+    s = source(name)
+    other = source(name, layer=2)
+    clean = clean_stream(name)
+
+    def at(changes: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
+        done = patched(name, changes, (1, 2), freeze_norm=True)
+        change = np.asarray(done.taps.mid_TD) - clean
+        return change[3], np.asarray(effect(name, done).logit_K)
+
+    (one, logit1), (two, logit2), (three, logit3) = (
+        at({s: M, other: 1.0}) for M in (0.0, 2.0, 4.0)
+    )
+    close(one + three, 2 * two, 1e-11)
+    assert np.abs(logit1 + logit3 - 2 * logit2).max() > 1e-5
+    both, alone = at({s: 2.0, other: 3.0})[0], at({s: 1.0, other: 3.0})[0]
+    close(both, two + alone, 1e-12)
+
+
+@pytest.mark.parametrize("mode", ["constrained", "iterative"])
+def test_a_range_below_the_feature_does_nothing(mode: str):
+    """T-C5."""
+    done = patched("clt", {source("clt", layer=2): 5.0}, (0, 1), mode=mode)
+    close(done.taps.mid_TD, clean_stream("clt"), 1e-13)
+
+
+def test_a_plt_patched_in_its_own_layer_is_steering():
+    """T-C6: constrained on [l, l] equals adding the decoder row to the real MLP."""
+    s = source("plt")
+    clamped = patched("plt", {s: 0.0}, (1, 1), freeze_norm=False)
+    steered = patched("plt", {s: 0.0}, (0, L - 1), mode="additive")
+    close(clamped.out_TD, steered.out_TD, 1e-13)
+    assert np.abs(np.asarray(clamped.taps.mid_TD) - clean_stream("plt")).max() > 1e-3
+
+
+def test_additive_counts_a_cross_layer_feature_twice():
+    """Its writes are added to MLPs that respond to its first write already."""
+    s = source("clt")
+    clamped = patched("clt", {s: 0.0}, (1, L - 1))
+    steered = patched("clt", {s: 0.0}, (0, L - 1), mode="additive")
+    assert np.abs(clamped.out_TD - steered.out_TD).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_iterative_in_one_layer_is_constrained(name: str):
+    """T-IT2: a feature cannot affect its own layer."""
+    s = source(name)
+    one = patched(name, {s: -1.0}, (1, 1), mode="iterative")
+    close(one.out_TD, patched(name, {s: -1.0}, (1, 1)).out_TD, 1e-13)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("gates", ["live", "frozen"])
+def test_the_slope_of_iterative_patching_is_the_total_effect(name: str, gates: str):
+    """T-IT3: range all, norms frozen; gates live or not, none flips that close by."""
+    graph, s, h = case_graph(name), source(name, layer=0), 1e-5
+    up, down = (
+        effect(
+            name,
+            patched(
+                name, {s: 1 + d}, (0, L - 1), mode="iterative", freeze_norm=True,
+                gates=gates,
+            ),
+        ).logit_K
+        for d in (h, -h)
+    )  # fmt: skip
+    want = solve_total_effect(graph)[:, s]
+    assert np.abs(want - graph.edge_RN[graph.target_rows, s]).max() > 1e-6
+    close((up - down) / (2 * h), want, 1e-7)
+
+
+def test_silent_features_may_switch_on_unless_gates_are_frozen():
+    """T-IT4: with gates frozen the result is affine in the factor, at any size."""
+    a, s = case_active("clt"), source("clt", layer=0)
+
+    def logits(M: float, gates: str) -> np.ndarray:
+        done = patched(
+            "clt", {s: M}, (0, L - 1), mode="iterative", freeze_norm=True, gates=gates
+        )
+        return np.asarray(effect("clt", done).logit_K)
+
+    frozen = [logits(M, "frozen") for M in (-6.0, 1.0, 8.0)]
+    close(frozen[0] + frozen[2], 2 * frozen[1], 1e-11)
+    live = [logits(M, "live") for M in (-6.0, 1.0, 8.0)]
+    assert np.abs(live[0] + live[2] - 2 * live[1]).max() > 1e-3
+    # ... because a feature that was silent fires.
+    done = patched("clt", {s: 8.0}, (0, L - 1), mode="iterative", freeze_norm=True)
+    t = case("clt")
+    fired = set(
+        zip(a.layer_A.tolist(), a.pos_A.tolist(), a.feature_A.tolist(), strict=True)
+    )
+    every = np.stack(np.meshgrid(range(L), range(6), range(20), indexing="ij"), -1)
+    silent = np.array(
+        [n for n in every.reshape(-1, 3).tolist() if tuple(n) not in fired]
+    )
+    watch = gather_features(t.dictionary, t.params, t.recording, silent, cfg=t.cfg)
+    assert not np.asarray(watch.value_E).any()
+    assert np.asarray(watch_values(model("clt"), done, watch)).any()
+
+
+@pytest.mark.parametrize("mode", ["constrained", "iterative", "additive"])
+def test_set_and_add_are_scales_in_other_words(mode: str):
+    """For a feature whose own activation the patch does not move."""
+    a, s = case_active("clt"), source("clt")
+    value = float(a.value_A[s])
+    layers = (1, 2)
+    want = patched("clt", {s: 3.0}, layers, mode=mode).out_TD
+    for op, number in (("set", 3 * value), ("add", 2 * value)):
+        got = patched("clt", {s: number}, layers, mode=mode, op=op).out_TD
+        close(got, want, 1e-12)
+
+
+def test_live_patterns_answer_too():
+    s = source("clt")
+    one, other = (
+        patched("clt", {s: -3.0}, (1, 1), freeze_pattern=held) for held in (True, False)
+    )
+    assert np.abs(one.out_TD - other.out_TD).max() > 1e-4
+
+
+@functools.cache
+def neurons(k: int | None) -> tuple[Any, Any, Any]:
+    with jax.enable_x64(True):
+        t = case("clt")
+        dictionary = NeuronDictionary(k)
+        active = dictionary.active(t.params, t.recording, t.cfg)
+        graph = attribute_recording(
+            t.params, t.recording, active, t.targets, cfg=t.cfg, meta=t.meta,
+            config=AttributeConfig(max_features=None),
+        )  # fmt: skip
+        return dictionary, active, graph
+
+
+def neuron_patch(k: int | None, s: int, M: float, layers: Any, **how: Any) -> Effect:
+    t = case("clt")
+    dictionary, a, _ = neurons(k)
+    patchable = make_patchable(dictionary, t.params, t.recording, t.cfg)
+    node = (int(a.layer_A[s]), int(a.pos_A[s]), int(a.feature_A[s]), M, 0.0)
+    edits = make_edits([node], dictionary, t.params, t.recording, cfg=t.cfg)
+    tables = None
+    if how.get("mode") == "iterative":
+        own = make_local(dictionary, patchable, a)
+        tables = (own.tables, jnp.asarray(a.feature_A[[s]]))
+    done = run_jit(patchable, edits, jnp.asarray(layers, jnp.int32), tables, How(**how))
+    return measure_effect(
+        patchable, done, Ask(t.targets.token_K, jnp.asarray(5, jnp.int32))
+    )
+
+
+def test_a_neuron_with_its_gate_frozen_has_the_graphs_total_effect():
+    """T-IT3 for `neurons:k`: affine, so at any size."""
+    _, _, graph = neurons(6)
+    s = int(np.argmax(np.abs(solve_total_effect(graph)).sum(0)))
+    got = neuron_patch(
+        6, s, -2.0, (0, L - 1), mode="iterative", freeze_norm=True, gates="frozen"
+    ).logit_K
+    want = -3 * solve_total_effect(graph)[:, s]
+    close(got - graph.readout_R[graph.target_rows], want, 1e-11)
+
+
+def test_with_all_neurons_and_nothing_frozen_the_replacement_is_the_model():
+    """Iterative with live gates and norms equals the additive ablation exactly."""
+    s = 30
+    local = neuron_patch(None, s, 0.0, (0, L - 1), mode="iterative", gates="live")
+    real = neuron_patch(None, s, 0.0, (0, L - 1), mode="additive")
+    close(local.logit_K, real.logit_K, 1e-12)
+    assert float(real.kl) > 1e-6

@@ -1,0 +1,246 @@
+"""Edits as users give them, batches, generation, and the calls of the front door."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jaxclt
+from jaxclt import intervene
+from jaxclt.graph.graph import Graph
+from jaxclt.intervene import Subject
+from jaxclt.io.model import Model
+from jaxclt.lm.run import forward
+from jaxclt.patching.edits import Edit, Supernode, expand_edits
+
+GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
+PROMPT = str(np.load(GOLDEN / "graph.npz")["prompt"])
+T, L = 7, 4
+
+
+@functools.cache
+def parts(dictionary: str = "clt") -> tuple[Model, Any, Graph]:
+    model = jaxclt.load_model(GOLDEN / "model")
+    name = GOLDEN / "dictionary" if dictionary == "clt" else dictionary
+    clt = jaxclt.load_dictionary(name, model)
+    return model, clt, jaxclt.attribute(model, clt, PROMPT)
+
+
+@functools.cache
+def subject(dictionary: str = "clt") -> Subject:
+    return Subject.of(*parts(dictionary))
+
+
+def strongest(n: int = 1, dictionary: str = "clt") -> list[tuple[int, int, int]]:
+    graph = parts(dictionary)[2]
+    order = np.argsort(-graph.influence_N[: graph.n_features])
+    order = order[(graph.layer_A[order] < 2) & (graph.pos_A[order] > 0)]
+    place = np.stack([graph.layer_A, graph.pos_A, graph.feature_A], 1)
+    return [tuple(map(int, place[a])) for a in order[:n]]  # pyright: ignore
+
+
+def edit(node: tuple[int, int, int], **op: float) -> Edit:
+    layer, pos, feature = node
+    return Edit(layer=layer, pos=pos, feature=feature, **(op or {"scale": 0.0}))
+
+
+def test_slices_supernodes_and_negative_positions_become_single_changes():
+    edits = [
+        Edit(layer=1, pos=slice(2, 4), feature=7, scale=2.0),
+        Edit(layer=0, pos=-1, feature=3, set=1.5),
+        Edit(supernode=Supernode("g", ((2, 1, 4), (3, -2, 5))), add=0.5),
+    ]
+    assert expand_edits(edits, n_tokens=T) == [
+        (1, 2, 7, 2.0, 0.0),
+        (1, 3, 7, 2.0, 0.0),
+        (0, 6, 3, 0.0, 1.5),
+        (2, 1, 4, 1.0, 0.5),
+        (3, 5, 5, 1.0, 0.5),
+    ]
+    later = [Edit(layer=1, pos=slice(5, None), feature=7, scale=0.0)]
+    places = [c[1] for c in expand_edits(later, n_tokens=T, n_later=2)]
+    assert places == [5, 6, 7, 8]
+    assert [c[1] for c in expand_edits(later, n_tokens=T)] == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Edit(layer=1, pos=2, feature=3, scale=math.nan), "finite number"),
+        (lambda: Edit(layer=1, pos=2, feature=3), "exactly one of scale"),
+        (lambda: Edit(layer=1, pos=2, feature=3, scale=1, add=1), "exactly one of"),
+        (lambda: Edit(layer=1, feature=3, scale=1), "needs layer, pos and feature"),
+        (lambda: expand_edits([], n_tokens=T), "no edit"),
+        (lambda: expand_edits([edit((1, 7, 3))], n_tokens=T), "position 7 is not"),
+        (
+            lambda: expand_edits(
+                [Edit(layer=1, pos=slice(9, 12), feature=3, scale=0)], n_tokens=T
+            ),
+            "are empty",
+        ),
+        (lambda: expand_edits([edit((1, 2, 3))] * 2, n_tokens=T), "edited twice"),
+        (lambda: subject().edits([(9, 1, 0, 0.0, 0.0)]), "layer 9 is unknown"),
+        (lambda: subject().edits([(1, 1, 40, 0.0, 0.0)]), "feature 40 is unknown"),
+        (lambda: subject().check_range((3, 2), np.array([1]), "iterative"), "empty"),
+        (lambda: subject().check_range((0, 4), np.array([1]), "iterative"), "layers 0"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(make: Any, message: str):
+    with pytest.raises(jaxclt.InputError, match=message) as stop:
+        make()
+    assert "\n" not in str(stop.value)
+
+
+def test_scaling_a_silent_feature_is_refused_and_setting_it_is_not():
+    graph = parts()[2]
+    active = set(zip(graph.layer_A, graph.pos_A, graph.feature_A, strict=True))
+    node = next((1, 3, f) for f in range(40) if (1, 3, f) not in active)
+    with pytest.raises(jaxclt.InputError, match="is not active at position 3"):
+        jaxclt.patch(*parts(), [edit(node, scale=2.0)])
+    assert jaxclt.patch(*parts(), [edit(node, set=2.0)]).kl > 0
+
+
+@pytest.mark.parametrize("mode", ["constrained", "iterative", "additive"])
+@pytest.mark.parametrize("dictionary", ["clt", "neurons:5"])
+def test_a_batch_is_its_members_one_by_one(mode: str, dictionary: str):
+    """Also when members have different numbers of edits, in any chunk size."""
+    s, nodes = subject(dictionary), strongest(4, dictionary)
+    how = s.how(mode)  # pyright: ignore[reportArgumentType]
+    many = [[(*n, 0.0, 0.0)] for n in nodes] + [[(*n, -1.0, 0.0) for n in nodes[:3]]]
+    layers = [(min(c[0] for c in one), 3) for one in many]
+    together = s.effects(many, layers, how, s.ask(), chunk=2)
+    for i, (one, layer) in enumerate(zip(many, layers, strict=True)):
+        alone = s.effects([one], [layer], how, s.ask())
+        np.testing.assert_allclose(together.logit_K[i], alone.logit_K[0], atol=2e-5)
+        assert abs(together.kl[i] - alone.kl[0]) < 1e-5
+    assert (np.asarray(together.kl) > 1e-6).all()
+
+
+def test_the_result_says_what_changed():
+    node = strongest()[0]
+    result = jaxclt.patch(*parts(), [edit(node, scale=-1.0)], layers=(node[0], 3))
+    graph = parts()[2]
+    out = result.to_json()
+    assert out["mode"] == "constrained"
+    assert out["layers"] == [node[0], 3]
+    assert out["kl"] > 0
+    assert out["edits"][0]["after"] == -out["edits"][0]["before"]
+    assert [t["token"] for t in out["targets"]] == list(graph.meta.target_tokens)
+    for t, p in zip(out["targets"], graph.target_prob_K, strict=True):
+        assert t["p_before"] == pytest.approx(float(p), abs=1e-5)
+    assert out["top_before"][0][0] == graph.meta.target_tokens[0]
+    first = out["features"][0]
+    assert first["layer"] > node[0]
+    assert first["share"] == pytest.approx(first["after"] / first["before"])
+    assert result.warning is None
+    loud = jaxclt.patch(*parts(), [edit(node)], mode="additive")
+    assert loud.warning is not None
+    assert "twice" in loud.warning
+
+
+def test_a_factor_of_one_and_the_curve_pass_through_the_clean_model():
+    """T-R1 in float32."""
+    node = strongest()[0]
+    for mode in ("constrained", "iterative", "additive"):
+        result = jaxclt.patch(*parts(), [edit(node, scale=1.0)], mode=mode)  # pyright: ignore
+        assert result.kl < 1e-6
+    curve = intervene.scale_curve(subject(), [edit(node)], how=subject().how())
+    one = curve["scale"].index(1.0)
+    assert curve["kl"][one] < 1e-6
+    assert max(curve["kl"]) > 1e-3
+
+
+def test_every_end_layer_is_the_patch_of_that_range():
+    node = strongest()[0]
+    sweep = intervene.sweep_end(subject(), [edit(node)], how=subject().how())
+    assert sweep["last_layers"] == list(range(node[0], L))
+    for end, kl, p in zip(
+        sweep["last_layers"], sweep["kl"], sweep["probability"], strict=True
+    ):
+        one = jaxclt.patch(*parts(), [edit(node)], layers=(node[0], end))
+        assert one.kl == pytest.approx(kl, abs=1e-6)
+        assert one.targets[0]["p_after"] == pytest.approx(p[0], abs=1e-5)
+
+
+def test_another_model_is_refused():
+    model, clt, graph = parts()
+    other = dataclasses.replace(model, hash="0" * 64)
+    with pytest.raises(jaxclt.InputError, match="not the one that was traced"):
+        Subject.of(other, clt, graph)
+
+
+def greedy(model: Model, tokens: list[int], n: int) -> list[int]:
+    """Generation without any of our patching code; what comes later is not seen."""
+    run = jax.jit(forward, static_argnames="cfg")
+    known = tokens + [0] * n
+    for t in range(len(tokens), len(known)):
+        logit_TV = run(model.params, np.array(known, np.int32), cfg=model.cfg)
+        known[t] = int(np.argmax(np.asarray(logit_TV)[t - 1]))
+    return known[len(tokens) :]
+
+
+def test_generation_without_an_effect_is_the_models_own():
+    """And ablating a feature for good is the live additive patch of every position."""
+    s, node = subject(), strongest()[0]
+    out = intervene.generate_patched(s, [edit(node, scale=1.0)], how=s.how(), n_new=3)
+    want = greedy(s.model, s.graph.token_T.tolist(), 3)
+    assert out["tokens_before"] == want
+    assert out["tokens_after"] == want
+
+
+@pytest.mark.parametrize("mode", ["constrained", "iterative", "additive"])
+def test_generation_starts_with_the_patched_prediction(mode: str):
+    s, node = subject(), strongest()[0]
+    edits, how = [edit(node, scale=-4.0)], s.how(mode)  # pyright: ignore
+    out = intervene.generate_patched(s, edits, how=how, n_new=3)
+    result = jaxclt.patch(*parts(), edits, mode=mode)  # pyright: ignore
+    token = s.model.tokenizer.token_strings(out["tokens_after"][:1])[0]
+    assert token == result.top_after[0][0]
+
+
+def test_open_slices_act_on_generated_tokens_too():
+    """Setting a huge activation on new tokens only changes what follows them."""
+    s, (layer, _, feature) = subject(), strongest()[0]
+    edits = [Edit(layer=layer, pos=slice(T, None), feature=feature, set=300.0)]
+    out = intervene.generate_patched(s, edits, how=s.how(), n_new=4)
+    assert out["tokens_before"][0] == out["tokens_after"][0]
+    assert out["tokens_before"][1:] != out["tokens_after"][1:]
+
+
+def test_sampling_follows_the_seed():
+    s, edits = subject(), [edit(strongest()[0])]
+
+    def sample(seed: int, temperature: float) -> list[int]:
+        return intervene.generate_patched(
+            s, edits, how=s.how(), n_new=3, temperature=temperature, seed=seed
+        )["tokens_after"]
+
+    assert sample(1, 5.0) == sample(1, 5.0)
+    assert len({tuple(sample(seed, 5.0)) for seed in range(4)}) > 1
+    with pytest.raises(jaxclt.InputError, match="temperature"):
+        sample(1, float("nan"))
+    with pytest.raises(jaxclt.InputError, match="cannot generate"):
+        intervene.generate_patched(s, edits, how=s.how(), n_new=100)
+
+
+def test_patches_are_compiled_once_for_a_shape():
+    from jaxclt.patching.batch import _chunk
+
+    s, nodes = subject(), strongest(3)
+
+    def go(node: tuple[int, int, int], scale: float, layers: tuple[int, int]) -> None:
+        s.effects([[(*node, scale, 0.0)]], [layers], s.how(), s.ask())
+
+    go(nodes[0], 0.0, (0, 3))
+    before = _chunk._cache_size()  # pyright: ignore
+    for node in nodes:
+        go(node, 2.0, (0, 2))
+    assert _chunk._cache_size() == before  # pyright: ignore
+    assert jax.devices()

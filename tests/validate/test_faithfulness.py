@@ -1,0 +1,148 @@
+"""How perturbations spread: T-F1 to T-F4, and the exact dictionary (spec 6.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import case, case_active, close
+
+from jaxclt.clt.active import Active, Dictionary
+from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.patching.batch import Local, make_local, make_patchable
+from jaxclt.patching.edits import make_edits
+from jaxclt.patching.modes import Nudge, Patchable, hold_of, underlying
+from jaxclt.validation.faithfulness import (
+    Agreement,
+    Perturbation,
+    agreement,
+    compare,
+    nudged,
+    perturb_many,
+    stack,
+    upstream,
+)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+L, T, D = 4, 6, 16
+
+
+@functools.cache
+def parts(kind: str) -> tuple[Dictionary, Active, Patchable, Local]:
+    with jax.enable_x64(True):
+        t = case("clt")
+        dictionary = t.dictionary if kind == "clt" else NeuronDictionary(None)
+        active = dictionary.active(t.params, t.recording, t.cfg)
+        model = make_patchable(dictionary, t.params, t.recording, t.cfg)
+        return dictionary, active, model, make_local(dictionary, model, active)
+
+
+def perturbations(kind: str, size: float = 0.1) -> list[Perturbation]:
+    """Encoder, random and upstream, at layers 1 and 2."""
+    dictionary, a, _, local = parts(kind)
+    t = case("clt")
+    made = []
+    for layer in (1, 2):
+        s = int(np.flatnonzero((a.layer_A == layer) & (a.pos_A > 0))[0])
+        before = int(np.flatnonzero(a.layer_A == layer - 1)[3])
+
+        def edit(i: int, offset: float) -> Any:
+            place = (int(a.layer_A[i]), int(a.pos_A[i]), int(a.feature_A[i]))
+            return make_edits(
+                [(*place, 1.0, offset)], dictionary, t.params, t.recording, cfg=t.cfg
+            )
+
+        slot = local.slots(a.layer_A[[s, before]], a.feature_A[[s, before]])
+        read = a.reads(np.array([s]))[0]
+        way = np.asarray(jax.random.normal(jax.random.key(layer), (D,), jnp.float64))
+        for vector in (size * read, size * way):
+            made.append(
+                nudged(edit(s, 0.0), layer, int(a.pos_A[s]), vector, T, int(slot[0]))
+            )
+        made.append(upstream(edit(before, size), layer, np.zeros((T, D)), int(slot[1])))
+    return made
+
+
+@functools.cache
+def measured(kind: str, norms: Any) -> Agreement:
+    with jax.enable_x64(True):
+        _, _, model, local = parts(kind)
+        batch = stack(perturbations(kind))
+        return perturb_many(model, local, batch, norms=norms, gates="live", chunk=4)
+
+
+@pytest.mark.parametrize("norms", ["frozen", "live"])
+@pytest.mark.parametrize("kind", ["clt", "neurons"])
+def test_both_models_start_from_the_same_perturbation(kind: str, norms: str):
+    """T-F1, and nothing is said of layers before it."""
+    found = measured(kind, norms)
+    for row, one in enumerate(perturbations(kind)):
+        layer = int(one.nudge.layer)
+        assert np.isnan(found.cosine_L[row, :layer]).all()
+        np.testing.assert_allclose(found.cosine_L[row, layer], 1, atol=1e-12)
+        np.testing.assert_allclose(found.nmse_L[row, layer], 0, atol=1e-12)
+
+
+def test_the_exact_dictionary_with_live_norms_is_faithful_everywhere():
+    """T-F2: all neurons, gates and norms live. With frozen norms it is not."""
+    live, frozen = measured("neurons", "live"), measured("neurons", "frozen")
+    behind = ~np.isnan(live.cosine_L)
+    assert behind.sum() == 3 * (3 + 2)
+    np.testing.assert_allclose(live.cosine_L[behind], 1, atol=1e-12)
+    np.testing.assert_allclose(live.nmse_L[behind], 0, atol=1e-12)
+    assert np.nanmax(frozen.nmse_L) > 1e-4
+    assert np.nanmax(measured("clt", "live").nmse_L) > 1e-2
+
+
+def test_the_error_is_a_function_of_cosine_and_size_ratio():
+    """T-F3, and so nmse is at least 1 - cosine squared."""
+    one, other = jax.random.normal(jax.random.key(3), (2, L, T, D), jnp.float64)
+    for found in (compare(one, other), measured("clt", "frozen")):
+        rho, cosine = np.asarray(found.ratio_L), np.asarray(found.cosine_L)
+        kept = ~np.isnan(cosine)
+        want = 1 + rho**2 - 2 * rho * cosine
+        close(np.asarray(found.nmse_L)[kept], want[kept], 1e-12)
+        assert (found.nmse_L[kept] >= 1 - cosine[kept] ** 2 - 1e-12).all()
+
+
+def test_small_perturbations_measure_the_jacobians():
+    """T-F4: the limit is the agreement of the two linear responses."""
+    _, _, model, local = parts("clt")
+    one = perturbations("clt")[1]
+    small = dataclasses.replace(
+        one,
+        nudge=Nudge(layer=one.nudge.layer, delta_TD=1e-6 * one.nudge.delta_TD),
+    )
+    found = jax.jit(
+        lambda p: agreement(model, local.tables, p, norms="frozen", gates="frozen")
+    )(small)
+
+    def real(x: jax.Array) -> jax.Array:
+        nudge = Nudge(layer=one.nudge.layer, delta_TD=x)
+        return underlying(model, nudge, hold=hold_of(model.recording)).taps.mid_TD
+
+    def replacement(x: jax.Array) -> jax.Array:
+        from jaxclt.patching.modes import iterative
+
+        return iterative(
+            model, one.edits, one.slot_E, local.tables, one.start,
+            jnp.asarray(L - 1, jnp.int32), hold=hold_of(model.recording, norm=True),
+            gates="frozen", nudge=Nudge(layer=one.nudge.layer, delta_TD=x),
+        ).taps.mid_TD  # fmt: skip
+
+    start, way = np.zeros((T, D)), np.asarray(one.nudge.delta_TD)
+    want = jax.jit(
+        lambda: compare(*(jax.jvp(f, (start,), (way,))[1] for f in (replacement, real)))
+    )()
+    layer = int(one.nudge.layer)
+    np.testing.assert_allclose(
+        found.nmse_L[layer + 1 :], want.nmse_L[layer + 1 :], rtol=1e-4
+    )
+    assert want.nmse_L[layer + 1] > 1e-3
+    assert len(case_active("clt").layer_A)

@@ -1,0 +1,196 @@
+"""`jaxclt patch`, `jaxclt validate` and `trace --validate` on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxclt import cli
+from jaxclt.cli_causal import parse_feature
+from jaxclt.errors import InputError
+from jaxclt.io.graph_file import load_graph
+
+GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
+MODEL, DICTIONARY = GOLDEN / "model", GOLDEN / "dictionary"
+PROMPT = str(np.load(GOLDEN / "graph.npz")["prompt"])
+
+
+def run(*args: object) -> int:
+    try:
+        cli.main([str(arg) for arg in args])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Traced and validated."""
+    out = tmp_path_factory.mktemp("trace") / "graph"
+    args = ("--model", MODEL, "--dictionary", DICTIONARY, "--out", out)
+    assert run("trace", PROMPT, *args, "--validate") == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def node(traced: Path) -> str:
+    graph = load_graph(traced / "graph.npz")
+    order = np.argsort(-graph.influence_N[: graph.n_features])
+    a = next(a for a in order if graph.layer_A[a] == 1)
+    return f"1:{graph.pos_A[a]}:{graph.feature_A[a]}"
+
+
+def test_trace_validate_writes_the_report_of_the_contract(traced: Path):
+    names = {p.name for p in traced.iterdir()}
+    assert {
+        "validation.json", "validation.md", "validation_effects.png",
+        "validation_influence.png", "validation_faithfulness.png",
+    } <= names  # fmt: skip
+    report = json.loads((traced / "validation.json").read_text())
+    for mode in ("constrained", "iterative", "additive"):
+        found = report["total_effect"][mode]
+        low, high = found["interval"]
+        assert -1 <= low <= found["spearman"] <= high <= 1
+        assert found["n"] == report["n_top"] + report["n_random"]
+        assert {"pearson", "small"} <= set(found)
+    assert set(report["influence_vs_kl"]) >= {"influence", "activation", "direct"}
+    assert -1 <= report["pairwise"]["spearman"] <= 1
+    assert report["pairwise"]["n"] > 10
+    layers = report["faithfulness_layers"]
+    for kind in ("encoder", "random", "upstream", "encoder_live"):
+        cosine = np.array(report["faithfulness"][kind]["cosine"], float)
+        nmse = np.array(report["faithfulness"][kind]["nmse"], float)
+        assert cosine.shape == nmse.shape == (len(layers), 4)
+        for row, layer in enumerate(layers):
+            if not np.isnan(cosine[row]).all():
+                assert cosine[row, layer] == pytest.approx(1, abs=1e-4)
+                assert nmse[row, layer] == pytest.approx(0, abs=1e-4)
+                assert np.isnan(cosine[row, :layer]).all()
+                assert nmse[row, layer + 1] > 1e-3
+    text = (traced / "validation.md").read_text()
+    assert report["verdict"] in text
+    assert "## Where it fails" in text
+
+
+def test_the_graph_predicts_its_replacement_model_exactly(traced: Path):
+    """Every active feature is a node here: correlation 1 (spec 6.1)."""
+    report = json.loads((traced / "validation.json").read_text())
+    assert report["total_effect"]["replacement"]["pearson"] > 1 - 1e-5
+    assert report["complete_replacement"] is True
+
+
+def test_validate_again_gives_the_same_numbers(
+    traced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """From the directory alone; the same seed draws the same features."""
+    copy = Path(shutil.copytree(traced, tmp_path / "copy"))
+    assert run("validate", copy, "--json") == 0
+    again = json.loads(capsys.readouterr().out)
+    first = json.loads((traced / "validation.json").read_text())
+    for mode in ("constrained", "additive"):
+        assert again["total_effect"][mode]["spearman"] == pytest.approx(
+            first["total_effect"][mode]["spearman"], abs=1e-3
+        )
+
+
+def test_patch_prints_the_contract(
+    traced: Path, node: str, capsys: pytest.CaptureFixture[str]
+):
+    more = ("--sweep-end", "--generate", 3, "--json")
+    assert run("patch", traced, "--feature", node, "--scale", -1, *more) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert set(out) >= {"mode", "layers", "edits", "kl", "targets"}
+    assert set(out["targets"][0]) == {
+        "token", "p_before", "p_after", "logit_before", "logit_after",
+    }  # fmt: skip
+    assert out["kl"] > 0
+    assert out["curve"]["scale"][0] == -2
+    assert out["curve"]["scale"][-1] == 4
+    assert len(out["sweep_end"]["last_layers"]) == 3
+    assert len(out["generated"]["tokens_after"]) == 3
+    assert (traced / "patch.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_patch_prints_a_table_and_warns_of_double_counting(
+    traced: Path, node: str, capsys: pytest.CaptureFixture[str]
+):
+    assert run("patch", traced, "--feature", node, "--mode", "additive") == 0
+    said = capsys.readouterr()
+    assert "KL" in said.out
+    assert "twice" in said.err
+
+
+def test_groups_come_from_a_file_of_the_viewer(
+    traced: Path, node: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    layer, pos, feature = node.split(":")
+    file = tmp_path / "groups.json"
+    file.write_text(json.dumps([["mine", f"{layer}_{feature}_{pos}"]]))
+    groups = ("--supernodes", file, "--json", "--group")
+    assert run("patch", traced, *groups, "mine") == 0
+    grouped = json.loads(capsys.readouterr().out)
+    assert run("patch", traced, "--feature", node, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["kl"] == grouped["kl"]
+    assert run("patch", traced, *groups, "other") == 2
+    assert "no supernode 'other'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--feature", "1:2:4000"), "feature 4000 is unknown"),
+        (("--feature", "9:2:4"), "layer 9 is unknown"),
+        (("--feature", "1:70:4"), "position 70 is not in the prompt"),
+        (("--feature", "1:2"), "write LAYER:POS:FEATURE"),
+        (("--layers", "3:1"), "an empty range"),
+        (("--layers", "0:9"), "are not in the model"),
+        (("--scale", "nan"), "give a finite number"),
+        (("--scale", "1", "--add", "2"), "give only one of"),
+        (("--generate", "100"), "cannot generate 100 tokens"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    traced: Path,
+    node: str,
+    capsys: pytest.CaptureFixture[str],
+    args: tuple,
+    message: str,
+):
+    feature = () if "--feature" in args else ("--feature", node)
+    assert run("patch", traced, *feature, *args) == 2
+    err = capsys.readouterr().err.strip()
+    assert message in err
+    assert err.count("\n") == 0
+    assert err.startswith("jaxclt: ")
+
+
+def test_no_feature_no_directory_and_other_weights_are_refused(
+    traced: Path, node: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run("patch", traced) == 2
+    assert "nothing to patch" in capsys.readouterr().err
+    assert run("validate", tmp_path) == 2
+    assert "no graph in" in capsys.readouterr().err
+    other = GOLDEN.parent / "circuit_tracer_plt" / "model"
+    assert run("validate", traced, "--model", other) == 2
+    assert "is not the one that was traced" in capsys.readouterr().err
+    assert run("patch", traced, "--feature", node, "--dictionary", "neurons:4") == 2
+    assert "is not the one that was traced" in capsys.readouterr().err
+    copy = Path(shutil.copytree(traced, tmp_path / "copy"))
+    (copy / "report.json").write_text("{}")
+    assert run("validate", copy) == 2
+    assert "is not a report of trace" in capsys.readouterr().err
+
+
+def test_features_are_read_from_text():
+    assert parse_feature("12:5:345") == (12, 5, 345)
+    assert parse_feature("12:-1:0") == (12, -1, 0)
+    assert parse_feature("0:3..6:7") == (0, slice(3, 6), 7)
+    assert parse_feature("0:3..:7") == (0, slice(3, None), 7)
+    for text in ("a:b:c", "1:2:3:4", "1:2.5:3", "-1:2:3"):
+        with pytest.raises(InputError, match="write LAYER"):
+            parse_feature(text)

@@ -1,0 +1,71 @@
+"""Correlations against scipy's, and what the graph predicts of groups."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+from cases import random_graph
+
+from jaxclt.graph.influence import influence
+from jaxclt.graph.scores import shares_total
+from jaxclt.validation.predictions import group_effects, pairwise_influence
+from jaxclt.validation.stats import bootstrap, pearson, ranks, spearman
+
+
+def draws(seed: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.asarray(jax.random.normal(jax.random.key(seed), (2, n)), np.float64)
+    return x, y
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_correlations_are_scipys(seed: int):
+    x, y = draws(seed, 40)
+    y = np.round(y + x, 0)  # ties
+    assert abs(spearman(x, y) - scipy.stats.spearmanr(x, y).statistic) < 1e-12
+    assert abs(pearson(x, y) - scipy.stats.pearsonr(x, y).statistic) < 1e-12
+    np.testing.assert_array_equal(ranks(y) + 1, scipy.stats.rankdata(y))
+
+
+def test_nothing_that_varies_is_no_correlation():
+    assert np.isnan(spearman(np.ones(5), np.arange(5.0)))
+    assert np.isnan(pearson(np.arange(2.0), np.arange(2.0)))
+
+
+def test_the_interval_holds_the_correlation_and_shrinks():
+    x, y = draws(0, 400)
+    y = x + y
+    key = jax.random.key(1)
+    low, high = bootstrap(spearman, x, y, key)
+    assert low < spearman(x, y) < high
+    few = bootstrap(spearman, x[:40], y[:40], key)
+    assert few[1] - few[0] > 2 * (high - low)
+    assert bootstrap(spearman, x, y, key) == (low, high)
+
+
+def test_pairwise_influence_is_the_walk_from_a_feature():
+    graph = random_graph(3, counts=(6, 6, 6, 6))
+    A, node = graph.n_features, np.array([20, 9])
+    total = shares_total(graph)
+    share = np.abs(graph.edge_RN[:A, :A]) / np.where(total > 0, total, 1)[:A, None]
+    B = np.linalg.inv(np.eye(A) - share) - np.eye(A)
+    np.testing.assert_allclose(pairwise_influence(graph, node), B[node], atol=1e-5)
+    assert influence is not None
+
+
+def test_a_groups_effect_does_not_count_paths_between_members():
+    """Against cutting the members' inputs, one group at a time."""
+    graph = random_graph(5, counts=(5, 5, 5), n_tokens=1, density=1.0)
+    A = graph.n_features
+    groups = [np.array([0, 7]), np.array([2, 6, 11]), np.array([4])]
+    found = group_effects(graph, groups)
+    unit = graph.edge_RN[:, :A] / graph.value_A[None]
+    for group, got in zip(groups, found, strict=True):
+        cut = unit[:A].copy()
+        cut[group] = 0
+        effect = unit[A:] @ np.linalg.inv(np.eye(A) - cut)
+        want = effect[:, group] @ graph.value_A[group]
+        np.testing.assert_allclose(got, want, rtol=1e-4)
+    alone = unit[A:] @ np.linalg.inv(np.eye(A) - unit[:A]) * graph.value_A
+    assert np.abs(found[1] - alone[:, groups[1]].sum(1)).max() > 1e-3
