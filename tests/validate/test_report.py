@@ -83,6 +83,7 @@ def test_the_graph_predicts_its_replacement_model_exactly(traced: Path):
     assert report["complete_replacement"] is True
 
 
+@pytest.mark.slow
 def test_validate_again_gives_the_same_numbers(
     traced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
