@@ -48,9 +48,8 @@ from _timing import (
 )
 from make_synthetic_dictionary import TEXTS, synthetic_dictionary
 
-import jaxclt.graph.attribute as attribute_module
 import jaxclt.trace as trace_module
-from jaxclt.graph.attribute import AttributeConfig, Timing, _Rows
+from jaxclt.graph.attribute import AttributeConfig, Timing
 from jaxclt.io.dictionary import load_dictionary, save_dictionary
 from jaxclt.io.model import Model, load_model, save_hf
 from jaxclt.trace import Traced, record_prompt, trace_prompt
@@ -161,16 +160,6 @@ class Clock(Timing):
         Clock.cpu[name] = time.process_time()
 
 
-class KeptRows(_Rows):
-    """Remembers what it was made of, so that its plan can be counted afterwards."""
-
-    made_of: ClassVar[tuple[Any, ...]] = ()
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        KeptRows.made_of = (args, kwargs)
-        super().__init__(*args, **kwargs)
-
-
 def cpu_stages() -> dict[str, float]:
     """CPU seconds of the last trace: tokens to adjacency, then what reduces it."""
     cpu = Clock.cpu
@@ -181,45 +170,15 @@ def cpu_stages() -> dict[str, float]:
     }
 
 
-def plan_flops(rows: _Rows) -> dict[str, float]:
-    """Floating-point operations of all rows by their plan, padding included."""
-    cfg, bank, plan = rows.cfg, rows.bank, rows.plan
-    D, C, S = cfg.d_model, plan.capacity, bank.width
-    HC, GC = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
-    wanted = rows.read(np.concatenate([np.arange(rows.A), -1 - np.arange(rows.K)]))
-    chunks = plan.chunks(wanted.layer_R, wanted.pos_R)
-    pull = edges = 0.0
-    for chunk in chunks:
-        P, read = chunk.n_positions, int(wanted.layer_R[chunk.row_C].max())
-        levels = min(read, cfg.n_layers - 1) + 1
-        pull += levels * 2 * P * C * (D * HC + D * GC + P * HC)
-        if rows.active.skip is not None:
-            pull += levels * 2 * P * C * D * D
-        # What is written at the layer that the highest target reads comes after it.
-        edges += 2 * P * C * S * D * float(bank.shared_L[read])
-        edges += 2 * C * S * D * float(bank.overflow_L[read])
-        edges += 2 * P * C * D * (levels + 1)  # error nodes and embeddings
-    return {
-        "flops": pull + edges,
-        "flops_pull": pull,
-        "flops_edges": edges,
-        "chunks": len(chunks),
-        "bands": len(plan.band_end),
-        "chunk_rows": plan.capacity,
-    }
-
-
 def worker(job: dict[str, Any]) -> None:
     """Trace `repeats` + 1 times, write the graph as npz and the times as json."""
     jax.config.update("jax_enable_compilation_cache", False)  # the first call is first
     load_before = load_average()
     model = load_model(job["model"])
     dictionary = load_dictionary(job["dictionary"], model)
-    # Neither changes what is computed.
-    trace_module.Timing, attribute_module._Rows = Clock, KeptRows
+    trace_module.Timing = Clock  # changes nothing of what is computed
 
     def run() -> Traced:
-        KeptRows.made_of = ()  # never two traces at once
         gc.collect()
         return trace_prompt(model, dictionary, job["prompt"], config=CONFIG)
 
@@ -243,8 +202,7 @@ def worker(job: dict[str, Any]) -> None:
     graph = traced.graph
     if graph.token_T.tolist() != job["token_T"]:
         raise ValueError(f"other tokens than the peer's: {graph.token_T}")
-    args, kwargs = KeptRows.made_of
-    plan = plan_flops(_Rows(*args, **kwargs))
+    plan = traced.work | {"flops": traced.work["tflop"] * 1e12}
     sizes = (256, 512) if job["smoke"] else (512, 1024, 2048)
     peak = matmul_peak(sizes=sizes)
     seconds = report["attribute"]["wall_median_s"]
@@ -528,8 +486,8 @@ def stages(cases: list[dict[str, Any]]) -> str:
             f"- {kind}: {shapes['features_active']:,} active features, "
             f"{shapes['targets']} targets, {shapes['tokens']} tokens, "
             f"{shapes['nodes']:,} nodes. Stages (s): {wall}. Edge rows: "
-            f"{ours['flops'] / 1e9:,.3g} GFLOP in {ours['chunks']} chunks of "
-            f"{ours['chunk_rows']}, {ours['gflops']:.3g} GFLOP/s = "
+            f"{ours['flops'] / 1e9:,.3g} GFLOP in chunks of {ours['chunk_size']} by "
+            f"{ours['direction']}, {ours['gflops']:.3g} GFLOP/s = "
             f"{100 * ours['share_of_peak']:.0f} % of the measured matmul peak "
             f"({ours['peak_matmul_gflops']:.3g}). Each steady call still compiles for "
             f"{max(ours['steady_compile_s']):.2f} s, which its times include."
