@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclt.clt.active import Active, Dictionary
+from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
 from jaxclt.io.dictionary import load_dictionary
@@ -229,7 +230,7 @@ class Subject:
         gates: Gates | None = None,
     ) -> How:
         """Semantics; neurons keep their gates unless asked, as in the graph."""
-        neurons = not hasattr(self.dictionary, "store")
+        neurons = isinstance(self.dictionary, NeuronDictionary)
         return How(
             mode=mode,
             freeze_pattern=freeze_pattern,

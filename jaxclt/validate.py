@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.intervene import Subject
@@ -483,7 +484,7 @@ def _faithfulness(
     layers = sorted({round(x) for x in np.linspace(0, L - 2, options.n_layers)})
     layers = [layer for layer in layers if layer >= 0] or [0]
     made = _perturbations(subject, options, layers, key)
-    neurons = not hasattr(subject.dictionary, "store")
+    neurons = isinstance(subject.dictionary, NeuronDictionary)
     out: dict[str, Any] = {}
     for norms in ("frozen", "live"):
         gates = "frozen" if neurons and norms == "frozen" else "live"
