@@ -138,11 +138,15 @@ class ViewConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line and exit."""
+    from jaxclt.train.command import TrainCommand, run_train, train_defaults
+
+    defaults = train_defaults(sys.argv[1:] if argv is None else argv)
     config = tyro.cli(
         Annotated[TraceConfig, tyro.conf.subcommand("trace")]  # pyright: ignore
         | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
         | Annotated[FetchConfig, tyro.conf.subcommand("fetch")]
-        | Annotated[ViewConfig, tyro.conf.subcommand("view")],
+        | Annotated[ViewConfig, tyro.conf.subcommand("view")]
+        | Annotated[TrainCommand, tyro.conf.subcommand("train", default=defaults)],
         args=argv,
         prog="jaxclt",
         description="Circuit tracing in JAX: explain a prediction as a feature graph.",
@@ -153,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SweepConfig: _sweep,
         FetchConfig: _fetch,
         ViewConfig: _view,
+        TrainCommand: run_train,
     }[type(config)]
     say = Console(stderr=True, highlight=False)
     try:
