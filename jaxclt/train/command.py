@@ -51,8 +51,15 @@ class TrainCommand(TrainConfig):
     debug: bool = False
     """Show tracebacks."""
 
+    def __post_init__(self) -> None:
+        """The values are checked by `config`, once errors are reported as lines."""
+
     def config(self) -> TrainConfig:
-        """The recipe without what only this command knows."""
+        """The recipe without what only this command knows.
+
+        Raises:
+          InputError: for values out of their range.
+        """
         names = [f.name for f in dataclasses.fields(TrainConfig)]
         return TrainConfig(**{name: getattr(self, name) for name in names})
 
@@ -85,8 +92,8 @@ def run_train(command: TrainCommand, say: Console) -> None:
     def line(text: str) -> None:
         say.print(text, markup=False, soft_wrap=True)
 
-    model = load_model(command.model, progress=line)
     config = command.config()
+    model = load_model(command.model, progress=line)
     if command.dry_run:
         found = dryrun.estimate(config, model.cfg, sizes)
         if command.json:

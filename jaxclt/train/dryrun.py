@@ -74,7 +74,7 @@ def lm_flop_per_token(cfg: LMConfig, context: int) -> float:
     return 2.0 * cfg.n_layers * (attention + scores + 3 * cfg.d_model * cfg.d_mlp)
 
 
-def matmul_peak(dtype: str, n: int = 2048, runs: int = 5) -> float:
+def matmul_peak(dtype: str, n: int = 1024, runs: int = 5) -> float:
     """FLOP/s of the fastest of some square matmuls, summed in float32."""
 
     @jax.jit

@@ -121,7 +121,7 @@ def init(
       dtype: of every leaf; masters are float32.
     """
     L, F, D = spec.n_layers, spec.n_features, spec.d_model
-    theta_F = jnp.full((F,), theta, dtype) if spec.activation == "jumprelu" else None
+    jump = spec.activation == "jumprelu"
 
     def layer(key: Array, l: int) -> LayerParams:
         key_enc, key_dec = jax.random.split(key)
@@ -132,7 +132,8 @@ def init(
             W_dec_FMD=jax.random.uniform(key_dec, (F, M, D), dtype, -1, 1)
             * (L * D) ** -0.5,
             b_dec_D=jnp.zeros((D,), dtype),
-            theta_F=theta_F,
+            # an array of its own: steps donate every leaf
+            theta_F=jnp.full((F,), theta, dtype) if jump else None,
             W_skip_DD=jnp.zeros((D, D), dtype) if skip else None,
         )
 

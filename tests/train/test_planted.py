@@ -101,7 +101,7 @@ def test_planted_features_are_recovered(activation: str):
         state, logged = step(state, make(jax.random.fold_in(jax.random.key(3), i)))
     cosine_LF = recovered(truth, state.params)
     share = (cosine_LF > 0.9).mean()
-    print(activation, "recovered", share, {k: np.asarray(v) for k, v in logged.items()})
+
     assert share > 0.9
     if jump:  # the controller held what was asked
         assert abs(float(logged["l0_L"].sum()) / (K * L) - 1) < 0.1

@@ -243,11 +243,12 @@ def test_dry_run_of_a_mesh_that_does_not_exist(
     assert found["bytes_per_device"]["adam"] == 8 * (found["parameters"] // 16)
 
 
-def test_sharded_equals_unsharded_on_two_devices(mesh: str, text: Path, tmp_path: Path):
+def test_sharded_equals_unsharded_on_two_devices(
+    whole: Path, text: Path, tmp_path: Path
+):
     assert jax.device_count() == 2
-    for name, shape in (("one", ""), ("two", mesh)):
-        sharded(text, tmp_path / name, shape)
-    compare(tmp_path / "one", tmp_path / "two")
+    train(tiny_model(), text, tmp_path / "two", tiny_config(), mesh="feature=2")
+    compare(whole, tmp_path / "two")
 
 
 def compare(one: Path, two: Path) -> None:
