@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -48,6 +49,9 @@ class ChunkConfig:
     reuse: int = 1  # passes over a chunk before the next one
     windows_per_call: int = 8  # of the model's forward pass
     dtype: str = "bfloat16"  # activations are held in
+    outlier: float = (
+        10.0  # times a layer's median write norm; tokens above are left out
+    )
     seed: int = 0
 
 
@@ -75,6 +79,13 @@ def window_order(seed: int, n_windows: int, start: int, count: int) -> np.ndarra
     return found
 
 
+def bound(norm_LT: np.ndarray, outlier: float) -> np.ndarray:
+    """Largest write norm [L] that counts: `outlier` medians, or all if 0."""
+    if outlier <= 0:
+        return np.full(len(norm_LT), np.inf, np.float32)
+    return (outlier * np.median(norm_LT, axis=1)).astype(np.float32)
+
+
 def rows_of(
     params: LMParams,
     token_WS: np.ndarray,
@@ -84,17 +95,30 @@ def rows_of(
     cfg: LMConfig,
     config: ChunkConfig,
     dtype: str,
+    bound_L: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Valid reads and writes [L, T, D], a few windows at a time."""
+    """Valid reads and writes [L, T, D], a few windows at a time.
+
+    Some models make further attention sinks in the middle of a text (a newline, a
+    bracket), whose MLP outputs are tens of times larger than any other: a handful of
+    tokens then is most of a layer's variance, its scale and its loss. Such tokens are
+    left out like the first position: those above `bound_L` anywhere, by default
+    ``scales.bound_L``.
+    """
     W = config.windows_per_call
+    if bound_L is None and scales is not None:
+        bound_L = np.asarray(scales.bound_L)
     for start in range(0, len(token_WS), W):
         part_WS = token_WS[start : start + W]
         full_WS = np.full((W, part_WS.shape[1]), PAD, np.int32)
         full_WS[: len(part_WS)] = part_WS
-        read_LTD, write_LTD = harvest(
+        read_LTD, write_LTD, norm_LT = harvest(
             params, jnp.asarray(full_WS), scales, cfg=cfg, site=config.site, dtype=dtype
         )
         keep_T = np.flatnonzero(valid_rows(full_WS, special))
+        if bound_L is not None:
+            fits_LT = np.asarray(norm_LT)[:, keep_T] <= bound_L[:, None]
+            keep_T = keep_T[fits_LT.all(0)]
         yield np.asarray(read_LTD)[:, keep_T], np.asarray(write_LTD)[:, keep_T]
 
 
@@ -147,15 +171,24 @@ class Chunks:
         write: Moments | None = None
         order = window_order(self.config.seed, len(self.windows.train_WS), 0,
                              len(self.windows.train_WS))  # fmt: skip
-        for read_LTD, write_LTD in rows_of(
+        token_WS = self.windows.train_WS[order]
+        every = partial(
+            rows_of,
             self.params,
-            self.windows.train_WS[order],
-            self.windows.special,
-            None,
+            special=self.windows.special,
+            scales=None,
             cfg=self.cfg,
             config=self.config,
             dtype="float32",
-        ):
+        )
+        first = token_WS[: self.config.windows_per_call]
+        norm_LT = np.concatenate(
+            [np.linalg.norm(w, axis=-1) for _, w in every(token_WS=first)], axis=1
+        )
+        if not norm_LT.shape[1]:
+            raise InputError("the data has no token to train on: all are special")
+        bound_L = bound(norm_LT, self.config.outlier)
+        for read_LTD, write_LTD in every(token_WS=token_WS, bound_L=bound_L):
             if not read_LTD.shape[1]:
                 continue
             read = merge_moments(read, Moments.of(read_LTD))
@@ -165,7 +198,7 @@ class Chunks:
                 break
         if read is None or write is None:
             raise InputError("the data has no token to train on: all are special")
-        return scales_of(read, write)
+        return scales_of(read, write, bound_L)
 
     def rows(self, chunk: int, turn: int) -> tuple[np.ndarray, np.ndarray]:
         """Shuffled reads and writes [L, N, D] of a chunk, normalised."""
@@ -234,6 +267,7 @@ class Chunks:
             end = at + read_LTD.shape[1]
             read_LND[:, at:end], write_LND[:, at:end] = read_LTD, write_LTD
             at = end
+        read_LND, write_LND = read_LND[:, :at], write_LND[:, :at]  # no outliers
         if self.store is not None:
             self._write_stored(self.store, chunk, read_LND, write_LND)
         return read_LND, write_LND
@@ -283,7 +317,11 @@ class Chunks:
     ) -> None:
         file = store / f"chunk_{chunk:06d}.safetensors"
         with atomic_path(file) as temporary:
-            tensors = {"read_LND": read_LND, "write_LND": write_LND}
+            # safetensors writes the memory, whatever the strides say
+            tensors = {
+                "read_LND": np.ascontiguousarray(read_LND),
+                "write_LND": np.ascontiguousarray(write_LND),
+            }
             safetensors.numpy.save_file(tensors, temporary)
         self._record(store, file)
 

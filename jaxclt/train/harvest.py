@@ -39,8 +39,10 @@ def harvest(
     cfg: LMConfig,
     site: ReadSite,
     dtype: str = "float32",
-) -> tuple[Array, Array]:
-    """Reads and writes [L, W S, D] of a batch of windows, all positions.
+) -> tuple[Array, Array, Array]:
+    """Reads and writes [L, W S, D] of a batch of windows, all positions, and norms.
+
+    The norms [L, W S] are of the writes in raw units, whatever `scales` says.
 
     Padding (-1) stands behind the text, where a causal model does not see it.
 
@@ -58,9 +60,10 @@ def harvest(
     read_LWSD, write_LWSD = jax.vmap(one, out_axes=1)(token_WS)
     L, W, S, D = read_LWSD.shape
     read_LTD, write_LTD = (x.reshape(L, W * S, D) for x in (read_LWSD, write_LWSD))
+    norm_LT = jnp.sqrt(jnp.sum(jnp.square(write_LTD), -1))
     if scales is not None:
         read_LTD, write_LTD = normalise(scales, read_LTD, write_LTD)
-    return read_LTD.astype(dtype), write_LTD.astype(dtype)
+    return read_LTD.astype(dtype), write_LTD.astype(dtype), norm_LT
 
 
 @partial(jax.jit, static_argnames=("cfg", "site"))

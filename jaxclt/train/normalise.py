@@ -30,6 +30,7 @@ class Scales:
     read_scale_L: Array
     write_mean_LD: Array
     write_scale_L: Array
+    bound_L: Array  # tokens whose raw write norm is above this anywhere are left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +62,14 @@ def merge_moments(a: Moments | None, b: Moments) -> Moments:
     )
 
 
-def scales_of(read: Moments, write: Moments) -> Scales:
-    """Means per dimension and one scale per layer; a constant layer keeps scale 1."""
+def scales_of(read: Moments, write: Moments, bound_L: np.ndarray) -> Scales:
+    """Means per dimension and one scale per layer; a constant layer keeps scale 1.
+
+    Args:
+      read: moments of the reads.
+      write: moments of the writes.
+      bound_L: largest write norm of a token that counts, raw units.
+    """
 
     def scale(m: Moments) -> np.ndarray:
         std_L = np.sqrt((m.m2_LD / m.n).mean(1))
@@ -73,6 +80,7 @@ def scales_of(read: Moments, write: Moments) -> Scales:
         read_scale_L=jnp.asarray(scale(read)),
         write_mean_LD=jnp.asarray(write.mean_LD.astype(np.float32)),
         write_scale_L=jnp.asarray(scale(write)),
+        bound_L=jnp.asarray(bound_L, jnp.float32),
     )
 
 

@@ -103,7 +103,7 @@ def test_harvest_is_what_record_says(windows: Windows, site):
     model = tiny_model()
     token_WS = windows.train_WS[:3].copy()
     token_WS[1, 20:] = -1
-    read, write = harvest(
+    read, write, norm = harvest(
         model.params, jnp.asarray(token_WS), None, cfg=model.cfg, site=site
     )
     rec = jax.jit(partial(record, cfg=model.cfg))
@@ -118,6 +118,8 @@ def test_harvest_is_what_record_says(windows: Windows, site):
         here = slice(32 * w, 32 * w + n)
         np.testing.assert_allclose(read[:, here], want[:, :n], atol=1e-5)
         np.testing.assert_allclose(write[:, here], one.write_LTD[:, :n], atol=1e-5)
+        size = np.linalg.norm(one.write_LTD[:, :n], axis=-1)
+        np.testing.assert_allclose(norm[:, here], size, rtol=1e-4)
 
 
 def test_moments_merge_to_those_of_everything():
@@ -127,7 +129,7 @@ def test_moments_merge_to_those_of_everything():
         merged = merge_moments(merged, Moments.of(part))
     assert merged is not None
     np.testing.assert_allclose(merged.mean_LD, x.mean(1, dtype=np.float64))
-    scales = scales_of(merged, merged)
+    scales = scales_of(merged, merged, np.ones(2))
     np.testing.assert_allclose(
         scales.read_scale_L, np.sqrt(x.var(1, dtype=np.float64).mean(1)), rtol=1e-6
     )
@@ -140,7 +142,7 @@ def test_chunks_are_normalised_training_rows(windows: Windows):
     order = window_order(0, len(windows.train_WS), 0, made.windows_per_chunk)
     token_WS = windows.train_WS[order]
     assert read.shape[1] == valid_rows(token_WS, windows.special).sum()
-    raw, _ = harvest(
+    raw, *_ = harvest(
         made.params, jnp.asarray(token_WS), None, cfg=made.cfg, site="mlp_in"
     )
     s = made.scales
@@ -176,6 +178,28 @@ def test_the_place_in_the_data_is_exact(windows: Windows):
     turns = [made.rows(0, t)[0] for t in (0, 1)]
     assert not np.array_equal(*turns)
     np.testing.assert_array_equal(*(np.sort(t, axis=1) for t in turns))
+
+
+def test_tokens_with_enormous_writes_are_left_out(windows: Windows):
+    """One of them would be most of a layer's variance."""
+    every, some = make(windows, outlier=0.0), make(windows, outlier=1.3)
+    norms = [np.linalg.norm(c.rows(0, 0)[1], axis=-1) for c in (every, some)]
+    assert every.scales is not None
+    assert some.scales is not None
+    assert np.isinf(np.asarray(every.scales.bound_L)).all()
+    raw, write, norm_LT = harvest(
+        every.params,
+        jnp.asarray(windows.train_WS[window_order(0, len(windows.train_WS), 0, 8)]),
+        None,
+        cfg=every.cfg,
+        site="mlp_in",
+    )
+    del raw, write
+    keep = (np.asarray(norm_LT) <= np.asarray(some.scales.bound_L)[:, None]).all(0)
+    valid = valid_rows(
+        windows.train_WS[window_order(0, len(windows.train_WS), 0, 8)], windows.special
+    ).ravel()
+    assert norms[1].shape[1] == (keep & valid).sum() < valid.sum() == norms[0].shape[1]
 
 
 def test_every_window_comes_once_an_epoch():
@@ -217,6 +241,7 @@ def random_scales(L: int, D: int) -> Scales:
         read_scale_L=jnp.exp(jax.random.normal(b, (L,))),
         write_mean_LD=jax.random.normal(c, (L, D)),
         write_scale_L=jnp.exp(jax.random.normal(d, (L,))),
+        bound_L=jnp.ones(L),
     )
 
 
@@ -276,7 +301,7 @@ def test_the_mlps_response_is_its_derivative(windows: Windows, site):
     """Central differences of the model's own reads and writes, in normalised units."""
     model = tiny_model()
     scales = random_scales(model.cfg.n_layers, model.cfg.d_model)
-    read, _ = harvest(
+    read, *_ = harvest(
         model.params, jnp.asarray(windows.train_WS[:1]), None, cfg=model.cfg, site=site
     )
     x = (read - scales.read_mean_LD[:, None]) / scales.read_scale_L[:, None, None]

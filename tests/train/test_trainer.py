@@ -81,10 +81,13 @@ def test_the_export_does_on_held_out_text_what_the_card_says(whole: Path):
     dictionary = jaxclt.load_dictionary(whole, model)
     windows = np.load(whole / "windows.npz", allow_pickle=False)
     held = windows["held_WS"]
-    read, write = harvest(
+    read, write, norm = harvest(
         model.params, held, None, cfg=model.cfg, site=dictionary.cfg.read
     )
-    keep = np.flatnonzero(valid_rows(held, model.tokenizer.special_ids))[:300]
+    bound_L = np.load(whole / "scales.npz")["bound_L"]
+    fits = (np.asarray(norm) <= bound_L[:, None]).all(0)
+    keep = valid_rows(held, model.tokenizer.special_ids).ravel() & fits
+    keep = np.flatnonzero(keep)[:300]
     read, write = read[:, keep], write[:, keep]
     clt = dictionary.params
     a = encode(clt, read, cfg=dictionary.cfg)
