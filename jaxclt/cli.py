@@ -164,6 +164,9 @@ class ViewConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line and exit."""
+    from jaxclt.train.command import TrainCommand, run_train, train_defaults
+
+    defaults = train_defaults(sys.argv[1:] if argv is None else argv)
     config = tyro.cli(
         Annotated[TraceConfig, tyro.conf.subcommand("trace")]  # pyright: ignore
         | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
@@ -171,7 +174,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         | Annotated[ViewConfig, tyro.conf.subcommand("view")]
         | Annotated[ExplainConfig, tyro.conf.subcommand("explain")]
         | Annotated[PatchConfig, tyro.conf.subcommand("patch")]
-        | Annotated[ValidateConfig, tyro.conf.subcommand("validate")],
+        | Annotated[ValidateConfig, tyro.conf.subcommand("validate")]
+        | Annotated[TrainCommand, tyro.conf.subcommand("train", default=defaults)],
         args=argv,
         prog="jaxclt",
         description="Circuit tracing in JAX: explain a prediction as a feature graph.",
@@ -185,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ExplainConfig: run_explain,
         PatchConfig: lambda config, say: run_patch(config, say, _progress),
         ValidateConfig: lambda config, say: run_validate(config, say, _progress),
+        TrainCommand: run_train,
     }[type(config)]
     say = Console(stderr=True, highlight=False)
     try:

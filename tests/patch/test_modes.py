@@ -274,7 +274,7 @@ def neurons(k: int | None) -> tuple[Any, Any, Any]:
         active = dictionary.active(t.params, t.recording, t.cfg)
         graph = attribute_recording(
             t.params, t.recording, active, t.targets, cfg=t.cfg, meta=t.meta,
-            config=AttributeConfig(max_features=None),
+            config=AttributeConfig(max_features=None, tolerance=0.0),
         )  # fmt: skip
         return dictionary, active, graph
 

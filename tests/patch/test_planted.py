@@ -67,7 +67,7 @@ def planted() -> tuple[Graph, Patchable, Any]:
             targets,
             cfg=t.cfg,
             meta=t.meta,
-            config=AttributeConfig(max_features=None),
+            config=AttributeConfig(max_features=None, tolerance=0.0),
         )
         return graph, make_patchable(dictionary, params, rec, t.cfg), dictionary
 

@@ -1,0 +1,111 @@
+"""Checkpoints that are whole or ignored.
+
+Orbax writes the arrays; a manifest with the SHA-256 of every file is written last. A
+checkpoint without a manifest, or whose files differ from it, is damaged: it is reported
+and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxclt.io.atomic import atomic_path
+
+__all__ = ["newest_intact", "restore_checkpoint", "save_checkpoint"]
+
+
+def save_checkpoint(
+    folder: Path, step: int, state: Any, position: dict[str, Any], *, keep: int = 2
+) -> Path:
+    """Write ``folder/step`` and drop the oldest beyond `keep`; return its path.
+
+    Args:
+      folder: of all checkpoints of a run.
+      step: number of steps done.
+      state: any pytree of arrays.
+      position: JSON beside it: where the data goes on.
+      keep: newest checkpoints to keep.
+    """
+    path = (folder / f"{step:08d}").resolve()
+    # A half-written one of the same step may be left from a killed process.
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "state", state)
+        checkpointer.wait_until_finished()
+    manifest = {"step": step, "position": position, "files": _digests(path)}
+    with atomic_path(path / "manifest.json") as temporary:
+        temporary.write_text(json.dumps(manifest), "utf-8")
+    # Newer ones can only be damaged: this run went on from before them.
+    numbered = [p for p in _numbered(folder) if int(p.name) <= step]
+    for old in {*_numbered(folder)} - {*numbered[-keep:]}:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def newest_intact(
+    folder: Path, warn: Callable[[str], None] = lambda line: None
+) -> Path | None:
+    """The newest checkpoint whose files are what its manifest says, or None.
+
+    Args:
+      folder: of all checkpoints of a run.
+      warn: called with a line for every damaged one that is passed over.
+    """
+    for path in reversed(_numbered(folder)):
+        reason = _damage(path)
+        if reason is None:
+            return path
+        warn(f"checkpoint {path} is damaged ({reason}); trying the one before it")
+    return None
+
+
+def restore_checkpoint(path: Path, like: Any) -> tuple[int, Any, dict[str, Any]]:
+    """Step, state and position of an intact checkpoint.
+
+    Args:
+      path: from `newest_intact`.
+      like: a pytree of the same structure; its shardings are taken.
+    """
+    manifest = json.loads((path / "manifest.json").read_text("utf-8"))
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(path / "state", abstract)
+    return manifest["step"], state, manifest["position"]
+
+
+def _numbered(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p.resolve() for p in folder.iterdir() if p.name.isdecimal())
+
+
+def _digests(path: Path) -> dict[str, str]:
+    found = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file.name != "manifest.json":
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            found[file.relative_to(path).as_posix()] = digest
+    return found
+
+
+def _damage(path: Path) -> str | None:
+    file = path / "manifest.json"
+    if not file.is_file():
+        return "it was not finished"
+    try:
+        files = json.loads(file.read_text("utf-8"))["files"]
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        return "its manifest cannot be read"
+    found = _digests(path)
+    wrong = [name for name in files if found.get(name) != files[name]]
+    return f"{wrong[0]} differs from its checksum" if wrong else None

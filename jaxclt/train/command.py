@@ -1,0 +1,163 @@
+"""`jaxclt train`: its flags and what they do."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from jaxclt.train.config import PRESETS, TrainConfig, preset
+
+if TYPE_CHECKING:
+    from jaxclt.train.trainer import Listener
+
+__all__ = ["TrainCommand", "run_train", "train_defaults"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainCommand(TrainConfig):
+    """Train a cross-layer or per-layer transcoder; resumes from --out by itself."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="M")]
+    """Known name (see `jaxclt fetch --list`), local directory, GGUF file or hub id."""
+    data: str
+    """Text file, or folder of .txt, .md, .rst, .utf8 and .jsonl files."""
+    out: Path
+    """Directory of the run."""
+    preset: str = "default"
+    """Recipe whose values are the defaults of all other flags."""
+    mesh: str = ""
+    """Devices, like data=1,feature=8: tokens and features are split over them."""
+    store: str = ""
+    """Folder that keeps harvested activations, for several runs on the same data."""
+    dry_run: bool = False
+    """Say what the run would cost, on a mesh that need not exist here, and stop."""
+    json: bool = False
+    """Print the result as JSON on stdout."""
+    debug: bool = False
+    """Show tracebacks."""
+
+    def __post_init__(self) -> None:
+        """The values are checked by `config`, once errors are reported as lines."""
+
+    def config(self) -> TrainConfig:
+        """The recipe without what only this command knows.
+
+        Raises:
+          InputError: for values out of their range.
+        """
+        names = [f.name for f in dataclasses.fields(TrainConfig)]
+        return TrainConfig(**{name: getattr(self, name) for name in names})
+
+
+def train_defaults(argv: Sequence[str]) -> TrainCommand:
+    """The command with the defaults of the preset that `argv` names.
+
+    Read before the command line is parsed, so that --help shows what would be used.
+    """
+    name = "default"
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word == "--preset":
+            name = following
+        elif word.startswith("--preset="):
+            name = word.partition("=")[2]
+    known: Any = PRESETS.get(name, {})  # an unknown one is refused when it is run
+    missing: Any = tyro.MISSING
+    return TrainCommand(model=missing, data=missing, out=missing, preset=name, **known)
+
+
+def run_train(command: TrainCommand, say: Console) -> None:
+    """Run the command; results on stdout, progress on `say`."""
+    from jaxclt.io.model import load_model
+    from jaxclt.train import dryrun, sharding
+    from jaxclt.train.trainer import train
+
+    preset(command.preset)
+    sizes = sharding.parse_mesh(command.mesh)
+
+    def line(text: str) -> None:
+        say.print(text, markup=False, soft_wrap=True)
+
+    config = command.config()
+    model = load_model(command.model, progress=line)
+    if command.dry_run:
+        found = dryrun.estimate(config, model.cfg, sizes)
+        if command.json:
+            print(json.dumps(dryrun.as_json(found)))  # noqa: T201
+        else:
+            for text in found.lines():
+                Console().print(text, markup=False, soft_wrap=True)
+        return
+    with _progress(say, config.n_steps) as listener:
+        card = train(
+            model,
+            command.data,
+            command.out,
+            config,
+            mesh=command.mesh,
+            store=command.store or None,
+            listener=listener,
+        )
+    if command.json:
+        print(json.dumps(card))  # noqa: T201
+        return
+    metrics = card["metrics"]
+    Console().print(
+        f"held-out FVU {metrics['fvu']:.3f}, {metrics['l0']:.1f} features a layer and "
+        f"token, {metrics['dead']:.1%} silent: {command.out}/card.json",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@contextlib.contextmanager
+def _progress(say: Console, n_steps: int) -> Iterator[Listener]:
+    """A bar with tokens/s, ETA, FVU, L0 and the dead share."""
+    from jaxclt.train.trainer import Listener
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=say, transient=True) as bar:
+        task = bar.add_task("starting", total=None, state="")
+
+        def stage(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total, state="")
+
+        def step(record: dict[str, Any]) -> None:
+            eta = record["eta_s"]
+            minutes = f"{eta / 60:,.1f} min left" if math.isfinite(eta) else ""
+            state = (
+                f"{record['tokens_per_s']:,.0f} tokens/s, FVU {record['fvu']:.3f}, "
+                f"L0 {record['l0']:.1f}, dead {record['dead']:.1%}, {minutes}"
+            )
+            bar.update(
+                task,
+                description="steps",
+                completed=record["step"],
+                total=n_steps,
+                state=state,
+            )
+
+        def line(text: str) -> None:
+            say.print(text, markup=False, soft_wrap=True)
+
+        yield Listener(stage=stage, step=step, line=line)

@@ -1,0 +1,79 @@
+"""From training weights to a dictionary that anybody can use.
+
+TopK and BatchTopK gates couple features (within a token, within a batch); a dictionary
+for graphs, and circuit-tracer's format, need one threshold per feature. `calibrate`
+finds one per layer that keeps the same number of features per token on training text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxclt.clt.config import CLTConfig
+from jaxclt.train.normalise import Scales, fold
+from jaxclt.train.params import LayerParams, Spec, TrainParams, to_clt
+from jaxclt.types import CLTParams
+
+__all__ = ["calibrate", "threshold_form", "to_dictionary"]
+
+
+@partial(jax.jit, static_argnames="k")
+def _layer_threshold(p: LayerParams, read_TD: Array, k: int) -> Array:
+    read_TD = read_TD.astype(p.W_enc_FD.dtype)
+    pre_TF = read_TD @ p.W_enc_FD.T + p.b_enc_F[None]
+    descending = -jnp.sort(-pre_TF.reshape(-1))
+    n = k * len(pre_TF)
+    if n >= descending.size:
+        return jnp.zeros((), pre_TF.dtype)
+    # Strictly above the middle of the gap: exactly k per token on average.
+    return jnp.maximum((descending[n - 1] + descending[n]) / 2, 0.0)
+
+
+def calibrate(params: TrainParams, read_LTD: np.ndarray | Array, k: int) -> Array:
+    """One threshold per layer [L] that keeps k features per token on average.
+
+    Fewer when less than k per token are positive, since thresholds are not negative.
+
+    Args:
+      params: weights, in the units of `read_LTD`.
+      read_LTD: training tokens; some thousands.
+      k: features per layer and token.
+    """
+    return jnp.stack(
+        [
+            _layer_threshold(p, jnp.asarray(read_TD), k)
+            for p, read_TD in zip(params, read_LTD, strict=True)
+        ]
+    )
+
+
+def threshold_form(
+    params: TrainParams, spec: Spec, theta_L: Array | None = None
+) -> tuple[CLTParams, CLTConfig]:
+    """The dictionary in normalised units, its gate a threshold (or ReLU).
+
+    Args:
+      params: weights.
+      spec: what was trained.
+      theta_L: from `calibrate`; needed by topk and batch_topk, ignored by others.
+    """
+    clt, cfg = to_clt(params), spec.clt_config()
+    if spec.activation in ("topk", "batch_topk"):
+        assert theta_L is not None
+        theta_LF = jnp.broadcast_to(theta_L[:, None], clt.b_enc_LF.shape)
+        clt = dataclasses.replace(clt, theta_LF=theta_LF.astype(clt.b_enc_LF.dtype))
+    return clt, cfg
+
+
+def to_dictionary(
+    params: TrainParams, spec: Spec, scales: Scales, theta_L: Array | None = None
+) -> tuple[CLTParams, CLTConfig]:
+    """The dictionary in the model's own units: thresholds, then the scales folded."""
+    clt, cfg = threshold_form(params, spec, theta_L)
+    return fold(clt, scales), cfg

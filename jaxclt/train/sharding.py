@@ -1,0 +1,99 @@
+"""The mesh ('data', 'feature'): features split over devices, tokens likewise.
+
+Encoder columns, thresholds and decoder rows of a feature live on one device, so its
+decoder norm is local; reconstructions are summed over 'feature', gradients over 'data'.
+The only module that names mesh axes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxclt.errors import InputError
+
+__all__ = ["batch_sharding", "make_mesh", "parse_mesh", "shard_state", "state_sharding"]
+
+# By the suffix of a leaf's name; everything else is on every device.
+_BY_NAME = {
+    "W_enc_FD": P("feature", None),
+    "b_enc_F": P("feature"),
+    "theta_F": P("feature"),
+    "W_dec_FMD": P("feature", None, None),
+    "silent_LF": P(None, "feature"),
+    "density_LF": P(None, "feature"),
+}
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """``data=1,feature=8`` as sizes; both axes default to 1.
+
+    Raises:
+      InputError: for anything else.
+    """
+    sizes = {"data": 1, "feature": 1}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name not in sizes or not size.isdecimal() or int(size) < 1:
+            raise InputError(f"--mesh {text!r}: write it like data=1,feature=8")
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(sizes: dict[str, int], n_features: int, batch_tokens: int) -> Mesh:
+    """The mesh on the devices of all processes.
+
+    Raises:
+      InputError: if there are too few devices, or a size does not divide.
+    """
+    n = sizes["data"] * sizes["feature"]
+    if n > jax.device_count():
+        raise InputError(
+            f"--mesh needs {n} devices and there are {jax.device_count()}: make it "
+            "smaller, or use --dry-run"
+        )
+    if n_features % sizes["feature"]:
+        raise InputError(
+            f"--features {n_features} must be a multiple of the {sizes['feature']} "
+            "devices that share them"
+        )
+    if batch_tokens % sizes["data"]:
+        raise InputError(
+            f"--batch-tokens {batch_tokens} must be a multiple of the {sizes['data']} "
+            "devices that share them"
+        )
+    return jax.make_mesh(
+        (sizes["data"], sizes["feature"]),
+        ("data", "feature"),
+        devices=jax.devices()[:n],
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of reads and writes [L, T, D]: tokens over 'data'."""
+    return NamedSharding(mesh, P(None, "data", None))
+
+
+def state_sharding(state: Any, mesh: Mesh) -> Any:
+    """Sharding of every leaf of a training state, optimiser moments included."""
+
+    def of(path: tuple, leaf: Any) -> NamedSharding:
+        del leaf
+        name = next(
+            (key.name for key in reversed(path) if isinstance(key, _ATTRIBUTE)), ""
+        )
+        return NamedSharding(mesh, _BY_NAME.get(name, P()))
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+_ATTRIBUTE = jax.tree_util.GetAttrKey
+
+
+def shard_state(state: Any, mesh: Mesh) -> Any:
+    """The state laid out on the mesh."""
+    return jax.device_put(state, state_sharding(state, mesh))

@@ -1,0 +1,444 @@
+"""One training step: gradients, clipping, Adam, counters, and the L0 controller.
+
+`gradients` is plain automatic differentiation; `two_pass` gives the same numbers with
+one source layer's gradient in memory at a time: the loss of a separable objective
+depends on the layers only through the sum of their writes, so with
+``r = ∂loss/∂writes`` from a first pass the gradient of layer s alone is that of
+
+    Σ <r, writes_s(p_s)> + penalty_s(p_s).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import Array
+
+from jaxclt.errors import InputError
+from jaxclt.train.objectives import (
+    Batch,
+    LayerBatch,
+    Metrics,
+    Objective,
+    Separable,
+    Values,
+    read_out,
+    separable_loss,
+)
+from jaxclt.train.params import LayerParams, Spec, TrainParams
+from jaxclt.train.schedules import Control, Weights, control_start, steer, values
+
+__all__ = [
+    "Recipe",
+    "TrainState",
+    "finish_step",
+    "gradients",
+    "init_state",
+    "make_step",
+    "optimiser",
+    "two_pass",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a step needs to know besides the objective; hashable."""
+
+    n_steps: int
+    weights: Weights = dataclasses.field(default_factory=Weights)
+    l0: float | None = None  # total L0 that the controller holds; None: no controller
+    gain: float = 0.02  # of the controller
+    clip: float = 1.0  # of the gradient's norm, thresholds left out; 0: none
+    accumulate: int = 1  # gradients of this many parts of a batch are averaged
+    memory: str = "full"  # full | remat | per_source
+    dead_tokens: int = 1_000_000  # silent for so many tokens is dead
+    half_life: float = 1_000_000.0  # of the running density, in tokens
+
+
+@struct.dataclass
+class TrainState:
+    """All that a run needs to go on, besides the data."""
+
+    step: Array  # int32
+    params: TrainParams
+    opt: tuple[Any, ...]  # optimiser state of each layer
+    control: Control
+    silent_LF: Array  # int32: tokens since each feature fired
+    density_LF: Array  # running share of tokens on which each fired
+    grad_norm: Array  # of the step before, thresholds left out
+    key: Array  # raw data of the PRNG key that random draws of a step come from
+
+
+def optimiser(
+    rate: optax.Schedule | float, *, b1: float = 0.9, b2: float = 0.999
+) -> optax.GradientTransformation:
+    """Adam with float32 moments; every layer has its own state."""
+    return optax.adam(rate, b1=b1, b2=b2, eps=1e-8)
+
+
+def init_state(
+    params: TrainParams, tx: optax.GradientTransformation, key: Array
+) -> TrainState:
+    """Nothing learned yet."""
+    shape = (len(params), len(params[0].b_enc_F))
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt=tuple(tx.init(p) for p in params),  # pyright: ignore[reportArgumentType]
+        control=control_start(),
+        silent_LF=jnp.zeros(shape, jnp.int32),
+        density_LF=jnp.zeros(shape, jnp.float32),
+        grad_norm=jnp.float32(0),
+        key=jax.random.key_data(key),
+    )
+
+
+def gradients(
+    objective: Objective,
+    params: TrainParams,
+    batch: Batch,
+    values: Values,
+    spec: Spec,
+    *,
+    accumulate: int = 1,
+    remat: bool = False,
+) -> tuple[TrainParams, Metrics]:
+    """Gradient and metrics by automatic differentiation.
+
+    Args:
+      objective: any.
+      params: weights.
+      batch: tokens.
+      values: schedule values.
+      spec: what is trained.
+      accumulate: parts of the batch, one after the other; gradients and metrics are
+        their means.
+      remat: recompute layers in the backward pass (separable objectives).
+    """
+
+    def loss(params: TrainParams, batch: Batch) -> tuple[Array, Metrics]:
+        if isinstance(objective, Separable):
+            total, metrics = separable_loss(
+                objective, params, batch, values, spec, remat=remat
+            )
+        else:
+            total, metrics = objective(params, batch, values, spec)
+        return total, metrics | {"loss": total}
+
+    grad = jax.grad(loss, has_aux=True)
+    if accumulate == 1:
+        return grad(params, batch)
+
+    def part(carry: Any, batch: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, grad(params, batch)), None
+
+    parts = _parts(batch, accumulate)
+    first = jax.tree.map(lambda x: x[0], parts)
+    rest = jax.tree.map(lambda x: x[1:], parts)
+    total, _ = jax.lax.scan(part, grad(params, first), rest)
+    return jax.tree.map(lambda x: x / jnp.asarray(accumulate, x.dtype), total)
+
+
+def _parts(batch: Batch, n: int) -> Batch:
+    """The batch cut along its tokens, on a new leading axis."""
+
+    def cut(x_LTD: Array) -> Array:
+        L, T, D = x_LTD.shape
+        return x_LTD.reshape(L, n, T // n, D).swapaxes(0, 1)
+
+    return Batch(
+        read_LTD=cut(batch.read_LTD),
+        write_LTD=cut(batch.write_LTD),
+        dead_LF=jnp.broadcast_to(batch.dead_LF[None], (n, *batch.dead_LF.shape)),
+        tangent_LTD=None if batch.tangent_LTD is None else cut(batch.tangent_LTD),
+        response_LTD=None if batch.response_LTD is None else cut(batch.response_LTD),
+    )
+
+
+def first_pass(
+    objective: Separable, params: TrainParams, batch: Batch, values: Values, spec: Spec
+) -> tuple[dict[str, tuple[Array, ...]], Metrics]:
+    """The residual ``∂readout/∂writes`` per channel and target, and the metrics."""
+    emitted, l0, density, penalty = [], [], [], jnp.zeros((), batch_dtype(params))
+    for layer, p in enumerate(params):
+        e = objective.emit(p, batch.layer(layer), values, spec)
+        emitted.append(e.writes)
+        l0.append(e.l0)
+        density.append(e.density_F)
+        penalty += e.penalty
+    writes = read_out(emitted, spec)
+    back, metrics = jax.grad(
+        lambda w: _with_loss(objective.readout(w, batch, values, spec)), has_aux=True
+    )(writes)
+    return back, metrics | {
+        "loss": metrics["reconstruction"] + penalty,
+        "l0_L": jnp.stack(l0),
+        "density_LF": jnp.stack(density),
+    }
+
+
+def _with_loss(found: tuple[Array, Metrics]) -> tuple[Array, Metrics]:
+    loss, metrics = found
+    return loss, metrics | {"reconstruction": loss}
+
+
+def batch_dtype(params: TrainParams) -> jnp.dtype:
+    """The dtype that losses are summed in."""
+    return params[0].W_enc_FD.dtype
+
+
+def source_gradient(
+    objective: Separable,
+    p: LayerParams,
+    back: dict[str, tuple[Array, ...]],
+    x: LayerBatch,
+    values: Values,
+    spec: Spec,
+) -> LayerParams:
+    """Second pass: the gradient of one source layer, its activations recomputed.
+
+    Args:
+      objective: emit and readout.
+      p: weights of the layer.
+      back: per channel, the residual at each MLP output that the layer writes.
+      x: what its features see.
+      values: schedule values.
+      spec: what is trained.
+    """
+
+    def part(p: LayerParams) -> Array:
+        emitted = objective.emit(p, x, values, spec)
+        total = emitted.penalty
+        for name, write_TMD in emitted.writes.items():
+            total += jnp.sum(jnp.stack(back[name], axis=1) * write_TMD)
+        return total
+
+    return jax.grad(part)(p)
+
+
+def _near(
+    back: dict[str, tuple[Array, ...]], layer: int, spec: Spec
+) -> dict[str, tuple[Array, ...]]:
+    """The residual at the outputs that one layer writes."""
+    end = layer + spec.n_writes(layer)
+    return {name: parts[layer:end] for name, parts in back.items()}
+
+
+def two_pass(
+    objective: Separable, params: TrainParams, batch: Batch, values: Values, spec: Spec
+) -> tuple[TrainParams, Metrics]:
+    """The same gradient as `gradients`, layer by layer from the residual."""
+    back, metrics = first_pass(objective, params, batch, values, spec)
+    grads = tuple(
+        source_gradient(
+            objective, p, _near(back, l, spec), batch.layer(l), values, spec
+        )
+        for l, p in enumerate(params)
+    )
+    return grads, metrics
+
+
+def clip_norm_squared(grad: LayerParams) -> Array:
+    """Squared norm of a layer's gradient without its thresholds, float32."""
+    rest = dataclasses.replace(grad, theta_F=None)
+    return sum(
+        (jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(rest)),
+        start=jnp.float32(0),
+    )
+
+
+def update_layer(
+    tx: optax.GradientTransformation,
+    p: LayerParams,
+    opt: Any,
+    grad: LayerParams,
+    norm: Array,
+    clip: float,
+) -> tuple[LayerParams, Any]:
+    """Clip, take an Adam step, keep thresholds from going below zero.
+
+    Thresholds are not clipped: their gradient is a sum of few large terms and would
+    set the norm of everything else.
+    """
+    if clip > 0:
+        scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
+        theta_F = grad.theta_F
+        grad = jax.tree.map(lambda g: g * scale.astype(g.dtype), grad)
+        grad = dataclasses.replace(grad, theta_F=theta_F)
+    # optax mixes a Python float with its integer count, which strict promotion forbids.
+    with jax.numpy_dtype_promotion("standard"):
+        step, opt = tx.update(grad, opt, p)  # pyright: ignore[reportArgumentType]
+        new: Any = optax.apply_updates(p, step)  # pyright: ignore[reportArgumentType]
+    if new.theta_F is not None:
+        new = dataclasses.replace(
+            new, theta_F=jnp.maximum(new.theta_F, jnp.zeros((), new.theta_F.dtype))
+        )
+    return new, opt
+
+
+def finish_step(
+    state: TrainState,
+    params: TrainParams,
+    opt: tuple[Any, ...],
+    norm: Array,
+    metrics: Metrics,
+    recipe: Recipe,
+    n_tokens: int,
+) -> TrainState:
+    """Counters and controller after an update."""
+    density_LF = metrics["density_LF"].astype(jnp.float32)
+    keep = 0.5 ** (n_tokens / recipe.half_life)
+    # Unbiased while young: weigh by what the running mean has seen.
+    seen = 1 - keep ** (state.step.astype(jnp.float32) + 1)
+    running = state.density_LF + (1 - keep) / seen * (density_LF - state.density_LF)
+    control = state.control
+    if recipe.l0 is not None:
+        control = steer(control, metrics["l0_L"].sum(), recipe.l0, gain=recipe.gain)
+    ceiling = jnp.int32(2**30)
+    silent_LF = jnp.where(density_LF > 0, 0, state.silent_LF + n_tokens)
+    return TrainState(
+        step=state.step + 1,
+        params=params,
+        opt=opt,
+        control=control,
+        silent_LF=jnp.minimum(silent_LF.astype(jnp.int32), ceiling),
+        density_LF=running,
+        grad_norm=norm,
+        key=state.key,
+    )
+
+
+def summary(
+    metrics: Metrics, state: TrainState, now: Values, recipe: Recipe
+) -> Metrics:
+    """What is logged of a step: no array of the size of a layer's features."""
+    small = {k: v for k, v in metrics.items() if k != "density_LF"}
+    dead_LF = state.silent_LF >= recipe.dead_tokens
+    return small | {
+        "dead": dead_LF.astype(jnp.float32).mean(),
+        "dense": (state.density_LF > 0.1).astype(jnp.float32).mean(),
+        "sparsity_weight": now["sparsity"],
+        "grad_norm": state.grad_norm,
+    }
+
+
+StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_step(
+    objective: Objective,
+    spec: Spec,
+    tx: optax.GradientTransformation,
+    recipe: Recipe,
+) -> StepFn:
+    """The jitted step (state, batch) -> (state, metrics); the old state is consumed.
+
+    The batch's `dead_LF` is set from the state. With ``memory="per_source"`` the host
+    loops over source layers: each program computes one layer's gradient and updates
+    that layer in place, so gradients never take more than the largest layer. Its clip
+    uses the norm of the step before, the current one being unknown until the end.
+
+    Raises:
+      InputError: if the objective cannot be computed that way.
+    """
+    if recipe.memory == "per_source":
+        if not isinstance(objective, Separable):
+            raise InputError(
+                "--memory per_source needs a separable objective (emit and readout); "
+                "use --memory full"
+            )
+        if recipe.accumulate != 1:
+            raise InputError("--memory per_source: use --accumulate 1")
+        return _per_source_step(objective, spec, tx, recipe)
+
+    @partial(jax.jit, donate_argnums=(0,))
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        now, batch = _prepare(state, batch, recipe)
+        grads, metrics = gradients(
+            objective,
+            state.params,
+            batch,
+            now,
+            spec,
+            accumulate=recipe.accumulate,
+            remat=recipe.memory == "remat",
+        )
+        norm = jnp.sqrt(sum(map(clip_norm_squared, grads), start=jnp.float32(0)))
+        done = [
+            update_layer(tx, p, opt, grad, norm, recipe.clip)
+            for p, opt, grad in zip(state.params, state.opt, grads, strict=True)
+        ]
+        new = finish_step(
+            state,
+            tuple(p for p, _ in done),
+            tuple(o for _, o in done),
+            norm,
+            metrics,
+            recipe,
+            batch.read_LTD.shape[1],
+        )
+        return new, summary(metrics, new, now, recipe)
+
+    return step
+
+
+def _prepare(
+    state: TrainState, batch: Batch, recipe: Recipe
+) -> tuple[dict[str, Array], Batch]:
+    now = values(recipe.weights, state.step, recipe.n_steps, state.control)
+    dead_LF = state.silent_LF >= recipe.dead_tokens
+    return now, dataclasses.replace(batch, dead_LF=dead_LF)
+
+
+def _per_source_step(
+    objective: Separable, spec: Spec, tx: optax.GradientTransformation, recipe: Recipe
+) -> StepFn:
+    @jax.jit
+    def forward(state: TrainState, batch: Batch):
+        now, batch = _prepare(state, batch, recipe)
+        back, metrics = first_pass(objective, state.params, batch, now, spec)
+        return now, back, metrics
+
+    # One program for all layers that write as many outputs: the layer only chooses
+    # slices, which the host makes.
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def update(p, opt, back, x, now, norm):
+        grad = source_gradient(objective, p, back, x, now, spec)
+        return *update_layer(tx, p, opt, grad, norm, recipe.clip), clip_norm_squared(
+            grad
+        )
+
+    @jax.jit
+    def finish(state: TrainState, norm: Array, metrics: Metrics, now: Values, T: Array):
+        new = finish_step(state, (), (), norm, metrics, recipe, T.shape[0])
+        return new, summary(metrics, new, now, recipe)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        now, back, metrics = forward(state, batch)
+        dead_LF = state.silent_LF >= recipe.dead_tokens
+        batch = dataclasses.replace(batch, dead_LF=dead_LF)
+        params, opts, squares = [], [], []
+        layers = list(zip(state.params, state.opt, strict=True))
+        norm, T = state.grad_norm, batch.read_LTD.shape[1]
+        rest = dataclasses.replace(state, params=(), opt=())
+        del state
+        for l in range(spec.n_layers):
+            p, opt = layers[l]
+            layers[l] = ()  # pyright: ignore[reportArgumentType, reportCallIssue]
+            near = _near(back, l, spec)
+            p, opt, square = update(p, opt, near, batch.layer(l), now, norm)
+            params.append(p)
+            opts.append(opt)
+            squares.append(square)
+        total = jnp.sqrt(jnp.stack(squares).sum())
+        rest, logged = finish(rest, total, metrics, now, jnp.zeros(T))
+        return dataclasses.replace(rest, params=tuple(params), opt=tuple(opts)), logged
+
+    return step

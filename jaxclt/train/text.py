@@ -1,0 +1,177 @@
+"""Local text to windows of tokens, held-out documents apart.
+
+A document is a file, a line of a .jsonl file (its ``text``), or a part of a file
+between ``<|endoftext|>`` marks; long ones are cut at line ends into pieces, which
+count as documents. Documents are put in the order of their SHA-256, which shuffles
+them, drops copies, and decides who is held out, all without a random state.
+
+Special tokens are never trained on, nor is the first position of a window: there many
+models park attention, with activations hundreds of times larger than elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from jaxclt.errors import InputError
+from jaxclt.io.tokenizer import Tokenizer
+
+__all__ = ["Windows", "cut_windows", "read_documents", "split_documents", "valid_rows"]
+
+SUFFIXES = (".txt", ".md", ".rst", ".utf8", ".jsonl")
+PIECE = 20_000  # characters
+SHORTEST = 16  # tokens of a window worth running
+PAD = -1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Token windows [W, S], int32, padded with -1 behind the text."""
+
+    train_WS: np.ndarray
+    held_WS: np.ndarray
+    special: frozenset[int]
+    digest: str  # of both and of the special ids
+
+
+def read_documents(path: str | Path) -> Iterator[str]:
+    """Documents of a file or of all text files of a folder, in the order of names.
+
+    Raises:
+      InputError: if there is no text there, or a line of a .jsonl has none.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"--data {path}: there is no such file or folder")
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    files = [f for f in files if f.is_file() and f.suffix in SUFFIXES]
+    if not files:
+        raise InputError(f"--data {path}: no file ends in {', '.join(SUFFIXES)}")
+    for file in files:
+        text = file.read_text("utf-8", errors="replace")
+        if file.suffix != ".jsonl":
+            for document in text.split("<|endoftext|>"):
+                yield from _pieces(document.strip())
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                yield from _pieces(_jsonl_text(file, number, line))
+
+
+def _jsonl_text(file: Path, number: int, line: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file}:{number}: each line must be a JSON object with `text`"
+        ) from error
+    return str(text).strip()
+
+
+def _pieces(text: str) -> Iterator[str]:
+    while text:
+        end = len(text)
+        if end > PIECE:
+            cuts = (text.rfind(mark, PIECE // 2, PIECE) for mark in ("\n\n", "\n", " "))
+            end = next((cut for cut in cuts if cut > 0), PIECE)
+        yield text[:end]
+        text = text[end:].strip()
+
+
+def split_documents(
+    documents: Iterator[str], held: Iterator[str] | None, share: float
+) -> tuple[list[str], list[str]]:
+    """Training and held-out documents, each in the order of their hashes.
+
+    Args:
+      documents: to train on.
+      held: documents to evaluate on, never trained on; None takes `share` of the
+        others.
+      share: of the documents that are held out when `held` is None.
+
+    Raises:
+      InputError: if either part would be empty.
+    """
+    by_hash = {hashlib.sha256(d.encode()).hexdigest(): d for d in documents}
+    order = sorted(by_hash)
+    if held is not None:
+        apart = {hashlib.sha256(d.encode()).hexdigest(): d for d in held}
+    else:
+        # Hashes are uniform: the smallest ones are a random share.
+        apart = {h: by_hash[h] for h in order[: max(1, round(len(order) * share))]}
+    train = [by_hash[h] for h in order if h not in apart]
+    if not train or not apart:
+        raise InputError(
+            f"the data has {len(by_hash)} documents; at least one to train on and one "
+            "to hold out are needed"
+        )
+    return train, [apart[h] for h in sorted(apart)]
+
+
+def cut_windows(
+    train: list[str],
+    held: list[str],
+    tokenizer: Tokenizer,
+    *,
+    size: int,
+    train_tokens: int,
+    held_tokens: int,
+    on_tokens: Callable[[int, int], None] = lambda done, total: None,
+) -> Windows:
+    """Tokenise documents until there are enough tokens, and cut them into windows.
+
+    Args:
+      train: training documents.
+      held: held-out documents.
+      tokenizer: of the model; its bos opens every window if the model was trained so.
+      size: positions of a window.
+      train_tokens: stop after so many; fewer mean that the run sees some twice.
+      held_tokens: likewise.
+      on_tokens: progress.
+    """
+    opening = [tokenizer.bos_id] if tokenizer.adds_bos else []
+    if size < SHORTEST + 1:
+        raise InputError(f"--context {size}: windows need at least {SHORTEST + 1}")
+
+    def windows(documents: list[str], enough: int) -> np.ndarray:
+        rows, count = [], 0
+        body = size - len(opening)
+        for start in range(0, len(documents), 64):
+            batch = documents[start : start + 64]
+            encoded = tokenizer.backend(batch, add_special_tokens=False)["input_ids"]
+            for ids in encoded:
+                for i in range(0, len(ids), body):
+                    part = opening + ids[i : i + body]
+                    if len(part) >= SHORTEST:
+                        rows.append(part + [PAD] * (size - len(part)))
+                        count += len(part) - 1
+            on_tokens(min(count, enough), enough)
+            if count >= enough:
+                break
+        if not rows:
+            raise InputError(f"the data has no document of {SHORTEST} tokens")
+        return np.asarray(rows, np.int32)
+
+    train_WS, held_WS = windows(train, train_tokens), windows(held, held_tokens)
+    special = tokenizer.special_ids
+    digest = hashlib.sha256(train_WS.tobytes() + b"|" + held_WS.tobytes())
+    digest.update(repr(sorted(special)).encode())
+    return Windows(
+        train_WS=train_WS,
+        held_WS=held_WS,
+        special=frozenset(special),
+        digest=digest.hexdigest(),
+    )
+
+
+def valid_rows(token_WS: np.ndarray, special: frozenset[int]) -> np.ndarray:
+    """Which positions are trained on: no padding, no special token, not the first."""
+    valid_WS = (token_WS != PAD) & ~np.isin(token_WS, sorted(special))
+    valid_WS[:, 0] = False
+    return valid_WS

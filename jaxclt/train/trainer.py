@@ -1,0 +1,502 @@
+"""The shell of a run: load, prepare, loop, log, evaluate, checkpoint, export.
+
+A run is a directory. Starting the same command again goes on from its newest intact
+checkpoint, on one device with the same bits:
+
+| file | content |
+|---|---|
+| `run.json` | what the run is: config, model, data; another command may not resume it |
+| `windows.npz`, `scales.npz` | its token windows and its normalisation |
+| `metrics.jsonl` | a line per logged step, and one per evaluation |
+| `checkpoints/` | everything needed to go on |
+| `dictionary/` | the exported dictionary, renewed at every evaluation |
+| `card.json`, `README.md`, `curves.png` | what came out |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxclt.clt.config import CLTConfig
+from jaxclt.errors import InputError
+from jaxclt.io.atomic import atomic_path
+from jaxclt.io.dictionary import save_dictionary
+from jaxclt.io.model import Model
+from jaxclt.train import card, checkpoint, sharding
+from jaxclt.train.chunks import Chunks, Position, rows_of
+from jaxclt.train.config import TrainConfig
+from jaxclt.train.evaluate import decoder_reach, graph_scores, reconstruction
+from jaxclt.train.export import calibrate, threshold_form
+from jaxclt.train.harvest import mlp_response
+from jaxclt.train.normalise import Scales, fold
+from jaxclt.train.objectives import Batch, load_objective
+from jaxclt.train.params import Spec, init
+from jaxclt.train.replacement import agreement
+from jaxclt.train.schedules import learning_rate
+from jaxclt.train.step import TrainState, init_state, make_step, optimiser
+from jaxclt.train.text import (
+    Windows,
+    cut_windows,
+    read_documents,
+    split_documents,
+    valid_rows,
+)
+from jaxclt.types import CLTParams
+
+__all__ = ["DivergedError", "Listener", "train"]
+
+CALIBRATION_TOKENS = 4096
+
+
+class DivergedError(InputError):
+    """The loss is not finite, or far worse than predicting the mean."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Listener:
+    """What the caller wants to hear of a run."""
+
+    stage: Callable[[str, int, int], None] = lambda what, done, total: None
+    step: Callable[[dict[str, Any]], None] = lambda record: None
+    line: Callable[[str], None] = lambda text: None
+
+
+@dataclasses.dataclass
+class _Clock:
+    """Seconds spent in this process, by activity."""
+
+    data: float = 0.0
+    step: float = 0.0
+    evaluate: float = 0.0
+    checkpoint: float = 0.0
+
+
+def train(
+    model: Model,
+    data: str | Path,
+    out: str | Path,
+    config: TrainConfig,
+    *,
+    mesh: str = "",
+    store: str | Path | None = None,
+    listener: Listener | None = None,
+    stop_at: int | None = None,
+) -> dict[str, Any]:
+    """Train a dictionary, or go on with it, and export it.
+
+    Args:
+      model: from `jaxclt.load_model`.
+      data: a text file or a folder of them.
+      out: directory of the run.
+      config: the recipe.
+      mesh: ``data=1,feature=8``; all on one device if empty.
+      store: folder that keeps harvested chunks, for several runs on the same data.
+      listener: progress.
+      stop_at: pause after this step with a checkpoint, as if interrupted there.
+
+    Returns:
+      The card of the run, or the last record when it was paused.
+
+    Raises:
+      InputError: for what cannot be trained, or when `out` holds another run.
+      DivergedError: if the loss is not finite; names the last good checkpoint.
+    """
+    listener = listener or Listener()
+    run = _Run(model, Path(data), Path(out), config, mesh, store, listener)
+    return run.go(stop_at)
+
+
+class _Run:
+    """One run in this process."""
+
+    def __init__(
+        self,
+        model: Model,
+        data: Path,
+        out: Path,
+        config: TrainConfig,
+        mesh: str,
+        store: str | Path | None,
+        listener: Listener,
+    ) -> None:
+        self.model, self.out, self.config, self.say = model, out, config, listener
+        self.data = data
+        self.spec: Spec = config.spec(model.cfg)
+        self.recipe = config.recipe(model.cfg)
+        self.objective = load_objective(config.objective, config.terms(model.cfg))
+        sizes = sharding.parse_mesh(mesh)
+        self.mesh = (
+            sharding.make_mesh(sizes, config.features, config.batch_tokens)
+            if max(sizes.values()) > 1
+            else None
+        )
+        rate = learning_rate(config.lr, config.n_steps, warmup=config.warmup)
+        self.tx = optimiser(rate)
+        self.step_fn = make_step(self.objective, self.spec, self.tx, self.recipe)
+        self._check_directory()
+        self.windows = self._windows()
+        self.chunks = Chunks(
+            model.params,
+            model.cfg,
+            self.windows,
+            config.chunk_config(),
+            model_hash=model.hash,
+            store=None if store is None else Path(store),
+        )
+        self.scales = self._scales()
+        self.clock = _Clock()
+        self._held: tuple[np.ndarray, np.ndarray] | None = None
+        self._calibration: np.ndarray | None = None
+        self.last_good: Path | None = None
+
+    # -- preparation -------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        ours = dataclasses.asdict(self.config)
+        # What may change between two parts of a run without changing its weights.
+        for name in ("log_every", "eval_every", "checkpoint_every", "prompts"):
+            ours.pop(name)
+        for name in ("agreement_windows", "graph_features"):
+            ours.pop(name)
+        return {
+            "config": json.loads(json.dumps(ours)),
+            "model": self.model.hash,
+            "data": str(self.data),
+        }
+
+    def _check_directory(self) -> None:
+        file = self.out / "run.json"
+        ours = self._identity()
+        if not file.is_file():
+            if self.out.is_dir() and any(self.out.iterdir()):
+                raise InputError(
+                    f"--out {self.out} is not empty and holds no run: give another "
+                    "directory"
+                )
+            _write_json(file, ours)
+            return
+        theirs = json.loads(file.read_text("utf-8"))
+        for name, value in ours["config"].items():
+            old = theirs["config"].get(name)
+            if old != value:
+                flag = name.replace("_", "-")
+                raise InputError(
+                    f"--out {self.out} holds a run with --{flag} {old}, not {value}: "
+                    "give the same flags to go on, or another directory"
+                )
+        for name in ("model", "data"):
+            if theirs[name] != ours[name]:
+                raise InputError(
+                    f"--out {self.out} holds a run of another {name}: give another "
+                    "directory"
+                )
+
+    def _windows(self) -> Windows:
+        file = self.out / "windows.npz"
+        special = frozenset(self.model.tokenizer.special_ids)
+        if file.is_file():
+            with np.load(file, allow_pickle=False) as found:
+                return Windows(
+                    train_WS=found["train_WS"],
+                    held_WS=found["held_WS"],
+                    special=special,
+                    digest=str(found["digest"]),
+                )
+        config = self.config
+        held = read_documents(config.heldout) if config.heldout else None
+        train_docs, held_docs = split_documents(
+            read_documents(self.data), held, config.heldout_share
+        )
+        needed = max(math.ceil(config.tokens / config.reuse), config.norm_tokens)
+        windows = cut_windows(
+            train_docs,
+            held_docs,
+            self.model.tokenizer,
+            size=config.context,
+            train_tokens=needed + config.chunk_tokens,
+            held_tokens=config.heldout_tokens,
+            on_tokens=lambda done, total: self.say.stage("tokens", done, total),
+        )
+        with atomic_path(file) as temporary, temporary.open("wb") as stream:
+            np.savez(
+                stream,
+                train_WS=windows.train_WS,
+                held_WS=windows.held_WS,
+                digest=np.asarray(windows.digest),
+            )
+        return windows
+
+    def _scales(self) -> Scales:
+        file = self.out / "scales.npz"
+        names = [f.name for f in dataclasses.fields(Scales)]
+        if file.is_file():
+            with np.load(file, allow_pickle=False) as found:
+                scales = Scales(**{name: jnp.asarray(found[name]) for name in names})
+            self.chunks.scales = scales
+            return scales
+        scales = self.chunks.normalisation(
+            self.config.norm_tokens,
+            lambda done, total: self.say.stage("normalisation", done, total),
+        )
+        with atomic_path(file) as temporary, temporary.open("wb") as stream:
+            arrays: Any = {name: np.asarray(getattr(scales, name)) for name in names}
+            np.savez(stream, **arrays)
+        return scales
+
+    def _start(self) -> tuple[int, TrainState, Position]:
+        """The newest intact state, or a fresh one."""
+        key_params, key_draws = jax.random.split(jax.random.key(self.config.seed))
+        params = init(
+            key_params, self.spec, theta=self.config.theta, skip=self.config.skip
+        )
+        state = init_state(params, self.tx, key_draws)
+        if self.mesh is not None:
+            state = sharding.shard_state(state, self.mesh)
+        found = checkpoint.newest_intact(self.out / "checkpoints", self.say.line)
+        if found is None:
+            self._cut_log(0)
+            return 0, state, Position()
+        step, state, position = checkpoint.restore_checkpoint(found, state)
+        self.last_good = found
+        self._cut_log(step)
+        self.say.line(f"going on after step {step} from {found}")
+        return step, state, Position(**position)
+
+    def _cut_log(self, step: int) -> None:
+        """Drop what was logged after the state that the run goes on from."""
+        file = self.out / "metrics.jsonl"
+        lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        with atomic_path(file) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+
+    # -- the loop ----------------------------------------------------------------------
+
+    def go(self, stop_at: int | None) -> dict[str, Any]:
+        config, n_steps = self.config, self.config.n_steps
+        step, state, at = self._start()
+        first, began = step, time.perf_counter()
+        logged, busy = step, 0.0  # at the last line of the log
+        record: dict[str, Any] = {"step": step}
+        last_step = min(n_steps, stop_at or n_steps)
+        while step < last_step:
+            with _spent(self.clock, "data"):
+                batch, at = self._batch(state, at)
+            with _spent(self.clock, "step"):
+                state, metrics = self.step_fn(state, batch)
+                step += 1
+                if step % config.log_every == 0 or step == last_step:
+                    jax.block_until_ready(metrics)
+            if step % config.log_every == 0 or step == last_step:
+                now = self.clock.data + self.clock.step
+                rate = (step - logged) * config.batch_tokens / max(now - busy, 1e-9)
+                logged, busy = step, now
+                record = self._log_step(step, metrics, rate)
+            if config.eval_every and step % config.eval_every == 0 and step < n_steps:
+                self._log_eval(step, state)
+            if step % config.checkpoint_every == 0 or step == last_step:
+                self._check_finite(step, metrics)
+                with _spent(self.clock, "checkpoint"):
+                    self.last_good = checkpoint.save_checkpoint(
+                        self.out / "checkpoints",
+                        step,
+                        state,
+                        dataclasses.asdict(at),
+                    )
+        if step < n_steps:
+            return record
+        seconds = time.perf_counter() - began
+        final = self._log_eval(step, state)
+        return self._write_card(final, seconds, step - first)
+
+    def _batch(self, state: TrainState, at: Position) -> tuple[Batch, Position]:
+        read, write, at = self.chunks.batch(at, self.config.batch_tokens)
+        if self.mesh is None:
+            read_LTD, write_LTD = jnp.asarray(read), jnp.asarray(write)
+        else:
+            place = sharding.batch_sharding(self.mesh)
+            read_LTD, write_LTD = jax.device_put((read, write), place)
+        tangent_LTD = response_LTD = None
+        if self.config.jacobian > 0:
+            key = jax.random.wrap_key_data(state.key)
+            key = jax.random.fold_in(key, state.step)
+            tangent_LTD = jax.random.normal(key, read_LTD.shape, jnp.float32)
+            response_LTD = mlp_response(
+                self.model.params,
+                self.scales,
+                read_LTD,
+                tangent_LTD,
+                cfg=self.model.cfg,
+                site=self.spec.read,
+            )
+        return Batch(
+            read_LTD=read_LTD,
+            write_LTD=write_LTD,
+            dead_LF=jnp.zeros((self.spec.n_layers, self.spec.n_features), bool),
+            tangent_LTD=tangent_LTD,
+            response_LTD=response_LTD,
+        ), at
+
+    def _log_step(
+        self, step: int, metrics: dict[str, Any], rate: float
+    ) -> dict[str, Any]:
+        self._check_finite(step, metrics)
+        found = {k: np.asarray(v, np.float64).tolist() for k, v in metrics.items()}
+        record = {
+            "kind": "step",
+            "step": step,
+            "tokens": step * self.config.batch_tokens,
+            "fvu": float(np.mean(found["fvu_L"])),
+            "l0": float(np.mean(found["l0_L"])),
+            **found,
+            "tokens_per_s": rate,
+            "eta_s": (self.config.n_steps - step) * self.config.batch_tokens / rate,
+        }
+        self._append(record)
+        self.say.step(record)
+        return record
+
+    def _check_finite(self, step: int, metrics: dict[str, Any]) -> None:
+        loss, fvu = float(metrics["loss"]), float(metrics["fvu_L"].mean())
+        if math.isfinite(loss) and math.isfinite(fvu) and fvu < 1e3:
+            return
+        good = "there is no checkpoint yet"
+        if self.last_good is not None:
+            good = f"the last good checkpoint is {self.last_good}"
+        raise DivergedError(
+            f"the loss is {loss:g} (unexplained {fvu:g}) at step {step}: lower --lr or "
+            f"the weights of the penalties; {good}"
+        )
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    # -- evaluation and export ---------------------------------------------------------
+
+    def _held_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._held is None:
+            rows = rows_of(
+                self.model.params,
+                self.windows.held_WS,
+                self.windows.special,
+                self.scales,
+                cfg=self.model.cfg,
+                config=self.config.chunk_config(),
+                dtype="float32",
+            )
+            read, write = zip(*rows, strict=True)
+            n = self.config.heldout_tokens
+            self._held = (
+                np.concatenate(read, 1)[:, :n],
+                np.concatenate(write, 1)[:, :n],
+            )
+        return self._held
+
+    def _dictionary(self, state: TrainState) -> tuple[CLTParams, CLTConfig]:
+        """The current dictionary in normalised units."""
+        theta_L = None
+        params = jax.device_get(state.params)
+        params = jax.tree.map(jnp.asarray, params)
+        if self.spec.k is not None:
+            if self._calibration is None:
+                # Training text only; the same rows every time.
+                read_LND, _ = self.chunks.rows(0, 0)
+                self._calibration = np.array(read_LND[:, :CALIBRATION_TOKENS])
+            theta_L = calibrate(params, self._calibration, self.spec.k)
+        return threshold_form(params, self.spec, theta_L)
+
+    def _log_eval(self, step: int, state: TrainState) -> dict[str, Any]:
+        with _spent(self.clock, "evaluate"):
+            self.say.line(f"evaluating after step {step}")
+            clt, cfg = self._dictionary(state)
+            found: dict[str, Any] = reconstruction(clt, cfg, *self._held_rows())
+            raw = fold(clt, self.scales)
+            save_dictionary(
+                raw, cfg, self.out / "dictionary", model_name=self.model.name
+            )
+            held_WS = self.windows.held_WS[: self.config.agreement_windows]
+            if len(held_WS):
+                found |= agreement(
+                    self.model.params,
+                    raw,
+                    held_WS,
+                    valid_rows(held_WS, self.windows.special),
+                    cfg=self.model.cfg,
+                    clt_cfg=cfg,
+                )
+            found["decoder_reach"] = decoder_reach(clt)
+            if self.config.graph_features and self.config.prompts:
+                found["graphs"] = graph_scores(
+                    self.model,
+                    raw,
+                    cfg,
+                    self.config.prompts,
+                    max_features=self.config.graph_features,
+                )
+        record = {
+            "kind": "eval",
+            "step": step,
+            "tokens": step * self.config.batch_tokens,
+            **found,
+        }
+        self._append(record)
+        self.say.line(card.one_line(record))
+        return record
+
+    def _write_card(
+        self, final: dict[str, Any], seconds: float, steps: int
+    ) -> dict[str, Any]:
+        made = card.make_card(
+            config=self.config,
+            spec=self.spec,
+            model=self.model,
+            data=str(self.data),
+            windows=self.windows,
+            final=final,
+            seconds={k: round(v, 1) for k, v in dataclasses.asdict(self.clock).items()}
+            | {"total": round(seconds, 1)},
+            steps_timed=steps,
+        )
+        _write_json(self.out / "card.json", made)
+        with atomic_path(self.out / "README.md") as temporary:
+            temporary.write_text(card.readme(made), "utf-8")
+        card.plot(self.out / "metrics.jsonl", self.out / "curves.png")
+        return made
+
+
+class _spent:  # noqa: N801
+    """Adds the seconds of its body to a field of the clock."""
+
+    def __init__(self, clock: _Clock, name: str) -> None:
+        self.clock, self.name = clock, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.perf_counter() - self.start
+        setattr(self.clock, self.name, getattr(self.clock, self.name) + spent)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; a torn last line counts as too late."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1), "utf-8")

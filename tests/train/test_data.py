@@ -1,0 +1,333 @@
+"""Text, windows, activations, normalisation and chunks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import tiny_model, write_text
+
+from jaxclt.clt.model import decode, encode
+from jaxclt.errors import InputError
+from jaxclt.lm.run import record
+from jaxclt.train import chunks as chunking
+from jaxclt.train.chunks import ChunkConfig, Chunks, Position, window_order
+from jaxclt.train.export import calibrate, threshold_form
+from jaxclt.train.harvest import harvest, mlp_response
+from jaxclt.train.normalise import Moments, Scales, fold, merge_moments, scales_of
+from jaxclt.train.params import Spec, init, to_clt
+from jaxclt.train.text import (
+    Windows,
+    cut_windows,
+    read_documents,
+    split_documents,
+    valid_rows,
+)
+
+
+def test_documents_of_every_kind(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one<|endoftext|>\ntwo\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n\n{"text": "four"}\n')
+    (tmp_path / "c.pdf").write_text("not text")
+    assert list(read_documents(tmp_path)) == ["one", "two", "three", "four"]
+    long = ("x" * 90 + "\n") * 500
+    (tmp_path / "a.txt").write_text(long)
+    pieces = list(read_documents(tmp_path / "a.txt"))
+    assert len(pieces) > 2
+    assert "\n".join(pieces) == long.strip()
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n{"body": 1}\n')
+    with pytest.raises(InputError, match=r"b\.jsonl:2: each line must be"):
+        list(read_documents(tmp_path))
+    with pytest.raises(InputError, match="no file ends in"):
+        list(read_documents(tmp_path / "c.pdf"))
+
+
+def test_held_out_documents_are_never_trained_on():
+    documents = [f"document {i}" for i in range(100)]
+    train, held = split_documents(iter(documents + documents[:10]), None, 0.2)
+    assert len(held) == 20
+    assert sorted(train + held) == sorted(documents)  # and copies are dropped
+    again = split_documents(iter(documents[::-1]), None, 0.2)
+    assert again == (train, held)
+    train, held = split_documents(iter(documents), iter([*documents[:3], "x"]), 0.2)
+    assert set(held) == {*documents[:3], "x"}
+    assert not set(held) & set(train)
+    with pytest.raises(InputError, match="has 1 documents"):
+        split_documents(iter(["one"]), None, 0.5)
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory: pytest.TempPathFactory) -> Windows:
+    folder = write_text(tmp_path_factory.mktemp("text"))
+    train, held = split_documents(read_documents(folder), None, 0.1)
+    return cut_windows(
+        train,
+        held,
+        tiny_model().tokenizer,
+        size=32,
+        train_tokens=3000,
+        held_tokens=200,
+    )
+
+
+def test_windows_hold_the_text_and_leave_out_what_is_special(windows: Windows):
+    W, S = windows.train_WS.shape
+    assert S == 32
+    assert 3000 / 31 <= W < 200
+    token_WS = np.array([[5, 6, 1, 7, -1, -1], [0, 8, 9, 2, 3, 4]])
+    valid = valid_rows(token_WS, frozenset({0, 1, 2}))
+    np.testing.assert_array_equal(valid, [[0, 1, 0, 1, 0, 0], [0, 1, 1, 0, 1, 1]])
+
+
+CONFIG = ChunkConfig(chunk_tokens=256, reuse=2, dtype="float32", site="mlp_in")
+
+
+def make(windows: Windows, store: Path | None = None, **more) -> Chunks:
+    model = tiny_model()
+    config = dataclasses.replace(CONFIG, **more)
+    found = Chunks(
+        model.params, model.cfg, windows, config, model_hash=model.hash, store=store
+    )
+    found.normalisation(600)
+    return found
+
+
+@pytest.mark.parametrize("site", ["resid_mid", "normalized", "mlp_in"])
+def test_harvest_is_what_record_says(windows: Windows, site):
+    model = tiny_model()
+    token_WS = windows.train_WS[:3].copy()
+    token_WS[1, 20:] = -1
+    read, write, norm = harvest(
+        model.params, jnp.asarray(token_WS), None, cfg=model.cfg, site=site
+    )
+    rec = jax.jit(partial(record, cfg=model.cfg))
+    for w in range(3):
+        n = 20 if w == 1 else 32
+        one = rec(model.params, jnp.asarray(np.maximum(token_WS[w], 0)))
+        want = np.asarray(one.mid_LTD)
+        if site != "resid_mid":
+            want = want * np.asarray(one.frozen.mlp_scale_LT)[..., None]
+        if site == "mlp_in":
+            want = want * np.asarray(model.params.blocks.norm_mlp_LD)[:, None]
+        here = slice(32 * w, 32 * w + n)
+        np.testing.assert_allclose(read[:, here], want[:, :n], atol=1e-5)
+        np.testing.assert_allclose(write[:, here], one.write_LTD[:, :n], atol=1e-5)
+        size = np.linalg.norm(one.write_LTD[:, :n], axis=-1)
+        np.testing.assert_allclose(norm[:, here], size, rtol=1e-4)
+
+
+def test_moments_merge_to_those_of_everything():
+    x = np.asarray(jax.random.normal(jax.random.key(0), (2, 90, 5))) * 3 + 100
+    merged = None
+    for part in np.split(x, [7, 40], axis=1):
+        merged = merge_moments(merged, Moments.of(part))
+    assert merged is not None
+    np.testing.assert_allclose(merged.mean_LD, x.mean(1, dtype=np.float64))
+    scales = scales_of(merged, merged, np.ones(2))
+    np.testing.assert_allclose(
+        scales.read_scale_L, np.sqrt(x.var(1, dtype=np.float64).mean(1)), rtol=1e-6
+    )
+
+
+def test_chunks_are_normalised_training_rows(windows: Windows):
+    made = make(windows)
+    assert made.scales is not None
+    read, _ = made.rows(0, 0)
+    order = window_order(0, len(windows.train_WS), 0, made.windows_per_chunk)
+    token_WS = windows.train_WS[order]
+    assert read.shape[1] == valid_rows(token_WS, windows.special).sum()
+    raw, *_ = harvest(
+        made.params, jnp.asarray(token_WS), None, cfg=made.cfg, site="mlp_in"
+    )
+    s = made.scales
+    scaled = (raw - s.read_mean_LD[:, None]) / s.read_scale_L[:, None, None]
+    keep = np.flatnonzero(valid_rows(token_WS, windows.special))
+    # the same rows in another order, the same order in every layer
+    rows = np.asarray(scaled)[:, keep]
+    place = [np.abs(rows[0] - row).sum(1).argmin() for row in read[0]]
+    assert sorted(place) == list(range(len(keep)))
+    assert place != sorted(place)
+    np.testing.assert_allclose(read, rows[:, place], atol=1e-5)
+
+
+def test_the_place_in_the_data_is_exact(windows: Windows):
+    """Any batch again from its position alone; a pass covers every row at most once."""
+    made = make(windows)
+    at, seen = Position(), []
+    for _ in range(20):
+        read, write, after = made.batch(at, 64)
+        seen.append((at, read.copy(), write.copy()))
+        at = after
+    assert {p.chunk for p, *_ in seen} >= {0, 1, 2}
+    assert {p.turn for p, *_ in seen} == {0, 1}
+    fresh = make(windows)
+    for at, read, write in (seen[13], seen[5]):
+        got = fresh.batch(at, 64)
+        np.testing.assert_array_equal(got[0], read)
+        np.testing.assert_array_equal(got[1], write)
+    # A batch that did not fit into the pass was taken from the next one.
+    first = [r for p, r, _ in seen if (p.chunk, p.turn, p.offset % 64) == (0, 0, 0)]
+    rows = np.concatenate(first[:3], 1)[-1]
+    assert len(np.unique(rows, axis=0)) == len(rows)
+    turns = [made.rows(0, t)[0] for t in (0, 1)]
+    assert not np.array_equal(*turns)
+    np.testing.assert_array_equal(*(np.sort(t, axis=1) for t in turns))
+
+
+def test_tokens_with_enormous_writes_are_left_out(windows: Windows):
+    """One of them would be most of a layer's variance."""
+    every, some = make(windows, outlier=0.0), make(windows, outlier=1.3)
+    norms = [np.linalg.norm(c.rows(0, 0)[1], axis=-1) for c in (every, some)]
+    assert every.scales is not None
+    assert some.scales is not None
+    assert np.isinf(np.asarray(every.scales.bound_L)).all()
+    raw, write, norm_LT = harvest(
+        every.params,
+        jnp.asarray(windows.train_WS[window_order(0, len(windows.train_WS), 0, 8)]),
+        None,
+        cfg=every.cfg,
+        site="mlp_in",
+    )
+    del raw, write
+    keep = (np.asarray(norm_LT) <= np.asarray(some.scales.bound_L)[:, None]).all(0)
+    valid = valid_rows(
+        windows.train_WS[window_order(0, len(windows.train_WS), 0, 8)], windows.special
+    ).ravel()
+    assert norms[1].shape[1] == (keep & valid).sum() < valid.sum() == norms[0].shape[1]
+
+
+def test_every_window_comes_once_an_epoch():
+    order = np.concatenate([window_order(3, 50, s, 25) for s in range(0, 150, 25)])
+    for epoch in order.reshape(3, 50):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(50))
+    assert not np.array_equal(order[:50], order[50:100])
+
+
+def test_a_batch_larger_than_a_chunk_is_refused(windows: Windows):
+    with pytest.raises(InputError, match="is more than the"):
+        make(windows).batch(Position(), 1000)
+
+
+def test_a_store_gives_the_same_chunks_without_the_model(
+    windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store = tmp_path / "store"
+    first = make(windows, store, dtype="bfloat16").rows(1, 0)
+    monkeypatch.setattr(chunking, "rows_of", None)  # harvesting would fail
+    again = make(windows, store, dtype="bfloat16", reuse=1)
+    np.testing.assert_array_equal(first[0], again.rows(1, 0)[0])
+    manifest = json.loads((store / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"scales.safetensors", "chunk_000001.safetensors"}
+    file = store / "chunk_000001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(InputError, match="is damaged"):
+        make(windows, store, dtype="bfloat16").rows(1, 0)
+    with pytest.raises(InputError, match="activations of another config"):
+        make(windows, store, dtype="float32")
+
+
+def random_scales(L: int, D: int) -> Scales:
+    a, b, c, d = jax.random.split(jax.random.key(5), 4)
+    return Scales(
+        read_mean_LD=jax.random.normal(a, (L, D)),
+        read_scale_L=jnp.exp(jax.random.normal(b, (L,))),
+        write_mean_LD=jax.random.normal(c, (L, D)),
+        write_scale_L=jnp.exp(jax.random.normal(d, (L,))),
+        bound_L=jnp.ones(L),
+    )
+
+
+@pytest.mark.parametrize(
+    ("span", "activation"), [(1, "jumprelu"), (3, "jumprelu"), (2, "relu")]
+)
+def test_folding_the_normalisation_changes_nothing(span: int, activation):
+    """T-CLT1, with a skip and thresholds, in float64."""
+    L, T, D = 3, 9, 6
+    with jax.enable_x64(True):
+        spec = Spec(
+            n_layers=L, d_model=D, n_features=10, span=span, activation=activation
+        )
+        params = init(jax.random.key(0), spec, skip=True, dtype=jnp.float64, theta=0.1)
+        params = jax.tree.map(
+            lambda x: (
+                x + 0.2 * jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+            ),
+            params,
+        )
+        clt, cfg, s = to_clt(params), spec.clt_config(), random_scales(L, D)
+        s = jax.tree.map(lambda x: x.astype(jnp.float64), s)
+        raw = jax.random.normal(jax.random.key(1), (L, T, D), jnp.float64) * 3
+        scaled = (raw - s.read_mean_LD[:, None]) / s.read_scale_L[:, None, None]
+        folded = fold(clt, s)
+        a = encode(clt, scaled, cfg=cfg)
+        assert 0 < float((a > 0).mean()) < 1
+        np.testing.assert_allclose(encode(folded, raw, cfg=cfg), a, atol=1e-12)
+        inner = decode(clt, a, scaled)
+        want = inner * s.write_scale_L[:, None, None] + s.write_mean_LD[:, None]
+        got = decode(folded, encode(folded, raw, cfg=cfg), raw)
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_the_calibrated_threshold_keeps_k_a_token_in_every_layer():
+    spec = Spec(
+        n_layers=3, d_model=6, n_features=40, span=3, activation="batch_topk", k=5
+    )
+    params = init(jax.random.key(0), spec)
+    read = jax.random.normal(jax.random.key(1), (3, 200, 6))
+    theta_L = calibrate(params, read, 5)
+    assert (np.asarray(theta_L) > 0).all()
+    clt, cfg = threshold_form(params, spec, theta_L)
+    assert cfg.activation == "jumprelu"
+    l0_L = (encode(clt, read, cfg=cfg) > 0).sum(2).mean(1)
+    np.testing.assert_allclose(l0_L, 5, atol=1e-6)
+    # and on the batch that BatchTopK sees, it keeps exactly the same features
+    from jaxclt.train.objectives import encode_layer
+
+    for l, p in enumerate(params):
+        _, a = encode_layer(p, read[l], spec)
+        np.testing.assert_array_equal(encode(clt, read, cfg=cfg)[l] > 0, a > 0)
+
+
+@pytest.mark.parametrize("site", ["resid_mid", "normalized", "mlp_in"])
+def test_the_mlps_response_is_its_derivative(windows: Windows, site):
+    """Central differences of the model's own reads and writes, in normalised units."""
+    model = tiny_model()
+    scales = random_scales(model.cfg.n_layers, model.cfg.d_model)
+    read, *_ = harvest(
+        model.params, jnp.asarray(windows.train_WS[:1]), None, cfg=model.cfg, site=site
+    )
+    x = (read - scales.read_mean_LD[:, None]) / scales.read_scale_L[:, None, None]
+    v = jax.random.normal(jax.random.key(2), x.shape)
+    call = partial(mlp_response, model.params, scales, cfg=model.cfg, site=site)
+    got = np.asarray(call(x, v))
+    assert np.abs(got).max() > 0.1
+    np.testing.assert_allclose(call(x, 2.0 * v), 2 * got, rtol=1e-4, atol=1e-5)
+    # At layer 2, the true MLP in raw units.
+    from jaxclt.lm import layers
+
+    l = 2
+    p = jax.tree.map(lambda leaf: leaf[l], model.params.blocks)
+    gain = p.norm_mlp_LD
+
+    def mlp(raw):
+        if site == "resid_mid":
+            scale = layers.rms_scale(raw, eps=model.cfg.norm_eps)
+            raw = layers.normalise(raw, scale, gain)
+        elif site == "normalized":
+            raw = raw * gain[None]
+        return layers.mlp(p, raw, cfg=model.cfg)
+
+    h = 1e-2
+    step = h * v[l] * scales.read_scale_L[l]
+    want = (
+        (mlp(read[l] + step) - mlp(read[l] - step)) / (2 * h) / scales.write_scale_L[l]
+    )
+    np.testing.assert_allclose(got[l], want, atol=2e-2 * float(np.abs(want).max()))
