@@ -75,7 +75,7 @@ class AttributeConfig:
     n_bands: int | None = None  # position bands, one compilation each; None: chosen
     rows_per_update: int | None = None  # between two rankings; None: a quarter or 512
     direction: Literal["auto", "pull", "push"] = "auto"  # rows or columns; by cost
-    devices: int | None = None  # how many share the rows; None: all
+    devices: int | None = None  # how many share the rows; None: all accelerators
     memory_gb: float | None = None  # most memory to use; None: what is free
 
 
@@ -351,7 +351,9 @@ def memory_budget(config: AttributeConfig) -> int:
 
 def _mesh(config: AttributeConfig) -> Mesh:
     devices = jax.devices()
-    n = len(devices) if config.devices is None else config.devices
+    # Several CPU devices share the same cores: splitting gains nothing.
+    n_all = 1 if devices[0].platform == "cpu" else len(devices)
+    n = n_all if config.devices is None else config.devices
     if not 1 <= n <= len(devices):
         raise InputError(f"devices {n}: this machine has {len(devices)}")
     return Mesh(np.array(devices[:n]), ("rows",))
