@@ -85,6 +85,7 @@ def test_two_passes_equal_autodiff(activation: str):
     close(plain[1], twice[1], 1e-13)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     spec, batch = spec_of(), a_batch()
     params = weights(spec)
@@ -266,6 +267,7 @@ def test_thresholds_stay_positive_and_are_not_clipped():
     np.testing.assert_allclose(steps_taken, [1e-3, 2e-3])
 
 
+@pytest.mark.slow
 def test_bfloat16_inputs_leave_masters_in_float32():
     spec = dataclasses.replace(spec_of(), compute="bfloat16")
     params = init(jax.random.key(0), spec)

@@ -102,6 +102,7 @@ def test_the_export_does_on_held_out_text_what_the_card_says(whole: Path):
     assert abs(l0_L.mean() / 6 - 1) < 0.25
 
 
+@pytest.mark.slow
 def test_a_paused_and_damaged_run_ends_with_the_same_bits(
     whole: Path, text: Path, tmp_path: Path
 ):
@@ -249,7 +250,7 @@ def test_dry_run_of_a_mesh_that_does_not_exist(
 def test_sharded_equals_unsharded_on_two_devices(
     whole: Path, text: Path, tmp_path: Path
 ):
-    assert jax.device_count() == 2
+    assert jax.device_count() >= 2
     train(tiny_model(), text, tmp_path / "two", tiny_config(), mesh="feature=2")
     compare(whole, tmp_path / "two")
 
