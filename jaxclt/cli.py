@@ -250,7 +250,7 @@ def _trace(config: TraceConfig, say: Console) -> None:
 def _dry_run(
     model: Model, dictionary: Dictionary, config: TraceConfig, how: AttributeConfig
 ) -> None:
-    from jaxclt.graph.attribute import memory_budget
+    from jaxclt.graph.compute import memory_budget
     from jaxclt.trace import plan_trace
 
     plan, n_tokens, n_active = plan_trace(

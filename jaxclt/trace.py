@@ -34,10 +34,9 @@ from jaxclt.graph.attribute import (
     AttributeConfig,
     Timing,
     attribute_recording,
-    memory_budget,
-    plan_attribution,
 )
 from jaxclt.graph.certificate import certificate
+from jaxclt.graph.compute import memory_budget, plan_attribution
 from jaxclt.graph.graph import Graph, GraphMeta
 from jaxclt.graph.memory import MemoryPlan, patterns_kept
 from jaxclt.graph.paths import describe_paths, strongest_paths

@@ -77,6 +77,14 @@ class RowTargets:
             read_RD=self.read_RD[index],
         )
 
+    def followed_by(self, more: RowTargets) -> RowTargets:
+        """These targets, then others."""
+        return RowTargets(
+            layer_R=np.concatenate([self.layer_R, more.layer_R]),
+            pos_R=np.concatenate([self.pos_R, more.pos_R]),
+            read_RD=np.concatenate([self.read_RD, more.read_RD]),
+        )
+
 
 def writers(active: Active) -> Items:
     """What active features write at the MLP outputs; site m is the output of layer m.

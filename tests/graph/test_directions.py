@@ -11,9 +11,9 @@ from cases import CASES, case, case_active, case_graph, close
 from jax.sharding import Mesh
 
 from jaxclt.errors import InputError
-from jaxclt.graph import attribute
+from jaxclt.graph import compute
 from jaxclt.graph.attribute import AttributeConfig, Timing, attribute_recording
-from jaxclt.graph.bank import pack, writers
+from jaxclt.graph.bank import RowTargets, pack, writers
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.memory import MemoryPlan, Sizes, memory_plan, patterns_kept
@@ -133,12 +133,12 @@ def test_patterns_computed_again_change_nothing(name: str) -> None:
 def test_gathered_sources_equal_packed_ones(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = attribute.plan_attribution
+    plan = compute.plan_attribution
 
     def gathered(*args, **kwargs) -> MemoryPlan:
         return dataclasses.replace(plan(*args, **kwargs), packed=False)
 
-    monkeypatch.setattr(attribute, "plan_attribution", gathered)
+    monkeypatch.setattr(compute, "plan_attribution", gathered)
     got = case(name).graph(dataclasses.replace(ALL, direction="pull"))
     same(got, case_graph(name))
 
@@ -146,12 +146,12 @@ def test_gathered_sources_equal_packed_ones(
 @pytest.mark.parametrize("pool", [60, 120])
 def test_a_pool_keeps_rows_exact(pool: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns outside the pool are summed: edges, rests and the bound stay exact."""
-    full, plan, n = case_graph("clt"), attribute.plan_attribution, 40
+    full, plan, n = case_graph("clt"), compute.plan_attribution, 40
 
     def small(*args, **kwargs) -> MemoryPlan:
         return dataclasses.replace(plan(*args, **kwargs), pool=pool, full_matrix=False)
 
-    monkeypatch.setattr(attribute, "plan_attribution", small)
+    monkeypatch.setattr(compute, "plan_attribution", small)
     got = case("clt").graph(
         dataclasses.replace(ALL, max_features=n, rows_per_update=16)
     )
@@ -183,7 +183,7 @@ def test_visits_without_rows_are_the_rows_own() -> None:
         mesh=Mesh(np.array(jax.devices()[:2]), ("rows",)),
         bank=pack(writers(active), T),
     )
-    everything = attribute.RowTargets(
+    everything = RowTargets(
         layer_R=active.layer_A, pos_R=active.pos_A, read_RD=active.reads()
     )
     visit_R = np.linspace(0.0, 1.0, A)
@@ -242,8 +242,8 @@ def test_memory_is_planned_before_any_row_is_computed(
     def forbidden(*args, **kwargs) -> None:
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr(attribute, "edge_rows", forbidden)
-    monkeypatch.setattr(attribute, "edge_columns", forbidden)
+    monkeypatch.setattr(compute, "edge_rows", forbidden)
+    monkeypatch.setattr(compute, "edge_columns", forbidden)
     with pytest.raises(InputError, match="lower --max-features"):
         case("clt").graph(dataclasses.replace(ALL, memory_gb=1e-6))
 

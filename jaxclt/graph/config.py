@@ -1,0 +1,27 @@
+"""How much of a graph to compute, and how: the settings of the room."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+__all__ = ["AttributeConfig"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttributeConfig:
+    """How much of a graph to compute, and how."""
+
+    max_features: int | None = 8192  # most feature nodes; None: every active feature
+    tolerance: float = 0.02  # stop when less influence than this is unexplored
+    node_threshold: float = 0.8
+    edge_threshold: float = 0.98
+    convention: Literal["paper", "circuit-tracer"] = "paper"
+    precision: str = "highest"  # of matmuls; accelerators default to less than float32
+    heads: int = 0  # list the last heads of this many of the strongest kept edges
+    chunk_size: int = 128  # most targets pulled back together
+    n_bands: int | None = None  # position bands, one compilation each; None: chosen
+    rows_per_update: int | None = None  # between two rankings; None: a quarter or 512
+    direction: Literal["auto", "pull", "push"] = "auto"  # rows or columns; by cost
+    devices: int | None = None  # how many share the rows; None: all accelerators
+    memory_gb: float | None = None  # most memory to use; None: what is free
