@@ -98,7 +98,12 @@ def clean_stream(name: str) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [(name, "iterative") for name in CASES]
+    [("clt", "iterative"), ("skip", "iterative")]
+    + [
+        pytest.param(name, "iterative", marks=pytest.mark.slow)
+        for name in CASES
+        if name not in ("clt", "skip")
+    ]
     + [(name, "constrained") for name in ("clt", "skip")]
     + [(name, "additive") for name in ("clt", "plt")],
 )

@@ -107,8 +107,17 @@ def test_scaling_a_silent_feature_is_refused_and_setting_it_is_not():
     assert jaxclt.patch(*parts(), [edit(node, set=2.0)]).kl > 0
 
 
-@pytest.mark.parametrize("mode", ["constrained", "iterative", "additive"])
-@pytest.mark.parametrize("dictionary", ["clt", "neurons:5"])
+@pytest.mark.parametrize(
+    ("dictionary", "mode"),
+    [
+        ("clt", "iterative"),
+        ("neurons:5", "constrained"),
+        ("neurons:5", "additive"),
+        pytest.param("clt", "constrained", marks=pytest.mark.slow),
+        pytest.param("clt", "additive", marks=pytest.mark.slow),
+        pytest.param("neurons:5", "iterative", marks=pytest.mark.slow),
+    ],
+)
 def test_a_batch_is_its_members_one_by_one(mode: str, dictionary: str):
     """Also when members have different numbers of edits, in any chunk size."""
     s, nodes = subject(dictionary), strongest(4, dictionary)

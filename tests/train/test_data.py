@@ -246,7 +246,8 @@ def random_scales(L: int, D: int) -> Scales:
 
 
 @pytest.mark.parametrize(
-    ("span", "activation"), [(1, "jumprelu"), (3, "jumprelu"), (2, "relu")]
+    ("span", "activation"),
+    [pytest.param(1, "jumprelu", marks=pytest.mark.slow), (3, "jumprelu"), (2, "relu")],
 )
 def test_folding_the_normalisation_changes_nothing(span: int, activation):
     """T-CLT1, with a skip and thresholds, in float64."""

@@ -79,6 +79,7 @@ def test_agreement_counts_valid_positions(case):
     assert abs(found["kl"]) < 1e-12
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_kl_is_its_slope(case):
     loss = jax.jit(
         partial(
@@ -107,6 +108,7 @@ def test_the_gradient_of_the_kl_is_its_slope(case):
     np.testing.assert_allclose((plus - minus) / (2 * h), slope, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_fine_tuning_lowers_the_kl(case):
     tokens = np.asarray(jax.random.randint(jax.random.key(7), (4, 7), 3, 40), np.int32)
     windows = Windows(train_WS=tokens, held_WS=tokens, special=frozenset(), digest="")

@@ -71,7 +71,15 @@ def close(a, b, atol: float) -> None:
         np.testing.assert_allclose(x, y, atol=atol)
 
 
-@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk", "batch_topk"])
+@pytest.mark.parametrize(
+    "activation",
+    [
+        pytest.param("relu", marks=pytest.mark.slow),
+        "jumprelu",
+        pytest.param("topk", marks=pytest.mark.slow),
+        "batch_topk",
+    ],
+)
 def test_two_passes_equal_autodiff(activation: str):
     spec = spec_of(activation)
     params, batch = weights(spec), a_batch()
@@ -94,6 +102,7 @@ def test_remat_changes_nothing():
     close(plain, remat, 1e-13)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     spec, batch = spec_of(), a_batch()
     params, objective = weights(spec), Standard(dataclasses.replace(ALL, auxk=0))
@@ -143,6 +152,7 @@ def test_span_1_is_one_transcoder_per_layer():
     np.testing.assert_allclose(total, m["loss"])
 
 
+@pytest.mark.slow
 def test_matryoshka_is_the_mean_over_prefixes():
     spec, batch = spec_of("relu"), a_batch()
     params = weights(spec, skip=False)
@@ -229,6 +239,7 @@ def run(memory: str, n: int = 3, **more):
     return state, logged
 
 
+@pytest.mark.slow
 def test_per_source_memory_gives_the_same_weights():
     full, m = run("full", clip=0.0)
     lean, n = run("per_source", clip=0.0)
