@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxclt.clt.active import Active
 from jaxclt.errors import InputError
 from jaxclt.graph.bank import Bank, Items, RowTargets, pack, readers, writers
+from jaxclt.graph.blocks import submatrix
 from jaxclt.graph.columns import Columns, edge_columns, push_flops
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.graph.explore import arrived_influence, next_features
@@ -337,7 +338,8 @@ def _cut_columns(
     if len(selected) == n_features:
         return edge_RN
     other = np.arange(n_features, edge_RN.shape[1])
-    return edge_RN[:, np.concatenate([selected, other])]
+    columns = np.concatenate([selected, other])
+    return submatrix(edge_RN, np.arange(len(edge_RN)), columns)
 
 
 # -- from the targets' side: row by row ------------------------------------------------
