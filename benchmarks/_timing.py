@@ -138,3 +138,10 @@ def git_sha() -> str:
     changed = "".join(texts).encode()
     digest = f"+{hashlib.sha256(changed).hexdigest()[:6]}" if changed else ""
     return (commit or "unknown") + digest
+
+
+def put_on_top(path: Path, text: str) -> None:
+    """Put a section of results under the file's header, before older ones."""
+    old = path.read_text() if path.is_file() else "# Results\n\nNewest first.\n"
+    header, mark, rest = old.partition("\n## ")
+    path.write_text(f"{header.rstrip()}\n\n{text}{mark}{rest}")

@@ -6,7 +6,8 @@
 Random models of SmolLM2-135M's width; the features are their own strongest neurons, so
 that each axis changes one number only: tokens (K features a layer and position, a fixed
 number of rows), features (rows and columns both), layers. Every point is a process of
-its own, traced twice; the second time counts, peak memory is of both. Writes one plot
+its own, traced twice, once if that takes over a minute; the last time counts, peak
+memory is of both. Writes one plot
 and a table with the exponent of each curve, fitted to its upper half on a log scale.
 """
 
@@ -21,10 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _timing import git_sha, hardware_line, load_average, peak_rss_gib
+from _timing import (
+    git_sha,
+    hardware_line,
+    load_average,
+    peak_rss_gib,
+    put_on_top,
+)
 
 AXES = {
-    "tokens": [8, 16, 32, 64, 128, 256, 512],
+    "tokens": [8, 16, 32, 64, 128, 256, 512, 1024, 2048],
     "features": [1024, 2048, 4096, 8192, 16384],
     "layers": [4, 8, 16, 30],
 }
@@ -97,6 +104,8 @@ def worker(point: dict[str, Any]) -> None:
             config=config,
             timing=timing,
         )
+        if timing.attribute > 60:
+            break
     result = {
         "seconds": timing.attribute,
         "reduce": timing.influence + timing.prune,
@@ -202,9 +211,7 @@ def main() -> None:
     text = section(points, loads)
     print(text)
     if args.append:
-        old = args.append.read_text()
-        head, _, rest = old.partition("\n## ")
-        args.append.write_text(f"{head}\n{text}\n## {rest}")
+        put_on_top(args.append, text)
 
 
 if __name__ == "__main__":

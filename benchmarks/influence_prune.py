@@ -28,7 +28,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from _timing import git_sha, hardware_line, load_average, repeat
+from _timing import git_sha, hardware_line, load_average, put_on_top, repeat
 
 THRESHOLDS = (0.8, 0.98)  # of nodes and edges
 
@@ -244,12 +244,6 @@ def section(graph: Any, our: dict, found: dict, peer: dict | None, same: str) ->
     return "\n".join(lines) + "\n"
 
 
-def append(path: Path, text: str) -> None:
-    """Put a section under the file's header, before older ones."""
-    header, mark, rest = path.read_text().partition("\n## ")
-    path.write_text(f"{header.rstrip()}\n\n{text}{mark}{rest}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--nodes", type=int, default=10_000)
@@ -274,7 +268,7 @@ def main() -> None:
     text = section(graph, our, found, peer, same)
     print(text)
     if args.append:
-        append(args.append, text)
+        put_on_top(args.append, text)
 
 
 if __name__ == "__main__":

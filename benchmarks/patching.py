@@ -1,32 +1,36 @@
 """200 ablations in one batched call against one-by-one calls.
 
-    JAXCLT_CACHE=... python benchmarks/patching.py [--model smollm2-135m]
-        [--dictionary neurons:32] [--n 200] [--single 20] [--repeats 3]
+    JAXCLT_CACHE=... python benchmarks/patching.py --append benchmarks/RESULTS.md
+    python benchmarks/patching.py --smoke
 
 Both go through the same function with the same measurement and give the same numbers
 (checked before timing), once as calls of `Subject.effects` and once with the edits
 prepared beforehand, which leaves only the compiled program. Rounds alternate, so that
 other load on the machine hits both; ratios are of medians. CPU seconds are of all
-threads.
+threads. Compilation is not in the times: the calls that are checked come first.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _timing import hardware_line, timed
+from _timing import git_sha, hardware_line, put_on_top, timed
 
+HERE = Path(__file__).resolve().parent
+SMOKE_MODEL = HERE.parent / "tests/goldens/circuit_tracer_clt/model"
 PROMPT = "The Eiffel Tower is in the city of"
 
 
 def compare(
     name: str, batched: Callable[[], Any], single: Callable[[int], Any], args: Any
-) -> None:
-    """Time both in turn and print the ratio; `single(count)` makes `count` calls."""
+) -> list[str]:
+    """Time both in turn; rows of a table. `single(count)` makes `count` calls."""
     together, alone = batched(), single(args.single)
     for i, one in enumerate(alone):
         np.testing.assert_allclose(
@@ -43,14 +47,36 @@ def compare(
             _, w, c = timed(call)
             wall[kind].append(w * factor)
             cpu[kind].append(c * factor)
-    w, c = ({k: statistics.median(v) for k, v in x.items()} for x in (wall, cpu))
-    print(
-        f"{name}: {args.n} ablations batched {w['batched']:.2f} s (CPU "
-        f"{c['batched']:.2f}), one by one {w['single']:.2f} s (CPU {c['single']:.2f}, "
-        f"scaled from {args.single}): {w['single'] / w['batched']:.1f} times wall, "
-        f"{c['single'] / c['batched']:.1f} times CPU; rounds {wall}",
-        flush=True,
-    )
+    rows = []
+    for unit, found in (("wall", wall), ("CPU", cpu)):
+        m = {k: statistics.median(v) for k, v in found.items()}
+        rows.append(
+            f"| {name} | {unit} s | {m['batched']:.2f} | {m['single']:.2f} | "
+            f"{m['single'] / m['batched']:.1f} |"
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def section(rows: list[str], hardware: str, args: argparse.Namespace) -> str:
+    """The results as a section of RESULTS.md."""
+    today = datetime.datetime.now(tz=datetime.UTC).date()
+    scaled = "" if args.single == args.n else f", scaled from {args.single}"
+    lines = [
+        f"## patching, {today}, {git_sha()}",
+        "",
+        f"{hardware}.",
+        "",
+        f"{args.n} ablations of single features with logits and KL of each, "
+        f"{Path(args.model).name}, {args.dictionary}, prompt '{args.prompt}', float32; "
+        f"medians of {args.repeats} alternating rounds; one by one: {args.n} calls"
+        f"{scaled}. Same logits to 1e-3, checked first.",
+        "",
+        "| patches | unit | batched | one by one | ratio |",
+        "| --- | --- | --- | --- | --- |",
+        *rows,
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -59,12 +85,20 @@ def main() -> None:
     parser.add_argument("--dictionary", default="neurons:32")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--n", type=int, default=200)
-    parser.add_argument("--single", type=int, default=20, help="one-by-one calls timed")
+    parser.add_argument("--single", type=int, help="one-by-one calls timed, all of n")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--features", type=int, default=512)
     parser.add_argument("--chunk", type=int, default=None)
-    parser.add_argument("--modes", nargs="*", default=["constrained", "additive"])
+    parser.add_argument(
+        "--modes", nargs="*", default=["constrained", "additive", "iterative"]
+    )
+    parser.add_argument("--append", type=Path, help="put the section on top of this")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model")
     args = parser.parse_args()
+    if args.smoke:
+        args.model, args.dictionary = str(SMOKE_MODEL), "neurons"
+        args.prompt, args.n, args.repeats = "Hello world", 8, 1
+    args.single = args.single or args.n
 
     import jax
 
@@ -88,9 +122,10 @@ def main() -> None:
         jax.tree.map(np.asarray, batch_edits([subject.edits(one)])) for one in many
     ]
     whole = jax.tree.map(lambda *x: np.concatenate(x), *prepared)
-    print(hardware_line(), flush=True)
+    hardware = hardware_line()
+    print(hardware, flush=True)
 
-    def run(mode: Any) -> None:
+    def run(mode: Any) -> list[str]:
         how = subject.how(mode)
         layers = np.array(
             [
@@ -113,13 +148,15 @@ def main() -> None:
                     chunk=args.chunk,
                 )
 
-        compare(
-            f"{mode}, programs",
-            lambda: call(whole, layers),
-            lambda count: [call(prepared[i], layers[i : i + 1]) for i in range(count)],
-            args,
-        )
-        compare(
+        rows = []
+        if mode != "iterative":  # which takes tables beside the edits
+            rows = compare(
+                f"{mode}, compiled programs",
+                lambda: call(whole, layers),
+                lambda n: [call(prepared[i], layers[i : i + 1]) for i in range(n)],
+                args,
+            )
+        return rows + compare(
             f"{mode}, calls",
             lambda: subject.effects(many, layers.tolist(), how, ask, chunk=args.chunk),
             lambda count: [
@@ -128,8 +165,10 @@ def main() -> None:
             args,
         )
 
-    for mode in args.modes:
-        run(mode)
+    text = section([row for mode in args.modes for row in run(mode)], hardware, args)
+    print("\n" + text)
+    if args.append:
+        put_on_top(args.append, text)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _timing import git_sha, hardware_line
+from _timing import git_sha, hardware_line, put_on_top
 
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.explore import next_features
@@ -224,12 +224,6 @@ def section(lines: list[dict[str, Any]], model: str, dictionary: str) -> str:
     return "\n".join(text) + "\n"
 
 
-def append(path: Path, text: str) -> None:
-    """Put a section under the file's header, before older ones."""
-    header, mark, rest = path.read_text().partition("\n## ")
-    path.write_text(f"{header.rstrip()}\n\n{text}{mark}{rest}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
@@ -263,7 +257,7 @@ def main() -> None:
     if not all(line["at_2%"]["holds"] for line in lines):
         sys.exit("a bound does not hold")
     if args.append:
-        append(args.append, text)
+        put_on_top(args.append, text)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from _timing import (
     load_average,
     matmul_peak,
     peak_rss_gib,
+    put_on_top,
 )
 from make_synthetic_dictionary import TEXTS, synthetic_dictionary
 
@@ -525,13 +526,6 @@ def section(cases: list[dict[str, Any]]) -> str:
     )
 
 
-def append(path: Path, text: str) -> None:
-    """Put a section under the file's header, before older ones."""
-    old = path.read_text() if path.is_file() else "# Results\n\nNewest first.\n"
-    header, mark, rest = old.partition("\n## ")
-    path.write_text(f"{header.rstrip()}\n\n{text}{mark}{rest}")
-
-
 # -- command line ----------------------------------------------------------------------
 
 
@@ -607,7 +601,7 @@ def main() -> None:
         if not args.smoke:
             sys.exit(1)
     if args.append:
-        append(args.append, text)
+        put_on_top(args.append, text)
 
 
 if __name__ == "__main__":

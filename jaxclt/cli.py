@@ -45,6 +45,7 @@ from jaxclt.errors import InputError
 if TYPE_CHECKING:
     from jaxclt.clt.active import Dictionary
     from jaxclt.graph.attribute import AttributeConfig
+    from jaxclt.graph.memory import MemoryPlan
     from jaxclt.io.model import Model
 
 __all__ = ["FetchConfig", "SweepConfig", "TraceConfig", "ViewConfig", "main"]
@@ -114,6 +115,11 @@ class TraceConfig(_Attribution):
     """What graph.npz holds; auto is the full graph up to 512 MB."""
     dry_run: bool = False
     """Say how much memory the graph needs and how it would be computed, then stop."""
+    assume: str = ""
+    """With --dry-run: plan for a prompt of tokens=N, active=N features at each token
+    and layer, of a dictionary of features=N a layer that write to span=N layers, on an
+    accelerator beside host=GB of memory (without: on a CPU). Reads only config.json
+    of --model; the prompt is not looked at."""
     validate: bool = False
     """Compare the graph with patches of the model; adds validation.json and .md."""
 
@@ -209,6 +215,9 @@ def _trace(config: TraceConfig, say: Console) -> None:
 
     if not config.prompt.strip():
         raise InputError("the prompt is empty: give some text to trace")
+    if config.assume:
+        _dry_run_assumed(config)
+        return
     model, dictionary, attribution, loaded = _prepare(config, say)
     if config.dry_run:
         _dry_run(model, dictionary, config, attribution)
@@ -256,12 +265,37 @@ def _dry_run(
     plan, n_tokens, n_active = plan_trace(
         model, dictionary, config.prompt, config=how, bos=config.bos
     )
-    budget = memory_budget(how)
+    _show_plan(plan, n_tokens, n_active, memory_budget(how), config)
+
+
+def _dry_run_assumed(config: TraceConfig) -> None:
+    from jaxclt.assume import plan_assumed, read_assumed
+    from jaxclt.graph.attribute import AttributeConfig
+    from jaxclt.graph.compute import memory_budget
+
+    if not config.dry_run:
+        raise InputError("--assume goes with --dry-run: no graph can be made of it")
+    how = AttributeConfig(max_features=config.max_features, memory_gb=config.memory)
+    assumed, budget = read_assumed(config.assume), memory_budget(how)
+    plan, _, n_active = plan_assumed(
+        config.model,
+        assumed,
+        config=how,
+        budget=budget,
+        itemsize=2 if config.dtype == "bfloat16" else 4,
+    )
+    _show_plan(plan, assumed.tokens, n_active, budget, config)
+
+
+def _show_plan(
+    plan: MemoryPlan, n_tokens: int, n_active: int, budget: int, config: TraceConfig
+) -> None:
     result = {
         "tokens": n_tokens,
         "features_active": n_active,
-        "max_features": how.max_features,
+        "max_features": config.max_features,
         "memory_gb": {k: round(v / 1e9, 3) for k, v in plan.bytes.items()},
+        "host_gb": {k: round(v / 1e9, 3) for k, v in plan.host_bytes.items()},
         "total_gb": round(plan.total / 1e9, 3),
         "budget_gb": round(budget / 1e9, 3),
         "patterns": "kept" if plan.keep_patterns else "recomputed",
@@ -276,7 +310,8 @@ def _dry_run(
     for name, value in result.items():
         if isinstance(value, dict):
             for part, gb in value.items():
-                table.add_row(f"  {part}", f"{gb:.3f} GB")
+                host = "host: " if name == "host_gb" else ""
+                table.add_row(f"  {host}{part}", f"{gb:.3f} GB")
         elif name.endswith("_gb"):
             table.add_row(name.removesuffix("_gb"), f"{value:.3f} GB")
         else:

@@ -582,7 +582,6 @@ def generate_patched(
                 key,
                 heat,
                 n_new=n_new,
-                freeze_norm=how.freeze_norm,
             )
             texts[name] = [int(t) for t in np.asarray(token)]
     say = subject.model.tokenizer.token_strings

@@ -90,10 +90,10 @@ class Frozen:
 
 @struct.dataclass
 class Held:
-    """Parts of a `Frozen`, or some of its positions; None is computed live.
+    """Parts of a `Frozen`; None is computed live.
 
     A patch of the underlying model holds the attention patterns but, unless asked, not
-    the norms (spec 5); generation holds the prompt's positions and not the new ones.
+    the norms (spec 5).
     """
 
     pattern_LHTS: Array | None = None
@@ -101,7 +101,6 @@ class Held:
     mlp_scale_LT: Array | None = None
     out_scale_T: Array | None = None
     clean_LTD: Array | None = None  # instead of patterns, see `Frozen`
-    held_T: Array | None = None  # bool, positions that are held; None: all
 
 
 @struct.dataclass

@@ -6,7 +6,8 @@ influential features, a random control set and supernodes:
 1. the signed total effect on the targets against small and full patches in each mode;
 2. influence against the divergence of an ablation, beside activation and direct edge;
 3. influence between features against the change of downstream activations;
-4. how a perturbation spreads in the replacement model and in the model.
+4. how a perturbation spreads in the replacement model and in the model, and whether the
+   dictionary has the MLPs' derivatives (Jacobian agreement).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ from jaxclt.io.atomic import atomic_path
 from jaxclt.patching.batch import How, chunk_size, default_range
 from jaxclt.patching.edits import Supernode
 from jaxclt.patching.effects import Effect, clean_effect
-from jaxclt.patching.modes import Mode
+from jaxclt.patching.modes import Gates, Mode
 from jaxclt.validation import plots
 from jaxclt.validation.faithfulness import (
     Perturbation,
@@ -38,6 +39,7 @@ from jaxclt.validation.faithfulness import (
     stack,
     upstream,
 )
+from jaxclt.validation.jacobian import jacobian_agreement
 from jaxclt.validation.predictions import (
     direct_effect,
     group_effects,
@@ -126,6 +128,7 @@ def validate_graph(
     report["faithfulness"], report["faithfulness_layers"] = _faithfulness(
         subject, options, key, counter
     )
+    report["jacobian"] = _jacobian(subject, key)
     report["complete_replacement"] = subject.local.complete
     report["_scatter"], report["_ranks"] = scatter, ranks
     report["verdict"] = verdict(report)
@@ -484,10 +487,8 @@ def _faithfulness(
     layers = sorted({round(x) for x in np.linspace(0, L - 2, options.n_layers)})
     layers = [layer for layer in layers if layer >= 0] or [0]
     made = _perturbations(subject, options, layers, key)
-    neurons = isinstance(subject.dictionary, NeuronDictionary)
     out: dict[str, Any] = {}
-    for norms in ("frozen", "live"):
-        gates = "frozen" if neurons and norms == "frozen" else "live"
+    for norms, gates in _variants(subject):
         for kind, (rows, batch) in made.items():
             name = kind if norms == "frozen" else f"{kind}_live"
             cosine, nmse = (np.full((len(layers), L), np.nan) for _ in range(2))
@@ -497,7 +498,7 @@ def _faithfulness(
                         subject.patchable,
                         subject.local,
                         stack(batch),
-                        norms=norms,  # pyright: ignore[reportArgumentType]
+                        norms=norms,
                         gates=gates,
                     )
                 for row in range(len(layers)):
@@ -508,6 +509,29 @@ def _faithfulness(
             counter.within(len(batch), len(batch))
             out[name] = {"cosine": _table(cosine), "nmse": _table(nmse)}
     return out, layers
+
+
+def _variants(
+    subject: Subject,
+) -> list[tuple[Literal["frozen", "live"], Gates]]:
+    """Norms and gates of the replacement model: as in the graph, as in the model."""
+    neurons = isinstance(subject.dictionary, NeuronDictionary)
+    return [("frozen", "frozen" if neurons else "live"), ("live", "live")]
+
+
+def _jacobian(subject: Subject, key: jax.Array) -> dict[str, Any]:
+    """Agreement of derivatives by layer, norms frozen and live."""
+    out = {}
+    for norms, gates in _variants(subject):
+        with jax.default_matmul_precision("highest"):
+            found = jacobian_agreement(
+                subject.patchable, subject.local.tables, key, norms=norms, gates=gates
+            )
+        out[norms] = {
+            "cosine": [_number(x) for x in np.asarray(found.cosine_L)],
+            "nmse": [_number(x) for x in np.asarray(found.nmse_L)],
+        }
+    return out
 
 
 def _table(values: np.ndarray) -> list[list[float | None]]:

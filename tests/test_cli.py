@@ -109,6 +109,36 @@ def test_dry_run_states_the_memory_and_writes_nothing(
     assert list(out.iterdir()) == []
 
 
+def test_dry_run_of_an_assumed_prompt_reads_no_weights(
+    capsys: pytest.CaptureFixture[str],
+):
+    """6,000 tokens at the size of Gemma-2-2B on 80 GB, as the issue asks."""
+    shape = Path(__file__).parents[1] / "benchmarks/shapes/gemma-2-2b.json"
+    rest = ("--dictionary", "any", "--out", "any", "--dry-run", "--json")
+    size = "tokens=6000,active=100,features=16384,host=200"
+
+    def plan(*more: object) -> int:
+        return run("trace", "any", "--model", shape, *rest, *more)
+
+    assert plan("--memory", 80, "--assume", f"{size},span=1") == 0
+    one = json.loads(capsys.readouterr().out)
+    # All the decoders of a CLT of 426k features do not fit beside it in float32.
+    assert plan("--memory", 80, "--assume", size) == 2
+    assert "or raise --memory" in capsys.readouterr().err
+    assert plan("--memory", 80, "--dtype", "bfloat16", "--assume", size) == 0
+    full = json.loads(capsys.readouterr().out)
+    assert one["features_active"] == full["features_active"] == 6000 * 26 * 100
+    assert one["total_gb"] < full["total_gb"] <= 80
+    assert full["patterns"] == "recomputed"
+    # Parameters by the model card: 2.6 billion.
+    assert 2.5 < full["memory_gb"]["parameters"] / 2 < 2.7
+    assert plan("--memory", 80, "--assume", size.replace("200", "20")) == 2
+    assert "of the host" in capsys.readouterr().err
+    for wrong in ("tokens=6000", "tokens=0,active=1", "words=3", "tokens"):
+        assert plan("--assume", wrong) == 2
+        assert "--assume" in capsys.readouterr().err
+
+
 def test_given_targets_replace_the_top_tokens(tmp_path: Path, traced: Path):
     token = json.loads((traced / "report.json").read_text())["top_tokens"][1][0]
     assert trace(tmp_path / "g", "--targets", token) == 0

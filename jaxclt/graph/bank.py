@@ -46,7 +46,8 @@ __all__ = [
 class Items(NamedTuple):
     """Owners of vectors: each has one position and one or more consecutive sites.
 
-    At its j-th site an owner has the vector ``value * table_UD[row + j]``.
+    At its j-th site an owner has the vector ``value * table[row + j]``, the tables
+    [U, D] counted through. They are joined where kernels need them and not before.
     """
 
     site_A: np.ndarray  # the first
@@ -54,7 +55,7 @@ class Items(NamedTuple):
     value_A: np.ndarray
     row_A: np.ndarray
     n_sites: tuple[int, ...]  # of an owner, by its first site
-    table_UD: np.ndarray
+    tables: tuple[np.ndarray, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ class RowTargets:
 def writers(active: Active) -> Items:
     """What active features write at the MLP outputs; site m is the output of layer m.
 
-    The table holds every decoder row once, however often its feature fires.
+    The tables hold every decoder row once, however often its feature fires.
     """
     D = active.write_bias_LD.shape[1]
     n_sites = tuple(rows.shape[1] for rows in active.decoder)
@@ -102,7 +103,7 @@ def writers(active: Active) -> Items:
         value_A=active.value_A,
         row_A=base[active.layer_A] + active.row_A * span_A,
         n_sites=n_sites,
-        table_UD=np.concatenate([rows.reshape(-1, D) for rows in active.decoder]),
+        tables=tuple(rows.reshape(-1, D) for rows in active.decoder),
     )
 
 
@@ -114,7 +115,7 @@ def readers(rows: RowTargets, n_layers: int) -> Items:
         value_A=np.ones(len(rows.layer_R), rows.read_RD.dtype),
         row_A=np.arange(len(rows.layer_R)),
         n_sites=(1,) * (n_layers + 1),
-        table_UD=rows.read_RD,
+        tables=(rows.read_RD,),
     )
 
 
@@ -185,7 +186,7 @@ class Bank:
     """Packed owners on the host: X shared and Y overflow tiles of width W."""
 
     slots: Slots
-    table_UD: np.ndarray
+    tables: tuple[np.ndarray, ...]
     shared_row_XTW: np.ndarray
     shared_value_XTW: np.ndarray
     overflow_row_YW: np.ndarray
@@ -203,7 +204,7 @@ class Bank:
     def packed_bytes(self) -> int:
         """Memory that the written-out tiles take."""
         n = self.shared_row_XTW.size + self.overflow_row_YW.size
-        return n * self.table_UD.shape[1] * self.table_UD.itemsize
+        return n * self.tables[0].shape[1] * self.tables[0].itemsize
 
     def place(self, index: np.ndarray, start: int, P: int) -> np.ndarray:
         """Where owners are in edges [Z, P, W] of positions from `start` on; -1: not."""
@@ -218,7 +219,7 @@ class Bank:
             *map(
                 jnp.asarray,
                 (
-                    self.table_UD,
+                    _joined(self.tables),
                     self.shared_row_XTW,
                     self.shared_value_XTW,
                     self.overflow_row_YW,
@@ -341,7 +342,7 @@ def pack(items: Items, n_positions: int) -> Bank:
             overflow_pos_Y=_padded(over_T, Y),
             overflow_first_M=np.searchsorted(over_M, np.arange(M + 1)).astype(np.int32),
         ),
-        table_UD=_bucketed(items.table_UD),
+        tables=items.tables,
         shared_row_XTW=shared_row_XTW,
         shared_value_XTW=shared_value_XTW,
         overflow_row_YW=overflow_row_YW,
@@ -352,11 +353,12 @@ def pack(items: Items, n_positions: int) -> Bank:
     )
 
 
-def _bucketed(table_UD: np.ndarray) -> np.ndarray:
-    """A table with rows to spare: prompts share programs, and none is empty."""
-    U, D = table_UD.shape
-    more = bucket(U, smallest=1024) - U
-    return np.concatenate([table_UD, np.zeros((more, D), table_UD.dtype)])
+def _joined(tables: tuple[np.ndarray, ...]) -> np.ndarray:
+    """One table with rows to spare: prompts share programs, and none is empty."""
+    size, D = bucket(sum(map(len, tables)), smallest=1024), tables[0].shape[1]
+    table_UD = np.zeros((size, D), tables[0].dtype)
+    np.concatenate(tables, out=table_UD[: sum(map(len, tables))])
+    return table_UD
 
 
 def _padded(index: np.ndarray, size: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import jax
@@ -19,7 +19,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxclt.graph.bank import Bank, DeviceBank, Items, RowTargets, add_dots
+from jaxclt.clt.active import Active
+from jaxclt.graph.bank import Bank, DeviceBank, RowTargets, add_dots
 from jaxclt.graph.plan import Chunk, Plan, chunk_flops
 from jaxclt.graph.rows import pipelined
 from jaxclt.graph.stream import Stream, attend, make_stream
@@ -36,38 +37,38 @@ class Columns:
     Site 0 is the embedding, site m + 1 the MLP output of layer m.
     """
 
-    written: Items  # features, from `jaxclt.graph.bank.writers`
+    active: Active
     error_LTD: np.ndarray
     embed_TD: np.ndarray
 
-    @property
+    @cached_property
     def sites(self) -> np.ndarray:
         """First site of every source."""
         L, T, _ = self.error_LTD.shape
         error = np.repeat(np.arange(L), T) + 1
-        return np.concatenate([self.written.site_A + 1, error, np.zeros(T, int)])
+        return np.concatenate([self.active.layer_A + 1, error, np.zeros(T, int)])
 
-    @property
+    @cached_property
     def positions(self) -> np.ndarray:
         """Position of every source."""
         L, T, _ = self.error_LTD.shape
         pos = np.arange(T)
-        return np.concatenate([self.written.pos_A, np.tile(pos, L), pos])
+        return np.concatenate([self.active.pos_A, np.tile(pos, L), pos])
 
     def write(self, index_B: np.ndarray, capacity: int) -> np.ndarray:
         """What a chunk of sources writes at every site, [L + 1, capacity, D]."""
         L, T, D = self.error_LTD.shape
-        A = len(self.written.pos_A)
+        a, A = self.active, len(self.active.pos_A)
         write_MBD = np.zeros((L + 1, capacity, D), self.error_LTD.dtype)
-        place = np.flatnonzero(index_B < A)
-        feature = index_B[place]
-        items = self.written
-        n_sites_A = np.array(items.n_sites)[items.site_A[feature]]
-        for j in range(int(n_sites_A.max(initial=0))):
-            more = n_sites_A > j
-            f = feature[more]
-            rows = items.table_UD[items.row_A[f] + j] * items.value_A[f, None]
-            write_MBD[items.site_A[f] + 1 + j, place[more]] = rows
+        layer_B = np.where(index_B < A, self.sites[index_B] - 1, -1)
+        for layer in range(L):
+            place = np.flatnonzero(layer_B == layer)
+            if len(place) == 0:
+                continue
+            slots = index_B[place]
+            rows_nMD = a.decoder_rows(slots, layer) * a.value_A[slots, None, None]
+            end = layer + 1 + rows_nMD.shape[1]
+            write_MBD[layer + 1 : end, place] = rows_nMD.swapaxes(0, 1)
         place = np.flatnonzero((index_B >= A) & (index_B < A + L * T))
         layer, pos = np.divmod(index_B[place] - A, T)
         write_MBD[layer + 1, place] = self.error_LTD[layer, pos]

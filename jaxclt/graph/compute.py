@@ -17,12 +17,18 @@ from jax.sharding import Mesh
 
 from jaxclt.clt.active import Active
 from jaxclt.errors import InputError
-from jaxclt.graph.bank import Bank, Items, RowTargets, pack, readers, writers
+from jaxclt.graph.bank import Bank, RowTargets, pack, readers, writers
 from jaxclt.graph.blocks import submatrix
 from jaxclt.graph.columns import Columns, edge_columns, push_flops
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.graph.explore import arrived_influence, next_features
-from jaxclt.graph.memory import MemoryPlan, Sizes, available_bytes, memory_plan
+from jaxclt.graph.memory import (
+    MemoryPlan,
+    Sizes,
+    available_bytes,
+    host_available_bytes,
+    memory_plan,
+)
 from jaxclt.graph.plan import Plan, make_plan, mean_flops
 from jaxclt.graph.rows import Puller, edge_rows, make_puller, pull_flops, visits
 from jaxclt.graph.targets import target_rows, written_edges
@@ -141,8 +147,14 @@ def plan_attribution(
     budget = memory_budget(config)
     if config.memory_gb is None:
         budget += sizes.params_bytes  # what is free does not count what is loaded
-    n_devices = _mesh(config).size
-    return memory_plan(sizes, budget, chunk_size=config.chunk_size, n_devices=n_devices)
+    apart = jax.local_devices()[0].platform != "cpu"
+    return memory_plan(
+        sizes,
+        budget,
+        chunk_size=config.chunk_size,
+        n_devices=_mesh(config).size,
+        host_budget=host_available_bytes() if apart else None,
+    )
 
 
 def memory_budget(config: AttributeConfig) -> int:
@@ -170,8 +182,7 @@ def compute_edges(p: Prompt, on_rows: Callable[[int, int], None]) -> Computed:
         p.active, K, cfg=p.cfg, params=p.params, config=config, n_tokens=T
     )
     mesh = _mesh(config)
-    sources = writers(p.active)
-    bank = pack(sources, T)
+    bank = pack(writers(p.active), T)
     plan = make_plan(
         p.n_selected + K,
         n_positions=T,
@@ -193,7 +204,7 @@ def compute_edges(p: Prompt, on_rows: Callable[[int, int], None]) -> Computed:
             "direction push: all edges do not fit in memory; use auto or pull"
         )
     if can_push and config.direction != "pull":
-        push = _push_side(p, sources)
+        push = _push_side(p)
         skip = p.active.skip is not None
         cost = push_flops(p.cfg, push.bank, plan, push.columns, skip=skip)
         rows = pull_flops(p.cfg, bank, plan, push.rows, skip=skip)
@@ -233,11 +244,11 @@ class _PushSide:
     bank: Bank  # of the rows
 
 
-def _push_side(p: Prompt, sources: Items) -> _PushSide:
+def _push_side(p: Prompt) -> _PushSide:
     rows = p.all_rows()
     return _PushSide(
         columns=Columns(
-            written=sources,
+            active=p.active,
             error_LTD=p.error_LTD[:, : p.n_tokens],
             embed_TD=np.asarray(p.recording.embed_TD)[: p.n_tokens],
         ),

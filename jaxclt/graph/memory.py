@@ -8,6 +8,8 @@ features only (the others are summed into `rest`). A plan takes them in that ord
 smaller chunks last, until it fits; if nothing fits it says so before any work is done.
 
 The counts are of arrays held at the same time at the worst moment, from shapes alone.
+An accelerator has memory of its own: the dictionary's rows as they were read, and the
+edges, stay on the host.
 """
 
 from __future__ import annotations
@@ -21,7 +23,14 @@ import jax
 from jaxclt.errors import InputError
 from jaxclt.lm.config import LMConfig
 
-__all__ = ["MemoryPlan", "Sizes", "available_bytes", "memory_plan", "patterns_kept"]
+__all__ = [
+    "MemoryPlan",
+    "Sizes",
+    "available_bytes",
+    "host_available_bytes",
+    "memory_plan",
+    "patterns_kept",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,11 +58,17 @@ class MemoryPlan:
     chunk_size: int
     full_matrix: bool  # rows of all active features would fit
     bytes: dict[str, int]  # by what they are for
+    host_bytes: dict[str, int]  # beside an accelerator's memory; empty on a CPU
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
+        """Bytes in all, of the accelerator if there is one."""
         return sum(self.bytes.values())
+
+    @property
+    def host_total(self) -> int:
+        """Bytes of the host beside an accelerator."""
+        return sum(self.host_bytes.values())
 
 
 def patterns_kept(cfg: LMConfig, n_tokens: int, budget: int, itemsize: int = 4) -> bool:
@@ -72,15 +87,21 @@ _CHUNKS = (128, 64, 32, 16)
 
 
 def memory_plan(
-    sizes: Sizes, budget: int, *, chunk_size: int = 128, n_devices: int = 1
+    sizes: Sizes,
+    budget: int,
+    *,
+    chunk_size: int = 128,
+    n_devices: int = 1,
+    host_budget: int | None = None,
 ) -> MemoryPlan:
     """The fastest plan that fits.
 
     Args:
       sizes: of the prompt.
-      budget: bytes that may be used in all.
+      budget: bytes that may be used, of an accelerator if `host_budget` is given.
       chunk_size: most rows pulled back together on one device.
       n_devices: devices that share each chunk.
+      host_budget: bytes of the host that may be used; None: the same memory.
 
     Raises:
       InputError: if even the smallest plan does not fit, with what it needs.
@@ -90,23 +111,30 @@ def memory_plan(
     smallest = None
     for chunk in (chunk_size, *chunks):
         for packed in (True, False):
-            fixed = _fixed(sizes, keep, packed, chunk * n_devices)
-            room = budget - sum(fixed.values())
-            pool = _pool(sizes, room)
-            plan = _planned(sizes, keep, packed, pool, chunk, fixed, budget)
+            device = _on_device(sizes, keep, packed, chunk * n_devices)
+            plan = _planned(sizes, keep, packed, chunk, device, budget, host_budget)
             smallest = plan
             # A pool cut below four times the rows picks them with too little choice.
-            if plan.total <= budget and pool >= min(sizes.n_active, 4 * sizes.n_rows):
+            enough = plan.pool >= min(sizes.n_active, 4 * sizes.n_rows)
+            if _fits(plan, budget, host_budget) and enough:
                 return plan
     assert smallest is not None
-    if smallest.total <= budget:
+    if _fits(smallest, budget, host_budget):
         return smallest
+    where, needed, given = "", smallest.total, budget
+    if host_budget is not None and smallest.host_total > host_budget:
+        where, needed, given = " of the host", smallest.host_total, host_budget
     raise InputError(
-        f"this graph needs {smallest.total / 1e9:.1f} GB of memory and "
-        f"{budget / 1e9:.1f} GB may be used: lower --max-features (now "
+        f"this graph needs {needed / 1e9:.1f} GB of memory{where} and "
+        f"{given / 1e9:.1f} GB may be used: lower --max-features (now "
         f"{sizes.n_rows:,}), shorten the prompt ({sizes.n_tokens:,} tokens), or raise "
         "--memory"
     )
+
+
+def _fits(plan: MemoryPlan, budget: int, host_budget: int | None) -> bool:
+    on_host = host_budget is None or plan.host_total <= host_budget
+    return plan.total <= budget and on_host
 
 
 def _pool(sizes: Sizes, room: int) -> int:
@@ -125,25 +153,42 @@ def _matrix(sizes: Sizes, n_rows: int, pool: int) -> int:
     return int((n_rows + sizes.n_targets) * columns * sizes.itemsize * _MATRIX)
 
 
-def _fixed(sizes: Sizes, keep: bool, packed: bool, chunk: int) -> dict[str, int]:
-    """Bytes of everything but the edge matrix."""
+_WIDEST = 256  # slots of a tile, see `jaxclt.graph.bank`
+
+
+def _rows(sizes: Sizes, per_feature: float) -> int:
+    """Bytes of so many vectors of every distinct active feature."""
+    unique = min(sizes.n_unique or sizes.n_active, sizes.n_active)
+    return int(unique * per_feature * sizes.cfg.d_model * sizes.itemsize)
+
+
+def _on_host(sizes: Sizes) -> dict[str, int]:
+    """Bytes on the host but the edge matrix."""
+    return {
+        "dictionary rows as read": _rows(sizes, 1 + sizes.n_sites),
+        "active features": sizes.n_active * 64,
+    }
+
+
+def _on_device(sizes: Sizes, keep: bool, packed: bool, chunk: int) -> dict[str, int]:
+    """Bytes of what the kernels work on."""
     cfg, T, item = sizes.cfg, sizes.n_tokens, sizes.itemsize
     L, D = cfg.n_layers, cfg.d_model
     heads = cfg.n_heads * cfg.d_head
-    unique = min(sizes.n_unique or sizes.n_active, sizes.n_active)
     vectors = int(sizes.n_active * sizes.n_sites)
     patterns = _patterns(cfg, T, item)
     one_layer = patterns // L
     tiles = vectors * (D if packed else 2) * item
     slots = -(-sizes.n_active // max(T, 1)) * T
     stream = T * chunk * (3 * D + 2 * heads) * item
-    gathered = 0 if packed else -(-vectors // L) * D * item
+    # One tile of every position at a time.
+    deepest = -(-vectors // (L * max(T, 1)))
+    gathered = 0 if packed else 2 * T * min(deepest, _WIDEST) * D * item
     return {
         "parameters": sizes.params_bytes,
         "recording": 8 * L * T * D * item,  # the stream, writes, errors, diagonals
         "patterns": 2 * patterns if keep else 3 * one_layer,
-        "dictionary rows": int(unique * (1 + 2 * sizes.n_sites) * D * item),
-        "active features": sizes.n_active * 64,
+        "dictionary rows": _rows(sizes, sizes.n_sites),
         "sources": tiles + gathered,
         "chunk": stream + 2 * slots * chunk * item,
     }
@@ -153,19 +198,26 @@ def _planned(
     sizes: Sizes,
     keep: bool,
     packed: bool,
-    pool: int,
     chunk: int,
-    fixed: dict[str, int],
+    device: dict[str, int],
     budget: int,
+    host_budget: int | None,
 ) -> MemoryPlan:
-    everything = sum(fixed.values()) + _matrix(sizes, sizes.n_active, sizes.n_active)
+    host = _on_host(sizes)
+    used = sum(host.values())
+    room = budget - sum(device.values()) - used
+    if host_budget is not None:
+        room = host_budget - used
+    pool = _pool(sizes, room)
+    host |= {"edges": _matrix(sizes, sizes.n_rows, pool)}
     return MemoryPlan(
         keep_patterns=keep,
         packed=packed,
         pool=pool,
         chunk_size=chunk,
-        full_matrix=everything <= budget,
-        bytes=fixed | {"edges": _matrix(sizes, sizes.n_rows, pool)},
+        full_matrix=_matrix(sizes, sizes.n_active, sizes.n_active) <= room,
+        bytes=device | (host if host_budget is None else {}),
+        host_bytes={} if host_budget is None else host,
     )
 
 
@@ -176,6 +228,11 @@ def available_bytes() -> int:
         stats = device.memory_stats() or {}
         if "bytes_limit" in stats:
             return int(stats["bytes_limit"]) * jax.local_device_count()
+    return host_available_bytes()
+
+
+def host_available_bytes() -> int:
+    """Memory that the machine has free, whatever accelerators it has."""
     free = _meminfo() or 8 << 30
     limit = _cgroup_room()
     return free if limit is None else min(free, limit)

@@ -127,13 +127,17 @@ def attend(
     P = x_PBD.shape[0]
     pattern_GJTS = _pattern(stream, layer, cfg, start, P)
     value, output = stream.value[layer], stream.output[layer]
-    if pull:
-        v_SBGC = jnp.einsum("SBD,GCD->SBGC", x_PBD, value)
-        moved_TBGJC = jnp.einsum("GJTS,SBGC->TBGJC", pattern_GJTS, v_SBGC)
-        return jnp.einsum("TBGJC,DGJC->TBD", moved_TBGJC, output)
-    v_SBGC = jnp.einsum("SBD,DGC->SBGC", x_PBD, value)
-    moved_TBGJC = jnp.einsum("GJTS,SBGC->TBGJC", pattern_GJTS, v_SBGC)
-    return jnp.einsum("TBGJC,GJCD->TBD", moved_TBGJC, output)
+    to_value = "SBD,GCD->SBGC" if pull else "SBD,DGC->SBGC"
+    from_heads = "TBGJC,DGJC->TBD" if pull else "TBGJC,GJCD->TBD"
+    v_SBGC = jnp.einsum(to_value, x_PBD, value)
+    # One plain matmul per group: a batched one first moves its operands to G-major.
+    moved = [
+        jnp.einsum("JTS,SBC->TBJC", pattern_JTS, v_SB1C[:, :, 0])
+        for pattern_JTS, v_SB1C in zip(
+            pattern_GJTS, jnp.split(v_SBGC, cfg.n_kv_heads, axis=2), strict=True
+        )
+    ]
+    return jnp.einsum(from_heads, jnp.stack(moved, axis=2), output)
 
 
 def _pattern(

@@ -6,6 +6,7 @@ library's language model (scaled rotary embeddings, other families) is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -22,7 +23,7 @@ from jaxclt.io.weights_safetensors import open_weights, read_json
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import LMParams
 
-__all__ = ["config_from_hf", "config_to_hf", "load_hf", "save_hf"]
+__all__ = ["config_from_hf", "config_to_hf", "load_hf", "save_hf", "shape_from_hf"]
 
 _MODEL_TYPES = ("llama",)
 _ACTS: dict[str, Literal["silu", "gelu_tanh"]] = {
@@ -52,6 +53,20 @@ def config_from_hf(hf: dict[str, Any]) -> LMConfig:
             f"config.json: hidden_act {act!r} is not supported; "
             f"supported: {', '.join(_ACTS)}"
         )
+    return dataclasses.replace(
+        shape_from_hf(hf),
+        norm_eps=_float(hf, "rms_norm_eps", 1e-6),
+        rope_theta=_rope_theta(hf),
+        act=_ACTS[act],
+    )
+
+
+def shape_from_hf(hf: dict[str, Any]) -> LMConfig:
+    """Sizes alone, of any decoder whose config.json names them as Llama's does.
+
+    Raises:
+      InputError: for a missing or impossible size.
+    """
     d_model = _int(hf, "hidden_size")
     n_heads = _int(hf, "num_attention_heads")
     return LMConfig(
@@ -63,9 +78,6 @@ def config_from_hf(hf: dict[str, Any]) -> LMConfig:
         d_mlp=_int(hf, "intermediate_size"),
         d_vocab=_int(hf, "vocab_size"),
         n_ctx=_int(hf, "max_position_embeddings", 2048),
-        norm_eps=_float(hf, "rms_norm_eps", 1e-6),
-        rope_theta=_rope_theta(hf),
-        act=_ACTS[act],
     )
 
 

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import Block
 
-__all__ = ["FrozenLayer", "Taps", "block", "frozen_pattern"]
+__all__ = ["FrozenLayer", "Past", "Taps", "block", "frozen_pattern"]
 
 
 class FrozenLayer(NamedTuple):
@@ -30,6 +29,13 @@ class FrozenLayer(NamedTuple):
     clean_TD: Array | None = None  # what a pattern that is not kept is computed from
 
 
+class Past(NamedTuple):
+    """What attention sees of a layer's positions: room for S, those behind are zero."""
+
+    key_SGC: Array  # turned to their positions
+    value_SGC: Array
+
+
 class Taps(NamedTuple):
     """What one block saw, wrote and normalised by."""
 
@@ -39,6 +45,7 @@ class Taps(NamedTuple):
     pattern_HTS: Array | None  # None: not asked for
     attn_scale_T: Array
     mlp_scale_T: Array
+    past: Past | None = None  # with the block's own rows, if it was given one
 
 
 def block(
@@ -48,9 +55,10 @@ def block(
     *,
     cfg: LMConfig,
     frozen: FrozenLayer | None = None,
-    held_T: Array | None = None,
     biases: bool = True,
     keep_patterns: bool = True,
+    past: Past | None = None,
+    start: Array | int = 0,
 ) -> tuple[Array, Taps]:
     """Attention, then whatever `write` puts at the MLP's place.
 
@@ -60,9 +68,10 @@ def block(
       write: (mid_TD, mlp_scale_T) -> write_TD, the MLP or its replacement.
       cfg: model shape.
       frozen: clean pattern and scales; None computes them from the stream.
-      held_T: bool, the positions at which `frozen` holds; None for all.
       biases: False drops attention biases, which makes a frozen block linear.
       keep_patterns: False leaves the attention pattern out of the taps.
+      past: keys and values of earlier positions, with room for these rows.
+      start: position of the first row.
 
     Returns:
       The residual stream leaving the block [T, D], and the taps.
@@ -70,22 +79,24 @@ def block(
     held = FrozenLayer(None, None, None) if frozen is None else frozen
 
     def hold(clean: Array | None, live: Callable[[], Array]) -> Array:
-        if clean is None or held_T is None:
-            return live() if clean is None else clean
-        row = held_T[None, :, None] if clean.ndim == 3 else held_T
-        return jnp.where(row, clean, live())
+        return live() if clean is None else clean
 
     with jax.named_scope("attention"):
         attn_scale_T = hold(
             held.attn_scale_T, lambda: layers.rms_scale(resid_TD, eps=cfg.norm_eps)
         )
         normed_TD = layers.normalise(resid_TD, attn_scale_T, p.norm_attn_LD)
+        if past is not None:
+            past = _remember(p, past, normed_TD, start, cfg=cfg, biases=biases)
+        key_SGC, value_SGC = (None, None) if past is None else past
         pattern_HTS = hold(
             frozen_pattern(p, held, cfg=cfg),
-            lambda: layers.attention_pattern(p, normed_TD, cfg=cfg),
+            lambda: layers.attention_pattern(
+                p, normed_TD, cfg=cfg, key_SGC=key_SGC, start=start
+            ),
         )
         mid_TD = resid_TD + layers.move(
-            p, pattern_HTS, normed_TD, cfg=cfg, biases=biases
+            p, pattern_HTS, normed_TD, cfg=cfg, biases=biases, value_SGC=value_SGC
         )
     with jax.named_scope("mlp"):
         mlp_scale_T = hold(
@@ -99,8 +110,31 @@ def block(
         pattern_HTS if keep_patterns else None,
         attn_scale_T,
         mlp_scale_T,
+        past,
     )
     return mid_TD + write_TD, taps
+
+
+def _remember(
+    p: Block,
+    past: Past,
+    normed_TD: Array,
+    start: Array | int,
+    *,
+    cfg: LMConfig,
+    biases: bool,
+) -> Past:
+    """The past with the rows that stand at `start`."""
+    new = Past(
+        layers.keys(p, normed_TD, cfg=cfg, start=start),
+        layers.values(p, normed_TD, biases=biases),
+    )
+    return Past(
+        *(
+            jax.lax.dynamic_update_slice_in_dim(old, rows, start, axis=0)
+            for old, rows in zip(past, new, strict=True)
+        )
+    )
 
 
 def frozen_pattern(p: Block, frozen: FrozenLayer, *, cfg: LMConfig) -> Array | None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxclt.lm import layers
-from jaxclt.lm.block import FrozenLayer, Taps, block
+from jaxclt.lm.block import FrozenLayer, Past, Taps, block
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import Block, Frozen, Held, LMParams, Recording
 
@@ -50,6 +50,8 @@ def run(
     frozen: Frozen | Held | None = None,
     biases: bool = True,
     keep_patterns: bool = True,
+    past: Past | None = None,
+    start: Array | int = 0,
 ) -> Run:
     """Scan the block over the layers with a write policy.
 
@@ -61,9 +63,12 @@ def run(
       carry: the policy's initial carry.
       per_layer: the policy's data, leaves with a leading L.
       frozen: hold these patterns and scales instead of computing them; a `Held` may
-        hold some of them only, or only at some positions.
+        hold some of them only.
       biases: False drops attention biases (for the linear map).
       keep_patterns: False leaves attention patterns out of the taps.
+      past: keys and values of earlier positions, leaves with a leading L; the taps
+        then have them with these rows.
+      start: position of the first row.
 
     Returns:
       The run; `taps` have a leading layer axis.
@@ -79,11 +84,9 @@ def run(
         )
     )
 
-    held_T = frozen.held_T if isinstance(frozen, Held) else None
-
     def step(state: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], Taps]:
         resid_TD, inner = state
-        p, x, layer_frozen = xs
+        p, x, layer_frozen, layer_past = xs
 
         def write(mid_TD: Array, scale_T: Array) -> Array:
             nonlocal inner
@@ -96,22 +99,20 @@ def run(
             write,
             cfg=cfg,
             frozen=layer_frozen,
-            held_T=held_T,
             biases=biases,
             keep_patterns=keep_patterns,
+            past=layer_past,
+            start=start,
         )
         return (resid_TD, inner), taps
 
     (resid_TD, carry), taps = jax.lax.scan(
-        step, (embed_TD, carry), (params.blocks, per_layer, held)
+        step, (embed_TD, carry), (params.blocks, per_layer, held, past)
     )
     clean_T = None if frozen is None else frozen.out_scale_T
-    if clean_T is not None and held_T is None:
-        scale_T = clean_T
-    else:
-        scale_T = layers.rms_scale(resid_TD, eps=cfg.norm_eps)
-        if clean_T is not None and held_T is not None:
-            scale_T = jnp.where(held_T, clean_T, scale_T)
+    scale_T = (
+        layers.rms_scale(resid_TD, eps=cfg.norm_eps) if clean_T is None else clean_T
+    )
     out_TD = layers.normalise(resid_TD, scale_T, params.norm_out_D)
     return Run(carry, taps, out_TD, scale_T)
 

@@ -1,17 +1,13 @@
 """Text after a patched prompt, edits held.
 
-The patched prompt keeps its stream: its MLP outputs, attention patterns and whatever
-norms were held are those of the patched pass, in any mode. New tokens run the real
-model and see the patched prompt through live attention; edits without an end also act
-on them, additively, for there is no recording to clamp to.
-
-Every step runs all positions again. A cache of keys and values would save that, but the
-one `block` computes attention for all positions at once; for the few tokens that a
-patch is judged by, one code path is worth more.
+The patched prompt keeps its stream: new tokens see its keys and values, which are
+those of the patched pass in any mode. They run the real model, one position at a time;
+edits without an end also act on them, additively, for there is no recording to clamp.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -20,16 +16,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxclt.lm import layers
+from jaxclt.lm.block import Past
+from jaxclt.lm.cache import past_of
 from jaxclt.lm.run import Run, embed, run, unembed
 from jaxclt.patching.edits import Edits, amounts
 from jaxclt.patching.features import activation
 from jaxclt.patching.modes import Patchable, pending, read
-from jaxclt.types import Block, Held
+from jaxclt.types import Block
 
 __all__ = ["continue_prompt"]
 
 
-@partial(jax.jit, static_argnames=("n_new", "freeze_norm"))
+@partial(jax.jit, static_argnames="n_new")
 def continue_prompt(
     model: Patchable,
     done: Run,
@@ -39,7 +37,6 @@ def continue_prompt(
     temperature: Array,
     *,
     n_new: int,
-    freeze_norm: bool = False,
 ) -> Array:
     """Token ids [n_new] that follow a patched prompt.
 
@@ -51,65 +48,64 @@ def continue_prompt(
       key: for sampling.
       temperature: of the softmax that is sampled; 0 takes the most probable token.
       n_new: tokens to generate.
-      freeze_norm: the patched pass held its norm denominators; hold them on the prompt.
     """
-    prompt_T = model.recording.token_T
-    T, S = len(prompt_T), len(prompt_T) + n_new
-    position_S = jnp.arange(S, dtype=jnp.int32)
-    in_prompt_S = position_S < T
-
-    def grow(x: Array, *axes: int) -> Array:
-        width = [(0, n_new if axis in axes else 0) for axis in range(x.ndim)]
-        return jnp.pad(x, width)
-
-    taps = done.taps
-    assert taps.pattern_HTS is not None, "a patched pass keeps its patterns"
-    hold = Held(
-        pattern_LHTS=grow(taps.pattern_HTS, 2, 3),
-        attn_scale_LT=grow(taps.attn_scale_T, 1) if freeze_norm else None,
-        mlp_scale_LT=grow(taps.mlp_scale_T, 1) if freeze_norm else None,
-        out_scale_T=grow(done.out_scale_T, 0) if freeze_norm else None,
-        held_T=in_prompt_S,
-    )
+    T, dtype = len(model.recording.token_T), model.recording.token_T.dtype
     index_L = jnp.arange(model.cfg.n_layers, dtype=jnp.int32)
-    write_LSD = grow(taps.write_TD, 1)
 
-    def policy(
-        carry: Any, mid_TD: Array, scale_T: Array, p: Block, x: Any
-    ) -> tuple[Any, Array]:
-        index, held_TD = x
-        normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
-        real_TD = layers.mlp(p, normed_TD, cfg=model.cfg)
-        if later is not None:
-            f = later.features
-            read_TD = read(model, mid_TD, scale_T, p)
-            now_E = activation(f, read_TD[f.pos_E], cfg=model.cfg)
-            here_E = f.layer_E == index
-            carry = jnp.where(here_E, amounts(later, now_E), carry)
-            inside = (layers_2[0] <= index) & (index <= layers_2[1])
-            added_TD = pending(later, carry, index, mid_TD)
-            real_TD = jnp.where(inside, real_TD + added_TD, real_TD)
-        return carry, jnp.where(in_prompt_S[:, None], held_TD, real_TD)
-
-    def step(token_S: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
-        t, key = now
-        again = run(
-            model.params,
-            embed(model.params, token_S),
-            policy,
-            cfg=model.cfg,
-            carry=None if later is None else jnp.zeros_like(later.factor_E),
-            per_layer=(index_L, write_LSD),
-            frozen=hold,
-        )
-        logit_V = unembed(model.params, again.out_TD[t - 1])
+    def choose(out_D: Array, key: Array) -> Array:
+        logit_V = unembed(model.params, out_D)
         warm = jnp.where(temperature > 0, temperature, jnp.ones_like(temperature))
         drawn = jax.random.categorical(key, logit_V / warm.astype(logit_V.dtype))
-        token = jnp.where(temperature > 0, drawn, jnp.argmax(logit_V))
-        token = token.astype(token_S.dtype)
-        return token_S.at[t].set(token), token
+        return jnp.where(temperature > 0, drawn, jnp.argmax(logit_V)).astype(dtype)
 
-    start_S = jnp.pad(prompt_T, (0, n_new))
+    def step(
+        state: tuple[Array, Past], now: tuple[Array, Array]
+    ) -> tuple[tuple[Array, Past], Array]:
+        (token, past), (t, key) = state, now
+        # The one row of this pass is position t.
+        here = None if later is None else _moved(later, -t)
+
+        def policy(
+            carry: Any, mid_TD: Array, scale_T: Array, p: Block, index: Array
+        ) -> tuple[Any, Array]:
+            normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
+            real_TD = layers.mlp(p, normed_TD, cfg=model.cfg)
+            if here is None:
+                return carry, real_TD
+            f = here.features
+            read_ED = jnp.broadcast_to(
+                read(model, mid_TD, scale_T, p), (len(f.pos_E), mid_TD.shape[1])
+            )
+            now_E = activation(f, read_ED, cfg=model.cfg)
+            carry = jnp.where(f.layer_E == index, amounts(here, now_E), carry)
+            inside = (layers_2[0] <= index) & (index <= layers_2[1])
+            added_TD = pending(here, carry, index, mid_TD)
+            return carry, jnp.where(inside, real_TD + added_TD, real_TD)
+
+        again = run(
+            model.params,
+            embed(model.params, token[None]),
+            policy,
+            cfg=model.cfg,
+            carry=None if here is None else jnp.zeros_like(here.factor_E),
+            per_layer=index_L,
+            past=past,
+            start=t,
+        )
+        assert again.taps.past is not None
+        return (choose(again.out_TD[0], key), again.taps.past), token
+
     keys = jax.random.split(key, n_new)
-    _, new = jax.lax.scan(step, start_S, (position_S[T:], keys))
-    return new
+    past = past_of(model.params, done.taps, cfg=model.cfg, room=n_new - 1)
+    first = choose(done.out_TD[-1], keys[0])
+    position = jnp.arange(T, T + n_new - 1, dtype=jnp.int32)
+    (last, _), before = jax.lax.scan(step, (first, past), (position, keys[1:]))
+    return jnp.append(before, last)
+
+
+def _moved(edits: Edits, by: Array) -> Edits:
+    """The same edits with their positions counted from elsewhere."""
+    features = edits.features
+    return dataclasses.replace(
+        edits, features=dataclasses.replace(features, pos_E=features.pos_E + by)
+    )

@@ -55,6 +55,7 @@ __all__ = [
     "additive",
     "clean_tables",
     "constrained",
+    "encode",
     "first_edited",
     "hold_of",
     "iterative",
@@ -268,7 +269,7 @@ def iterative(
         read_TD = read(model, mid_TD, scale_T, p)
 
         def responded() -> Array:
-            a_TU = _encode(model, table, read_TD, p, gates=gates)
+            a_TU = encode(model, table, read_TD, p, gates=gates)
             change_TU = a_TU - table.clean_LTU
             change_TU = jnp.where(inside, change_TU, jnp.zeros_like(change_TU))
             # Edited features are held: what they would do by themselves is replaced.
@@ -347,7 +348,7 @@ def clean_tables(model: Patchable, tables: Tables) -> Tables:
         gate_TU = None
         if table.kept_LTU is not None:
             gate_TU, _ = layers.gate_and_up(p, read_TD, cfg=model.cfg)
-        return _encode(model, table, read_TD, p, gates="live"), gate_TU
+        return encode(model, table, read_TD, p, gates="live"), gate_TU
 
     rec = model.recording
     xs = (model.params.blocks, tables, rec.mid_LTD, rec.frozen.mlp_scale_LT)
@@ -363,7 +364,7 @@ def clean_tables(model: Patchable, tables: Tables) -> Tables:
     )
 
 
-def _encode(
+def encode(
     model: Patchable, table: Tables, read_TD: Array, p: Block, *, gates: Gates
 ) -> Array:
     """Activations [T, U] of one layer of the tables."""

@@ -212,6 +212,7 @@ def _faithful(report: dict[str, Any]) -> list[str]:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "![faithfulness](validation_faithfulness.png)", ""]
+    lines += _jacobian(report)
     if not report["complete_replacement"]:
         lines += [
             "The replacement model re-encoded the features that are active somewhere "
@@ -219,6 +220,29 @@ def _faithful(report: dict[str, Any]) -> list[str]:
             "",
         ]
     return lines
+
+
+def _jacobian(report: dict[str, Any]) -> list[str]:
+    lines = [
+        "Derivative of each layer's dictionary against its MLP's, along random "
+        "directions; 1 is the NMSE of no response at all.",
+        "",
+        "| norms | cosine, mean | NMSE, mean | worst layer |",
+        "|---|---|---|---|",
+    ]
+    for norms, found in report["jacobian"].items():
+        cosine, nmse = (
+            np.array([np.nan if x is None else x for x in found[k]])
+            for k in ("cosine", "nmse")
+        )
+        if np.isnan(nmse).all():
+            continue
+        worst = int(np.nanargmax(nmse))
+        lines.append(
+            f"| {norms} | {np.nanmean(cosine):.2f} | {np.nanmean(nmse):.2f} | "
+            f"{worst} ({nmse[worst]:.2f}) |"
+        )
+    return [*lines, ""]
 
 
 def _fails(report: dict[str, Any]) -> list[str]:

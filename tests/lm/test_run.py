@@ -9,11 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import MODELS, case, close
+from jax import Array
 
 from jaxclt.errors import InputError
+from jaxclt.lm import layers
+from jaxclt.lm.block import Past
+from jaxclt.lm.cache import past_of
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.params import abstract
-from jaxclt.lm.run import forward, record, unembed
+from jaxclt.lm.run import embed, forward, record, run, unembed
+from jaxclt.types import Block
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -29,6 +34,28 @@ def test_a_token_changes_nothing_before_it() -> None:
     now = np.asarray(forward_jit(t.params, changed, cfg=t.cfg))
     np.testing.assert_array_equal(was[:3], now[:3])
     assert (np.abs(was[3:] - now[3:]).max(1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_position_at_a_time_equals_all_at_once(name: str) -> None:
+    """The rest of a prompt, run behind the keys and values of its start."""
+    t, n = case(name), 3
+
+    def mlp(carry: None, mid_TD: Array, scale_T: Array, p: Block, x: None):
+        normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
+        return carry, layers.mlp(p, normed_TD, cfg=t.cfg)
+
+    @jax.jit
+    def piece(token_T: Array, past: Past | None, start: Array):
+        entering = embed(t.params, token_T)
+        return run(t.params, entering, mlp, cfg=t.cfg, past=past, start=start)
+
+    T = len(t.token_T)
+    past = past_of(t.params, piece(t.token_T[:n], None, 0).taps, cfg=t.cfg, room=T - n)
+    for start, end in ((n, n + 1), (n + 1, n + 2), (n + 2, T)):
+        done = piece(t.token_T[start:end], past, start)
+        close(done.out_TD, t.recording.out_TD[start:end], 1e-13)
+        past = done.taps.past
 
 
 @pytest.mark.parametrize("name", MODELS)

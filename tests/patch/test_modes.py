@@ -14,11 +14,12 @@ from cases import CASES, case, case_active, case_graph, close
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.effects import solve_total_effect
-from jaxclt.lm.run import Run
+from jaxclt.lm.run import Run, record, unembed
 from jaxclt.patching.batch import How, Local, make_local, make_patchable, patch_one
 from jaxclt.patching.edits import Edit, Edits, expand_edits, make_edits
 from jaxclt.patching.effects import Ask, Effect, measure_effect, watch_values
 from jaxclt.patching.features import gather_features
+from jaxclt.patching.generate import continue_prompt
 from jaxclt.patching.modes import Patchable
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -318,3 +319,31 @@ def test_with_all_neurons_and_nothing_frozen_the_replacement_is_the_model():
     real = neuron_patch(None, s, 0.0, (0, L - 1), mode="additive")
     close(local.logit_K, real.logit_K, 1e-12)
     assert float(real.kl) > 1e-6
+
+
+def test_generation_token_by_token_is_the_patch_of_the_whole_text():
+    """T-R1: keys and values of patched positions stand in for the positions."""
+    t, a, n = case("clt"), case_active("clt"), 5
+    s, T = source("clt"), len(t.token_T)
+    layer, feature = int(a.layer_A[s]), int(a.feature_A[s])
+    how = How(mode="additive", freeze_pattern=False)
+    range_2 = jnp.asarray((0, L - 1), jnp.int32)
+
+    def edits(positions: range, recording: Any) -> Edits:
+        changes = [(layer, p, feature, 0.0, 40.0) for p in positions]
+        return make_edits(changes, t.dictionary, t.params, recording, cfg=t.cfg)
+
+    done = run_jit(model("clt"), edits(range(2, T), t.recording), range_2, None, how)
+    later = edits(range(T, T + n), t.recording)
+    rest = (range_2, jax.random.key(0), jnp.float32(0))
+    new = continue_prompt(model("clt"), done, later, *rest, n_new=n)
+    clean = continue_prompt(model("clt"), done, None, *rest, n_new=n)
+    assert new[0] == clean[0]
+    assert new.tolist() != clean.tolist()
+
+    text = jnp.concatenate([t.token_T, new])
+    recording = jax.jit(record, static_argnames="cfg")(t.params, text, cfg=t.cfg)
+    whole = make_patchable(t.dictionary, t.params, recording, t.cfg)
+    done = run_jit(whole, edits(range(2, T + n), recording), range_2, None, how)
+    logit_TV = unembed(t.params, done.out_TD[T - 1 : -1])
+    assert new.tolist() == jnp.argmax(logit_TV, -1).tolist()

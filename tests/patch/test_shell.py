@@ -223,6 +223,18 @@ def test_open_slices_act_on_generated_tokens_too():
     assert out["tokens_before"][1:] != out["tokens_after"][1:]
 
 
+def test_positions_from_the_end_are_the_prompts_also_when_text_follows():
+    """T-R1: a position means one token, counted from either side."""
+    s, (layer, pos, feature) = subject(), strongest()[0]
+    change: dict[str, Any] = {"layer": layer, "feature": feature, "scale": -4.0}
+    found = [
+        intervene.generate_patched(s, [Edit(pos=p, **change)], how=s.how(), n_new=4)
+        for p in (pos, pos - s.n_tokens, slice(pos, pos + 1))
+    ]
+    assert found[0] == found[1] == found[2]
+    assert found[0]["tokens_after"] != found[0]["tokens_before"]
+
+
 def test_sampling_follows_the_seed():
     s, edits = subject(), [edit(strongest()[0])]
 

@@ -14,6 +14,7 @@ from cases import case, case_active, close
 
 from jaxclt.clt.active import Active, Dictionary
 from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.lm import layers
 from jaxclt.patching.batch import Local, make_local, make_patchable
 from jaxclt.patching.edits import make_edits
 from jaxclt.patching.modes import Nudge, Patchable, hold_of, underlying
@@ -27,6 +28,7 @@ from jaxclt.validation.faithfulness import (
     stack,
     upstream,
 )
+from jaxclt.validation.jacobian import jacobian_agreement
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -146,3 +148,43 @@ def test_small_perturbations_measure_the_jacobians():
     )
     assert want.nmse_L[layer + 1] > 1e-3
     assert len(case_active("clt").layer_A)
+
+
+def test_all_neurons_have_the_mlps_derivative_and_others_do_not():
+    """Spec 6.3: zero distance for the exact dictionary, gates live."""
+    key = jax.random.key(0)
+    for norms in ("frozen", "live"):
+        _, _, model, local = parts("neurons")
+        exact = jacobian_agreement(model, local.tables, key, norms=norms, gates="live")
+        np.testing.assert_allclose(exact.cosine_L, 1, atol=1e-12)
+        np.testing.assert_allclose(exact.nmse_L, 0, atol=1e-12)
+    graph = jacobian_agreement(model, local.tables, key, norms="live", gates="frozen")
+    assert (graph.nmse_L > 1e-3).all()
+
+
+def test_jacobian_distance_is_the_frobenius_norm():
+    """Against full Jacobians, at one position and layer."""
+    _, _, model, local = parts("clt")
+    got = jacobian_agreement(
+        model, local.tables, jax.random.key(0),
+        norms="frozen", gates="frozen", n_probes=4000,
+    )  # fmt: skip
+    cfg, rec, layer = model.cfg, model.recording, 1
+    p, table = jax.tree.map(lambda x: x[layer], (model.params.blocks, local.tables))
+    scale_T, mid_TD = rec.frozen.mlp_scale_LT[layer], rec.mid_LTD[layer]
+    assert model.clt_cfg.read == "resid_mid"
+    top = bottom = 0.0
+    for t in range(len(mid_TD)):
+
+        def mlp(mid_D: jax.Array, t: int = t) -> jax.Array:
+            normed = layers.normalise(mid_D[None], scale_T[t][None], p.norm_mlp_LD)
+            return layers.mlp(p, normed, cfg=cfg)[0]
+
+        J_mlp = np.asarray(jax.jit(jax.jacobian(mlp))(mid_TD[t]))
+        on_U = np.asarray(table.clean_LTU[t]) != 0
+        J_clt = (
+            np.asarray(table.W_dec_LUMD)[on_U, 0].T @ np.asarray(table.W_enc_LUD)[on_U]
+        )
+        top += ((J_clt - J_mlp) ** 2).sum()
+        bottom += (J_mlp**2).sum()
+    np.testing.assert_allclose(got.nmse_L[layer], top / bottom, rtol=0.05)

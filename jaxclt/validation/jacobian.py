@@ -1,0 +1,83 @@
+"""Does a layer of the dictionary have the derivative of the MLP it stands for?
+
+With v ~ N(0, 1) added to the stream that the MLP reads,
+
+    nmse = E |J_dict v - J_mlp v|^2 / E |J_mlp v|^2
+
+estimates the squared Frobenius distance of the two Jacobians as a share of the MLP's
+own (spec 6.3; 1 is what a dictionary without any response gets). Of a cross-layer
+transcoder, the decoders into the same layer only: the others read other layers. The
+reconstruction can be good and this bad, for it asks about directions, not values.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+from jax import Array
+
+from jaxclt.lm import layers
+from jaxclt.patching.modes import Gates, Patchable, Tables, encode, read
+from jaxclt.validation.faithfulness import Agreement, compare
+
+__all__ = ["jacobian_agreement"]
+
+
+@partial(jax.jit, static_argnames=("norms", "gates", "n_probes"))
+def jacobian_agreement(
+    model: Patchable,
+    tables: Tables,
+    key: Array,
+    *,
+    norms: Literal["frozen", "live"],
+    gates: Gates,
+    n_probes: int = 8,
+) -> Agreement:
+    """Cosine, nmse and size ratio [L] of the two responses, over all positions.
+
+    Args:
+      model: the recording.
+      tables: of the replacement model; features that are silent do not respond.
+      key: of the probes.
+      norms: "frozen" keeps the norm's denominator in both derivatives.
+      gates: of neurons, "frozen" as in graphs or "live".
+      n_probes: directions at each position; layers share them.
+    """
+    rec, cfg = model.recording, model.cfg
+    probe_PTD = jax.random.normal(key, (n_probes, *rec.embed_TD.shape))
+
+    def one(x: Any) -> Agreement:
+        p, table, skip_DD, clean_TD, clean_T = x
+
+        def scale(mid_TD: Array) -> Array:
+            live = norms == "live"
+            return layers.rms_scale(mid_TD, eps=cfg.norm_eps) if live else clean_T
+
+        def replaced(mid_TD: Array) -> Array:
+            read_TD = read(model, mid_TD, scale(mid_TD), p)
+            a_TU = encode(model, table, read_TD, p, gates=gates)
+            W_dec_UMD = table.W_dec_LUMD
+            same_UD = p.down_LID if W_dec_UMD is None else W_dec_UMD[:, 0]
+            out_TD = a_TU @ same_UD
+            return out_TD if skip_DD is None else out_TD + read_TD @ skip_DD
+
+        def real(mid_TD: Array) -> Array:
+            normed_TD = layers.normalise(mid_TD, scale(mid_TD), p.norm_mlp_LD)
+            return layers.mlp(p, normed_TD, cfg=cfg)
+
+        def response(f: Any) -> Array:
+            moved = jax.vmap(lambda v_TD: jax.jvp(f, (clean_TD,), (v_TD,))[1])
+            return moved(probe_PTD.astype(clean_TD.dtype))[None]
+
+        found = compare(
+            *(response(f).reshape(1, n_probes, -1) for f in (replaced, real))
+        )
+        return jax.tree.map(lambda value_1: value_1[0], found)
+
+    xs = (
+        model.params.blocks, tables, model.skip_LDD, rec.mid_LTD,
+        rec.frozen.mlp_scale_LT,
+    )  # fmt: skip
+    return jax.lax.map(one, xs)
