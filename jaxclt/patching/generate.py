@@ -66,8 +66,9 @@ def continue_prompt(
         here = None if later is None else _moved(later, -t)
 
         def policy(
-            carry: Any, mid_TD: Array, scale_T: Array, p: Block, index: Array
+            carry: Any, mid_TD: Array, scale_T: Array, p: Block, x: Array
         ) -> tuple[Any, Array]:
+            index = x
             normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
             real_TD = layers.mlp(p, normed_TD, cfg=model.cfg)
             if here is None:
