@@ -9,9 +9,10 @@ from jax import Array
 from jaxclt.lm import layers
 from jaxclt.lm.block import Past, Taps
 from jaxclt.lm.config import LMConfig
+from jaxclt.lm.run import embed, native_mlp, run, unembed
 from jaxclt.types import Block, LMParams
 
-__all__ = ["past_of"]
+__all__ = ["past_of", "sample_text"]
 
 
 def past_of(params: LMParams, taps: Taps, *, cfg: LMConfig, room: int) -> Past:
@@ -35,3 +36,40 @@ def past_of(params: LMParams, taps: Taps, *, cfg: LMConfig, room: int) -> Past:
     return jax.tree.map(
         lambda x_LTGC: jnp.pad(x_LTGC, [(0, 0), (0, room), (0, 0), (0, 0)]), past
     )
+
+
+def sample_text(
+    params: LMParams, start: Array, key: Array, *, cfg: LMConfig, size: int
+) -> Array:
+    """Token ids [size] drawn from the model at temperature 1, `start` the first.
+
+    The draw of position t uses ``fold_in(key, t)``.
+
+    Args:
+      params: model weights.
+      start: first token.
+      key: PRNG key.
+      cfg: model shape.
+      size: tokens, the first included.
+    """
+    shape = (cfg.n_layers, size, cfg.n_kv_heads, cfg.d_head)
+    empty = jnp.zeros(shape, params.embed_VD.dtype)
+
+    def step(state: tuple[Array, Past], at: Array) -> tuple[tuple[Array, Past], Array]:
+        token, past = state
+        done = run(
+            params,
+            embed(params, token[None]),
+            native_mlp(cfg),
+            cfg=cfg,
+            past=past,
+            start=at,
+        )
+        assert done.taps.past is not None
+        logit_V = unembed(params, done.out_TD[0])
+        drawn = jax.random.categorical(jax.random.fold_in(key, at + 1), logit_V)
+        return (drawn.astype(token.dtype), done.taps.past), token
+
+    positions = jnp.arange(size, dtype=jnp.int32)
+    _, token_T = jax.lax.scan(step, (start, Past(empty, empty)), positions)
+    return token_T

@@ -13,7 +13,16 @@ from jaxclt.lm.block import FrozenLayer, Past, Taps, block
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import Block, Frozen, Held, LMParams, Recording
 
-__all__ = ["Run", "WritePolicy", "embed", "forward", "record", "run", "unembed"]
+__all__ = [
+    "Run",
+    "WritePolicy",
+    "embed",
+    "forward",
+    "native_mlp",
+    "record",
+    "run",
+    "unembed",
+]
 
 
 class WritePolicy(Protocol):
@@ -117,6 +126,19 @@ def run(
     return Run(carry, taps, out_TD, scale_T)
 
 
+def native_mlp(cfg: LMConfig) -> WritePolicy:
+    """The policy of the underlying model: its own MLP."""
+
+    def write(
+        carry: Any, mid_TD: Array, scale_T: Array, p: Block, x: Any
+    ) -> tuple[Any, Array]:
+        del x
+        normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
+        return carry, layers.mlp(p, normed_TD, cfg=cfg)
+
+    return write
+
+
 def embed(params: LMParams, token_T: Array) -> Array:
     """Token embeddings [T, D], the embedding nodes' vectors."""
     return params.embed_VD[token_T]
@@ -145,15 +167,7 @@ def record(
       The recording, in the weights' dtype.
     """
     embed_TD = embed(params, token_T)
-
-    def native(
-        carry: None, mid_TD: Array, scale_T: Array, p: Block, x: None
-    ) -> tuple[None, Array]:
-        del x
-        normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
-        return carry, layers.mlp(p, normed_TD, cfg=cfg)
-
-    done = run(params, embed_TD, native, cfg=cfg, keep_patterns=keep_patterns)
+    done = run(params, embed_TD, native_mlp(cfg), cfg=cfg, keep_patterns=keep_patterns)
     taps = done.taps
     return Recording(
         token_T=token_T,

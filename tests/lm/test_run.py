@@ -12,13 +12,11 @@ from cases import MODELS, case, close
 from jax import Array
 
 from jaxclt.errors import InputError
-from jaxclt.lm import layers
 from jaxclt.lm.block import Past
-from jaxclt.lm.cache import past_of
+from jaxclt.lm.cache import past_of, sample_text
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.params import abstract
-from jaxclt.lm.run import embed, forward, record, run, unembed
-from jaxclt.types import Block
+from jaxclt.lm.run import embed, forward, native_mlp, record, run, unembed
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -41,13 +39,10 @@ def test_one_position_at_a_time_equals_all_at_once(name: str) -> None:
     """The rest of a prompt, run behind the keys and values of its start."""
     t, n = case(name), 3
 
-    def mlp(carry: None, mid_TD: Array, scale_T: Array, p: Block, x: None):
-        normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
-        return carry, layers.mlp(p, normed_TD, cfg=t.cfg)
-
     @jax.jit
     def piece(token_T: Array, past: Past | None, start: Array):
         entering = embed(t.params, token_T)
+        mlp = native_mlp(t.cfg)
         return run(t.params, entering, mlp, cfg=t.cfg, past=past, start=start)
 
     T = len(t.token_T)
@@ -129,3 +124,17 @@ def test_impossible_sizes_are_refused(change: dict[str, int], word: str) -> None
     good = dataclasses.asdict(case("clt").cfg)
     with pytest.raises(InputError, match=word):
         LMConfig(**(good | change))
+
+
+def test_sampled_text_is_drawn_from_the_models_distribution() -> None:
+    """Token by token, the draw that the same key makes from the whole text's logits."""
+    t, size, key = case("clt"), 6, jax.random.key(7)
+    draw = jax.jit(sample_text, static_argnames=("cfg", "size"))
+    text = draw(t.params, t.token_T[0], key, cfg=t.cfg, size=size)
+    logit_TV = forward_jit(t.params, text, cfg=t.cfg)
+    want = [
+        int(jax.random.categorical(jax.random.fold_in(key, i + 1), logit_TV[i]))
+        for i in range(size - 1)
+    ]
+    assert text.tolist() == [int(t.token_T[0]), *want]
+    assert len(set(want)) > 1
