@@ -590,15 +590,15 @@ def jobs(args: argparse.Namespace) -> dict[str, Any]:
             },
             "memory": modes,
         }
-    large = base | {"F": 4 * F, "T": 2 * T, "runs": 3}
-    low = {"compute": "bfloat16"}
+    large = base | {"F": 2 * F, "T": 2 * T, "runs": 5}
+    few = base | {"runs": 5}
     return {
-        "peak": [*modes, large, base | low, large | low],
+        "peak": [*modes, large, base | {"compute": "bfloat16"}],
         "growth": {
-            "F": [base | {"F": f} for f in (F // 4, F // 2, F, 2 * F, 4 * F)],
-            "L": [base | {"L": l} for l in (L // 4, L // 2, L, 3 * L // 2)],
+            "F": [few | {"F": f} for f in (F // 4, F // 2, F, 2 * F, 4 * F)],
+            "L": [few | {"L": l} for l in (L // 4, L // 2, L, 3 * L // 2)],
         },
-        "memory": [job | {"F": 2 * F, "runs": 2} for job in modes],
+        "memory": [job | {"F": 2 * F, "runs": 5} for job in modes],
     }
 
 
