@@ -5,6 +5,7 @@ Nothing here imports jax before it is needed: the peer's environment has none.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -91,6 +92,11 @@ def peak_rss_gib() -> float:
 def reset_peak_rss() -> None:
     """From here on `peak_rss_gib` counts anew (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def release_freed() -> None:
+    """Give what was freed back to the system; glibc keeps it otherwise (Linux)."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def rss_gib() -> float:

@@ -4,8 +4,8 @@
         --out /tmp/train_step --append benchmarks/RESULTS.md
     python benchmarks/train_step.py --smoke [--peer-python trainpeer/bin/python]
 
-The peer's environment: pip install torch==2.13.0 decode-clt==0.0.1. Random activations;
-the model's forward pass is not part of it. Four parts (`--parts`):
+The peer's environment is in README.md. Random activations; the model's forward pass is
+not part of it. Four parts (`--parts`):
 
 - peer: the same weights, batch, Adam and clipping in both tools, each in a process of
   its own. First the loss and every gradient are compared; where they are not equal,
@@ -40,6 +40,7 @@ from _timing import (
     library_root,
     load_average,
     peak_rss_gib,
+    release_freed,
     reset_peak_rss,
     rss_gib,
     timed,
@@ -298,6 +299,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     # Everything is compiled now: what a process holds without a state is not counted.
     del state, batch
     gc.collect()
+    release_freed()
     base = rss_gib()
     state, batch = start()
     reset_peak_rss()
