@@ -356,9 +356,8 @@ def alone(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def exponent(size: list[float], value: list[float]) -> float:
-    """Slope on a log-log scale over the upper half of a curve."""
-    half = len(size) // 2 if len(size) > 2 else 0
-    return float(np.polyfit(np.log(size[half:]), np.log(value[half:]), 1)[0])
+    """Slope on a log-log scale."""
+    return float(np.polyfit(np.log(size), np.log(value), 1)[0])
 
 
 def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
