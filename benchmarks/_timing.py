@@ -5,14 +5,17 @@ Nothing here imports jax before it is needed: the peer's environment has none.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
+import json
 import os
 import platform
 import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +87,106 @@ def peak_rss_gib() -> float:
         return int(line.split()[1]) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def reset_peak_rss() -> None:
+    """From here on `peak_rss_gib` counts anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def release_freed() -> None:
+    """Give what was freed back to the system; glibc keeps it otherwise (Linux)."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def rss_gib() -> float:
+    """Memory of this process now (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**30
+
+
+class Steps:
+    """A worker's end of the talk with a driver that lets it make one step at a time.
+
+    Workers of several tools take turns that way, each idle while another works.
+    """
+
+    MARK = "@ "  # of our lines on stdout: libraries print there too
+
+    def ready(self) -> None:
+        """Say that everything is loaded; peak memory counts from here."""
+        reset_peak_rss()
+        self._say({"ready": True})
+
+    def wait(self) -> None:
+        """Return when a step is to be made.
+
+        Raises:
+          SystemExit: when no more are.
+        """
+        if sys.stdin.readline().strip() != "step":
+            raise SystemExit
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def done(self) -> None:
+        """The step that `wait` began is finished."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        self._say({"wall_s": wall - self.wall, "cpu_s": cpu - self.cpu})
+
+    def report(self, found: dict[str, Any]) -> None:
+        """Last words, with the peak memory."""
+        self._say({**found, "peak_rss_gib": peak_rss_gib()})
+
+    def _say(self, what: dict[str, Any]) -> None:
+        print(self.MARK + json.dumps(what), flush=True)
+
+
+class StepsOf:
+    """The driver's end: a process that makes steps when told to."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        self.command = command
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._lines: list[str] = []
+        threading.Thread(target=self._drain, daemon=True).start()
+        self._hear()
+
+    def _drain(self) -> None:
+        assert self.process.stderr is not None
+        self._lines.extend(self.process.stderr)
+
+    def _hear(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(Steps.MARK):
+                return json.loads(line.removeprefix(Steps.MARK))
+        self.process.wait()
+        time.sleep(0.1)  # for the rest of its stderr
+        sys.exit(f"{''.join(self._lines)[-3000:]}\nfailed: {self.command}")
+
+    def step(self) -> tuple[float, float]:
+        """Wall and CPU seconds of one step."""
+        found = self._ask("step")
+        return found["wall_s"], found["cpu_s"]
+
+    def end(self) -> dict[str, Any]:
+        """Its report; the process is gone afterwards."""
+        found = self._ask("end")
+        self.process.wait()
+        return found
+
+    def _ask(self, what: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return self._hear()
 
 
 def load_average() -> float:

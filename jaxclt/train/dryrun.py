@@ -5,7 +5,8 @@ Nothing is allocated, so the mesh need not exist. Counts per token, with
 
     forward   2 L D F (encoders) + 2 W D F (decoders)
     backward  2 L D F            + 4 W D F          no gradient to the reads
-    training  4 L D F + 6 W D F;  + one forward with per_source or remat
+    training  4 L D F + 6 W D F;  + the encoders once more, 2 L D F, with per_source
+              or remat: the backward pass needs activations again, not what they write
 
 and the language model's own forward pass, once per harvested token.
 """
@@ -23,7 +24,16 @@ from jaxclt.lm.config import LMConfig
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.params import Spec, n_params
 
-__all__ = ["Estimate", "estimate", "flop_per_token", "lm_flop_per_token", "matmul_peak"]
+__all__ = [
+    "Estimate",
+    "device_bytes",
+    "estimate",
+    "flop_per_token",
+    "host_bytes",
+    "lm_flop_per_token",
+    "matmul_peak",
+    "recomputes",
+]
 
 SHARE_OF_PEAK = 0.6  # what a dense step should reach; the prediction assumes it
 
@@ -36,6 +46,7 @@ class Estimate:
     flop_per_token: float  # of the training step
     harvest_flop_per_token: float  # of the language model, divided by `reuse`
     bytes_per_device: dict[str, int]
+    bytes_on_host: int  # harvested activations
     peak_flop_per_s: float  # of one device, measured here
     devices: int
     seconds: float
@@ -51,6 +62,8 @@ class Estimate:
         return [
             f"parameters: {self.parameters:,}",
             f"MiB per device: {total / 2**20:,.0f} ({parts})",
+            f"MiB on the host: {self.bytes_on_host / 2**20:,.0f} for a chunk of "
+            "harvested activations, besides the model",
             f"FLOP per token: {self.flop_per_token / 1e6:,.1f} M training + "
             f"{self.harvest_flop_per_token / 1e6:,.1f} M for the model's activations",
             f"measured matmul peak: {self.peak_flop_per_s / 1e9:,.0f} GFLOP/s a device",
@@ -63,7 +76,7 @@ def flop_per_token(spec: Spec, *, recompute: bool = False) -> float:
     """FLOP of a dense training step per token, matmuls only."""
     L, F, D = spec.n_layers, spec.n_features, spec.d_model
     W = sum(spec.n_writes(l) for l in range(L))
-    again = 2 * L * D * F + 2 * W * D * F if recompute else 0
+    again = 2 * L * D * F if recompute else 0
     return float(4 * L * D * F + 6 * W * D * F + again)
 
 
@@ -74,47 +87,81 @@ def lm_flop_per_token(cfg: LMConfig, context: int) -> float:
     return 2.0 * cfg.n_layers * (attention + scores + 3 * cfg.d_model * cfg.d_mlp)
 
 
+@jax.jit
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
 def matmul_peak(dtype: str, n: int = 1024, runs: int = 5) -> float:
     """FLOP/s of the fastest of some square matmuls, summed in float32."""
-
-    @jax.jit
-    def product(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
     a, b = jax.random.normal(jax.random.key(0), (2, n, n), dtype)
-    jax.block_until_ready(product(a, b))
+    jax.block_until_ready(_product(a, b))
     best = float("inf")
     for _ in range(runs):
         start = time.perf_counter()
-        jax.block_until_ready(product(a, b))
+        jax.block_until_ready(_product(a, b))
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
+
+
+def recomputes(memory: str) -> bool:
+    """Whether activations are computed twice.
+
+    XLA for CPUs finds the second computation of `remat` equal to the first and drops
+    it: there `remat` costs and saves nothing.
+    """
+    return memory == "per_source" or (
+        memory == "remat" and jax.default_backend() != "cpu"
+    )
 
 
 def device_bytes(
     spec: Spec, config: TrainConfig, sizes: dict[str, int]
 ) -> dict[str, int]:
-    """Bytes on one device by what they are for."""
+    """Bytes on one device by what they are for, at the moment that takes most.
+
+    The counts of arrays are those of XLA's plan for a CPU, where a sum over sources is
+    one operation: what all layers write, ``W T D``, is there at once. The tests compare
+    with `memory_analysis` of compiled steps, to 15%. The clipping norm needs all
+    gradients at once, except with per_source, which clips by that of the step before.
+    """
     L, F, D = spec.n_layers, spec.n_features // sizes["feature"], spec.d_model
+    W = sum(spec.n_writes(l) for l in range(L))
     P = n_params(spec, skip=config.skip) // sizes["feature"]
     T = config.batch_tokens // sizes["data"]
     part = T // config.accumulate
-    largest = F * D * (1 + spec.n_writes(0))
     stored = 2 if config.buffer == "bfloat16" else 4
     channels = len(config.matryoshka) + 1
-    widest = spec.n_writes(0)
-    layers_kept = L if config.memory == "full" else 1
+    writes, sums = channels * W * part * D, channels * L * part * D
+    if config.memory == "per_source":
+        # First pass: activations of all layers, writes, their sums; the residual stays.
+        # Second: a layer's gradient, activations, cotangents and residual.
+        widest = spec.n_writes(0)
+        gradients = F * D * (1 + widest)
+        forward = L * part * F + writes + 3 * sums // 2
+        backward = 3 * part * F + 3 * channels * widest * part * D // 2
+        activations = sums + max(forward - gradients, backward)
+    else:
+        # Pre-activations (with thresholds), activations, what the penalty keeps, and
+        # cotangents. Gradients take the place of the writes.
+        kept = 1 if recomputes(config.memory) else L
+        arrays = 4 if spec.activation == "jumprelu" else 3
+        gradients = P * (2 if config.accumulate > 1 else 1)
+        activations = arrays * kept * part * F + 2 * sums + max(writes - P, 0)
     return {
         "weights": 4 * P,
         "adam": 8 * P,
-        "gradients": 4 * (largest if config.memory == "per_source" else P)
-        + (4 * P if config.accumulate > 1 else 0),
-        "batch": 2 * L * T * D * stored,
-        # pre-activations, activations and gates; what a layer writes; sums and errors
-        "activations": layers_kept * part * F * 4 * 2
-        + part * widest * D * 4 * 2
-        + channels * 2 * L * part * D * 4,
+        "gradients": 4 * gradients,
+        # cut into parts, it is copied
+        "batch": 2 * L * T * D * stored * (2 if config.accumulate > 1 else 1),
+        "activations": 4 * activations,
     }
+
+
+def host_bytes(config: TrainConfig, lm: LMConfig) -> int:
+    """Bytes of a chunk of harvested activations, which the host holds."""
+    stored = 2 if config.buffer == "bfloat16" else 4
+    return 2 * lm.n_layers * config.chunk_tokens * lm.d_model * stored
 
 
 def estimate(
@@ -133,7 +180,7 @@ def estimate(
       peak: FLOP/s of a device; measured on this machine if not given.
     """
     spec = config.spec(lm)
-    flop = flop_per_token(spec, recompute=config.memory != "full")
+    flop = flop_per_token(spec, recompute=recomputes(config.memory))
     harvest = lm_flop_per_token(lm, config.context) / config.reuse
     peak = matmul_peak(config.compute) if peak is None else peak
     n = sizes["data"] * sizes["feature"]
@@ -143,6 +190,7 @@ def estimate(
         flop_per_token=flop,
         harvest_flop_per_token=harvest,
         bytes_per_device=device_bytes(spec, config, sizes),
+        bytes_on_host=host_bytes(config, lm),
         peak_flop_per_s=peak,
         devices=n,
         seconds=tokens * (flop + harvest) / (n * peak * SHARE_OF_PEAK),

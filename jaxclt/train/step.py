@@ -397,9 +397,41 @@ def _prepare(
     return now, dataclasses.replace(batch, dead_LF=dead_LF)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class PerSourceStep:
+    """A step whose host loops over source layers, and the three programs it runs."""
+
+    spec: Spec
+    recipe: Recipe
+    forward: Callable[..., Any]
+    update: Callable[..., Any]
+    finish: Callable[..., Any]
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        now, back, metrics = self.forward(state, batch)
+        dead_LF = state.silent_LF >= self.recipe.dead_tokens
+        batch = dataclasses.replace(batch, dead_LF=dead_LF)
+        params, opts, squares = [], [], []
+        layers = list(zip(state.params, state.opt, strict=True))
+        norm, T = state.grad_norm, batch.read_LTD.shape[1]
+        rest = dataclasses.replace(state, params=(), opt=())
+        del state
+        for l in range(self.spec.n_layers):
+            p, opt = layers[l]
+            layers[l] = ()  # pyright: ignore[reportArgumentType, reportCallIssue]
+            near = _near(back, l, self.spec)
+            p, opt, square = self.update(p, opt, near, batch.layer(l), now, norm)
+            params.append(p)
+            opts.append(opt)
+            squares.append(square)
+        total = jnp.sqrt(jnp.stack(squares).sum())
+        rest, logged = self.finish(rest, total, metrics, now, jnp.zeros(T))
+        return dataclasses.replace(rest, params=tuple(params), opt=tuple(opts)), logged
+
+
 def _per_source_step(
     objective: Separable, spec: Spec, tx: optax.GradientTransformation, recipe: Recipe
-) -> StepFn:
+) -> PerSourceStep:
     @jax.jit
     def forward(state: TrainState, batch: Batch):
         now, batch = _prepare(state, batch, recipe)
@@ -420,25 +452,4 @@ def _per_source_step(
         new = finish_step(state, (), (), norm, metrics, recipe, T.shape[0])
         return new, summary(metrics, new, now, recipe)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        now, back, metrics = forward(state, batch)
-        dead_LF = state.silent_LF >= recipe.dead_tokens
-        batch = dataclasses.replace(batch, dead_LF=dead_LF)
-        params, opts, squares = [], [], []
-        layers = list(zip(state.params, state.opt, strict=True))
-        norm, T = state.grad_norm, batch.read_LTD.shape[1]
-        rest = dataclasses.replace(state, params=(), opt=())
-        del state
-        for l in range(spec.n_layers):
-            p, opt = layers[l]
-            layers[l] = ()  # pyright: ignore[reportArgumentType, reportCallIssue]
-            near = _near(back, l, spec)
-            p, opt, square = update(p, opt, near, batch.layer(l), now, norm)
-            params.append(p)
-            opts.append(opt)
-            squares.append(square)
-        total = jnp.sqrt(jnp.stack(squares).sum())
-        rest, logged = finish(rest, total, metrics, now, jnp.zeros(T))
-        return dataclasses.replace(rest, params=tuple(params), opt=tuple(opts)), logged
-
-    return step
+    return PerSourceStep(spec, recipe, forward, update, finish)
