@@ -109,8 +109,9 @@ class TrainConfig:
     """Windows of one forward pass of the model."""
     buffer: Literal["float32", "bfloat16"] = "bfloat16"
     """What harvested activations are held in."""
-    norm_tokens: int = 131_072
-    """Tokens that the normalisation is measured on."""
+    norm_tokens: int = 100_000
+    """Tokens that the normalisation is measured on: the first chunks, as they are
+    harvested."""
     outlier: float = 10.0
     """Tokens whose MLP output is so many times its layer's median anywhere are left
     out, like the first position: attention sinks in mid-text; 0: none."""
@@ -240,7 +241,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "norm_tokens": 100_000,
         "dead_tokens": 100_000,
         "log_every": 5,
-        "eval_every": 100,
+        "eval_every": 400,
         "checkpoint_every": 50,
         "graph_features": 512,
     },

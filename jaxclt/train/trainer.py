@@ -7,6 +7,7 @@ checkpoint, on one device with the same bits:
 |---|---|
 | `run.json` | what the run is: config, model, data; another command may not resume it |
 | `windows.npz`, `scales.npz` | its token windows and its normalisation |
+| `spool/` | activations the normalisation was measured on, until they are used |
 | `metrics.jsonl` | a line per logged step, and one per evaluation |
 | `checkpoints/` | everything needed to go on |
 | `dictionary/` | the exported dictionary, renewed at every evaluation |
@@ -152,6 +153,7 @@ class _Run:
             config.chunk_config(),
             model_hash=model.hash,
             store=None if store is None else Path(store),
+            spool=self.out / "spool",
         )
         self.scales = self._scales()
         self.clock = _Clock()
@@ -237,19 +239,27 @@ class _Run:
         return windows
 
     def _scales(self) -> Scales:
+        """What earlier processes of this run normalised by, or measured now."""
         file = self.out / "scales.npz"
         names = [f.name for f in dataclasses.fields(Scales)]
         if file.is_file():
             with np.load(file, allow_pickle=False) as found:
-                scales = Scales(**{name: jnp.asarray(found[name]) for name in names})
-            self.chunks.scales = scales
+                scales, units = (
+                    Scales(**{name: jnp.asarray(found[part + name]) for name in names})
+                    for part in ("", "units_")
+                )
+            self.chunks.use(units, scales)
             return scales
         scales = self.chunks.normalisation(
             self.config.norm_tokens,
             lambda done, total: self.say.stage("normalisation", done, total),
         )
+        arrays: Any = {
+            part + name: np.asarray(getattr(of, name))
+            for part, of in (("", scales), ("units_", self.chunks.units))
+            for name in names
+        }
         with atomic_path(file) as temporary, temporary.open("wb") as stream:
-            arrays: Any = {name: np.asarray(getattr(scales, name)) for name in names}
             np.savez(stream, **arrays)
         return scales
 
@@ -285,6 +295,8 @@ class _Run:
     def go(self, stop_at: int | None) -> dict[str, Any]:
         config, n_steps = self.config, self.config.n_steps
         step, state, at = self._start()
+        if at.chunk == 0 and self.spec.k is not None:
+            self._calibration_rows()  # while they are in memory
         first, began = step, time.perf_counter()
         logged, busy = step, 0.0  # at the last line of the log
         record: dict[str, Any] = {"step": step}
@@ -317,12 +329,13 @@ class _Run:
             return record
         seconds = time.perf_counter() - began
         final = self._log_eval(step, state)
+        self.chunks.close()
         return self._write_card(final, seconds, step - first)
 
     def _batch(self, state: TrainState, at: Position) -> tuple[Batch, Position]:
         read, write, at = self.chunks.batch(at, self.config.batch_tokens)
         if self.mesh is None:
-            read_LTD, write_LTD = jnp.asarray(read), jnp.asarray(write)
+            read_LTD, write_LTD = read, write
         else:
             place = sharding.batch_sharding(self.mesh)
             read_LTD, write_LTD = jax.device_put((read, write), place)
@@ -409,12 +422,15 @@ class _Run:
         params = jax.device_get(state.params)
         params = jax.tree.map(jnp.asarray, params)
         if self.spec.k is not None:
-            if self._calibration is None:
-                # Training text only; the same rows every time.
-                read_LND, _ = self.chunks.rows(0, 0)
-                self._calibration = np.array(read_LND[:, :CALIBRATION_TOKENS])
-            theta_L = calibrate(params, self._calibration, self.spec.k)
+            theta_L = calibrate(params, self._calibration_rows(), self.spec.k)
         return threshold_form(params, self.spec, theta_L)
+
+    def _calibration_rows(self) -> np.ndarray:
+        """What encoders read on training text; the same rows every time."""
+        if self._calibration is None:
+            read_LND, _ = self.chunks.rows(0, 0, CALIBRATION_TOKENS)
+            self._calibration = np.asarray(read_LND)
+        return self._calibration
 
     def _log_eval(self, step: int, state: TrainState) -> dict[str, Any]:
         with _spent(self.clock, "evaluate"):
