@@ -158,12 +158,14 @@ class Chunks:
         model_hash: str = "",
         store: Path | None = None,
         spool: Path | None = None,
+        read_only: bool = False,
     ) -> None:
         self.params, self.cfg, self.windows, self.config = params, cfg, windows, config
         self.units: Scales | None = None
         self.scales: Scales | None = None
         self.store = store
         self.spool = spool if store is None else None
+        self.read_only = read_only  # of the store: another process writes
         self.identity = {
             "model": model_hash,
             "windows": windows.digest,
@@ -336,7 +338,7 @@ class Chunks:
             self.units = self._stored_units(self.store)
         if self.units is None:
             self.units = self.first_units()
-            if self.store is not None:
+            if self.store is not None and not self.read_only:
                 self._store_units(self.store, self.units)
         return self.units
 
@@ -370,7 +372,7 @@ class Chunks:
             at = end
             heard(at)
         read_LND, write_LND = read_LND[:, :at], write_LND[:, :at]  # no outliers
-        if self.store is not None:
+        if self.store is not None and not self.read_only:
             self._write_stored(self.store, chunk, read_LND, write_LND)
         return read_LND, write_LND
 
