@@ -1,8 +1,8 @@
 """Cross-layer against per-layer transcoders, at equal parameters and at equal compute.
 
     python run.py WORK --model smollm2-135m --data DATA/train --heldout DATA/heldout
-    python run.py WORK --only clt plt_params     # a part; finished ones are not repeated
-    python run.py WORK --smoke                   # the same code in seconds, tiny model
+    python run.py WORK --only clt plt_params     # a part
+    python run.py WORK --smoke                   # the same code, a tiny model
 
 All runs see the same tokens in the same order, from one store of activations, keep the
 same number of features a layer and token, and are measured on the same held-out tokens
@@ -148,14 +148,18 @@ def table(found: list[dict]) -> str:
         "| | span | features | M param. | MFLOP/token | FVU | L0 | silent | top-1 | KL "
         "| replacement | completeness | path length |\n" + "|---" * 13 + "|\n"
     )
-    return head + "".join(
-        f"| {r['name']} | {r['span']} | {r['features']} | {r['parameters_M']:.2f} "
-        f"| {r['mflop_per_token']:.1f} | {r['fvu']:.3f} | {r['l0']:.1f} "
-        f"| {r['dead']:.1%} | {r['top1']:.1%} | {r['kl']:.2f} "
-        f"| {spread(r['replacement'])} | {spread(r['completeness'])} "
-        f"| {spread(r['mean_path_length'])} |\n"
-        for r in found
-    ) + "".join(paired(found[0], r) for r in found[1:])
+    return (
+        head
+        + "".join(
+            f"| {r['name']} | {r['span']} | {r['features']} | {r['parameters_M']:.2f} "
+            f"| {r['mflop_per_token']:.1f} | {r['fvu']:.3f} | {r['l0']:.1f} "
+            f"| {r['dead']:.1%} | {r['top1']:.1%} | {r['kl']:.2f} "
+            f"| {spread(r['replacement'])} | {spread(r['completeness'])} "
+            f"| {spread(r['mean_path_length'])} |\n"
+            for r in found
+        )
+        + "".join(paired(found[0], r) for r in found[1:])
+    )
 
 
 def paired(a: dict, b: dict) -> str:

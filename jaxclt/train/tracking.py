@@ -1,4 +1,4 @@
-"""Metrics to Weights & Biases as well (``jaxclt[wandb]``); metrics.jsonl is always kept.
+"""Metrics to Weights & Biases too (``jaxclt[wandb]``); metrics.jsonl is always kept.
 
 Numbers only; lists, one value per layer, become ``fvu_L/00`` and so on.
 """
@@ -10,7 +10,23 @@ from typing import Any
 
 from jaxclt.errors import InputError
 
-__all__ = ["Tracker", "flat"]
+__all__ = ["Tracker", "flat", "require"]
+
+
+def require(project: str) -> Any:
+    """The package, asked for before anything long is begun.
+
+    Raises:
+      InputError: if it is not installed.
+    """
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise InputError(
+            f"--wandb {project} needs the package wandb: pip install "
+            "'jaxclt[wandb]', or leave the flag away"
+        ) from error
+    return wandb
 
 
 def flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -31,13 +47,7 @@ class Tracker:
     """A run in a project; resumed with the directory it belongs to."""
 
     def __init__(self, project: str, out: Path, config: dict[str, Any]) -> None:
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise InputError(
-                f"--wandb {project} needs the package wandb: pip install "
-                "'jaxclt[wandb]', or leave the flag away"
-            ) from error
+        wandb = require(project)
         file = out / "wandb_id.txt"
         known = file.read_text("utf-8").strip() if file.is_file() else None
         self.run = wandb.init(

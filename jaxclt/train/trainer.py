@@ -41,6 +41,7 @@ from jaxclt.train.evaluate import decoder_reach, graph_scores, reconstruction
 from jaxclt.train.export import calibrate, threshold_form
 from jaxclt.train.finetune import finetune_kl
 from jaxclt.train.harvest import mlp_response
+from jaxclt.train.hub_text import PREFIX
 from jaxclt.train.normalise import Scales, fold
 from jaxclt.train.objectives import Batch, load_objective
 from jaxclt.train.params import Spec, init
@@ -55,7 +56,7 @@ from jaxclt.train.text import (
     split_documents,
     valid_rows,
 )
-from jaxclt.train.tracking import Tracker
+from jaxclt.train.tracking import Tracker, require
 from jaxclt.types import CLTParams
 
 __all__ = ["DivergedError", "Listener", "train"]
@@ -120,8 +121,13 @@ def train(
       DivergedError: if the loss is not finite; names the last good checkpoint.
     """
     listener = listener or Listener()
-    run = _Run(model, str(data), Path(out), config, mesh, store, listener)
-    run.tracker = Tracker(wandb, run.out, run.identity()["config"]) if wandb else None
+    if wandb:
+        require(wandb)
+    if not (data := str(data)).startswith(PREFIX) and data != "model":
+        data = str(Path(data))
+    run = _Run(model, data, Path(out), config, mesh, store, listener)
+    if wandb and processes.is_first():
+        run.tracker = Tracker(wandb, run.out, run.identity()["config"])
     try:
         return run.go(stop_at)
     finally:
@@ -153,6 +159,10 @@ class _Run:
             if max(sizes.values()) > 1
             else None
         )
+        if self.mesh is None and jax.process_count() > 1:
+            raise InputError(
+                f"--processes needs a --mesh of all {jax.device_count()} devices"
+            )
         rate = learning_rate(config.lr, config.n_steps, warmup=config.warmup)
         self.tx = optimiser(rate)
         self.step_fn = make_step(self.objective, self.spec, self.tx, self.recipe)
@@ -294,7 +304,7 @@ class _Run:
         """What earlier processes of this run normalised by, or measured now."""
         file = self.out / "scales.npz"
         names = [f.name for f in dataclasses.fields(Scales)]
-        if file.is_file():
+        if processes.same(np.asarray(file.is_file())):
             with np.load(file, allow_pickle=False) as found:
                 scales, units = (
                     Scales(**{name: jnp.asarray(found[part + name]) for name in names})
@@ -397,24 +407,26 @@ class _Run:
 
     def _batch(self, state: TrainState, at: Position) -> tuple[Batch, Position]:
         read, write, at = self.chunks.batch(at, self.config.batch_tokens)
-        if self.mesh is None:
-            read_LTD, write_LTD = read, write
-        else:
-            place = sharding.batch_sharding(self.mesh)
-            read_LTD, write_LTD = (sharding.place(x, place) for x in (read, write))
-        tangent_LTD = response_LTD = None
+        rows = [read, write]
         if self.config.jacobian > 0:
-            key = jax.random.wrap_key_data(state.key)
-            key = jax.random.fold_in(key, state.step)
-            tangent_LTD = jax.random.normal(key, read_LTD.shape, jnp.float32)
-            response_LTD = mlp_response(
-                self.model.params,
-                self.scales,
-                read_LTD,
+            key, step = processes.to_host((state.key, state.step))
+            key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(key)), step)
+            tangent_LTD = jax.random.normal(key, read.shape, jnp.float32)
+            rows += [
                 tangent_LTD,
-                cfg=self.model.cfg,
-                site=self.spec.read,
-            )
+                mlp_response(
+                    self.model.params,
+                    self.scales,
+                    read,
+                    tangent_LTD,
+                    cfg=self.model.cfg,
+                    site=self.spec.read,
+                ),
+            ]
+        if self.mesh is not None:
+            where = sharding.batch_sharding(self.mesh)
+            rows = [sharding.place(x, where) for x in rows]
+        read_LTD, write_LTD, tangent_LTD, response_LTD = (*rows, None, None)[:4]
         return Batch(
             read_LTD=read_LTD,
             write_LTD=write_LTD,
@@ -522,7 +534,7 @@ class _Run:
         return record
 
     def _export(self, raw: CLTParams, cfg: CLTConfig, folder: Path) -> dict[str, Any]:
-        """Write a dictionary in raw units, and what the replacement model makes of it."""
+        """Write a dictionary in raw units; measure its replacement model and graphs."""
         save_dictionary(raw, cfg, folder, model_name=self.model.name)
         held_WS = self.windows.held_WS[: self.config.agreement_windows]
         found: dict[str, Any] = {}
