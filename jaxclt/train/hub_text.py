@@ -63,7 +63,7 @@ def stream_texts(source: str, characters: int) -> Iterator[str]:
     """
     spec = parse_hub_text(source)
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(
             f"--data {source} needs the package datasets: pip install 'jaxclt[hub]'"
