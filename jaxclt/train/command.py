@@ -124,6 +124,8 @@ def run_train(command: TrainCommand, say: Console) -> None:
             wandb=command.wandb,
             listener=listener,
         )
+    if not processes.is_first():
+        return
     if command.json:
         print(json.dumps(card))  # noqa: T201
         return
