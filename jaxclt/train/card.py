@@ -106,6 +106,16 @@ def readme(card: dict[str, Any]) -> str:
             (f"graphs: {key.replace('_', ' ')}", f"{m['graphs'][key]:.3f}")
             for key in ("replacement", "completeness", "mean_path_length")
         ]
+    if "finetuned" in m:
+        tuned = m["finetuned"]
+        rows += [
+            (f"`finetuned/`, after {tuned['kl_steps']} steps on the KL: {name}", value)
+            for name, value in (
+                ("FVU", f"{tuned['fvu']:.4f}"),
+                ("top-1 agreement", f"{tuned['top1']:.1%}"),
+                ("KL", f"{tuned['kl']:.3f}"),
+            )
+        ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     settings = "\n".join(f"| `{k}` | `{v}` |" for k, v in recipe.items())
     d = card["dictionary"]

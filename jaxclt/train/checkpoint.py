@@ -18,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxclt.io.atomic import atomic_path
+from jaxclt.train import processes
 
 __all__ = ["newest_intact", "restore_checkpoint", "save_checkpoint"]
 
@@ -35,12 +36,17 @@ def save_checkpoint(
       keep: newest checkpoints to keep.
     """
     path = (folder / f"{step:08d}").resolve()
-    # A half-written one of the same step may be left from a killed process.
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
+    if processes.is_first():
+        # A half-written one of the same step may be left from a killed process.
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+    processes.wait(f"checkpoint {step}")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "state", state)
         checkpointer.wait_until_finished()
+    processes.wait(f"checkpoint {step} written")
+    if not processes.is_first():
+        return path
     manifest = {"step": step, "position": position, "files": _digests(path)}
     with atomic_path(path / "manifest.json") as temporary:
         temporary.write_text(json.dumps(manifest), "utf-8")

@@ -8,7 +8,9 @@ than once (`reuse`), each time in another order: on a CPU harvesting costs as mu
 training.
 
 A `store` keeps harvested chunks on disk, one file each, with a manifest that lists
-their checksums; runs on the same data share it.
+their checksums; runs on the same data share it. The normalisation is measured on the
+first chunks while they are harvested; without a store a `spool` keeps them until they
+are trained on, so that no text is run through the model twice.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -25,17 +27,28 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
+from jax import Array
 
 from jaxclt.clt.config import ReadSite
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
 from jaxclt.lm.config import LMConfig
 from jaxclt.train.harvest import harvest
-from jaxclt.train.normalise import Moments, Scales, merge_moments, scales_of
+from jaxclt.train.normalise import (
+    Moments,
+    Scales,
+    between,
+    merge_moments,
+    normalise,
+    scales_of,
+)
 from jaxclt.train.text import PAD, Windows, valid_rows
 from jaxclt.types import LMParams
 
 __all__ = ["ChunkConfig", "Chunks", "Position", "rows_of", "window_order"]
+
+UNITS = "units.safetensors"
+MOMENT_ROWS = 2048  # of a chunk, converted to float32 together
 
 _DTYPE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -122,8 +135,18 @@ def rows_of(
         yield np.asarray(read_LTD)[:, keep_T], np.asarray(write_LTD)[:, keep_T]
 
 
+@jax.jit
+def _renormalise(change: Scales, read: Array, write: Array) -> tuple[Array, Array]:
+    return normalise(change, read.astype(jnp.float32), write.astype(jnp.float32))
+
+
 class Chunks:
-    """Chunks of one run: harvested when asked for, or read from a store."""
+    """Chunks of one run: harvested when asked for, or read from a store.
+
+    Attributes:
+      units: what chunks are held in; from the first windows.
+      scales: the normalisation that batches are in; set by `normalisation`.
+    """
 
     def __init__(
         self,
@@ -134,10 +157,15 @@ class Chunks:
         *,
         model_hash: str = "",
         store: Path | None = None,
+        spool: Path | None = None,
+        read_only: bool = False,
     ) -> None:
         self.params, self.cfg, self.windows, self.config = params, cfg, windows, config
+        self.units: Scales | None = None
         self.scales: Scales | None = None
         self.store = store
+        self.spool = spool if store is None else None
+        self.read_only = read_only  # of the store: another process writes
         self.identity = {
             "model": model_hash,
             "windows": windows.digest,
@@ -145,80 +173,116 @@ class Chunks:
                 k: v for k, v in dataclasses.asdict(config).items() if k != "reuse"
             },
         }
-        self._held: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
+        self._order: tuple[tuple[int, int], np.ndarray] | None = None
         self._chunk: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._change: Scales | None = None
         if store is not None:
             self._check_store(store)
 
     @property
     def windows_per_chunk(self) -> int:
-        """Windows of a chunk; all of them when there are fewer."""
+        """Windows of a chunk."""
         size = self.windows.train_WS.shape[1]
         return max(1, self.config.chunk_tokens // size)
 
-    def measure(
+    def first_units(self) -> Scales:
+        """Normalisation from the first windows: near enough to hold activations in.
+
+        Raises:
+          InputError: if no token of them is trained on.
+        """
+        n = len(self.windows.train_WS)
+        first = window_order(
+            self.config.seed, n, 0, min(n, self.config.windows_per_call)
+        )
+        rows = list(
+            rows_of(
+                self.params,
+                self.windows.train_WS[first],
+                self.windows.special,
+                None,
+                cfg=self.cfg,
+                config=self.config,
+                dtype="float32",
+            )
+        )
+        read_LTD, write_LTD = (np.concatenate(x, 1) for x in zip(*rows, strict=True))
+        if not read_LTD.shape[1]:
+            raise InputError("the data has no token to train on: all are special")
+        norm_LT = np.linalg.norm(write_LTD, axis=-1)
+        bound_L = bound(norm_LT, self.config.outlier)
+        keep_T = (norm_LT <= bound_L[:, None]).all(0)
+        if not keep_T.any():
+            raise InputError(
+                f"--outlier {self.config.outlier:g} leaves out every token: raise it"
+            )
+        return scales_of(
+            Moments.of(read_LTD[:, keep_T]), Moments.of(write_LTD[:, keep_T]), bound_L
+        )
+
+    def normalisation(
         self,
         n_tokens: int,
         on_tokens: Callable[[int, int], None] = lambda done, total: None,
     ) -> Scales:
-        """Normalisation from at least `n_tokens` training tokens, if there are.
+        """Normalisation from the first chunks of at least `n_tokens`, if there are.
+
+        Tokens that are left out as outliers do not count. From then on batches are
+        normalised by it.
 
         Args:
           n_tokens: how many to look at.
           on_tokens: progress.
         """
+        units = self._ready()
         read: Moments | None = None
         write: Moments | None = None
-        order = window_order(self.config.seed, len(self.windows.train_WS), 0,
-                             len(self.windows.train_WS))  # fmt: skip
-        token_WS = self.windows.train_WS[order]
-        every = partial(
-            rows_of,
-            self.params,
-            special=self.windows.special,
-            scales=None,
-            cfg=self.cfg,
-            config=self.config,
-            dtype="float32",
-        )
-        first = token_WS[: self.config.windows_per_call]
-        norm_LT = np.concatenate(
-            [np.linalg.norm(w, axis=-1) for _, w in every(token_WS=first)], axis=1
-        )
-        if not norm_LT.shape[1]:
-            raise InputError("the data has no token to train on: all are special")
-        bound_L = bound(norm_LT, self.config.outlier)
-        for read_LTD, write_LTD in every(token_WS=token_WS, bound_L=bound_L):
-            if not read_LTD.shape[1]:
-                continue
-            read = merge_moments(read, Moments.of(read_LTD))
-            write = merge_moments(write, Moments.of(write_LTD))
-            on_tokens(min(read.n, n_tokens), n_tokens)
-            if read.n >= n_tokens:
-                break
+        n = chunk = 0
+        while n < n_tokens and chunk * self.windows_per_chunk < len(
+            self.windows.train_WS
+        ):
+
+            def heard(done: int, n: int = n) -> None:
+                on_tokens(min(n + done, n_tokens), n_tokens)
+
+            self._chunk = None  # two need not fit into memory
+            read_LND, write_LND = self._load(chunk, heard)
+            for start in range(0, read_LND.shape[1], MOMENT_ROWS):
+                here = slice(start, start + MOMENT_ROWS)
+                read = merge_moments(read, Moments.of(read_LND[:, here]))
+                write = merge_moments(write, Moments.of(write_LND[:, here]))
+            n += read_LND.shape[1]
+            self._chunk = (chunk, read_LND, write_LND)
+            on_tokens(min(n, n_tokens), n_tokens)
+            if self.spool is not None and (chunk > 0 or n < n_tokens):
+                self._spool(self.spool, chunk)
+            chunk += 1
         if read is None or write is None:
             raise InputError("the data has no token to train on: all are special")
-        return scales_of(read, write, bound_L)
+        scales = scales_of(read, write, np.asarray(units.bound_L), units)
+        self.use(units, scales)
+        return scales
 
-    def rows(self, chunk: int, turn: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shuffled reads and writes [L, N, D] of a chunk, normalised."""
-        if self._held is None or self._held[0] != (chunk, turn):
-            self._held = None  # two chunks need not fit into memory
-            if self._chunk is None or self._chunk[0] != chunk:
-                self._chunk = None
-                self._chunk = (chunk, *self._load(chunk))
-            _, read_LND, write_LND = self._chunk
-            key = jax.random.fold_in(jax.random.key(self.config.seed + 1), chunk)
-            key = jax.random.fold_in(key, turn)
-            order_N = np.asarray(jax.random.permutation(key, read_LND.shape[1]))
-            if self.config.reuse == 1:
-                self._chunk = None
-            self._held = ((chunk, turn), read_LND[:, order_N], write_LND[:, order_N])
-        return self._held[1], self._held[2]
+    def use(self, units: Scales, scales: Scales) -> None:
+        """Normalise by what an earlier process measured."""
+        if self.store is not None:
+            units = self._stored_units(self.store) or units
+        self.units, self.scales = units, scales
+        self._change = between(units, scales)
 
-    def batch(
-        self, at: Position, n_tokens: int
-    ) -> tuple[np.ndarray, np.ndarray, Position]:
+    def rows(
+        self, chunk: int, turn: int, stop: int | None = None
+    ) -> tuple[Array, Array]:
+        """Shuffled reads and writes [L, N, D] of a chunk, normalised, float32.
+
+        Args:
+          chunk: number of the chunk.
+          turn: pass over it.
+          stop: only so many of them.
+        """
+        return self._take(chunk, self._shuffled(chunk, turn)[:stop])
+
+    def batch(self, at: Position, n_tokens: int) -> tuple[Array, Array, Position]:
         """The next reads and writes [L, n_tokens, D], and where the one after starts.
 
         Rows that do not fill a batch at the end of a pass are left out of it.
@@ -227,24 +291,63 @@ class Chunks:
           InputError: if a chunk is smaller than a batch.
         """
         while True:
-            read_LND, write_LND = self.rows(at.chunk, at.turn)
+            order_N = self._shuffled(at.chunk, at.turn)
             end = at.offset + n_tokens
-            if end <= read_LND.shape[1]:
-                here = slice(at.offset, end)
+            if end <= len(order_N):
                 after = Position(at.chunk, at.turn, end)
-                return read_LND[:, here], write_LND[:, here], after
+                return *self._take(at.chunk, order_N[at.offset : end]), after
             if at.offset == 0:
                 raise InputError(
                     f"--batch-tokens {n_tokens} is more than the "
-                    f"{read_LND.shape[1]} tokens of a chunk: raise --chunk-tokens or "
+                    f"{len(order_N)} tokens of a chunk: raise --chunk-tokens or "
                     "give more text"
                 )
             last = at.turn + 1 == self.config.reuse
             at = Position(at.chunk + 1) if last else Position(at.chunk, at.turn + 1)
 
-    def _load(self, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-        if self.store is not None:
-            found = self._read_stored(self.store, chunk)
+    def _shuffled(self, chunk: int, turn: int) -> np.ndarray:
+        """Order [N] of a pass over a chunk."""
+        if self._order is None or self._order[0] != (chunk, turn):
+            read_LND, _ = self._held(chunk)
+            key = jax.random.fold_in(jax.random.key(self.config.seed + 1), chunk)
+            key = jax.random.fold_in(key, turn)
+            order_N = np.asarray(jax.random.permutation(key, read_LND.shape[1]))
+            self._order = ((chunk, turn), order_N)
+        return self._order[1]
+
+    def _take(self, chunk: int, row_N: np.ndarray) -> tuple[Array, Array]:
+        assert self._change is not None, "call `normalisation` or `use` first"
+        read_LND, write_LND = self._held(chunk)
+
+        def pick(x_LND: np.ndarray) -> Array:
+            return jnp.asarray(np.stack([np.take(x_ND, row_N, 0) for x_ND in x_LND]))
+
+        return _renormalise(self._change, pick(read_LND), pick(write_LND))
+
+    def _held(self, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """A chunk in its own units; one at a time is in memory."""
+        if self._chunk is None or self._chunk[0] != chunk:
+            self._chunk = None
+            self._chunk = (chunk, *self._load(chunk))
+            self._forget(chunk)
+        return self._chunk[1], self._chunk[2]
+
+    def _ready(self) -> Scales:
+        """The units, from the store, or measured."""
+        if self.units is None and self.store is not None:
+            self.units = self._stored_units(self.store)
+        if self.units is None:
+            self.units = self.first_units()
+            if self.store is not None and not self.read_only:
+                self._store_units(self.store, self.units)
+        return self.units
+
+    def _load(
+        self, chunk: int, heard: Callable[[int], None] = lambda done: None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A chunk from the disk, or harvested (and stored)."""
+        for folder in (self.store, self.spool):
+            found = None if folder is None else self._read_stored(folder, chunk)
             if found is not None:
                 return found
         W = self.windows_per_chunk
@@ -259,7 +362,7 @@ class Chunks:
             self.params,
             token_WS,
             self.windows.special,
-            self.scales,
+            self._ready(),
             cfg=self.cfg,
             config=self.config,
             dtype=self.config.dtype,
@@ -267,10 +370,35 @@ class Chunks:
             end = at + read_LTD.shape[1]
             read_LND[:, at:end], write_LND[:, at:end] = read_LTD, write_LTD
             at = end
+            heard(at)
         read_LND, write_LND = read_LND[:, :at], write_LND[:, :at]  # no outliers
-        if self.store is not None:
+        if self.store is not None and not self.read_only:
             self._write_stored(self.store, chunk, read_LND, write_LND)
         return read_LND, write_LND
+
+    # -- spool -------------------------------------------------------------------------
+
+    def _spool(self, spool: Path, chunk: int) -> None:
+        """Keep the chunk that is in memory until it is trained on."""
+        assert self._chunk is not None
+        assert self._chunk[0] == chunk
+        if f"chunk_{chunk:06d}.safetensors" not in self._manifest(spool)["files"]:
+            self._write_stored(spool, *self._chunk)
+
+    def _forget(self, chunk: int) -> None:
+        """Delete from the spool what lies before `chunk`, except the first.
+
+        Evaluations calibrate thresholds on the first chunk.
+        """
+        if self.spool is not None and self.spool.is_dir():
+            for file in self.spool.glob("chunk_*.safetensors"):
+                if 0 < int(file.stem.removeprefix("chunk_")) < chunk:
+                    file.unlink()
+
+    def close(self) -> None:
+        """Delete the spool: the run is over."""
+        if self.spool is not None:
+            shutil.rmtree(self.spool, ignore_errors=True)
 
     # -- store -------------------------------------------------------------------------
 
@@ -307,6 +435,8 @@ class Chunks:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
             if digest == entry["sha256"]:
                 return file
+        if store == self.spool:
+            return None  # ours alone: it is harvested again
         raise InputError(
             f"{file} is damaged (its checksum differs from manifest.json): delete the "
             "file and its entry, and it is harvested again"
@@ -334,27 +464,21 @@ class Chunks:
         found = safetensors.numpy.load_file(file)
         return found["read_LND"], found["write_LND"]
 
-    def normalisation(
-        self,
-        n_tokens: int,
-        on_tokens: Callable[[int, int], None] = lambda done, total: None,
-    ) -> Scales:
-        """`measure`, or what the store holds; from then on chunks are normalised."""
-        names = [f.name for f in dataclasses.fields(Scales)]
-        file = None
-        if self.store is not None:
-            file = self._checked(self.store, "scales.safetensors")
-        if file is not None:
-            found = safetensors.numpy.load_file(file)
-            self.scales = Scales(**{name: jnp.asarray(found[name]) for name in names})
-            return self.scales
-        self.scales = self.measure(n_tokens, on_tokens)
-        if self.store is not None:
-            file = self.store / "scales.safetensors"
-            with atomic_path(file) as temporary:
-                safetensors.numpy.save_file(
-                    {name: np.asarray(getattr(self.scales, name)) for name in names},
-                    temporary,
-                )
-            self._record(self.store, file)
-        return self.scales
+    def _stored_units(self, store: Path) -> Scales | None:
+        file = self._checked(store, UNITS)
+        if file is None:
+            return None
+        found = safetensors.numpy.load_file(file)
+        return Scales(**{name: jnp.asarray(value) for name, value in found.items()})
+
+    def _store_units(self, store: Path, units: Scales) -> None:
+        file = store / UNITS
+        with atomic_path(file) as temporary:
+            safetensors.numpy.save_file(
+                {
+                    f.name: np.asarray(getattr(units, f.name))
+                    for f in dataclasses.fields(units)
+                },
+                temporary,
+            )
+        self._record(store, file)

@@ -35,7 +35,10 @@ class TrainCommand(TrainConfig):
     model: Annotated[str, tyro.conf.arg(metavar="M")]
     """Known name (see `jaxclt fetch --list`), local directory, GGUF file or hub id."""
     data: str
-    """Text file, or folder of .txt, .md, .rst, .utf8 and .jsonl files."""
+    """Text file, or folder of .txt, .md, .rst, .utf8 and .jsonl files; a dataset on the
+    hub, hub:NAME[@REVISION][?config=..&split=..&text=..], of which as much is streamed
+    as the run needs (pip install 'jaxclt[hub]'); or model: text that the model writes
+    itself."""
     out: Path
     """Directory of the run."""
     preset: str = "default"
@@ -44,6 +47,13 @@ class TrainCommand(TrainConfig):
     """Devices, like data=1,feature=8: tokens and features are split over them."""
     store: str = ""
     """Folder that keeps harvested activations, for several runs on the same data."""
+    processes: str = ""
+    """Train on several machines, one process each: auto where JAX knows the cluster, or
+    HOST:PORT,N,I (the first machine's address, how many, which one this is, from 0).
+    --out must be a folder that all of them see."""
+    wandb: str = ""
+    """Weights & Biases project that metrics are sent to as well (pip install
+    'jaxclt[wandb]')."""
     dry_run: bool = False
     """Say what the run would cost, on a mesh that need not exist here, and stop."""
     json: bool = False
@@ -83,10 +93,11 @@ def train_defaults(argv: Sequence[str]) -> TrainCommand:
 def run_train(command: TrainCommand, say: Console) -> None:
     """Run the command; results on stdout, progress on `say`."""
     from jaxclt.io.model import load_model
-    from jaxclt.train import dryrun, sharding
+    from jaxclt.train import dryrun, processes, sharding
     from jaxclt.train.trainer import train
 
     preset(command.preset)
+    processes.start(command.processes)
     sizes = sharding.parse_mesh(command.mesh)
 
     def line(text: str) -> None:
@@ -110,8 +121,11 @@ def run_train(command: TrainCommand, say: Console) -> None:
             config,
             mesh=command.mesh,
             store=command.store or None,
+            wandb=command.wandb,
             listener=listener,
         )
+    if not processes.is_first():
+        return
     if command.json:
         print(json.dumps(card))  # noqa: T201
         return

@@ -30,6 +30,7 @@ _AT_LEAST_ONE = (
     "dead_tokens",
     "log_every",
     "checkpoint_every",
+    "kl_windows",
 )
 
 
@@ -109,13 +110,14 @@ class TrainConfig:
     """Windows of one forward pass of the model."""
     buffer: Literal["float32", "bfloat16"] = "bfloat16"
     """What harvested activations are held in."""
-    norm_tokens: int = 131_072
-    """Tokens that the normalisation is measured on."""
+    norm_tokens: int = 100_000
+    """Tokens that the normalisation is measured on: the first chunks, as they are
+    harvested."""
     outlier: float = 10.0
     """Tokens whose MLP output is so many times its layer's median anywhere are left
     out, like the first position: attention sinks in mid-text; 0: none."""
     heldout: str = ""
-    """Text to evaluate on, never trained on; by default a share of --data."""
+    """Text to evaluate on, never trained on (as --data); by default a share of that."""
     heldout_share: float = 0.02
     """Share of the documents that are held out if --heldout is not given."""
     heldout_tokens: int = 8192
@@ -136,6 +138,15 @@ class TrainConfig:
     prompts: tuple[str, ...] = PROMPTS
     """Prompts whose graphs are scored."""
 
+    kl_steps: int = 0
+    """Steps of fine-tuning a copy of the finished dictionary so that the replacement
+    model predicts as the model does (KL, through all layers); written to
+    finetuned/dictionary and evaluated beside the other: graphs may explain less."""
+    kl_lr: float = 1e-5
+    """Learning rate of fine-tuning."""
+    kl_windows: int = 4
+    """Windows of text of a step of fine-tuning."""
+
     def __post_init__(self) -> None:
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
@@ -150,6 +161,12 @@ class TrainConfig:
             raise InputError(
                 f"--tokens {self.tokens} is less than one step of --batch-tokens "
                 f"{self.batch_tokens}"
+            )
+        if self.kl_steps < 0:
+            raise InputError(f"--kl-steps {self.kl_steps}: give 0 or more")
+        if not 0 < self.heldout_share < 1:
+            raise InputError(
+                f"--heldout-share {self.heldout_share:g} must lie between 0 and 1"
             )
         if self.skip and self.span != 1:
             raise InputError("--skip needs --span 1: a CLT's format has no skip")
@@ -240,7 +257,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "norm_tokens": 100_000,
         "dead_tokens": 100_000,
         "log_every": 5,
-        "eval_every": 100,
+        "eval_every": 400,
         "checkpoint_every": 50,
         "graph_features": 512,
     },

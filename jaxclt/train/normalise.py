@@ -5,6 +5,10 @@
 Circuit Tracing (2025), appendix D.2. The statistics come from many batches, merged as
 in Chan et al. (1979), in float64; a dictionary trained in normalised units becomes one
 in raw units exactly (`fold`).
+
+Activations are harvested before all statistics are known, so chunks are held in
+units of their own, from the first few windows, which only have to be near enough for
+bfloat16; `between` says how to get from there to the final normalisation.
 """
 
 from __future__ import annotations
@@ -19,7 +23,15 @@ from jax import Array
 
 from jaxclt.types import CLTParams
 
-__all__ = ["Moments", "Scales", "fold", "merge_moments", "normalise", "scales_of"]
+__all__ = [
+    "Moments",
+    "Scales",
+    "between",
+    "fold",
+    "merge_moments",
+    "normalise",
+    "scales_of",
+]
 
 
 @struct.dataclass
@@ -43,10 +55,13 @@ class Moments:
 
     @classmethod
     def of(cls, x_LTD: np.ndarray) -> Moments:
-        """Of one batch."""
-        x_LTD = np.asarray(x_LTD, np.float64)
-        mean_LD = x_LTD.mean(1)
-        return cls(x_LTD.shape[1], mean_LD, np.square(x_LTD - mean_LD[:, None]).sum(1))
+        """Of one batch; the sums are float64, whatever the batch is."""
+        dtype = np.float64 if x_LTD.dtype == np.float64 else np.float32
+        x_LTD = np.asarray(x_LTD, dtype)
+        mean_LD = x_LTD.mean(1, dtype=np.float64)
+        deviation_LTD = x_LTD - mean_LD.astype(dtype)[:, None]
+        m2_LD = np.square(deviation_LTD).sum(1, dtype=np.float64)
+        return cls(x_LTD.shape[1], mean_LD, m2_LD)
 
 
 def merge_moments(a: Moments | None, b: Moments) -> Moments:
@@ -62,25 +77,75 @@ def merge_moments(a: Moments | None, b: Moments) -> Moments:
     )
 
 
-def scales_of(read: Moments, write: Moments, bound_L: np.ndarray) -> Scales:
+def scales_of(
+    read: Moments, write: Moments, bound_L: np.ndarray, units: Scales | None = None
+) -> Scales:
     """Means per dimension and one scale per layer; a constant layer keeps scale 1.
 
     Args:
       read: moments of the reads.
       write: moments of the writes.
       bound_L: largest write norm of a token that counts, raw units.
+      units: what the moments are measured in; None is raw units. The result is in raw
+        units.
     """
 
-    def scale(m: Moments) -> np.ndarray:
+    def in_raw(
+        m: Moments, mean_LD: Array | None, scale_L: Array | None
+    ) -> tuple[Array, Array]:
         std_L = np.sqrt((m.m2_LD / m.n).mean(1))
-        return np.where(std_L > 0, std_L, 1.0).astype(np.float32)
+        std_L = np.where(std_L > 0, std_L, 1.0)
+        centre_LD = m.mean_LD
+        if mean_LD is not None and scale_L is not None:
+            size_L = np.asarray(scale_L, np.float64)
+            std_L = std_L * size_L
+            centre_LD = centre_LD * size_L[:, None] + np.asarray(mean_LD, np.float64)
+        return (
+            jnp.asarray(centre_LD.astype(np.float32)),
+            jnp.asarray(std_L.astype(np.float32)),
+        )
 
+    u = units
+    read_mean_LD, read_scale_L = in_raw(
+        read, u and u.read_mean_LD, u and u.read_scale_L
+    )
+    write_mean_LD, write_scale_L = in_raw(
+        write, u and u.write_mean_LD, u and u.write_scale_L
+    )
     return Scales(
-        read_mean_LD=jnp.asarray(read.mean_LD.astype(np.float32)),
-        read_scale_L=jnp.asarray(scale(read)),
-        write_mean_LD=jnp.asarray(write.mean_LD.astype(np.float32)),
-        write_scale_L=jnp.asarray(scale(write)),
+        read_mean_LD=read_mean_LD,
+        read_scale_L=read_scale_L,
+        write_mean_LD=write_mean_LD,
+        write_scale_L=write_scale_L,
         bound_L=jnp.asarray(bound_L, jnp.float32),
+    )
+
+
+def between(units: Scales, scales: Scales) -> Scales:
+    """What takes activations normalised by `units` to those normalised by `scales`.
+
+    ``normalise(between(u, s), *normalise(u, r, w)) == normalise(s, r, w)``. Computed in
+    float64, held in float32.
+    """
+
+    def both(name: str) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(np.asarray(getattr(x, name), np.float64) for x in (units, scales))  # pyright: ignore[reportReturnType]
+
+    def relative(site: str) -> tuple[Array, Array]:
+        (m0_LD, m1_LD), (s0_L, s1_L) = both(f"{site}_mean_LD"), both(f"{site}_scale_L")
+        return (
+            jnp.asarray(((m1_LD - m0_LD) / s0_L[:, None]).astype(np.float32)),
+            jnp.asarray((s1_L / s0_L).astype(np.float32)),
+        )
+
+    read_mean_LD, read_scale_L = relative("read")
+    write_mean_LD, write_scale_L = relative("write")
+    return Scales(
+        read_mean_LD=read_mean_LD,
+        read_scale_L=read_scale_L,
+        write_mean_LD=write_mean_LD,
+        write_scale_L=write_scale_L,
+        bound_L=scales.bound_L,
     )
 
 

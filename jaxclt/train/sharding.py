@@ -10,12 +10,21 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxclt.errors import InputError
 
-__all__ = ["batch_sharding", "make_mesh", "parse_mesh", "shard_state", "state_sharding"]
+__all__ = [
+    "batch_sharding",
+    "make_mesh",
+    "parse_mesh",
+    "place",
+    "shard_state",
+    "state_sharding",
+]
 
 # By the suffix of a leaf's name; everything else is on every device.
 _BY_NAME = {
@@ -54,6 +63,10 @@ def make_mesh(sizes: dict[str, int], n_features: int, batch_tokens: int) -> Mesh
         raise InputError(
             f"--mesh needs {n} devices and there are {jax.device_count()}: make it "
             "smaller, or use --dry-run"
+        )
+    if jax.process_count() > 1 and n != jax.device_count():
+        raise InputError(
+            f"--mesh has {n} devices and the processes {jax.device_count()}: use all"
         )
     if n_features % sizes["feature"]:
         raise InputError(
@@ -96,4 +109,12 @@ _ATTRIBUTE = jax.tree_util.GetAttrKey
 
 def shard_state(state: Any, mesh: Mesh) -> Any:
     """The state laid out on the mesh."""
-    return jax.device_put(state, state_sharding(state, mesh))
+    return jax.tree.map(place, state, state_sharding(state, mesh))
+
+
+def place(x: Array, where: NamedSharding) -> Array:
+    """An array that every process holds whole, on a mesh that may span them."""
+    if jax.process_count() == 1:
+        return jax.device_put(x, where)
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, where, lambda i: whole[i])

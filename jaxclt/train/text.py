@@ -1,4 +1,4 @@
-"""Local text to windows of tokens, held-out documents apart.
+"""Text to windows of tokens, held-out documents apart.
 
 A document is a file, a line of a .jsonl file (its ``text``), or a part of a file
 between ``<|endoftext|>`` marks; long ones are cut at line ends into pieces, which
@@ -21,11 +21,13 @@ import numpy as np
 
 from jaxclt.errors import InputError
 from jaxclt.io.tokenizer import Tokenizer
+from jaxclt.train.hub_text import PREFIX, stream_texts
 
 __all__ = ["Windows", "cut_windows", "read_documents", "split_documents", "valid_rows"]
 
 SUFFIXES = (".txt", ".md", ".rst", ".utf8", ".jsonl")
 PIECE = 20_000  # characters
+CHARACTERS = 6  # of a token, more than in most text, so that there are enough
 SHORTEST = 16  # tokens of a window worth running
 PAD = -1
 
@@ -40,12 +42,20 @@ class Windows:
     digest: str  # of both and of the special ids
 
 
-def read_documents(path: str | Path) -> Iterator[str]:
-    """Documents of a file or of all text files of a folder, in the order of names.
+def read_documents(path: str | Path, *, tokens: int = 1_000_000) -> Iterator[str]:
+    """Documents of a file, of all text files of a folder, or of a dataset on the hub.
+
+    Args:
+      path: file, folder (in the order of names), or ``hub:...`` (see `hub_text`).
+      tokens: that are needed of a dataset on the hub, which may have no end.
 
     Raises:
       InputError: if there is no text there, or a line of a .jsonl has none.
     """
+    if str(path).startswith(PREFIX):
+        for text in stream_texts(str(path), CHARACTERS * tokens):
+            yield from _pieces(text.strip())
+        return
     path = Path(path)
     if not path.exists():
         raise InputError(f"--data {path}: there is no such file or folder")

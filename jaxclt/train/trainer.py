@@ -7,9 +7,11 @@ checkpoint, on one device with the same bits:
 |---|---|
 | `run.json` | what the run is: config, model, data; another command may not resume it |
 | `windows.npz`, `scales.npz` | its token windows and its normalisation |
+| `spool/` | activations the normalisation was measured on, until they are used |
 | `metrics.jsonl` | a line per logged step, and one per evaluation |
 | `checkpoints/` | everything needed to go on |
 | `dictionary/` | the exported dictionary, renewed at every evaluation |
+| `finetuned/` | the same after `--kl-steps`, with its own `dictionary/` |
 | `card.json`, `README.md`, `curves.png` | what came out |
 """
 
@@ -32,16 +34,19 @@ from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.dictionary import save_dictionary
 from jaxclt.io.model import Model
-from jaxclt.train import card, checkpoint, sharding
+from jaxclt.train import card, checkpoint, processes, sharding
 from jaxclt.train.chunks import Chunks, Position, rows_of
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.evaluate import decoder_reach, graph_scores, reconstruction
 from jaxclt.train.export import calibrate, threshold_form
+from jaxclt.train.finetune import finetune_kl
 from jaxclt.train.harvest import mlp_response
+from jaxclt.train.hub_text import PREFIX
 from jaxclt.train.normalise import Scales, fold
 from jaxclt.train.objectives import Batch, load_objective
 from jaxclt.train.params import Spec, init
 from jaxclt.train.replacement import agreement
+from jaxclt.train.sample import sample_windows
 from jaxclt.train.schedules import learning_rate
 from jaxclt.train.step import TrainState, init_state, make_step, optimiser
 from jaxclt.train.text import (
@@ -51,6 +56,7 @@ from jaxclt.train.text import (
     split_documents,
     valid_rows,
 )
+from jaxclt.train.tracking import Tracker, require
 from jaxclt.types import CLTParams
 
 __all__ = ["DivergedError", "Listener", "train"]
@@ -89,6 +95,7 @@ def train(
     *,
     mesh: str = "",
     store: str | Path | None = None,
+    wandb: str = "",
     listener: Listener | None = None,
     stop_at: int | None = None,
 ) -> dict[str, Any]:
@@ -96,11 +103,13 @@ def train(
 
     Args:
       model: from `jaxclt.load_model`.
-      data: a text file or a folder of them.
+      data: a text file or a folder of them, ``hub:NAME...`` (see `hub_text`), or
+        ``model`` for text that the model writes itself.
       out: directory of the run.
       config: the recipe.
       mesh: ``data=1,feature=8``; all on one device if empty.
       store: folder that keeps harvested chunks, for several runs on the same data.
+      wandb: project that metrics are sent to as well, if not empty.
       listener: progress.
       stop_at: pause after this step with a checkpoint, as if interrupted there.
 
@@ -112,8 +121,18 @@ def train(
       DivergedError: if the loss is not finite; names the last good checkpoint.
     """
     listener = listener or Listener()
-    run = _Run(model, Path(data), Path(out), config, mesh, store, listener)
-    return run.go(stop_at)
+    if wandb:
+        require(wandb)
+    if not (data := str(data)).startswith(PREFIX) and data != "model":
+        data = str(Path(data))
+    run = _Run(model, data, Path(out), config, mesh, store, listener)
+    if wandb and processes.is_first():
+        run.tracker = Tracker(wandb, run.out, run.identity()["config"])
+    try:
+        return run.go(stop_at)
+    finally:
+        if run.tracker is not None:
+            run.tracker.close()
 
 
 class _Run:
@@ -122,7 +141,7 @@ class _Run:
     def __init__(
         self,
         model: Model,
-        data: Path,
+        data: str,
         out: Path,
         config: TrainConfig,
         mesh: str,
@@ -140,10 +159,17 @@ class _Run:
             if max(sizes.values()) > 1
             else None
         )
+        if self.mesh is None and jax.process_count() > 1:
+            raise InputError(
+                f"--processes needs a --mesh of all {jax.device_count()} devices"
+            )
         rate = learning_rate(config.lr, config.n_steps, warmup=config.warmup)
         self.tx = optimiser(rate)
         self.step_fn = make_step(self.objective, self.spec, self.tx, self.recipe)
-        self._check_directory()
+        if processes.is_first():
+            self._check_directory()
+            self._windows()
+        processes.wait("windows")
         self.windows = self._windows()
         self.chunks = Chunks(
             model.params,
@@ -152,31 +178,37 @@ class _Run:
             config.chunk_config(),
             model_hash=model.hash,
             store=None if store is None else Path(store),
+            spool=self.out / "spool" if processes.is_first() else None,
+            read_only=not processes.is_first(),
         )
         self.scales = self._scales()
         self.clock = _Clock()
         self._held: tuple[np.ndarray, np.ndarray] | None = None
         self._calibration: np.ndarray | None = None
         self.last_good: Path | None = None
+        self.tracker: Tracker | None = None
 
     # -- preparation -------------------------------------------------------------------
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What the same command would give again."""
         ours = dataclasses.asdict(self.config)
         # What may change between two parts of a run without changing its weights.
         for name in ("log_every", "eval_every", "checkpoint_every", "prompts"):
             ours.pop(name)
         for name in ("agreement_windows", "graph_features"):
             ours.pop(name)
+        for name in ("kl_steps", "kl_lr", "kl_windows"):
+            ours.pop(name)
         return {
             "config": json.loads(json.dumps(ours)),
             "model": self.model.hash,
-            "data": str(self.data),
+            "data": self.data,
         }
 
     def _check_directory(self) -> None:
         file = self.out / "run.json"
-        ours = self._identity()
+        ours = self.identity()
         if not file.is_file():
             if self.out.is_dir() and any(self.out.iterdir()):
                 raise InputError(
@@ -212,21 +244,7 @@ class _Run:
                     special=special,
                     digest=str(found["digest"]),
                 )
-        config = self.config
-        held = read_documents(config.heldout) if config.heldout else None
-        train_docs, held_docs = split_documents(
-            read_documents(self.data), held, config.heldout_share
-        )
-        needed = max(math.ceil(config.tokens / config.reuse), config.norm_tokens)
-        windows = cut_windows(
-            train_docs,
-            held_docs,
-            self.model.tokenizer,
-            size=config.context,
-            train_tokens=needed + config.chunk_tokens,
-            held_tokens=config.heldout_tokens,
-            on_tokens=lambda done, total: self.say.stage("tokens", done, total),
-        )
+        windows = self._sampled() if self.data == "model" else self._read()
         with atomic_path(file) as temporary, temporary.open("wb") as stream:
             np.savez(
                 stream,
@@ -236,20 +254,78 @@ class _Run:
             )
         return windows
 
+    def _tokens_needed(self) -> int:
+        config = self.config
+        distinct = max(math.ceil(config.tokens / config.reuse), config.norm_tokens)
+        return distinct + config.chunk_tokens
+
+    def _read(self) -> Windows:
+        """Windows of text from files or the hub."""
+        config, needed = self.config, self._tokens_needed()
+        held = None
+        if config.heldout:
+            held = read_documents(config.heldout, tokens=config.heldout_tokens)
+        else:
+            needed = math.ceil(needed / (1 - config.heldout_share))
+        train_docs, held_docs = split_documents(
+            read_documents(self.data, tokens=needed), held, config.heldout_share
+        )
+        return cut_windows(
+            train_docs,
+            held_docs,
+            self.model.tokenizer,
+            size=config.context,
+            train_tokens=self._tokens_needed(),
+            held_tokens=config.heldout_tokens,
+            on_tokens=lambda done, total: self.say.stage("tokens", done, total),
+        )
+
+    def _sampled(self) -> Windows:
+        """Windows that the model wrote itself."""
+        config = self.config
+        if config.heldout:
+            raise InputError(
+                "--data model holds out samples of its own: leave --heldout away"
+            )
+        return sample_windows(
+            self.model.params,
+            self.model.tokenizer,
+            cfg=self.model.cfg,
+            size=config.context,
+            train_tokens=self._tokens_needed(),
+            held_tokens=config.heldout_tokens,
+            per_call=config.windows_per_call,
+            seed=config.seed,
+            partial_file=self.out / "samples.npz",
+            on_tokens=lambda done, total: self.say.stage("sampling", done, total),
+        )
+
     def _scales(self) -> Scales:
+        """What earlier processes of this run normalised by, or measured now."""
         file = self.out / "scales.npz"
         names = [f.name for f in dataclasses.fields(Scales)]
-        if file.is_file():
+        if processes.same(np.asarray(file.is_file())):
             with np.load(file, allow_pickle=False) as found:
-                scales = Scales(**{name: jnp.asarray(found[name]) for name in names})
-            self.chunks.scales = scales
+                scales, units = (
+                    Scales(**{name: jnp.asarray(found[part + name]) for name in names})
+                    for part in ("", "units_")
+                )
+            self.chunks.use(units, scales)
             return scales
-        scales = self.chunks.normalisation(
+        self.chunks.normalisation(
             self.config.norm_tokens,
             lambda done, total: self.say.stage("normalisation", done, total),
         )
+        units, scales = processes.same((self.chunks.units, self.chunks.scales))
+        self.chunks.use(units, scales)
+        if not processes.is_first():
+            return scales
+        arrays: Any = {
+            part + name: np.asarray(getattr(of, name))
+            for part, of in (("", scales), ("units_", self.chunks.units))
+            for name in names
+        }
         with atomic_path(file) as temporary, temporary.open("wb") as stream:
-            arrays: Any = {name: np.asarray(getattr(scales, name)) for name in names}
             np.savez(stream, **arrays)
         return scales
 
@@ -274,6 +350,8 @@ class _Run:
 
     def _cut_log(self, step: int) -> None:
         """Drop what was logged after the state that the run goes on from."""
+        if not processes.is_first():
+            return
         file = self.out / "metrics.jsonl"
         lines = file.read_text("utf-8").splitlines() if file.is_file() else []
         kept = [line for line in lines if _step_of(line) <= step]
@@ -285,6 +363,8 @@ class _Run:
     def go(self, stop_at: int | None) -> dict[str, Any]:
         config, n_steps = self.config, self.config.n_steps
         step, state, at = self._start()
+        if at.chunk == 0 and self.spec.k is not None:
+            self._calibration_rows()  # while they are in memory
         first, began = step, time.perf_counter()
         logged, busy = step, 0.0  # at the last line of the log
         record: dict[str, Any] = {"step": step}
@@ -305,7 +385,7 @@ class _Run:
             if config.eval_every and step % config.eval_every == 0 and step < n_steps:
                 self._log_eval(step, state)
             if step % config.checkpoint_every == 0 or step == last_step:
-                self._check_finite(step, metrics)
+                self._check_finite(step, processes.to_host(metrics))
                 with _spent(self.clock, "checkpoint"):
                     self.last_good = checkpoint.save_checkpoint(
                         self.out / "checkpoints",
@@ -317,32 +397,41 @@ class _Run:
             return record
         seconds = time.perf_counter() - began
         final = self._log_eval(step, state)
+        params = processes.to_host(state.params)
+        if not processes.is_first():
+            return final
+        if config.kl_steps:
+            final["finetuned"] = self._finetune(params)
+        self.chunks.close()
         return self._write_card(final, seconds, step - first)
 
     def _batch(self, state: TrainState, at: Position) -> tuple[Batch, Position]:
         read, write, at = self.chunks.batch(at, self.config.batch_tokens)
-        if self.mesh is None:
-            read_LTD, write_LTD = jnp.asarray(read), jnp.asarray(write)
-        else:
-            place = sharding.batch_sharding(self.mesh)
-            read_LTD, write_LTD = jax.device_put((read, write), place)
-        tangent_LTD = response_LTD = None
+        rows = [read, write]
         if self.config.jacobian > 0:
-            key = jax.random.wrap_key_data(state.key)
-            key = jax.random.fold_in(key, state.step)
-            tangent_LTD = jax.random.normal(key, read_LTD.shape, jnp.float32)
-            response_LTD = mlp_response(
-                self.model.params,
-                self.scales,
-                read_LTD,
+            key, step = processes.to_host((state.key, state.step))
+            key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(key)), step)
+            tangent_LTD = jax.random.normal(key, read.shape, jnp.float32)
+            rows += [
                 tangent_LTD,
-                cfg=self.model.cfg,
-                site=self.spec.read,
-            )
+                mlp_response(
+                    self.model.params,
+                    self.scales,
+                    read,
+                    tangent_LTD,
+                    cfg=self.model.cfg,
+                    site=self.spec.read,
+                ),
+            ]
+        if self.mesh is not None:
+            where = sharding.batch_sharding(self.mesh)
+            rows = [sharding.place(x, where) for x in rows]
+        read_LTD, write_LTD, tangent_LTD, response_LTD = (*rows, None, None)[:4]
         return Batch(
             read_LTD=read_LTD,
             write_LTD=write_LTD,
-            dead_LF=jnp.zeros((self.spec.n_layers, self.spec.n_features), bool),
+            # numpy: the same on all devices of all processes
+            dead_LF=np.zeros((self.spec.n_layers, self.spec.n_features), bool),  # pyright: ignore[reportArgumentType]
             tangent_LTD=tangent_LTD,
             response_LTD=response_LTD,
         ), at
@@ -350,6 +439,7 @@ class _Run:
     def _log_step(
         self, step: int, metrics: dict[str, Any], rate: float
     ) -> dict[str, Any]:
+        metrics = processes.to_host(metrics)
         self._check_finite(step, metrics)
         found = {k: np.asarray(v, np.float64).tolist() for k, v in metrics.items()}
         record = {
@@ -362,8 +452,9 @@ class _Run:
             "tokens_per_s": rate,
             "eta_s": (self.config.n_steps - step) * self.config.batch_tokens / rate,
         }
-        self._append(record)
-        self.say.step(record)
+        if processes.is_first():
+            self._append(record)
+            self.say.step(record)
         return record
 
     def _check_finite(self, step: int, metrics: dict[str, Any]) -> None:
@@ -381,6 +472,8 @@ class _Run:
     def _append(self, record: dict[str, Any]) -> None:
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
+        if self.tracker is not None:
+            self.tracker.log(record)
 
     # -- evaluation and export ---------------------------------------------------------
 
@@ -403,56 +496,98 @@ class _Run:
             )
         return self._held
 
-    def _dictionary(self, state: TrainState) -> tuple[CLTParams, CLTConfig]:
-        """The current dictionary in normalised units."""
+    def _dictionary(self, params: Any) -> tuple[CLTParams, CLTConfig]:
+        """The dictionary of weights on the host, in normalised units."""
         theta_L = None
-        params = jax.device_get(state.params)
         params = jax.tree.map(jnp.asarray, params)
         if self.spec.k is not None:
-            if self._calibration is None:
-                # Training text only; the same rows every time.
-                read_LND, _ = self.chunks.rows(0, 0)
-                self._calibration = np.array(read_LND[:, :CALIBRATION_TOKENS])
-            theta_L = calibrate(params, self._calibration, self.spec.k)
+            theta_L = calibrate(params, self._calibration_rows(), self.spec.k)
         return threshold_form(params, self.spec, theta_L)
+
+    def _calibration_rows(self) -> np.ndarray:
+        """What encoders read on training text; the same rows every time."""
+        if self._calibration is None:
+            read_LND, _ = self.chunks.rows(0, 0, CALIBRATION_TOKENS)
+            self._calibration = np.asarray(read_LND)
+        return self._calibration
 
     def _log_eval(self, step: int, state: TrainState) -> dict[str, Any]:
         with _spent(self.clock, "evaluate"):
-            self.say.line(f"evaluating after step {step}")
-            clt, cfg = self._dictionary(state)
-            found: dict[str, Any] = reconstruction(clt, cfg, *self._held_rows())
-            raw = fold(clt, self.scales)
-            save_dictionary(
-                raw, cfg, self.out / "dictionary", model_name=self.model.name
-            )
-            held_WS = self.windows.held_WS[: self.config.agreement_windows]
-            if len(held_WS):
-                found |= agreement(
-                    self.model.params,
-                    raw,
-                    held_WS,
-                    valid_rows(held_WS, self.windows.special),
-                    cfg=self.model.cfg,
-                    clt_cfg=cfg,
-                )
-            found["decoder_reach"] = decoder_reach(clt)
-            if self.config.graph_features and self.config.prompts:
-                found["graphs"] = graph_scores(
-                    self.model,
-                    raw,
-                    cfg,
-                    self.config.prompts,
-                    max_features=self.config.graph_features,
-                )
+            params = processes.to_host(state.params)  # all processes hold a part
+            found: dict[str, Any] = {}
+            if processes.is_first():
+                self.say.line(f"evaluating after step {step}")
+                clt, cfg = self._dictionary(params)
+                found = reconstruction(clt, cfg, *self._held_rows())
+                found["decoder_reach"] = decoder_reach(clt)
+                raw = fold(clt, self.scales)
+                found |= self._export(raw, cfg, self.out / "dictionary")
         record = {
             "kind": "eval",
             "step": step,
             "tokens": step * self.config.batch_tokens,
             **found,
         }
-        self._append(record)
-        self.say.line(card.one_line(record))
+        if found:
+            self._append(record)
+            self.say.line(card.one_line(record))
         return record
+
+    def _export(self, raw: CLTParams, cfg: CLTConfig, folder: Path) -> dict[str, Any]:
+        """Write a dictionary in raw units; measure its replacement model and graphs."""
+        save_dictionary(raw, cfg, folder, model_name=self.model.name)
+        held_WS = self.windows.held_WS[: self.config.agreement_windows]
+        found: dict[str, Any] = {}
+        if len(held_WS):
+            found = agreement(
+                self.model.params,
+                raw,
+                held_WS,
+                valid_rows(held_WS, self.windows.special),
+                cfg=self.model.cfg,
+                clt_cfg=cfg,
+            )
+        if self.config.graph_features and self.config.prompts:
+            found["graphs"] = graph_scores(
+                self.model,
+                raw,
+                cfg,
+                self.config.prompts,
+                max_features=self.config.graph_features,
+            )
+        return found
+
+    def _finetune(self, params: Any) -> dict[str, Any]:
+        """A copy of the dictionary after `--kl-steps`, and the same measurements."""
+        config = self.config
+        clt, cfg = self._dictionary(params)
+
+        def heard(step: int, kl: float) -> None:
+            del kl
+            self.say.stage("fine-tuning", step + 1, config.kl_steps)
+
+        raw, history = finetune_kl(
+            self.model.params,
+            fold(clt, self.scales),
+            self.windows,
+            cfg=self.model.cfg,
+            clt_cfg=cfg,
+            n_steps=config.kl_steps,
+            windows_per_step=config.kl_windows,
+            lr=config.kl_lr,
+            on_step=heard,
+        )
+        read_LTD, write_LTD = (np.array(x) for x in self._held_rows())
+        s = jax.tree.map(np.asarray, self.scales)
+        read_LTD *= s.read_scale_L[:, None, None]
+        read_LTD += s.read_mean_LD[:, None]
+        write_LTD *= s.write_scale_L[:, None, None]
+        write_LTD += s.write_mean_LD[:, None]
+        found: dict[str, Any] = reconstruction(raw, cfg, read_LTD, write_LTD)
+        found |= self._export(raw, cfg, self.out / "finetuned" / "dictionary")
+        found = {"kl_steps": config.kl_steps, "train_kl": history, **found}
+        _write_json(self.out / "finetuned" / "metrics.json", found)
+        return found
 
     def _write_card(
         self, final: dict[str, Any], seconds: float, steps: int
@@ -461,7 +596,7 @@ class _Run:
             config=self.config,
             spec=self.spec,
             model=self.model,
-            data=str(self.data),
+            data=self.data,
             windows=self.windows,
             final=final,
             seconds={k: round(v, 1) for k, v in dataclasses.asdict(self.clock).items()}

@@ -20,7 +20,15 @@ from jaxclt.train import chunks as chunking
 from jaxclt.train.chunks import ChunkConfig, Chunks, Position, window_order
 from jaxclt.train.export import calibrate, threshold_form
 from jaxclt.train.harvest import harvest, mlp_response
-from jaxclt.train.normalise import Moments, Scales, fold, merge_moments, scales_of
+from jaxclt.train.normalise import (
+    Moments,
+    Scales,
+    between,
+    fold,
+    merge_moments,
+    normalise,
+    scales_of,
+)
 from jaxclt.train.params import Spec, init, to_clt
 from jaxclt.train.text import (
     Windows,
@@ -88,11 +96,19 @@ def test_windows_hold_the_text_and_leave_out_what_is_special(windows: Windows):
 CONFIG = ChunkConfig(chunk_tokens=256, reuse=2, dtype="float32", site="mlp_in")
 
 
-def make(windows: Windows, store: Path | None = None, **more) -> Chunks:
+def make(
+    windows: Windows, store: Path | None = None, spool: Path | None = None, **more
+) -> Chunks:
     model = tiny_model()
     config = dataclasses.replace(CONFIG, **more)
     found = Chunks(
-        model.params, model.cfg, windows, config, model_hash=model.hash, store=store
+        model.params,
+        model.cfg,
+        windows,
+        config,
+        model_hash=model.hash,
+        store=store,
+        spool=spool,
     )
     found.normalisation(600)
     return found
@@ -138,7 +154,7 @@ def test_moments_merge_to_those_of_everything():
 def test_chunks_are_normalised_training_rows(windows: Windows):
     made = make(windows)
     assert made.scales is not None
-    read, _ = made.rows(0, 0)
+    read = np.asarray(made.rows(0, 0)[0])
     order = window_order(0, len(windows.train_WS), 0, made.windows_per_chunk)
     token_WS = windows.train_WS[order]
     assert read.shape[1] == valid_rows(token_WS, windows.special).sum()
@@ -156,13 +172,77 @@ def test_chunks_are_normalised_training_rows(windows: Windows):
     np.testing.assert_allclose(read, rows[:, place], atol=1e-5)
 
 
+def test_the_normalisation_is_of_the_first_chunks(windows: Windows):
+    """Float64 statistics of the model's activations, whatever chunks are held in."""
+    made = make(windows)
+    W = made.windows_per_chunk
+    order = window_order(0, len(windows.train_WS), 0, 3 * W)  # 3 chunks hold 600 tokens
+    token_WS = windows.train_WS[order]
+    raw = harvest(made.params, jnp.asarray(token_WS), None, cfg=made.cfg, site="mlp_in")
+    s, units = made.scales, made.units
+    assert s is not None
+    assert units is not None
+    fits = (np.asarray(raw[2]) <= np.asarray(s.bound_L)[:, None]).all(0)
+    keep = np.flatnonzero(valid_rows(token_WS, windows.special).ravel() & fits)
+    assert 600 <= len(keep) < 3 * 256
+    for x, mean_LD, scale_L in (
+        (raw[0], s.read_mean_LD, s.read_scale_L),
+        (raw[1], s.write_mean_LD, s.write_scale_L),
+    ):
+        x = np.asarray(x, np.float64)[:, keep]
+        np.testing.assert_allclose(mean_LD, x.mean(1), atol=1e-5)
+        np.testing.assert_allclose(scale_L, np.sqrt(x.var(1).mean(1)), rtol=1e-5)
+    assert np.abs(np.asarray(s.write_scale_L / units.write_scale_L) - 1).max() > 0.005
+
+
+def test_between_leads_from_one_normalisation_to_the_other():
+    L, D = 2, 5
+    a, b = random_scales(L, D), random_scales(L, D, seed=9)
+    x, y = jax.random.normal(jax.random.key(1), (2, L, 7, D)) * 3
+    got = normalise(between(a, b), *normalise(a, x, y))
+    for one, other in zip(got, normalise(b, x, y), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_harvested_twice(
+    windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The spool keeps what the normalisation looked at until it is trained on."""
+    harvested, real = [], chunking.harvest
+
+    def counting(params, token_WS, scales, **kw):
+        harvested.extend(bytes(row) for row in np.asarray(token_WS) if row[0] >= 0)
+        return real(params, token_WS, scales, **kw)
+
+    monkeypatch.setattr(chunking, "harvest", counting)
+    spool = tmp_path / "spool"
+    made = make(windows, spool=spool, dtype="bfloat16")
+    names = {f.stem for f in spool.glob("*.safetensors")}
+    assert names == {"chunk_000000", "chunk_000001", "chunk_000002"}
+    harvested = harvested[CONFIG.windows_per_call :]  # of these the units are
+    seen = [made.rows(c, t)[0] for c in range(4) for t in (0, 1)]
+    monkeypatch.undo()
+    assert len(set(harvested)) == len(harvested)
+    assert {f.stem for f in spool.glob("*.safetensors")} == {"chunk_000000"}
+    file = spool / "chunk_000000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)  # damaged: harvested again, to the same bits
+    np.testing.assert_array_equal(made.rows(0, 0)[0], seen[0])
+    plain = make(windows, dtype="bfloat16")
+    for c in range(4):
+        np.testing.assert_array_equal(plain.rows(c, 1)[0], seen[2 * c + 1])
+    made.close()
+    assert not spool.exists()
+
+
 def test_the_place_in_the_data_is_exact(windows: Windows):
     """Any batch again from its position alone; a pass covers every row at most once."""
     made = make(windows)
     at, seen = Position(), []
     for _ in range(20):
         read, write, after = made.batch(at, 64)
-        seen.append((at, read.copy(), write.copy()))
+        seen.append((at, np.asarray(read), np.asarray(write)))
         at = after
     assert {p.chunk for p, *_ in seen} >= {0, 1, 2}
     assert {p.turn for p, *_ in seen} == {0, 1}
@@ -223,19 +303,20 @@ def test_a_store_gives_the_same_chunks_without_the_model(
     again = make(windows, store, dtype="bfloat16", reuse=1)
     np.testing.assert_array_equal(first[0], again.rows(1, 0)[0])
     manifest = json.loads((store / "manifest.json").read_text())
-    assert set(manifest["files"]) == {"scales.safetensors", "chunk_000001.safetensors"}
+    chunks = {f"chunk_{i:06d}.safetensors" for i in range(3)}
+    assert set(manifest["files"]) == {"units.safetensors"} | chunks
     file = store / "chunk_000001.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(InputError, match="is damaged"):
-        make(windows, store, dtype="bfloat16").rows(1, 0)
+        make(windows, store, dtype="bfloat16")
     with pytest.raises(InputError, match="activations of another config"):
         make(windows, store, dtype="float32")
 
 
-def random_scales(L: int, D: int) -> Scales:
-    a, b, c, d = jax.random.split(jax.random.key(5), 4)
+def random_scales(L: int, D: int, seed: int = 5) -> Scales:
+    a, b, c, d = jax.random.split(jax.random.key(seed), 4)
     return Scales(
         read_mean_LD=jax.random.normal(a, (L, D)),
         read_scale_L=jnp.exp(jax.random.normal(b, (L,))),
