@@ -45,7 +45,7 @@ def parse_hub_text(source: str) -> HubText:
     name, _, revision = place.partition("@")
     options = dict(parse_qsl(query, keep_blank_values=True))
     unknown = set(options) - {"config", "split", "text"}
-    if not name or unknown or (query and not options):
+    if not name or unknown or not all(options.values()) or (query and not options):
         raise InputError(f"--data {source}: {usage}")
     return HubText(name=name, revision=revision or None, **options)
 

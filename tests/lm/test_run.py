@@ -34,7 +34,9 @@ def test_a_token_changes_nothing_before_it() -> None:
     assert (np.abs(was[3:] - now[3:]).max(1) > 1e-3).all()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["clt", *(pytest.param(m, marks=pytest.mark.slow) for m in MODELS[1:])]
+)
 def test_one_position_at_a_time_equals_all_at_once(name: str) -> None:
     """The rest of a prompt, run behind the keys and values of its start."""
     t, n = case(name), 3

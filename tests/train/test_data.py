@@ -378,7 +378,13 @@ def test_the_calibrated_threshold_keeps_k_a_token_in_every_layer():
         np.testing.assert_array_equal(encode(clt, read, cfg=cfg)[l] > 0, a > 0)
 
 
-@pytest.mark.parametrize("site", ["resid_mid", "normalized", "mlp_in"])
+@pytest.mark.parametrize(
+    "site",
+    [
+        "normalized",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("resid_mid", "mlp_in")),
+    ],
+)
 def test_the_mlps_response_is_its_derivative(windows: Windows, site):
     """Central differences of the model's own reads and writes, in normalised units."""
     model = tiny_model()

@@ -147,6 +147,7 @@ def test_sampled_windows_go_on_and_hold_out(tmp_path: Path, monkeypatch):
     assert not file.exists()
 
 
+@pytest.mark.slow
 def test_a_run_on_the_models_own_text(tmp_path: Path):
     card = train(tiny_model(), "model", tmp_path / "run", tiny_config(**SHORT))
     assert card["data"]["path"] == "model"
