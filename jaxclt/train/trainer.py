@@ -426,10 +426,10 @@ class _Run:
         if self.mesh is not None:
             where = sharding.batch_sharding(self.mesh)
             rows = [sharding.place(x, where) for x in rows]
-        read_LTD, write_LTD, tangent_LTD, response_LTD = (*rows, None, None)[:4]
+        tangent_LTD, response_LTD = rows[2:] if len(rows) > 2 else (None, None)
         return Batch(
-            read_LTD=read_LTD,
-            write_LTD=write_LTD,
+            read_LTD=rows[0],
+            write_LTD=rows[1],
             # numpy: the same on all devices of all processes
             dead_LF=np.zeros((self.spec.n_layers, self.spec.n_features), bool),  # pyright: ignore[reportArgumentType]
             tangent_LTD=tangent_LTD,
