@@ -47,8 +47,9 @@ def worker(job: dict[str, Any]) -> None:
     from jaxclt.trace import trace_prompt, write_trace
 
     if job["variant"] == "exact shapes":
+        bucket = shapes.bucket
         for module in list(sys.modules.values()):
-            if getattr(module, "bucket", None) is shapes.bucket:
+            if getattr(module, "bucket", None) is bucket:
                 module.bucket = lambda n, smallest=8: n  # pyright: ignore
     compiled = 0.0
 
