@@ -223,7 +223,8 @@ def differences(
     edges = len(np.setxor1d(ours["edge_E"], peer["edge_E"]))
     text = (
         f"influence off by {off:.1e} of the largest (circuit-tracer's by {theirs:.1e}) "
-        f"against float64, {nodes} nodes and {edges:,} of {len(peer['edge_E']):,} kept edges differ"
+        f"against float64, {nodes} nodes and {edges:,} of {len(peer['edge_E']):,} kept "
+        "edges differ"
     )
     if off > 1e-5 or theirs > 1e-4 or nodes or edges > len(peer["edge_E"]) / 1000:
         sys.exit(f"not the same graph: {text}")
