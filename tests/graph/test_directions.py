@@ -133,7 +133,7 @@ def without_patterns(t: Tiny) -> Tiny:
     return dataclasses.replace(t, recording=recorded)
 
 
-@pytest.mark.parametrize("name", ["clt", "skip"])
+@pytest.mark.parametrize("name", ["clt", pytest.param("skip", marks=pytest.mark.slow)])
 def test_patterns_computed_again_change_nothing(name: str) -> None:
     got = without_patterns(case(name)).graph(dataclasses.replace(ALL, n_bands=2))
     same(got, case_graph(name), 1e-12)

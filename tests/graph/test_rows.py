@@ -63,7 +63,9 @@ def one_source_changed(name: str, factor: float) -> list[np.ndarray]:
     return [embed, error, a]
 
 
-@pytest.mark.parametrize("name", ["clt", "skip", "span2"])
+@pytest.mark.parametrize(
+    "name", ["clt", "skip", pytest.param("span2", marks=pytest.mark.slow)]
+)
 def test_an_edge_predicts_a_change_of_any_size(name: str) -> None:
     """T-E3: source times M with all else held changes a readout by (M - 1) A[t, s].
 

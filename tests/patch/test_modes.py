@@ -122,7 +122,13 @@ def test_a_factor_of_one_changes_nothing(name: str, mode: str):
         )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("clt", "skip") else pytest.param(name, marks=pytest.mark.slow)
+        for name in CASES
+    ],
+)
 def test_constrained_patch_moves_features_by_their_edges(name: str):
     """T-C2: range up to the layer below the target, patterns and norms frozen."""
     t, a, graph = case(name), case_active(name), case_graph(name)

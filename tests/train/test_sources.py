@@ -159,6 +159,7 @@ def test_a_run_on_the_models_own_text(tmp_path: Path):
 # -- metrics elsewhere ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_metrics_reach_wandb(text: Path, tmp_path: Path, monkeypatch):
     """A stand-in with the calls of the real package."""
     started, logged = [], []
