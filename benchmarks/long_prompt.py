@@ -49,7 +49,7 @@ def section(traced: Any, error: float, args: argparse.Namespace, hardware: str) 
         f"{len(traced.graph.token_T):,} tokens, {Path(args.model).name}, "
         f"{args.dictionary}, float32, `--memory {args.memory:g}`: "
         f"{traced.n_active:,} active features, {traced.graph.n_features:,} attributed "
-        f"in {timing['total']:.0f} s ({work['tflop']:.1f} TFLOP by {work['direction']}, "
+        f"in {timing['total']:.0f} s ({work['tflop']:.1f} TFLOP, {work['direction']}, "
         f"patterns {work['patterns']}, chunks of {work['chunk_size']}, a pool of "
         f"{work.get('pool', 0):,}).",
         "",
