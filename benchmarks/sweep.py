@@ -50,7 +50,7 @@ def worker(job: dict[str, Any]) -> None:
         bucket = shapes.bucket
         for module in list(sys.modules.values()):
             if getattr(module, "bucket", None) is bucket:
-                module.bucket = lambda n, smallest=8: n  # pyright: ignore
+                module.bucket = lambda n, smallest=8: max(n, 1)  # pyright: ignore
     compiled = 0.0
 
     def listen(event: str, seconds: float, **_: Any) -> None:
