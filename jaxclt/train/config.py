@@ -93,8 +93,9 @@ class TrainConfig:
     accumulate: int = 1
     """Parts that a batch is cut into, one after the other, to save memory."""
     memory: Literal["full", "remat", "per_source"] = "full"
-    """full: keep everything; remat: recompute layers backwards; per_source: one source
-    layer's gradient at a time."""
+    """full: keep everything; remat: recompute layers backwards (on a CPU XLA drops the
+    recomputation, and nothing is saved); per_source: one source layer's gradient at a
+    time."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """What matmuls multiply; weights, moments, thresholds and sums are float32."""
     seed: int = 0
