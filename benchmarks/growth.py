@@ -7,8 +7,8 @@ Random models of SmolLM2-135M's width; the features are their own strongest neur
 that each axis changes one number only: tokens (K features a layer and position, a fixed
 number of rows), features (rows and columns both), layers. Every point is a process of
 its own, traced twice, once if that takes over a minute; the last time counts, peak
-memory is of both. Writes one plot
-and a table with the exponent of each curve, fitted to its upper half on a log scale.
+memory is of both. Points in OUT/growth.json are not run again. Writes one plot and a
+table with the exponent of each curve, fitted to its upper half on a log scale.
 """
 
 from __future__ import annotations
@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("growth"))
     parser.add_argument("--append", type=Path, help="put the section on top of this")
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=list(AXES))
+    parser.add_argument("--at-most", type=float, default=np.inf, help="largest size")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -191,22 +192,25 @@ def main() -> None:
         worker(json.loads(args.worker))
         return
     args.out.mkdir(parents=True, exist_ok=True)
+    kept = args.out / "growth.json"
     points: dict[str, list[dict[str, Any]]] = {}
-    loads = []
+    if kept.exists():
+        points = json.loads(kept.read_text())
+    loads = [load_average()]
     for axis in args.axes:
-        points[axis] = []
+        found = points.setdefault(axis, [])
         for size in (SMOKE if args.smoke else AXES)[axis]:
+            if size > args.at_most or size in [p["size"] for p in found]:
+                continue
             loads.append(load_average())
             what = json.dumps(shape(axis, size, args.smoke))
             command = [sys.executable, __file__, "--worker", what]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{axis} {size}\n{done.stderr[-2000:]}")
-            points[axis].append(
-                {"size": size, **json.loads(done.stdout.splitlines()[-1])}
-            )
-            print(axis, points[axis][-1], flush=True)
-    (args.out / "growth.json").write_text(json.dumps(points, indent=1))
+            found.append({"size": size, **json.loads(done.stdout.splitlines()[-1])})
+            print(axis, found[-1], flush=True)
+            kept.write_text(json.dumps(points, indent=1))
     plot(points, args.out / "growth.png")
     text = section(points, loads)
     print(text)
