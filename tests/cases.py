@@ -12,6 +12,7 @@ import random
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxclt.clt.active import Active
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
@@ -41,6 +42,11 @@ CASES = {
     "no_bias": {"seed": 5, "biases": False},
 }
 MODELS = ("clt", "span2", "no_bias")  # one case per model
+# For costly tests: two cases in the default suite, the others with `-m slow`.
+FEW = [
+    name if name in ("clt", "skip") else pytest.param(name, marks=pytest.mark.slow)
+    for name in CASES
+]
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from cases import CASES, case, case_active, case_graph, close
+from cases import FEW, case, case_active, case_graph, close
 from jax.sharding import Mesh
 
 from jaxclt.errors import InputError
@@ -35,18 +35,7 @@ def same(got: Graph, want: Graph, tol: float = 1e-13) -> None:
     close(got.influence_N, want.influence_N, tol)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "clt",
-        "skip",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in CASES
-            if name not in ("clt", "skip")
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", FEW)
 def test_pulling_targets_equals_pushing_sources(name: str) -> None:
     """Rows of the transpose, and columns of the map itself."""
     pull, push = (

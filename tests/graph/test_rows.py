@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import (
-    CASES,
+    FEW,
     case,
     case_active,
     case_graph,
@@ -84,7 +84,7 @@ def test_an_edge_predicts_a_change_of_any_size(name: str) -> None:
     close(graph.edge_RN, effect_RN, 1e-12)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FEW)
 def test_rows_equal_jax_reverse_mode_of_the_frozen_stream(name: str) -> None:
     """The pull-back by layers against `jax.vjp` of `frozen_reads`, all rows at once."""
     t, graph, active = case(name), case_graph(name), case_active(name)
@@ -110,7 +110,7 @@ def test_rows_equal_jax_reverse_mode_of_the_frozen_stream(name: str) -> None:
     close(graph.edge_RN, want, 1e-13)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FEW)
 def test_rows_sum_to_what_they_explain(name: str) -> None:
     """T-E1: sum of edges + bias = pre-activation, or demeaned logit."""
     t, graph = case(name), case_graph(name)
@@ -140,7 +140,7 @@ def test_without_biases_the_bias_column_is_zero() -> None:
     assert case_graph("clt").bias_R.all()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FEW)
 def test_edges_go_up_in_layers_and_forward_in_positions(name: str) -> None:
     """T-E4, T-E5: exact zeros where nothing can flow."""
     graph = case_graph(name)
@@ -275,7 +275,7 @@ def test_bands_touch_the_fewest_positions(n_bands: int | None) -> None:
 # -- the certificate -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FEW)
 def test_certificate_of_an_exact_graph_is_rounding(name: str) -> None:
     got = certificate(case_graph(name))
     assert got.max_relative_row_error < 5e-15

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, case, case_active, case_graph, close
+from cases import CASES, FEW, case, case_active, case_graph, close
 
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
@@ -122,13 +122,7 @@ def test_a_factor_of_one_changes_nothing(name: str, mode: str):
         )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in ("clt", "skip") else pytest.param(name, marks=pytest.mark.slow)
-        for name in CASES
-    ],
-)
+@pytest.mark.parametrize("name", FEW)
 def test_constrained_patch_moves_features_by_their_edges(name: str):
     """T-C2: range up to the layer below the target, patterns and norms frozen."""
     t, a, graph = case(name), case_active(name), case_graph(name)
