@@ -60,8 +60,8 @@ def plan_assumed(
     budget: int,
     itemsize: int = 4,
     n_targets: int = 10,
-) -> tuple[MemoryPlan, LMConfig, int]:
-    """The plan, the model's shape and the active features.
+) -> tuple[MemoryPlan, int]:
+    """The plan and the active features.
 
     Args:
       shape: a model directory or the path of its config.json; weights are not read.
@@ -99,7 +99,7 @@ def plan_assumed(
     )
     host = None if assumed.host is None else assumed.host * 10**9
     plan = memory_plan(sizes, budget, chunk_size=config.chunk_size, host_budget=host)
-    return plan, cfg, n_active
+    return plan, n_active
 
 
 def _parameters(cfg: LMConfig) -> int:

@@ -277,7 +277,7 @@ def _dry_run_assumed(config: TraceConfig) -> None:
         raise InputError("--assume goes with --dry-run: no graph can be made of it")
     how = AttributeConfig(max_features=config.max_features, memory_gb=config.memory)
     assumed, budget = read_assumed(config.assume), memory_budget(how)
-    plan, _, n_active = plan_assumed(
+    plan, n_active = plan_assumed(
         config.model,
         assumed,
         config=how,

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxclt.lm import layers
 from jaxclt.lm.block import Past
 from jaxclt.lm.cache import past_of
-from jaxclt.lm.run import Run, embed, run, unembed
+from jaxclt.lm.run import Run, embed, native_mlp, run, unembed
 from jaxclt.patching.edits import Edits, amounts
 from jaxclt.patching.features import activation
 from jaxclt.patching.modes import Patchable, pending, read
@@ -51,6 +50,7 @@ def continue_prompt(
     """
     T, dtype = len(model.recording.token_T), model.recording.token_T.dtype
     index_L = jnp.arange(model.cfg.n_layers, dtype=jnp.int32)
+    native = native_mlp(model.cfg)
 
     def choose(out_D: Array, key: Array) -> Array:
         logit_V = unembed(model.params, out_D)
@@ -68,12 +68,10 @@ def continue_prompt(
         def policy(
             carry: Any, mid_TD: Array, scale_T: Array, p: Block, x: Array
         ) -> tuple[Any, Array]:
-            index = x
-            normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
-            real_TD = layers.mlp(p, normed_TD, cfg=model.cfg)
+            _, real_TD = native(None, mid_TD, scale_T, p, None)
             if here is None:
                 return carry, real_TD
-            f = here.features
+            f, index = here.features, x
             read_ED = jnp.broadcast_to(
                 read(model, mid_TD, scale_T, p), (len(f.pos_E), mid_TD.shape[1])
             )
