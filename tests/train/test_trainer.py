@@ -75,7 +75,7 @@ def test_the_export_does_on_held_out_text_what_the_card_says(whole: Path):
     """The files alone, in raw units, against the model's own activations."""
     from jaxclt.clt.model import decode, encode
     from jaxclt.train.harvest import harvest
-    from jaxclt.train.text import valid_rows
+    from jaxclt.train.text import Windows
 
     model = tiny_model()
     dictionary = jaxclt.load_dictionary(whole, model)
@@ -86,7 +86,8 @@ def test_the_export_does_on_held_out_text_what_the_card_says(whole: Path):
     )
     bound_L = np.load(whole / "scales.npz")["bound_L"]
     fits = (np.asarray(norm) <= bound_L[:, None]).all(0)
-    keep = valid_rows(held, model.tokenizer.special_ids).ravel() & fits
+    keep = Windows.of(held, held, special=model.tokenizer.special_ids).valid(held)
+    keep = keep.ravel() & fits
     keep = np.flatnonzero(keep)[:300]
     read, write = read[:, keep], write[:, keep]
     clt = dictionary.params
