@@ -28,7 +28,7 @@ import orjson
 from jax import Array
 
 from jaxclt import __version__
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.active import Active, Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.attribute import (
     AttributeConfig,
@@ -197,6 +197,7 @@ def trace_prompt(
             weights=_weights(chosen, top),
             config=same["config"],
             hashes=same["hashes"],
+            labels=_feature_labels(dictionary, active),
             version=__version__,
         )
         graph = attribute_recording(
@@ -337,6 +338,14 @@ def _labels(model: Model, targets: Targets) -> tuple[str, ...]:
         label or (model.tokenizer.token_strings([i])[0] if i >= 0 else "target")
         for label, i in zip(targets.labels, ids, strict=True)
     )
+
+
+def _feature_labels(dictionary: Dictionary, active: Active) -> dict[str, str]:
+    """The dictionary's labels of what is active, by "layer:feature"."""
+    known = dictionary.labels
+    places = set(zip(active.layer_A.tolist(), active.feature_A.tolist(), strict=True))
+    named = sorted(places & known.keys())
+    return {f"{layer}:{feature}": known[layer, feature] for layer, feature in named}
 
 
 def _next_tokens(
