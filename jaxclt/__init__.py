@@ -37,15 +37,22 @@ from jaxclt.graph.inhibition import Inhibition, find_inhibition
 from jaxclt.graph.nodes import find_node
 from jaxclt.graph.paths import Path, describe_paths, node_name, strongest_paths
 from jaxclt.graph.scores import Scores, path_length_curve, scores
+from jaxclt.graph.supernodes import (
+    SupernodeGraph,
+    describe_supernodes,
+    suggest_supernodes,
+    supernode_graph,
+)
 from jaxclt.intervene import PatchResult, patch
 from jaxclt.io.dictionary import load_dictionary, save_dictionary
 from jaxclt.io.graph_file import load_graph, save_graph
 from jaxclt.io.model import Model, load_model
-from jaxclt.patching.edits import Edit, Supernode
+from jaxclt.patching.edits import Edit
 from jaxclt.provenance import edge_parts_with_model, inhibition
 from jaxclt.replacement.local import local_replacement, run_local
 from jaxclt.sweep import sweep_prompts
 from jaxclt.trace import Traced, trace_prompt, write_trace
+from jaxclt.types import Supernode
 
 __all__ = [
     "AttributeConfig",
@@ -63,11 +70,13 @@ __all__ = [
     "Pruning",
     "Scores",
     "Supernode",
+    "SupernodeGraph",
     "Traced",
     "__version__",
     "attribute",
     "certificate",
     "describe_paths",
+    "describe_supernodes",
     "edge_parts",
     "edge_parts_with_model",
     "explain",
@@ -90,6 +99,8 @@ __all__ = [
     "show",
     "solve_total_effect",
     "strongest_paths",
+    "suggest_supernodes",
+    "supernode_graph",
     "sweep_prompts",
     "trace_prompt",
     "write_trace",
