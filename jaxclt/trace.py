@@ -51,7 +51,7 @@ from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import record
 from jaxclt.shapes import bucket
 from jaxclt.target_text import read_targets
-from jaxclt.types import LMParams, Recording, Targets
+from jaxclt.types import LMParams, Recording, Supernode, Targets
 from jaxclt.viewer.graph_json import graph_json, validate
 from jaxclt.viewer.page import page
 
@@ -272,6 +272,7 @@ def write_trace(
     *,
     save: str = "auto",
     environment: dict[str, Any] | None = None,
+    supernodes: Sequence[Supernode] = (),
 ) -> dict[str, Any]:
     """Write graph.npz, report.json, graph.json and index.html; return the report.
 
@@ -282,6 +283,8 @@ def write_trace(
       out: directory, created if absent.
       save: `full`, `pruned`, or `auto` (full up to 512 MB).
       environment: added to the report's environment.
+      supernodes: groups of features that the page opens with, and that `jaxclt patch
+        --group` knows by name.
 
     Raises:
       InputError: if the directory cannot be written.
@@ -291,6 +294,7 @@ def write_trace(
     graph = traced.graph
     report = _report(traced) | {"environment": _environment() | (environment or {})}
     doc = graph_json(graph, slug=out.name or "graph", scores=report["scores"])
+    doc["qParams"] |= _grouped(doc, supernodes)
     validate(doc)
     small = save == "pruned" or (save == "auto" and _bytes(graph) > FULL_GRAPH_BYTES)
     save_graph(out / "graph.npz", restrict(graph) if small else graph)
@@ -301,6 +305,20 @@ def write_trace(
     _write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     _write_text(out / "index.html", page(doc, report))
     return report
+
+
+def _grouped(
+    doc: dict[str, Any], supernodes: Sequence[Supernode]
+) -> dict[str, list[Any]]:
+    """The groups as viewers keep them: shown members by their ids, all pinned."""
+    shown = {node["node_id"] for node in doc["nodes"]}
+    groups = []
+    for group in supernodes:
+        ids = [f"{layer}_{feature}_{pos}" for layer, pos, feature in group.features]
+        if ids := [i for i in ids if i in shown]:
+            groups.append([group.name, *ids])
+    pinned = [i for _, *ids in groups for i in ids]
+    return {"supernodes": groups, "pinnedIds": pinned}
 
 
 def check_writable(out: str | os.PathLike[str]) -> None:

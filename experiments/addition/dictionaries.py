@@ -1,9 +1,9 @@
 """The three dictionaries: a cross-layer and a per-layer transcoder, and the neurons.
 
-Trained by `jaxclt.train` on the model's activations at all five positions of the pairs
-that the model was trained on; the pairs it never saw are held out here too. The model
-has no attention sink at its first position, so that one is trained on like the others,
-and the replacement model needs no error node anywhere.
+Trained by `jaxclt.train` on the model's activations at all positions of the pairs that
+the model was trained on; the pairs it never saw are held out here too. The model has no
+attention sink at its first position, so that one is trained on like the others, and the
+replacement model needs no error node anywhere.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ CLT = TrainConfig(
     l0=16.0,
     read="resid_mid",
     auxk=1 / 32,
-    tokens=2_400_000,
+    tokens=1_600_000,
     batch_tokens=2_000,
     lr=2e-3,
     warmup=50,
-    context=5,
-    chunk_tokens=40_000,
+    context=task.LONGEST,
+    chunk_tokens=8_000 * task.LONGEST,
     reuse=1_000,
     windows_per_call=500,
     buffer="float32",
     norm_tokens=40_000,
     outlier=0.0,
     heldout_tokens=10_000,
-    dead_tokens=100_000,
+    dead_tokens=20_000,
     log_every=50,
     eval_every=0,
     checkpoint_every=400,
@@ -52,8 +52,7 @@ PLT = dataclasses.replace(CLT, span=1)
 
 def windows() -> Windows:
     """Every pair's prompt as a window of its own."""
-    a, b = task.all_pairs()
-    token_NT = task.tokens(a, b)
+    token_NT, _ = task.all_tokens()
     seen, held = task.split()
     return Windows.of(token_NT[seen], token_NT[held], first=True)
 

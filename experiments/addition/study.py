@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import task
 from families import Label, label, partitions
+from jax import Array
 
 import jaxclt
 from jaxclt.clt.active import StoreDictionary
@@ -26,52 +27,55 @@ from jaxclt.train.harvest import harvest
 from jaxclt.validation.stats import spearman
 
 ROWS = 1_000  # sums computed together
-SILENT = 1e-6  # share of the sums on which a feature must be active to get a label
 ATTRIBUTION = {"max_features": 2_000, "tolerance": 0.0}
 
 
 # -- all sums at once ------------------------------------------------------------------
 
 
-def all_tokens() -> np.ndarray:
-    """Prompts of all sums, [N², 5]."""
-    return task.tokens(*task.all_pairs())
+def batches() -> Iterator[tuple[Array, np.ndarray]]:
+    """All prompts [n, 7] with the places of their `=` [n], some at a time."""
+    token_NT, last_N = task.all_tokens()
+    for start in range(0, len(token_NT), ROWS):
+        here = slice(start, start + ROWS)
+        yield jnp.asarray(token_NT[here]), last_N[here]
 
 
 def activations(model: Model, dictionary: StoreDictionary) -> np.ndarray:
-    """Activations [L, N², 5, F] of every feature on every sum, float32."""
+    """Activations [L, N², F] of every feature at the `=` of every sum, float32."""
     cfg = dictionary.cfg
     one = jax.jit(partial(encode, cfg=cfg))
     parts = []
-    token_NT = all_tokens()
-    for start in range(0, len(token_NT), ROWS):
-        token_WT = jnp.asarray(token_NT[start : start + ROWS])
+    for token_WT, last_W in batches():
         read_LTD, *_ = harvest(
             model.params, token_WT, None, cfg=model.cfg, site=cfg.read
         )
-        a_LTF = np.asarray(one(dictionary.params, read_LTD))
-        parts.append(a_LTF.reshape(len(a_LTF), *token_WT.shape, -1))
+        at = np.arange(len(last_W)) * token_WT.shape[1] + last_W
+        parts.append(np.asarray(one(dictionary.params, read_LTD[:, at])))
     return np.concatenate(parts, 1)
 
 
-def right_share(logits: Callable[[jax.Array], jax.Array]) -> float:
+def right_share(logits: Callable[[Array], Array]) -> float:
     """Share of all sums that a function [T] -> logits [T, V] gets right."""
-    answer = jax.jit(jax.vmap(lambda token_T: logits(token_T)[task.ANSWER].argmax()))
-    token_NT = all_tokens()
-    said = [
-        np.asarray(answer(jnp.asarray(token_NT[start : start + ROWS])))
-        for start in range(0, len(token_NT), ROWS)
-    ]
+
+    def said(token_T: Array, last: Array) -> Array:
+        return logits(jnp.maximum(token_T, 0))[last].argmax()
+
+    many = jax.jit(jax.vmap(said))
+    found = [np.asarray(many(*batch)) for batch in batches()]
     a, b = task.all_pairs()
-    return float((np.concatenate(said) == a + b).mean())
+    return float((np.concatenate(found) == a + b).mean())
 
 
 def held_out_rows(model: Model, site: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Reads and writes on the sums that nothing was trained on."""
+    """Reads and writes [L, T, D] on the sums that nothing was trained on."""
     _, held = task.split()
-    token_WT = jnp.asarray(all_tokens()[held])
-    read, write, _ = harvest(model.params, token_WT, None, cfg=model.cfg, site=site)
-    return np.asarray(read), np.asarray(write)
+    token_WT = task.all_tokens()[0][held]
+    read_LTD, write_LTD, _ = harvest(
+        model.params, jnp.asarray(token_WT), None, cfg=model.cfg, site=site
+    )
+    real = np.flatnonzero(token_WT != task.PAD)
+    return np.asarray(read_LTD)[:, real], np.asarray(write_LTD)[:, real]
 
 
 def neuron_fvu(model: Model, k: int) -> float:
@@ -143,13 +147,13 @@ def graph_rows(
 # -- labels ----------------------------------------------------------------------------
 
 
-def label_features(a_LNTF: np.ndarray) -> dict[tuple[int, int], Label]:
+def label_features(a_LNF: np.ndarray) -> dict[tuple[int, int], Label]:
     """Labels of the features that are active at the `=`, by (layer, feature)."""
     among = partitions()
     found = {}
-    for layer, a_NTF in enumerate(a_LNTF):
-        plot_NF = a_NTF[:, task.ANSWER].astype(np.float64)
-        for feature in np.flatnonzero((plot_NF > 0).mean(0) > SILENT):
+    for layer, a_NF in enumerate(a_LNF):
+        plot_NF = a_NF.astype(np.float64)
+        for feature in np.flatnonzero((plot_NF > 0).any(0)):
             if np.ptp(plot := plot_NF[:, feature]) > 0:
                 found[layer, int(feature)] = label(plot, among)
     return found
@@ -207,7 +211,7 @@ def subject_of(model: Model, dictionary: StoreDictionary, a: int, b: int) -> Sub
 
 def swap(
     subject: Subject,
-    a_LNTF: np.ndarray,
+    a_LNF: np.ndarray,
     own: tuple[int, int],
     donor: tuple[int, int],
     features: set[tuple[int, int]],
@@ -215,14 +219,15 @@ def swap(
     expected: int,
 ) -> Patched:
     """Give features at the `=` the activations that they have on another sum."""
-    at_own, at_donor = (a_LNTF[:, a * task.N + b, task.ANSWER] for a, b in (own, donor))
+    at_own, at_donor = (a_LNF[:, a * task.N + b] for a, b in (own, donor))
+    last = subject.n_tokens - 1
     edits = [
-        (layer, task.ANSWER, feature, 0.0, float(at_donor[layer, feature]))
+        (layer, last, feature, 0.0, float(at_donor[layer, feature]))
         for layer, feature in sorted(features)
         if at_own[layer, feature] != at_donor[layer, feature]
     ]
     if not edits:  # nothing of it is active on either sum
-        edits = [(0, task.ANSWER, 0, 1.0, 0.0)]
+        edits = [(0, last, 0, 1.0, 0.0)]
     return patched(subject, own, edits, expected=expected)
 
 
@@ -270,7 +275,7 @@ def interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
 def patch_study(
     model: Model,
     dictionary: StoreDictionary,
-    a_LNTF: np.ndarray,
+    a_LNF: np.ndarray,
     labels: dict[tuple[int, int], Label],
     *,
     n: int,
@@ -294,8 +299,8 @@ def patch_study(
     size = chosen(labels, "magnitude")
     every = [
         (layer, feature)
-        for layer, a_NTF in enumerate(a_LNTF)
-        for feature in np.flatnonzero((a_NTF[:, task.ANSWER] > 0).any(0)).tolist()
+        for layer, a_NF in enumerate(a_LNF)
+        for feature in np.flatnonzero((a_NF > 0).any(0)).tolist()
     ]
     rest = [place for place in every if place not in digit]
     swaps: dict[str, list[Patched]] = {
@@ -308,7 +313,7 @@ def patch_study(
         b_new, a_new = other(b, 1, key, 10), other(a, 10, key, 10)
         digit_to = a + b - (a + b) % 10 + (a + b_new) % 10
         tens_to = (a_new + b) - (a_new + b) % 10 + (a + b) % 10
-        take = partial(swap, subject, a_LNTF, (a, b))
+        take = partial(swap, subject, a_LNF, (a, b))
         swaps["last digit"].append(take((a, b_new), digit, expected=digit_to))
         swaps["lookup table"].append(take((a, b_new), lookup, expected=digit_to))
         swaps["magnitude"].append(take((a_new, b), size, expected=tens_to))
@@ -319,7 +324,7 @@ def patch_study(
         slots = [
             slot
             for slot in range(graph.n_features)
-            if graph.pos_A[slot] == task.ANSWER
+            if graph.pos_A[slot] == graph.n_tokens - 1
             and (int(graph.layer_A[slot]), int(graph.feature_A[slot])) in lookup
         ]
         if slots:
@@ -389,3 +394,11 @@ def suppressed(subject: Subject, slots: list[int]) -> tuple[float, float, float]
     before = clean_effect(subject.patchable, ask)
     change = float(np.asarray(done.logit_K)[0, 0] - np.asarray(before.logit_K)[0])
     return effect, change, float(np.asarray(before.prob_K)[0])
+
+
+def with_labels(
+    dictionary: StoreDictionary, labels: dict[tuple[int, int], Label]
+) -> StoreDictionary:
+    """The dictionary with its clear labels, as graphs show them."""
+    clear = {place: x.text for place, x in labels.items() if x.clear}
+    return dataclasses.replace(dictionary, labels=clear)

@@ -1,9 +1,11 @@
 """The task: `calc: a+b=` for a, b in 0..99, and its vocabulary.
 
-Every number is one token (`36`, `95`), so the model must say the whole sum at the `=`:
-the last digit and the magnitude meet in one prediction, as in the paper's case study.
-With digit tokens the first digit alone would be said there, and the graph of a prompt
-would show half of the sum.
+Operands are digits (`3`, `6`), the sum is one token (`95`). Digits, because nothing
+else tells a model that trains on sums alone about the decimal system: with a token for
+each number it learned to add as well, but by periods of its own, and not one of 862
+features of its transcoder had to do with last digits. The sum as one token, because so
+the whole of it is said at the `=`: the last digit and the magnitude meet in one
+prediction, as in the paper's case study.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ N = 100  # operands are 0..N-1
 NUMBERS = 2 * N - 1  # sums are 0..2N-2; the token id of a number is the number
 CALC, PLUS, EQUALS, UNKNOWN = range(NUMBERS, NUMBERS + 4)
 D_VOCAB = NUMBERS + 4
-FIRST, SECOND, ANSWER = 1, 3, 4  # positions of a, of b, and where the sum is said
+LONGEST = 7  # tokens of `calc: 36+59=`; shorter ones are padded behind
+PAD = -1
+RULE = r"calc: |(?<==)\d+|\d|\D"  # a number behind `=` is one token
 HELD = 2_000  # pairs that are never trained on
 
 
@@ -28,10 +32,17 @@ def all_pairs() -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
-def tokens(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Token ids [n, 5] of `calc: a+b=`."""
-    fixed = [np.full_like(a, token) for token in (CALC, PLUS, EQUALS)]
-    return np.stack([fixed[0], a, fixed[1], b, fixed[2]], 1).astype(np.int32)
+def tokens(a: int, b: int) -> list[int]:
+    """Token ids of `calc: a+b=`."""
+    return [CALC, *map(int, str(a)), PLUS, *map(int, str(b)), EQUALS]
+
+
+def all_tokens() -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of all sums [N², 7], padded behind, and where their `=` is [N²]."""
+    rows = [tokens(int(a), int(b)) for a, b in zip(*all_pairs(), strict=True)]
+    last_N = np.array([len(row) - 1 for row in rows], np.int32)
+    padded = [row + [PAD] * (LONGEST - len(row)) for row in rows]
+    return np.array(padded, np.int32), last_N
 
 
 def prompt(a: int, b: int) -> str:
@@ -51,7 +62,7 @@ def save_tokenizer(folder: Path) -> None:
     names = [*map(str, range(NUMBERS)), "calc: ", "+", "=", "<unk>"]
     vocab = {name: i for i, name in enumerate(names)}
     fast = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    fast.pre_tokenizer = pre_tokenizers.Split(Regex(r"calc: |\d+|\D"), "isolated")
+    fast.pre_tokenizer = pre_tokenizers.Split(Regex(RULE), "isolated")
     fast.decoder = decoders.Fuse()
     folder.mkdir(parents=True, exist_ok=True)
     fast.save(str(folder / "tokenizer.json"))

@@ -297,9 +297,7 @@ def _responses(
     return moved_K(said), moved_K(real)
 
 
-def hidden(
-    planted: Planted, dictionary: Dictionary, cases: tuple[Case, ...]
-) -> Hidden:
+def hidden(planted: Planted, dictionary: Dictionary, cases: tuple[Case, ...]) -> Hidden:
     """What a graph and what patches say of a head's key and query, averaged over cases.
 
     The key's features are ablated by a constrained patch over the layers behind which
