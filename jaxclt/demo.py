@@ -179,11 +179,10 @@ def run_demo(
     small = supernode_graph(graph, groups)
     edits = pathway_edits(model, dictionary, case, "last digit")
     subject = Subject.of(model, dictionary, graph)
-    last = model.cfg.n_layers - 1
-    first = min(edit.layer or 0 for edit in edits)
-    swapped = patch(
-        model, dictionary, graph, edits, layers=(first, last), subject=subject
-    )
+    layer_E = [edit.layer or 0 for edit in edits]
+    # Behind the edited layers the model's own MLPs answer.
+    layers = (min(layer_E), max(layer_E))
+    swapped = patch(model, dictionary, graph, edits, layers=layers, subject=subject)
     with progress("validating", "patches/s") as on_done:
         validation = validate_graph(subject, VALIDATION, on_done=on_done)
     write_validation(validation, out)

@@ -26,7 +26,7 @@ class Partition:
 
     name: str
     family: str  # of the paper
-    pathway: str  # last digit, magnitude or neither
+    pathway: str  # last digit, magnitude, operand, or sum, which joins both
     cell_N: np.ndarray
     text: str  # of one cell
     ordered: bool = True  # neighbouring cells make a range
@@ -59,7 +59,7 @@ def partitions() -> list[Partition]:
         one("b", "add x", "operand", b, "b = {}"),
         one("digits", "lookup table", digit, a % 10 * 10 + b % 10, "_{}+_{}", False),
         one("tens", "magnitude", size, a // 10 * 10 + b // 10, "{}0s+{}0s", False),
-        one("sum", "sum in range", size, s, "sum = {}"),
+        one("sum", "sum", "sum", s, "sum = {}"),
     ]
 
 
@@ -120,19 +120,38 @@ def label(plot_N: np.ndarray, among: Sequence[Partition]) -> Label:
 def describe(on: np.ndarray, part: Partition) -> str:
     """The cells in words."""
     if part.name in ("digits", "tens"):
-        names = [part.text.format(*divmod(int(c), 10)) for c in on]
-        if len(on) <= MOST_NAMED:
-            return " or ".join(names)
-        return f"{len(on)} pairs of {part.name}"
+        return _pairs([divmod(int(c), 10) for c in on], part)
     lo, hi = int(on[0]), int(on[-1])
     if part.ordered and len(on) > 1 and len(on) == hi - lo + 1:
         if "tens" in part.name:
             return f"{part.name.split()[0]} in {lo}0..{hi}9"
         return f"{part.name} in {lo}..{hi}"
-    if len(on) <= MOST_NAMED:
-        head, _, tail = part.text.partition("{}")
+    head, _, tail = part.text.partition("{}")
+    if len(on) <= MOST_NAMED or not part.ordered:
         return head + ",".join(map(str, on)) + tail
-    if not part.ordered:
-        head = part.text.partition("{}")[0]
-        return head + ",".join(map(str, on))
-    return f"{len(on)} values of {part.name}"
+    last = sorted({int(c) % 10 for c in on})
+    if part.name == "sum" and len(last) <= 2:
+        return f"sum ends in {','.join(map(str, last))}, {lo}..{hi}"
+    return f"{len(on)} values of {part.name} in {lo}..{hi}"
+
+
+def _pairs(pairs: list[tuple[int, int]], part: Partition) -> str:
+    """Pairs of digits: what they have in common, a list, or how many there are."""
+    if len({x + y for x, y in pairs}) == 1 and len(pairs) > 1:
+        return f"{part.name} add to {sum(pairs[0])}"
+    if len(pairs) <= MOST_NAMED:
+        return " or ".join(part.text.format(*pair) for pair in pairs)
+    rows, columns = ({pair[i] for pair in pairs} for i in (0, 1))
+    if len(pairs) == len(rows) * len(columns) and min(len(rows), len(columns)) < 10:
+        return part.text.format(_set(rows), _set(columns))
+    return f"{len(pairs)} pairs of {part.name}"
+
+
+def _set(digits: set[int]) -> str:
+    if len(digits) == 10:
+        return "x"
+    return (
+        str(*digits)
+        if len(digits) == 1
+        else f"{{{','.join(map(str, sorted(digits)))}}}"
+    )

@@ -101,7 +101,7 @@ def patch_table(found: dict[str, dict[str, Any]]) -> str:
 
 def suppress_lines(found: dict[str, dict[str, Any]]) -> str:
     return "".join(
-        f"- {dictionary}: {r['n']} sums have a clear lookup-table feature; sign of the "
+        f"- {dictionary}: {r['n']} sums have a clear last-digit feature; sign of the "
         f"change as predicted {percent(r)}, rank correlation {r['spearman']:.2f}, "
         f"median predicted {r['median_predicted']:.2f}, happened "
         f"{r['median_happened']:.2f}\n"
@@ -151,13 +151,13 @@ def layout(
     for name in small.names:
         if name.startswith("output "):
             place[name] = (middle, top, "")
-    column = {"last digit": 0.0, "operand": middle, "magnitude": 2 * middle}
+    column = {"last digit": 0.0, "sum": middle, "magnitude": 2 * middle}
     weight = dict(zip(small.names, small.influence_G, strict=True))
     layer = {g.name: np.mean([n[0] for n in g.features] or [0]) for g in groups}
     taken: dict[tuple[float, int], int] = {}
     inner = [name for name in small.names if name not in place]
     for name in sorted(inner, key=lambda n: -weight[n])[:GROUPS]:
-        kind = pathway.get(name, "operand")
+        kind = pathway.get(name, "sum")
         cell = (column.get(kind, middle), round(layer[name]))
         n = taken[cell] = taken.get(cell, -1) + 1
         place[name] = (cell[0] + 2.2 * (n % 2), 1 + cell[1] + 0.25 * (n // 2), kind)
@@ -183,7 +183,7 @@ def bundle(
             "expected": str(answer),
             "pathways": {
                 pathway: sorted(study.chosen(found, pathway))
-                for pathway in ("last digit", "magnitude", "lookup table")
+                for pathway in ("last digit", "magnitude")
             },
         }
         write(target / "demo.json", json.dumps(case))
