@@ -17,6 +17,7 @@ import task
 
 NEAR = 0.03  # adjusted R² that a coarser partition may lose
 CLEAR = 0.5  # a label needs a fit of this much
+RANGE = 20  # between the smallest and the largest sum of a feature about size
 MOST_NAMED = 4  # cells that a label lists
 
 
@@ -76,7 +77,13 @@ class Label:
 
     @property
     def clear(self) -> bool:
+        """Whether the label may be shown."""
         return self.fit >= CLEAR
+
+    @property
+    def belongs(self) -> bool:
+        """Whether the feature is of its family, whatever its label says."""
+        return self.family_fit >= CLEAR
 
 
 def cell_means(plot_N: np.ndarray, cell_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -107,14 +114,34 @@ def label(plot_N: np.ndarray, among: Sequence[Partition]) -> Label:
     means = [
         plot_N[on_N == side].mean() if (on_N == side).any() else 0 for side in (0, 1)
     ]
+    family, pathway = refine(np.flatnonzero(on_C), part)
     return Label(
         partition=part.name,
-        family=part.family,
-        pathway=part.pathway,
+        family=family,
+        pathway=pathway,
         text=describe(np.flatnonzero(on_C), part),
         fit=explained(plot_N, np.where(on_N, means[1], means[0])),
         family_fit=fit,
     )
+
+
+def refine(on: np.ndarray, part: Partition) -> tuple[str, str]:
+    """Family and pathway, given where the feature is on.
+
+    Pairs of digits with one sum, and sums with one last digit, are about how the sum
+    ends; sums that lie close together are about its size.
+    """
+    if (
+        part.name == "digits"
+        and len(on) > 1
+        and len({sum(divmod(int(c), 10)) for c in on}) == 1
+    ):
+        return "ends in", "last digit"
+    if part.name == "sum" and len(on) > 1 and len({int(c) % 10 for c in on}) == 1:
+        return "ends in", "last digit"
+    if part.name == "sum" and on[-1] - on[0] <= RANGE:
+        return "sum in range", "magnitude"
+    return part.family, part.pathway
 
 
 def describe(on: np.ndarray, part: Partition) -> str:

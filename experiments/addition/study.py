@@ -173,6 +173,7 @@ def label_table(labels: dict[tuple[int, int], Label]) -> list[dict[str, Any]]:
             {
                 "family": family,
                 "features": len(these),
+                "belong": sum(x.belongs for x in these),
                 "clear": sum(x.clear for x in these),
                 "fit": float(np.median([x.fit for x in these])),
                 "family_fit": float(np.median([x.family_fit for x in these])),
@@ -201,11 +202,11 @@ Change = tuple[int, int, int, float, float]  # layer, position, feature, factor,
 
 
 def chosen(labels: dict[tuple[int, int], Label], what: str) -> set[tuple[int, int]]:
-    """Clearly labelled features of a family or a pathway."""
+    """Features of a family or a pathway."""
     return {
         place
         for place, x in labels.items()
-        if x.clear and what in (x.family, x.pathway)
+        if x.belongs and what in (x.family, x.pathway)
     }
 
 
