@@ -88,7 +88,7 @@ def absolutes() -> Iterator[Row]:
 
 
 def memorised(planted: Planted, dictionary: Dictionary, cases: tuple[Case, ...]) -> Row:
-    """Features on a case, and the influence of those that fire on under 2% of points."""
+    """Features on a case, and the influence of those that fire on 3 points of 200."""
     token_P = [case.token_T for case in planted.cases[:200]]
     fires: dict[int, int] = {}
     cfg, params = planted.cfg, planted.params

@@ -318,9 +318,9 @@ def _responses(
 def hidden(planted: Planted, dictionary: Dictionary, cases: tuple[Case, ...]) -> Hidden:
     """What a graph and what patches say of a head's key and query, averaged over cases.
 
-    The key's features are ablated by a constrained patch over the layers behind which
+    The key's features are ablated by a constrained patch of their layer, behind which
     the model runs by itself; the query is the last token, replaced by one that is not
-    in the prompt.
+    in the prompt. Norms are held throughout, so that only patterns make a difference.
 
     Args:
       planted: with a node ``key``.
@@ -371,7 +371,7 @@ def _hidden(
     other = min(set(range(cfg.d_vocab)) - set(case.token_T.tolist()))
     new_T = jnp.asarray(case.token_T).at[-1].set(other)
     query_loss = [
-        loss(_replaced(params, new_T, hold_of(rec, pattern=frozen), cfg))
+        loss(_replaced(params, new_T, hold_of(rec, pattern=frozen, norm=True), cfg))
         for frozen in (True, False)
     ]
     key_loss = [0.0, 0.0]
@@ -381,7 +381,7 @@ def _hidden(
         edits = make_edits(single, dictionary, params, rec, cfg=cfg)
         layer = jnp.asarray(places[0][0], jnp.int32)
         key_loss = [
-            loss(_ablated(model, edits, layer, hold_of(rec, pattern=frozen)))
+            loss(_ablated(model, edits, layer, hold_of(rec, pattern=frozen, norm=True)))
             for frozen in (True, False)
         ]
     place_A = zip(graph.layer_A, graph.pos_A, graph.feature_A, strict=True)

@@ -12,9 +12,9 @@ import pytest
 
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.graph.certificate import certificate
-from jaxclt.lm.run import forward, record
+from jaxclt.lm.run import forward
 from jaxclt.testing import learn, recover, true_dictionary
-from jaxclt.testing.recovery import case_graph, hidden, match
+from jaxclt.testing.recovery import case_graph, hidden, match, record_prompt
 from jaxclt.testing.zoo import LOGIT, SHARP, Planted, absolute, induction, two_hop
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -60,15 +60,13 @@ def test_absolute_values() -> None:
     np.testing.assert_allclose(
         got_PN, LOGIT * np.abs(point_PN), atol=2 * 0.28 * LOGIT / SHARP
     )
-    assert (planted.train_PT == 0).mean() == near(0.2, abs=0.03)
+    assert (planted.train_PT == 0).mean() == near(0.5, abs=0.03)
 
 
 def test_the_induction_heads_attend_as_planted() -> None:
     planted = member("induction")
     for case in planted.cases[:3]:
-        rec = jax.jit(record, static_argnames="cfg")(
-            planted.params, jnp.asarray(case.token_T), cfg=planted.cfg
-        )
+        rec = record_prompt(planted.params, case.token_T, planted.cfg)
         pattern_LTS = np.asarray(rec.frozen.pattern_LHTS)[:, 0]
         np.testing.assert_allclose(pattern_LTS[0], np.eye(7)[[0, *range(6)]], atol=1e-6)
         assert pattern_LTS[1, -1, case.source] == near(1, abs=1e-6)
@@ -76,12 +74,19 @@ def test_the_induction_heads_attend_as_planted() -> None:
         assert case.token_T[case.source - 1] == case.token_T[-1]
 
 
-@pytest.mark.parametrize("name", ["two_hop", "absolute", "induction"])
-@pytest.mark.parametrize("span", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "span"),
+    [
+        ("two_hop", 2),
+        ("absolute", 1),
+        pytest.param("two_hop", 1, marks=pytest.mark.slow),
+        pytest.param("induction", 1, marks=pytest.mark.slow),
+        pytest.param("induction", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_the_true_dictionary_recovers_the_circuit(name: str, span: int) -> None:
+    """Span 2 is a CLT, whose later writes are zero."""
     planted = member(name)
-    if span > planted.cfg.n_layers:
-        pytest.skip("one layer")
     dictionary = true_dictionary(planted, span=span)
     nodes = {unit.node for unit in planted.units}
     assert set(match(planted, dictionary).values()) == nodes
@@ -148,6 +153,7 @@ def test_what_neurons_hide() -> None:
     assert found.swap == near(1, abs=1e-2)
 
 
+@pytest.mark.slow
 def test_neurons_find_lookups_but_not_other_values() -> None:
     planted = member("two_hop")
     found = recover(planted, NeuronDictionary(), planted.cases[:1])
