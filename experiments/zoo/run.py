@@ -20,9 +20,10 @@ import numpy as np
 
 from jaxclt.clt.active import Dictionary
 from jaxclt.clt.neurons import NeuronDictionary
-from jaxclt.testing import Planted, learn, recover, true_dictionary
-from jaxclt.testing.recovery import case_graph, hidden, record_prompt
-from jaxclt.testing.zoo import Case, absolute, induction, two_hop
+from jaxclt.testing import Planted, absolute, induction, true_dictionary, two_hop
+from jaxclt.testing.learned import learn
+from jaxclt.testing.recovery import case_graph, hidden, record_prompt, recover
+from jaxclt.testing.zoo import Case
 
 Row = dict[str, Any]
 COLUMNS = (

@@ -13,9 +13,10 @@ import pytest
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.graph.certificate import certificate
 from jaxclt.lm.run import forward
-from jaxclt.testing import learn, recover, true_dictionary
-from jaxclt.testing.recovery import case_graph, hidden, match, record_prompt
-from jaxclt.testing.zoo import LOGIT, SHARP, Planted, absolute, induction, two_hop
+from jaxclt.testing import Planted, absolute, induction, true_dictionary, two_hop
+from jaxclt.testing.learned import learn
+from jaxclt.testing.recovery import case_graph, hidden, match, record_prompt, recover
+from jaxclt.testing.zoo import LOGIT, SHARP
 
 pytestmark = pytest.mark.usefixtures("x64")
 
