@@ -22,7 +22,13 @@ from jaxclt.clt.active import Dictionary
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.testing import Planted, absolute, induction, true_dictionary, two_hop
 from jaxclt.testing.learned import learn
-from jaxclt.testing.recovery import case_graph, hidden, record_prompt, recover
+from jaxclt.testing.recovery import (
+    case_graph,
+    hidden,
+    record_prompt,
+    recover,
+    swap_error,
+)
 from jaxclt.testing.zoo import Case
 
 Row = dict[str, Any]
@@ -78,7 +84,7 @@ def absolutes() -> Iterator[Row]:
         ("true", true_dictionary(planted), {}),
         ("neurons", NeuronDictionary(), {}),
     ]
-    for sparsity, jacobian in ((1e-2, 0.0), (1e-1, 0.0), (1e-1, 1.0)):
+    for sparsity, jacobian in ((1e-2, 0.0), (1e-1, 0.0), (1e-1, 10.0)):
         kinds.append(
             learned(planted, span=1, sparsity=sparsity, jacobian=jacobian, batch=256)
         )
@@ -89,22 +95,32 @@ def absolutes() -> Iterator[Row]:
 
 
 def memorised(planted: Planted, dictionary: Dictionary, cases: tuple[Case, ...]) -> Row:
-    """Features on a case, and the influence of those that fire on 3 points of 200."""
-    token_P = [case.token_T for case in planted.cases[:200]]
+    """Features on a case, how often those fire elsewhere, and what the graph says.
+
+    `fires` is the share of 200 points on which a feature of the case fires, by the
+    features' influence on the case; `linear` the error of the graph's own response to
+    the swap, no feature switching on or off.
+    """
     fires: dict[int, int] = {}
     cfg, params = planted.cfg, planted.params
-    for token_T in token_P:
-        found = dictionary.active(params, record_prompt(params, token_T, cfg), cfg)
-        for feature in found.feature_A.tolist():
+    points = planted.cases[1:201]
+    for case in points:
+        rec = record_prompt(params, case.token_T, cfg)
+        for feature in dictionary.active(params, rec, cfg).feature_A.tolist():
             fires[feature] = fires.get(feature, 0) + 1
-    rare, size = [], []
+    often, size, linear = [], [], []
     for case in cases:
         graph = case_graph(planted, dictionary, case)
         influence_A = graph.influence_N[graph.feature_cols]
-        rare_A = np.array([fires.get(f, 0) < 4 for f in graph.feature_A.tolist()])
-        rare.append(float(influence_A[rare_A].sum() / influence_A.sum()))
+        often_A = np.array([fires.get(f, 0) for f in graph.feature_A.tolist()])
+        often.append(float(influence_A @ often_A / influence_A.sum() / len(points)))
         size.append(graph.n_features)
-    return {"on": float(np.mean(size)), "rare": float(np.mean(rare))}
+        linear.append(swap_error(planted, dictionary, case, gates="frozen"))
+    return {
+        "on": float(np.mean(size)),
+        "fires": float(np.mean(often)),
+        "linear": float(np.mean(linear)),
+    }
 
 
 def inductions() -> Iterator[Row]:
@@ -137,7 +153,7 @@ def table(rows: list[Row], columns: tuple[str, ...]) -> str:
 
 MEMBERS = {"two_hop": two_hops, "absolute": absolutes, "induction": inductions}
 EXTRA = {
-    "|x|": ("dictionary", "prompts", "on", "rare"),
+    "|x|": ("dictionary", "prompts", "on", "fires", "swap", "linear"),
     "induction": (
         "dictionary", "key_influence", "query_influence", "key_frozen", "key_live",
         "query_frozen", "query_live",

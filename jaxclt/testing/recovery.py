@@ -62,6 +62,7 @@ __all__ = [
     "match",
     "record_prompt",
     "recover",
+    "swap_error",
 ]
 
 MATCH = 0.7
@@ -265,15 +266,26 @@ def _recover(
         bias=full.bias_share,
         recall=len(nodes) / len(case.place),
         precision=min(1.0, float(own) / total) if total > 0 else 0.0,
-        swap=_swap(planted, dictionary, case),
+        swap=swap_error(planted, dictionary, case),
     )
 
 
 # -- patches ---------------------------------------------------------------------------
 
 
-def _swap(planted: Planted, dictionary: Dictionary, case: Case) -> float:
-    """How far the replacement model's response to the swap is from the model's."""
+def swap_error(
+    planted: Planted, dictionary: Dictionary, case: Case, *, gates: Gates | None = None
+) -> float:
+    """How far the replacement model's response to the swap is from the model's.
+
+    Args:
+      planted: the model.
+      dictionary: what replaces its MLPs; the errors of the case are kept.
+      case: the prompt and its swap.
+      gates: "live" lets features switch on and off, "frozen" is what the graph of the
+        case says; None takes live for transcoders and frozen for neurons, whose live
+        gates are the model itself.
+    """
     params, cfg = planted.params, planted.cfg
     rec = record_prompt(params, case.token_T, cfg)
     model = make_patchable(dictionary, params, rec, cfg)
@@ -283,7 +295,8 @@ def _swap(planted: Planted, dictionary: Dictionary, case: Case) -> float:
     change = nudged(
         idle, case.swap_layer, case.swap_pos, swap_D, len(case.token_T), slot=0
     )
-    gates: Gates = "live" if isinstance(dictionary, StoreDictionary) else "frozen"
+    if gates is None:
+        gates = "live" if isinstance(dictionary, StoreDictionary) else "frozen"
     said_K, real_K = _responses(
         model, local.tables, change, jnp.asarray(planted.readout_K), gates=gates
     )
