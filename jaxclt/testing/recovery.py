@@ -200,12 +200,11 @@ def _nodes(
 ) -> dict[str, list[tuple[int, int, int]]]:
     """Features of every true node on a case; a node that has none is left out."""
     found: dict[str, list[tuple[int, int, int]]] = {}
-    for layer, pos, feature in zip(
-        graph.layer_A.tolist(),
-        graph.pos_A.tolist(),
-        graph.feature_A.tolist(),
-        strict=True,
-    ):
+    # Of all neurons, most hold what a shut gate lets through.
+    for a in np.flatnonzero(np.abs(graph.value_A) > 1e-6).tolist():
+        layer, pos, feature = (
+            int(x[a]) for x in (graph.layer_A, graph.pos_A, graph.feature_A)
+        )
         node = matched.get((layer, feature))
         if node is not None and case.place.get(node) == (layer, pos):
             found.setdefault(node, []).append((layer, pos, feature))
