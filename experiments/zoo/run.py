@@ -139,7 +139,7 @@ def inductions() -> Iterator[Row]:
 
 def shown(value: Any) -> str:
     if isinstance(value, str):
-        return value
+        return value.replace("|", "\\|")
     if value is None:
         return ""
     return f"{value:.4f}" if 0 < abs(value) < 0.005 else f"{value:.2f}"
