@@ -40,6 +40,7 @@ from jaxclt.cli_causal import (
     validate_opened,
 )
 from jaxclt.cli_explain import ExplainConfig, run_explain
+from jaxclt.cli_serve import ServeConfig, run_serve
 from jaxclt.errors import InputError
 
 if TYPE_CHECKING:
@@ -152,7 +153,8 @@ class FetchConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViewConfig:
-    """Write the page of a traced prompt again, or with other thresholds."""
+    """Write the page of a traced prompt again: with other thresholds, with what
+    validate found, beside another graph."""
 
     directory: tyro.conf.Positional[Path]
     """Directory that trace wrote."""
@@ -162,6 +164,11 @@ class ViewConfig:
     """Prune the saved graph again with this share of influence."""
     edge_threshold: float | None = None
     """Prune the saved graph again with this share of edge strength."""
+    compare: Path | None = None
+    """Directory of a second graph to compare with."""
+    features: Path | None = None
+    """Folder of feature files ({number}.json, Anthropic's format) to embed; the
+    directory's own features/ if not given."""
     json: bool = False
     """Print the result as JSON on stdout."""
     debug: bool = False
@@ -178,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
         | Annotated[FetchConfig, tyro.conf.subcommand("fetch")]
         | Annotated[ViewConfig, tyro.conf.subcommand("view")]
+        | Annotated[ServeConfig, tyro.conf.subcommand("serve")]
         | Annotated[ExplainConfig, tyro.conf.subcommand("explain")]
         | Annotated[PatchConfig, tyro.conf.subcommand("patch")]
         | Annotated[ValidateConfig, tyro.conf.subcommand("validate")]
@@ -192,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SweepConfig: _sweep,
         FetchConfig: _fetch,
         ViewConfig: _view,
+        ServeConfig: run_serve,
         ExplainConfig: run_explain,
         PatchConfig: lambda config, say: run_patch(config, say, _progress),
         ValidateConfig: lambda config, say: run_validate(config, say, _progress),
@@ -409,9 +418,10 @@ def _fetch(config: FetchConfig, say: Console) -> None:
 
 
 def _view(config: ViewConfig, say: Console) -> None:
-    from jaxclt import api
+    from jaxclt.api import Page, show
     from jaxclt.graph.prune import prune
     from jaxclt.io.graph_file import load_graph
+    from jaxclt.viewer import directory as folder
 
     graph = load_graph(config.directory / "graph.npz")
     if config.node_threshold is not None or config.edge_threshold is not None:
@@ -422,7 +432,15 @@ def _view(config: ViewConfig, say: Console) -> None:
             edge_threshold=_given(config.edge_threshold, old.edge_threshold),
         )
         graph = dataclasses.replace(graph, pruning=pruning)
-    path = api.show(graph).save(config.out or config.directory / "index.html")
+    doc = show(graph).doc
+    saved = folder.read_json(config.directory / "graph.json")
+    if saved is not None:
+        doc = folder.carry_over(doc, folder.read_graph(config.directory / "graph.json"))
+    if config.features is not None:
+        doc = folder.with_features(doc, config.features)
+    other = config.compare and folder.read_graph(config.compare / "graph.json")
+    html = folder.directory_page(config.directory, doc=doc, compare=other)
+    path = Page(html=html, doc=doc).save(config.out or config.directory / "index.html")
     del say
     if config.json:
         print(json.dumps({"page": str(path)}))  # noqa: T201

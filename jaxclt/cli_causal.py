@@ -249,6 +249,7 @@ def validate_opened(
     """Validate a graph whose model is loaded; shared with `trace --validate`."""
     from jaxclt import intervene
     from jaxclt.validate import ValidateOptions, validate_graph, write_validation
+    from jaxclt.viewer.directory import write_page
 
     started = time.perf_counter()
     subject = intervene.Subject.of(opened.model, opened.dictionary, opened.graph)
@@ -261,6 +262,8 @@ def validate_opened(
         )
     report["seconds"] = round(time.perf_counter() - started, 2)
     write_validation(report, directory)
+    if (directory / "graph.json").is_file():
+        write_page(directory)
     return report
 
 

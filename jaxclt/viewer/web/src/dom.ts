@@ -86,3 +86,5 @@ export const clip = (t: string, most: number): string => {
   const letters = Array.from(t.slice(0, 4 * most + 4));
   return letters.length > most ? letters.slice(0, most - 1).join("") + "…" : t;
 };
+/** A path as part of an address. */
+export const inPath = (path: string): string => path.split("/").map(encodeURIComponent).join("/");

@@ -2,7 +2,7 @@
 
 import type { App } from "./app";
 import { type Json, asObject, asText } from "./document";
-import { count, el, isNumber, percent, short, svg, visible } from "./dom";
+import { count, el, inPath, isNumber, percent, short, svg, visible } from "./dom";
 import { type GraphNode, cantor } from "./model";
 
 const FEW_EXAMPLES = 5, BEFORE = 5, AFTER = 20;
@@ -64,7 +64,7 @@ export class Features {
     const { serve } = this.app;
     if (!serve || this.missing.has(n.key)) return false;
     this.missing.add(n.key);
-    const answer = await fetch(`/api/feature/${encodeURI(serve.path)}/${cantor(n)}.json`);
+    const answer = await fetch(`/api/feature/${inPath(serve.path)}/${cantor(n)}.json`);
     if (!answer.ok) return false;
     this.records.set(n.key, asObject(await answer.json()));
     return true;

@@ -2,7 +2,7 @@
 
 import type { App } from "./app";
 import { type Json, asObject, readDocument, readSupernodes, readView } from "./document";
-import { $, plural } from "./dom";
+import { $, inPath, plural } from "./dom";
 import { type Features, isFeatureFile } from "./features";
 import { Model } from "./model";
 import type { Picture } from "./picture";
@@ -76,7 +76,7 @@ export function exportAs(app: App, picture: Picture, kind: string): void {
 export async function save(app: App): Promise<void> {
   if (!app.serve) return;
   try {
-    const answer = await fetch(`/api/save/${encodeURI(app.serve.path)}`, {
+    const answer = await fetch(`/api/save/${inPath(app.serve.path)}`, {
       method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(toSave(app)),
     });
     const said = asObject(await answer.json().catch(() => ({}))) as Json;
@@ -89,7 +89,7 @@ export async function save(app: App): Promise<void> {
 
 export async function fetchOther(app: App, path: string): Promise<void> {
   try {
-    const answer = await fetch(`/api/graph/${encodeURI(path)}`);
+    const answer = await fetch(`/api/graph/${inPath(path)}`);
     if (!answer.ok) throw new Error(String(answer.status));
     app.other = new Model(readDocument(await answer.json()));
     app.changed("compare", "view");
