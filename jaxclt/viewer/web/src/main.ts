@@ -173,7 +173,7 @@ window.addEventListener("hashchange", () => {
 
 header();
 compare.reset();
-app.changed("model", "graph", "side", "pins", "filter", "view");
+app.changed("model", "side", "pins", "filter", "view");
 if (app.notes.length) tell(app.notes.join("; "));
 
 /** For tests and benchmarks, and for the console. */

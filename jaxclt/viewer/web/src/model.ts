@@ -3,6 +3,8 @@
 import { type GraphDocument, type Json, asObject, asText } from "./document";
 import { isNumber, percent, quoted, visible } from "./dom";
 
+const FEW_LINKS = 10_000; // more are rarely drawn
+
 export type Kind = "feature" | "error" | "embedding" | "logit";
 
 export interface Target { layer: number | null; token: boolean; readout: number }
@@ -25,7 +27,6 @@ export interface GraphNode {
   target: Target | null;
   rank: number | null;
   read: number; // sum of the shown inputs without sign
-  flow: number; // how much of the outputs' weight arrives here
 }
 
 export interface LinkParts { direct: number | null; attention: number | null; heads: [number, number, number][] }
@@ -71,20 +72,20 @@ export class Model {
     const E = this.source.length;
     this.share = new Float32Array(E);
     this.flow = new Float32Array(E);
-    for (let e = 0; e < E; e++) this.to(e).read += Math.abs(this.weight[e] ?? 0);
-    for (let e = 0; e < E; e++) {
-      const { read } = this.to(e);
-      this.share[e] = read ? Math.abs(this.weight[e] ?? 0) / read : 0;
-    }
+    const { source, target, weight, share, flow } = this, read = new Float64Array(this.nodes.length);
+    for (let e = 0; e < E; e++) read[target[e] as number] = (read[target[e] as number] as number) + Math.abs(weight[e] as number);
+    for (let e = 0; e < E; e++) share[e] = Math.abs(weight[e] as number) / ((read[target[e] as number] as number) || 1);
+    for (const n of this.nodes) n.read = read[n.index] as number;
     this.ins = new Adjacency(this.target, this.nodes.length, this.share);
     this.outs = new Adjacency(this.source, this.nodes.length, this.share);
     // A link matters as far as its target does: weight flows down from the outputs.
-    for (const n of this.nodes) n.flow = n.kind === "logit" ? Math.max(n.prob, 1e-6) : 0;
-    for (const n of this.topDown()) {
-      for (const e of this.ins.unsorted(n.index)) {
-        const flow = n.flow * (this.share[e] ?? 0);
-        this.flow[e] = flow;
-        this.from(e).flow += flow;
+    const arrives = Float64Array.from(this.nodes, (n) => (n.kind === "logit" ? Math.max(n.prob, 1e-6) : 0));
+    for (const n of this.nodes.slice().sort((a, b) => b.band - a.band)) {
+      const mine = this.ins.unsorted(n.index), here = arrives[n.index] as number;
+      for (let i = 0; i < mine.length; i++) {
+        const e = mine[i] as number, s = source[e] as number;
+        flow[e] = here * (share[e] as number);
+        arrives[s] = (arrives[s] as number) + (flow[e] as number);
       }
     }
     this.ranked = this.nodes.slice().sort((a, b) => (a.influence ?? -1) - (b.influence ?? -1) || b.prob - a.prob);
@@ -99,12 +100,16 @@ export class Model {
   /** Links into a node, largest share first. */
   insOf(n: GraphNode): Int32Array { return this.ins.sorted(n.index); }
   outsOf(n: GraphNode): Int32Array { return this.outs.sorted(n.index); }
-  topDown(): GraphNode[] { return this.nodes.slice().sort((a, b) => b.band - a.band); }
 
-  /** All links, most of the outputs' weight first. */
-  byFlow(): Int32Array {
-    const flow = this.flow;
-    this.strongest ??= Int32Array.from(flow.keys()).sort((a, b) => (flow[b] as number) - (flow[a] as number));
+  /** The links that carry most of the outputs' weight, strongest first; all if asked. */
+  byFlow(all: boolean): Int32Array {
+    const { flow } = this, wanted = all ? flow.length : Math.min(flow.length, FEW_LINKS);
+    if (!this.strongest || this.strongest.length < wanted) {
+      const least = wanted < flow.length ? flow.slice().sort()[flow.length - wanted] as number : -1;
+      const chosen: number[] = [];
+      for (let e = 0; e < flow.length; e++) if ((flow[e] as number) >= least) chosen.push(e);
+      this.strongest = Int32Array.from(chosen).sort((a, b) => (flow[b] as number) - (flow[a] as number));
+    }
     return this.strongest;
   }
 
@@ -164,7 +169,11 @@ class Adjacency {
     for (let i = 0; i < nNodes; i++) this.start[i + 1] = (this.start[i + 1] as number) + (this.start[i] as number);
     const next = this.start.slice();
     this.list = new Int32Array(end.length);
-    end.forEach((i, e) => { this.list[(next[i] as number)] = e; next[i] = (next[i] as number) + 1; });
+    for (let e = 0; e < end.length; e++) {
+      const i = end[e] as number, at = next[i] as number;
+      this.list[at] = e;
+      next[i] = at + 1;
+    }
     this.ordered = new Uint8Array(nNodes);
   }
 
@@ -200,7 +209,7 @@ function readNode(raw: Json, index: number, tokens: string[]): GraphNode {
     prob: number(raw.token_prob) ?? 0,
     token: kind === "logit" ? outputToken(clerp) : "",
     target: target && { layer: number(target.layer), token: target.token === true, readout: number(target.readout) ?? 0 },
-    rank: null, read: 0, flow: 0,
+    rank: null, read: 0,
   };
 }
 

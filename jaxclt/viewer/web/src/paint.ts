@@ -105,18 +105,25 @@ export function paint(pen: Pen, s: Scene): number {
 }
 
 function backgroundLinks(pen: Pen, s: Scene): Map<number, number> {
-  const { model } = s, order = model.byFlow(), most = s.moving ? MOVING_LINKS : BACKGROUND_LINKS;
-  const strongest = model.flow[order[0] as number] || 1;
+  const { model } = s, total = model.source.length, most = s.moving ? MOVING_LINKS : BACKGROUND_LINKS;
+  const wanted = (all: boolean) => {
+    const found: number[] = [];
+    for (const e of model.byFlow(all)) {
+      if (bothShown(s, e)) found.push(e);
+      if (found.length >= most) break;
+    }
+    return found;
+  };
+  let drawn = wanted(false);
+  if (drawn.length < most && model.byFlow(false).length < total) drawn = wanted(true);
+  const strongest = model.flow[drawn[0] ?? 0] || 1;
   // Two thousand lines are read as texture, two hundred as lines.
-  const soft = Math.min(1, Math.sqrt(500 / Math.min(order.length, BACKGROUND_LINKS))) * (s.path.length ? 0.3 : 1);
-  let drawn = 0;
-  for (const e of order) {
-    if (!bothShown(s, e)) continue;
+  const soft = Math.min(1, Math.sqrt(500 / Math.min(total, BACKGROUND_LINKS))) * (s.path.length ? 0.3 : 1);
+  for (const e of drawn) {
     const strength = Math.sqrt((model.flow[e] as number) / strongest);
     pen.strokeStyle = `rgba(${s.theme.link},${(soft * (0.05 + 0.5 * strength)).toFixed(3)})`;
     pen.lineWidth = 0.5 + 1.5 * strength;
     curve(pen, s, e);
-    if (++drawn >= most) break;
   }
   return new Map();
 }
