@@ -27,6 +27,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jaxclt.viewer.page import page
@@ -37,12 +38,16 @@ FRAMES = "new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r))
 
 def synthetic(n_nodes: int, n_links: int, n_layers: int = 26, n_tokens: int = 40):
     """A layered graph whose links run up and never to the left."""
-    rng = np.random.Generator(np.random.PCG64(0))  # noqa: NPY002
+    keys = iter(jax.random.split(jax.random.key(0), 9))
+
+    def uniform(*shape: int) -> np.ndarray:
+        return np.asarray(jax.random.uniform(next(keys), shape), np.float64)
+
     n_logits = 10
     n_features = n_nodes - n_logits - n_tokens
-    layer = np.sort(rng.integers(0, n_layers, n_features))
-    pos = (rng.random(n_features) ** 0.6 * n_tokens).astype(int)
-    influence = np.round(np.sort(rng.random(n_features)), 6)
+    layer = np.sort((uniform(n_features) * n_layers).astype(int))
+    pos = (uniform(n_features) ** 0.6 * n_tokens).astype(int)
+    influence = np.round(np.sort(uniform(n_features)), 6)
     tokens = [f" token{t}" for t in range(n_tokens)]
     common = {"token_prob": 0.0, "is_target_logit": False, "clerp": ""}
     nodes = [
@@ -70,7 +75,7 @@ def synthetic(n_nodes: int, n_links: int, n_layers: int = 26, n_tokens: int = 40
             "influence": float(influence[i]),
             "activation": 1.5,
         }
-        for i in rng.permutation(n_features)
+        for i in np.argsort(uniform(n_features)).tolist()
     ]
     nodes += [
         {
@@ -89,10 +94,10 @@ def synthetic(n_nodes: int, n_links: int, n_layers: int = 26, n_tokens: int = 40
     ]
     height = np.array([-1 if n["layer"] == "E" else int(n["layer"]) for n in nodes])
     place = np.array([n["ctx_idx"] for n in nodes])
-    a, b = rng.integers(0, n_nodes, (2, 8 * n_links))
+    a, b = (uniform(2, 8 * n_links) * n_nodes).astype(int)
     fits = (height[a] < height[b]) & (place[a] <= place[b])
     a, b = a[fits][:n_links], b[fits][:n_links]
-    weight = np.round(rng.standard_normal(len(a)) * rng.random(len(a)) ** 3, 6)
+    weight = np.round((uniform(len(a)) - 0.4) * uniform(len(a)) ** 3, 6)
     links = [
         {"source": nodes[s]["node_id"], "target": nodes[t]["node_id"], "weight": w}
         for s, t, w in zip(a, b, weight.tolist(), strict=True)

@@ -15,6 +15,8 @@ import { Subgraph } from "./subgraph";
 import { mergeLinks } from "./supernodes";
 import { showTable } from "./table";
 
+const PROMPT = 130; // letters of it in the header
+
 const started = performance.now();
 const payload = JSON.parse($("data").textContent ?? "null") as Payload;
 const app = new App(payload);
@@ -27,8 +29,9 @@ const slider = $<HTMLInputElement>("slider"), errors = $<HTMLInputElement>("erro
 
 function header(): void {
   const { model } = app, { metadata, jaxclt } = model.doc, first = model.logits[0];
-  const prompt = visible(metadata.prompt);
-  document.title = `Attribution graph · ${prompt.slice(0, 80)}`;
+  const whole = visible(metadata.prompt), letters = Array.from(whole);
+  const prompt = letters.length > PROMPT ? `…${letters.slice(-PROMPT).join("")}` : whole; // its end is what is explained
+  document.title = `Attribution graph · ${whole.slice(0, 80)}`;
   $("h1").replaceChildren(prompt || "Attribution graph");
   if (first && !first.target) $("h1").append(el("span", "next", ` → ${visible(first.token).trim()}`), el("span", "prob", ` ${percent(first.prob)}`));
   $("h1").title = metadata.prompt.slice(0, 1000);

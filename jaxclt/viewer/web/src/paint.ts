@@ -5,14 +5,15 @@ import { FOOT, GUTTER, type Layout, logitText } from "./layout";
 import type { GraphNode, Model } from "./model";
 import type { Pen } from "./pen";
 
-const BACKGROUND_LINKS = 2000, MOVING_LINKS = 400, LINKS_OF_A_NODE = 1500, NAMES = 24;
+const BACKGROUND_LINKS = 2000, MOVING_LINKS = 400, LINKS_OF_A_NODE = 800, NAMES = 24;
 
 export interface Theme {
   panel: string; band: string; line: string; ink: string; muted: string; node: string; square: string;
   error: string; link: string; pos: string; neg: string; accent: string; gained: string; font: string;
 }
 
-export interface Camera { k: number; x: number; y: number }
+/** A point of the layout is at (k * x0 + x, v * y0 + y): zoomed out, layers stay apart. */
+export interface Camera { k: number; v: number; x: number; y: number }
 
 export interface Scene {
   model: Model;
@@ -44,7 +45,7 @@ export function place(s: Scene, n: GraphNode): { x: number; y: number; r: number
   const { layout: l, camera: c } = s;
   return {
     x: (l.x[n.index] as number) * c.k + c.x,
-    y: (l.y[n.index] as number) * c.k + c.y,
+    y: (l.y[n.index] as number) * c.v + c.y,
     r: (l.r[n.index] as number) * Math.min(Math.max(c.k, 0.6) ** 0.5, 2),
   };
 }
@@ -66,12 +67,12 @@ function curve(pen: Pen, s: Scene, link: number): void {
   pen.stroke();
 }
 
-function signedLink(pen: Pen, s: Scene, link: number, most: number): void {
+function signedLink(pen: Pen, s: Scene, link: number, most: number, faint: number): void {
   const positive = (s.model.weight[link] as number) >= 0, share = s.model.share[link] as number, relative = share / most;
   pen.strokeStyle = positive ? s.theme.pos : s.theme.neg;
   pen.setLineDash(positive ? [] : [5, 3]);
   pen.lineWidth = 0.6 + relative + 3 * share;
-  pen.globalAlpha = 0.35 + 0.6 * relative;
+  pen.globalAlpha = faint + (0.95 - faint) * relative;
   curve(pen, s, link);
 }
 
@@ -80,14 +81,14 @@ const bothShown = (s: Scene, link: number): boolean => s.shows(s.model.from(link
 /** The still part of the picture; returns how many nodes it shows. */
 export function paint(pen: Pen, s: Scene): number {
   const { model, layout, camera, theme } = s, bottom = s.height - FOOT;
-  const yOf = (y: number) => y * camera.k + camera.y, xOf = (x: number) => x * camera.k + camera.x;
+  const yOf = (y: number) => y * camera.v + camera.y, xOf = (x: number) => x * camera.k + camera.x;
   const bandY = (b: number) => yOf(layout.top + (model.nLayers + 1 - b) * layout.band);
   pen.save();
   pen.beginPath();
   pen.rect(0, 0, s.width, bottom);
   pen.clip();
   pen.fillStyle = theme.band;
-  for (let b = 0; b < model.nLayers + 2; b += 2) pen.fillRect(0, bandY(b), s.width, layout.band * camera.k);
+  for (let b = 0; b < model.nLayers + 2; b += 2) pen.fillRect(0, bandY(b), s.width, layout.band * camera.v);
   pen.strokeStyle = theme.line;
   pen.lineWidth = 1;
   for (const { x } of layout.columns) {
@@ -134,8 +135,9 @@ function ownLinks(pen: Pen, s: Scene, chosen: GraphNode): Map<number, number> {
   const mine = [...model.insOf(chosen), ...model.outsOf(chosen)].filter((e) => bothShown(s, e));
   mine.sort((a, b) => (model.share[b] as number) - (model.share[a] as number));
   const drawn = mine.slice(0, s.moving ? MOVING_LINKS : LINKS_OF_A_NODE).reverse();
+  const faint = Math.max(0.08, Math.min(0.35, 15 / mine.length)); // many lines are read as texture
   const most = mine.length ? Math.max(model.share[mine[0] as number] as number, 1e-9) : 1;
-  for (const e of drawn) if (!s.path.length) signedLink(pen, s, e, most);
+  for (const e of drawn) if (!s.path.length) signedLink(pen, s, e, most, faint);
   for (const e of mine) {
     const other = (model.source[e] === chosen.index ? model.target[e] : model.source[e]) as number;
     near.set(other, Math.max(near.get(other) ?? 0, model.share[e] as number));
@@ -199,8 +201,11 @@ function names(pen: Pen, s: Scene, near: Map<number, number>, onPath: Set<number
   pen.font = theme.font;
   pen.textBaseline = "middle";
   pen.textAlign = "right";
+  const drawn: number[] = [];
   for (const n of model.logits) {
     const { x, y, r } = place(s, n);
+    if (drawn.some((other) => Math.abs(other - x) < 15) && n !== selected) continue; // zoomed out
+    drawn.push(x);
     pen.save();
     pen.translate(x - 4, y - r - 6);
     pen.rotate(Math.PI / 4);
@@ -239,7 +244,7 @@ function names(pen: Pen, s: Scene, near: Map<number, number>, onPath: Set<number
 
 /** Layer names on the left and tokens below, over whatever is scrolled under them. */
 function frame(pen: Pen, s: Scene, bandY: (b: number) => number): void {
-  const { model, layout, camera, theme } = s, bottom = s.height - FOOT, height = layout.band * camera.k;
+  const { model, layout, camera, theme } = s, bottom = s.height - FOOT, height = layout.band * camera.v;
   pen.fillStyle = theme.panel;
   pen.fillRect(0, 0, GUTTER - 6, bottom);
   pen.fillRect(0, bottom, s.width, FOOT);
@@ -276,7 +281,7 @@ function fit(pen: Pen, text: string, width: number): string {
   while (letters.length > 1 && pen.measureText(letters.join("") + "…").width > width) {
     letters = letters.slice(0, Math.max(1, Math.floor(letters.length * 0.8)));
   }
-  return letters.join("") + "…";
+  return letters.length > 2 ? letters.join("") + "…" : "";
 }
 
 /** What follows the pointer: links of the node under it, rings. */

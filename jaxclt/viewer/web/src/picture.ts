@@ -13,7 +13,7 @@ export class Picture {
   private readonly box: HTMLElement;
   private readonly back: HTMLCanvasElement;
   private readonly front: HTMLCanvasElement;
-  private readonly camera: Camera = { k: 1, x: 0, y: 0 };
+  private readonly camera: Camera = { k: 1, v: 1, x: 0, y: 0 };
   private layout: Layout | null = null;
   private model: Model | null = null; // that the layout is of
   private theme: Theme;
@@ -118,25 +118,27 @@ export class Picture {
   // ---- camera -------------------------------------------------------------------------
   private least(): number {
     const l = this.layout;
-    return l ? Math.min(1, this.width / l.width, (this.height - FOOT) / l.height) : 1;
+    return l ? Math.min(1, (this.width - GUTTER) / (l.width - GUTTER), this.upright(l)) : 1;
   }
+
+  /** The vertical scale at which all layers are in sight. */
+  private upright(l: Layout): number { return Math.min(1, (this.height - FOOT) / l.height); }
 
   private clamp(): void {
     const { camera: c } = this, l = this.layout as Layout;
     c.k = Math.min(MOST_ZOOM, Math.max(this.least(), c.k));
-    const gutter = GUTTER * (c.k - 1); // names of layers do not scale
-    c.x = Math.min(-gutter, Math.max(this.width - l.width * c.k, c.x));
-    if (l.width * c.k <= this.width) c.x = (this.width - l.width * c.k) / 2;
-    const room = this.height - FOOT;
-    c.y = Math.min(0, Math.max(room - l.height * c.k, c.y));
-    if (l.height * c.k <= room) c.y = Math.min(0, (room - l.height * c.k) / 2);
+    c.v = c.k >= 1 ? c.k : Math.max(c.k, this.upright(l));
+    // The first column stays right of the layers' names, which do not scale.
+    c.x = Math.min(GUTTER * (1 - c.k), Math.max(this.width - l.width * c.k, c.x));
+    c.y = Math.min(0, Math.max(this.height - FOOT - l.height * c.v, c.y));
   }
 
   zoom(factor: number, x = (this.width + GUTTER) / 2, y = (this.height - FOOT) / 2): void {
-    const { camera: c } = this, before = c.k;
-    c.k = Math.min(MOST_ZOOM, Math.max(this.least(), c.k * factor));
-    c.x = x - ((x - c.x) * c.k) / before;
-    c.y = y - ((y - c.y) * c.k) / before;
+    const { camera: c } = this, before = { ...c };
+    c.k *= factor;
+    this.clamp();
+    c.x = x - ((x - before.x) * c.k) / before.k;
+    c.y = y - ((y - before.y) * c.v) / before.v;
     this.clamp();
     this.later();
   }
@@ -189,7 +191,7 @@ export class Picture {
       e.preventDefault();
       const { x, y } = local(e), unit = e.deltaMode === 1 ? 16 : 1;
       if (e.ctrlKey || e.metaKey) { this.zoom(Math.exp(-e.deltaY * unit * 0.0035), x, y); return; }
-      const l = this.layout as Layout, fits = l.height * this.camera.k <= this.height - FOOT + 1;
+      const l = this.layout as Layout, fits = l.height * this.camera.v <= this.height - FOOT + 1;
       // A wheel that only turns one way moves along the prompt when all layers are in sight.
       const sideways = e.shiftKey || (fits && Math.abs(e.deltaX) < Math.abs(e.deltaY));
       this.pan(-(sideways ? e.deltaY || e.deltaX : e.deltaX) * unit, sideways ? 0 : -e.deltaY * unit);

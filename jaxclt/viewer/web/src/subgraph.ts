@@ -106,7 +106,7 @@ export class Subgraph {
     const { app } = this, first = card.members[0];
     const group = card.group ? app.groups.find((g) => g.ids[0] === first?.id) ?? null : null;
     const below = card.group ? plural(card.members.length, "node") : first ? app.model.brief(first) : "";
-    const made = el("button", `card ${card.group ? "group" : first?.kind ?? ""}${this.chosen(card) ? " chosen" : ""}`,
+    const made = el("button", `card ${card.group ? "group" : `is-${first?.kind ?? ""}`}${this.chosen(card) ? " chosen" : ""}`,
       el("b", "", clip(visible(card.label), 60) || "supernode"), el("small", "", clip(below, 40)));
     made.type = "button";
     made.dataset.card = card.id;
