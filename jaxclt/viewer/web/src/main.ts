@@ -53,7 +53,8 @@ function counts(): void {
   $("count").textContent = `${count(app.nShown())} of ${plural(model.nodes.length, "node")}${cut}`;
   const found = app.query === "" ? [] : model.nodes.filter((n) => app.matches(n)), seen = found.filter((n) => app.shows(n)).length;
   $("found").hidden = app.query === "";
-  $("found").textContent = `${count(seen)} ${seen === 1 ? "match" : "matches"}${found.length > seen ? `, ${count(found.length - seen)} hidden` : ""}`;
+  $("found").textContent = `${count(seen)}${found.length > seen ? ` of ${count(found.length)}` : ""} ${found.length === 1 ? "match" : "matches"}`;
+  $("found").title = found.length > seen ? "The others are hidden by the influence slider or by Errors" : "";
 }
 
 function controls(): void {
