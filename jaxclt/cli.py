@@ -418,10 +418,10 @@ def _fetch(config: FetchConfig, say: Console) -> None:
 
 
 def _view(config: ViewConfig, say: Console) -> None:
+    from jaxclt import pages
     from jaxclt.api import Page, show
     from jaxclt.graph.prune import prune
     from jaxclt.io.graph_file import load_graph
-    from jaxclt.viewer import directory as folder
 
     graph = load_graph(config.directory / "graph.npz")
     if config.node_threshold is not None or config.edge_threshold is not None:
@@ -433,13 +433,13 @@ def _view(config: ViewConfig, say: Console) -> None:
         )
         graph = dataclasses.replace(graph, pruning=pruning)
     doc = show(graph).doc
-    saved = folder.read_json(config.directory / "graph.json")
+    saved = pages.read_json(config.directory / "graph.json")
     if saved is not None:
-        doc = folder.carry_over(doc, folder.read_graph(config.directory / "graph.json"))
+        doc = pages.carry_over(doc, pages.read_graph(config.directory / "graph.json"))
     if config.features is not None:
-        doc = folder.with_features(doc, config.features)
-    other = config.compare and folder.read_graph(config.compare / "graph.json")
-    html = folder.directory_page(config.directory, doc=doc, compare=other)
+        doc = pages.with_features(doc, config.features)
+    other = config.compare and pages.read_graph(config.compare / "graph.json")
+    html = pages.directory_page(config.directory, doc=doc, compare=other)
     path = Page(html=html, doc=doc).save(config.out or config.directory / "index.html")
     del say
     if config.json:

@@ -248,8 +248,8 @@ def validate_opened(
 ) -> dict[str, Any]:
     """Validate a graph whose model is loaded; shared with `trace --validate`."""
     from jaxclt import intervene
+    from jaxclt.pages import write_page
     from jaxclt.validate import ValidateOptions, validate_graph, write_validation
-    from jaxclt.viewer.directory import write_page
 
     started = time.perf_counter()
     subject = intervene.Subject.of(opened.model, opened.dictionary, opened.graph)

@@ -149,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         raise _RefusedError(404, "no such page")
 
     def _page(self, name: str) -> tuple[str, bytes]:
-        from jaxclt.viewer.directory import directory_page, read_graph
+        from jaxclt.pages import directory_page, read_graph
 
         file = self._file(name)
         serve = {"path": name, "graphs": _graphs(self.root)}
@@ -247,7 +247,7 @@ def save_view(file: Path, change: Any) -> None:
       InputError: if the change does not fit the graph.
     """
     from jaxclt.io.atomic import atomic_path
-    from jaxclt.viewer.directory import read_graph
+    from jaxclt.pages import read_graph
     from jaxclt.viewer.graph_json import validate
 
     if not isinstance(change, dict):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxclt.viewer.directory import directory_page, read_graph
+from jaxclt.pages import directory_page, read_graph
 from jaxclt.viewer.graph_json import validate
 
 TRACED = os.environ.get("JAXCLT_TRACED")

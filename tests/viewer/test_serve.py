@@ -13,7 +13,7 @@ from test_graph_json import HOSTILE, make_graph
 
 from jaxclt.cli_serve import MAX_BODY, make_server, save_view
 from jaxclt.errors import InputError
-from jaxclt.viewer.directory import directory_page, read_graph
+from jaxclt.pages import directory_page, read_graph
 from jaxclt.viewer.graph_json import graph_json
 
 SECRET = "outside the folder"
