@@ -170,6 +170,8 @@ class ViewConfig:
     features: Path | None = None
     """Folder of feature files ({number}.json, Anthropic's format) to embed; the
     directory's own features/ if not given."""
+    suggest: bool = False
+    """Group the shown features into supernodes, which the page then offers."""
     json: bool = False
     """Print the result as JSON on stdout."""
     debug: bool = False
@@ -443,6 +445,8 @@ def _view(config: ViewConfig, say: Console) -> None:
         doc = pages.carry_over(doc, pages.read_graph(config.directory / "graph.json"))
     if config.features is not None:
         doc = pages.with_features(doc, config.features)
+    if config.suggest:
+        doc = pages.with_suggestions(doc, graph)
     other = config.compare and pages.read_graph(config.compare / "graph.json")
     html = pages.directory_page(config.directory, doc=doc, compare=other)
     path = Page(html=html, doc=doc).save(config.out or config.directory / "index.html")

@@ -7,20 +7,26 @@ What a reader saved (labels in the nodes, pins and supernodes in ``qParams``) li
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxclt.errors import InputError
+from jaxclt.graph.graph import Graph
+from jaxclt.graph.supernodes import suggest_supernodes
 from jaxclt.io.atomic import atomic_path
+from jaxclt.types import Supernode
 from jaxclt.viewer.graph_json import validate
 from jaxclt.viewer.page import page
 
 __all__ = [
     "carry_over",
     "directory_page",
+    "grouped_ids",
     "read_graph",
     "read_json",
     "with_features",
+    "with_suggestions",
     "write_page",
 ]
 
@@ -116,6 +122,35 @@ def with_features(doc: dict[str, Any], folder: Path) -> dict[str, Any]:
     own = dict(doc.get("jaxclt") or {})
     own["features"] = {**(own.get("features") or {}), **found}
     return {**doc, "jaxclt": own}
+
+
+def with_suggestions(doc: dict[str, Any], graph: Graph) -> dict[str, Any]:
+    """The document with supernodes that the page offers (`suggest_supernodes`).
+
+    Under ``jaxclt.suggested_supernodes``: lists of a name and the members' ids. Groups
+    of one feature are left out.
+
+    Args:
+        doc: of the graph.
+        graph: attributed and pruned.
+    """
+    groups = grouped_ids(doc, suggest_supernodes(graph))
+    many = [group for group in groups if len(group) > 2]
+    own = {**(doc.get("jaxclt") or {}), "suggested_supernodes": many}
+    return {**doc, "jaxclt": own}
+
+
+def grouped_ids(
+    doc: dict[str, Any], supernodes: Sequence[Supernode]
+) -> list[list[str]]:
+    """Name and ids of each group's features, as far as the document shows them."""
+    shown = {node["node_id"] for node in doc["nodes"]}
+    groups = []
+    for group in supernodes:
+        ids = [f"{layer}_{feature}_{pos}" for layer, pos, feature in group.features]
+        if ids := [i for i in ids if i in shown]:
+            groups.append([group.name, *ids])
+    return groups
 
 
 def carry_over(doc: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:

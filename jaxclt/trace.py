@@ -49,6 +49,7 @@ from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import record
+from jaxclt.pages import grouped_ids
 from jaxclt.shapes import bucket
 from jaxclt.target_text import read_targets
 from jaxclt.types import LMParams, Recording, Supernode, Targets
@@ -294,7 +295,9 @@ def write_trace(
     graph = traced.graph
     report = _report(traced) | {"environment": _environment() | (environment or {})}
     doc = graph_json(graph, slug=out.name or "graph", scores=report["scores"])
-    doc["qParams"] |= _grouped(doc, supernodes)
+    groups = grouped_ids(doc, supernodes)
+    pinned = [i for _, *ids in groups for i in ids]
+    doc["qParams"] |= {"supernodes": groups, "pinnedIds": pinned}
     validate(doc)
     small = save == "pruned" or (save == "auto" and _bytes(graph) > FULL_GRAPH_BYTES)
     save_graph(out / "graph.npz", restrict(graph) if small else graph)
@@ -305,20 +308,6 @@ def write_trace(
     _write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     _write_text(out / "index.html", page(doc, report))
     return report
-
-
-def _grouped(
-    doc: dict[str, Any], supernodes: Sequence[Supernode]
-) -> dict[str, list[Any]]:
-    """The groups as viewers keep them: shown members by their ids, all pinned."""
-    shown = {node["node_id"] for node in doc["nodes"]}
-    groups = []
-    for group in supernodes:
-        ids = [f"{layer}_{feature}_{pos}" for layer, pos, feature in group.features]
-        if ids := [i for i in ids if i in shown]:
-            groups.append([group.name, *ids])
-    pinned = [i for _, *ids in groups for i in ids]
-    return {"supernodes": groups, "pinnedIds": pinned}
 
 
 def check_writable(out: str | os.PathLike[str]) -> None:

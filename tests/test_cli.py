@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -150,6 +151,21 @@ def test_view_prunes_again(traced: Path, tmp_path: Path):
     page = tmp_path / "tight.html"
     assert run("view", traced, "--node-threshold", 0.3, "--out", page) == 0
     assert len(page.read_text()) < len((traced / "index.html").read_text())
+
+
+def test_view_offers_supernodes_on_request(traced: Path, tmp_path: Path):
+    plain, offered = tmp_path / "plain.html", tmp_path / "offered.html"
+    assert run("view", traced, "--out", plain) == 0
+    assert run("view", traced, "--out", offered, "--suggest") == 0
+    assert '"suggested_supernodes":[' not in plain.read_text("utf-8")
+    embedded = offered.read_text("utf-8")
+    found = re.search(r'"suggested_supernodes":(\[\[.*?\]\])', embedded)
+    assert found is not None
+    graph = json.loads((traced / "graph.json").read_text("utf-8"))
+    shown = {node["node_id"] for node in graph["nodes"]}
+    for _, *members in json.loads(found[1]):
+        assert len(members) > 1
+        assert set(members) <= shown
 
 
 def test_view_sets_a_second_graph_beside(traced: Path, tmp_path: Path):
