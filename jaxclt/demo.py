@@ -90,6 +90,8 @@ def load_case(name: str = DICTIONARY) -> Case:
 def swap_edits(model: Model, dictionary: Dictionary, case: Case) -> list[Edit]:
     """Give the last-digit features the activations that they have on the donor prompt.
 
+    Not those of the last layer: its MLP is left to answer by itself.
+
     Args:
       model: the bundled model.
       dictionary: whose features the case names.
@@ -104,7 +106,8 @@ def swap_edits(model: Model, dictionary: Dictionary, case: Case) -> list[Edit]:
         for family in case.swap
         for place in case.families[family]
         for layer, feature in [place]
-        if own.get(place, 0.0) != donor.get(place, 0.0)
+        if layer < model.cfg.n_layers - 1
+        and own.get(place, 0.0) != donor.get(place, 0.0)
     ]
 
 

@@ -244,11 +244,14 @@ def swap(
 ) -> tuple[list[int], list[float]]:
     """What the model says under each of some patches, and p of the right answer.
 
-    Constrained: MLP outputs are clamped from the first to the last edited layer, behind
-    them the model's own MLPs answer. Iterative: the replacement model, all layers.
+    Constrained: MLP outputs are clamped from the first to the last edited layer, and
+    the last layer is left alone, so that the model's own MLP answers. Iterative: the
+    replacement model, all layers.
     """
     last, top = subject.n_tokens - 1, subject.model.cfg.n_layers - 1
     layers, padded = [], []
+    if mode == "constrained":
+        many = [[edit for edit in edits if edit[0] < top] for edits in many]
     for edits in many:
         edited = [edit[0] for edit in edits] or [0]
         layers.append((0, top) if mode == "iterative" else (min(edited), max(edited)))
