@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from scipy.sparse import csc_array, csr_array
+from scipy.sparse import csr_array
 
 from jaxclt.clt.store import DictionaryStore
 from jaxclt.global_weights.ranking import GlobalWeights, Kind
@@ -98,7 +98,7 @@ def _dense(
     both: Sequence[Matrix], blocks: Blocks, dtype: np.dtype
 ) -> tuple[Matrix, ...]:
     starts = np.cumsum([0, *(_rows(tile) for tile in both)])
-    found = [np.zeros(tile.shape, dtype) for tile in both]
+    found = [np.zeros(tile.shape or (), dtype) for tile in both]
     for row, column, value_RN in blocks:
         tile = found[int(np.searchsorted(starts, row, side="right")) - 1]
         tile[:, column : column + value_RN.shape[1]] = value_RN
@@ -118,12 +118,9 @@ def _sparse(
         of = np.repeat(np.arange(n), np.diff(ends))
         row_of = tile.indices[ends[0] : ends[-1]]
         data[layer][ends[0] : ends[-1]] = value_RN[row_of, of]
-    found = []
-    for tile, d in zip(pattern, data, strict=True):
-        tile = csc_array(tile, dtype=dtype)
-        tile.data = d
-        found.append(csr_array(tile))
-    return tuple(found)
+    for tile, weight in zip(pattern, data, strict=True):
+        tile.data = weight
+    return tuple(tile.tocsr() for tile in pattern)
 
 
 def _rows(tile: Matrix) -> int:

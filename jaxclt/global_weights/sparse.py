@@ -35,7 +35,12 @@ def _watch(
 
 
 def sparse_sums(
-    params: LMParams, enc: Encoders, token_WS: Array, mask_WS: Array, *, plan: Plan
+    params: LMParams,
+    enc: Encoders,
+    token_WS: Array | np.ndarray,
+    mask_WS: Array | np.ndarray,
+    *,
+    plan: Plan,
 ) -> Sums:
     """The sums of `token_sums` for pairs, as sparse float64 matrices on the host.
 
