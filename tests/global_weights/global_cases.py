@@ -31,13 +31,13 @@ HEADS = ((2, 1),)  # in the sums; tests/global_weights/test_attention.py has all
 
 
 @functools.cache
-def token_WS() -> np.ndarray:
+def windows() -> np.ndarray:
     key = jax.random.key(7)
     return np.asarray(jax.random.randint(key, (W, S), 0, 40, np.int32))
 
 
 @functools.cache
-def mask_WS() -> np.ndarray:
+def some() -> np.ndarray:
     """Not the first positions, and not one other."""
     mask = np.ones((W, S), bool)
     mask[:, 0] = mask[1, 3] = False
@@ -74,7 +74,7 @@ def gather(
     sparse: bool = False,
 ) -> Coactivation:
     enc, plan = parts(name, part)
-    args = (case(name).params, enc, token_WS()[rows], mask[rows])
+    args = (case(name).params, enc, windows()[rows], mask[rows])
     if sparse:
         sums = sparse_sums(*args, plan=plan)
     else:
@@ -110,7 +110,7 @@ def recordings(name: str) -> tuple[Recording, ...]:
     t = case(name)
     with jax.enable_x64(True):
         run = jax.jit(partial(record, cfg=t.cfg))
-        return tuple(run(t.params, token_S) for token_S in token_WS())
+        return tuple(run(t.params, token_S) for token_S in windows())
 
 
 @functools.cache

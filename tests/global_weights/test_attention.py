@@ -17,11 +17,11 @@ from global_cases import (
     W,
     actives,
     gather,
-    mask_WS,
     recordings,
+    some,
     stored,
     subset,
-    token_WS,
+    windows,
 )
 
 from jaxclt.global_weights.attention import head_block, head_sums
@@ -110,10 +110,10 @@ def test_heads_sum_to_the_one_hop_edges_of_the_graphs(name: str):
 def test_sums_of_one_head_by_a_loop():
     """As gathered with everything else, with positions left out as targets and sources;
     TWERA's sums too."""
-    found = gather("clt", mask_WS())
+    found = gather("clt", some())
     t, (layer, head) = case("clt"), HEADS[0]
     first = subset("clt").starts[layer]
-    a_UWS = stored("clt") * mask_WS()[None]
+    a_UWS = stored("clt") * some()[None]
     ind, act = np.zeros((2, len(a_UWS) - first, first))
     for w, recording in enumerate(recordings("clt")):
         A_TS = np.asarray(recording.frozen.pattern_LHTS)[layer, head]
@@ -127,7 +127,7 @@ def test_sums_of_one_head_by_a_loop():
             act += np.outer(target, moved)
     close(found.sums["head_ind"][0], ind)
     close(found.sums["head_act"][0], act)
-    assert token_WS().shape == EVERY.shape
+    assert windows().shape == EVERY.shape
     assert not head_block(
         t.dictionary.store, t.params, (2, 1), (1, np.r_[0]), (0, np.r_[0]), cfg=t.cfg
     ).any()

@@ -18,13 +18,13 @@ from global_cases import (
     brute_virtual,
     gather,
     gathered,
-    mask_WS,
     recordings,
+    some,
     square,
     stored,
     subset,
-    token_WS,
     weights,
+    windows,
 )
 
 from jaxclt.errors import InputError
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("masked", [False, True])
 def test_sums_are_those_of_the_stored_activations(name: str, masked: bool):
     """T-W1, the sums; positions that do not count are left out."""
-    mask = mask_WS() if masked else EVERY
+    mask = some() if masked else EVERY
     found = gather(name, mask) if masked else gathered(name)
     a_UN = (stored(name) * mask[None]).reshape(len(subset(name)), -1)
     on_UN = (a_UN != 0) * 1.0
@@ -54,7 +54,7 @@ def test_sums_are_those_of_the_stored_activations(name: str, masked: bool):
     close(square(found.sums["ind"]), on_UN @ a_UN.T * keep)
     close(square(found.sums["act"]), a_UN @ a_UN.T * keep)
     close(square(found.sums["both"]), on_UN @ on_UN.T * keep)
-    hot_NY = (token_WS().reshape(-1, 1) == INPUT_Y) * mask.reshape(-1, 1) * 1.0
+    hot_NY = (windows().reshape(-1, 1) == INPUT_Y) * mask.reshape(-1, 1) * 1.0
     close(found.sums["input_ind_UY"], on_UN @ hot_NY)
     close(found.sums["input_act_UY"], a_UN @ hot_NY)
     logit = np.stack(
@@ -104,7 +104,7 @@ def test_norm_aware_era_is_the_sum_of_the_graphs_direct_edges(name: str):
     )
     vec_YD = (unembed_DV - unembed_DV.mean(1, keepdims=True)).T[OUTPUT_Y]
     for token_S, recording, active in zip(
-        token_WS(), recordings(name), actives(name), strict=True
+        windows(), recordings(name), actives(name), strict=True
     ):
         active = dataclasses.replace(active, skip_LDD=None)
         slot_A = active.layer_A * F + active.feature_A

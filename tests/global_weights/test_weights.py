@@ -60,14 +60,16 @@ def test_weights_are_linear_in_the_decoders(name: str):
     other = tuple(W[::-1] for W in t.clt.W_dec)
     mixed = tuple(2 * a - 3 * b for a, b in zip(t.clt.W_dec, other, strict=True))
 
-    def V(decoders: tuple[jax.Array, ...]) -> np.ndarray:
+    def weigh(decoders: tuple[jax.Array, ...]) -> np.ndarray:
         store = ParamsStore(dataclasses.replace(t.clt, W_dec=decoders), t.clt_cfg)
         every = np.arange(t.clt_cfg.n_features)
         return weights.virtual_block(store, t.params, (3, every), (1, every))
 
-    close(V(mixed), 2 * V(t.clt.W_dec) - 3 * V(other))
+    close(weigh(mixed), 2 * weigh(t.clt.W_dec) - 3 * weigh(other))
     if name == "plt":
-        close(V(t.clt.W_dec), np.asarray(t.clt.W_enc_LFD[3] @ t.clt.W_dec[1][:, 0].T))
+        close(
+            weigh(t.clt.W_dec), np.asarray(t.clt.W_enc_LFD[3] @ t.clt.W_dec[1][:, 0].T)
+        )
 
 
 @pytest.mark.parametrize("name", ["clt", "plt", "skip", "span2", "topk"])
