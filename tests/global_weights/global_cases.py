@@ -70,11 +70,10 @@ def gather(
     name: str,
     mask: np.ndarray,
     part: bool = False,
-    rows: slice = slice(None),
     sparse: bool = False,
 ) -> Coactivation:
     enc, plan = parts(name, part)
-    args = (case(name).params, enc, windows()[rows], mask[rows])
+    args = (case(name).params, enc, windows(), mask)
     if sparse:
         sums = sparse_sums(*args, plan=plan)
     else:

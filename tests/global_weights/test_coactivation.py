@@ -146,9 +146,10 @@ def test_norm_aware_era_is_the_sum_of_the_graphs_direct_edges(name: str):
 
 @pytest.mark.parametrize("name", ["clt", pytest.param("skip", marks=pytest.mark.slow)])
 def test_streams_merge_and_sparse_sums_are_the_dense_ones(name: str):
-    """T-W3, dense and sparse; a subset has the entries of all features."""
+    """T-W3, dense and sparse."""
     whole = gathered(name)
-    parts = [gather(name, EVERY, rows=slice(i, i + 1)) for i in range(W)]
+    streams = [EVERY * (np.arange(W) == i)[:, None] for i in range(W)]
+    parts = [gather(name, mask) for mask in streams]
     for key, value in merge(*parts).sums.items():
         for got, want in zip(
             value if isinstance(value, tuple) else (value,),
@@ -156,20 +157,25 @@ def test_streams_merge_and_sparse_sums_are_the_dense_ones(name: str):
             strict=True,
         ):
             close(got, want, 1e-13)
-    thin = merge(
-        *(gather(name, EVERY, rows=slice(i, i + 1), sparse=True) for i in range(W))
-    )
+    thin = merge(*(gather(name, mask, sparse=True) for mask in streams))
     assert thin.sparse
     for key in [k for k in whole.sums if k.split("_")[0] in ("ind", "act", "both")]:
         close(square(thin.sums[key]), square(whole.sums[key]), 1e-13)
+    with pytest.raises(InputError, match="cannot be merged"):
+        merge(whole, thin)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["skip", "topk"])
+def test_a_subset_has_the_entries_of_all_features(name: str):
     few = gather(name, EVERY, part=True)
     slot = [
         subset(name).slot(*x)
         for x in zip(few.subset.layer_U, few.subset.feature_U, strict=True)
     ]
-    close(square(few.sums["act"]), square(whole.sums["act"])[np.ix_(slot, slot)])
-    with pytest.raises(InputError, match="cannot be merged"):
-        merge(whole, few)
+    for key in ("ind", "act", "both", "act_norm"):
+        whole = square(gathered(name).sums[key])
+        close(square(few.sums[key]), whole[np.ix_(slot, slot)])
 
 
 def test_constant_targets_have_the_mean_activation():

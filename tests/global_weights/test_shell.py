@@ -184,6 +184,7 @@ def test_interrupted_runs_go_on_and_shards_merge(
         )
 
 
+@pytest.mark.slow
 def test_all_features_are_held_sparsely(model: Model, dictionary):
     dense = jaxclt.coactivation(model, dictionary, WINDOWS, features="all")
     thin = jaxclt.coactivation(model, dictionary, WINDOWS, features="all", sparse=True)
@@ -290,9 +291,9 @@ def run(*args: object) -> int:
 
 def test_the_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     base = ("globals", "--model", MODEL, "--dictionary", DICTIONARY)
-    args = (*base, "--data", text, "--tokens", 1000, "--context", 48, "--top", 3)
+    args = (*base, "--data", text, "--tokens", 1500, "--context", 48, "--top", 3)
     out = tmp_path / "globals"
-    assert run(*args, "--out", out, "--features", "top:60") == 0
+    assert run(*args, "--out", out, "--features", "top:50") == 0
     said = capsys.readouterr()
     assert "pairs that never fire together" in said.out
     assert sorted(p.name for p in out.iterdir()) == [
@@ -304,24 +305,13 @@ def test_the_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         names = "virtual era twera coactivation source_layer target_feature"
         P = {len(file[f"{name}_P"]) for name in names.split()}
         assert len(P) == 1
-        assert json.loads(str(file["meta"]))["features"] == 60
-    assert run(*args, "--out", out, "--features", "top:60", "--json") == 0
+        assert json.loads(str(file["meta"]))["features"] == 50
+    assert run(*args, "--out", out, "--features", "top:50", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["interference"]["largest"][0]["share"] == 1e-4
-    shards = [tmp_path / f"shard{i}" for i in range(2)]
-    for i, shard in enumerate(shards):
-        assert (
-            run(*args, "--out", shard, "--features", "top:60", "--shard", f"{i}/2") == 0
-        )
-    merged = tmp_path / "merged"
-    assert run(*base, "--merge", *shards, "--out", merged, "--top", 3) == 0
-    a, b = (jaxclt.load_statistics(x / "statistics.npz")[0] for x in (out, shards[0]))
-    assert b.n_tokens < a.n_tokens
-    both = json.loads((merged / "report.json").read_text())
-    assert both["tokens"] == a.n_tokens
     capsys.readouterr()
     for more, message in (
-        (("--features", "top:61"), "holds statistics of another run"),
+        (("--features", "top:51"), "holds statistics of another run"),
         (("--shard", "2/2"), "--shard 2/2: write I/N"),
         (("--heads", "1-2"), "--heads 1-2: write LAYER:HEAD"),
         (("--top", 0), "--top 0: give at least 1"),
@@ -329,5 +319,24 @@ def test_the_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (("--data", "nowhere"), "there is no such file or folder"),
         (("--context", 65), "the model takes at most 64"),
     ):
-        assert run(*args, "--out", out, "--features", "top:60", *more) == 2
+        assert run(*args, "--out", out, "--features", "top:50", *more) == 2
         assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_the_command_merges_shards(text: Path, tmp_path: Path):
+    base = ("globals", "--model", MODEL, "--dictionary", DICTIONARY)
+    args = (*base, "--data", text, "--tokens", 1500, "--context", 48, "--top", 3)
+    out = tmp_path / "globals"
+    assert run(*args, "--out", out, "--features", "top:50") == 0
+    shards = [tmp_path / f"shard{i}" for i in range(2)]
+    for i, shard in enumerate(shards):
+        assert (
+            run(*args, "--out", shard, "--features", "top:50", "--shard", f"{i}/2") == 0
+        )
+    merged = tmp_path / "merged"
+    assert run(*base, "--merge", *shards, "--out", merged, "--top", 3) == 0
+    a, b = (jaxclt.load_statistics(x / "statistics.npz")[0] for x in (out, shards[0]))
+    assert b.n_tokens < a.n_tokens
+    both = json.loads((merged / "report.json").read_text())
+    assert both["tokens"] == a.n_tokens

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from cases import CASES, case, case_active, close
+from cases import FEW, case, case_active, close
 from global_cases import brute_virtual, subset
 
 from jaxclt.clt.active import StoreDictionary
@@ -34,7 +34,7 @@ def tiled(name: str, chosen: Subset) -> np.ndarray:
     return V
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FEW)
 def test_blocks_are_the_loop_over_pairs_and_layers(name: str):
     """T-V1: all pairs, a ragged subset, and one sub-block on request."""
     want = brute_virtual(name)
@@ -53,7 +53,7 @@ def test_blocks_are_the_loop_over_pairs_and_layers(name: str):
     assert not same.any()
 
 
-@pytest.mark.parametrize("name", ["clt", "plt"])
+@pytest.mark.parametrize("name", ["plt", pytest.param("clt", marks=pytest.mark.slow)])
 def test_weights_are_linear_in_the_decoders(name: str):
     """T-V2; and a PLT's weight is one dot product."""
     t = case(name)
@@ -72,7 +72,7 @@ def test_weights_are_linear_in_the_decoders(name: str):
         )
 
 
-@pytest.mark.parametrize("name", ["clt", "plt", "skip", "span2", "topk"])
+@pytest.mark.parametrize("name", FEW)
 def test_local_direct_edges_are_value_times_weight_times_norm(name: str):
     """T-V3: what `provenance` calls residual-direct, with the skip left out (T-H5)."""
     t = case(name)
@@ -98,7 +98,7 @@ def test_local_direct_edges_are_value_times_weight_times_norm(name: str):
     close(found, active.value_A[None] * V * scale_A[:, None] * same, 1e-13)
 
 
-@pytest.mark.parametrize("name", ["clt", "span2"])
+@pytest.mark.parametrize("name", ["clt", pytest.param("span2", marks=pytest.mark.slow)])
 def test_vocabulary_weights(name: str):
     """Embeddings by hand; T-V4: logit weights of a feature sum to zero."""
     t, params = case(name), case(name).params
@@ -116,8 +116,7 @@ def test_vocabulary_weights(name: str):
     )
 
 
-@pytest.mark.parametrize("part", [False, True])
-@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(("part", "k"), [(True, 1), (False, 3)])
 def test_streamed_strongest_are_those_of_the_square(part: bool, k: int):
     t, chosen = case("clt"), subset("clt", part)
     V = tiled("clt", chosen)
