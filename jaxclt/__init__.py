@@ -38,6 +38,8 @@ from jaxclt.global_circuit import (
     global_weights,
     neighbourhood,
     read_windows,
+    strongest_virtual,
+    virtual_weights,
     write_globals,
 )
 from jaxclt.global_weights.ranking import GlobalWeights, Links
@@ -128,8 +130,10 @@ __all__ = [
     "show",
     "solve_total_effect",
     "strongest_paths",
+    "strongest_virtual",
     "sweep_prompts",
     "trace_prompt",
+    "virtual_weights",
     "write_globals",
     "write_trace",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -29,6 +30,7 @@ from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import DictionaryStore
 from jaxclt.errors import InputError
 from jaxclt.global_weights import ranking
+from jaxclt.global_weights import weights as weights_of
 from jaxclt.global_weights.attention import Head
 from jaxclt.global_weights.build import build, virtual_blocks
 from jaxclt.global_weights.inhibition import (
@@ -50,7 +52,12 @@ from jaxclt.global_weights.statistics import (
     watch,
 )
 from jaxclt.global_weights.subset import Subset
-from jaxclt.global_weights.weights import embedding_weights, logit_weights
+from jaxclt.global_weights.weights import (
+    Strongest,
+    embedding_weights,
+    logit_weights,
+    virtual_block,
+)
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.global_file import (
     SavedGlobals,
@@ -72,6 +79,8 @@ __all__ = [
     "global_weights",
     "neighbourhood",
     "read_windows",
+    "strongest_virtual",
+    "virtual_weights",
     "write_globals",
 ]
 
@@ -479,10 +488,14 @@ def _told(x: Any) -> Any:
     """An argument as JSON, long ones by their digest."""
     if isinstance(x, Subset):
         x = np.stack([x.layer_U, x.feature_U], 1)
-    if isinstance(x, str | int):
-        return x
-    if isinstance(x, os.PathLike):
+    if isinstance(x, str | os.PathLike):
+        file = Path(x)
+        known = str(x) == "all" or str(x).startswith("top:")
+        if not known and file.is_file():
+            return hashlib.sha256(file.read_bytes()).hexdigest()
         return os.fspath(x)
+    if isinstance(x, int):
+        return x
     array = np.asarray(x, np.int64)
     return hashlib.sha256(array.tobytes()).hexdigest()
 
@@ -684,6 +697,67 @@ def global_weights(
     return build(store, model.params, statistics, kind=kind)
 
 
+def virtual_weights(
+    model: Model,
+    dictionary: Dictionary,
+    target: tuple[int, Sequence[int] | np.ndarray],
+    source: tuple[int, Sequence[int] | np.ndarray],
+) -> np.ndarray:
+    """Virtual weights [targets, sources] between some features of two layers.
+
+    Circuit Tracing (2025), section 4; norm gains folded in, in the model's dtype.
+
+    Args:
+      model: from `load_model`.
+      dictionary: from `load_dictionary`; not neurons.
+      target: layer and feature indices.
+      source: layer and feature indices; zeros unless the layer is lower.
+
+    Raises:
+      InputError: if there is no such layer or feature.
+    """
+    store = _store(dictionary, model.params)
+    ends = []
+    for layer, chosen in (target, source):
+        index = np.asarray(chosen, np.int64).reshape(-1)
+        # For its check only: the order that was asked for is kept.
+        Subset.of(np.stack([np.full_like(index, layer), index], 1), store.cfg)
+        ends.append((int(layer), index))
+    return virtual_block(store, model.params, *ends)
+
+
+def strongest_virtual(
+    model: Model,
+    dictionary: Dictionary,
+    k: int = 16,
+    *,
+    features: Features = "all",
+    on_block: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Subset, Strongest]:
+    """The k largest virtual weights into and out of every feature, without any text.
+
+    Blocks are streamed: what is held is one of them, a layer's decoders, all encoders
+    and the result.
+
+    Args:
+      model: from `load_model`.
+      dictionary: from `load_dictionary`; not neurons.
+      k: how many of each.
+      features: which, see `choose_features` (not ``top:K``, which needs text).
+      on_block: progress, (pairs of layers done, in all).
+
+    Raises:
+      InputError: for features that the dictionary lacks.
+    """
+    store = _store(dictionary, model.params)
+    if isinstance(features, str) and features.startswith("top:"):
+        raise InputError(f"features {features}: how often they fire needs text")
+    none = TokenWindows(np.zeros((0, 1), np.int32), np.zeros((0, 1), bool))
+    subset = choose_features(model, dictionary, features, none)
+    found = weights_of.strongest_virtual(store, model.params, subset, k, on_block)
+    return subset, found
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inhibitors:
     """Sources that keep some targets from firing, over text.
@@ -821,7 +895,12 @@ def write_globals(
     stats = weights.statistics
     scaled: tuple[Kind, ...] = ("era_norm", "twera_norm") if stats.scaled else ()
     links = weights.strongest(top, ("virtual", "era", "twera", *scaled))
-    share = ranking.interference(stats, virtual_blocks(store, model.params, stats))
+    blocks: Iterable[tuple[int, int, np.ndarray]] = (
+        virtual_blocks(store, model.params, stats)
+        if stats.sparse  # which lack the pairs that never fire together
+        else zip(stats.subset.starts, itertools.repeat(0), weights.virtual)  # pyright: ignore
+    )
+    share = ranking.interference(stats, blocks)
     tables = _token_tables(model.params, store, stats.subset, on_layer)
     ids = np.unique(np.concatenate([tables[name].ravel() for name in _TOKEN_TABLES]))
     told = (meta or {}) | {

@@ -131,6 +131,22 @@ def test_prompt_family_to_neighbourhood(model: Model, dictionary, tmp_path: Path
     ]
     assert len(written.links) == len(jaxclt.load_globals(tmp_path).links)
     assert len(weights.token_inputs(layer, feature, by="virtual").token_P) == 3
+    row = links.rows()[0]
+    block = jaxclt.virtual_weights(
+        model,
+        dictionary,
+        (layer, [feature, 0]),
+        (row["source_layer"], [row["source_feature"]]),
+    )
+    assert block[0, 0] == pytest.approx(row["virtual"], rel=1e-5)
+    subset, strongest = jaxclt.strongest_virtual(
+        model, dictionary, 2, features=features
+    )
+    np.testing.assert_array_equal(subset.feature_U, stats.subset.feature_U)
+    best = weights.inputs(layer, feature, 2, by="virtual")
+    np.testing.assert_allclose(
+        strongest.input_weight_UK[alive[0]], best.virtual_P, rtol=1e-5
+    )
     with pytest.raises(InputError, match="is not among the 56"):
         jaxclt.neighbourhood(tmp_path, 3, 1)
 
