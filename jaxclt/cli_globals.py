@@ -31,8 +31,8 @@ Bar = Callable[[Console, str, str], AbstractContextManager[Callable[[int, int], 
 class GlobalsConfig:
     """Weights between features whatever the prompt, and which of them text uses.
 
-    Writes globals.npz (the strongest links), statistics.npz (co-activation sums) and
-    report.json. An interrupted run goes on by itself.
+    Writes globals.npz (the strongest links), statistics.npz (co-activation sums),
+    report.json and the page index.html. An interrupted run goes on by itself.
     """
 
     model: Annotated[str, tyro.conf.arg(metavar="M")]
@@ -140,7 +140,7 @@ def run_globals(config: GlobalsConfig, say: Console, bar: Bar) -> None:
         print(json.dumps(told))  # noqa: T201
         return
     Console().print(_summary(told, found))
-    Console().print(f"links: {config.out / 'globals.npz'}", markup=False)
+    Console().print(f"page: {(config.out / 'index.html').resolve().as_uri()}")
 
 
 class _Stages:

@@ -69,6 +69,7 @@ from jaxclt.io.global_file import (
 from jaxclt.io.model import Model
 from jaxclt.train.text import PAD, pack_windows, read_documents, valid_rows
 from jaxclt.types import LMParams
+from jaxclt.viewer.globals_page import globals_page
 
 __all__ = [
     "Inhibitors",
@@ -78,6 +79,7 @@ __all__ = [
     "global_inhibition",
     "global_weights",
     "neighbourhood",
+    "page_document",
     "read_windows",
     "strongest_virtual",
     "virtual_weights",
@@ -94,6 +96,7 @@ DENSE_FEATURES = 8192  # more are held sparsely unless asked otherwise
 SELECT_TOKENS = 16_384  # positions that features are chosen on
 SAVE_S = 60.0  # between two states on disk
 TOKENS_LISTED = 10  # of each feature in globals.npz
+PAGE_LINKS = 10  # inputs and outputs of each feature on the page, by each kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -875,7 +878,7 @@ def write_globals(
     meta: dict[str, Any] | None = None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> SavedGlobals:
-    """Write globals.npz and report.json into a directory.
+    """Write globals.npz, report.json and the page index.html into a directory.
 
     Args:
       model: from `load_model`.
@@ -928,9 +931,84 @@ def write_globals(
         **tables,
     )
     save_globals(out / "globals.npz", found)
+    with atomic_path(out / "index.html") as temporary:
+        temporary.write_text(globals_page(page_document(found)), encoding="utf-8")
     with atomic_path(out / "report.json") as temporary:
         temporary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     return found
+
+
+def page_document(found: SavedGlobals, *, k: int = PAGE_LINKS) -> dict[str, Any]:
+    """What the page embeds: features with their tokens, and the strongest links.
+
+    Args:
+      found: what `write_globals` returns or `load_globals` reads.
+      k: inputs and outputs of every feature, by each of V, ERA and TWERA.
+    """
+    subset, links = found.subset, found.links
+    U, size = len(subset), max(1, int(subset.feature_U.max()) + 1)
+    code_U = subset.layer_U.astype(np.int64) * size + subset.feature_U
+
+    def slots(end: str) -> np.ndarray:
+        layer_P = getattr(links, f"{end}_layer_P").astype(np.int64)
+        code_P = layer_P * size + getattr(links, f"{end}_feature_P")
+        return np.searchsorted(code_U, code_P)
+
+    source_P, target_P = slots("source"), slots("target")
+    keep_P = np.zeros(len(links), bool)
+    for kind in ("virtual", "era", "twera"):
+        size_P = np.abs(getattr(links, f"{kind}_P"))
+        for end_P in (source_P, target_P):
+            order = np.lexsort((-size_P, end_P))
+            start = np.searchsorted(end_P[order], end_P[order])
+            keep_P[order[np.arange(len(order)) - start < k]] = True
+
+    def short(x: np.ndarray) -> list[float]:
+        return [float(f"{value:.4g}") for value in x.tolist()]
+
+    columns = [
+        short(getattr(links, f"{name}_P")[keep_P])
+        for name in ("virtual", "era", "twera", "coactivation")
+    ]
+    tokens = [
+        [
+            [list(pair) for pair in zip(ids, short(weight_K), strict=True)]
+            for ids, weight_K in zip(
+                getattr(found, f"{name}_token_UK").tolist(),
+                getattr(found, f"{name}_weight_UK"),
+                strict=True,
+            )
+        ]
+        for name in ("input", "output", "lowest")
+    ]
+    meta = found.meta
+    return {
+        "about": f"{meta['model']}, {meta['dictionary']}: {U:,} features on "
+        f"{meta['tokens']:,} tokens. Links join features at the same position; "
+        "attention is not in them.",
+        "k": k,
+        "texts": meta["token_text"],
+        "features": [
+            list(row)
+            for row in zip(
+                subset.layer_U.tolist(),
+                subset.feature_U.tolist(),
+                short(found.frequency_U),
+                short(found.mean_U),
+                *tokens,
+                strict=True,
+            )
+        ],
+        "links": [
+            list(row)
+            for row in zip(
+                source_P[keep_P].tolist(),
+                target_P[keep_P].tolist(),
+                *columns,
+                strict=True,
+            )
+        ],
+    }
 
 
 _TOKEN_TABLES = ("input_token_UK", "output_token_UK", "lowest_token_UK")

@@ -314,6 +314,7 @@ def test_the_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "pairs that never fire together" in said.out
     assert sorted(p.name for p in out.iterdir()) == [
         "globals.npz",
+        "index.html",
         "report.json",
         "statistics.npz",
     ]
