@@ -29,6 +29,7 @@ from jaxclt.clt.active import Dictionary
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import DictionaryStore
 from jaxclt.errors import InputError
+from jaxclt.global_weights import build as building
 from jaxclt.global_weights import ranking
 from jaxclt.global_weights import weights as weights_of
 from jaxclt.global_weights.attention import Head
@@ -78,6 +79,7 @@ __all__ = [
     "coactivation",
     "global_inhibition",
     "global_weights",
+    "head_inputs",
     "neighbourhood",
     "page_document",
     "read_windows",
@@ -698,6 +700,35 @@ def global_weights(
             f"dictionary has {store.cfg.n_layers}: they do not belong together"
         )
     return build(store, model.params, statistics, kind=kind)
+
+
+def head_inputs(
+    model: Model,
+    dictionary: Dictionary,
+    statistics: Coactivation,
+    head: Head,
+    layer: int,
+    feature: int,
+    *,
+    k: int = 10,
+    by: Literal["virtual", "era", "twera"] = "twera",
+) -> list[dict[str, Any]]:
+    """The strongest sources of a feature through one attention head, at any position.
+
+    See `jaxclt.global_weights.build.head_inputs`; `statistics` are of `coactivation`
+    with ``heads=[head]``.
+    """
+    return building.head_inputs(
+        _store(dictionary, model.params),
+        model.params,
+        statistics,
+        head,
+        layer,
+        feature,
+        cfg=model.cfg,
+        k=k,
+        by=by,
+    )
 
 
 def virtual_weights(

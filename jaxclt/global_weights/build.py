@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from scipy.sparse import csr_array
 
 from jaxclt.clt.store import DictionaryStore
+from jaxclt.errors import InputError
+from jaxclt.global_weights.attention import Head, head_block
 from jaxclt.global_weights.ranking import GlobalWeights, Kind
 from jaxclt.global_weights.statistics import Coactivation, Matrix
 from jaxclt.global_weights.weights import (
@@ -16,9 +19,10 @@ from jaxclt.global_weights.weights import (
     logit_weights,
     virtual_tiles,
 )
+from jaxclt.lm.config import LMConfig
 from jaxclt.types import LMParams
 
-__all__ = ["build", "virtual_blocks"]
+__all__ = ["build", "head_inputs", "virtual_blocks"]
 
 
 def build(
@@ -74,6 +78,78 @@ def build(
         input_virtual_UY=input_virtual_UY,
         output_virtual_YU=output_virtual_YU,
     )
+
+
+def head_inputs(
+    store: DictionaryStore,
+    params: LMParams,
+    statistics: Coactivation,
+    head: Head,
+    layer: int,
+    feature: int,
+    *,
+    cfg: LMConfig,
+    k: int = 10,
+    by: Literal["virtual", "era", "twera"] = "twera",
+) -> list[dict[str, Any]]:
+    """The strongest sources of a feature through one attention head, from anywhere.
+
+    Norm-aware: n ERA is the sum of the graphs' edges through this head alone.
+
+    Args:
+      store: the dictionary.
+      params: the model.
+      statistics: gathered with this head.
+      head: layer and head.
+      layer: of the target, at or above the head's.
+      feature: its index.
+      cfg: model shape.
+      k: how many at most.
+      by: what to rank by.
+
+    Returns:
+      ``layer feature virtual era twera`` of each source, strongest first.
+
+    Raises:
+      InputError: if the head was not gathered, or the target lies below it.
+    """
+    subset, sums = statistics.subset, statistics.sums
+    if head not in statistics.heads:
+        raise InputError(
+            f"head {head[0]}:{head[1]} was not gathered: name it in `heads`"
+        )
+    if by not in ("virtual", "era", "twera"):
+        raise InputError(f"kind {by!r}: choose one of virtual, era, twera")
+    slot, first = subset.slot(layer, feature), subset.starts[head[0]]
+    if slot < first:
+        raise InputError(
+            f"feature {layer}:{feature} lies below head {head[0]}:{head[1]}: choose a "
+            "target of the head's layer or above"
+        )
+    at = statistics.heads.index(head)
+    target = (layer, np.asarray([feature]))
+    weight = [
+        head_block(store, params, head, target, (of, subset.features(of)), cfg=cfg)[0]
+        for of in range(head[0])
+        if len(subset.features(of))
+    ]
+    virtual_N = np.concatenate(weight) if weight else np.zeros(0)
+    total = float(sums["sum_U"][slot])
+    act_N = sums["head_act"][at][slot - first]
+    value = {
+        "virtual": virtual_N,
+        "era": sums["head_ind"][at][slot - first]
+        / max(statistics.n_tokens, 1)
+        * virtual_N,
+        "twera": act_N * virtual_N / total if total else np.zeros_like(act_N),
+    }
+    order = np.argsort(-np.abs(value[by]), kind="stable")[:k]
+    return [
+        {"layer": int(subset.layer_U[i]), "feature": int(subset.feature_U[i])}
+        | {name: float(x_N[i]) for name, x_N in value.items()}
+        for i in order
+        if value[by][i] != 0
+    ]
 
 
 Blocks = Iterator[tuple[int, int, np.ndarray]]

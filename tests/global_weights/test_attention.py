@@ -22,7 +22,9 @@ from global_cases import (
     subset,
 )
 
+from jaxclt.errors import InputError
 from jaxclt.global_weights.attention import head_block, head_sums
+from jaxclt.global_weights.build import head_inputs
 from jaxclt.graph import provenance
 from jaxclt.replacement.errors import error_nodes
 
@@ -123,6 +125,22 @@ def test_sums_of_one_head_by_a_loop():
             act += np.outer(target, moved)
     close(found.sums["head_ind"][0], ind)
     close(found.sums["head_act"][0], act)
+    t, F = case("clt"), case("clt").clt_cfg.n_features
+    args = (t.dictionary.store, t.params, found)
+    V_FN = whole_block("clt", HEADS[0])[F:]  # into layer 3
+    total_F = a_UWS.sum((1, 2))[3 * F :]
+    feature = int((total_F > 0).argmax())
+    era_N = ind[F + feature] * V_FN[feature] / some().sum()
+    rows = head_inputs(*args, HEADS[0], 3, feature, cfg=t.cfg, k=4, by="era")
+    order = np.argsort(-np.abs(era_N), kind="stable")[:4]
+    assert [row["layer"] * F + row["feature"] for row in rows] == order.tolist()
+    close(np.asarray([row["era"] for row in rows]), era_N[order])
+    twera_N = act[F + feature] * V_FN[feature] / total_F[feature]
+    close(np.asarray([row["twera"] for row in rows]), twera_N[order])
+    with pytest.raises(InputError, match="head 1:1 was not gathered"):
+        head_inputs(*args, (1, 1), 3, feature, cfg=t.cfg)
+    with pytest.raises(InputError, match="lies below head 2:1"):
+        head_inputs(*args, HEADS[0], 1, feature, cfg=t.cfg)
 
 
 def test_block_of_a_head_by_hand():
