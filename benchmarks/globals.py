@@ -103,17 +103,17 @@ def statistics_rows(
     import jax
     import jax.numpy as jnp
 
-    from jaxclt import global_circuit
+    from jaxclt import global_text
     from jaxclt.global_weights.statistics import Plan, add_sums, encoders, sums_of
     from jaxclt.lm.run import embed, native_mlp, run, unembed
 
     params, store = model.params, dictionary.store
     features = f"top:{n_features}"
-    subset = global_circuit.choose_features(model, dictionary, features, windows)
+    subset = global_text.choose_features(model, dictionary, features, windows)
     plan = Plan(lm=model.cfg, clt=store.cfg, starts=subset.starts)
     enc = encoders(store, params, subset)
-    batches = global_circuit._batches(windows, 0, global_circuit.BATCH_TOKENS)
-    token_WS, mask_WS, _ = next(batches)
+    found = global_text.batches(windows, 0, global_text.BATCH_TOKENS)
+    token_WS, mask_WS, _ = next(found)
     n = int(mask_WS.sum())
 
     def through(params: Any, token_WS: Any) -> Any:
@@ -161,7 +161,7 @@ def statistics_rows(
 
 def whole(model: Any, dictionary: Any, args: Any, features: str) -> list[str]:
     """The command's loop, its memory, and a resumed run."""
-    from jaxclt import global_circuit
+    from jaxclt import global_circuit, global_views
 
     state = args.out / "state"
     shutil.rmtree(state, ignore_errors=True)
@@ -200,7 +200,7 @@ def whole(model: Any, dictionary: Any, args: Any, features: str) -> list[str]:
     np.testing.assert_array_equal(again.sums["act"][-1], found.sums["act"][-1])
     size = (state / "statistics.npz").stat().st_size / 2**20
     one, wall, _ = timed(
-        lambda: global_circuit.write_globals(
+        lambda: global_views.write_globals(
             model,
             dictionary,
             global_circuit.global_weights(model, dictionary, found),

@@ -15,7 +15,8 @@ Where things are, in the order a prompt passes through them:
 | `jaxclt.clt` | dictionaries: encode, decode, what is active on a prompt |
 | `jaxclt.replacement` | replacement models and error nodes |
 | `jaxclt.graph` | targets, edges, influence, pruning, scores, certificate |
-| `jaxclt.global_circuit` | the shell of the global circuit: text to global weights |
+| `jaxclt.global_text`, `jaxclt.global_circuit` | the shell of global weights |
+| `jaxclt.global_views` | their files, page and neighbourhoods |
 | `jaxclt.global_weights` | virtual weights, co-activation, ERA, TWERA |
 | `jaxclt.intervene` | the shell of patching: a traced prompt is changed |
 | `jaxclt.patching` | edits, the three modes, batches, generation |
@@ -32,17 +33,15 @@ from jaxclt.api import Page, attribute, explain, influence, prune, show
 from jaxclt.errors import InputError
 from jaxclt.global_circuit import (
     Inhibitors,
-    TokenWindows,
     coactivation,
     global_inhibition,
     global_weights,
     head_inputs,
-    neighbourhood,
-    read_windows,
     strongest_virtual,
     virtual_weights,
-    write_globals,
 )
+from jaxclt.global_text import TokenWindows, read_windows
+from jaxclt.global_views import neighbourhood, write_globals
 from jaxclt.global_weights.ranking import GlobalWeights, Links
 from jaxclt.global_weights.statistics import Coactivation
 from jaxclt.global_weights.statistics import merge as merge_coactivation
@@ -56,6 +55,12 @@ from jaxclt.graph.inhibition import Inhibition, find_inhibition
 from jaxclt.graph.nodes import find_node
 from jaxclt.graph.paths import Path, describe_paths, node_name, strongest_paths
 from jaxclt.graph.scores import Scores, path_length_curve, scores
+from jaxclt.graph.supernodes import (
+    SupernodeGraph,
+    describe_supernodes,
+    suggest_supernodes,
+    supernode_graph,
+)
 from jaxclt.intervene import PatchResult, patch
 from jaxclt.io.dictionary import load_dictionary, save_dictionary
 from jaxclt.io.global_file import (
@@ -66,11 +71,12 @@ from jaxclt.io.global_file import (
 )
 from jaxclt.io.graph_file import load_graph, save_graph
 from jaxclt.io.model import Model, load_model
-from jaxclt.patching.edits import Edit, Supernode
+from jaxclt.patching.edits import Edit
 from jaxclt.provenance import edge_parts_with_model, inhibition
 from jaxclt.replacement.local import local_replacement, run_local
 from jaxclt.sweep import sweep_prompts
 from jaxclt.trace import Traced, trace_prompt, write_trace
+from jaxclt.types import Supernode
 
 __all__ = [
     "AttributeConfig",
@@ -94,6 +100,7 @@ __all__ = [
     "Scores",
     "Subset",
     "Supernode",
+    "SupernodeGraph",
     "TokenWindows",
     "Traced",
     "__version__",
@@ -101,6 +108,7 @@ __all__ = [
     "certificate",
     "coactivation",
     "describe_paths",
+    "describe_supernodes",
     "edge_parts",
     "edge_parts_with_model",
     "explain",
@@ -133,6 +141,8 @@ __all__ = [
     "solve_total_effect",
     "strongest_paths",
     "strongest_virtual",
+    "suggest_supernodes",
+    "supernode_graph",
     "sweep_prompts",
     "trace_prompt",
     "virtual_weights",

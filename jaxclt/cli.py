@@ -39,6 +39,7 @@ from jaxclt.cli_causal import (
     run_validate,
     validate_opened,
 )
+from jaxclt.cli_demo import DemoConfig, run_demo_command
 from jaxclt.cli_explain import ExplainConfig, run_explain
 from jaxclt.cli_globals import GlobalsConfig, run_globals
 from jaxclt.errors import InputError
@@ -175,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     defaults = train_defaults(sys.argv[1:] if argv is None else argv)
     config = tyro.cli(
-        Annotated[TraceConfig, tyro.conf.subcommand("trace")]  # pyright: ignore
+        Annotated[DemoConfig, tyro.conf.subcommand("demo")]  # pyright: ignore
+        | Annotated[TraceConfig, tyro.conf.subcommand("trace")]
         | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
         | Annotated[FetchConfig, tyro.conf.subcommand("fetch")]
         | Annotated[ViewConfig, tyro.conf.subcommand("view")]
@@ -190,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
     run = {
+        DemoConfig: lambda config, say: run_demo_command(config, say, _progress),
         TraceConfig: _trace,
         SweepConfig: _sweep,
         FetchConfig: _fetch,
@@ -395,10 +398,12 @@ def _prepare(
 
 
 def _fetch(config: FetchConfig, say: Console) -> None:
+    from jaxclt.io.bundled import MODELS
     from jaxclt.io.fetch import KNOWN_MODELS, fetch
 
     if config.list or not config.name:
-        known = {name: model.licence for name, model in KNOWN_MODELS.items()}
+        known = dict.fromkeys(MODELS, "bundled, Apache-2.0")
+        known |= {name: model.licence for name, model in KNOWN_MODELS.items()}
         if config.json:
             print(json.dumps(known))  # noqa: T201
         for name, licence in known.items():

@@ -21,7 +21,7 @@ from jaxclt.errors import InputError
 
 if TYPE_CHECKING:
     from jaxclt.intervene import PatchResult, Reopened
-    from jaxclt.patching.edits import Supernode
+    from jaxclt.types import Supernode
 
 __all__ = [
     "PatchConfig",
@@ -348,7 +348,7 @@ def use_compilation_cache() -> None:
 
 def _supernodes(config: _Reopen, opened: Reopened) -> list[Supernode]:
     """Groups from a file, else those saved in the directory's graph.json."""
-    from jaxclt.patching.edits import Supernode
+    from jaxclt.types import Supernode
 
     path = config.supernodes or config.directory / "graph.json"
     if config.supernodes is None and not path.is_file():

@@ -73,7 +73,7 @@ class GlobalsConfig:
 
 def run_globals(config: GlobalsConfig, say: Console, bar: Bar) -> None:
     """Gather, rank, write, print."""
-    from jaxclt import global_circuit
+    from jaxclt import global_circuit, global_views
     from jaxclt.global_weights.statistics import merge
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.global_file import load_statistics
@@ -123,7 +123,7 @@ def run_globals(config: GlobalsConfig, say: Console, bar: Bar) -> None:
         model, dictionary, statistics, kind=config.by
     )
     with bar(say, "tokens of features", "layers/s") as on_layer:
-        found = global_circuit.write_globals(
+        found = global_views.write_globals(
             model,
             dictionary,
             weights,

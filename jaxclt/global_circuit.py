@@ -1,7 +1,7 @@
 """The shell of the global circuit: text or token windows become global weights.
 
-text --tokenizer--> windows --statistics--> Coactivation --build--> GlobalWeights
-  --write_globals--> globals.npz, statistics.npz, report.json
+text --global_text--> windows --statistics--> Coactivation --build--> GlobalWeights
+  --global_views--> globals.npz, report.json, index.html
 
 Statistics are gathered in batches of windows, added up on the host, and, with a `state`
 directory, kept there now and then: an interrupted run goes on where it was.
@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
-import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,14 +24,23 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.active import Dictionary
-from jaxclt.clt.config import CLTConfig
-from jaxclt.clt.store import DictionaryStore
 from jaxclt.errors import InputError
+from jaxclt.global_text import (
+    BATCH_TOKENS,
+    Data,
+    Features,
+    Mask,
+    TokenWindows,
+    batches,
+    choose_features,
+    read_windows,
+    store_of,
+)
 from jaxclt.global_weights import build as building
 from jaxclt.global_weights import ranking
 from jaxclt.global_weights import weights as weights_of
 from jaxclt.global_weights.attention import Head
-from jaxclt.global_weights.build import build, virtual_blocks
+from jaxclt.global_weights.build import build
 from jaxclt.global_weights.inhibition import (
     inhibition_of,
     rows_of_weights,
@@ -48,332 +55,27 @@ from jaxclt.global_weights.statistics import (
     Sums,
     add_sums,
     encoders,
-    feature_sums,
     sums_of,
-    watch,
 )
 from jaxclt.global_weights.subset import Subset
-from jaxclt.global_weights.weights import (
-    Strongest,
-    embedding_weights,
-    logit_weights,
-    virtual_block,
-)
-from jaxclt.io.atomic import atomic_path
-from jaxclt.io.global_file import (
-    SavedGlobals,
-    load_globals,
-    load_statistics,
-    save_globals,
-    save_statistics,
-)
+from jaxclt.global_weights.weights import Strongest, virtual_block
+from jaxclt.io.global_file import load_statistics, save_statistics
 from jaxclt.io.model import Model
-from jaxclt.train.text import PAD, pack_windows, read_documents, valid_rows
 from jaxclt.types import LMParams
-from jaxclt.viewer.globals_page import globals_page
 
 __all__ = [
     "Inhibitors",
-    "TokenWindows",
-    "choose_features",
     "coactivation",
     "global_inhibition",
     "global_weights",
     "head_inputs",
-    "neighbourhood",
-    "page_document",
-    "read_windows",
     "strongest_virtual",
     "virtual_weights",
-    "write_globals",
 ]
 
-Data = str | os.PathLike[str] | Iterable[str | Sequence[int] | np.ndarray]
-Mask = Literal["all"] | np.ndarray | Sequence[Any] | None
-Features = str | os.PathLike[str] | Subset | np.ndarray | Sequence[Sequence[int]]
-
-BATCH_TOKENS = 2048  # positions that go through the model together
 FLUSH_TOKENS = 16_384  # positions whose sums are added in the model's dtype
 DENSE_FEATURES = 8192  # more are held sparsely unless asked otherwise
-SELECT_TOKENS = 16_384  # positions that features are chosen on
 SAVE_S = 60.0  # between two states on disk
-TOKENS_LISTED = 10  # of each feature in globals.npz
-PAGE_LINKS = 10  # inputs and outputs of each feature on the page, by each kind
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenWindows:
-    """Windows of tokens and which of their positions count.
-
-    Attributes:
-      token_WS: int32, -1 behind the text.
-      mask_WS: bool.
-    """
-
-    token_WS: np.ndarray
-    mask_WS: np.ndarray
-
-    @property
-    def n_tokens(self) -> int:
-        """Positions that count."""
-        return int(self.mask_WS.sum())
-
-    @property
-    def digest(self) -> str:
-        """Tells windows apart."""
-        found = hashlib.sha256(repr(self.token_WS.shape).encode())
-        found.update(self.token_WS.tobytes() + self.mask_WS.tobytes())
-        return found.hexdigest()
-
-    def take(self, rows: slice) -> TokenWindows:
-        """Some of the windows."""
-        return TokenWindows(self.token_WS[rows], self.mask_WS[rows])
-
-    def first(self, n_tokens: int) -> TokenWindows:
-        """The first windows that have so many positions that count."""
-        have_W = np.cumsum(self.mask_WS.sum(1))
-        return self.take(slice(0, int(np.searchsorted(have_W, n_tokens)) + 1))
-
-
-def read_windows(
-    model: Model,
-    data: Data | TokenWindows,
-    *,
-    mask: Mask = None,
-    tokens: int = 200_000,
-    context: int = 256,
-    shard: tuple[int, int] = (0, 1),
-    on_tokens: Callable[[int, int], None] = lambda done, total: None,
-) -> TokenWindows:
-    """Windows of tokens from a text source, or from texts or token ids given.
-
-    Args:
-      model: from `load_model`.
-      data: where text is, as for `jaxclt train --data` (a file, a folder, ``hub:...``);
-        or an iterable of windows: each a prompt (text) or token ids. All of them are
-        taken.
-      mask: which positions count. None: no padding, no special token, not the first of
-        a window, where many models park attention. ``"all"``: all but padding. Or bool
-        [S] for all windows, [W, S], or one row for each window (padding never counts).
-      tokens: positions that count to take from a text source.
-      context: positions of a window cut from a text source.
-      shard: (i, n) takes every n-th window from the i-th on.
-      on_tokens: progress of the tokenizer.
-
-    Raises:
-      InputError: if there is no text, a token is not the model's, or the mask does not
-        fit.
-    """
-    if isinstance(data, TokenWindows):
-        return data.take(slice(shard[0], None, shard[1]))
-    if isinstance(data, str | os.PathLike):
-        if tokens < 1:
-            raise InputError(f"--tokens {tokens}: give at least 1")
-        if context > model.cfg.n_ctx:
-            raise InputError(
-                f"--context {context}: the model takes at most {model.cfg.n_ctx}"
-            )
-        documents = {
-            hashlib.sha256(text.encode()).hexdigest(): text
-            for text in read_documents(os.fspath(data), tokens=tokens)
-        }
-        token_WS = pack_windows(
-            [documents[key] for key in sorted(documents)],
-            model.tokenizer,
-            size=context,
-            n_tokens=tokens,
-            on_tokens=on_tokens,
-        )
-        found = TokenWindows(token_WS, _mask(model, token_WS, mask)).first(tokens)
-    else:
-        token_WS = _padded(model, data)
-        found = TokenWindows(token_WS, _mask(model, token_WS, mask))
-    found = found.take(slice(shard[0], None, shard[1]))
-    if not found.n_tokens:
-        raise InputError("no position of the data counts: give more text, or a mask")
-    return found
-
-
-def _padded(
-    model: Model, data: Iterable[str | Sequence[int] | np.ndarray]
-) -> np.ndarray:
-    rows = [
-        model.tokenizer.encode(x) if isinstance(x, str) else np.asarray(x, np.int64)
-        for x in data
-    ]
-    if not rows or not max(map(len, rows)):
-        raise InputError("the data has no tokens: give at least one window")
-    token_WS = np.full((len(rows), max(map(len, rows))), PAD, np.int32)
-    for row_S, ids in zip(token_WS, rows, strict=True):
-        row_S[: len(ids)] = ids
-    if token_WS.max() >= model.cfg.d_vocab or token_WS.min() < PAD:
-        raise InputError(
-            f"a window holds a token that is not in 0..{model.cfg.d_vocab - 1}"
-        )
-    if token_WS.shape[1] > model.cfg.n_ctx:
-        raise InputError(
-            f"a window has {token_WS.shape[1]} tokens, the model takes at most "
-            f"{model.cfg.n_ctx}: cut it"
-        )
-    behind_WS = np.cumsum(token_WS == PAD, axis=1) > 0
-    if ((token_WS != PAD) & behind_WS).any():
-        raise InputError("padding (-1) stands before a token: put it behind the text")
-    return token_WS
-
-
-def _mask(model: Model, token_WS: np.ndarray, mask: Mask) -> np.ndarray:
-    text_WS = token_WS != PAD
-    if mask is None:
-        return valid_rows(token_WS, model.tokenizer.special_ids)
-    if isinstance(mask, str):
-        if mask != "all":
-            raise InputError(f'mask {mask!r}: give None, "all" or an array of bool')
-        return text_WS
-    W, S = token_WS.shape
-    rows = list(mask)
-    if rows and np.ndim(rows[0]) == 1:
-        given_WS = np.zeros((W, S), bool)
-        if len(rows) != W or max(map(len, rows)) > S:
-            raise InputError(
-                f"the mask has {len(rows)} rows of up to {max(map(len, rows))}, the "
-                f"windows are {W} of {S}"
-            )
-        for to_S, row in zip(given_WS, rows, strict=True):
-            to_S[: len(row)] = np.asarray(row, bool)
-        return given_WS & text_WS
-    if len(rows) != S:
-        raise InputError(
-            f"the mask has {len(rows)} positions, the windows {S}: give one for each"
-        )
-    return np.asarray(rows, bool)[None] & text_WS
-
-
-# -- which features --------------------------------------------------------------------
-
-
-def _store(dictionary: Dictionary, params: LMParams) -> DictionaryStore:
-    store = getattr(dictionary, "store", None)
-    if store is None:
-        raise InputError(
-            f"dictionary {dictionary.name}: a neuron's gate depends on the prompt, so "
-            "neurons have no global weights; give a transcoder"
-        )
-    if params.embed_VD.dtype.itemsize < 4:
-        raise InputError(
-            f"statistics need float32, the model is {params.embed_VD.dtype}: load it "
-            'with dtype="float32"'
-        )
-    return store
-
-
-def choose_features(
-    model: Model,
-    dictionary: Dictionary,
-    features: Features,
-    windows: TokenWindows,
-    on_tokens: Callable[[int, int], None] = lambda done, total: None,
-) -> Subset:
-    """The features that are named.
-
-    Args:
-      model: from `load_model`.
-      dictionary: from `load_dictionary`.
-      features: ``all``; ``top:K``, the K that fire most often on the first windows;
-        (layer, index) rows; or a file of them: .npz with ``layer_U`` and
-        ``feature_U``, .json with a list of pairs, or lines LAYER:FEATURE.
-      windows: what ``top:K`` is measured on.
-      on_tokens: progress of that.
-
-    Raises:
-      InputError: for anything else, or features that the dictionary lacks.
-    """
-    store = _store(dictionary, model.params)
-    if isinstance(features, Subset):
-        return features
-    if not isinstance(features, str | os.PathLike):
-        return Subset.of(np.asarray(features, np.int64), store.cfg)
-    name = os.fspath(features)
-    if name == "all":
-        return Subset.everything(store.cfg)
-    head, _, count = name.partition(":")
-    if head == "top":
-        if not count.isdecimal() or int(count) < 1:
-            raise InputError(f"--features {name}: write top:K with K at least 1")
-        sample = windows.first(SELECT_TOKENS)
-        count_U = _firing(model, store, sample, on_tokens)
-        return _most_frequent(count_U, int(count), store.cfg)
-    return Subset.of(_read_features(Path(name)), store.cfg)
-
-
-def _most_frequent(count_U: np.ndarray, k: int, cfg: CLTConfig) -> Subset:
-    order = np.argsort(-count_U, kind="stable")[:k]
-    order = order[count_U[order] > 0]
-    if not len(order):
-        raise InputError("no feature fires on the text: is the dictionary the model's?")
-    place = np.stack([order // cfg.n_features, order % cfg.n_features], 1)
-    return Subset.of(place, cfg)
-
-
-def _read_features(path: Path) -> np.ndarray:
-    usage = "write lines LAYER:FEATURE, a .json list of pairs, all, or top:K"
-    if not path.is_file():
-        raise InputError(f"--features {path}: there is no such file; {usage}")
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return np.stack([file["layer_U"], file["feature_U"]], 1)
-        if path.suffix == ".json":
-            rows = json.loads(path.read_text("utf-8"))
-        else:
-            lines = path.read_text("utf-8").splitlines()
-            rows = [line.split(":") for line in lines if line.strip()]
-        return np.asarray(rows, np.int64).reshape(len(rows), 2)
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise InputError(f"--features {path} cannot be read: {usage}") from error
-
-
-@partial(jax.jit, static_argnames="plan")
-def _frequency(
-    params: LMParams, enc: Encoders, token_WS: Array, mask_WS: Array, *, plan: Plan
-) -> Array:
-    return feature_sums(watch(params, enc, token_WS, mask_WS, plan=plan))["count_U"]
-
-
-def _firing(
-    model: Model,
-    store: DictionaryStore,
-    windows: TokenWindows,
-    on_tokens: Callable[[int, int], None],
-) -> np.ndarray:
-    """On how many of the positions each feature of the dictionary fires."""
-    everything = Subset.everything(store.cfg)
-    plan = Plan(lm=model.cfg, clt=store.cfg, starts=everything.starts)
-    enc = encoders(store, model.params, everything)
-    count_U = np.zeros(len(everything))
-    for token_WS, mask_WS, done in _batches(windows, 0, BATCH_TOKENS // 2):
-        found = _frequency(model.params, enc, token_WS, mask_WS, plan=plan)
-        count_U += np.asarray(found, np.float64)
-        on_tokens(int(windows.mask_WS[:done].sum()), windows.n_tokens)
-    return count_U
-
-
-def _batches(
-    windows: TokenWindows, start: int, n_tokens: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Batches of one shape from a window on, and how many windows are then done."""
-    n, S = windows.token_WS.shape
-    W = min(n, max(1, n_tokens // S))
-    for i in range(start, n, W):
-        part = windows.take(slice(i, i + W))
-        pad = ((0, W - len(part.token_WS)), (0, 0))
-        yield (
-            np.pad(part.token_WS, pad, constant_values=PAD),
-            np.pad(part.mask_WS, pad),
-            min(i + W, n),
-        )
-
-
-# -- statistics ------------------------------------------------------------------------
 
 
 def coactivation(
@@ -423,7 +125,7 @@ def coactivation(
       InputError: for data, features or heads that do not fit, or a `state` of another
         run.
     """
-    store = _store(dictionary, model.params)
+    store = store_of(dictionary, model.params)
     for layer, head in heads:
         if not (1 <= layer < model.cfg.n_layers and 0 <= head < model.cfg.n_heads):
             raise InputError(
@@ -474,7 +176,7 @@ def coactivation(
     gathering = _Gathering(model.params, encoders(store, model.params, subset), plan)
     gathering.total = found.sums
     batch = BATCH_TOKENS // 2 if thin else BATCH_TOKENS
-    for token_WS, mask_WS, done in _batches(windows, first, batch):
+    for token_WS, mask_WS, done in batches(windows, first, batch):
         if thin:
             gathering.add_sparse(token_WS, mask_WS)
         else:
@@ -689,7 +391,7 @@ def global_weights(
     Raises:
       InputError: if the dictionary is another, or for an unknown kind.
     """
-    store = _store(dictionary, model.params)
+    store = store_of(dictionary, model.params)
     if not isinstance(statistics, Coactivation):
         statistics, _ = load_statistics(statistics)
     if kind not in ranking.KINDS:
@@ -719,7 +421,7 @@ def head_inputs(
     with ``heads=[head]``.
     """
     return building.head_inputs(
-        _store(dictionary, model.params),
+        store_of(dictionary, model.params),
         model.params,
         statistics,
         head,
@@ -750,7 +452,7 @@ def virtual_weights(
     Raises:
       InputError: if there is no such layer or feature.
     """
-    store = _store(dictionary, model.params)
+    store = store_of(dictionary, model.params)
     ends = []
     for layer, chosen in (target, source):
         index = np.asarray(chosen, np.int64).reshape(-1)
@@ -783,7 +485,7 @@ def strongest_virtual(
     Raises:
       InputError: for features that the dictionary lacks.
     """
-    store = _store(dictionary, model.params)
+    store = store_of(dictionary, model.params)
     if isinstance(features, str) and features.startswith("top:"):
         raise InputError(f"features {features}: how often they fire needs text")
     none = TokenWindows(np.zeros((0, 1), np.int32), np.zeros((0, 1), bool))
@@ -866,7 +568,7 @@ def global_inhibition(
     Raises:
       InputError: for input that does not fit, or a TopK dictionary.
     """
-    store = _store(dictionary, model.params)
+    store = store_of(dictionary, model.params)
     windows = read_windows(model, data, mask=mask, tokens=tokens, context=context)
     sources = choose_features(model, dictionary, features, windows)
     asked = Subset.of(np.asarray(targets, np.int64), store.cfg)
@@ -878,7 +580,7 @@ def global_inhibition(
     plan = Plan(lm=model.cfg, clt=store.cfg, starts=subset.starts)
     enc = encoders(store, model.params, subset)
     total: Sums = {}
-    for token_WS, mask_WS, done in _batches(windows, 0, BATCH_TOKENS):
+    for token_WS, mask_WS, done in batches(windows, 0, BATCH_TOKENS):
         found = inhibition_of(
             model.params, enc, token_WS, mask_WS, slot_R, theta_R, V_RU, plan=plan
         )
@@ -894,287 +596,3 @@ def global_inhibition(
         released_RU=total["released_RU"] / n,
         virtual_RU=V_RU,
     )
-
-
-# -- what is written and shown ---------------------------------------------------------
-
-
-def write_globals(
-    model: Model,
-    dictionary: Dictionary,
-    weights: GlobalWeights,
-    out: str | os.PathLike[str],
-    *,
-    top: int = 32,
-    meta: dict[str, Any] | None = None,
-    on_layer: Callable[[int, int], None] = lambda done, total: None,
-) -> SavedGlobals:
-    """Write globals.npz, report.json and the page index.html into a directory.
-
-    Args:
-      model: from `load_model`.
-      dictionary: from `load_dictionary`.
-      weights: from `global_weights`.
-      out: directory.
-      top: links kept: the strongest inputs and outputs of every feature by |V|, |ERA|
-        and |TWERA| each (sparse statistics: by the last two and |V| among the pairs
-        that fire together).
-      meta: more to tell.
-      on_layer: progress of the vocabulary weights, layer by layer.
-
-    Raises:
-      InputError: if the directory cannot be written.
-    """
-    out, store = Path(out), _store(dictionary, model.params)
-    stats = weights.statistics
-    scaled: tuple[Kind, ...] = ("era_norm", "twera_norm") if stats.scaled else ()
-    links = weights.strongest(top, ("virtual", "era", "twera", *scaled))
-    blocks: Iterable[tuple[int, int, np.ndarray]] = (
-        virtual_blocks(store, model.params, stats)
-        if stats.sparse  # which lack the pairs that never fire together
-        else zip(stats.subset.starts, itertools.repeat(0), weights.virtual)  # pyright: ignore
-    )
-    share = ranking.interference(stats, blocks)
-    tables = _token_tables(model.params, store, stats.subset, on_layer)
-    ids = np.unique(np.concatenate([tables[name].ravel() for name in _TOKEN_TABLES]))
-    told = (meta or {}) | {
-        "schema": 1,
-        "model": model.name,
-        "dictionary": dictionary.name,
-        "hashes": {"model": model.hash, "dictionary": dictionary.hash},
-        "by": weights.kind,
-        "top": top,
-        "read": store.cfg.read,
-        "sparse": stats.sparse,
-        "tokens": stats.n_tokens,
-        "features": len(stats.subset),
-        "links": len(links),
-        "interference": share,
-    }
-    texts = model.tokenizer.token_strings(ids.tolist())
-    found = SavedGlobals(
-        meta=told
-        | {"token_text": {str(i): t for i, t in zip(ids.tolist(), texts, strict=True)}},
-        links=links,
-        subset=stats.subset,
-        frequency_U=stats.frequency.astype(np.float32),
-        mean_U=stats.mean.astype(np.float32),
-        **tables,
-    )
-    save_globals(out / "globals.npz", found)
-    with atomic_path(out / "index.html") as temporary:
-        temporary.write_text(globals_page(page_document(found)), encoding="utf-8")
-    with atomic_path(out / "report.json") as temporary:
-        temporary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    return found
-
-
-def page_document(found: SavedGlobals, *, k: int = PAGE_LINKS) -> dict[str, Any]:
-    """What the page embeds: features with their tokens, and the strongest links.
-
-    Args:
-      found: what `write_globals` returns or `load_globals` reads.
-      k: inputs and outputs of every feature, by each of V, ERA and TWERA.
-    """
-    subset, links = found.subset, found.links
-    U, size = len(subset), max(1, int(subset.feature_U.max()) + 1)
-    code_U = subset.layer_U.astype(np.int64) * size + subset.feature_U
-
-    def slots(end: str) -> np.ndarray:
-        layer_P = getattr(links, f"{end}_layer_P").astype(np.int64)
-        code_P = layer_P * size + getattr(links, f"{end}_feature_P")
-        return np.searchsorted(code_U, code_P)
-
-    source_P, target_P = slots("source"), slots("target")
-    keep_P = np.zeros(len(links), bool)
-    for kind in ("virtual", "era", "twera"):
-        size_P = np.abs(getattr(links, f"{kind}_P"))
-        for end_P in (source_P, target_P):
-            order = np.lexsort((-size_P, end_P))
-            start = np.searchsorted(end_P[order], end_P[order])
-            keep_P[order[np.arange(len(order)) - start < k]] = True
-
-    def short(x: np.ndarray) -> list[float]:
-        return [float(f"{value:.4g}") for value in x.tolist()]
-
-    columns = [
-        short(getattr(links, f"{name}_P")[keep_P])
-        for name in ("virtual", "era", "twera", "coactivation")
-    ]
-    tokens = [
-        [
-            [list(pair) for pair in zip(ids, short(weight_K), strict=True)]
-            for ids, weight_K in zip(
-                getattr(found, f"{name}_token_UK").tolist(),
-                getattr(found, f"{name}_weight_UK"),
-                strict=True,
-            )
-        ]
-        for name in ("input", "output", "lowest")
-    ]
-    meta = found.meta
-    return {
-        "about": f"{meta['model']}, {meta['dictionary']}: {U:,} features on "
-        f"{meta['tokens']:,} tokens. Links join features at the same position; "
-        "attention is not in them.",
-        "k": k,
-        "texts": meta["token_text"],
-        "features": [
-            list(row)
-            for row in zip(
-                subset.layer_U.tolist(),
-                subset.feature_U.tolist(),
-                short(found.frequency_U),
-                short(found.mean_U),
-                *tokens,
-                strict=True,
-            )
-        ],
-        "links": [
-            list(row)
-            for row in zip(
-                source_P[keep_P].tolist(),
-                target_P[keep_P].tolist(),
-                *columns,
-                strict=True,
-            )
-        ],
-    }
-
-
-_TOKEN_TABLES = ("input_token_UK", "output_token_UK", "lowest_token_UK")
-
-
-@partial(jax.jit, static_argnames="k")
-def _highest(x_RV: Array, k: int) -> tuple[Array, Array]:
-    return jax.lax.top_k(x_RV, k)
-
-
-def _token_tables(
-    params: LMParams,
-    store: DictionaryStore,
-    subset: Subset,
-    on_layer: Callable[[int, int], None],
-) -> dict[str, np.ndarray]:
-    """The tokens with the largest embedding and logit weights of every feature."""
-    k = min(TOKENS_LISTED, params.embed_VD.shape[0])
-    found: dict[str, list[np.ndarray]] = {}
-    L = store.cfg.n_layers
-    for layer in range(L):
-        chosen = subset.features(layer)
-        # A few features at a time: each has a weight for every token.
-        for start in range(0, len(chosen), 256):
-            part = chosen[start : start + 256]
-            embed_RV = embedding_weights(store, params, layer, part)
-            logit_RV = logit_weights(store, params, layer, part)
-            for name, x_RV, sign in (
-                ("input", embed_RV, 1),
-                ("output", logit_RV, 1),
-                ("lowest", logit_RV, -1),
-            ):
-                weight_RK, token_RK = map(np.asarray, _highest(sign * x_RV, k))
-                found.setdefault(f"{name}_token_UK", []).append(token_RK)
-                found.setdefault(f"{name}_weight_UK", []).append(sign * weight_RK)
-        on_layer(layer + 1, L)
-    return {name: np.concatenate(parts) for name, parts in found.items()}
-
-
-def neighbourhood(
-    weights: GlobalWeights | SavedGlobals | str | os.PathLike[str],
-    layer: int,
-    feature: int,
-    *,
-    k: int = 10,
-    by: Kind | None = None,
-    model: Model | None = None,
-    dictionary: Dictionary | None = None,
-) -> dict[str, Any]:
-    """What surrounds a feature in the global circuit, ready for JSON.
-
-    Args:
-      weights: from `global_weights`, or a directory that `jaxclt globals` wrote.
-      layer: of the feature.
-      feature: its index.
-      k: how many of everything.
-      by: what links are ranked by; None: as the weights say.
-      model: needed with `dictionary` for the tokens of `GlobalWeights`; a directory has
-        them.
-      dictionary: see `model`.
-
-    Returns:
-      ``feature`` {layer, feature, frequency, mean}, ``by``, ``tokens`` (counted),
-      ``inputs`` and ``outputs`` [{layer, feature, virtual, era, twera, coactivation}],
-      ``tokens_in``, ``tokens_out`` and ``tokens_out_lowest`` [{token, text, weight}]:
-      the largest embedding and logit weights, and the most negative logit weights.
-
-    Raises:
-      InputError: if the feature is not among those of the weights.
-    """
-    if isinstance(weights, str | os.PathLike):
-        weights = load_globals(weights)
-    slot = weights.subset.slot(layer, feature)
-    if isinstance(weights, SavedGlobals):
-        by = by or weights.meta["by"]
-        frequency, mean = weights.frequency_U[slot], weights.mean_U[slot]
-        tables = {name: getattr(weights, name)[slot] for name in _token_fields()}
-        n_tokens, text = weights.meta["tokens"], weights.meta["token_text"]
-    else:
-        by = by or weights.kind
-        stats = weights.statistics
-        frequency, mean = stats.frequency[slot], stats.mean[slot]
-        n_tokens, text, tables = stats.n_tokens, {}, {}
-        if model is not None and dictionary is not None:
-            one = Subset(
-                weights.subset.layer_U[slot : slot + 1],
-                weights.subset.feature_U[slot : slot + 1],
-                weights.subset.n_layers,
-            )
-            store = _store(dictionary, model.params)
-            found = _token_tables(model.params, store, one, lambda done, total: None)
-            tables = {name: value[0] for name, value in found.items()}
-            ids = np.unique(np.concatenate([tables[n] for n in _TOKEN_TABLES])).tolist()
-            strings = model.tokenizer.token_strings(ids)
-            text = {str(i): t for i, t in zip(ids, strings, strict=True)}
-
-    def links(found: ranking.Links, end: str) -> list[dict[str, Any]]:
-        rows = found.rows()
-        names = ("virtual", "era", "twera", "era_norm", "twera_norm", "coactivation")
-        return [
-            {"layer": row[f"{end}_layer"], "feature": row[f"{end}_feature"]}
-            | {name: row[name] for name in names}
-            for row in rows
-        ]
-
-    def tokens(name: str) -> list[dict[str, Any]]:
-        if f"{name}_token_UK" not in tables:
-            return []
-        pairs = zip(
-            tables[f"{name}_token_UK"].tolist(),
-            tables[f"{name}_weight_UK"].tolist(),
-            strict=True,
-        )
-        return [
-            {"token": token, "text": text.get(str(token), ""), "weight": weight}
-            for token, weight in list(pairs)[:k]
-        ]
-
-    return {
-        "feature": {
-            "layer": layer,
-            "feature": feature,
-            "frequency": float(frequency),
-            "mean": float(mean),
-        },
-        "by": by,
-        "tokens": int(n_tokens),
-        "inputs": links(weights.inputs(layer, feature, k, by=by), "source"),
-        "outputs": links(weights.outputs(layer, feature, k, by=by), "target"),
-        "tokens_in": tokens("input"),
-        "tokens_out": tokens("output"),
-        "tokens_out_lowest": tokens("lowest"),
-    }
-
-
-def _token_fields() -> list[str]:
-    names = [name.removesuffix("_token_UK") for name in _TOKEN_TABLES]
-    return [f"{name}_{what}_UK" for name in names for what in ("token", "weight")]

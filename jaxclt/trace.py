@@ -28,7 +28,7 @@ import orjson
 from jax import Array
 
 from jaxclt import __version__
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.active import Active, Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.attribute import (
     AttributeConfig,
@@ -51,7 +51,7 @@ from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import record
 from jaxclt.shapes import bucket
 from jaxclt.target_text import read_targets
-from jaxclt.types import LMParams, Recording, Targets
+from jaxclt.types import LMParams, Recording, Supernode, Targets
 from jaxclt.viewer.graph_json import graph_json, validate
 from jaxclt.viewer.page import page
 
@@ -197,6 +197,7 @@ def trace_prompt(
             weights=_weights(chosen, top),
             config=same["config"],
             hashes=same["hashes"],
+            labels=_feature_labels(dictionary, active),
             version=__version__,
         )
         graph = attribute_recording(
@@ -271,6 +272,7 @@ def write_trace(
     *,
     save: str = "auto",
     environment: dict[str, Any] | None = None,
+    supernodes: Sequence[Supernode] = (),
 ) -> dict[str, Any]:
     """Write graph.npz, report.json, graph.json and index.html; return the report.
 
@@ -281,6 +283,8 @@ def write_trace(
       out: directory, created if absent.
       save: `full`, `pruned`, or `auto` (full up to 512 MB).
       environment: added to the report's environment.
+      supernodes: groups of features that the page opens with, and that `jaxclt patch
+        --group` knows by name.
 
     Raises:
       InputError: if the directory cannot be written.
@@ -290,6 +294,7 @@ def write_trace(
     graph = traced.graph
     report = _report(traced) | {"environment": _environment() | (environment or {})}
     doc = graph_json(graph, slug=out.name or "graph", scores=report["scores"])
+    doc["qParams"] |= _grouped(doc, supernodes)
     validate(doc)
     small = save == "pruned" or (save == "auto" and _bytes(graph) > FULL_GRAPH_BYTES)
     save_graph(out / "graph.npz", restrict(graph) if small else graph)
@@ -300,6 +305,20 @@ def write_trace(
     _write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     _write_text(out / "index.html", page(doc, report))
     return report
+
+
+def _grouped(
+    doc: dict[str, Any], supernodes: Sequence[Supernode]
+) -> dict[str, list[Any]]:
+    """The groups as viewers keep them: shown members by their ids, all pinned."""
+    shown = {node["node_id"] for node in doc["nodes"]}
+    groups = []
+    for group in supernodes:
+        ids = [f"{layer}_{feature}_{pos}" for layer, pos, feature in group.features]
+        if ids := [i for i in ids if i in shown]:
+            groups.append([group.name, *ids])
+    pinned = [i for _, *ids in groups for i in ids]
+    return {"supernodes": groups, "pinnedIds": pinned}
 
 
 def check_writable(out: str | os.PathLike[str]) -> None:
@@ -337,6 +356,14 @@ def _labels(model: Model, targets: Targets) -> tuple[str, ...]:
         label or (model.tokenizer.token_strings([i])[0] if i >= 0 else "target")
         for label, i in zip(targets.labels, ids, strict=True)
     )
+
+
+def _feature_labels(dictionary: Dictionary, active: Active) -> dict[str, str]:
+    """The dictionary's labels of what is active, by "layer:feature"."""
+    known = dictionary.labels
+    places = set(zip(active.layer_A.tolist(), active.feature_A.tolist(), strict=True))
+    named = sorted(places & known.keys())
+    return {f"{layer}:{feature}": known[layer, feature] for layer, feature in named}
 
 
 def _next_tokens(

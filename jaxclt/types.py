@@ -19,6 +19,8 @@ Structs are frozen; update them with ``dataclasses.replace``.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from flax import struct
 from jax import Array
@@ -32,6 +34,7 @@ __all__ = [
     "Reads",
     "Recording",
     "Sources",
+    "Supernode",
     "Targets",
 ]
 
@@ -171,3 +174,22 @@ class Targets:
     write_KD: Array | np.ndarray
     const_K: Array | np.ndarray
     labels: tuple[str, ...] = struct.field(pytree_node=False)  # "": the token's text
+
+
+@dataclasses.dataclass(frozen=True)
+class Supernode:
+    """A named group of nodes: one node of a smaller graph, changed together in a patch.
+
+    Circuit Tracing (2025), sections 3.4 and 3.5. Members are features as (layer,
+    position, feature), a negative position counting from the end of the prompt, or any
+    nodes by their names (``"error 12:5"``, ``"embed 2"``, ``"target 0"``, see
+    `jaxclt.graph.nodes`). A patch changes the former and leaves out what is named.
+    """
+
+    name: str
+    nodes: tuple[tuple[int, int, int] | str, ...]
+
+    @property
+    def features(self) -> tuple[tuple[int, int, int], ...]:
+        """The members that have an activation."""
+        return tuple(node for node in self.nodes if not isinstance(node, str))

@@ -28,9 +28,9 @@ from jaxclt.graph.effects import solve_total_effect
 from jaxclt.intervene import Subject
 from jaxclt.io.atomic import atomic_path
 from jaxclt.patching.batch import How, chunk_size, default_range
-from jaxclt.patching.edits import Supernode
 from jaxclt.patching.effects import Effect, clean_effect
 from jaxclt.patching.modes import Gates, Mode
+from jaxclt.types import Supernode
 from jaxclt.validation import plots
 from jaxclt.validation.faithfulness import (
     Perturbation,
@@ -206,7 +206,7 @@ def _groups(
     if groups:
         found = []
         for group in groups:
-            members = [slot[node] for node in group.nodes if node in slot]
+            members = [slot[node] for node in group.features if node in slot]
             if members:
                 found.append((group.name, np.unique(members)))
         return found[: options.n_groups]

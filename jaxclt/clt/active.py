@@ -8,7 +8,7 @@ its place, its activation, its encoder row and its decoder rows. How they came a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -113,6 +113,11 @@ class Dictionary(Protocol):
         """Content hash, for the graph's meta data."""
         ...
 
+    @property
+    def labels(self) -> Mapping[tuple[int, int], str]:
+        """What features stand for, by (layer, feature), as far as anybody said."""
+        ...
+
     def active(self, params: LMParams, recording: Recording, cfg: LMConfig) -> Active:
         """The features active on a recorded prompt."""
         ...
@@ -125,6 +130,7 @@ class StoreDictionary:
     store: DictionaryStore
     name: str = "transcoder"
     hash: str = ""
+    labels: Mapping[tuple[int, int], str] = dataclasses.field(default_factory=dict)
 
     @property
     def cfg(self) -> CLTConfig:

@@ -11,6 +11,7 @@ norm ``|a| * ||W_down||`` and leaves the rest to the error node.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -38,6 +39,11 @@ class NeuronDictionary:
     def name(self) -> str:
         """As the user gave it."""
         return "neurons" if self.k is None else f"neurons:{self.k}"
+
+    @property
+    def labels(self) -> Mapping[tuple[int, int], str]:
+        """Neurons have none."""
+        return {}
 
     def active(self, params: LMParams, recording: Recording, cfg: LMConfig) -> Active:
         """The k strongest neurons of every layer and position."""

@@ -38,8 +38,14 @@ class GraphMeta:
     weights: str = "probability"  # what target_prob_K holds, or "chosen"
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
+    labels: dict[str, str] = dataclasses.field(default_factory=dict)
+    # what features stand for, by "layer:feature"; untrusted like tokens
     version: str = ""
     schema: int = 1
+
+    def label(self, layer: int, feature: int) -> str:
+        """What the dictionary calls a feature; empty where it has no name for it."""
+        return self.labels.get(f"{layer}:{feature}", "")
 
     def to_json(self) -> str:
         """Serialise; `from_json` is its inverse."""

@@ -218,12 +218,23 @@ def node_name(graph: Graph, index: int) -> str:
 
 
 def describe_paths(graph: Graph, paths: Sequence[Path]) -> str:
-    """One line per path: strength (percent, or effect), sign, and the nodes."""
+    """One line per path: strength (percent, or effect), sign, and the nodes.
+
+    Features that the dictionary has a label for carry it in brackets.
+    """
     lines = []
     for path in paths:
         strength = (
             f"{100 * path.strength:6.2f}%" if path.share else f"{path.strength:9.3g}"
         )
-        names = " -> ".join(node_name(graph, node) for node in path.nodes)
+        names = " -> ".join(_labelled(graph, node) for node in path.nodes)
         lines.append(f"{strength} {'+' if path.sign > 0 else '-'}  {names}")
     return "\n".join(lines)
+
+
+def _labelled(graph: Graph, node: int) -> str:
+    name = node_name(graph, node)
+    if node >= graph.n_features:
+        return name
+    label = graph.meta.label(int(graph.layer_A[node]), int(graph.feature_A[node]))
+    return f"{name} [{quoted(label)[1:-1]}]" if label else name

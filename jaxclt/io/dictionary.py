@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from jaxclt.clt.active import Dictionary, StoreDictionary
 from jaxclt.clt.neurons import NeuronDictionary, parse_neurons
 from jaxclt.errors import InputError
+from jaxclt.io.bundled import DICTIONARIES, bundled
 from jaxclt.io.circuit_tracer_read import (
     CircuitTracerDir,
     check,
@@ -18,14 +20,19 @@ from jaxclt.io.circuit_tracer_read import (
 from jaxclt.io.circuit_tracer_write import save_dictionary
 from jaxclt.io.hub import download, parse_hub_id
 from jaxclt.io.model import Model
+from jaxclt.io.weights_safetensors import read_json
+
+LABELS = "labels.json"
 
 __all__ = [
+    "LABELS",
     "CircuitTracerDir",
     "check",
     "dictionary_hash",
     "load_dictionary",
     "load_params",
     "open_dictionary",
+    "read_labels",
     "save_dictionary",
 ]
 
@@ -34,9 +41,9 @@ def load_dictionary(name_or_path: str | os.PathLike[str], model: Model) -> Dicti
     """Open a dictionary for a model.
 
     Args:
-      name_or_path: `neurons`, `neurons:k`, a directory in circuit-tracer's format (or
-        one that holds such a directory as `dictionary`), or a hub id
-        `organisation/name[@revision]`.
+      name_or_path: `neurons`, `neurons:k`, a bundled one (see `jaxclt.io.bundled`), a
+        directory in circuit-tracer's format (or one that holds such a directory as
+        `dictionary`), or a hub id `organisation/name[@revision]`.
       model: the model it reads.
 
     Raises:
@@ -46,11 +53,12 @@ def load_dictionary(name_or_path: str | os.PathLike[str], model: Model) -> Dicti
     neurons = parse_neurons(name)
     if neurons is not None:
         return NeuronDictionary(neurons.k, hash=model.hash)
-    path = Path(name).expanduser()
+    path = bundled(name) or Path(name).expanduser()
     if not path.exists():
         if parse_hub_id(name) is None:
             raise InputError(
-                f"no dictionary {name!r}: give neurons:k, a directory that holds a "
+                f"no dictionary {name!r}: give neurons:k, {', '.join(DICTIONARIES)}, a "
+                "directory that holds a "
                 "config.yaml in circuit-tracer's format, or a hub id organisation/name"
             )
         path = download(name, "dictionary", allow=["config.yaml", "*.safetensors"])
@@ -58,4 +66,26 @@ def load_dictionary(name_or_path: str | os.PathLike[str], model: Model) -> Dicti
         path = path / "dictionary"
     store = open_dictionary(path)
     check(store, model.cfg)
-    return StoreDictionary(store, name=name, hash=dictionary_hash(store))
+    return StoreDictionary(
+        store, name=name, hash=dictionary_hash(store), labels=read_labels(path)
+    )
+
+
+def read_labels(folder: Path) -> dict[tuple[int, int], str]:
+    """Labels of features, from an optional labels.json: ``{"LAYER:FEATURE": text}``.
+
+    Raises:
+      InputError: if the file is there and holds anything else.
+    """
+    file = folder / LABELS
+    if not file.is_file():
+        return {}
+    found = {}
+    for key, text in read_json(file).items():
+        place = re.fullmatch(r"(\d{1,9}):(\d{1,9})", key)
+        if place is None or not isinstance(text, str):
+            raise InputError(
+                f'{file}: write {{"LAYER:FEATURE": "label", ...}}, not {key!r}'
+            )
+        found[int(place[1]), int(place[2])] = text
+    return found

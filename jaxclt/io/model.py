@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from jaxclt.errors import InputError
+from jaxclt.io.bundled import MODELS, bundled
 from jaxclt.io.digest import digest_ends
 from jaxclt.io.fetch import HUB_FILES, HUB_NOT, KNOWN_MODELS, fetch, sha256
 from jaxclt.io.hub import download, parse_hub_id
@@ -44,9 +45,9 @@ def load_model(
     """Load a model.
 
     Args:
-      name_or_path: a known name (fetched when absent), a local directory in the
-        Hugging Face layout or with one GGUF file in it, a .gguf file, or a hub id
-        `organisation/name[@revision]`.
+      name_or_path: a known name (bundled, or fetched when absent), a local directory
+        in the Hugging Face layout or with one GGUF file in it, a .gguf file, or a hub
+        id `organisation/name[@revision]`.
       dtype: of the weights: float32, bfloat16 or float16.
       progress: called with one line per stage of a download.
 
@@ -108,6 +109,8 @@ def _locate(
 ) -> Path:
     """The local file or directory that a name, path or hub id stands for."""
     name = str(name_or_path)
+    if (inside := bundled(name)) is not None:
+        return inside
     if name in KNOWN_MODELS:
         return fetch(name, progress=progress)
     path = Path(name).expanduser()
@@ -117,7 +120,7 @@ def _locate(
         return download(name, "model", allow=HUB_FILES, ignore=HUB_NOT)
     raise InputError(
         f"no model {name!r}: it is no file or directory, and the known names are "
-        f"{', '.join(KNOWN_MODELS)}"
+        f"{', '.join((*MODELS, *KNOWN_MODELS))}"
     )
 
 

@@ -22,25 +22,16 @@ from jaxclt.clt.active import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.lm.config import LMConfig
 from jaxclt.patching.features import Features, dictionary_config, gather_features
-from jaxclt.types import LMParams, Recording
+from jaxclt.types import LMParams, Recording, Supernode
 
 __all__ = [
     "Edit",
     "Edits",
-    "Supernode",
     "amounts",
     "batch_edits",
     "expand_edits",
     "make_edits",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Supernode:
-    """A group of (layer, position, feature) nodes that are changed together."""
-
-    name: str
-    nodes: tuple[tuple[int, int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,9 +124,11 @@ def expand_edits(
 def _nodes(edit: Edit, n_tokens: int, n_later: int) -> list[tuple[int, int, int]]:
     if edit.supernode is not None:
         group = edit.supernode
-        if not group.nodes:
-            raise InputError(f"supernode {group.name!r} has no members")
-        return [(l, _position(p, n_tokens), f) for l, p, f in group.nodes]
+        if not group.features:
+            raise InputError(
+                f"supernode {group.name!r} has no features: there is nothing to patch"
+            )
+        return [(l, _position(p, n_tokens), f) for l, p, f in group.features]
     assert edit.layer is not None
     assert edit.feature is not None
     if isinstance(edit.pos, slice):

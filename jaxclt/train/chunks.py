@@ -42,7 +42,7 @@ from jaxclt.train.normalise import (
     normalise,
     scales_of,
 )
-from jaxclt.train.text import PAD, Windows, valid_rows
+from jaxclt.train.text import PAD, Windows
 from jaxclt.types import LMParams
 
 __all__ = ["ChunkConfig", "Chunks", "Position", "rows_of", "window_order"]
@@ -102,7 +102,7 @@ def bound(norm_LT: np.ndarray, outlier: float) -> np.ndarray:
 def rows_of(
     params: LMParams,
     token_WS: np.ndarray,
-    special: frozenset[int],
+    windows: Windows,
     scales: Scales | None,
     *,
     cfg: LMConfig,
@@ -128,7 +128,7 @@ def rows_of(
         read_LTD, write_LTD, norm_LT = harvest(
             params, jnp.asarray(full_WS), scales, cfg=cfg, site=config.site, dtype=dtype
         )
-        keep_T = np.flatnonzero(valid_rows(full_WS, special))
+        keep_T = np.flatnonzero(windows.valid(full_WS))
         if bound_L is not None:
             fits_LT = np.asarray(norm_LT)[:, keep_T] <= bound_L[:, None]
             keep_T = keep_T[fits_LT.all(0)]
@@ -199,7 +199,7 @@ class Chunks:
             rows_of(
                 self.params,
                 self.windows.train_WS[first],
-                self.windows.special,
+                self.windows,
                 None,
                 cfg=self.cfg,
                 config=self.config,
@@ -353,7 +353,7 @@ class Chunks:
         W = self.windows_per_chunk
         order = window_order(self.config.seed, len(self.windows.train_WS), chunk * W, W)
         token_WS = self.windows.train_WS[order]
-        n = int(valid_rows(token_WS, self.windows.special).sum())
+        n = int(self.windows.valid(token_WS).sum())
         shape = (self.cfg.n_layers, n, self.cfg.d_model)
         dtype = _DTYPE[self.config.dtype]
         read_LND, write_LND = np.empty(shape, dtype), np.empty(shape, dtype)
@@ -361,7 +361,7 @@ class Chunks:
         for read_LTD, write_LTD in rows_of(
             self.params,
             token_WS,
-            self.windows.special,
+            self.windows,
             self._ready(),
             cfg=self.cfg,
             config=self.config,

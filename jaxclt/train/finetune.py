@@ -22,8 +22,8 @@ from jax import Array
 from jaxclt.clt.config import CLTConfig
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import forward
-from jaxclt.train.replacement import replacement_logits
-from jaxclt.train.text import Windows, valid_rows
+from jaxclt.replacement.model import replacement_logits
+from jaxclt.train.text import Windows
 from jaxclt.types import CLTParams, LMParams
 
 __all__ = ["finetune_kl", "replacement_kl"]
@@ -37,6 +37,7 @@ def replacement_kl(
     *,
     cfg: LMConfig,
     clt_cfg: CLTConfig,
+    keep_first: bool = True,
 ) -> Array:
     """``KL(model | replacement)`` in nats, mean over valid positions.
 
@@ -47,9 +48,12 @@ def replacement_kl(
       valid_T: 1 where a position counts, else 0.
       cfg: model shape.
       clt_cfg: dictionary shape.
+      keep_first: the true MLPs stay at the first position.
     """
     true_TV = forward(params, token_T, cfg=cfg)
-    found_TV = replacement_logits(params, clt, token_T, cfg=cfg, clt_cfg=clt_cfg)
+    found_TV = replacement_logits(
+        params, clt, token_T, cfg=cfg, clt_cfg=clt_cfg, keep_first=keep_first
+    )
     log_p_TV = jax.lax.stop_gradient(jax.nn.log_softmax(true_TV))
     log_q_TV = jax.nn.log_softmax(found_TV)
     kl_T = jnp.sum(jnp.exp(log_p_TV) * (log_p_TV - log_q_TV), -1)
@@ -58,7 +62,11 @@ def replacement_kl(
     return jnp.sum(kl_T * valid_T) / jnp.maximum(valid_T.sum(), one)
 
 
-@partial(jax.jit, static_argnames=("cfg", "clt_cfg", "tx"), donate_argnums=(0, 1))
+@partial(
+    jax.jit,
+    static_argnames=("cfg", "clt_cfg", "tx", "keep_first"),
+    donate_argnums=(0, 1),
+)
 def _update(
     clt: CLTParams,
     opt: Any,
@@ -68,9 +76,17 @@ def _update(
     cfg: LMConfig,
     clt_cfg: CLTConfig,
     tx: optax.GradientTransformation,
+    keep_first: bool,
 ) -> tuple[CLTParams, Any, Array]:
     def loss(clt: CLTParams) -> Array:
-        one = partial(replacement_kl, clt, params, cfg=cfg, clt_cfg=clt_cfg)
+        one = partial(
+            replacement_kl,
+            clt,
+            params,
+            cfg=cfg,
+            clt_cfg=clt_cfg,
+            keep_first=keep_first,
+        )
         return jax.lax.map(lambda x: one(*x), (token_WT, valid_WT)).mean()
 
     found, grad = jax.value_and_grad(loss)(clt)
@@ -112,14 +128,22 @@ def finetune_kl(
     tx = optax.adam(lr)
     clt = jax.tree.map(jnp.array, clt)  # a copy: the update consumes its input
     opt: Any = tx.init(clt)  # pyright: ignore[reportArgumentType]
-    valid_WS = valid_rows(windows.train_WS, windows.special)
+    valid_WS = windows.valid(windows.train_WS)
     history = []
     for step in range(n_steps):
         rows = np.arange(windows_per_step) + step * windows_per_step
         rows = rows % len(windows.train_WS)
         token_WT = jnp.maximum(jnp.asarray(windows.train_WS[rows]), 0)
         clt, opt, kl = _update(
-            clt, opt, params, token_WT, jnp.asarray(valid_WS[rows]), cfg, clt_cfg, tx
+            clt,
+            opt,
+            params,
+            token_WT,
+            jnp.asarray(valid_WS[rows]),
+            cfg,
+            clt_cfg,
+            tx,
+            not windows.first,
         )
         history.append(float(kl))
         on_step(step, history[-1])

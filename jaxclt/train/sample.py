@@ -8,7 +8,6 @@ follows. Held-out windows are other draws of the same kind.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from functools import partial
@@ -115,13 +114,6 @@ def sample_windows(
     held = {row.tobytes() for row in token_WS[:n_held]}
     # A model that is sure of itself draws the same window twice.
     train_WS = np.stack([row for row in token_WS[n_held:] if row.tobytes() not in held])
-    digest = hashlib.sha256(train_WS.tobytes() + b"|" + token_WS[:n_held].tobytes())
-    digest.update(repr(sorted(tokenizer.special_ids)).encode())
     if partial_file is not None:
         partial_file.unlink(missing_ok=True)
-    return Windows(
-        train_WS=train_WS,
-        held_WS=token_WS[:n_held],
-        special=frozenset(tokenizer.special_ids),
-        digest=digest.hexdigest(),
-    )
+    return Windows.of(train_WS, token_WS[:n_held], special=tokenizer.special_ids)

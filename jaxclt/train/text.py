@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,6 @@ __all__ = [
     "pack_windows",
     "read_documents",
     "split_documents",
-    "valid_rows",
 ]
 
 SUFFIXES = (".txt", ".md", ".rst", ".utf8", ".jsonl")
@@ -45,8 +44,48 @@ class Windows:
 
     train_WS: np.ndarray
     held_WS: np.ndarray
-    special: frozenset[int]
-    digest: str  # of both and of the special ids
+    special: frozenset[int]  # token ids that are never trained on
+    digest: str  # of all the rest
+    first: bool = False  # whether the first position is trained on
+
+    @classmethod
+    def of(
+        cls,
+        train_WS: np.ndarray,
+        held_WS: np.ndarray,
+        *,
+        special: Collection[int] = (),
+        first: bool = False,
+    ) -> Windows:
+        """Windows with their digest.
+
+        Args:
+          train_WS: token ids [W, S], padded with -1 behind the text.
+          held_WS: likewise, never trained on.
+          special: token ids that are never trained on.
+          first: train on the first position too. Models of text park attention there;
+            one trained on short prompts of its own may not.
+        """
+        train_WS, held_WS = (np.asarray(x, np.int32) for x in (train_WS, held_WS))
+        digest = hashlib.sha256(train_WS.tobytes() + b"|" + held_WS.tobytes())
+        digest.update(repr(sorted(special)).encode() + b"first" * first)
+        return cls(
+            train_WS=train_WS,
+            held_WS=held_WS,
+            special=frozenset(special),
+            digest=digest.hexdigest(),
+            first=first,
+        )
+
+    def valid(self, token_WS: np.ndarray) -> np.ndarray:
+        """Which positions of windows like these are trained on, bool [W, S].
+
+        No padding and no special token, and the first position only if `first`.
+        """
+        valid_WS = (token_WS != PAD) & ~np.isin(token_WS, sorted(self.special))
+        if not self.first:
+            valid_WS[:, 0] = False
+        return valid_WS
 
 
 def read_documents(path: str | Path, *, tokens: int = 1_000_000) -> Iterator[str]:
@@ -158,15 +197,7 @@ def cut_windows(
         )
         for documents, enough in ((train, train_tokens), (held, held_tokens))
     )
-    special = tokenizer.special_ids
-    digest = hashlib.sha256(train_WS.tobytes() + b"|" + held_WS.tobytes())
-    digest.update(repr(sorted(special)).encode())
-    return Windows(
-        train_WS=train_WS,
-        held_WS=held_WS,
-        special=frozenset(special),
-        digest=digest.hexdigest(),
-    )
+    return Windows.of(train_WS, held_WS, special=tokenizer.special_ids)
 
 
 def pack_windows(
@@ -209,10 +240,3 @@ def pack_windows(
     if not rows:
         raise InputError(f"the data has no document of {SHORTEST} tokens")
     return np.asarray(rows, np.int32)
-
-
-def valid_rows(token_WS: np.ndarray, special: frozenset[int]) -> np.ndarray:
-    """Which positions are trained on: no padding, no special token, not the first."""
-    valid_WS = (token_WS != PAD) & ~np.isin(token_WS, sorted(special))
-    valid_WS[:, 0] = False
-    return valid_WS

@@ -34,6 +34,7 @@ from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.dictionary import save_dictionary
 from jaxclt.io.model import Model
+from jaxclt.replacement.model import agreement
 from jaxclt.train import card, checkpoint, processes, sharding
 from jaxclt.train.chunks import Chunks, Position, rows_of
 from jaxclt.train.config import TrainConfig
@@ -45,7 +46,6 @@ from jaxclt.train.hub_text import PREFIX
 from jaxclt.train.normalise import Scales, fold
 from jaxclt.train.objectives import Batch, load_objective
 from jaxclt.train.params import Spec, init
-from jaxclt.train.replacement import agreement
 from jaxclt.train.sample import sample_windows
 from jaxclt.train.schedules import learning_rate
 from jaxclt.train.step import TrainState, init_state, make_step, optimiser
@@ -54,7 +54,6 @@ from jaxclt.train.text import (
     cut_windows,
     read_documents,
     split_documents,
-    valid_rows,
 )
 from jaxclt.train.tracking import Tracker, require
 from jaxclt.types import CLTParams
@@ -89,7 +88,7 @@ class _Clock:
 
 def train(
     model: Model,
-    data: str | Path,
+    data: str | Path | Windows,
     out: str | Path,
     config: TrainConfig,
     *,
@@ -104,7 +103,7 @@ def train(
     Args:
       model: from `jaxclt.load_model`.
       data: a text file or a folder of them, ``hub:NAME...`` (see `hub_text`), or
-        ``model`` for text that the model writes itself.
+        ``model`` for text that the model writes itself; or token windows of your own.
       out: directory of the run.
       config: the recipe.
       mesh: ``data=1,feature=8``; all on one device if empty.
@@ -123,9 +122,11 @@ def train(
     listener = listener or Listener()
     if wandb:
         require(wandb)
-    if not (data := str(data)).startswith(PREFIX) and data != "model":
-        data = str(Path(data))
-    run = _Run(model, data, Path(out), config, mesh, store, listener)
+    given = data if isinstance(data, Windows) else None
+    name = f"windows {given.digest}" if given is not None else str(data)
+    if given is None and not name.startswith(PREFIX) and name != "model":
+        name = str(Path(name))
+    run = _Run(model, name, given, Path(out), config, mesh, store, listener)
     if wandb and processes.is_first():
         run.tracker = Tracker(wandb, run.out, run.identity()["config"])
     try:
@@ -142,6 +143,7 @@ class _Run:
         self,
         model: Model,
         data: str,
+        given: Windows | None,
         out: Path,
         config: TrainConfig,
         mesh: str,
@@ -149,7 +151,7 @@ class _Run:
         listener: Listener,
     ) -> None:
         self.model, self.out, self.config, self.say = model, out, config, listener
-        self.data = data
+        self.data, self.given = data, given
         self.spec: Spec = config.spec(model.cfg)
         self.recipe = config.recipe(model.cfg)
         self.objective = load_objective(config.objective, config.terms(model.cfg))
@@ -234,6 +236,8 @@ class _Run:
                 )
 
     def _windows(self) -> Windows:
+        if self.given is not None:
+            return self.given
         file = self.out / "windows.npz"
         special = frozenset(self.model.tokenizer.special_ids)
         if file.is_file():
@@ -482,7 +486,7 @@ class _Run:
             rows = rows_of(
                 self.model.params,
                 self.windows.held_WS,
-                self.windows.special,
+                self.windows,
                 self.scales,
                 cfg=self.model.cfg,
                 config=self.config.chunk_config(),
@@ -543,9 +547,10 @@ class _Run:
                 self.model.params,
                 raw,
                 held_WS,
-                valid_rows(held_WS, self.windows.special),
+                self.windows.valid(held_WS),
                 cfg=self.model.cfg,
                 clt_cfg=cfg,
+                keep_first=not self.windows.first,
             )
         if self.config.graph_features and self.config.prompts:
             found["graphs"] = graph_scores(

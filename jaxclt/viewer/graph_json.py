@@ -290,6 +290,7 @@ def _nodes(graph: Graph, shown: np.ndarray) -> dict[int, dict[str, Any]]:
                 influence=influence,
                 activation=float(str(np.float32(graph.value_A[i]))),
                 abs_input=abs_input_R[i],
+                clerp=_text(graph.meta.label(layer, feature)),
             )
         elif i < graph.error_cols.stop:
             layer, pos = divmod(i - graph.error_cols.start, T)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxclt
-from jaxclt import cli, global_circuit
+from jaxclt import cli, global_circuit, global_text
 from jaxclt.errors import InputError
 from jaxclt.global_weights.subset import Subset
 from jaxclt.io.model import Model
@@ -267,12 +267,12 @@ def test_bad_input_says_what_to_change(model: Model, dictionary, tmp_path: Path)
     file = tmp_path / "features.txt"
     file.write_text("1:3\n2:9\n")
     windows = jaxclt.read_windows(model, WINDOWS)
-    chosen = global_circuit.choose_features(model, dictionary, file, windows)
+    chosen = global_text.choose_features(model, dictionary, file, windows)
     assert chosen.layer_U.tolist() == [1, 2]
     (tmp_path / "f.json").write_text("[[2, 9], [1, 3]]")
     np.savez(tmp_path / "f.npz", layer_U=chosen.layer_U, feature_U=chosen.feature_U)
     for name in ("f.json", "f.npz"):
-        again = global_circuit.choose_features(
+        again = global_text.choose_features(
             model, dictionary, str(tmp_path / name), windows
         )
         np.testing.assert_array_equal(again.feature_U, chosen.feature_U)
@@ -284,7 +284,7 @@ def test_bad_input_says_what_to_change(model: Model, dictionary, tmp_path: Path)
         ([(9, 0)], "no layer 9"),
     ):
         with pytest.raises(InputError, match=message):
-            global_circuit.choose_features(model, dictionary, features, windows)
+            global_text.choose_features(model, dictionary, features, windows)
     with pytest.raises(InputError, match="head 0:1: layers go from 1"):
         jaxclt.coactivation(model, dictionary, WINDOWS, heads=[(0, 1)])
     with pytest.raises(InputError, match="tokens to track"):

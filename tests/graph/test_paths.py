@@ -173,6 +173,14 @@ def test_text() -> None:
     path = Path(nodes=(6, 1, 8), strength=0.1234, sign=-1)
     absolute = dataclasses.replace(path, sign=1, share=False)
     chain = 'token " Tower"@0 -> L1 feature 1@0 -> output " Paris"'
+    layer, feature = graph.layer_A[0], graph.feature_A[0]
+    named = dataclasses.replace(graph.meta, labels={f"{layer}:{feature}": 'a "b"\x1b'})
+    labelled = describe_paths(
+        dataclasses.replace(graph, meta=named),
+        [dataclasses.replace(path, nodes=(0, graph.embed_cols.stop))],
+    )
+    assert f"feature {feature}@{graph.pos_A[0]} [" in labelled
+    assert labelled.isprintable()
     text = describe_paths(graph, [path, absolute])
     assert text == f" 12.34% -  {chain}\n    0.123 +  {chain}"
     assert len(describe_paths(graph, strongest_paths(graph)).splitlines()) > 3

@@ -393,6 +393,22 @@ def test_pickles_are_named_and_never_opened(tmp_path: Path, name: str):
     assert_refused(tmp_path, "pickle")
 
 
+def test_labels_beside_the_weights_are_read(clt_dir: Path):
+    assert dictionary.read_labels(clt_dir) == {}
+    (clt_dir / "labels.json").write_text('{"0:3": "ends in 6", "2:0": "<b>x"}')
+    found = dictionary.read_labels(clt_dir)
+    assert found == {(0, 3): "ends in 6", (2, 0): "<b>x"}
+
+
+@pytest.mark.parametrize(
+    "text", ['{"3": "x"}', '{"0:3": 5}', '{"0:-1": "x"}', '["0:3"]', "{"]
+)
+def test_other_labels_are_refused(clt_dir: Path, text: str):
+    (clt_dir / "labels.json").write_text(text)
+    with pytest.raises(InputError, match="labels.json"):
+        dictionary.read_labels(clt_dir)
+
+
 def test_no_directory_and_no_dictionary_are_refused(tmp_path: Path):
     assert_refused(tmp_path / "nowhere", "not a dictionary")
     assert_refused(tmp_path, "not a dictionary")

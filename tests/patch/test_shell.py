@@ -18,7 +18,8 @@ from jaxclt.graph.graph import Graph
 from jaxclt.intervene import Subject
 from jaxclt.io.model import Model
 from jaxclt.lm.run import forward
-from jaxclt.patching.edits import Edit, Supernode, expand_edits
+from jaxclt.patching.edits import Edit, expand_edits
+from jaxclt.types import Supernode
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
 PROMPT = str(np.load(GOLDEN / "graph.npz")["prompt"])

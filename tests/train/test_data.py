@@ -35,7 +35,6 @@ from jaxclt.train.text import (
     cut_windows,
     read_documents,
     split_documents,
-    valid_rows,
 )
 
 
@@ -89,7 +88,7 @@ def test_windows_hold_the_text_and_leave_out_what_is_special(windows: Windows):
     assert S == 32
     assert 3000 / 31 <= W < 200
     token_WS = np.array([[5, 6, 1, 7, -1, -1], [0, 8, 9, 2, 3, 4]])
-    valid = valid_rows(token_WS, frozenset({0, 1, 2}))
+    valid = Windows.of(token_WS, token_WS, special={0, 1, 2}).valid(token_WS)
     np.testing.assert_array_equal(valid, [[0, 1, 0, 1, 0, 0], [0, 1, 1, 0, 1, 1]])
 
 
@@ -157,13 +156,13 @@ def test_chunks_are_normalised_training_rows(windows: Windows):
     read = np.asarray(made.rows(0, 0)[0])
     order = window_order(0, len(windows.train_WS), 0, made.windows_per_chunk)
     token_WS = windows.train_WS[order]
-    assert read.shape[1] == valid_rows(token_WS, windows.special).sum()
+    assert read.shape[1] == windows.valid(token_WS).sum()
     raw, *_ = harvest(
         made.params, jnp.asarray(token_WS), None, cfg=made.cfg, site="mlp_in"
     )
     s = made.scales
     scaled = (raw - s.read_mean_LD[:, None]) / s.read_scale_L[:, None, None]
-    keep = np.flatnonzero(valid_rows(token_WS, windows.special))
+    keep = np.flatnonzero(windows.valid(token_WS))
     # the same rows in another order, the same order in every layer
     rows = np.asarray(scaled)[:, keep]
     place = [np.abs(rows[0] - row).sum(1).argmin() for row in read[0]]
@@ -183,7 +182,7 @@ def test_the_normalisation_is_of_the_first_chunks(windows: Windows):
     assert s is not None
     assert units is not None
     fits = (np.asarray(raw[2]) <= np.asarray(s.bound_L)[:, None]).all(0)
-    keep = np.flatnonzero(valid_rows(token_WS, windows.special).ravel() & fits)
+    keep = np.flatnonzero(windows.valid(token_WS).ravel() & fits)
     assert 600 <= len(keep) < 3 * 256
     for x, mean_LD, scale_L in (
         (raw[0], s.read_mean_LD, s.read_scale_L),
@@ -276,8 +275,8 @@ def test_tokens_with_enormous_writes_are_left_out(windows: Windows):
     )
     del raw, write
     keep = (np.asarray(norm_LT) <= np.asarray(some.scales.bound_L)[:, None]).all(0)
-    valid = valid_rows(
-        windows.train_WS[window_order(0, len(windows.train_WS), 0, 8)], windows.special
+    valid = windows.valid(
+        windows.train_WS[window_order(0, len(windows.train_WS), 0, 8)]
     ).ravel()
     assert norms[1].shape[1] == (keep & valid).sum() < valid.sum() == norms[0].shape[1]
 

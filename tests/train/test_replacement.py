@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from jaxclt.lm.run import forward
+from jaxclt.replacement.model import (
+    agreement,
+    neuron_logits,
+    replacement_logits,
+)
 from jaxclt.testing import tiny
 from jaxclt.train.finetune import finetune_kl, replacement_kl
-from jaxclt.train.replacement import agreement, replacement_logits
 from jaxclt.train.text import Windows
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -54,6 +58,18 @@ def test_each_encoder_reads_the_replacements_own_stream(case):
     true_TV = forward(p, case.token_T, cfg=cfg)
     np.testing.assert_allclose(got[0], true_TV[0], atol=1e-12)
     assert np.abs(got[1:] - true_TV[1:]).max() > 1e-2
+
+
+def test_all_neurons_are_the_model_and_few_are_not(case):
+    """T-RM1: a dictionary that is the MLP gives the model's own logits."""
+    true_TV = forward(case.params, case.token_T, cfg=case.cfg)
+    whole = partial(neuron_logits, case.params, case.token_T, cfg=case.cfg)
+    every = whole(k=case.cfg.d_mlp, keep_first=False)
+    np.testing.assert_allclose(every, true_TV, atol=1e-12)
+    few = whole(k=3)
+    np.testing.assert_allclose(few[0], true_TV[0], atol=1e-12)
+    assert np.abs(few[1:] - true_TV[1:]).max() > 1e-2
+    assert np.abs(whole(k=3, keep_first=False)[0] - true_TV[0]).max() > 1e-2
 
 
 def test_agreement_counts_valid_positions(case):
@@ -111,7 +127,7 @@ def test_the_gradient_of_the_kl_is_its_slope(case):
 @pytest.mark.slow
 def test_fine_tuning_lowers_the_kl(case):
     tokens = np.asarray(jax.random.randint(jax.random.key(7), (4, 7), 3, 40), np.int32)
-    windows = Windows(train_WS=tokens, held_WS=tokens, special=frozenset(), digest="")
+    windows = Windows.of(tokens, tokens)
     before = jax.tree.map(np.asarray, case.clt)
     _, history = finetune_kl(
         case.params,

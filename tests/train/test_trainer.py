@@ -21,6 +21,7 @@ from tiny_run import MODEL, as_flags, tiny_config, tiny_model, write_text
 import jaxclt
 from jaxclt import cli
 from jaxclt.errors import InputError
+from jaxclt.train.text import Windows
 from jaxclt.train.trainer import DivergedError, Listener, train
 
 # orbax starts threads and event loops of its own, and warns about both
@@ -44,6 +45,24 @@ def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
     train(tiny_model(), text, out, tiny_config())
     return out
+
+
+def test_windows_of_ones_own_are_trained_on_first_position_and_all(tmp_path: Path):
+    model = tiny_model()
+    token_WS = np.array(jax.random.randint(jax.random.key(3), (64, 9), 3, 90))
+    token_WS[::2, 7:] = -1  # padding
+    held, rest = np.split(token_WS, [8])
+    config = tiny_config(tokens=64 * 4, context=9, norm_tokens=100, heldout_tokens=999)
+    for first in (False, True):
+        windows = Windows.of(rest, held, first=first)
+        out = tmp_path / str(first)
+        card = train(model, windows, out, config)
+        real = (held != -1)[:, 0 if first else 1 :].sum()
+        assert card["metrics"]["heldout_tokens"] <= real  # without outliers
+        assert card["metrics"]["heldout_tokens"] > real - len(held)
+        assert card["metrics"]["l0"] > 0
+    with pytest.raises(InputError, match="another data"):
+        train(model, Windows.of(rest[:-1], held), tmp_path / "False", config)
 
 
 def records(out: Path, kind: str = "step") -> list[dict]:
@@ -75,7 +94,6 @@ def test_the_export_does_on_held_out_text_what_the_card_says(whole: Path):
     """The files alone, in raw units, against the model's own activations."""
     from jaxclt.clt.model import decode, encode
     from jaxclt.train.harvest import harvest
-    from jaxclt.train.text import valid_rows
 
     model = tiny_model()
     dictionary = jaxclt.load_dictionary(whole, model)
@@ -86,7 +104,8 @@ def test_the_export_does_on_held_out_text_what_the_card_says(whole: Path):
     )
     bound_L = np.load(whole / "scales.npz")["bound_L"]
     fits = (np.asarray(norm) <= bound_L[:, None]).all(0)
-    keep = valid_rows(held, model.tokenizer.special_ids).ravel() & fits
+    keep = Windows.of(held, held, special=model.tokenizer.special_ids).valid(held)
+    keep = keep.ravel() & fits
     keep = np.flatnonzero(keep)[:300]
     read, write = read[:, keep], write[:, keep]
     clt = dictionary.params

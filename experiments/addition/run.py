@@ -1,0 +1,266 @@
+"""The addition case study: model, dictionaries, study and bundle, by one command.
+
+    python experiments/addition/run.py [WORK] [--bundle jaxclt/bundled]
+
+Each stage is skipped where its result is there already; a stopped training goes on.
+Writes into WORK (out/addition): model/, clt/, plt/ (runs of `jaxclt train`),
+results.json, table.md and the pictures. With --bundle also what the package ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import dictionaries
+import numpy as np
+import plots
+import study
+import task
+import train_model
+from families import Label
+
+import jaxclt
+from jaxclt.clt.active import StoreDictionary
+from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.demo import label_supernodes
+from jaxclt.graph.supernodes import SupernodeGraph, describe_supernodes
+from jaxclt.io.atomic import atomic_path
+from jaxclt.io.bundled import MODELS
+from jaxclt.io.dictionary import LABELS
+from jaxclt.io.model import Model
+from jaxclt.types import Supernode
+
+CASE, DONOR = (36, 59), (36, 58)
+N_GRAPHS, N_PATCHES, SEED = 40, 200, 7
+NEURONS = (16, 32, 64)
+GROUPS = 14  # of the picture
+
+
+def timed(clock: dict[str, float], name: str, work: Any) -> Any:
+    start = time.perf_counter()
+    found = work()
+    clock[name] = round(time.perf_counter() - start, 1)
+    print(f"== {name}: {clock[name]} s", flush=True)
+    return found
+
+
+def the_model(work: Path) -> Model:
+    if not (work / "model/curve.json").is_file():
+        params, curve = train_model.train()
+        train_model.save(params, curve, work / "model")
+    return jaxclt.load_model(work / "model")
+
+
+def the_dictionary(model: Model, work: Path, name: str) -> StoreDictionary:
+    config = {"clt": dictionaries.CLT, "plt": dictionaries.PLT}[name]
+    if not (work / name / "card.json").is_file():
+        dictionaries.make(model, config, work / name)
+    found = jaxclt.load_dictionary(work / name, model)
+    assert isinstance(found, StoreDictionary)
+    return found
+
+
+def spread(x: list[float]) -> str:
+    """Mean and standard error."""
+    return f"{np.mean(x):.3f} ± {np.std(x, ddof=1) / len(x) ** 0.5:.3f}"
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    head = "| dictionary | features a layer | FVU, held-out sums | L0 a layer | silent "
+    head += "| replacement model right, all sums | completeness | replacement score "
+    head += "| path length |\n" + "|---" * 9 + "|\n"
+    return head + "".join(
+        f"| {name} | {r['features']} | {r['fvu']:.4f} | {r['l0']:.1f} "
+        f"| {r['dead']:.1%} | {r['right']:.2%} | {spread(r['completeness'])} "
+        f"| {spread(r['replacement'])} | {spread(r['mean_path_length'])} |\n"
+        for name, r in rows.items()
+    )
+
+
+def percent(found: dict[str, Any]) -> str:
+    lo, hi = found["interval"]
+    return f"{found['share']:.1%} ({lo:.1%} to {hi:.1%})"
+
+
+def patch_table(found: dict[str, dict[str, Any]]) -> str:
+    head = "| dictionary | swapped | features changed, median | answer as predicted "
+    head += "| last digit as predicted | answer unchanged |\n" + "|---" * 6 + "|\n"
+    return head + "".join(
+        f"| {dictionary} | {name} | {r['median_edits']:.0f} | {percent(r['answer'])} "
+        f"| {percent(r['last_digit'])} | {percent(r['unchanged'])} |\n"
+        for dictionary, one in found.items()
+        for name, r in one["swaps"].items()
+    )
+
+
+def suppress_lines(found: dict[str, dict[str, Any]]) -> str:
+    return "".join(
+        f"- {dictionary}: {r['n']} sums have a clear lookup-table feature; sign of the "
+        f"change as predicted {percent(r)}, rank correlation {r['spearman']:.2f}, "
+        f"median predicted {r['median_predicted']:.2f}, happened "
+        f"{r['median_happened']:.2f}\n"
+        for dictionary, one in found.items()
+        for r in [one["suppress"]]
+    )
+
+
+def label_lines(rows: list[dict[str, Any]]) -> str:
+    head = "| family | features | fit at least 0.5 | median fit of the label "
+    head += "| of the family | best example |\n" + "|---" * 6 + "|\n"
+    return head + "".join(
+        f"| {r['family']} | {r['features']} | {r['clear']} | {r['fit']:.2f} "
+        f"| {r['family_fit']:.2f} | {r['example']} |\n"
+        for r in rows
+    )
+
+
+def picture(
+    model: Model,
+    dictionary: StoreDictionary,
+    labels: dict[tuple[int, int], Label],
+    work: Path,
+    name: str,
+) -> str:
+    """The supernode graph of the case, drawn and in words."""
+    graph = jaxclt.attribute(
+        model, dictionary, task.prompt(*CASE), tolerance=0.0, node_threshold=0.9
+    )
+    groups = label_supernodes(graph)
+    small = jaxclt.supernode_graph(graph, groups)
+    place = layout(small, groups, {x.text: x.pathway for x in labels.values()})
+    plots.supernode_picture(small, place, work / f"supernodes_{name}.png")
+    return describe_supernodes(small, k=16)
+
+
+def layout(
+    small: SupernodeGraph, groups: list[Supernode], pathway: dict[str, str]
+) -> dict[str, tuple[float, float, str]]:
+    """Place (x, y) and pathway of tokens, output and the most influential groups."""
+    wide, top = 2.6, max(n[0] for g in groups for n in g.features) + 2.0
+    place: dict[str, tuple[float, float, str]] = {}
+    tokens = [name for name in small.names if name.startswith("token ")]
+    for i, name in enumerate(tokens):
+        place[name] = (wide * i, 0.0, "")
+    middle = wide * (len(tokens) - 1) / 2
+    for name in small.names:
+        if name.startswith("output "):
+            place[name] = (middle, top, "")
+    column = {"last digit": 0.0, "operand": middle, "magnitude": 2 * middle}
+    weight = dict(zip(small.names, small.influence_G, strict=True))
+    layer = {g.name: np.mean([n[0] for n in g.features] or [0]) for g in groups}
+    taken: dict[tuple[float, int], int] = {}
+    inner = [name for name in small.names if name not in place]
+    for name in sorted(inner, key=lambda n: -weight[n])[:GROUPS]:
+        kind = pathway.get(name, "operand")
+        cell = (column.get(kind, middle), round(layer[name]))
+        n = taken[cell] = taken.get(cell, -1) + 1
+        place[name] = (cell[0] + 2.2 * (n % 2), 1 + cell[1] + 0.25 * (n // 2), kind)
+    return place
+
+
+def bundle(
+    work: Path, folder: Path, labels: dict[str, dict[tuple[int, int], Label]]
+) -> None:
+    """What the package ships: model, dictionaries with labels, and the demo's case."""
+    shutil.copytree(work / "model", folder / MODELS[0], dirs_exist_ok=True)
+    (a, b), (a_new, b_new) = CASE, DONOR
+    answer = a + b - (a + b) % 10 + (a_new + b_new) % 10
+    for name, found in labels.items():
+        target = folder / f"{MODELS[0]}-{name}"
+        shutil.copytree(work / name / "dictionary", target, dirs_exist_ok=True)
+        shutil.copy(work / name / "README.md", target / "README.md")
+        clear = {f"{l}:{f}": x.text for (l, f), x in sorted(found.items()) if x.clear}
+        write(target / LABELS, json.dumps(clear, indent=0, ensure_ascii=False))
+        case = {
+            "prompt": task.prompt(*CASE),
+            "donor": task.prompt(*DONOR),
+            "expected": str(answer),
+            "pathways": {
+                pathway: sorted(study.chosen(found, pathway))
+                for pathway in ("last digit", "magnitude", "lookup table")
+            },
+        }
+        write(target / "demo.json", json.dumps(case))
+
+
+def write(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def study_one(
+    model: Model, work: Path, name: str, n_patches: int, clock: dict[str, float]
+) -> dict[str, Any]:
+    """Everything about one trained dictionary."""
+    found = timed(clock, name, lambda: the_dictionary(model, work, name))
+    row = timed(clock, f"{name} measured", lambda: measured(model, found))
+    a_LNF = study.activations(model, found)
+    labels = timed(clock, f"{name} labels", lambda: study.label_features(a_LNF))
+    patches = timed(
+        clock,
+        f"{name} patches",
+        lambda: study.patch_study(model, found, a_LNF, labels, n=n_patches, seed=SEED),
+    )
+    plots.operand_plots(a_LNF, labels, work / f"operand_plots_{name}.png")
+    return {
+        "row": {"features": found.cfg.n_features} | row,
+        "labels": labels,
+        "patches": patches,
+        "links": picture(model, study.with_labels(found, labels), labels, work, name),
+    }
+
+
+def measured(model: Model, dictionary: Any) -> dict[str, Any]:
+    """A row of the table."""
+    sums = study.random_sums(N_GRAPHS, SEED)
+    graphs = study.graph_rows(model, dictionary, sums)
+    if isinstance(dictionary, NeuronDictionary):
+        assert dictionary.k is not None
+        return graphs | study.neuron_row(model, dictionary.k)
+    return graphs | study.transcoder_row(model, dictionary)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path, nargs="?", default=Path("out/addition"))
+    parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--patches", type=int, default=N_PATCHES)
+    args = parser.parse_args()
+    work, clock = args.work, {}
+    work.mkdir(parents=True, exist_ok=True)
+    model = timed(clock, "model", lambda: the_model(work))
+    found = {
+        name: study_one(model, work, name, args.patches, clock)
+        for name in ("clt", "plt")
+    }
+    rows = {name.upper(): one["row"] for name, one in found.items()}
+    for k in NEURONS:
+        neurons = NeuronDictionary(k)
+        row = timed(clock, neurons.name, partial(measured, model, neurons))
+        rows[neurons.name] = {"features": model.cfg.d_mlp} | row
+    patches = {name.upper(): one["patches"] for name, one in found.items()}
+    families = {
+        name.upper(): study.label_table(one["labels"]) for name, one in found.items()
+    }
+    plots.swap_bars(patches, work / "swaps.png")
+    text = table(rows)
+    for name, one in found.items():
+        text += f"\n{name.upper()}:\n\n{label_lines(families[name.upper()])}"
+        text += f"\n```\n{one['links']}\n```\n"
+    text += f"\n{patch_table(patches)}\n{suppress_lines(patches)}"
+    write(work / "table.md", text)
+    result = {"rows": rows, "labels": families, "patches": patches, "seconds": clock}
+    write(work / "results.json", json.dumps(result, indent=1))
+    if args.bundle:
+        bundle(work, args.bundle, {name: one["labels"] for name, one in found.items()})
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

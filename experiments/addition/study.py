@@ -1,0 +1,404 @@
+"""What the dictionaries say about the model: table, labels, patches, graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import task
+from families import Label, label, partitions
+from jax import Array
+
+import jaxclt
+from jaxclt.clt.active import StoreDictionary
+from jaxclt.clt.model import encode
+from jaxclt.graph.effects import solve_total_effect
+from jaxclt.graph.graph import Graph
+from jaxclt.intervene import Subject
+from jaxclt.io.model import Model
+from jaxclt.replacement.model import neuron_logits, replacement_logits
+from jaxclt.train.evaluate import reconstruction
+from jaxclt.train.harvest import harvest
+from jaxclt.validation.stats import spearman
+
+ROWS = 1_000  # sums computed together
+ATTRIBUTION = {"max_features": 2_000, "tolerance": 0.0}
+
+
+# -- all sums at once ------------------------------------------------------------------
+
+
+def batches() -> Iterator[tuple[Array, np.ndarray]]:
+    """All prompts [n, 7] with the places of their `=` [n], some at a time."""
+    token_NT, last_N = task.all_tokens()
+    for start in range(0, len(token_NT), ROWS):
+        here = slice(start, start + ROWS)
+        yield jnp.asarray(token_NT[here]), last_N[here]
+
+
+def activations(model: Model, dictionary: StoreDictionary) -> np.ndarray:
+    """Activations [L, N², F] of every feature at the `=` of every sum, float32."""
+    cfg = dictionary.cfg
+    one = jax.jit(partial(encode, cfg=cfg))
+    parts = []
+    for token_WT, last_W in batches():
+        read_LTD, *_ = harvest(
+            model.params, token_WT, None, cfg=model.cfg, site=cfg.read
+        )
+        at = np.arange(len(last_W)) * token_WT.shape[1] + last_W
+        parts.append(np.asarray(one(dictionary.params, read_LTD[:, at])))
+    return np.concatenate(parts, 1)
+
+
+def right_share(logits: Callable[[Array], Array]) -> float:
+    """Share of all sums that a function [T] -> logits [T, V] gets right."""
+
+    def said(token_T: Array, last: Array) -> Array:
+        return logits(jnp.maximum(token_T, 0))[last].argmax()
+
+    many = jax.jit(jax.vmap(said))
+    found = [np.asarray(many(*batch)) for batch in batches()]
+    a, b = task.all_pairs()
+    return float((np.concatenate(found) == a + b).mean())
+
+
+def held_out_rows(model: Model, site: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Reads and writes [L, T, D] on the sums that nothing was trained on."""
+    _, held = task.split()
+    token_WT = task.all_tokens()[0][held]
+    read_LTD, write_LTD, _ = harvest(
+        model.params, jnp.asarray(token_WT), None, cfg=model.cfg, site=site
+    )
+    real = np.flatnonzero(token_WT != task.PAD)
+    return np.asarray(read_LTD)[:, real], np.asarray(write_LTD)[:, real]
+
+
+def neuron_fvu(model: Model, k: int) -> float:
+    """FVU of the k strongest neurons on held-out sums, mean of layers."""
+    from jaxclt.lm import layers
+
+    read_LTD, write_LTD = held_out_rows(model, "mlp_in")
+    fvu = []
+    for l in range(model.cfg.n_layers):
+        p = jax.tree.map(lambda leaf: leaf[l], model.params.blocks)  # noqa: B023
+        gate, up = layers.gate_and_up(p, jnp.asarray(read_LTD[l]), cfg=model.cfg)
+        value = np.asarray(gate * up)
+        size = np.abs(value) * np.linalg.norm(np.asarray(p.down_LID), axis=-1)
+        least = -np.partition(-size, k - 1, axis=1)[:, k - 1 : k]
+        error = np.where(size >= least, 0, value) @ np.asarray(p.down_LID)
+        fvu.append(
+            (error**2).sum() / ((write_LTD[l] - write_LTD[l].mean(0)) ** 2).sum()
+        )
+    return float(np.mean(fvu))
+
+
+def transcoder_row(model: Model, dictionary: StoreDictionary) -> dict[str, float]:
+    """Reconstruction on held-out sums, and the replacement model on all."""
+    clt, cfg = dictionary.params, dictionary.cfg
+    found = reconstruction(clt, cfg, *held_out_rows(model, cfg.read))
+    logits = partial(
+        replacement_logits,
+        model.params,
+        clt,
+        cfg=model.cfg,
+        clt_cfg=cfg,
+        keep_first=False,
+    )
+    return {k: found[k] for k in ("fvu", "l0", "dead")} | {
+        "right": right_share(lambda token_T: logits(token_T))
+    }
+
+
+def neuron_row(model: Model, k: int) -> dict[str, float]:
+    logits = partial(neuron_logits, model.params, cfg=model.cfg, k=k, keep_first=False)
+    return {
+        "fvu": neuron_fvu(model, k),
+        "l0": float(k),
+        "dead": 0.0,
+        "right": right_share(lambda token_T: logits(token_T)),
+    }
+
+
+def random_sums(n: int, seed: int) -> list[tuple[int, int]]:
+    """Different sums, drawn from all."""
+    order = jax.random.permutation(jax.random.key(seed), task.N**2)[:n]
+    return [divmod(int(i), task.N) for i in order]
+
+
+def graph_rows(
+    model: Model, dictionary: Any, sums: Sequence[tuple[int, int]]
+) -> dict[str, list[float]]:
+    """Scores of the graphs of some sums; exact graphs, no feature left out."""
+    keys = ("replacement", "completeness", "mean_path_length")
+    found: dict[str, list[float]] = {key: [] for key in keys}
+    for a, b in sums:
+        graph = jaxclt.attribute(model, dictionary, task.prompt(a, b), **ATTRIBUTION)
+        each = dataclasses.asdict(jaxclt.scores(graph))
+        for key in keys:
+            found[key].append(each[key])
+    return found
+
+
+# -- labels ----------------------------------------------------------------------------
+
+
+def label_features(a_LNF: np.ndarray) -> dict[tuple[int, int], Label]:
+    """Labels of the features that are active at the `=`, by (layer, feature)."""
+    among = partitions()
+    found = {}
+    for layer, a_NF in enumerate(a_LNF):
+        plot_NF = a_NF.astype(np.float64)
+        for feature in np.flatnonzero((plot_NF > 0).any(0)):
+            if np.ptp(plot := plot_NF[:, feature]) > 0:
+                found[layer, int(feature)] = label(plot, among)
+    return found
+
+
+def label_table(labels: dict[tuple[int, int], Label]) -> list[dict[str, Any]]:
+    """How many features are of each family, how well their labels fit."""
+    rows = []
+    for family in sorted({x.family for x in labels.values()}):
+        these = [x for x in labels.values() if x.family == family]
+        rows.append(
+            {
+                "family": family,
+                "features": len(these),
+                "clear": sum(x.clear for x in these),
+                "fit": float(np.median([x.fit for x in these])),
+                "family_fit": float(np.median([x.family_fit for x in these])),
+                "example": max(these, key=lambda x: x.fit).text,
+            }
+        )
+    return sorted(rows, key=lambda row: -row["features"])
+
+
+# -- patches ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Patched:
+    """One patch of one sum."""
+
+    a: int
+    b: int
+    expected: int  # the answer that the labels predict
+    said: int
+    p_right_before: float
+    p_right_after: float
+    n_edits: int
+
+
+def chosen(labels: dict[tuple[int, int], Label], what: str) -> set[tuple[int, int]]:
+    """Clearly labelled features of a family or a pathway."""
+    return {
+        place
+        for place, x in labels.items()
+        if x.clear and what in (x.family, x.pathway)
+    }
+
+
+def subject_of(model: Model, dictionary: StoreDictionary, a: int, b: int) -> Subject:
+    graph = jaxclt.attribute(
+        model, dictionary, task.prompt(a, b), targets=[str(a + b)], **ATTRIBUTION
+    )
+    return Subject.of(model, dictionary, graph)
+
+
+def swap(
+    subject: Subject,
+    a_LNF: np.ndarray,
+    own: tuple[int, int],
+    donor: tuple[int, int],
+    features: set[tuple[int, int]],
+    *,
+    expected: int,
+) -> Patched:
+    """Give features at the `=` the activations that they have on another sum."""
+    at_own, at_donor = (a_LNF[:, a * task.N + b] for a, b in (own, donor))
+    last = subject.n_tokens - 1
+    edits = [
+        (layer, last, feature, 0.0, float(at_donor[layer, feature]))
+        for layer, feature in sorted(features)
+        if at_own[layer, feature] != at_donor[layer, feature]
+    ]
+    if not edits:  # nothing of it is active on either sum
+        edits = [(0, last, 0, 1.0, 0.0)]
+    return patched(subject, own, edits, expected=expected)
+
+
+def patched(
+    subject: Subject,
+    own: tuple[int, int],
+    edits: list[tuple[int, int, int, float, float]],
+    *,
+    expected: int,
+) -> Patched:
+    """Constrained patch from the first edited layer to the last one of the model."""
+    first = min(edit[0] for edit in edits)
+    layers = (first, subject.model.cfg.n_layers - 1)
+    ask = subject.ask(n_top=1)
+    done = subject.effects([edits], [layers], subject.how("constrained"), ask)
+    from jaxclt.patching.effects import clean_effect
+
+    before = clean_effect(subject.patchable, ask)
+    return Patched(
+        a=own[0],
+        b=own[1],
+        expected=expected,
+        said=int(np.asarray(done.top_token_J)[0, 0]),
+        p_right_before=float(np.asarray(before.prob_K)[0]),
+        p_right_after=float(np.asarray(done.prob_K)[0, 0]),
+        n_edits=len(edits),
+    )
+
+
+def other(x: int, by: int, key: jax.Array, of: int) -> int:
+    """x with its last digit (by 1) or its tens (by 10) drawn anew, not the same."""
+    old = x // by % 10
+    new = (old + int(jax.random.randint(key, (), 1, 10))) % of
+    return x + (new - old) * by
+
+
+def interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95% interval of a share."""
+    p = hits / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return middle - half, middle + half
+
+
+def patch_study(
+    model: Model,
+    dictionary: StoreDictionary,
+    a_LNF: np.ndarray,
+    labels: dict[tuple[int, int], Label],
+    *,
+    n: int,
+    seed: int,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Do patches do what the labels and the graphs say, on n random sums?
+
+    - swap last digit: the features of the last-digit pathway get the activations of a
+      sum whose b ends differently; the answer should change its last digit to that of
+      a + b', and nothing else.
+    - swap lookup tables: only the lookup-table features of those.
+    - swap magnitude: the features of the magnitude pathway, from a sum with other tens
+      of a; the answer should keep its last digit and take the tens of a' + b.
+    - swap others: as many other features as in the first, with that donor: a control.
+    - suppress lookup tables: set to 0. What each graph predicts for the logit of the
+      sum (the total effect of these features, to first order) against what happens.
+    """
+    digit = chosen(labels, "last digit")
+    lookup = chosen(labels, "lookup table")
+    size = chosen(labels, "magnitude")
+    every = [
+        (layer, feature)
+        for layer, a_NF in enumerate(a_LNF)
+        for feature in np.flatnonzero((a_NF > 0).any(0)).tolist()
+    ]
+    rest = [place for place in every if place not in digit]
+    swaps: dict[str, list[Patched]] = {
+        name: [] for name in ("last digit", "lookup table", "magnitude", "others")
+    }
+    predicted, happened, fell = [], [], []
+    for i, (a, b) in enumerate(random_sums(n, seed)):
+        key = jax.random.fold_in(jax.random.key(seed + 1), i)
+        subject = subject_of(model, dictionary, a, b)
+        b_new, a_new = other(b, 1, key, 10), other(a, 10, key, 10)
+        digit_to = a + b - (a + b) % 10 + (a + b_new) % 10
+        tens_to = (a_new + b) - (a_new + b) % 10 + (a + b) % 10
+        take = partial(swap, subject, a_LNF, (a, b))
+        swaps["last digit"].append(take((a, b_new), digit, expected=digit_to))
+        swaps["lookup table"].append(take((a, b_new), lookup, expected=digit_to))
+        swaps["magnitude"].append(take((a_new, b), size, expected=tens_to))
+        draw = np.asarray(jax.random.permutation(key, len(rest)))[: len(digit)]
+        control = {rest[j] for j in draw}
+        swaps["others"].append(take((a, b_new), control, expected=digit_to))
+        graph = subject.graph
+        slots = [
+            slot
+            for slot in range(graph.n_features)
+            if graph.pos_A[slot] == graph.n_tokens - 1
+            and (int(graph.layer_A[slot]), int(graph.feature_A[slot])) in lookup
+        ]
+        if slots:
+            effect, change, before = suppressed(subject, slots)
+            predicted.append(-effect)
+            happened.append(change)
+            fell.append(before)
+        if (i + 1) % 50 == 0:
+            say(f"{dictionary.name}: {i + 1} of {n} sums patched")
+    return {
+        "n": n,
+        "features": {
+            "last digit": len(digit),
+            "lookup table": len(lookup),
+            "magnitude": len(size),
+        },
+        "swaps": {name: hits(rows) for name, rows in swaps.items()},
+        "suppress": {
+            "n": len(predicted),
+            **share(
+                int(np.sum(np.sign(predicted) == np.sign(happened))), len(predicted)
+            ),
+            "spearman": spearman(np.asarray(predicted), np.asarray(happened)),
+            "median_predicted": float(np.median(predicted)),
+            "median_happened": float(np.median(happened)),
+        },
+    }
+
+
+def share(k: int, n: int) -> dict[str, Any]:
+    lo, hi = interval(k, n)
+    return {"share": k / n, "interval": [lo, hi]}
+
+
+def hits(rows: Sequence[Patched]) -> dict[str, Any]:
+    """How often the whole answer, and its last digit, are as expected."""
+    n = len(rows)
+    whole = sum(r.said == r.expected for r in rows)
+    digit = sum(r.said % 10 == r.expected % 10 for r in rows)
+    stayed = sum(r.said == r.a + r.b for r in rows)
+    return {
+        "answer": share(whole, n),
+        "last_digit": share(digit, n),
+        "unchanged": share(stayed, n),
+        "median_edits": float(np.median([r.n_edits for r in rows])),
+        "median_p_right": float(np.median([r.p_right_after for r in rows])),
+    }
+
+
+def suppressed(subject: Subject, slots: list[int]) -> tuple[float, float, float]:
+    """Total effect of some features on the sum's logit, and the change without them.
+
+    The replacement model is patched (all layers, everything downstream responds): that
+    is what a total effect is about. Norms stay as they are in the clean pass.
+    """
+    graph: Graph = subject.graph
+    effect = float(solve_total_effect(graph)[0, slots].sum())
+    edits = [
+        (int(graph.layer_A[s]), int(graph.pos_A[s]), int(graph.feature_A[s]), 0.0, 0.0)
+        for s in slots
+    ]
+    how = subject.how("iterative", freeze_norm=True)
+    from jaxclt.patching.effects import clean_effect
+
+    ask = subject.ask()
+    done = subject.effects([edits], [(0, subject.model.cfg.n_layers - 1)], how, ask)
+    before = clean_effect(subject.patchable, ask)
+    change = float(np.asarray(done.logit_K)[0, 0] - np.asarray(before.logit_K)[0])
+    return effect, change, float(np.asarray(before.prob_K)[0])
+
+
+def with_labels(
+    dictionary: StoreDictionary, labels: dict[tuple[int, int], Label]
+) -> StoreDictionary:
+    """The dictionary with its clear labels, as graphs show them."""
+    clear = {place: x.text for place, x in labels.items() if x.clear}
+    return dataclasses.replace(dictionary, labels=clear)

@@ -1,0 +1,193 @@
+"""The whole method on the bundled model, whose circuit is known: `jaxclt demo`.
+
+A transformer that adds is asked for 36 + 59, the case study of Circuit Tracing (2025,
+"addition"). Its graph is made, pruned, read as supernodes, patched, validated and
+written as a page. Nothing is fetched.
+
+``demo.json`` beside the dictionary (written by ``experiments/addition/run.py``) names
+the prompt, a donor prompt whose last digit differs, and the features of each pathway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxclt.clt.active import Active, Dictionary
+from jaxclt.graph.attribute import AttributeConfig
+from jaxclt.graph.graph import Graph
+from jaxclt.graph.supernodes import SupernodeGraph, supernode_graph
+from jaxclt.intervene import PatchResult, Subject, patch
+from jaxclt.io.bundled import bundled
+from jaxclt.io.dictionary import load_dictionary
+from jaxclt.io.model import Model, load_model
+from jaxclt.io.weights_safetensors import read_json
+from jaxclt.patching.edits import Edit
+from jaxclt.trace import (
+    check_writable,
+    prompt_tokens,
+    record_prompt,
+    trace_prompt,
+    write_trace,
+)
+from jaxclt.types import Supernode
+from jaxclt.validate import ValidateOptions, validate_graph, write_validation
+
+__all__ = ["Case", "DemoResult", "label_supernodes", "load_case", "pathway_edits"]
+__all__ += ["run_demo"]
+
+MODEL, DICTIONARY = "addition", "addition-clt"
+# Small graphs: fewer patches say the same, in a third of the time.
+VALIDATION = ValidateOptions(n_features=30, n_small=10, n_layers=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is known of the prompt beforehand."""
+
+    prompt: str
+    donor: str  # the same sum with another last digit of b
+    expected: str  # what the patched model should answer
+    # (layer, feature) of the features at the last position, by pathway
+    pathways: dict[str, list[tuple[int, int]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """What the demo found; its files are in the directory."""
+
+    report: dict[str, Any]
+    supernodes: SupernodeGraph
+    swapped: PatchResult
+    validation: dict[str, Any]
+
+
+def load_case(name: str = DICTIONARY) -> Case:
+    """The case study that comes with a bundled dictionary."""
+    folder = bundled(name)
+    assert folder is not None
+    raw = read_json(folder / "demo.json")
+    pathways = {
+        pathway: [(int(layer), int(feature)) for layer, feature in features]
+        for pathway, features in raw["pathways"].items()
+    }
+    return Case(
+        prompt=raw["prompt"],
+        donor=raw["donor"],
+        expected=raw["expected"],
+        pathways=pathways,
+    )
+
+
+def pathway_edits(
+    model: Model,
+    dictionary: Dictionary,
+    case: Case,
+    pathway: str,
+) -> list[Edit]:
+    """Give a pathway the activations that it has on the donor prompt.
+
+    Args:
+      model: the bundled model.
+      dictionary: whose features the case names.
+      case: prompt, donor and pathways.
+      pathway: which features.
+    """
+    own, donor = (
+        _last_values(model, dictionary, prompt) for prompt in (case.prompt, case.donor)
+    )
+    last = len(prompt_tokens(model, case.prompt)) - 1
+    return [
+        Edit(layer=layer, pos=last, feature=feature, set=donor.get(place, 0.0))
+        for place in case.pathways[pathway]
+        for layer, feature in [place]
+        if own.get(place, 0.0) != donor.get(place, 0.0)
+    ]
+
+
+def _last_values(
+    model: Model, dictionary: Dictionary, prompt: str
+) -> dict[tuple[int, int], float]:
+    """Activations at the last position, by (layer, feature)."""
+    token_T = np.asarray(prompt_tokens(model, prompt), np.int32)
+    recording = record_prompt(model.params, token_T, model.cfg)  # pyright: ignore
+    active: Active = dictionary.active(model.params, recording, model.cfg)
+    here = active.pos_A == len(token_T) - 1
+    places = zip(active.layer_A[here], active.feature_A[here], strict=True)
+    values = active.value_A[here]
+    return {
+        (int(layer), int(feature)): float(value)
+        for (layer, feature), value in zip(places, values, strict=True)
+    }
+
+
+def label_supernodes(graph: Graph) -> list[Supernode]:
+    """Kept features with the same label at the same position, and all kept tokens.
+
+    Targets come along as groups of one.
+    """
+    groups: dict[str, list[Any]] = {}
+    for a in np.flatnonzero(graph.pruning.keep_N[graph.feature_cols]):
+        layer, pos = int(graph.layer_A[a]), int(graph.pos_A[a])
+        feature = int(graph.feature_A[a])
+        text = graph.meta.label(layer, feature)
+        if text:
+            groups.setdefault(text, []).append((layer, pos, feature))
+    for pos, token in enumerate(graph.meta.tokens):
+        groups[f"token {token} at {pos}"] = [f"embed {pos}"]
+    for k, token in enumerate(graph.meta.target_tokens):
+        groups[f"output {token}"] = [f"target {k}"]
+    return [Supernode(name, tuple(nodes)) for name, nodes in groups.items()]
+
+
+Progress = Callable[[str, str], AbstractContextManager[Callable[[int, int], None]]]
+
+
+def run_demo(
+    out: Path, *, say: Callable[[str], None], progress: Progress
+) -> DemoResult:
+    """Run it and write the directory.
+
+    Args:
+      out: where graph, report, page, validation and supernodes go.
+      say: told what happens, a line each.
+      progress: a bar for (what, unit).
+
+    Raises:
+      InputError: if `out` cannot be written.
+    """
+    check_writable(out)
+    model = load_model(MODEL)
+    dictionary = load_dictionary(DICTIONARY, model)
+    case = load_case()
+    say(f"{MODEL}: {model.cfg.n_layers} layers that add; {case.prompt!r}")
+    with progress("attributing", "rows/s") as on_rows:
+        traced = trace_prompt(
+            model,
+            dictionary,
+            case.prompt,
+            config=AttributeConfig(tolerance=0.0),
+            on_rows=on_rows,
+        )
+    graph = traced.graph
+    groups = label_supernodes(graph)
+    small = supernode_graph(graph, groups)
+    edits = pathway_edits(model, dictionary, case, "last digit")
+    subject = Subject.of(model, dictionary, graph)
+    last = model.cfg.n_layers - 1
+    first = min(edit.layer or 0 for edit in edits)
+    swapped = patch(
+        model, dictionary, graph, edits, layers=(first, last), subject=subject
+    )
+    with progress("validating", "patches/s") as on_done:
+        validation = validate_graph(subject, VALIDATION, on_done=on_done)
+    write_validation(validation, out)
+    report = write_trace(traced, out, supernodes=groups)
+    return DemoResult(
+        report=report, supernodes=small, swapped=swapped, validation=validation
+    )

@@ -1,0 +1,22 @@
+"""The small model and the dictionaries that come with the package.
+
+Made by ``experiments/addition/run.py``: a transformer that adds, the paper's case study
+with a known answer. Their directories are like any other model's and dictionary's.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+__all__ = ["DICTIONARIES", "MODELS", "bundled"]
+
+MODELS = ("addition",)
+DICTIONARIES = ("addition-clt", "addition-plt")
+
+
+def bundled(name: str) -> Path | None:
+    """Directory of a bundled model or dictionary; None if there is none of the name."""
+    if name not in MODELS + DICTIONARIES:
+        return None
+    return Path(str(resources.files("jaxclt").joinpath("bundled", name)))

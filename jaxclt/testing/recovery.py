@@ -1,0 +1,379 @@
+"""How much of a planted circuit a dictionary's graphs say.
+
+A feature *is* a true node if its activation correlates, by at least `MATCH` in absolute
+value, with a unit of that node (or an alias) over all positions of the cases, each
+prompt once; of several it takes the best. The graph of a case is contracted to the true
+nodes (`jaxclt.graph.supernodes`), a feature belonging to a node if it is at the node's
+place. Then, in the backward walk of `jaxclt.graph.influence` on the small graph:
+
+- true: the probability that the walk reaches the right token by true edges alone;
+- shortcut: the expected number of shortcut edges it takes, other steps being true ones;
+- recall: the share of true nodes with a feature on the case; precision: the share of all
+  features' influence that belongs to features that are true nodes;
+- swap: one variable of the circuit is given another value in the running model and in
+  the local replacement model: |response' - response| / |response|, over the logits of
+  all possible answers (0: the dictionary responds as the model; 1: not at all, or as
+  wrongly). Patterns are frozen in both, a neuron's gate as in graphs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxclt.clt.active import Dictionary, StoreDictionary
+from jaxclt.clt.model import encode
+from jaxclt.clt.sites import read_diagonal
+from jaxclt.graph.attribute import AttributeConfig, attribute_recording
+from jaxclt.graph.graph import Graph, GraphMeta
+from jaxclt.graph.scores import scores
+from jaxclt.graph.supernodes import supernode_graph
+from jaxclt.graph.targets import functional_targets
+from jaxclt.lm import layers
+from jaxclt.lm.config import LMConfig
+from jaxclt.lm.run import Run, embed, native_mlp, record, run, unembed
+from jaxclt.patching.batch import make_local, make_patchable
+from jaxclt.patching.edits import Edits, make_edits
+from jaxclt.patching.modes import (
+    Gates,
+    Patchable,
+    Tables,
+    constrained,
+    hold_of,
+    iterative,
+    underlying,
+)
+from jaxclt.testing.zoo import Case, Planted
+from jaxclt.types import Block, Held, LMParams, Recording, Supernode
+from jaxclt.validation.faithfulness import Perturbation, nudged
+
+__all__ = ["MATCH", "Hidden", "Recovery", "case_graph", "hidden", "match", "recover"]
+
+MATCH = 0.7
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """One dictionary on some cases of a planted model: means, all in 0..1 but `swap`."""
+
+    true: float
+    shortcut: float
+    error: float  # of the walk's endings on the full graph: error nodes
+    bias: float  # the same: biases
+    recall: float
+    precision: float
+    swap: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hidden:
+    """What decides where a head attends, in a graph and by patches (means of cases).
+
+    Changes of the answer's logit are as a share of it, 1 being all of it.
+    """
+
+    key_influence: float  # of the key's features, in the graph
+    query_influence: float  # of the last token's embedding
+    key_frozen: float  # change when the key's features are ablated, patterns held
+    key_live: float  # the same with patterns computed anew
+    query_frozen: float  # change when the last token is replaced, patterns held
+    query_live: float
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _record(params: LMParams, token_T: Array, cfg: LMConfig) -> Recording:
+    return record(params, token_T, cfg=cfg)
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _record_many(params: LMParams, token_PT: np.ndarray, cfg: LMConfig) -> Recording:
+    return jax.vmap(lambda token_T: record(params, token_T, cfg=cfg))(token_PT)
+
+
+def match(planted: Planted, dictionary: Dictionary) -> dict[tuple[int, int], str]:
+    """Node of every feature that is one, by (layer, feature)."""
+    cfg, params = planted.cfg, planted.params
+    token_PT = np.stack([case.token_T for case in planted.cases])
+    rec_P = _record_many(params, token_PT, cfg)
+    mid_PLTD = np.asarray(rec_P.mid_LTD)
+    a_PLTF = np.asarray(_activations(dictionary, params, rec_P, cfg))
+    found = {}
+    for layer in range(cfg.n_layers):
+        units = [u for u in (*planted.units, *planted.aliases) if u.layer == layer]
+        pre_XU = mid_PLTD[:, layer] @ np.stack([u.read_D for u in units]).T
+        unit_XU = pre_XU * (pre_XU > np.array([u.theta for u in units]))
+        unit_XU = unit_XU.reshape(-1, len(units))
+        a_XF = a_PLTF[:, layer].reshape(len(unit_XU), -1)
+        size_FU = np.abs(_standard(a_XF).T @ _standard(unit_XU)) / len(unit_XU)
+        for feature in np.flatnonzero(size_FU.max(1) >= MATCH):
+            found[layer, int(feature)] = units[int(size_FU[feature].argmax())].node
+    return found
+
+
+def _standard(x_XF: np.ndarray) -> np.ndarray:
+    """Columns with mean 0 and variance 1; constant ones are zero."""
+    x_XF = x_XF.astype(np.float64) - x_XF.mean(0)
+    size_F = x_XF.std(0)
+    return x_XF / np.where(size_F > 1e-9, size_F, np.inf)
+
+
+def _activations(
+    dictionary: Dictionary, params: LMParams, rec_P: Recording, cfg: LMConfig
+) -> Array:
+    """Dense activations [P, L, T, F] on recordings with a leading P."""
+    if isinstance(dictionary, StoreDictionary):
+        clt, clt_cfg = dictionary.params, dictionary.cfg
+
+        def features(mid_LTD: Array, scale_LT: Array) -> Array:
+            site = partial(read_diagonal, clt_cfg.read)
+            diagonal_LTD = jax.vmap(site)(scale_LT, params.blocks.norm_mlp_LD)
+            return encode(clt, mid_LTD * diagonal_LTD, cfg=clt_cfg)
+
+        dense = features
+    else:
+
+        def neurons(p: Block, mid_TD: Array, scale_T: Array) -> Array:
+            normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
+            gate_TI, up_TI = layers.gate_and_up(p, normed_TD, cfg=cfg)
+            return gate_TI * up_TI
+
+        dense = partial(jax.vmap(neurons), params.blocks)
+    return jax.jit(jax.vmap(dense))(rec_P.mid_LTD, rec_P.frozen.mlp_scale_LT)
+
+
+def case_graph(planted: Planted, dictionary: Dictionary, case: Case) -> Graph:
+    """The full graph of a case; its targets are the answers' logits, not demeaned."""
+    cfg, params = planted.cfg, planted.params
+    rec = _record(params, jnp.asarray(case.token_T), cfg)
+    assert params.unembed_DV is not None
+    targets = functional_targets(
+        params,
+        rec,
+        "out",
+        -1,
+        np.asarray(params.unembed_DV)[:, list(case.answer.values())].T,
+        labels=list(case.answer),
+    )
+    tokens = tuple(f"t{i}" for i in case.token_T)
+    return attribute_recording(
+        params,
+        rec,
+        dictionary.active(params, rec, cfg),
+        targets,
+        cfg=cfg,
+        meta=GraphMeta(
+            model=planted.name,
+            dictionary=dictionary.name,
+            prompt=" ".join(tokens),
+            tokens=tokens,
+            target_tokens=tuple(case.answer),
+            n_layers=cfg.n_layers,
+        ),
+        config=AttributeConfig(max_features=None, tolerance=0.0, devices=1),
+    )
+
+
+def _nodes(
+    graph: Graph, case: Case, matched: dict[tuple[int, int], str]
+) -> dict[str, list[tuple[int, int, int]]]:
+    """Features of every true node on a case; a node that has none is left out."""
+    found: dict[str, list[tuple[int, int, int]]] = {}
+    for layer, pos, feature in zip(
+        graph.layer_A.tolist(),
+        graph.pos_A.tolist(),
+        graph.feature_A.tolist(),
+        strict=True,
+    ):
+        node = matched.get((layer, feature))
+        if node is not None and case.place.get(node) == (layer, pos):
+            found.setdefault(node, []).append((layer, pos, feature))
+    return found
+
+
+def recover(
+    planted: Planted, dictionary: Dictionary, cases: tuple[Case, ...]
+) -> Recovery:
+    """The scores of this module's docstring, averaged over cases."""
+    matched = match(planted, dictionary)
+    found = [_recover(planted, dictionary, case, matched) for case in cases]
+    return Recovery(
+        **{
+            field.name: float(np.mean([getattr(one, field.name) for one in found]))
+            for field in dataclasses.fields(Recovery)
+        }
+    )
+
+
+def _recover(
+    planted: Planted,
+    dictionary: Dictionary,
+    case: Case,
+    matched: dict[tuple[int, int], str],
+) -> Recovery:
+    graph = case_graph(planted, dictionary, case)
+    nodes = _nodes(graph, case, matched)
+    groups = [Supernode("token", (f"embed {case.source}",))]
+    groups += [Supernode(name, tuple(places)) for name, places in nodes.items()]
+    groups += [Supernode(y, (f"target {k}",)) for k, y in enumerate(case.answer)]
+    small = supernode_graph(graph, groups)
+
+    def only(edges: frozenset[tuple[str, str]]) -> np.ndarray:
+        keep_GG = [[(s, t) in edges for s in small.names] for t in small.names]
+        return np.where(keep_GG, small.size_GG, 0)
+
+    true_GG, shortcut_G = only(planted.edges), only(planted.shortcuts).sum(1)
+    step_G = np.array([name in case.answer for name in small.names], float)
+    step_G /= step_G.sum()
+    true = shortcut = 0.0
+    for _ in range(graph.n_layers + 1):
+        shortcut += float(step_G @ shortcut_G)
+        step_G = step_G @ true_GG
+        true += step_G[0]
+    influence_A = graph.influence_N[graph.feature_cols]
+    own = sum(
+        small.influence_G[g] for g, name in enumerate(small.names) if name in nodes
+    )
+    full = scores(graph)
+    total = float(influence_A.sum())
+    return Recovery(
+        true=float(true),
+        shortcut=shortcut,
+        error=full.error_share,
+        bias=full.bias_share,
+        recall=len(nodes) / len(case.place),
+        precision=min(1.0, float(own) / total) if total > 0 else 0.0,
+        swap=_swap(planted, dictionary, case),
+    )
+
+
+# -- patches ---------------------------------------------------------------------------
+
+
+def _swap(planted: Planted, dictionary: Dictionary, case: Case) -> float:
+    """How far the local replacement model's response to the swap is from the model's."""
+    params, cfg = planted.params, planted.cfg
+    rec = _record(params, jnp.asarray(case.token_T), cfg)
+    model = make_patchable(dictionary, params, rec, cfg)
+    local = make_local(dictionary, model, dictionary.active(params, rec, cfg))
+    idle = make_edits([(0, 0, 0, 1.0, 0.0)], dictionary, params, rec, cfg=cfg)
+    swap_D = np.asarray(case.swap_D, rec.mid_LTD.dtype)
+    change = nudged(
+        idle, case.swap_layer, case.swap_pos, swap_D, len(case.token_T), slot=0
+    )
+    gates: Gates = "live" if isinstance(dictionary, StoreDictionary) else "frozen"
+    said_K, real_K = _responses(
+        model, local.tables, change, jnp.asarray(planted.readout_K), gates=gates
+    )
+    return float(jnp.linalg.norm(said_K - real_K) / jnp.linalg.norm(real_K))
+
+
+@partial(jax.jit, static_argnames="gates")
+def _responses(
+    model: Patchable, tables: Tables, change: Perturbation, token_K: Array, gates: Gates
+) -> tuple[Array, Array]:
+    """Changes of the logits [K], of the local replacement model and of the model."""
+    rec, last = model.recording, jnp.asarray(model.cfg.n_layers - 1, jnp.int32)
+
+    def moved_K(done: Run) -> Array:
+        return unembed(model.params, done.out_TD[-1] - rec.out_TD[-1])[token_K]
+
+    said = iterative(
+        model,
+        change.edits,
+        change.slot_E,
+        tables,
+        change.start,
+        last,
+        hold=hold_of(rec, norm=True),
+        gates=gates,
+        nudge=change.nudge,
+    )
+    real = underlying(model, change.nudge, hold=hold_of(rec))
+    return moved_K(said), moved_K(real)
+
+
+def hidden(planted: Planted, dictionary: Dictionary, cases: tuple[Case, ...]) -> Hidden:
+    """What a graph and what patches say of a head's key and query, averaged over cases.
+
+    The key's features are ablated by a constrained patch over the layers behind which
+    the model runs by itself; the query is the last token, replaced by one that is not
+    in the prompt.
+
+    Args:
+      planted: with a node ``key``.
+      dictionary: whose features.
+      cases: prompts.
+    """
+    matched = match(planted, dictionary)
+    found = [_hidden(planted, dictionary, case, matched) for case in cases]
+    return Hidden(
+        **{
+            field.name: float(np.mean([getattr(one, field.name) for one in found]))
+            for field in dataclasses.fields(Hidden)
+        }
+    )
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _replaced(params: LMParams, token_T: Array, hold: Held, cfg: LMConfig) -> Array:
+    """Logits at the last position of other tokens, what is held from the recording."""
+    embed_TD = embed(params, token_T)
+    done = run(params, embed_TD, native_mlp(cfg), cfg=cfg, frozen=hold)
+    return unembed(params, done.out_TD[-1])
+
+
+@jax.jit
+def _ablated(model: Patchable, edits: Edits, layer: Array, hold: Held) -> Array:
+    """Logits at the last position with one layer's output clamped, edits included."""
+    done = constrained(model, edits, layer, layer, hold=hold)
+    return unembed(model.params, done.out_TD[-1])
+
+
+def _hidden(
+    planted: Planted,
+    dictionary: Dictionary,
+    case: Case,
+    matched: dict[tuple[int, int], str],
+) -> Hidden:
+    params, cfg = planted.params, planted.cfg
+    graph = case_graph(planted, dictionary, case)
+    places = _nodes(graph, case, matched).get("key", [])
+    rec = _record(params, jnp.asarray(case.token_T), cfg)
+    answer = case.answer["answer"]
+    clean = float(unembed(params, rec.out_TD[-1])[answer])
+
+    def loss(logit_V: Array) -> float:
+        return 1 - float(logit_V[answer]) / clean
+
+    other = min(set(range(cfg.d_vocab)) - set(case.token_T.tolist()))
+    new_T = jnp.asarray(case.token_T).at[-1].set(other)
+    query_loss = [
+        loss(_replaced(params, new_T, hold_of(rec, pattern=frozen), cfg))
+        for frozen in (True, False)
+    ]
+    key_loss = [0.0, 0.0]
+    if places:
+        model = make_patchable(dictionary, params, rec, cfg)
+        single = [(*place, 0.0, 0.0) for place in places]
+        edits = make_edits(single, dictionary, params, rec, cfg=cfg)
+        layer = jnp.asarray(places[0][0], jnp.int32)
+        key_loss = [
+            loss(_ablated(model, edits, layer, hold_of(rec, pattern=frozen)))
+            for frozen in (True, False)
+        ]
+    place_A = zip(graph.layer_A, graph.pos_A, graph.feature_A, strict=True)
+    own_A = np.array([tuple(map(int, at)) in places for at in place_A], bool)
+    last_embed = graph.influence_N[graph.embed_cols][-1]
+    return Hidden(
+        key_influence=float(graph.influence_N[graph.feature_cols][own_A].sum()),
+        query_influence=float(last_embed),
+        key_frozen=key_loss[0],
+        key_live=key_loss[1],
+        query_frozen=query_loss[0],
+        query_live=query_loss[1],
+    )
