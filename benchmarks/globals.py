@@ -47,8 +47,10 @@ def median(values: list[float]) -> str:
     return f"{statistics.median(values):.3g} (best {max(values):.3g})"
 
 
-def virtual_rows(model: Any, dictionary: Any, rounds: int, top: int) -> list[str]:
-    """Rows of the table of virtual weights."""
+def virtual_rows(
+    model: Any, dictionary: Any, rounds: int, top: int, layers: int
+) -> list[str]:
+    """Rows of the table of virtual weights, among the last `layers` layers."""
     import jax
     import jax.numpy as jnp
 
@@ -57,8 +59,10 @@ def virtual_rows(model: Any, dictionary: Any, rounds: int, top: int) -> list[str
 
     store, params = dictionary.store, model.params
     cfg = store.cfg
-    everything = Subset.everything(cfg)
-    pairs = cfg.n_layers * (cfg.n_layers - 1) // 2
+    layer_LF, feature_LF = np.indices((cfg.n_layers, cfg.n_features))
+    place = np.stack([layer_LF.ravel(), feature_LF.ravel()], 1)
+    everything = Subset.of(place[layer_LF.ravel() >= cfg.n_layers - layers], cfg)
+    pairs = layers * (layers - 1) // 2
     gflop = pairs * 2 * cfg.n_features**2 * cfg.d_model / 1e9
     one, two = (
         jax.random.normal(jax.random.key(i), (cfg.n_features, cfg.d_model))
@@ -238,6 +242,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--top", type=int, default=16)
+    parser.add_argument("--layers", type=int, help="of the virtual weights; the last")
     parser.add_argument("--append", type=Path, help="put the section on top of this")
     parser.add_argument(
         "--parts", nargs="+", default=["virtual", "statistics", "command"]
@@ -258,6 +263,7 @@ def main() -> None:
     model = jaxclt.load_model(args.model)
     dictionary: Any = jaxclt.load_dictionary(args.dictionary, model)
     cfg = dictionary.cfg
+    layers = args.layers or cfg.n_layers
     hardware, loads = hardware_line(), [load_average()]
     print(hardware, flush=True)
     today = datetime.datetime.now(tz=datetime.UTC).date()
@@ -269,14 +275,14 @@ def main() -> None:
     ]
     if "virtual" in args.parts:
         text += [
-            "Virtual weights between all features, blocks of "
+            f"Virtual weights between all features of {layers} layers, blocks of "
             f"{cfg.n_features:,} x {cfg.n_features:,} with D {cfg.d_model}; the share "
             "is of the best square matmul of 1,024 or 2,048 just before or after "
             f"(medians of {args.rounds} rounds):",
             "",
             "| | GFLOP | GFLOP/s | share of the peak |",
             "| --- | --- | --- | --- |",
-            *virtual_rows(model, dictionary, args.rounds, args.top),
+            *virtual_rows(model, dictionary, args.rounds, args.top, layers),
             "",
         ]
         loads.append(load_average())
