@@ -71,18 +71,13 @@ def writes_below(cfg: CLTConfig, source: int, target: int) -> int:
     return min(target - source, cfg.n_writes(source))
 
 
-@jax.jit
-def _summed(W_NMD: Array) -> Array:
-    """Prefix sums over the written layers, [M, N, D]."""
-    return jnp.cumsum(W_NMD, axis=1).swapaxes(0, 1)
-
-
-def _prefix(
+def _decoders(
     store: DictionaryStore, params: LMParams, source: int, feature_N: np.ndarray
-) -> Array:
+) -> np.ndarray:
+    """Decoder rows [N, M, D] in the model's dtype."""
     rows_NMD = np.asarray(store.decoder_rows(source, feature_N), params.embed_VD.dtype)
     shape = (len(feature_N), store.cfg.n_writes(source), store.cfg.d_model)
-    return _summed(jnp.asarray(rows_NMD.reshape(shape)))
+    return rows_NMD.reshape(shape)
 
 
 @jax.jit
@@ -123,8 +118,8 @@ def summed_writes(
     feature_N: np.ndarray,
 ) -> Array:
     """What features of a layer write below the encoders of a higher one, [N, D]."""
-    last = writes_below(store.cfg, source, target) - 1
-    return _prefix(store, params, source, feature_N)[last]
+    n = writes_below(store.cfg, source, target)
+    return jnp.asarray(_decoders(store, params, source, feature_N)[:, :n].sum(1))
 
 
 class Tile(NamedTuple):
@@ -170,15 +165,19 @@ def virtual_tiles(
     }
     total, done = len(live) * (len(live) - 1) // 2, 0
     for i, source in enumerate(live[:-1]):
-        rows_NMD = np.asarray(
-            store.decoder_rows(source, subset.features(source)), params.embed_VD.dtype
-        ).reshape(count_L[source], cfg.n_writes(source), cfg.d_model)
-        prefix_MND = _summed(jnp.asarray(padded(rows_NMD)))
+        rows_NMD = _decoders(store, params, source, subset.features(source))
+        written_ND, n = jnp.zeros_like(read[live[-1]]), 0
         for target in live[i + 1 :]:
-            last = writes_below(cfg, source, target) - 1
-            yield Tile(target, source, block(read[target], prefix_MND[last]))
+            below = writes_below(cfg, source, target)
+            for i_write in range(n, below):
+                written_ND = _add(written_ND, padded(rows_NMD[:, i_write]))
+            n = below
+            yield Tile(target, source, block(read[target], written_ND))
             done += 1
             on_block(done, total)
+
+
+_add = jax.jit(jnp.add)
 
 
 class Strongest(NamedTuple):
@@ -334,6 +333,8 @@ def logit_weights(
     """
     cfg = store.cfg
     feature_N = np.arange(cfg.n_features) if feature_N is None else feature_N
-    written_ND = _prefix(store, params, layer, np.asarray(feature_N))[-1]
+    written_ND = summed_writes(
+        store, params, layer, cfg.n_layers, np.asarray(feature_N)
+    )
     logit_NV = np.asarray(_logits(params, written_ND))
     return logit_NV if token_Y is None else logit_NV[:, token_Y]
