@@ -22,7 +22,7 @@ Where things are, in the order a prompt passes through them:
 | `jaxclt.patching` | edits, the three modes, batches, generation |
 | `jaxclt.validate`, `jaxclt.validation` | a graph's predictions against patches |
 | `jaxclt.viewer` | graph JSON and the page |
-| `jaxclt.testing` | tiny models for tests and examples |
+| `jaxclt.testing` | tiny models for tests and examples; planted circuits |
 
 Importing this package touches no device and does not import transformers.
 """

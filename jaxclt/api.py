@@ -15,6 +15,7 @@ from jaxclt.clt.active import Dictionary
 from jaxclt.graph import prune as pruning
 from jaxclt.graph import scores as scoring
 from jaxclt.graph.attribute import AttributeConfig
+from jaxclt.graph.certificate import certificate
 from jaxclt.graph.explain import edge_parts
 from jaxclt.graph.graph import Graph
 from jaxclt.io.atomic import atomic_path
@@ -118,6 +119,7 @@ class Page:
     """A graph as a self-contained HTML page; a notebook shows it inline."""
 
     html: str
+    doc: dict[str, Any]  # what it shows, in the schema other viewers read
 
     def save(self, path: str | os.PathLike[str], *, open_browser: bool = False) -> Path:
         """Write the page; optionally open it in a browser."""
@@ -131,14 +133,32 @@ class Page:
         # srcdoc keeps the page's scripts and styles away from the notebook's.
         inner = self.html.replace("&", "&amp;").replace('"', "&quot;")
         return (
-            '<iframe style="width:100%;height:760px;border:0" sandbox="allow-scripts" '
-            f'srcdoc="{inner}"></iframe>'
+            '<iframe style="width:100%;height:820px;border:0" '
+            f'sandbox="allow-scripts allow-downloads" srcdoc="{inner}"></iframe>'
         )
 
 
-def show(graph: Graph) -> Page:
-    """The pruned graph as a page, with its scores."""
+def show(
+    graph: Graph,
+    *,
+    compare: Graph | None = None,
+    validation: dict[str, Any] | None = None,
+) -> Page:
+    """The pruned graph as a page, with its scores.
+
+    Args:
+      graph: from `attribute` or `load_graph`.
+      compare: a second graph, whose nodes are set against this one's.
+      validation: the content of ``validation.json``, shown as evidence.
+    """
+    doc = _document(graph)
+    other = None if compare is None else _document(compare)
+    return Page(html=page(doc, validation=validation, other=other), doc=doc)
+
+
+def _document(graph: Graph) -> dict[str, Any]:
     full = dataclasses.asdict(scoring.scores(graph))
     kept = dataclasses.asdict(scoring.scores(graph, graph.pruning))
-    doc = graph_json(graph, slug="graph", scores={"full": full, "pruned": kept})
-    return Page(page(doc))
+    proof = dataclasses.asdict(certificate(graph))
+    scores = {"scores": {"full": full, "pruned": kept}, "certificate": proof}
+    return graph_json(graph, slug="graph", scores=scores)

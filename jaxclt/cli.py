@@ -42,6 +42,7 @@ from jaxclt.cli_causal import (
 from jaxclt.cli_demo import DemoConfig, run_demo_command
 from jaxclt.cli_explain import ExplainConfig, run_explain
 from jaxclt.cli_globals import GlobalsConfig, run_globals
+from jaxclt.cli_serve import ServeConfig, run_serve
 from jaxclt.errors import InputError
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ class FetchConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViewConfig:
-    """Write the page of a traced prompt again, or with other thresholds."""
+    """Write the page of a traced prompt again: with other thresholds, with what
+    validate found, beside another graph."""
 
     directory: tyro.conf.Positional[Path]
     """Directory that trace wrote."""
@@ -164,6 +166,11 @@ class ViewConfig:
     """Prune the saved graph again with this share of influence."""
     edge_threshold: float | None = None
     """Prune the saved graph again with this share of edge strength."""
+    compare: Path | None = None
+    """Directory of a second graph to compare with."""
+    features: Path | None = None
+    """Folder of feature files ({number}.json, Anthropic's format) to embed; the
+    directory's own features/ if not given."""
     json: bool = False
     """Print the result as JSON on stdout."""
     debug: bool = False
@@ -181,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
         | Annotated[FetchConfig, tyro.conf.subcommand("fetch")]
         | Annotated[ViewConfig, tyro.conf.subcommand("view")]
+        | Annotated[ServeConfig, tyro.conf.subcommand("serve")]
         | Annotated[ExplainConfig, tyro.conf.subcommand("explain")]
         | Annotated[PatchConfig, tyro.conf.subcommand("patch")]
         | Annotated[ValidateConfig, tyro.conf.subcommand("validate")]
@@ -197,6 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SweepConfig: _sweep,
         FetchConfig: _fetch,
         ViewConfig: _view,
+        ServeConfig: run_serve,
         ExplainConfig: run_explain,
         PatchConfig: lambda config, say: run_patch(config, say, _progress),
         ValidateConfig: lambda config, say: run_validate(config, say, _progress),
@@ -417,7 +426,8 @@ def _fetch(config: FetchConfig, say: Console) -> None:
 
 
 def _view(config: ViewConfig, say: Console) -> None:
-    from jaxclt import api
+    from jaxclt import pages
+    from jaxclt.api import Page, show
     from jaxclt.graph.prune import prune
     from jaxclt.io.graph_file import load_graph
 
@@ -430,7 +440,15 @@ def _view(config: ViewConfig, say: Console) -> None:
             edge_threshold=_given(config.edge_threshold, old.edge_threshold),
         )
         graph = dataclasses.replace(graph, pruning=pruning)
-    path = api.show(graph).save(config.out or config.directory / "index.html")
+    doc = show(graph).doc
+    saved = pages.read_json(config.directory / "graph.json")
+    if saved is not None:
+        doc = pages.carry_over(doc, pages.read_graph(config.directory / "graph.json"))
+    if config.features is not None:
+        doc = pages.with_features(doc, config.features)
+    other = config.compare and pages.read_graph(config.compare / "graph.json")
+    html = pages.directory_page(config.directory, doc=doc, compare=other)
+    path = Page(html=html, doc=doc).save(config.out or config.directory / "index.html")
     del say
     if config.json:
         print(json.dumps({"page": str(path)}))  # noqa: T201

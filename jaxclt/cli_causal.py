@@ -248,6 +248,7 @@ def validate_opened(
 ) -> dict[str, Any]:
     """Validate a graph whose model is loaded; shared with `trace --validate`."""
     from jaxclt import intervene
+    from jaxclt.pages import write_page
     from jaxclt.validate import ValidateOptions, validate_graph, write_validation
 
     started = time.perf_counter()
@@ -261,6 +262,8 @@ def validate_opened(
         )
     report["seconds"] = round(time.perf_counter() - started, 2)
     write_validation(report, directory)
+    if (directory / "graph.json").is_file():
+        write_page(directory)
     return report
 
 

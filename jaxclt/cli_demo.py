@@ -92,7 +92,7 @@ def _show(found: DemoResult, out: Path, seconds: float) -> None:
     console.print(table)
     lines("strongest paths", "\n".join(report["paths"]))
     lines(
-        "features with one label as one node (share of influence, share of input)",
+        "features of one family as one node (share of influence, sign, share of input)",
         describe_supernodes(found.supernodes, k=8),
     )
     swapped = found.swapped

@@ -10,7 +10,7 @@ the prompt, a donor prompt whose last digit differs, and the features of each pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +38,8 @@ from jaxclt.trace import (
 from jaxclt.types import Supernode
 from jaxclt.validate import ValidateOptions, validate_graph, write_validation
 
-__all__ = ["Case", "DemoResult", "label_supernodes", "load_case", "pathway_edits"]
-__all__ += ["run_demo"]
+__all__ = ["Case", "DemoResult", "family_supernodes", "load_case", "run_demo"]
+__all__ += ["swap_edits"]
 
 MODEL, DICTIONARY = "addition", "addition-clt"
 # Small graphs: fewer patches say the same, in a third of the time.
@@ -53,8 +53,9 @@ class Case:
     prompt: str
     donor: str  # the same sum with another last digit of b
     expected: str  # what the patched model should answer
-    # (layer, feature) of the features at the last position, by pathway
-    pathways: dict[str, list[tuple[int, int]]]
+    # What features at the last position stand for: (layer, feature) by family.
+    families: dict[str, list[tuple[int, int]]]
+    swap: tuple[str, ...]  # the families that say how the sum ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,31 +73,26 @@ def load_case(name: str = DICTIONARY) -> Case:
     folder = bundled(name)
     assert folder is not None
     raw = read_json(folder / "demo.json")
-    pathways = {
-        pathway: [(int(layer), int(feature)) for layer, feature in features]
-        for pathway, features in raw["pathways"].items()
+    families = {
+        family: [(int(layer), int(feature)) for layer, feature in features]
+        for family, features in raw["families"].items()
     }
     return Case(
         prompt=raw["prompt"],
         donor=raw["donor"],
         expected=raw["expected"],
-        pathways=pathways,
+        families=families,
+        swap=tuple(raw["swap"]),
     )
 
 
-def pathway_edits(
-    model: Model,
-    dictionary: Dictionary,
-    case: Case,
-    pathway: str,
-) -> list[Edit]:
-    """Give a pathway the activations that it has on the donor prompt.
+def swap_edits(model: Model, dictionary: Dictionary, case: Case) -> list[Edit]:
+    """Give the last-digit features the activations that they have on the donor prompt.
 
     Args:
       model: the bundled model.
       dictionary: whose features the case names.
-      case: prompt, donor and pathways.
-      pathway: which features.
+      case: prompt, donor and families.
     """
     own, donor = (
         _last_values(model, dictionary, prompt) for prompt in (case.prompt, case.donor)
@@ -104,7 +100,8 @@ def pathway_edits(
     last = len(prompt_tokens(model, case.prompt)) - 1
     return [
         Edit(layer=layer, pos=last, feature=feature, set=donor.get(place, 0.0))
-        for place in case.pathways[pathway]
+        for family in case.swap
+        for place in case.families[family]
         for layer, feature in [place]
         if own.get(place, 0.0) != donor.get(place, 0.0)
     ]
@@ -126,23 +123,27 @@ def _last_values(
     }
 
 
-def label_supernodes(graph: Graph) -> list[Supernode]:
-    """Kept features with the same label at the same position, and all kept tokens.
+def family_supernodes(
+    graph: Graph, families: Mapping[str, Sequence[tuple[int, int]]]
+) -> list[Supernode]:
+    """Features at the last position by family; tokens and targets as groups of one.
 
-    Targets come along as groups of one.
+    Args:
+      graph: attributed.
+      families: (layer, feature) of the features of each.
     """
-    groups: dict[str, list[Any]] = {}
-    for a in np.flatnonzero(graph.pruning.keep_N[graph.feature_cols]):
-        layer, pos = int(graph.layer_A[a]), int(graph.pos_A[a])
-        feature = int(graph.feature_A[a])
-        text = graph.meta.label(layer, feature)
-        if text:
-            groups.setdefault(text, []).append((layer, pos, feature))
+    family_of = {place: name for name, places in families.items() for place in places}
+    groups: dict[str, list[Any]] = {name: [] for name in families}
+    last = graph.n_tokens - 1
+    for a in np.flatnonzero(graph.pos_A == last):
+        place = int(graph.layer_A[a]), int(graph.feature_A[a])
+        if place in family_of:
+            groups[family_of[place]].append((place[0], last, place[1]))
     for pos, token in enumerate(graph.meta.tokens):
         groups[f"token {token} at {pos}"] = [f"embed {pos}"]
     for k, token in enumerate(graph.meta.target_tokens):
         groups[f"output {token}"] = [f"target {k}"]
-    return [Supernode(name, tuple(nodes)) for name, nodes in groups.items()]
+    return [Supernode(name, tuple(nodes)) for name, nodes in groups.items() if nodes]
 
 
 Progress = Callable[[str, str], AbstractContextManager[Callable[[int, int], None]]]
@@ -175,15 +176,14 @@ def run_demo(
             on_rows=on_rows,
         )
     graph = traced.graph
-    groups = label_supernodes(graph)
+    groups = family_supernodes(graph, case.families)
     small = supernode_graph(graph, groups)
-    edits = pathway_edits(model, dictionary, case, "last digit")
+    edits = swap_edits(model, dictionary, case)
     subject = Subject.of(model, dictionary, graph)
-    last = model.cfg.n_layers - 1
-    first = min(edit.layer or 0 for edit in edits)
-    swapped = patch(
-        model, dictionary, graph, edits, layers=(first, last), subject=subject
-    )
+    layer_E = [edit.layer or 0 for edit in edits]
+    # Behind the edited layers the model's own MLPs answer.
+    layers = (min(layer_E), max(layer_E))
+    swapped = patch(model, dictionary, graph, edits, layers=layers, subject=subject)
     with progress("validating", "patches/s") as on_done:
         validation = validate_graph(subject, VALIDATION, on_done=on_done)
     write_validation(validation, out)

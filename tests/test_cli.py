@@ -152,6 +152,13 @@ def test_view_prunes_again(traced: Path, tmp_path: Path):
     assert len(page.read_text()) < len((traced / "index.html").read_text())
 
 
+def test_view_sets_a_second_graph_beside(traced: Path, tmp_path: Path):
+    page = tmp_path / "both.html"
+    assert run("view", traced, "--compare", traced, "--out", page) == 0
+    assert '"other":{' in page.read_text()
+    assert run("view", traced, "--compare", tmp_path, "--out", page) == 2
+
+
 @pytest.mark.parametrize("which", ["--node-threshold", "--edge-threshold"])
 def test_view_takes_a_threshold_of_zero_as_given(
     traced: Path, tmp_path: Path, which: str, capsys: pytest.CaptureFixture[str]

@@ -17,6 +17,7 @@ import task
 
 NEAR = 0.03  # adjusted R² that a coarser partition may lose
 CLEAR = 0.5  # a label needs a fit of this much
+RANGE = 20  # between the smallest and the largest sum of a feature about size
 MOST_NAMED = 4  # cells that a label lists
 
 
@@ -26,7 +27,7 @@ class Partition:
 
     name: str
     family: str  # of the paper
-    pathway: str  # last digit, magnitude or neither
+    pathway: str  # last digit, magnitude, operand, or sum, which joins both
     cell_N: np.ndarray
     text: str  # of one cell
     ordered: bool = True  # neighbouring cells make a range
@@ -59,7 +60,7 @@ def partitions() -> list[Partition]:
         one("b", "add x", "operand", b, "b = {}"),
         one("digits", "lookup table", digit, a % 10 * 10 + b % 10, "_{}+_{}", False),
         one("tens", "magnitude", size, a // 10 * 10 + b // 10, "{}0s+{}0s", False),
-        one("sum", "sum in range", size, s, "sum = {}"),
+        one("sum", "sum", "sum", s, "sum = {}"),
     ]
 
 
@@ -76,7 +77,13 @@ class Label:
 
     @property
     def clear(self) -> bool:
+        """Whether the label may be shown."""
         return self.fit >= CLEAR
+
+    @property
+    def belongs(self) -> bool:
+        """Whether the feature is of its family, whatever its label says."""
+        return self.family_fit >= CLEAR
 
 
 def cell_means(plot_N: np.ndarray, cell_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -107,32 +114,71 @@ def label(plot_N: np.ndarray, among: Sequence[Partition]) -> Label:
     means = [
         plot_N[on_N == side].mean() if (on_N == side).any() else 0 for side in (0, 1)
     ]
+    family, pathway = refine(np.flatnonzero(on_C), part)
     return Label(
         partition=part.name,
-        family=part.family,
-        pathway=part.pathway,
+        family=family,
+        pathway=pathway,
         text=describe(np.flatnonzero(on_C), part),
         fit=explained(plot_N, np.where(on_N, means[1], means[0])),
         family_fit=fit,
     )
 
 
+def refine(on: np.ndarray, part: Partition) -> tuple[str, str]:
+    """Family and pathway, given where the feature is on.
+
+    Pairs of digits with one sum, and sums with one last digit, are about how the sum
+    ends; sums that lie close together are about its size.
+    """
+    if (
+        part.name == "digits"
+        and len(on) > 1
+        and len({sum(divmod(int(c), 10)) for c in on}) == 1
+    ):
+        return "ends in", "last digit"
+    if part.name == "sum" and len(on) > 1 and len({int(c) % 10 for c in on}) == 1:
+        return "ends in", "last digit"
+    if part.name == "sum" and on[-1] - on[0] <= RANGE:
+        return "sum in range", "magnitude"
+    return part.family, part.pathway
+
+
 def describe(on: np.ndarray, part: Partition) -> str:
     """The cells in words."""
     if part.name in ("digits", "tens"):
-        names = [part.text.format(*divmod(int(c), 10)) for c in on]
-        if len(on) <= MOST_NAMED:
-            return " or ".join(names)
-        return f"{len(on)} pairs of {part.name}"
+        return _pairs([divmod(int(c), 10) for c in on], part)
     lo, hi = int(on[0]), int(on[-1])
     if part.ordered and len(on) > 1 and len(on) == hi - lo + 1:
         if "tens" in part.name:
             return f"{part.name.split()[0]} in {lo}0..{hi}9"
         return f"{part.name} in {lo}..{hi}"
-    if len(on) <= MOST_NAMED:
-        head, _, tail = part.text.partition("{}")
+    head, _, tail = part.text.partition("{}")
+    if len(on) <= MOST_NAMED or not part.ordered:
         return head + ",".join(map(str, on)) + tail
-    if not part.ordered:
-        head = part.text.partition("{}")[0]
-        return head + ",".join(map(str, on))
-    return f"{len(on)} values of {part.name}"
+    last = sorted({int(c) % 10 for c in on})
+    if part.name == "sum" and len(last) <= 2:
+        return f"sum ends in {','.join(map(str, last))}, {lo}..{hi}"
+    return f"{len(on)} values of {part.name} in {lo}..{hi}"
+
+
+def _pairs(pairs: list[tuple[int, int]], part: Partition) -> str:
+    """Pairs of digits: what they have in common, a list, or how many there are."""
+    if len({x + y for x, y in pairs}) == 1 and len(pairs) > 1:
+        return f"{part.name} add to {sum(pairs[0])}"
+    if len(pairs) <= MOST_NAMED:
+        return " or ".join(part.text.format(*pair) for pair in pairs)
+    rows, columns = ({pair[i] for pair in pairs} for i in (0, 1))
+    if len(pairs) == len(rows) * len(columns) and min(len(rows), len(columns)) < 10:
+        return part.text.format(_set(rows), _set(columns))
+    return f"{len(pairs)} pairs of {part.name}"
+
+
+def _set(digits: set[int]) -> str:
+    if len(digits) == 10:
+        return "x"
+    return (
+        str(*digits)
+        if len(digits) == 1
+        else f"{{{','.join(map(str, sorted(digits)))}}}"
+    )

@@ -16,7 +16,12 @@ from matplotlib.figure import Figure
 
 from jaxclt.graph.supernodes import SupernodeGraph
 
-COLOUR = {"last digit": "#c2571a", "magnitude": "#2a6f97", "operand": "#6a994e"}
+COLOUR = {
+    "last digit": "#c2571a",
+    "magnitude": "#2a6f97",
+    "operand": "#6a994e",
+    "sum": "#7a5195",
+}
 
 
 def operand_plots(
@@ -122,7 +127,9 @@ def swap_bars(found: dict[str, dict[str, Any]], path: Path) -> None:
             y = np.array([r["share"] for r in rows])
             error = np.abs(np.array([r["interval"] for r in rows]).T - y)
             panel.bar(x, y, 0.36, label=dictionary, yerr=error, capsize=2)
-        panel.set_xticks(range(len(names)), [f"swap\n{n}" for n in names], fontsize=7)
+        panel.set_xticks(
+            range(len(names)), [n.replace(", ", "\n") for n in names], fontsize=6
+        )
         panel.set_title(title, fontsize=9)
         panel.set_ylim(0, 1)
     panels[0].legend(fontsize=7)

@@ -10,6 +10,7 @@ results.json, table.md and the pictures. With --bundle also what the package shi
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import time
@@ -28,7 +29,7 @@ from families import Label
 import jaxclt
 from jaxclt.clt.active import StoreDictionary
 from jaxclt.clt.neurons import NeuronDictionary
-from jaxclt.demo import label_supernodes
+from jaxclt.demo import family_supernodes
 from jaxclt.graph.supernodes import SupernodeGraph, describe_supernodes
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.bundled import MODELS
@@ -39,7 +40,6 @@ from jaxclt.types import Supernode
 CASE, DONOR = (36, 59), (36, 58)
 N_GRAPHS, N_PATCHES, SEED = 40, 200, 7
 NEURONS = (16, 32, 64)
-GROUPS = 14  # of the picture
 
 
 def timed(clock: dict[str, float], name: str, work: Any) -> Any:
@@ -54,7 +54,8 @@ def the_model(work: Path) -> Model:
     if not (work / "model/curve.json").is_file():
         params, curve = train_model.train()
         train_model.save(params, curve, work / "model")
-    return jaxclt.load_model(work / "model")
+    found = jaxclt.load_model(work / "model")
+    return dataclasses.replace(found, name=MODELS[0])  # as it is bundled
 
 
 def the_dictionary(model: Model, work: Path, name: str) -> StoreDictionary:
@@ -101,7 +102,7 @@ def patch_table(found: dict[str, dict[str, Any]]) -> str:
 
 def suppress_lines(found: dict[str, dict[str, Any]]) -> str:
     return "".join(
-        f"- {dictionary}: {r['n']} sums have a clear lookup-table feature; sign of the "
+        f"- {dictionary}: {r['n']} sums have a clear last-digit feature; sign of the "
         f"change as predicted {percent(r)}, rank correlation {r['spearman']:.2f}, "
         f"median predicted {r['median_predicted']:.2f}, happened "
         f"{r['median_happened']:.2f}\n"
@@ -111,12 +112,17 @@ def suppress_lines(found: dict[str, dict[str, Any]]) -> str:
 
 
 def label_lines(rows: list[dict[str, Any]]) -> str:
-    head = "| family | features | fit at least 0.5 | median fit of the label "
-    head += "| of the family | best example |\n" + "|---" * 6 + "|\n"
-    return head + "".join(
-        f"| {r['family']} | {r['features']} | {r['clear']} | {r['fit']:.2f} "
-        f"| {r['family_fit']:.2f} | {r['example']} |\n"
-        for r in rows
+    head = "| family | features | it explains half of | label explains half of "
+    head += "| R² of the family, median | of the label | best example |\n"
+    return (
+        head
+        + "|---" * 7
+        + "|\n"
+        + "".join(
+            f"| {r['family']} | {r['features']} | {r['belong']} | {r['clear']} "
+            f"| {r['family_fit']:.2f} | {r['fit']:.2f} | {r['example']} |\n"
+            for r in rows
+        )
     )
 
 
@@ -128,39 +134,42 @@ def picture(
     name: str,
 ) -> str:
     """The supernode graph of the case, drawn and in words."""
-    graph = jaxclt.attribute(
-        model, dictionary, task.prompt(*CASE), tolerance=0.0, node_threshold=0.9
-    )
-    groups = label_supernodes(graph)
+    graph = jaxclt.attribute(model, dictionary, task.prompt(*CASE), tolerance=0.0)
+    groups = family_supernodes(graph, families_of(labels))
     small = jaxclt.supernode_graph(graph, groups)
-    place = layout(small, groups, {x.text: x.pathway for x in labels.values()})
-    plots.supernode_picture(small, place, work / f"supernodes_{name}.png")
+    pathway = {x.family: x.pathway for x in labels.values()}
+    plots.supernode_picture(
+        small, layout(small, groups, pathway), work / f"supernodes_{name}.png"
+    )
     return describe_supernodes(small, k=16)
+
+
+def families_of(
+    labels: dict[tuple[int, int], Label],
+) -> dict[str, list[tuple[int, int]]]:
+    """Features (layer, feature) of each family, as the bundle lists them."""
+    names = sorted({x.family for x in labels.values()})
+    return {name: sorted(study.chosen(labels, name)) for name in names}
 
 
 def layout(
     small: SupernodeGraph, groups: list[Supernode], pathway: dict[str, str]
 ) -> dict[str, tuple[float, float, str]]:
-    """Place (x, y) and pathway of tokens, output and the most influential groups."""
-    wide, top = 2.6, max(n[0] for g in groups for n in g.features) + 2.0
-    place: dict[str, tuple[float, float, str]] = {}
+    """Place (x, y) and pathway of tokens, families and output."""
+    wide = 2.6
     tokens = [name for name in small.names if name.startswith("token ")]
-    for i, name in enumerate(tokens):
-        place[name] = (wide * i, 0.0, "")
+    place = {name: (wide * i, 0.0, "") for i, name in enumerate(tokens)}
     middle = wide * (len(tokens) - 1) / 2
+    column = {"last digit": 0.15, "sum": 1.0, "magnitude": 1.85}
+    for group in groups:
+        if group.features:
+            kind = pathway.get(group.name, "sum")
+            layer = float(np.mean([node[0] for node in group.features]))
+            place[group.name] = (column.get(kind, 1.0) * middle, 1 + 2 * layer, kind)
+    top = 1 + max(y for _, y, _ in place.values())
     for name in small.names:
         if name.startswith("output "):
             place[name] = (middle, top, "")
-    column = {"last digit": 0.0, "operand": middle, "magnitude": 2 * middle}
-    weight = dict(zip(small.names, small.influence_G, strict=True))
-    layer = {g.name: np.mean([n[0] for n in g.features] or [0]) for g in groups}
-    taken: dict[tuple[float, int], int] = {}
-    inner = [name for name in small.names if name not in place]
-    for name in sorted(inner, key=lambda n: -weight[n])[:GROUPS]:
-        kind = pathway.get(name, "operand")
-        cell = (column.get(kind, middle), round(layer[name]))
-        n = taken[cell] = taken.get(cell, -1) + 1
-        place[name] = (cell[0] + 2.2 * (n % 2), 1 + cell[1] + 0.25 * (n // 2), kind)
     return place
 
 
@@ -181,10 +190,8 @@ def bundle(
             "prompt": task.prompt(*CASE),
             "donor": task.prompt(*DONOR),
             "expected": str(answer),
-            "pathways": {
-                pathway: sorted(study.chosen(found, pathway))
-                for pathway in ("last digit", "magnitude", "lookup table")
-            },
+            "swap": ["lookup table", "ends in"],
+            "families": families_of(found),
         }
         write(target / "demo.json", json.dumps(case))
 

@@ -19,14 +19,19 @@ from jaxclt.clt.active import StoreDictionary
 from jaxclt.clt.model import encode
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph
+from jaxclt.graph.targets import token_targets
 from jaxclt.intervene import Subject
 from jaxclt.io.model import Model
+from jaxclt.patching.effects import clean_effect
+from jaxclt.patching.modes import Mode
 from jaxclt.replacement.model import neuron_logits, replacement_logits
 from jaxclt.train.evaluate import reconstruction
 from jaxclt.train.harvest import harvest
+from jaxclt.types import LMParams, Recording, Targets
 from jaxclt.validation.stats import spearman
 
 ROWS = 1_000  # sums computed together
+EDITS = 64  # patches are padded to a multiple of so many changes
 ATTRIBUTION = {"max_features": 2_000, "tolerance": 0.0}
 
 
@@ -168,6 +173,7 @@ def label_table(labels: dict[tuple[int, int], Label]) -> list[dict[str, Any]]:
             {
                 "family": family,
                 "features": len(these),
+                "belong": sum(x.belongs for x in these),
                 "clear": sum(x.clear for x in these),
                 "fit": float(np.median([x.fit for x in these])),
                 "family_fit": float(np.median([x.family_fit for x in these])),
@@ -188,79 +194,75 @@ class Patched:
     b: int
     expected: int  # the answer that the labels predict
     said: int
-    p_right_before: float
-    p_right_after: float
+    p_right: float  # of the right answer to the sum, patched
     n_edits: int
 
 
+Change = tuple[int, int, int, float, float]  # layer, position, feature, factor, offset
+
+
 def chosen(labels: dict[tuple[int, int], Label], what: str) -> set[tuple[int, int]]:
-    """Clearly labelled features of a family or a pathway."""
+    """Features of a family or a pathway."""
     return {
         place
         for place, x in labels.items()
-        if x.clear and what in (x.family, x.pathway)
+        if x.belongs and what in (x.family, x.pathway)
     }
 
 
 def subject_of(model: Model, dictionary: StoreDictionary, a: int, b: int) -> Subject:
+    """The traced sum; its target is the right answer, whatever the model says."""
+
+    def right(params: LMParams, recording: Recording) -> Targets:
+        token_K = jnp.array([a + b], jnp.int32)
+        return token_targets(params, recording.out_TD[-1], token_K)
+
     graph = jaxclt.attribute(
-        model, dictionary, task.prompt(a, b), targets=[str(a + b)], **ATTRIBUTION
+        model, dictionary, task.prompt(a, b), targets=right, **ATTRIBUTION
     )
     return Subject.of(model, dictionary, graph)
 
 
-def swap(
-    subject: Subject,
+def donated(
     a_LNF: np.ndarray,
     own: tuple[int, int],
     donor: tuple[int, int],
     features: set[tuple[int, int]],
-    *,
-    expected: int,
-) -> Patched:
+    last: int,
+) -> list[Change]:
     """Give features at the `=` the activations that they have on another sum."""
     at_own, at_donor = (a_LNF[:, a * task.N + b] for a, b in (own, donor))
-    last = subject.n_tokens - 1
-    edits = [
+    return [
         (layer, last, feature, 0.0, float(at_donor[layer, feature]))
         for layer, feature in sorted(features)
         if at_own[layer, feature] != at_donor[layer, feature]
     ]
-    if not edits:  # nothing of it is active on either sum
-        edits = [(0, last, 0, 1.0, 0.0)]
-    return patched(subject, own, edits, expected=expected)
 
 
-def patched(
-    subject: Subject,
-    own: tuple[int, int],
-    edits: list[tuple[int, int, int, float, float]],
-    *,
-    expected: int,
-) -> Patched:
-    """Constrained patch from the first edited layer to the last one of the model."""
-    first = min(edit[0] for edit in edits)
-    layers = (first, subject.model.cfg.n_layers - 1)
-    ask = subject.ask(n_top=1)
-    done = subject.effects([edits], [layers], subject.how("constrained"), ask)
-    from jaxclt.patching.effects import clean_effect
+def swap(
+    subject: Subject, many: Sequence[list[Change]], mode: Mode
+) -> tuple[list[int], list[float]]:
+    """What the model says under each of some patches, and p of the right answer.
 
-    before = clean_effect(subject.patchable, ask)
-    return Patched(
-        a=own[0],
-        b=own[1],
-        expected=expected,
-        said=int(np.asarray(done.top_token_J)[0, 0]),
-        p_right_before=float(np.asarray(before.prob_K)[0]),
-        p_right_after=float(np.asarray(done.prob_K)[0, 0]),
-        n_edits=len(edits),
-    )
+    Constrained: MLP outputs are clamped from the first to the last edited layer, behind
+    them the model's own MLPs answer. Iterative: the replacement model, all layers.
+    """
+    last, top = subject.n_tokens - 1, subject.model.cfg.n_layers - 1
+    layers, padded = [], []
+    for edits in many:
+        edited = [edit[0] for edit in edits] or [0]
+        layers.append((0, top) if mode == "iterative" else (min(edited), max(edited)))
+        room = -len(edits) % EDITS if edits else EDITS
+        padded.append(edits + [(0, last, idle_feature(edits), 1.0, 0.0)] * room)
+    done = subject.effects(padded, layers, subject.how(mode), subject.ask(n_top=1))
+    said = np.asarray(done.top_token_J)[:, 0].tolist()
+    return said, np.asarray(done.prob_K)[:, 0].tolist()
 
 
-def other(x: int, by: int, key: jax.Array, of: int) -> int:
+def other(x: int, by: int, key: Array) -> int:
     """x with its last digit (by 1) or its tens (by 10) drawn anew, not the same."""
     old = x // by % 10
-    new = (old + int(jax.random.randint(key, (), 1, 10))) % of
+    new = (old + int(jax.random.randint(key, (), 1, 10))) % 10
     return x + (new - old) * by
 
 
@@ -284,69 +286,72 @@ def patch_study(
 ) -> dict[str, Any]:
     """Do patches do what the labels and the graphs say, on n random sums?
 
-    - swap last digit: the features of the last-digit pathway get the activations of a
-      sum whose b ends differently; the answer should change its last digit to that of
-      a + b', and nothing else.
-    - swap lookup tables: only the lookup-table features of those.
+    - swap last digit: the features of the last-digit pathway (nearly all are lookup
+      tables) get the activations of a sum whose b ends differently; the answer should
+      take the last digit of a + b', and nothing else.
     - swap magnitude: the features of the magnitude pathway, from a sum with other tens
       of a; the answer should keep its last digit and take the tens of a' + b.
     - swap others: as many other features as in the first, with that donor: a control.
-    - suppress lookup tables: set to 0. What each graph predicts for the logit of the
-      sum (the total effect of these features, to first order) against what happens.
+    - suppress: last-digit features set to 0 in the replacement model. What each graph
+      predicts for the logit of the sum (their total effects, to first order) against
+      what happens.
     """
-    digit = chosen(labels, "last digit")
-    lookup = chosen(labels, "lookup table")
-    size = chosen(labels, "magnitude")
+    digit, size = chosen(labels, "last digit"), chosen(labels, "magnitude")
     every = [
         (layer, feature)
         for layer, a_NF in enumerate(a_LNF)
         for feature in np.flatnonzero((a_NF > 0).any(0)).tolist()
     ]
     rest = [place for place in every if place not in digit]
+    modes: tuple[Mode, ...] = ("constrained", "iterative")
     swaps: dict[str, list[Patched]] = {
-        name: [] for name in ("last digit", "lookup table", "magnitude", "others")
+        f"{name}, {mode}": []
+        for name in ("last digit", "magnitude", "others")
+        for mode in modes
     }
-    predicted, happened, fell = [], [], []
+    predicted, happened = [], []
     for i, (a, b) in enumerate(random_sums(n, seed)):
         key = jax.random.fold_in(jax.random.key(seed + 1), i)
         subject = subject_of(model, dictionary, a, b)
-        b_new, a_new = other(b, 1, key, 10), other(a, 10, key, 10)
+        b_new, a_new = other(b, 1, key), other(a, 10, key)
         digit_to = a + b - (a + b) % 10 + (a + b_new) % 10
         tens_to = (a_new + b) - (a_new + b) % 10 + (a + b) % 10
-        take = partial(swap, subject, a_LNF, (a, b))
-        swaps["last digit"].append(take((a, b_new), digit, expected=digit_to))
-        swaps["lookup table"].append(take((a, b_new), lookup, expected=digit_to))
-        swaps["magnitude"].append(take((a_new, b), size, expected=tens_to))
         draw = np.asarray(jax.random.permutation(key, len(rest)))[: len(digit)]
-        control = {rest[j] for j in draw}
-        swaps["others"].append(take((a, b_new), control, expected=digit_to))
+        last = subject.n_tokens - 1
+        plan = {
+            "last digit": ((a, b_new), digit, digit_to),
+            "magnitude": ((a_new, b), size, tens_to),
+            "others": ((a, b_new), {rest[j] for j in draw}, digit_to),
+        }
+        many = [
+            donated(a_LNF, (a, b), donor, features, last)
+            for donor, features, _ in plan.values()
+        ]
+        for mode in modes:
+            answers = zip(plan.items(), many, *swap(subject, many, mode), strict=True)
+            for (name, (_, _, expected)), edits, said, p_right in answers:
+                one = Patched(a, b, expected, said, p_right, len(edits))
+                swaps[f"{name}, {mode}"].append(one)
         graph = subject.graph
         slots = [
             slot
-            for slot in range(graph.n_features)
-            if graph.pos_A[slot] == graph.n_tokens - 1
-            and (int(graph.layer_A[slot]), int(graph.feature_A[slot])) in lookup
+            for slot in np.flatnonzero(graph.pos_A == graph.n_tokens - 1)
+            if (int(graph.layer_A[slot]), int(graph.feature_A[slot])) in digit
         ]
         if slots:
-            effect, change, before = suppressed(subject, slots)
+            effect, change = suppressed(subject, slots)
             predicted.append(-effect)
             happened.append(change)
-            fell.append(before)
         if (i + 1) % 50 == 0:
             say(f"{dictionary.name}: {i + 1} of {n} sums patched")
+    agree = int((np.sign(predicted) == np.sign(happened)).sum())
     return {
         "n": n,
-        "features": {
-            "last digit": len(digit),
-            "lookup table": len(lookup),
-            "magnitude": len(size),
-        },
+        "features": {"last digit": len(digit), "magnitude": len(size)},
         "swaps": {name: hits(rows) for name, rows in swaps.items()},
         "suppress": {
             "n": len(predicted),
-            **share(
-                int(np.sum(np.sign(predicted) == np.sign(happened))), len(predicted)
-            ),
+            **share(agree, max(1, len(predicted))),
             "spearman": spearman(np.asarray(predicted), np.asarray(happened)),
             "median_predicted": float(np.median(predicted)),
             "median_happened": float(np.median(happened)),
@@ -370,11 +375,11 @@ def hits(rows: Sequence[Patched]) -> dict[str, Any]:
         "last_digit": share(digit, n),
         "unchanged": share(stayed, n),
         "median_edits": float(np.median([r.n_edits for r in rows])),
-        "median_p_right": float(np.median([r.p_right_after for r in rows])),
+        "median_p_right": float(np.median([r.p_right for r in rows])),
     }
 
 
-def suppressed(subject: Subject, slots: list[int]) -> tuple[float, float, float]:
+def suppressed(subject: Subject, slots: Sequence[int]) -> tuple[float, float]:
     """Total effect of some features on the sum's logit, and the change without them.
 
     The replacement model is patched (all layers, everything downstream responds): that
@@ -386,14 +391,23 @@ def suppressed(subject: Subject, slots: list[int]) -> tuple[float, float, float]
         (int(graph.layer_A[s]), int(graph.pos_A[s]), int(graph.feature_A[s]), 0.0, 0.0)
         for s in slots
     ]
-    how = subject.how("iterative", freeze_norm=True)
-    from jaxclt.patching.effects import clean_effect
-
-    ask = subject.ask()
+    idle = (0, subject.n_tokens - 1, idle_feature(edits), 1.0, 0.0)
+    edits += [idle] * (-len(edits) % EDITS)
+    how, ask = subject.how("iterative", freeze_norm=True), subject.ask()
     done = subject.effects([edits], [(0, subject.model.cfg.n_layers - 1)], how, ask)
     before = clean_effect(subject.patchable, ask)
     change = float(np.asarray(done.logit_K)[0, 0] - np.asarray(before.logit_K)[0])
-    return effect, change, float(np.asarray(before.prob_K)[0])
+    return effect, change
+
+
+def idle_feature(edits: Sequence[Change]) -> int:
+    """A feature of layer 0 that is not edited.
+
+    Kept at its value it changes nothing, since nothing edited lies before it: patches
+    are padded with it to one shape, for one compiled program.
+    """
+    taken = {edit[2] for edit in edits if edit[0] == 0}
+    return next(f for f in range(len(taken) + 1) if f not in taken)
 
 
 def with_labels(

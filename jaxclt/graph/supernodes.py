@@ -28,7 +28,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from scipy.linalg import solve_triangular
 
 from jaxclt.errors import InputError
 from jaxclt.graph.blocks import submatrix
@@ -46,6 +45,7 @@ __all__ = [
     "describe_supernodes",
     "suggest_supernodes",
     "supernode_graph",
+    "token_effects",
 ]
 
 _CUTS = 24  # places in the tree of merges that are scored
@@ -363,14 +363,9 @@ def _tree(
     from scipy.cluster.hierarchy import linkage
     from scipy.spatial.distance import squareform
 
-    A = graph.n_features
-    value_A = np.where(graph.value_A == 0, 1, graph.value_A).astype(np.float64)
-    system_AA = np.diag(value_A) - np.tril(graph.edge_RN[:A, :A].astype(np.float64), -1)
-    input_AT = value_A[:, None] * solve_triangular(
-        system_AA, graph.edge_RN[:A, graph.embed_cols].astype(np.float64), lower=True
-    )
+    input_BT = token_effects(graph)[kept_B]
     effect_BK = solve_total_effect(graph).T[kept_B].astype(np.float64)
-    distance_BB = 1 - (_cosine(input_AT[kept_B]) + _cosine(effect_BK)) / 2
+    distance_BB = 1 - (_cosine(input_BT) + _cosine(effect_BK)) / 2
     key_BX = np.zeros((len(kept_B), 2))
     if same_position:
         key_BX[:, 0] = graph.pos_A[kept_B]
@@ -380,6 +375,21 @@ def _tree(
     distance_BB = np.where(apart_BB, _APART, np.clip(distance_BB, 0, 2))
     np.fill_diagonal(distance_BB, 0)
     return linkage(squareform(distance_BB, checks=False), method="average")
+
+
+def token_effects(graph: Graph) -> np.ndarray:
+    """Signed total effect of every token on every feature, [A, T], float64.
+
+    All paths counted, gates as they are: the other end of `solve_total_effect`.
+    """
+    A = graph.n_features
+    value_A = np.where(graph.value_A == 0, 1, graph.value_A).astype(np.float64)
+    # Effects over activations, row by row: a copy of the whole matrix can be large.
+    effect_AT = graph.edge_RN[:A, graph.embed_cols].astype(np.float64)
+    for a in range(A):
+        effect_AT[a] += graph.edge_RN[a, :a] @ effect_AT[:a]
+        effect_AT[a] /= value_A[a]
+    return effect_AT * value_A[:, None]
 
 
 def _cosine(x_BX: np.ndarray) -> np.ndarray:

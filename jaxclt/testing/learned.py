@@ -17,7 +17,7 @@ from jaxclt.train.normalise import Moments, normalise, scales_of
 from jaxclt.train.objectives import Batch, Standard, Terms
 from jaxclt.train.params import Spec, init
 from jaxclt.train.schedules import Weights, learning_rate
-from jaxclt.train.step import Recipe, init_state, make_step, optimiser
+from jaxclt.train.step import Recipe, TrainState, init_state, make_step, optimiser
 
 __all__ = ["Learned", "learn"]
 
@@ -38,8 +38,9 @@ def learn(
     sparsity: float,
     jacobian: float = 0.0,
     n_features: int = 48,
+    c: float = 0.3,
     n_steps: int = 3000,
-    batch: int = 256,
+    batch: int = 64,
     rate: float = 3e-3,
     seed: int = 0,
 ) -> Learned:
@@ -56,6 +57,9 @@ def learn(
       sparsity: final weight of the penalty; it rises over the first half.
       jacobian: weight of the Jacobian term (`jaxclt.train.penalties.jacobian`).
       n_features: per layer.
+      c: of tanh. An active feature that writes one planted direction has a norm of
+        about sqrt(d_model), 6: the trainer's default of 4 makes the penalty flat there,
+        and features that share a job stay.
       n_steps: of Adam.
       batch: positions per step.
       rate: of Adam.
@@ -76,7 +80,7 @@ def learn(
     recipe = Recipe(n_steps=n_steps, weights=weights)
     tx = optimiser(learning_rate(rate, n_steps, warmup=50))
     state = init_state(init(key_init, spec), tx, key_state)
-    terms = Terms(sparsity="tanh", jacobian=jacobian > 0)
+    terms = Terms(sparsity="tanh", c=c, jacobian=jacobian > 0)
     step = make_step(Standard(terms), spec, tx, recipe)
 
     @jax.jit
@@ -97,8 +101,14 @@ def learn(
         )
         return dataclasses.replace(one, tangent_LTD=tangent, response_LTD=response)
 
-    for i in range(n_steps):
-        state, _ = step(state, draw(jnp.int32(i)))
+    @jax.jit
+    def run(state: TrainState) -> TrainState:
+        def one(state: TrainState, i: jax.Array) -> tuple[TrainState, None]:
+            return step(state, draw(i))[0], None
+
+        return jax.lax.scan(one, state, jnp.arange(n_steps, dtype=jnp.int32))[0]
+
+    state = run(state)
     params = tuple(
         dataclasses.replace(p, W_enc_FD=p.W_enc_FD.at[:, 0].set(0))
         for p in state.params

@@ -7,9 +7,10 @@ nodes (`jaxclt.graph.supernodes`), a feature belonging to a node if it is at the
 place. Then, in the backward walk of `jaxclt.graph.influence` on the small graph:
 
 - true: the probability that the walk reaches the right token by true edges alone;
-- shortcut: the expected number of shortcut edges it takes, other steps being true ones;
-- recall: the share of true nodes with a feature on the case; precision: the share of all
-  features' influence that belongs to features that are true nodes;
+- shortcut, early: the expected number of such edges it takes after true ones: features
+  that already write what a later node should, and ones that read past the node before;
+- recall: the share of true nodes with a feature on the case; precision: the share of
+  all features' influence that belongs to features that are true nodes;
 - swap: one variable of the circuit is given another value in the running model and in
   the local replacement model: |response' - response| / |response|, over the logits of
   all possible answers (0: the dictionary responds as the model; 1: not at all, or as
@@ -52,17 +53,28 @@ from jaxclt.testing.zoo import Case, Planted
 from jaxclt.types import Block, Held, LMParams, Recording, Supernode
 from jaxclt.validation.faithfulness import Perturbation, nudged
 
-__all__ = ["MATCH", "Hidden", "Recovery", "case_graph", "hidden", "match", "recover"]
+__all__ = [
+    "MATCH",
+    "Hidden",
+    "Recovery",
+    "case_graph",
+    "hidden",
+    "match",
+    "record_prompt",
+    "recover",
+    "swap_error",
+]
 
 MATCH = 0.7
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recovery:
-    """One dictionary on some cases of a planted model: means, all in 0..1 but `swap`."""
+    """One dictionary on some cases: means, all in 0..1 but `swap`."""
 
     true: float
     shortcut: float
+    early: float
     error: float  # of the walk's endings on the full graph: error nodes
     bias: float  # the same: biases
     recall: float
@@ -88,6 +100,11 @@ class Hidden:
 @partial(jax.jit, static_argnames="cfg")
 def _record(params: LMParams, token_T: Array, cfg: LMConfig) -> Recording:
     return record(params, token_T, cfg=cfg)
+
+
+def record_prompt(params: LMParams, token_T: np.ndarray, cfg: LMConfig) -> Recording:
+    """The clean pass of a prompt, compiled once for each length."""
+    return _record(params, jnp.asarray(token_T), cfg)
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -149,7 +166,7 @@ def _activations(
 def case_graph(planted: Planted, dictionary: Dictionary, case: Case) -> Graph:
     """The full graph of a case; its targets are the answers' logits, not demeaned."""
     cfg, params = planted.cfg, planted.params
-    rec = _record(params, jnp.asarray(case.token_T), cfg)
+    rec = record_prompt(params, case.token_T, cfg)
     assert params.unembed_DV is not None
     targets = functional_targets(
         params,
@@ -183,12 +200,11 @@ def _nodes(
 ) -> dict[str, list[tuple[int, int, int]]]:
     """Features of every true node on a case; a node that has none is left out."""
     found: dict[str, list[tuple[int, int, int]]] = {}
-    for layer, pos, feature in zip(
-        graph.layer_A.tolist(),
-        graph.pos_A.tolist(),
-        graph.feature_A.tolist(),
-        strict=True,
-    ):
+    # Of all neurons, most hold what a shut gate lets through.
+    for a in np.flatnonzero(np.abs(graph.value_A) > 1e-6).tolist():
+        layer, pos, feature = (
+            int(x[a]) for x in (graph.layer_A, graph.pos_A, graph.feature_A)
+        )
         node = matched.get((layer, feature))
         if node is not None and case.place.get(node) == (layer, pos):
             found.setdefault(node, []).append((layer, pos, feature))
@@ -226,12 +242,13 @@ def _recover(
         keep_GG = [[(s, t) in edges for s in small.names] for t in small.names]
         return np.where(keep_GG, small.size_GG, 0)
 
-    true_GG, shortcut_G = only(planted.edges), only(planted.shortcuts).sum(1)
+    true_GG = only(planted.edges)
+    wrong_G2 = np.stack([only(e).sum(1) for e in (planted.shortcuts, planted.early)], 1)
     step_G = np.array([name in case.answer for name in small.names], float)
     step_G /= step_G.sum()
-    true = shortcut = 0.0
+    true, wrong_2 = 0.0, np.zeros(2)
     for _ in range(graph.n_layers + 1):
-        shortcut += float(step_G @ shortcut_G)
+        wrong_2 += step_G @ wrong_G2
         step_G = step_G @ true_GG
         true += step_G[0]
     influence_A = graph.influence_N[graph.feature_cols]
@@ -242,22 +259,34 @@ def _recover(
     total = float(influence_A.sum())
     return Recovery(
         true=float(true),
-        shortcut=shortcut,
+        shortcut=float(wrong_2[0]),
+        early=float(wrong_2[1]),
         error=full.error_share,
         bias=full.bias_share,
         recall=len(nodes) / len(case.place),
         precision=min(1.0, float(own) / total) if total > 0 else 0.0,
-        swap=_swap(planted, dictionary, case),
+        swap=swap_error(planted, dictionary, case),
     )
 
 
 # -- patches ---------------------------------------------------------------------------
 
 
-def _swap(planted: Planted, dictionary: Dictionary, case: Case) -> float:
-    """How far the local replacement model's response to the swap is from the model's."""
+def swap_error(
+    planted: Planted, dictionary: Dictionary, case: Case, *, gates: Gates | None = None
+) -> float:
+    """How far the replacement model's response to the swap is from the model's.
+
+    Args:
+      planted: the model.
+      dictionary: what replaces its MLPs; the errors of the case are kept.
+      case: the prompt and its swap.
+      gates: "live" lets features switch on and off, "frozen" is what the graph of the
+        case says; None takes live for transcoders and frozen for neurons, whose live
+        gates are the model itself.
+    """
     params, cfg = planted.params, planted.cfg
-    rec = _record(params, jnp.asarray(case.token_T), cfg)
+    rec = record_prompt(params, case.token_T, cfg)
     model = make_patchable(dictionary, params, rec, cfg)
     local = make_local(dictionary, model, dictionary.active(params, rec, cfg))
     idle = make_edits([(0, 0, 0, 1.0, 0.0)], dictionary, params, rec, cfg=cfg)
@@ -265,7 +294,8 @@ def _swap(planted: Planted, dictionary: Dictionary, case: Case) -> float:
     change = nudged(
         idle, case.swap_layer, case.swap_pos, swap_D, len(case.token_T), slot=0
     )
-    gates: Gates = "live" if isinstance(dictionary, StoreDictionary) else "frozen"
+    if gates is None:
+        gates = "live" if isinstance(dictionary, StoreDictionary) else "frozen"
     said_K, real_K = _responses(
         model, local.tables, change, jnp.asarray(planted.readout_K), gates=gates
     )
@@ -279,7 +309,7 @@ def _responses(
     """Changes of the logits [K], of the local replacement model and of the model."""
     rec, last = model.recording, jnp.asarray(model.cfg.n_layers - 1, jnp.int32)
 
-    def moved_K(done: Run) -> Array:
+    def moved(done: Run) -> Array:
         return unembed(model.params, done.out_TD[-1] - rec.out_TD[-1])[token_K]
 
     said = iterative(
@@ -294,15 +324,15 @@ def _responses(
         nudge=change.nudge,
     )
     real = underlying(model, change.nudge, hold=hold_of(rec))
-    return moved_K(said), moved_K(real)
+    return moved(said), moved(real)
 
 
 def hidden(planted: Planted, dictionary: Dictionary, cases: tuple[Case, ...]) -> Hidden:
     """What a graph and what patches say of a head's key and query, averaged over cases.
 
-    The key's features are ablated by a constrained patch over the layers behind which
+    The key's features are ablated by a constrained patch of their layer, behind which
     the model runs by itself; the query is the last token, replaced by one that is not
-    in the prompt.
+    in the prompt. Norms are held throughout, so that only patterns make a difference.
 
     Args:
       planted: with a node ``key``.
@@ -343,7 +373,7 @@ def _hidden(
     params, cfg = planted.params, planted.cfg
     graph = case_graph(planted, dictionary, case)
     places = _nodes(graph, case, matched).get("key", [])
-    rec = _record(params, jnp.asarray(case.token_T), cfg)
+    rec = record_prompt(params, case.token_T, cfg)
     answer = case.answer["answer"]
     clean = float(unembed(params, rec.out_TD[-1])[answer])
 
@@ -353,7 +383,7 @@ def _hidden(
     other = min(set(range(cfg.d_vocab)) - set(case.token_T.tolist()))
     new_T = jnp.asarray(case.token_T).at[-1].set(other)
     query_loss = [
-        loss(_replaced(params, new_T, hold_of(rec, pattern=frozen), cfg))
+        loss(_replaced(params, new_T, hold_of(rec, pattern=frozen, norm=True), cfg))
         for frozen in (True, False)
     ]
     key_loss = [0.0, 0.0]
@@ -363,7 +393,7 @@ def _hidden(
         edits = make_edits(single, dictionary, params, rec, cfg=cfg)
         layer = jnp.asarray(places[0][0], jnp.int32)
         key_loss = [
-            loss(_ablated(model, edits, layer, hold_of(rec, pattern=frozen)))
+            loss(_ablated(model, edits, layer, hold_of(rec, pattern=frozen, norm=True)))
             for frozen in (True, False)
         ]
     place_A = zip(graph.layer_A, graph.pos_A, graph.feature_A, strict=True)

@@ -3,9 +3,9 @@
 Each is a small decoder of our own format whose weights are written down, not trained.
 Three tricks make the format (RMSNorm, rotary attention, gated MLP) say what is meant:
 
-- one channel, the ballast, holds 1024 in every token's embedding and nothing else reads
-  or writes it: the norm's denominator is constant to 1e-5 and the gains undo it, so that
-  every layer reads the stream as it is;
+- one channel, the ballast, holds 16384 in every token's embedding and nothing else
+  reads or writes it: the norm's denominator is constant to 1e-7 and the gains undo it,
+  so that every layer reads the stream as it is;
 - a lookup unit reads z (1 where it applies, at most 1/2 elsewhere) in both of its
   factors, ``silu(160 (z - 3/4)) * z / 40``: z at z = 1, 0 to within 1e-16 up to 1/2;
 - a ReLU unit reads in its gate only, ``silu(256 z) / 256``: ReLU to within 0.0011.
@@ -42,7 +42,7 @@ __all__ = [
     "two_hop",
 ]
 
-BALLAST = 1024.0
+BALLAST = 16384.0
 GATE, SHARP = 40.0, 256.0
 LOGIT = 8.0  # of an answer, others are 0
 
@@ -90,7 +90,8 @@ class Planted:
     units: tuple[Unit, ...]  # the model's own, one per neuron
     aliases: tuple[Unit, ...]  # other ways to state a node, counted as finding it
     edges: frozenset[tuple[str, str]]
-    shortcuts: frozenset[tuple[str, str]]  # what a dictionary is tempted to say instead
+    shortcuts: frozenset[tuple[str, str]]  # features write what a later node writes
+    early: frozenset[tuple[str, str]]  # features read what an earlier node reads
     hidden: frozenset[tuple[str, str]]  # causal, but through an attention pattern
     train_PT: np.ndarray  # prompts as they occur, repetitions included
     cases: tuple[Case, ...]
@@ -212,9 +213,9 @@ def two_hop(
 ) -> Planted:
     """A fact of a fact: layer 0 looks up b of token a, layer 1 looks up c of b.
 
-    Token i < n_first has ``b = i mod n_second``, and ``c = b + 1 mod n_second``. Layer 0
-    has a unit for every token, layer 1 one for every b. Prompts are one token, all
-    equally often, so a second hop is never seen without its first: on these prompts a
+    Token i < n_first has ``b = i mod n_second``, and ``c = b + 1 mod n_second``. There
+    is a unit for every token in layer 0, for every b in layer 1. Prompts are one token,
+    all equally often, so a second hop is never seen without its first: on them a
     dictionary cannot tell A -> C from A -> B -> C, but a change of b can.
 
     Args:
@@ -272,6 +273,7 @@ def two_hop(
             {("token", "first"), ("first", "second"), ("second", "answer")}
         ),
         shortcuts=frozenset({("first", "answer")}),
+        early=frozenset({("token", "second")}),
         hidden=frozenset(),
         train_PT=np.arange(n_first, dtype=np.int32)[:, None],
         cases=cases,
@@ -283,15 +285,15 @@ def absolute(
     n: int = 5,
     n_points: int = 400,
     *,
-    often: float = 0.2,
+    often: float = 0.5,
     seed: int = 0,
     dtype: jnp.dtype | type = jnp.float32,
 ) -> Planted:
     """The absolute value of every coordinate, and a point that occurs often.
 
     Token i < n_points embeds a point x ~ N(0, 1)^n; answers y_0.. have logits
-    ``8 |x_0|`` and so on. The MLP has ReLU(x_i) and ReLU(-x_i). Token 0 makes up `often`
-    of the training prompts: one feature for it alone is cheaper than the n units that
+    ``8 |x_0|`` and so on. The MLP has ReLU(x_i) and ReLU(-x_i). Token 0 is `often` of
+    the training prompts: one feature for it alone is cheaper than the n units that
     its coordinates use.
 
     Args:
@@ -352,10 +354,11 @@ def absolute(
         shortcuts=frozenset(
             (f"x{i}", f"y{j}") for i in range(n) for j in range(n) if i != j
         ),
+        early=frozenset(),
         hidden=frozenset(),
-        train_PT=np.r_[np.zeros(times, np.int32), np.arange(n_points, dtype=np.int32)][
-            :, None
-        ],
+        train_PT=np.repeat(
+            np.arange(n_points, dtype=np.int32), [times] + [1] * (n_points - 1)
+        )[:, None],
         cases=cases,
         readout_K=np.arange(n_points, V),
     )
@@ -442,7 +445,8 @@ def induction(
         units=tuple(units),
         aliases=(),
         edges=frozenset({("token", "copy"), ("copy", "answer")}),
-        shortcuts=frozenset({("token", "answer")}),
+        shortcuts=frozenset({("key", "answer")}),
+        early=frozenset(),
         hidden=frozenset({("key", "copy"), ("query", "copy")}),
         train_PT=prompts,
         cases=tuple(cases),
@@ -452,12 +456,12 @@ def induction(
 
 def _induction_prompts(n: int, T: int, n_prompts: int, seed: int) -> np.ndarray:
     """Different prompts [P, T]: token n, distinct tokens, one of them again."""
-    key_order, key_which = jax.random.split(jax.random.key(seed))
-    order_PT = jax.vmap(lambda key: jax.random.permutation(key, n)[: T - 2])(
-        jax.random.split(key_order, 2 * n_prompts)
+    # Drawn as numbers and sorted on the host: jax's permutation takes long to compile.
+    drawn_PN = np.asarray(
+        jax.random.uniform(jax.random.key(seed), (2 * n_prompts, n + 1))
     )
-    which_P = jax.random.randint(key_which, (2 * n_prompts,), 0, T - 3)
-    order_PT, which_P = np.asarray(order_PT), np.asarray(which_P)
+    order_PT = np.argsort(drawn_PN[:, :n], axis=1)[:, : T - 2]
+    which_P = (drawn_PN[:, n] * (T - 3)).astype(int)
     last_P = order_PT[np.arange(len(which_P)), which_P]
     prompt_PT = np.column_stack([np.full(len(which_P), n), order_PT, last_P])
     _, first_P = np.unique(prompt_PT, axis=0, return_index=True)

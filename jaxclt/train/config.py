@@ -240,7 +240,7 @@ class TrainConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    # Meant for 20 minutes of two idle cores; measured in part: experiments/smollm2_cpu.
+    # Half an hour of two cores: experiments/smollm2_cpu.
     "cpu-small": {
         "features": 1024,
         "span": 1,

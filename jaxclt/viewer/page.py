@@ -1,10 +1,11 @@
 """One self-contained HTML page that shows a graph: no server, no network, no build.
 
-The template ``static/graph.html`` is package data. The graph document and the report
-are embedded as JSON in a data block; token strings in them come from a model's
-vocabulary and a user's prompt, so nothing of them may reach the HTML parser: every
-character that could end the block is written as a JSON escape, the page puts text in
-place as text only, and its content security policy forbids any load.
+The template ``static/graph.html`` is package data, built from ``web/`` (TypeScript;
+``npm run build`` there). The graph document and the report are embedded as JSON in a
+data block; token strings in them come from a model's vocabulary and a user's prompt, so
+nothing of them may reach the HTML parser: every character that could end the block is
+written as a JSON escape, the page puts text in place as text only, and its content
+security policy forbids any load.
 """
 
 from __future__ import annotations
@@ -16,16 +17,23 @@ from typing import Any
 from jaxclt.errors import InputError
 from jaxclt.viewer.graph_json import finite
 
-__all__ = ["page"]
+__all__ = ["MAX_LINKS", "page"]
 
 _MARKER = "/*DATA*/null"
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+_CLOSED, _TO_SELF = "connect-src 'none'", "connect-src 'self'"
+
+MAX_LINKS = 200_000  # more make the page slow; graph.json has them all
 
 
-MAX_LINKS = 50_000  # more make the page slow; graph.json has them all
-
-
-def page(doc: dict[str, Any], report: dict[str, Any] | None = None) -> str:
+def page(
+    doc: dict[str, Any],
+    report: dict[str, Any] | None = None,
+    *,
+    validation: dict[str, Any] | None = None,
+    other: dict[str, Any] | None = None,
+    serve: dict[str, Any] | None = None,
+) -> str:
     """Render a graph document as a page that opens from ``file://``.
 
     The embedded data is ASCII; write the page as UTF-8 for the template's own text. Of
@@ -34,26 +42,62 @@ def page(doc: dict[str, Any], report: dict[str, Any] | None = None) -> str:
 
     Args:
         doc: what `graph_json` returns, or another tool's file that `validate` accepts.
-        report: the content of ``report.json``; its scores and certificate are shown in
-            the header. Without it, ``doc["jaxclt"]["scores"]`` is.
+        report: the content of ``report.json``; its scores and certificate are shown
+            as evidence. Without it, ``doc["jaxclt"]["scores"]`` is.
+        validation: the content of ``validation.json``, shown beside them.
+        other: a second graph document to compare with.
+        serve: what `jaxclt.cli_serve` tells its own pages: the graph's ``path`` and
+            the list of all ``graphs``. Only with it may the page talk to its server.
 
     Raises:
         InputError: ``doc`` holds a number or an object that JSON has no word for.
     """
     if report is None:
         report = (doc.get("jaxclt") or {}).get("scores")
-    all_links = len(doc.get("links") or ())
-    if all_links > MAX_LINKS:
-        doc = {**doc, "links": doc["links"][:MAX_LINKS]}
+    data = {
+        "graph": _columns(doc),
+        "report": finite(report),
+        "validation": finite(validation),
+        "allLinks": len(doc.get("links") or ()),
+        "other": None if other is None else _columns(other),
+        "serve": serve,
+    }
     try:
-        data = json.dumps(
-            {"graph": doc, "report": finite(report), "allLinks": all_links},
-            allow_nan=False,
-            separators=(",", ":"),
-        )
+        text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:
         raise InputError(f"the graph document cannot be shown: {error}") from error
     template = resources.files("jaxclt.viewer").joinpath("static/graph.html")
     # Split, not replaced: the data may itself contain the marker.
     head, _, tail = template.read_text(encoding="utf-8").partition(_MARKER)
-    return head + data.translate(_ESCAPES) + tail
+    if serve is not None:
+        head = head.replace(_CLOSED, _TO_SELF, 1)
+    return head + text.translate(_ESCAPES) + tail
+
+
+def _columns(doc: dict[str, Any]) -> dict[str, Any]:
+    """The document with its links as columns of node numbers: a fifth of the text.
+
+    What links carry beside ends and weight comes as ``extra``, pairs of number and
+    object. A document that does not fit is embedded as it is: the page reads both.
+    """
+    links = (doc.get("links") or [])[:MAX_LINKS]
+    number: dict[str, int] = {}
+    for i, node in enumerate(doc.get("nodes") or ()):
+        number.setdefault(node["node_id"], i)
+    if len(number) != len(doc.get("nodes") or ()):
+        return {**doc, "links": links}
+    own = {"source", "target", "weight"}
+    try:
+        columns = {
+            "source": [number[link["source"]] for link in links],
+            "target": [number[link["target"]] for link in links],
+            "weight": [link["weight"] for link in links],
+            "extra": [
+                [i, {k: v for k, v in link.items() if k not in own}]
+                for i, link in enumerate(links)
+                if len(link) > len(own)
+            ],
+        }
+    except KeyError:
+        return {**doc, "links": links}
+    return {**doc, "links": columns}

@@ -19,6 +19,7 @@ from jaxclt.graph.supernodes import (
     describe_supernodes,
     suggest_supernodes,
     supernode_graph,
+    token_effects,
 )
 from jaxclt.types import Supernode
 
@@ -398,6 +399,15 @@ def test_only_kept_features_are_grouped() -> None:
     small = supernode_graph(graph, groups)
     assert small.blur <= 0.1
     assert small.replacement <= scores(graph).replacement
+
+
+def test_profiles_are_total_effects() -> None:
+    """What clusters: effects of tokens on features, by the inverse (spec 3.5)."""
+    graph = random_graph(5, counts=(5, 5, 5), bias=False, rest=False)
+    A = graph.n_features
+    unit_AA = graph.edge_RN[:A, :A] / graph.value_A
+    input_AT = np.linalg.inv(np.eye(A) - unit_AA) @ graph.edge_RN[:A, graph.embed_cols]
+    np.testing.assert_allclose(token_effects(graph), input_AT, atol=1e-12)
 
 
 def test_bad_settings_are_refused() -> None:

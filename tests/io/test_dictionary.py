@@ -405,7 +405,7 @@ def test_labels_beside_the_weights_are_read(clt_dir: Path):
 )
 def test_other_labels_are_refused(clt_dir: Path, text: str):
     (clt_dir / "labels.json").write_text(text)
-    with pytest.raises(InputError, match="labels.json"):
+    with pytest.raises(InputError, match=r"labels\.json"):
         dictionary.read_labels(clt_dir)
 
 

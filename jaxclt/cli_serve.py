@@ -1,0 +1,352 @@
+"""`jaxclt serve`: the pages of a folder of graphs on 127.0.0.1, and what readers save.
+
+The server hands out four kinds of things: the list, a page, a graph's JSON, a feature's
+JSON; and takes one: labels, pins and groups for a graph.json. Every path is resolved
+(links included) and must lie in the folder. Requests must name this host, so that no
+other site's name can be pointed here, and what changes a file must come from its own
+pages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import re
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+import tyro
+from rich.console import Console
+
+from jaxclt.errors import InputError
+
+__all__ = ["ServeConfig", "make_server", "run_serve", "save_view"]
+
+MAX_BODY = 1 << 20  # of what is saved
+MAX_LABEL = 2000
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+_LOCAL = ("127.0.0.1", "localhost")
+_SAVING = threading.Lock()  # a save reads the file it replaces
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Show all graphs of a folder in the browser; saves labels and supernodes."""
+
+    directory: tyro.conf.Positional[Path]
+    """Folder of what trace and sweep wrote, at any depth, or of graph files."""
+    port: int = 8032
+    """Port; 0 takes a free one."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Whoever reaches it can read the graphs and save labels."""
+    json: bool = False
+    """Print the address as JSON on stdout."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+def run_serve(config: ServeConfig, say: Console) -> None:
+    """Serve until interrupted."""
+    server = make_server(config.directory, host=config.host, port=config.port)
+    host, port = server.server_address[:2]
+    url = f"http://{host}:{port}/"
+    if config.host not in _LOCAL:
+        say.print(f"jaxclt: {config.host} can be reached by others", markup=False)
+    if config.json:
+        print(json.dumps({"url": url}), flush=True)  # noqa: T201
+    else:
+        Console().print(f"serving {config.directory} at {url} (Ctrl+C ends)")
+    with server:
+        server.serve_forever()
+
+
+def make_server(
+    directory: Path, *, host: str = "127.0.0.1", port: int = 0
+) -> ThreadingHTTPServer:
+    """A server that is not running yet.
+
+    Raises:
+      InputError: if the folder is not there or the address is taken.
+    """
+    root = Path(directory).resolve()
+    if not root.is_dir():
+        raise InputError(f"{directory} is no folder: give one that trace wrote to")
+    handler = partial(_Handler, root=root, host=host)
+    try:
+        return ThreadingHTTPServer((host, port), handler)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"cannot listen at {host}:{port}: {error}") from error
+
+
+class _RefusedError(Exception):
+    """A request that gets an error status."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One request."""
+
+    server_version, sys_version = "jaxclt", ""
+    timeout = 30
+
+    def __init__(self, *args: Any, root: Path, host: str) -> None:
+        self.root, self.host = root, host
+        super().__init__(*args)
+
+    def do_GET(self) -> None:
+        """Answer with the list, a page or JSON."""
+        self._answer(self._get)
+
+    def do_HEAD(self) -> None:
+        """The same without the body."""
+        self._answer(self._get)
+
+    def do_POST(self) -> None:
+        """Save what a reader made."""
+        self._answer(self._post)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Keep quiet: what readers look at is not logged."""
+
+    def _answer(self, make: Any) -> None:
+        try:
+            self._check_host()
+            kind, body = make(unquote(urlsplit(self.path).path, errors="strict"))
+            self._send(200, kind, body)
+        except _RefusedError as refused:
+            self._send_error(refused.status, str(refused))
+        except InputError as error:
+            self._send_error(422, str(error))
+        except ConnectionError:
+            self.close_connection = True
+        except (ValueError, OSError):  # a path that is no UTF-8, or too long for one
+            self._send_error(400, "bad request")
+
+    def _get(self, path: str) -> tuple[str, bytes]:
+        if path == "/":
+            return "text/html", _list_page(self.root).encode()
+        if path == "/api/graphs":
+            return "application/json", json.dumps(_graphs(self.root)).encode()
+        for prefix, answer in (
+            ("/view/", self._page),
+            ("/api/graph/", self._graph),
+            ("/api/feature/", self._feature),
+        ):
+            if path.startswith(prefix):
+                return answer(path.removeprefix(prefix))
+        raise _RefusedError(404, "no such page")
+
+    def _page(self, name: str) -> tuple[str, bytes]:
+        from jaxclt.pages import directory_page, read_graph
+
+        file = self._file(name)
+        serve = {"path": name, "graphs": _graphs(self.root)}
+        doc = read_graph(file)
+        return "text/html", directory_page(file.parent, doc=doc, serve=serve).encode()
+
+    def _graph(self, name: str) -> tuple[str, bytes]:
+        return "application/json", self._file(name).read_bytes()
+
+    def _feature(self, path: str) -> tuple[str, bytes]:
+        name, _, number = path.rpartition("/")
+        if not re.fullmatch(r"\d{1,20}\.json", number):
+            raise _RefusedError(404, "no such feature")
+        file = self._inside(self._file(name).parent / "features" / number)
+        if not file.is_file():
+            raise _RefusedError(404, "no such feature")
+        return "application/json", file.read_bytes()
+
+    def _post(self, path: str) -> tuple[str, bytes]:
+        name = path.removeprefix("/api/save/")
+        if name == path:
+            raise _RefusedError(404, "no such page")
+        origin = self.headers.get("Origin")
+        if origin != f"http://{self.headers.get('Host')}":
+            raise _RefusedError(403, "only pages of this server may save")
+        if self.headers.get_content_type() != "application/json":
+            raise _RefusedError(415, "send application/json")
+        file = self._file(name)
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch(r"\d{1,12}", length) or "Transfer-Encoding" in self.headers:
+            raise _RefusedError(411, "say how long the body is")
+        if int(length) > MAX_BODY:
+            raise _RefusedError(413, f"more than {MAX_BODY} bytes")
+        try:
+            change = json.loads(self.rfile.read(int(length)))
+        except (ValueError, RecursionError) as error:
+            raise _RefusedError(400, "the body is no JSON") from error
+        with _SAVING:
+            save_view(file, change)
+        return "application/json", b'{"saved": true}'
+
+    def _file(self, name: str) -> Path:
+        """The graph.json (or other graph file) that a name in a path stands for."""
+        if "\0" in name or "\\" in name:
+            raise _RefusedError(404, "no such graph")
+        file = self._inside(self.root / name.strip("/"))
+        if file.is_dir():
+            file = self._inside(file / "graph.json")
+        if file.suffix != ".json" or not file.is_file():
+            raise _RefusedError(404, "no such graph")
+        return file
+
+    def _inside(self, path: Path) -> Path:
+        resolved = path.resolve()
+        if not resolved.is_relative_to(self.root):
+            raise _RefusedError(404, "no such graph")
+        return resolved
+
+    def _check_host(self) -> None:
+        """Refuse names that only an attacker's name server points here."""
+        host = re.sub(r":\d+$", "", self.headers.get("Host", ""))
+        if self.host in _LOCAL and host not in _LOCAL:
+            raise _RefusedError(403, "this server answers to 127.0.0.1 and localhost")
+
+    def _send_error(self, status: int, why: str) -> None:
+        # What is left of the body would be read as the next request.
+        self.close_connection = True
+        self._send(status, "application/json", json.dumps({"error": why}).encode())
+
+    def _send(self, status: int, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        for name, value in {
+            "Content-Type": f"{kind}; charset=utf-8",
+            "Content-Length": str(len(body)),
+            "Content-Security-Policy": _POLICY,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Cache-Control": "no-store",
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def save_view(file: Path, change: Any) -> None:
+    """Put a reader's labels, pins and groups into a graph file, all or nothing.
+
+    Args:
+      file: a graph.json.
+      change: ``{"labels": {node id: text}, "qParams": {...}}``.
+
+    Raises:
+      InputError: if the change does not fit the graph.
+    """
+    from jaxclt.io.atomic import atomic_path
+    from jaxclt.pages import read_graph
+    from jaxclt.viewer.graph_json import validate
+
+    if not isinstance(change, dict):
+        raise InputError("what is to be saved is no JSON object")
+    labels, view = change.get("labels", {}), change.get("qParams", {})
+    if not isinstance(labels, dict) or not isinstance(view, dict):
+        raise InputError("labels and qParams must be JSON objects")
+    if not all(isinstance(v, str) and len(v) <= MAX_LABEL for v in labels.values()):
+        raise InputError(f"a label is text of at most {MAX_LABEL} characters")
+    doc = read_graph(file)
+    node_by_id = {node["node_id"]: node for node in doc["nodes"]}
+    for node_id, label in labels.items():
+        node = node_by_id.get(node_id)
+        if node is None or node["feature_type"] == "logit":
+            raise InputError(f"no node {node_id!r} that can have a label")
+        node["clerp"] = label
+    known = ("pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos")
+    doc["qParams"] |= {key: view[key] for key in known if key in view}
+    _check_groups(doc["qParams"], set(node_by_id))
+    validate(doc)
+    with atomic_path(file) as temporary:
+        temporary.write_text(json.dumps(doc, ensure_ascii=False), encoding="utf-8")
+
+
+def _check_groups(view: dict[str, Any], ids: set[str]) -> None:
+    pinned, groups = view.get("pinnedIds") or [], view.get("supernodes") or []
+    if isinstance(pinned, str) or isinstance(groups, str):
+        return  # another tool saved them, and they were not changed
+    rows = [pinned, *(g[1:] for g in groups if isinstance(g, list) and len(g) > 1)]
+    if len(rows) != len(groups) + 1:
+        raise InputError("supernodes must be [label, node id, ...]")
+    flat = [x for row in rows for x in row] + [g[0] for g in groups]
+    if not all(isinstance(x, str) for x in flat):
+        raise InputError("pinnedIds and supernodes hold node ids, which are text")
+    if not {x for row in rows for x in row} <= ids:
+        raise InputError("pinnedIds and supernodes name nodes that are not there")
+
+
+def _graphs(root: Path) -> list[dict[str, str]]:
+    """Every graph in the folder: its path as addresses name it, slug and prompt."""
+    found = []
+    for file in sorted(root.rglob("*.json")):
+        beside = file.with_name("graph.json")
+        hidden = any(p.startswith(".") for p in file.relative_to(root).parts)
+        if hidden or (file != beside and beside.is_file()):
+            continue
+        if not file.is_file() or not file.resolve().is_relative_to(root):
+            continue
+        meta = _metadata(file)
+        if meta is not None:
+            place = file.parent if file == beside and file.parent != root else file
+            path = place.relative_to(root).as_posix()
+            found.append({"path": path, **meta})
+    return found
+
+
+def _metadata(file: Path) -> dict[str, str] | None:
+    """Slug and prompt, from the start of the file: graphs may be large."""
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        head = stream.read(1 << 16)
+    match = re.match(r'\s*\{\s*"metadata"\s*:\s*', head)
+    if match is None:
+        return None
+    try:
+        meta, _ = json.JSONDecoder().raw_decode(head, match.end())
+    except (ValueError, RecursionError):
+        meta = {}
+    return {
+        "slug": str(meta.get("slug") or file.stem),
+        "prompt": str(meta.get("prompt") or ""),
+    }
+
+
+def _list_page(root: Path) -> str:
+    rows = "".join(
+        f'<li><a href="/view/{quote(g["path"])}">'
+        f"{html.escape(g['prompt'] or g['slug'])}</a>"
+        f"<span>{html.escape(g['path'])}</span></li>"
+        for g in _graphs(root)
+    )
+    body = f"<ul>{rows}</ul>" if rows else "<p>No graphs yet: trace a prompt.</p>"
+    return _LIST.replace("<!--LIST-->", body)
+
+
+_LIST = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Attribution graphs</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
+<style>
+:root { --ink: #1b2026; --muted: #59636e; --line: #dde1e6; --accent: #6d3be0; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e7eaee; --muted: #9da8b4; --line: #313841; --accent: #b695ff; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 860px;
+  margin: 40px auto; padding: 0 20px; }
+h1 { font-size: 20px; }
+ul { list-style: none; padding: 0; }
+li { border-bottom: 1px solid var(--line); padding: 10px 0; }
+a { color: var(--accent); font-weight: 600; overflow-wrap: anywhere; }
+span { display: block; color: var(--muted); font-size: 13px; overflow-wrap: anywhere; }
+</style></head><body><main><h1>Attribution graphs</h1><!--LIST--></main></body></html>
+"""

@@ -1,0 +1,144 @@
+"""A directory that trace wrote, as a page: graph, scores, validation, features.
+
+What a reader saved (labels in the nodes, pins and supernodes in ``qParams``) lies in
+``graph.json`` and outlives the page.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxclt.errors import InputError
+from jaxclt.io.atomic import atomic_path
+from jaxclt.viewer.graph_json import validate
+from jaxclt.viewer.page import page
+
+__all__ = [
+    "carry_over",
+    "directory_page",
+    "read_graph",
+    "read_json",
+    "with_features",
+    "write_page",
+]
+
+FEATURES = "features"  # folder of {number}.json beside graph.json
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no file.
+
+    Raises:
+        InputError: the file is no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return value
+
+
+def read_graph(path: Path) -> dict[str, Any]:
+    """A checked graph document.
+
+    Raises:
+        InputError: there is none, or it is not one.
+    """
+    doc = read_json(path)
+    if doc is None:
+        raise InputError(f"no {path.name} in {path.parent}: trace a prompt into it")
+    validate(doc)
+    return doc
+
+
+def directory_page(
+    directory: Path,
+    *,
+    doc: dict[str, Any] | None = None,
+    compare: dict[str, Any] | None = None,
+    serve: dict[str, Any] | None = None,
+) -> str:
+    """The page of a traced prompt with all that lies beside its graph.
+
+    Args:
+        directory: with graph.json, and report.json, validation.json, features/ if any.
+        doc: the graph to show instead of graph.json, pruned in another way perhaps.
+        compare: a second graph document.
+        serve: see `jaxclt.viewer.page.page`; features are then asked for one by one.
+
+    Raises:
+        InputError: a file is not what it should be.
+    """
+    doc = read_graph(directory / "graph.json") if doc is None else doc
+    if serve is None:
+        doc = with_features(doc, directory / FEATURES)
+    own = (doc.get("jaxclt") or {}).get("scores") or {}
+    return page(
+        doc,
+        # Scores of another pruning than trace's come with the document.
+        None if "certificate" in own else _beside(directory, "report.json", doc),
+        validation=_beside(directory, "validation.json", doc),
+        other=compare,
+        serve=serve,
+    )
+
+
+def write_page(directory: Path, **parts: Any) -> Path:
+    """Write ``index.html`` again; see `directory_page`."""
+    path = directory / "index.html"
+    text = directory_page(directory, **parts)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def with_features(doc: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The document with the feature files of its nodes, under ``jaxclt.features``.
+
+    Raises:
+        InputError: a feature's file is no JSON object.
+    """
+    if not folder.is_dir():
+        return doc
+    numbers = {
+        node["feature"]
+        for node in doc["nodes"]
+        if isinstance(node.get("feature"), int) and node["feature"] >= 0
+    }
+    found = {str(n): read_json(folder / f"{n}.json") for n in sorted(numbers)}
+    found = {key: feature for key, feature in found.items() if feature is not None}
+    own = dict(doc.get("jaxclt") or {})
+    own["features"] = {**(own.get("features") or {}), **found}
+    return {**doc, "jaxclt": own}
+
+
+def carry_over(doc: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """A fresh document with the labels, pins and groups of a saved one."""
+    labels = {
+        node["jsNodeId"]: node["clerp"]
+        for node in saved["nodes"]
+        if node["clerp"] and node["feature_type"] != "logit"
+    }
+    nodes = [
+        {**node, "clerp": labels[node["jsNodeId"]]}
+        if not node["clerp"] and node["jsNodeId"] in labels
+        else node
+        for node in doc["nodes"]
+    ]
+    own = {**(saved.get("jaxclt") or {}), **(doc.get("jaxclt") or {})}
+    return {**doc, "nodes": nodes, "qParams": saved["qParams"], "jaxclt": own}
+
+
+def _beside(directory: Path, name: str, doc: dict[str, Any]) -> dict[str, Any] | None:
+    """A file about this graph, unless another prompt or dictionary left it."""
+    found = read_json(directory / name)
+    if found is None or found.get("prompt") != doc["metadata"]["prompt"]:
+        return None
+    dictionary = (doc.get("jaxclt") or {}).get("dictionary", found.get("dictionary"))
+    return found if found.get("dictionary") == dictionary else None

@@ -1,0 +1,201 @@
+// What the reader has chosen, and the one way to change it; the views listen.
+
+import { type GraphDocument, type Json, type Payload, type Serve, type Supernode, readDocument } from "./document";
+import { isFixed } from "./layout";
+import { type GraphNode, Model } from "./model";
+import type { Card } from "./supernodes";
+
+export type Part = "graph" | "model" | "side" | "pins" | "labels" | "filter" | "view" | "compare";
+export type ViewName = "graph" | "table" | "compare";
+export type Tab = "node" | "evidence" | "help";
+
+export class App {
+  model: Model;
+  other: Model | null;
+  report: Json;
+  validation: Json | null;
+  readonly serve: Serve | null;
+  allLinks: number;
+  notes: string[];
+
+  selected: GraphNode | null = null;
+  group: Supernode | null = null; // the chosen supernode
+  pinned: string[] = []; // members of groups too
+  groups: Supernode[] = [];
+  readonly marked = new Set<string>(); // cards chosen to be grouped
+  readonly positions = new Map<string, [number, number]>(); // of dragged cards
+  path: number[] = [];
+  threshold = 1;
+  highest = 1; // where the slider ends
+  errors = true;
+  query = "";
+  view: ViewName = "graph";
+  tab: Tab = "node";
+
+  private readonly listeners: ((changed: ReadonlySet<Part>) => void)[] = [];
+
+  constructor(payload: Payload) {
+    const doc = readDocument(payload.graph);
+    this.serve = payload.serve;
+    this.other = payload.other ? new Model(readDocument(payload.other)) : null;
+    this.report = payload.report ?? {};
+    this.validation = payload.validation;
+    this.allLinks = payload.allLinks;
+    this.notes = doc.notes;
+    this.model = new Model(doc);
+    this.reset(doc);
+  }
+
+  listen(listener: (changed: ReadonlySet<Part>) => void): void { this.listeners.push(listener); }
+  changed(...parts: Part[]): void {
+    const set = new Set(parts);
+    for (const listener of this.listeners) listener(set);
+  }
+
+  /** Show another graph. */
+  load(doc: GraphDocument): void {
+    this.model = new Model(doc);
+    this.report = (doc.jaxclt.scores ?? {}) as Json;
+    this.validation = null;
+    this.allLinks = this.model.source.length;
+    this.notes = doc.notes;
+    this.reset(doc);
+    this.changed("model", "graph", "side", "pins", "labels", "filter", "view");
+  }
+
+  private reset(doc: GraphDocument): void {
+    const { view } = doc;
+    this.highest = this.model.nodes.reduce((m, n) => (isFixed(n) ? m : Math.max(m, n.influence ?? 0)), 0);
+    this.highest = Math.ceil(this.highest * 200) / 200 || 1;
+    this.threshold = Math.min(view.threshold ?? this.highest, this.highest);
+    this.selected = this.model.byId.get(view.clicked) ?? null;
+    this.group = null;
+    this.path = [];
+    this.marked.clear();
+    this.positions.clear();
+    for (const [key, label] of view.clerps) this.readLabel(key, label);
+    this.setPins(view.pinned, view.supernodes);
+  }
+
+  /** circuit-tracer keys labels by the feature number, Neuronpedia by layer_feature_pos. */
+  readLabel(key: string, label: string): void {
+    const [layer, number] = key.split("_");
+    for (const n of this.model.nodes) {
+      if (n.kind !== "feature") continue;
+      const raw = this.model.doc.nodes[n.index];
+      if (n.key === key || n.key === `${layer}_${number}` || String(raw?.feature) === key) {
+        this.model.labels.set(n.key, label);
+        return;
+      }
+    }
+  }
+
+  setPins(pinned: string[], groups: Supernode[]): void {
+    const known = (id: string) => this.model.byId.has(id), taken = new Set<string>();
+    this.groups = groups.flatMap(({ label, ids }) => {
+      const own = ids.filter((id) => known(id) && !taken.has(id)); // a node is in one group
+      own.forEach((id) => taken.add(id));
+      return own.length ? [{ label, ids: own }] : [];
+    });
+    this.pinned = [...new Set([...pinned.filter(known), ...this.groups.flatMap((g) => g.ids)])];
+  }
+
+  shows = (n: GraphNode): boolean =>
+    n === this.selected
+    || ((isFixed(n) || (n.influence ?? 0) <= this.threshold + 1e-9 || this.isPinned(n)) && (n.kind !== "error" || this.errors));
+  matches = (n: GraphNode): boolean => this.query !== "" && this.model.searchText(n).includes(this.query);
+  isPinned = (n: GraphNode): boolean => this.pinned.length > 0 && this.pinned.includes(n.id);
+  nShown(): number { return this.model.nodes.reduce((sum, n) => sum + Number(this.shows(n)), 0); }
+
+  select(n: GraphNode | null): void {
+    this.selected = n;
+    this.group = null;
+    this.path = [];
+    if (n) this.tab = "node";
+    this.changed("graph", "side");
+  }
+
+  selectGroup(group: Supernode | null): void {
+    this.selected = null;
+    this.group = group;
+    this.path = [];
+    if (group) this.tab = "node";
+    this.changed("graph", "side");
+  }
+
+  showPath(links: number[]): void { this.path = links; this.changed("graph"); }
+  showTab(tab: Tab): void { this.tab = tab; this.changed("side"); }
+  showView(view: ViewName): void { this.view = view; this.changed("view"); }
+
+  setLabel(n: GraphNode, label: string): void {
+    this.model.labels.set(n.key, label);
+    this.changed("graph", "side", "pins", "labels");
+  }
+
+  togglePin(n: GraphNode): void {
+    if (this.isPinned(n)) {
+      this.pinned = this.pinned.filter((id) => id !== n.id);
+      for (const g of this.groups) g.ids = g.ids.filter((id) => id !== n.id);
+      this.dropEmpty();
+    } else this.pinned.push(n.id);
+    this.changed("graph", "side", "pins");
+  }
+
+  pinAll(nodes: GraphNode[]): void {
+    this.pinned = [...new Set([...this.pinned, ...nodes.map((n) => n.id)])];
+    this.changed("graph", "side", "pins");
+  }
+
+  clearPins(): void {
+    this.pinned = [];
+    this.groups = [];
+    this.group = null;
+    this.marked.clear();
+    this.positions.clear();
+    this.changed("graph", "side", "pins");
+  }
+
+  /** What the subgraph shows: groups, then pinned nodes that are in none. */
+  cards(): Card[] {
+    const grouped = new Set(this.groups.flatMap((g) => g.ids)), node = (id: string) => this.model.byId.get(id) as GraphNode;
+    return [
+      ...this.groups.map((g) => ({ id: `+${g.ids[0] ?? ""}`, label: g.label, members: g.ids.map(node), group: true })),
+      ...this.pinned.filter((id) => !grouped.has(id)).map((id) => ({ id, label: this.model.label(node(id)), members: [node(id)], group: false })),
+    ];
+  }
+
+  groupMarked(): void {
+    const chosen = this.cards().filter((card) => this.marked.has(card.id));
+    if (chosen.length < 2) return;
+    const ids = chosen.flatMap((card) => card.members.map((n) => n.id)), inGroup = new Set(ids);
+    const label = chosen.find((card) => card.group)?.label ?? chosen[0]?.label ?? "group";
+    this.groups = this.groups.filter((g) => !g.ids.some((id) => inGroup.has(id)));
+    const made = { label, ids };
+    this.groups.push(made);
+    this.marked.clear();
+    this.selectGroup(made);
+    this.changed("pins");
+  }
+
+  ungroup(group: Supernode): void {
+    this.groups = this.groups.filter((g) => g !== group);
+    this.marked.clear();
+    if (this.group === group) this.group = null;
+    this.changed("graph", "side", "pins");
+  }
+
+  rename(group: Supernode, label: string): void {
+    group.label = label;
+    this.changed("side", "pins");
+  }
+
+  private dropEmpty(): void {
+    this.groups = this.groups.filter((g) => g.ids.length);
+    if (this.group && !this.groups.includes(this.group)) this.group = null;
+  }
+
+  filter(change: { threshold?: number; errors?: boolean; query?: string }): void {
+    Object.assign(this, change);
+    this.changed("filter");
+  }
+}

@@ -1,0 +1,99 @@
+// Files in and out: open, save, export; nothing leaves the page but by the reader.
+
+import type { App } from "./app";
+import { type Json, asObject, readDocument, readSupernodes, readView } from "./document";
+import { $, inPath, plural } from "./dom";
+import { type Features, isFeatureFile } from "./features";
+import { Model } from "./model";
+import type { Picture } from "./picture";
+import { toDocument, toSave } from "./state";
+
+/** A line the reader sees and hears. */
+export function tell(text: string, bad = false): void {
+  const box = $("notice");
+  box.textContent = text;
+  box.classList.toggle("bad", bad);
+  box.hidden = text === "";
+}
+
+export async function openFiles(app: App, features: Features, files: Iterable<File>, compare: boolean): Promise<void> {
+  let taken = 0;
+  for (const file of files) {
+    try {
+      const raw: unknown = JSON.parse(await file.text());
+      if (isFeatureFile(raw)) { features.add(file.name, asObject(raw)); taken += 1; }
+      else open(app, features, raw, compare);
+    } catch (error) {
+      const why = error instanceof SyntaxError ? "it is no JSON" : error instanceof Error ? error.message : String(error);
+      tell(`${file.name} was not opened: ${why}`, true);
+      return;
+    }
+  }
+  tell(taken ? `${plural(taken, "feature")} loaded` : app.notes.join("; "));
+  if (taken) app.changed("side");
+}
+
+function open(app: App, features: Features, raw: unknown, compare: boolean): void {
+  const doc = asObject(raw);
+  if (Array.isArray(raw)) { // supernodes, as `jaxclt patch --supernodes` takes them
+    const groups = readSupernodes(raw);
+    if (!groups.length) throw new Error("it holds no supernodes [[label, node id, ...], ...]");
+    app.setPins(app.pinned, groups);
+    app.changed("graph", "side", "pins");
+  } else if (compare) {
+    app.other = new Model(readDocument(raw));
+    app.view = "compare";
+    app.changed("compare", "view");
+  } else if (doc.qParams && !doc.nodes) { // a view alone
+    const view = readView(doc.qParams);
+    app.setPins(view.pinned, view.supernodes);
+    app.select(app.model.byId.get(view.clicked) ?? null);
+    app.changed("graph", "pins");
+  } else {
+    app.load(readDocument(raw));
+    features.embedded();
+  }
+}
+
+function download(name: string, data: Blob): void {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(data);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
+export function exportAs(app: App, picture: Picture, kind: string): void {
+  const { slug, prompt } = app.model.doc.metadata, name = `${slug.replace(/[^a-zA-Z0-9_.-]+/g, "-") || "graph"}.${kind}`;
+  if (kind === "json") {
+    download(name, new Blob([JSON.stringify(toDocument(app))], { type: "application/json" }));
+    if (app.allLinks > app.model.source.length) tell("The file holds the links of this page; graph.json has them all.");
+  } else if (kind === "svg") download(name, new Blob([picture.svg(prompt)], { type: "image/svg+xml" }));
+  else picture.png((blob) => { if (blob) download(name, blob); });
+}
+
+/** Write labels, pins and groups into the graph's file through the server. */
+export async function save(app: App): Promise<void> {
+  if (!app.serve) return;
+  try {
+    const answer = await fetch(`/api/save/${inPath(app.serve.path)}`, {
+      method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(toSave(app)),
+    });
+    const said = asObject(await answer.json().catch(() => ({}))) as Json;
+    if (!answer.ok) throw new Error(String(said.error ?? answer.status));
+    tell("Saved");
+  } catch (error) {
+    tell(`Not saved: ${error instanceof Error ? error.message : String(error)}`, true);
+  }
+}
+
+export async function fetchOther(app: App, path: string): Promise<void> {
+  try {
+    const answer = await fetch(`/api/graph/${inPath(path)}`);
+    if (!answer.ok) throw new Error(String(answer.status));
+    app.other = new Model(readDocument(await answer.json()));
+    app.changed("compare", "view");
+  } catch (error) {
+    tell(`${path} was not opened: ${error instanceof Error ? error.message : String(error)}`, true);
+  }
+}

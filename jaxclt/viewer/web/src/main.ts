@@ -1,0 +1,196 @@
+// Ties the views to the state.
+
+import { App, type Part, type Tab, type ViewName } from "./app";
+import { Compare } from "./compare";
+import type { Payload } from "./document";
+import { $, count, el, percent, plural, visible } from "./dom";
+import { scoreList } from "./evidence";
+import { Features } from "./features";
+import { exportAs, fetchOther, openFiles, save, tell } from "./files";
+import type { GraphNode } from "./model";
+import { showSide } from "./panel";
+import { Picture, say } from "./picture";
+import { fromHash, toDocument, toHash } from "./state";
+import { Subgraph } from "./subgraph";
+import { mergeLinks } from "./supernodes";
+import { showTable } from "./table";
+
+const PROMPT = 130; // letters of it in the header
+
+const started = performance.now();
+const payload = JSON.parse($("data").textContent ?? "null") as Payload;
+const app = new App(payload);
+fromHash(app, location.hash);
+const features = new Features(app);
+const picture = new Picture(app, $("graph"), { model: () => app.model, mark: () => null, says: true, choose: (n) => app.select(n) });
+const subgraph = new Subgraph(app);
+const compare = new Compare(app);
+const slider = $<HTMLInputElement>("slider"), errors = $<HTMLInputElement>("errors"), search = $<HTMLInputElement>("search");
+
+function header(): void {
+  const { model } = app, { metadata, jaxclt } = model.doc, first = model.logits[0];
+  const whole = visible(metadata.prompt), letters = Array.from(whole);
+  const prompt = letters.length > PROMPT ? `…${letters.slice(-PROMPT).join("")}` : whole; // its end is what is explained
+  document.title = `Attribution graph · ${whole.slice(0, 80)}`;
+  $("h1").replaceChildren(prompt || "Attribution graph");
+  if (first && !first.target) $("h1").append(el("span", "next", ` → ${visible(first.token).trim()}`), el("span", "prob", ` ${percent(first.prob)}`));
+  $("h1").title = metadata.prompt.slice(0, 1000);
+  const listed = Array.isArray(metadata.transcoder_list) ? metadata.transcoder_list[0] : "";
+  $("meta").textContent = [jaxclt.model || metadata.scan, jaxclt.dictionary || listed, jaxclt.version ? `jaxclt ${String(jaxclt.version)}` : ""]
+    .filter(Boolean).map(String).join(" · ");
+  const scores = scoreList(app);
+  $("scores").hidden = scores.length === 0;
+  $("scores").replaceChildren(...scores.map((s) => {
+    const item = el("div", "", el("dt", "", s.name), el("dd", "", s.value));
+    item.title = `${s.value} ${s.text}`;
+    return item;
+  }));
+}
+
+function counts(): void {
+  const { model } = app, cut = app.allLinks > model.source.length
+    ? `, the strongest ${count(model.source.length)} of ${count(app.allLinks)} links` : "";
+  $("count").textContent = `${count(app.nShown())} of ${plural(model.nodes.length, "node")}${cut}`;
+  const found = app.query === "" ? [] : model.nodes.filter((n) => app.matches(n)), seen = found.filter((n) => app.shows(n)).length;
+  $("found").hidden = app.query === "";
+  $("found").textContent = `${count(seen)}${found.length > seen ? ` of ${count(found.length)}` : ""} ${found.length === 1 ? "match" : "matches"}`;
+  $("found").title = found.length > seen ? "The others are hidden by the influence slider or by Errors" : "";
+}
+
+function controls(): void {
+  slider.min = "0";
+  slider.max = String(app.highest);
+  slider.value = String(app.threshold);
+  slider.setAttribute("aria-valuetext", percent(app.threshold));
+  errors.checked = app.errors;
+  if (search.value.trim().toLowerCase() !== app.query) search.value = app.query;
+}
+
+function showView(): void {
+  for (const view of ["graph", "table", "compare"] as const) {
+    $(`view-${view}`).setAttribute("aria-pressed", String(app.view === view));
+    $(view === "graph" ? "graphview" : view).hidden = app.view !== view;
+  }
+  $("lower").hidden = app.view === "compare";
+  if (app.view === "graph") picture.resize();
+  if (app.view === "compare") compare.show();
+}
+
+let address = 0;
+function writeAddress(): void {
+  clearTimeout(address);
+  address = window.setTimeout(() => {
+    try {
+      const hash = toHash(app);
+      history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
+    } catch { /* a notebook's frame has no address to write to */ }
+  }, 150);
+}
+
+app.listen((changed: ReadonlySet<Part>) => {
+  const any = (...parts: Part[]) => parts.some((p) => changed.has(p));
+  if (any("model")) { header(); controls(); features.embedded(); }
+  if (any("model", "compare")) compare.reset();
+  if (any("pins", "model", "labels") || (any("side") && app.pinned.length)) subgraph.show();
+  if (any("view", "model", "compare")) showView();
+  if (any("graph", "pins", "labels", "filter")) { if (app.view === "compare") compare.redraw(); else picture.draw(); }
+  if (any("filter", "graph", "pins")) counts();
+  if (any("side", "labels")) showSide(app, features);
+  if (any("filter")) controls();
+  if (app.view === "table" && any("graph", "filter", "view", "labels")) showTable(app);
+  if (any("graph") && app.view === "graph") {
+    if (app.selected) picture.reveal(app.selected);
+    say(app, app.selected);
+  }
+  writeAddress();
+});
+
+// ---- controls ----------------------------------------------------------------------------
+for (const view of ["graph", "table", "compare"] as ViewName[]) $(`view-${view}`).addEventListener("click", () => app.showView(view));
+const tabs = ["node", "evidence", "help"] as Tab[];
+for (const [i, tab] of tabs.entries()) {
+  $(`tab-${tab}`).addEventListener("click", () => app.showTab(tab));
+  $(`tab-${tab}`).addEventListener("keydown", (e) => {
+    const step = e.key === "ArrowRight" ? 1 : e.key === "ArrowLeft" ? -1 : 0, next = tabs[(i + step + tabs.length) % tabs.length] ?? tab;
+    if (step) { app.showTab(next); $(`tab-${next}`).focus(); }
+  });
+}
+$("scores").addEventListener("click", () => app.showTab("evidence"));
+slider.addEventListener("input", () => app.filter({ threshold: Number(slider.value) }));
+errors.addEventListener("change", () => app.filter({ errors: errors.checked }));
+let nextMatch = 0;
+search.addEventListener("input", () => { nextMatch = 0; app.filter({ query: search.value.trim().toLowerCase() }); });
+search.addEventListener("keydown", (e) => {
+  if (e.key !== "Enter") return;
+  const found = app.model.ranked.filter((n) => app.shows(n) && app.matches(n)), n = found[nextMatch++ % Math.max(found.length, 1)];
+  if (n) app.select(n);
+});
+$("zoomin").addEventListener("click", () => picture.zoom(1.4));
+$("zoomout").addEventListener("click", () => picture.zoom(1 / 1.4));
+$("zoomfit").addEventListener("click", () => picture.fit());
+
+const picker = $<HTMLInputElement>("file");
+let comparing = false;
+const pick = (other: boolean) => { comparing = other; picker.value = ""; picker.click(); };
+$("open").addEventListener("click", () => pick(false));
+for (const opener of document.querySelectorAll(".openother")) opener.addEventListener("click", () => pick(true));
+picker.addEventListener("change", () => { void openFiles(app, features, picker.files ?? [], comparing); });
+document.addEventListener("dragover", (e) => e.preventDefault());
+document.addEventListener("drop", (e) => {
+  e.preventDefault();
+  void openFiles(app, features, e.dataTransfer?.files ?? [], app.view === "compare");
+});
+$<HTMLSelectElement>("export").addEventListener("change", (e) => {
+  const select = e.target as HTMLSelectElement;
+  exportAs(app, picture, select.value);
+  select.value = "";
+});
+if (app.serve) {
+  const serve = app.serve, list = $<HTMLSelectElement>("others");
+  $("save").hidden = false;
+  $("save").addEventListener("click", () => { void save(app); });
+  $("home").hidden = false;
+  list.hidden = false;
+  for (const g of serve.graphs) if (g.path !== serve.path) list.append(Object.assign(el("option", "", visible(g.prompt || g.slug).slice(0, 80)), { value: g.path }));
+  list.addEventListener("change", () => { if (list.value) void fetchOther(app, list.value); });
+}
+$("notice").addEventListener("click", () => tell(""));
+
+document.addEventListener("keydown", (e) => {
+  const typing = e.target instanceof HTMLInputElement && ["search", "text"].includes(e.target.type);
+  if (e.ctrlKey || e.metaKey || e.altKey) return;
+  if (e.key === "Escape" && e.target === search && search.value) { search.value = ""; app.filter({ query: "" }); return; }
+  if (e.key === "Escape" && app.path.length) app.showPath([]);
+  else if (e.key === "Escape") app.select(null);
+  if (typing) return;
+  if (e.key === "/") { e.preventDefault(); search.focus(); }
+  if (e.key === "?") app.showTab("help");
+  if (e.key === "g") app.groupMarked();
+});
+new ResizeObserver(() => { if (app.view === "graph") picture.resize(); }).observe($("graph"));
+new ResizeObserver(() => { if (app.view === "compare") compare.show(); }).observe($("compare"));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { picture.restyle(); compare.restyle(); });
+window.addEventListener("hashchange", () => {
+  fromHash(app, location.hash);
+  app.changed("graph", "side", "pins", "labels", "filter", "view");
+});
+
+header();
+compare.reset();
+app.changed("model", "side", "pins", "filter", "view");
+if (app.notes.length) tell(app.notes.join("; "));
+
+/** For tests and benchmarks, and for the console. */
+(window as unknown as Record<string, unknown>).__jaxclt = {
+  readyMs: performance.now() - started,
+  app,
+  state: app,
+  features,
+  get nodes(): GraphNode[] { return app.model.nodes; },
+  select: (id: string) => app.select(app.model.byId.get(id) ?? null),
+  where: (id: string) => { const n = app.model.byId.get(id); return n ? picture.where(n) : null; },
+  document: () => toDocument(app),
+  svg: () => picture.svg(app.model.doc.metadata.prompt),
+  cards: () => app.cards(),
+  cardLinks: () => mergeLinks(app.model, app.cards()),
+};

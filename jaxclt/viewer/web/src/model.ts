@@ -1,0 +1,237 @@
+// The graph in numbers: nodes as objects, links as columns, inputs and outputs by node.
+
+import { type GraphDocument, type Json, asObject, asText } from "./document";
+import { isNumber, percent, quoted, visible } from "./dom";
+
+const FEW_LINKS = 10_000; // more are rarely drawn
+
+export type Kind = "feature" | "error" | "embedding" | "logit";
+
+export interface Target { layer: number | null; token: boolean; readout: number }
+
+export interface GraphNode {
+  index: number;
+  id: string;
+  kind: Kind;
+  pos: number;
+  layer: number; // -1 of embeddings
+  band: number; // row of the picture, 0 at the bottom
+  number: string; // of the feature in its layer
+  key: string; // what a label belongs to: a feature at all its positions
+  given: string; // label in the file
+  influence: number | null;
+  activation: number | null;
+  absInput: number | null;
+  prob: number;
+  token: string; // of an output
+  target: Target | null;
+  rank: number | null;
+  read: number; // sum of the shown inputs without sign
+}
+
+export interface LinkParts { direct: number | null; attention: number | null; heads: [number, number, number][] }
+
+const KINDS: Record<string, Kind> = {
+  "embedding": "embedding", "logit": "logit", "mlp reconstruction error": "error",
+};
+
+export class Model {
+  readonly doc: GraphDocument;
+  readonly tokens: string[];
+  readonly nodes: GraphNode[];
+  readonly byId: Map<string, GraphNode>;
+  readonly source: Int32Array;
+  readonly target: Int32Array;
+  readonly weight: Float64Array;
+  readonly share: Float32Array; // of the target's shown inputs
+  readonly flow: Float32Array; // share times what arrives at the target
+  readonly extra: Map<number, Json>;
+  readonly logits: GraphNode[];
+  readonly ranked: GraphNode[]; // most influential first
+  readonly nRanked: number;
+  readonly nLayers: number;
+  readonly labels = new Map<string, string>(); // by key, edited here
+  private readonly ins: Adjacency;
+  private readonly outs: Adjacency;
+  private strongest: Int32Array | null = null;
+
+  constructor(doc: GraphDocument) {
+    this.doc = doc;
+    this.tokens = doc.metadata.prompt_tokens;
+    this.nodes = doc.nodes.map((raw, index) => readNode(raw, index, this.tokens));
+    this.byId = new Map(this.nodes.map((n) => [n.id, n]));
+    const plain = this.nodes.filter((n) => n.kind === "feature" || n.kind === "error");
+    const highest = plain.reduce((m, n) => Math.max(m, n.layer + 1), 1);
+    this.nLayers = this.nodes.reduce((m, n) => (n.kind === "logit" ? Math.max(m, n.layer - 1) : m), highest);
+    for (const n of this.nodes) n.band = n.kind === "embedding" ? 0 : n.kind === "logit" ? this.nLayers + 1 : n.layer + 1;
+
+    this.source = Int32Array.from(doc.links.source);
+    this.target = Int32Array.from(doc.links.target);
+    this.weight = Float64Array.from(doc.links.weight);
+    this.extra = new Map(doc.links.extra);
+    const E = this.source.length;
+    this.share = new Float32Array(E);
+    this.flow = new Float32Array(E);
+    const { source, target, weight, share, flow } = this, read = new Float64Array(this.nodes.length);
+    for (let e = 0; e < E; e++) read[target[e] as number] = (read[target[e] as number] as number) + Math.abs(weight[e] as number);
+    for (let e = 0; e < E; e++) share[e] = Math.abs(weight[e] as number) / ((read[target[e] as number] as number) || 1);
+    for (const n of this.nodes) n.read = read[n.index] as number;
+    this.ins = new Adjacency(this.target, this.nodes.length, this.share);
+    this.outs = new Adjacency(this.source, this.nodes.length, this.share);
+    // A link matters as far as its target does: weight flows down from the outputs.
+    const arrives = Float64Array.from(this.nodes, (n) => (n.kind === "logit" ? Math.max(n.prob, 1e-6) : 0));
+    for (const n of this.nodes.slice().sort((a, b) => b.band - a.band)) {
+      const mine = this.ins.unsorted(n.index), here = arrives[n.index] as number;
+      for (let i = 0; i < mine.length; i++) {
+        const e = mine[i] as number, s = source[e] as number;
+        flow[e] = here * (share[e] as number);
+        arrives[s] = (arrives[s] as number) + (flow[e] as number);
+      }
+    }
+    this.ranked = this.nodes.slice().sort((a, b) => (a.influence ?? -1) - (b.influence ?? -1) || b.prob - a.prob);
+    let rank = 0;
+    for (const n of this.ranked) n.rank = n.influence === null ? null : ++rank;
+    this.nRanked = rank;
+    this.logits = this.nodes.filter((n) => n.kind === "logit").sort((a, b) => b.prob - a.prob);
+  }
+
+  from(link: number): GraphNode { return this.nodes[this.source[link] as number] as GraphNode; }
+  to(link: number): GraphNode { return this.nodes[this.target[link] as number] as GraphNode; }
+  /** Links into a node, largest share first. */
+  insOf(n: GraphNode): Int32Array { return this.ins.sorted(n.index); }
+  outsOf(n: GraphNode): Int32Array { return this.outs.sorted(n.index); }
+
+  /** The links that carry most of the outputs' weight, strongest first; all if asked. */
+  byFlow(all: boolean): Int32Array {
+    const { flow } = this, wanted = all ? flow.length : Math.min(flow.length, FEW_LINKS);
+    if (!this.strongest || this.strongest.length < wanted) {
+      const least = wanted < flow.length ? flow.slice().sort()[flow.length - wanted] as number : -1;
+      const chosen: number[] = [];
+      for (let e = 0; e < flow.length; e++) if ((flow[e] as number) >= least) chosen.push(e);
+      this.strongest = Int32Array.from(chosen).sort((a, b) => (flow[b] as number) - (flow[a] as number));
+    }
+    return this.strongest;
+  }
+
+  parts(link: number): LinkParts | null {
+    const raw = this.extra.get(link);
+    if (!raw) return null;
+    const heads = Array.isArray(raw.heads)
+      ? raw.heads.filter((h): h is [number, number, number] => Array.isArray(h) && h.length === 3 && h.every(isNumber)) : [];
+    const direct = isNumber(raw.direct) ? raw.direct : null, attention = isNumber(raw.attention) ? raw.attention : null;
+    return direct === null && attention === null && !heads.length ? null : { direct, attention, heads };
+  }
+
+  named(n: GraphNode): string { return this.labels.get(n.key) ?? n.given; }
+
+  label(n: GraphNode): string {
+    const token = this.tokens[n.pos] ?? "";
+    if (n.kind === "error") return "error";
+    if (n.kind === "embedding") return `token ${quoted(token)}`;
+    if (n.kind === "logit") return `${this.isOutput(n) ? "output" : "target"} ${quoted(n.token)}`;
+    return visible(this.named(n)) || `feature ${n.number}`;
+  }
+
+  isOutput(n: GraphNode): boolean { return !n.target || n.target.token; }
+
+  where(n: GraphNode): string {
+    if (n.kind === "embedding") return `position ${n.pos}`;
+    if (n.kind === "logit") return percent(n.prob) + (n.target ? " of the weight" : "");
+    return `layer ${n.layer} · ${quoted(this.tokens[n.pos] ?? "")}`;
+  }
+
+  brief(n: GraphNode): string {
+    return n.kind === "feature" || n.kind === "error" ? `L${n.layer} ${quoted(this.tokens[n.pos] ?? "")}` : this.where(n);
+  }
+
+  /** In a few letters, for the picture. */
+  tag(n: GraphNode): string {
+    if (n.kind === "logit") return visible(n.token).trim();
+    if (n.kind === "embedding") return visible(this.tokens[n.pos] ?? "").trim();
+    if (n.kind === "error") return "error";
+    return visible(this.named(n)) || `${n.layer}/${n.number}`;
+  }
+
+  searchText(n: GraphNode): string {
+    return `${this.label(n)} ${n.id} L${n.layer} ${this.tokens[n.pos] ?? ""}`.toLowerCase();
+  }
+}
+
+/** Links by one of their ends, in one array. */
+class Adjacency {
+  private readonly start: Int32Array;
+  private readonly list: Int32Array;
+  private readonly ordered: Uint8Array;
+
+  constructor(end: Int32Array, nNodes: number, private readonly share: Float32Array) {
+    this.start = new Int32Array(nNodes + 1);
+    for (const i of end) this.start[i + 1] = (this.start[i + 1] as number) + 1;
+    for (let i = 0; i < nNodes; i++) this.start[i + 1] = (this.start[i + 1] as number) + (this.start[i] as number);
+    const next = this.start.slice();
+    this.list = new Int32Array(end.length);
+    for (let e = 0; e < end.length; e++) {
+      const i = end[e] as number, at = next[i] as number;
+      this.list[at] = e;
+      next[i] = at + 1;
+    }
+    this.ordered = new Uint8Array(nNodes);
+  }
+
+  unsorted(i: number): Int32Array { return this.list.subarray(this.start[i], this.start[i + 1]); }
+
+  sorted(i: number): Int32Array {
+    const mine = this.unsorted(i);
+    if (!this.ordered[i]) {
+      mine.sort((a, b) => (this.share[b] as number) - (this.share[a] as number));
+      this.ordered[i] = 1;
+    }
+    return mine;
+  }
+}
+
+function readNode(raw: Json, index: number, tokens: string[]): GraphNode {
+  const type = asText(raw.feature_type), kind = KINDS[type] ?? "feature";
+  const clerp = asText(raw.clerp), number = (x: unknown) => (isNumber(x) ? x : null);
+  const layer = kind === "embedding" ? -1 : Number(raw.layer);
+  const pos = Math.min(Number(raw.ctx_idx), Math.max(tokens.length - 1, 0));
+  const own = featureNumber(raw, layer);
+  const target = raw.target == null ? null : asObject(raw.target);
+  return {
+    index, id: asText(raw.node_id), kind, pos,
+    layer: Number.isFinite(layer) ? layer : 0,
+    band: 0,
+    number: own,
+    key: kind === "feature" ? `${layer}_${own}` : asText(raw.node_id),
+    given: kind === "feature" ? clerp : "",
+    influence: kind === "logit" ? null : number(raw.influence),
+    activation: number(raw.activation),
+    absInput: number(raw.abs_input),
+    prob: number(raw.token_prob) ?? 0,
+    token: kind === "logit" ? outputToken(clerp) : "",
+    target: target && { layer: number(target.layer), token: target.token === true, readout: number(target.readout) ?? 0 },
+    rank: null, read: 0,
+  };
+}
+
+/** ``Output "<token>" (p=0.1)``; the token itself may hold quotes in foreign files. */
+function outputToken(clerp: string): string {
+  return /^Output "([\s\S]*)" \(p=[^(]*\)\s*$/.exec(clerp)?.[1] ?? clerp.split('"')[1] ?? clerp;
+}
+
+/** The feature's number in its layer: from the id, or out of the cantor pair. */
+function featureNumber(raw: Json, layer: number): string {
+  const parts = asText(raw.node_id).split("_");
+  if (parts.length === 3 && Number(parts[0]) === layer && /^\d+$/.test(parts[1] ?? "")) return parts[1] ?? "";
+  const z = Number(raw.feature);
+  if (Number.isInteger(z) && z >= 0) {
+    const w = Math.floor((Math.sqrt(8 * z + 1) - 1) / 2), second = z - (w * (w + 1)) / 2;
+    return w - second === layer ? String(second) : String(z);
+  }
+  return asText(raw.node_id);
+}
+
+/** cantor(layer, index), how Anthropic-format files number a feature. */
+export function cantor(n: GraphNode): number {
+  const f = Number(n.number);
+  return ((n.layer + f) * (n.layer + f + 1)) / 2 + f;
+}

@@ -1,0 +1,236 @@
+// The side: what is selected, with its inputs and outputs.
+
+import type { App } from "./app";
+import type { Supernode } from "./document";
+import { $, button, clip, count, editText, el, percent, plural, quoted, short, signed, spaced, visible } from "./dom";
+import { evidence } from "./evidence";
+import type { Features } from "./features";
+import type { GraphNode, LinkParts } from "./model";
+import { type Path, pathsToInputs, pathsToTargets } from "./paths";
+import { mergeLinks } from "./supernodes";
+
+const LIST_ROWS = 60, PATHS = 3;
+
+export function showSide(app: App, features: Features): void {
+  for (const tab of ["node", "evidence", "help"] as const) {
+    $(`tab-${tab}`).setAttribute("aria-selected", String(app.tab === tab));
+    $(`tab-${tab}`).tabIndex = app.tab === tab ? 0 : -1;
+  }
+  const body = $("sidebody");
+  body.setAttribute("aria-labelledby", `tab-${app.tab}`);
+  body.scrollTop = 0;
+  if (app.tab === "evidence") body.replaceChildren(...evidence(app));
+  else if (app.tab === "help") body.replaceChildren(...help());
+  else if (app.group) body.replaceChildren(...groupPanel(app, app.group));
+  else if (app.selected) body.replaceChildren(...nodePanel(app, features, app.selected));
+  else body.replaceChildren(...overview(app));
+}
+
+function fact(name: string, value: string): HTMLElement {
+  return el("div", "", el("dt", "", name), el("dd", "", value));
+}
+
+function overview(app: App): HTMLElement[] {
+  const { model } = app, list = el("ul", "links out");
+  list.setAttribute("aria-label", "Outputs");
+  for (const l of model.logits) {
+    const bar = el("b");
+    bar.style.width = `${100 * l.prob}%`;
+    const row = button("", "", () => app.select(l));
+    row.append(el("span", "name", spaced(l.token)), el("span", "bar", bar), el("span", "right", percent(l.prob)));
+    list.append(el("li", "", row));
+  }
+  const title = model.logits.some((l) => l.target) ? "What the graph explains" : "What the model says next";
+  const notes = app.notes.map((text) => el("p", "note", text));
+  return [
+    el("div", "head", el("div", "", el("h2", "", title), el("p", "", "Choose an output, or any node, to see what feeds it."))),
+    list, ...notes,
+    el("h3", "", "How to read the graph"),
+    el("p", "note", "Each column is a token of the prompt, each row a layer. Circles are features the model switched on there; larger ones matter more for the output. Lines are direct effects; the strongest carry most of the output. “·” stands for a space."),
+    el("p", "note", "A share says how much of a node's shown inputs one link makes up, counted without sign. The weight is the effect itself: with constant terms and what was pruned, a feature's weights add up to its pre-activation, an output's to its logit. ↑ acts at the same token, ↗ on a later one."),
+  ];
+}
+
+function nodePanel(app: App, features: Features, n: GraphNode): HTMLElement[] {
+  const { model } = app, token = model.tokens[n.pos] ?? "", named = visible(model.named(n));
+  const kind = {
+    feature: `Feature ${n.number}`, error: "Error", embedding: `Token ${quoted(token)}`,
+    logit: `${model.isOutput(n) ? "Output" : "Target"} ${quoted(n.token)}`,
+  }[n.kind];
+  const title = el("h2", "", clip((n.kind === "feature" && named) || kind, 300));
+  title.tabIndex = -1;
+  const place = n.kind === "embedding" ? `position ${n.pos}`
+    : n.kind === "logit" ? `${n.target && n.target.layer !== null ? `layer ${n.target.layer}, position` : "after position"} ${n.pos}`
+    : `layer ${n.layer}, token ${quoted(clip(token, 60))} (position ${n.pos})`;
+  const where = n.kind === "feature" && named ? `${kind}, ${place}` : place;
+  const actions = el("div", "actions");
+  const pin = button(app.isPinned(n) ? "Unpin" : "Pin", "plain", () => { app.togglePin(n); ($("sidebody").querySelector(".actions button") as HTMLElement).focus(); });
+  pin.title = "Pinned nodes form the subgraph (key p)";
+  pin.setAttribute("aria-pressed", String(app.isPinned(n)));
+  actions.append(pin);
+  if (n.kind === "feature") {
+    actions.append(button("Label", "plain", () => editText(title, model.named(n), "Label of this feature", (text) => app.setLabel(n, text))));
+  }
+  actions.append(button("Clear", "plain", () => { app.select(null); $("graph").focus(); }));
+  const facts = el("dl", "facts");
+  if (n.activation !== null) facts.append(fact("Activation", short(n.activation)));
+  if (n.kind === "logit" && !n.target) facts.append(fact("Probability", percent(n.prob)));
+  if (n.target) facts.append(fact("Weight", percent(n.prob)), fact("Value", short(n.target.readout)));
+  if (n.rank !== null) facts.append(fact("Influence rank", `${count(n.rank)} of ${count(model.nRanked)}`));
+  if (n.absInput && n.read > 0) facts.append(fact("Inputs shown", `${percent(Math.min(1, n.read / n.absInput))} of all it reads`));
+  const parts: HTMLElement[] = [el("div", "head", el("div", "", title, el("p", "", where)), actions)];
+  if (facts.children.length) parts.push(facts);
+  if (n.kind === "error") parts.push(el("p", "note", "What the features of this layer get wrong here, taken as given: nothing feeds it."));
+  const feature = n.kind === "feature" ? features.panel(n) : null;
+  if (feature) parts.push(feature);
+  else if (n.kind === "feature") {
+    void features.request(n).then((found) => { if (found && app.selected === n) app.changed("side"); });
+  }
+  parts.push(pathsBox(app, n));
+  if (n.kind === "feature" || n.kind === "logit") parts.push(...linkList(app, "Inputs", model.insOf(n), true));
+  if (n.kind !== "logit") parts.push(...linkList(app, "Outputs", model.outsOf(n), false));
+  return parts;
+}
+
+function linkList(app: App, title: string, links: Int32Array, incoming: boolean): HTMLElement[] {
+  const { model } = app, hint = incoming ? "share of inputs · weight" : "share of target's inputs · weight";
+  const head = el("h3", "", `${title} (${count(links.length)})`, el("small", "", links.length ? hint : ""));
+  if (!links.length) return [head, el("p", "note", incoming ? "Nothing shown feeds this node." : "This node feeds nothing shown.")];
+  const list = el("ul", "links"), most = (model.share[links[0] as number] as number) || 1;
+  list.setAttribute("aria-label", title);
+  const fill = (n: number) => list.replaceChildren(...Array.from(links.subarray(0, n), (e) => linkRow(app, e, incoming, most)));
+  fill(LIST_ROWS);
+  if (links.length <= LIST_ROWS) return [head, list];
+  const more = button(`Show all ${count(links.length)}`, "plain", () => { fill(links.length); more.remove(); });
+  return [head, list, el("p", "note", more)];
+}
+
+function linkRow(app: App, e: number, incoming: boolean, most: number): HTMLElement {
+  const { model } = app, from = model.from(e), to = model.to(e), other = incoming ? from : to;
+  const row = signedRow(model.weight[e] as number, model.share[e] as number, most, model.label(other), model.brief(other),
+    from.pos === to.pos ? "↑" : "↗", signed(model.weight[e] as number));
+  row.title = `${clip(model.label(other), 300)} · ${model.where(other)}`;
+  const parts = model.parts(e);
+  if (parts) row.append(el("span", "parts", partsText(parts)));
+  row.addEventListener("click", () => { app.select(other); ($("sidebody").querySelector("h2") as HTMLElement).focus(); });
+  return el("li", "", row);
+}
+
+/** How a link travelled: straight up the residual stream, or moved by attention heads. */
+function partsText({ direct, attention, heads }: LinkParts): string {
+  const said: string[] = [];
+  if (direct !== null) said.push(`residual ${signed(direct)}`);
+  if (attention !== null) said.push(`attention ${signed(attention)}`);
+  if (heads.length) said.push(`heads ${heads.map(([l, h, load]) => `${l}.${h} ${signed(load)}`).join(", ")}`);
+  return said.join(" · ");
+}
+
+function signedRow(
+  weight: number, share: number, most: number, name: string, brief: string, arrow: string, raw: string,
+): HTMLButtonElement {
+  const positive = weight >= 0, bar = el("b"), row = el("button", positive ? "pos" : "neg");
+  row.type = "button";
+  bar.style.width = `${Math.max(3, (100 * share) / most)}%`;
+  row.append(
+    el("span", "sign", positive ? "+" : "−", el("span", "sr", positive ? " raises" : " lowers")),
+    el("span", "arrow", arrow),
+    el("span", "name", clip(name, 120), "  ", el("i", "", clip(brief, 60))),
+    el("span", "bar", bar), el("span", "right", percent(share)), el("span", "raw", raw),
+  );
+  return row;
+}
+
+function pathsBox(app: App, n: GraphNode): HTMLElement {
+  const box = el("details", "paths", el("summary", "", "Strongest paths"));
+  box.addEventListener("toggle", () => {
+    if (!box.open || box.children.length > 1) return;
+    const add = (title: string, found: Path[]) => {
+      if (!found.length) return;
+      const list = el("ul", "links");
+      list.setAttribute("aria-label", title);
+      for (const path of found) list.append(el("li", "", pathRow(app, path)));
+      box.append(el("h4", "", title), list);
+    };
+    if (n.kind !== "embedding" && n.kind !== "error") add("From tokens and errors", pathsToInputs(app.model, n, PATHS, app.shows));
+    if (n.kind !== "logit") add("To the targets", pathsToTargets(app.model, n, PATHS, app.shows));
+    if (box.children.length === 1) box.append(el("p", "note", "No path among the shown nodes."));
+  });
+  return box;
+}
+
+function pathRow(app: App, path: Path): HTMLElement {
+  const { model } = app, first = path.links[0] as number;
+  const names = [model.from(first), ...path.links.map((e) => model.to(e))];
+  const sign = path.links.reduce((s, e) => s * ((model.weight[e] as number) < 0 ? -1 : 1), 1);
+  const row = el("button", `path ${sign < 0 ? "neg" : "pos"}`);
+  row.type = "button";
+  row.append(
+    el("span", "sign", sign < 0 ? "−" : "+"),
+    el("span", "", names.map((m) => clip(m.kind === "feature" ? `L${m.layer} ${model.label(m)}` : m.kind === "error" ? `L${m.layer} error` : model.tag(m), 36)).join(" → ")),
+    el("span", "right", percent(path.share)),
+  );
+  row.title = "Product of the links' shares. Press to show it in the graph and to pin its nodes with Pin path.";
+  row.setAttribute("aria-pressed", "false");
+  row.addEventListener("click", () => {
+    const on = row.getAttribute("aria-pressed") !== "true";
+    for (const other of document.querySelectorAll("button.path")) other.setAttribute("aria-pressed", "false");
+    row.setAttribute("aria-pressed", String(on));
+    app.showPath(on ? path.links : []);
+    row.parentElement?.querySelector(".plain")?.remove();
+    if (on) row.after(button("Pin path", "plain", () => app.pinAll(names)));
+  });
+  return row;
+}
+
+function groupPanel(app: App, group: Supernode): HTMLElement[] {
+  const { model } = app, cards = app.cards(), own = cards.findIndex((c) => c.group && c.members[0]?.id === group.ids[0]);
+  const title = el("h2", "", clip(visible(group.label) || "Supernode", 300));
+  title.tabIndex = -1;
+  const actions = el("div", "actions",
+    button("Rename", "plain", () => editText(title, group.label, "Name of this supernode", (text) => app.rename(group, text))),
+    button("Ungroup", "plain", () => app.ungroup(group)),
+    button("Clear", "plain", () => app.selectGroup(null)));
+  const members = el("ul", "links");
+  members.setAttribute("aria-label", "Members");
+  for (const id of group.ids) {
+    const n = model.byId.get(id) as GraphNode, row = button("", "member", () => app.select(n));
+    row.append(el("span", "name", clip(model.label(n), 120), "  ", el("i", "", model.brief(n))), el("span", "right", n.activation === null ? "" : short(n.activation)));
+    members.append(el("li", "", row));
+  }
+  const parts = [
+    el("div", "head", el("div", "", title, el("p", "", `supernode of ${plural(group.ids.length, "node")}`)), actions),
+    el("h3", "", "Members", el("small", "", "activation")), members,
+  ];
+  const links = mergeLinks(model, cards);
+  for (const [name, incoming] of [["Inputs", true], ["Outputs", false]] as const) {
+    const mine = links.filter((l) => (incoming ? l.target : l.source) === own);
+    parts.push(el("h3", "", `${name} in the subgraph (${count(mine.length)})`, el("small", "", incoming ? "share of inputs" : "share of target's inputs")));
+    const list = el("ul", "links");
+    list.setAttribute("aria-label", `${name} in the subgraph`);
+    const most = Math.max(...mine.map((l) => Math.abs(l.share)), 1e-9);
+    for (const l of mine) {
+      const other = cards[incoming ? l.source : l.target];
+      if (!other) continue;
+      const row = signedRow(l.share, Math.abs(l.share), most, other.label, other.group ? plural(other.members.length, "node") : model.brief(other.members[0] as GraphNode), "", "");
+      row.addEventListener("click", () => (other.group ? app.selectGroup(app.groups.find((g) => g.ids[0] === other.members[0]?.id) ?? null) : app.select(other.members[0] ?? null)));
+      list.append(el("li", "", row));
+    }
+    parts.push(mine.length ? list : el("p", "note", "None."));
+  }
+  return parts;
+}
+
+function help(): HTMLElement[] {
+  const keys: [string, string][] = [
+    ["← →", "next node of the layer"], ["↑ ↓", "layer above or below"], ["[ ]", "next node by influence"],
+    ["Enter", "select"], ["Esc", "clear the selection"], ["p", "pin or unpin"], ["g", "group the marked cards"],
+    ["/", "search"], ["+ − 0", "zoom, whole graph"], ["?", "this list"],
+  ];
+  const list = el("dl", "keys");
+  for (const [key, what] of keys) list.append(el("dt", "", ...key.split(" ").flatMap((k) => [el("kbd", "", k), " "])), el("dd", "", what));
+  return [
+    el("div", "head", el("div", "", el("h2", "", "Keys and pointer"))), list,
+    el("p", "note", "Wheel or drag moves the graph, Ctrl + wheel or pinch zooms. Click selects, Shift + click pins. In the subgraph, Shift + click (or Space) marks cards, which Group then joins; cards can be dragged."),
+    el("p", "note", "The address of this page holds what is selected, pinned, grouped and labelled: copy it to share a view. Save keeps it in the graph's JSON."),
+  ];
+}

@@ -1,0 +1,336 @@
+// The canvas: camera, pointer, keys. All it shows as text is in the panels too.
+
+import type { App } from "./app";
+import { $, clip, count, plural, short, visible } from "./dom";
+import { FOOT, GUTTER, type Layout, layOut } from "./layout";
+import type { GraphNode, Model } from "./model";
+import { type Camera, type Scene, type Theme, paint, paintOver, place, readTheme } from "./paint";
+import { SvgPen } from "./pen";
+
+const REACH = 16, MOST_ZOOM = 24, STEP = 1.3;
+
+export class Picture {
+  private readonly box: HTMLElement;
+  private readonly back: HTMLCanvasElement;
+  private readonly front: HTMLCanvasElement;
+  private readonly camera: Camera = { k: 1, v: 1, x: 0, y: 0 };
+  private layout: Layout | null = null;
+  private model: Model | null = null; // that the layout is of
+  private theme: Theme;
+  private width = 0;
+  private height = 0;
+  private hover: GraphNode | null = null;
+  private cursor: GraphNode | null = null;
+  private pending = 0;
+  private settle = 0;
+  private moving = false;
+  private readonly pointers = new Map<number, { x: number; y: number }>();
+  private dragged = false;
+  private alikeOf: { node: GraphNode | null; list: GraphNode[] } = { node: null, list: [] };
+
+  constructor(private readonly app: App, host: HTMLElement, private readonly own: {
+    model: () => Model; mark: (n: GraphNode) => string | null; says: boolean; choose: (n: GraphNode | null) => void;
+  }) {
+    this.box = host;
+    this.back = host.querySelector(".back") as HTMLCanvasElement;
+    this.front = host.querySelector(".front") as HTMLCanvasElement;
+    this.theme = readTheme();
+    this.listen();
+  }
+
+  // ---- state to pixels ----------------------------------------------------------------
+  scene(): Scene {
+    const { app } = this, model = this.own.model(), here = model === app.model;
+    return {
+      model, layout: this.layout as Layout, camera: this.camera, width: this.width, height: this.height, theme: this.theme,
+      shows: here ? app.shows : (n) => (n.influence ?? 0) <= app.threshold + 1e-9 && (n.kind !== "error" || app.errors),
+      selected: here ? app.selected : null, pinned: here ? app.isPinned : () => false,
+      matches: here ? app.matches : () => false, mark: this.own.mark,
+      path: here ? app.path : [], moving: this.moving,
+    };
+  }
+
+  /** Lay out for the present size; keeps what is in the middle there. */
+  resize(): void {
+    const width = this.box.clientWidth, height = this.box.clientHeight, model = this.own.model();
+    if (!width || !height) return;
+    const fresh = this.model !== model || !this.layout;
+    const middle = this.layout && { x: (this.width / 2 - this.camera.x) / this.camera.k / this.layout.width };
+    this.width = width;
+    this.height = height;
+    this.model = model;
+    const dpr = window.devicePixelRatio || 1;
+    for (const canvas of [this.back, this.front]) {
+      canvas.width = Math.round(width * dpr);
+      canvas.height = Math.round(height * dpr);
+    }
+    const ruler = this.pen(this.back);
+    ruler.font = this.theme.font;
+    this.layout = layOut(model, { width, height }, (text) => ruler.measureText(text).width);
+    if (fresh || !middle) {
+      this.cursor = null;
+      this.hover = null;
+      this.camera.k = 1;
+      this.camera.x = width - this.layout.width; // reading starts at the output
+      this.camera.y = 0;
+    } else this.camera.x = width / 2 - middle.x * this.layout.width * this.camera.k;
+    this.clamp();
+    this.draw();
+  }
+
+  restyle(): void { this.theme = readTheme(); this.draw(); }
+
+  private pen(canvas: HTMLCanvasElement): CanvasRenderingContext2D {
+    const pen = canvas.getContext("2d") as CanvasRenderingContext2D, dpr = window.devicePixelRatio || 1;
+    pen.setTransform(dpr, 0, 0, dpr, 0, 0);
+    pen.clearRect(0, 0, this.width, this.height);
+    return pen;
+  }
+
+  draw(): void {
+    if (!this.layout || this.model !== this.own.model()) { this.resize(); return; }
+    paint(this.pen(this.back), this.scene());
+    this.drawOver();
+  }
+
+  private drawOver(): void {
+    if (!this.layout) return;
+    const focused = document.activeElement === this.box;
+    paintOver(this.pen(this.front), this.scene(), this.hover, focused ? this.cursor : null, this.alike(this.hover));
+  }
+
+  /** The same feature at other positions. */
+  private alike(n: GraphNode | null): GraphNode[] {
+    if (n !== this.alikeOf.node) {
+      const list = n?.kind === "feature" ? this.own.model().nodes.filter((m) => m !== n && m.key === n.key) : [];
+      this.alikeOf = { node: n, list };
+    }
+    return this.alikeOf.list.filter((m) => this.scene().shows(m));
+  }
+
+  private later(): void {
+    this.moving = true;
+    if (!this.pending) this.pending = requestAnimationFrame(() => { this.pending = 0; this.draw(); });
+    clearTimeout(this.settle);
+    this.settle = window.setTimeout(() => { this.moving = false; this.draw(); }, 140);
+  }
+
+  // ---- camera -------------------------------------------------------------------------
+  private least(): number {
+    const l = this.layout;
+    return l ? Math.min(1, (this.width - GUTTER) / (l.width - GUTTER), this.upright(l)) : 1;
+  }
+
+  /** The vertical scale at which all layers are in sight. */
+  private upright(l: Layout): number { return Math.min(1, (this.height - FOOT) / l.height); }
+
+  private clamp(): void {
+    const { camera: c } = this, l = this.layout as Layout;
+    c.k = Math.min(MOST_ZOOM, Math.max(this.least(), c.k));
+    c.v = c.k >= 1 ? c.k : Math.max(c.k, this.upright(l));
+    // The first column stays right of the layers' names, which do not scale.
+    c.x = Math.min(GUTTER * (1 - c.k), Math.max(this.width - l.width * c.k, c.x));
+    c.y = Math.min(0, Math.max(this.height - FOOT - l.height * c.v, c.y));
+  }
+
+  zoom(factor: number, x = (this.width + GUTTER) / 2, y = (this.height - FOOT) / 2): void {
+    const { camera: c } = this, before = { ...c };
+    c.k *= factor;
+    this.clamp();
+    c.x = x - ((x - before.x) * c.k) / before.k;
+    c.y = y - ((y - before.y) * c.v) / before.v;
+    this.clamp();
+    this.later();
+  }
+
+  /** The whole graph in the window. */
+  fit(): void {
+    this.camera.k = this.least();
+    this.camera.x = this.camera.y = 0;
+    this.clamp();
+    this.later();
+  }
+
+  pan(dx: number, dy: number): void {
+    this.camera.x += dx;
+    this.camera.y += dy;
+    this.clamp();
+    this.later();
+  }
+
+  reveal(n: GraphNode): void {
+    if (!this.layout) return;
+    const { x, y } = place(this.scene(), n), pad = 40, right = this.width - pad, bottom = this.height - FOOT - 12;
+    const dx = x < GUTTER + pad ? GUTTER + pad - x : x > right ? right - x : 0, dy = y < 20 ? 20 - y : y > bottom ? bottom - y : 0;
+    if (dx || dy) this.pan(dx, dy);
+  }
+
+  where(n: GraphNode): { x: number; y: number } {
+    const { x, y } = place(this.scene(), n), rect = this.box.getBoundingClientRect();
+    return { x: rect.left + x, y: rect.top + y };
+  }
+
+  at(x: number, y: number): GraphNode | null {
+    const scene = this.scene();
+    let best: GraphNode | null = null, distance = REACH ** 2;
+    if (y > this.height - FOOT || x < GUTTER - 6) return null;
+    for (const n of scene.model.nodes) {
+      const p = place(scene, n), d = (p.x - x) ** 2 + (p.y - y) ** 2;
+      if (d < distance && scene.shows(n)) { best = n; distance = d; }
+    }
+    return best;
+  }
+
+  // ---- pointer and keys ---------------------------------------------------------------
+  private listen(): void {
+    const { box } = this, local = (e: MouseEvent) => {
+      const rect = box.getBoundingClientRect();
+      return { x: e.clientX - rect.left, y: e.clientY - rect.top };
+    };
+    box.addEventListener("wheel", (e) => {
+      e.preventDefault();
+      const { x, y } = local(e), unit = e.deltaMode === 1 ? 16 : 1;
+      if (e.ctrlKey || e.metaKey) { this.zoom(Math.exp(-e.deltaY * unit * 0.0035), x, y); return; }
+      const l = this.layout as Layout, fits = l.height * this.camera.v <= this.height - FOOT + 1;
+      // A wheel that only turns one way moves along the prompt when all layers are in sight.
+      const sideways = e.shiftKey || (fits && Math.abs(e.deltaX) < Math.abs(e.deltaY));
+      this.pan(-(sideways ? e.deltaY || e.deltaX : e.deltaX) * unit, sideways ? 0 : -e.deltaY * unit);
+    }, { passive: false });
+    box.addEventListener("pointerdown", (e) => {
+      this.pointers.set(e.pointerId, { x: e.clientX, y: e.clientY });
+      this.dragged = false;
+    });
+    box.addEventListener("pointermove", (e) => {
+      const last = this.pointers.get(e.pointerId);
+      if (!last) { this.point(this.at(local(e).x, local(e).y), e); return; }
+      const dx = e.clientX - last.x, dy = e.clientY - last.y;
+      if (!this.dragged && Math.hypot(dx, dy) < 4) return;
+      if (!this.dragged) box.setPointerCapture(e.pointerId);
+      this.dragged = true;
+      this.point(null, e);
+      const others = [...this.pointers].filter(([id]) => id !== e.pointerId).map(([, p]) => p);
+      if (others[0]) {
+        const apart = (p: { x: number; y: number }) => Math.hypot(p.x - (others[0]?.x ?? 0), p.y - (others[0]?.y ?? 0)) || 1;
+        const { x, y } = local(e);
+        this.zoom(apart({ x: e.clientX, y: e.clientY }) / apart(last), x, y);
+      } else this.pan(dx, dy);
+      this.pointers.set(e.pointerId, { x: e.clientX, y: e.clientY });
+    });
+    for (const type of ["pointerup", "pointercancel"] as const) box.addEventListener(type, (e) => this.pointers.delete(e.pointerId));
+    box.addEventListener("pointerleave", (e) => this.point(null, e));
+    box.addEventListener("click", (e) => {
+      if (this.dragged) return;
+      const { x, y } = local(e), n = this.at(x, y);
+      if (n && (e.ctrlKey || e.metaKey || e.shiftKey) && this.own.says) this.app.togglePin(n);
+      else this.choose(n === this.app.selected ? null : n);
+    });
+    box.addEventListener("dblclick", (e) => { const { x, y } = local(e); if (!this.at(x, y)) this.zoom(2, x, y); });
+    box.addEventListener("focus", () => this.drawOver());
+    box.addEventListener("blur", () => this.drawOver());
+    box.addEventListener("keydown", (e) => { if (this.key(e)) e.preventDefault(); });
+  }
+
+  private choose(n: GraphNode | null): void {
+    this.cursor = n ?? this.cursor;
+    this.own.choose(n);
+  }
+
+  private key(e: KeyboardEvent): boolean {
+    if (e.ctrlKey || e.metaKey || e.altKey) return false;
+    const n = this.cursor;
+    if (e.key.startsWith("Arrow") || e.key === "[" || e.key === "]") this.step(e.key);
+    else if (e.key === "Enter" && n) this.choose(n);
+    else if (e.key === "p" && this.own.says && (n ?? this.app.selected)) this.app.togglePin((n ?? this.app.selected) as GraphNode);
+    else if (e.key === "+" || e.key === "=") this.zoom(STEP, ...this.middle(n));
+    else if (e.key === "-") this.zoom(1 / STEP, ...this.middle(n));
+    else if (e.key === "0") this.fit();
+    else return false;
+    return true;
+  }
+
+  private middle(n: GraphNode | null): [number?, number?] {
+    if (!n) return [];
+    const { x, y } = place(this.scene(), n);
+    return [x, y];
+  }
+
+  /** To the next node: left and right in a layer, up and down between layers, [ and ]
+   * by influence. */
+  private step(key: string): void {
+    const scene = this.scene(), l = scene.layout, seen = scene.model.nodes.filter(scene.shows);
+    const from = this.cursor && scene.shows(this.cursor) ? this.cursor : null, x = (n: GraphNode) => l.x[n.index] as number;
+    if (!seen.length) return;
+    let to: GraphNode | undefined = from ?? this.app.selected ?? scene.model.logits[0] ?? seen[0];
+    if (from && (key === "[" || key === "]")) {
+      const order = scene.model.ranked.filter(scene.shows);
+      to = order[order.indexOf(from) + (key === "]" ? 1 : -1)];
+    } else if (from && (key === "ArrowLeft" || key === "ArrowRight")) {
+      const row = seen.filter((n) => n.band === from.band).sort((a, b) => x(a) - x(b));
+      to = row[row.indexOf(from) + (key === "ArrowRight" ? 1 : -1)];
+    } else if (from) {
+      const up = key === "ArrowUp", beyond = seen.filter((n) => (up ? n.band > from.band : n.band < from.band));
+      const band = beyond.reduce((b, n) => (up ? Math.min(b, n.band) : Math.max(b, n.band)), up ? Infinity : -Infinity);
+      to = beyond.filter((n) => n.band === band).reduce<GraphNode | undefined>(
+        (a, n) => (!a || Math.abs(x(n) - x(from)) < Math.abs(x(a) - x(from)) ? n : a), undefined);
+    }
+    if (!to) return;
+    this.cursor = to;
+    this.reveal(to);
+    if (this.own.says) say(this.app, to);
+    this.drawOver();
+  }
+
+  private point(n: GraphNode | null, e: PointerEvent): void {
+    const tip = $("tip"), model = this.own.model();
+    let text = "";
+    if (n) {
+      text = [model.label(n), model.where(n), n.activation === null ? "" : `activation ${short(n.activation)}`,
+        n.rank === null ? "" : `influence rank ${count(n.rank)} of ${count(model.nRanked)}`].filter(Boolean).join("\n");
+    } else if (this.layout && this.pointers.size === 0) {
+      const rect = this.box.getBoundingClientRect(), x = (e.clientX - rect.left - this.camera.x) / this.camera.k;
+      const column = this.layout.columns.findIndex((c) => x >= c.x && x < c.x + c.w);
+      const inFoot = e.clientY - rect.top > this.height - FOOT && e.clientY < rect.bottom && e.clientX - rect.left > GUTTER - 6;
+      if (inFoot && column >= 0) text = `position ${column}\n${clip(visible(model.tokens[column] ?? ""), 300)}`;
+    }
+    tip.hidden = text === "";
+    if (text) {
+      tip.textContent = text;
+      const right = e.clientX + 14 + tip.offsetWidth > innerWidth - 4, low = e.clientY + 18 + tip.offsetHeight > innerHeight;
+      tip.style.left = `${right ? Math.max(4, e.clientX - tip.offsetWidth - 14) : e.clientX + 14}px`;
+      tip.style.top = `${low ? Math.max(4, e.clientY - tip.offsetHeight - 12) : e.clientY + 18}px`;
+    }
+    if (n === this.hover) return;
+    this.hover = n;
+    this.box.style.cursor = n ? "pointer" : "";
+    this.drawOver();
+  }
+
+  // ---- export -------------------------------------------------------------------------
+  svg(title: string): string {
+    const ruler = document.createElement("canvas").getContext("2d") as CanvasRenderingContext2D;
+    const pen = new SvgPen(this.width, this.height, ruler), scene = this.scene();
+    pen.fillStyle = this.theme.panel;
+    pen.fillRect(0, 0, this.width, this.height);
+    paint(pen, scene);
+    return pen.text(title);
+  }
+
+  png(done: (blob: Blob | null) => void): void {
+    const canvas = document.createElement("canvas"), scale = 2;
+    canvas.width = this.width * scale;
+    canvas.height = this.height * scale;
+    const pen = canvas.getContext("2d") as CanvasRenderingContext2D;
+    pen.scale(scale, scale);
+    pen.fillStyle = this.theme.panel;
+    pen.fillRect(0, 0, this.width, this.height);
+    paint(pen, this.scene());
+    canvas.toBlob(done, "image/png");
+  }
+}
+
+export function say(app: App, n: GraphNode | null): void {
+  const { model } = app;
+  $("live").textContent = n
+    ? `${model.label(n)}, ${model.where(n)}, ${plural(model.insOf(n).length, "input")}, ${plural(model.outsOf(n).length, "output")}`
+    : "Nothing selected";
+}
