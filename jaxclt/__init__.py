@@ -15,6 +15,9 @@ Where things are, in the order a prompt passes through them:
 | `jaxclt.clt` | dictionaries: encode, decode, what is active on a prompt |
 | `jaxclt.replacement` | replacement models and error nodes |
 | `jaxclt.graph` | targets, edges, influence, pruning, scores, certificate |
+| `jaxclt.global_text`, `jaxclt.global_circuit` | the shell of global weights |
+| `jaxclt.global_views` | their files, page and neighbourhoods |
+| `jaxclt.global_weights` | virtual weights, co-activation, ERA, TWERA |
 | `jaxclt.intervene` | the shell of patching: a traced prompt is changed |
 | `jaxclt.patching` | edits, the three modes, batches, generation |
 | `jaxclt.validate`, `jaxclt.validation` | a graph's predictions against patches |
@@ -28,6 +31,21 @@ __version__ = "0.1.0"
 
 from jaxclt.api import Page, attribute, explain, influence, prune, show
 from jaxclt.errors import InputError
+from jaxclt.global_circuit import (
+    Inhibitors,
+    coactivation,
+    global_inhibition,
+    global_weights,
+    head_inputs,
+    strongest_virtual,
+    virtual_weights,
+)
+from jaxclt.global_text import TokenWindows, read_windows
+from jaxclt.global_views import neighbourhood, write_globals
+from jaxclt.global_weights.ranking import GlobalWeights, Links
+from jaxclt.global_weights.statistics import Coactivation
+from jaxclt.global_weights.statistics import merge as merge_coactivation
+from jaxclt.global_weights.subset import Subset
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.certificate import Certificate, certificate
 from jaxclt.graph.effects import solve_total_effect
@@ -45,6 +63,12 @@ from jaxclt.graph.supernodes import (
 )
 from jaxclt.intervene import PatchResult, patch
 from jaxclt.io.dictionary import load_dictionary, save_dictionary
+from jaxclt.io.global_file import (
+    SavedGlobals,
+    load_globals,
+    load_statistics,
+    save_statistics,
+)
 from jaxclt.io.graph_file import load_graph, save_graph
 from jaxclt.io.model import Model, load_model
 from jaxclt.patching.edits import Edit
@@ -57,24 +81,32 @@ from jaxclt.types import Supernode
 __all__ = [
     "AttributeConfig",
     "Certificate",
+    "Coactivation",
     "EdgeParts",
     "Edit",
+    "GlobalWeights",
     "Graph",
     "GraphMeta",
     "Inhibition",
+    "Inhibitors",
     "InputError",
+    "Links",
     "Model",
     "Page",
     "PatchResult",
     "Path",
     "Pruning",
+    "SavedGlobals",
     "Scores",
+    "Subset",
     "Supernode",
     "SupernodeGraph",
+    "TokenWindows",
     "Traced",
     "__version__",
     "attribute",
     "certificate",
+    "coactivation",
     "describe_paths",
     "describe_supernodes",
     "edge_parts",
@@ -82,26 +114,38 @@ __all__ = [
     "explain",
     "find_inhibition",
     "find_node",
+    "global_inhibition",
+    "global_weights",
+    "head_inputs",
     "influence",
     "inhibition",
     "load_dictionary",
+    "load_globals",
     "load_graph",
     "load_model",
+    "load_statistics",
     "local_replacement",
+    "merge_coactivation",
+    "neighbourhood",
     "node_name",
     "patch",
     "path_length_curve",
     "prune",
+    "read_windows",
     "run_local",
     "save_dictionary",
     "save_graph",
+    "save_statistics",
     "scores",
     "show",
     "solve_total_effect",
     "strongest_paths",
+    "strongest_virtual",
     "suggest_supernodes",
     "supernode_graph",
     "sweep_prompts",
     "trace_prompt",
+    "virtual_weights",
+    "write_globals",
     "write_trace",
 ]

@@ -20,6 +20,7 @@ ROOMS = {
     "replacement": ("types", "errors", "lm", "clt"),
     "graph": ("types", "errors", "shapes", "lm", "clt", "replacement"),
     "patching": ("types", "errors", "lm", "clt"),
+    "global_weights": ("types", "errors", "shapes", "lm", "clt"),
     "shapes": (),
     "viewer": ("errors", "graph.graph"),
 }
@@ -131,7 +132,7 @@ def test_importing_starts_no_backend_and_no_tokenizer() -> None:
         "import sys, pkgutil, importlib, jaxclt\n"
         "for room in (\n"
         "    'lm', 'clt', 'replacement', 'graph', 'viewer', 'io',\n"
-        "    'patching', 'validation',\n"
+        "    'patching', 'validation', 'global_weights',\n"
         "):\n"
         "    package = importlib.import_module('jaxclt.' + room)\n"
         "    for m in pkgutil.iter_modules(package.__path__):\n"

@@ -23,7 +23,13 @@ from jaxclt.errors import InputError
 from jaxclt.io.tokenizer import Tokenizer
 from jaxclt.train.hub_text import PREFIX, stream_texts
 
-__all__ = ["Windows", "cut_windows", "read_documents", "split_documents"]
+__all__ = [
+    "Windows",
+    "cut_windows",
+    "pack_windows",
+    "read_documents",
+    "split_documents",
+]
 
 SUFFIXES = (".txt", ".md", ".rst", ".utf8", ".jsonl")
 PIECE = 20_000  # characters
@@ -185,28 +191,52 @@ def cut_windows(
       held_tokens: likewise.
       on_tokens: progress.
     """
+    train_WS, held_WS = (
+        pack_windows(
+            documents, tokenizer, size=size, n_tokens=enough, on_tokens=on_tokens
+        )
+        for documents, enough in ((train, train_tokens), (held, held_tokens))
+    )
+    return Windows.of(train_WS, held_WS, special=tokenizer.special_ids)
+
+
+def pack_windows(
+    documents: list[str],
+    tokenizer: Tokenizer,
+    *,
+    size: int,
+    n_tokens: int,
+    on_tokens: Callable[[int, int], None] = lambda done, total: None,
+) -> np.ndarray:
+    """Windows [W, S] of documents, int32, padded with -1, until there are enough.
+
+    Args:
+      documents: texts, in the order they are taken.
+      tokenizer: of the model; its bos opens every window if the model was trained so.
+      size: positions of a window.
+      n_tokens: stop after the batch of documents that reaches so many.
+      on_tokens: progress.
+
+    Raises:
+      InputError: if windows would be too small, or no document is long enough.
+    """
     opening = [tokenizer.bos_id] if tokenizer.adds_bos else []
     if size < SHORTEST + 1:
         raise InputError(f"--context {size}: windows need at least {SHORTEST + 1}")
-
-    def windows(documents: list[str], enough: int) -> np.ndarray:
-        rows, count = [], 0
-        body = size - len(opening)
-        for start in range(0, len(documents), 64):
-            batch = documents[start : start + 64]
-            encoded = tokenizer.backend(batch, add_special_tokens=False)["input_ids"]
-            for ids in encoded:
-                for i in range(0, len(ids), body):
-                    part = opening + ids[i : i + body]
-                    if len(part) >= SHORTEST:
-                        rows.append(part + [PAD] * (size - len(part)))
-                        count += len(part) - 1
-            on_tokens(min(count, enough), enough)
-            if count >= enough:
-                break
-        if not rows:
-            raise InputError(f"the data has no document of {SHORTEST} tokens")
-        return np.asarray(rows, np.int32)
-
-    train_WS, held_WS = windows(train, train_tokens), windows(held, held_tokens)
-    return Windows.of(train_WS, held_WS, special=tokenizer.special_ids)
+    rows, count = [], 0
+    body = size - len(opening)
+    for start in range(0, len(documents), 64):
+        batch = documents[start : start + 64]
+        encoded = tokenizer.backend(batch, add_special_tokens=False)["input_ids"]
+        for ids in encoded:
+            for i in range(0, len(ids), body):
+                part = opening + ids[i : i + body]
+                if len(part) >= SHORTEST:
+                    rows.append(part + [PAD] * (size - len(part)))
+                    count += len(part) - 1
+        on_tokens(min(count, n_tokens), n_tokens)
+        if count >= n_tokens:
+            break
+    if not rows:
+        raise InputError(f"the data has no document of {SHORTEST} tokens")
+    return np.asarray(rows, np.int32)

@@ -1,0 +1,205 @@
+"""`jaxclt globals`: virtual weights and how text uses them; registered in cli."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jaxclt.cli_causal import use_compilation_cache
+from jaxclt.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxclt.io.global_file import SavedGlobals
+
+__all__ = ["GlobalsConfig", "run_globals"]
+
+Bar = Callable[[Console, str, str], AbstractContextManager[Callable[[int, int], None]]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GlobalsConfig:
+    """Weights between features whatever the prompt, and which of them text uses.
+
+    Writes globals.npz (the strongest links), statistics.npz (co-activation sums),
+    report.json and the page index.html. An interrupted run goes on by itself.
+    """
+
+    model: Annotated[str, tyro.conf.arg(metavar="M")]
+    """Known name (see `jaxclt fetch --list`), local directory, GGUF file or hub id."""
+    dictionary: Annotated[str, tyro.conf.arg(metavar="D")]
+    """Local directory in circuit-tracer's format, or hub id; not neurons."""
+    data: str = ""
+    """Text file, or folder of .txt, .md, .rst, .utf8 and .jsonl files; or a dataset on
+    the hub, hub:NAME[@REVISION][?config=..&split=..&text=..]."""
+    out: Path
+    """Directory to write to."""
+    features: str = "top:4096"
+    """top:K, the K that fire most often; all (pairs that ever fire together are kept,
+    sparsely); or a file: lines LAYER:FEATURE, a .json list of pairs, or a .npz with
+    layer_U and feature_U."""
+    tokens: int = 200_000
+    """Tokens of text to look at; first positions and special tokens do not count."""
+    context: int = 256
+    """Tokens of a window of text."""
+    top: int = 32
+    """Links kept: so many inputs and outputs of every feature by |V|, |ERA| and |TWERA|
+    each."""
+    by: Literal["virtual", "era", "twera", "era_norm", "twera_norm"] = "twera"
+    """What the links are ordered by; _norm: with the target's norm denominator in every
+    term, which makes ERA exact where encoders read after the norm."""
+    heads: tuple[str, ...] = ()
+    """LAYER:HEAD: also gather statistics.npz's sums for paths through this head."""
+    shard: str = "0/1"
+    """I/N: only every N-th window from the I-th (from 0) on, for several machines; give
+    the same --features file to all."""
+    merge: tuple[Path, ...] = ()
+    """Directories of shards, whose statistics are joined instead of reading --data."""
+    json: bool = False
+    """Print the result as JSON on stdout."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+def run_globals(config: GlobalsConfig, say: Console, bar: Bar) -> None:
+    """Gather, rank, write, print."""
+    from jaxclt import global_circuit, global_views
+    from jaxclt.global_weights.statistics import merge
+    from jaxclt.io.dictionary import load_dictionary
+    from jaxclt.io.global_file import load_statistics
+    from jaxclt.io.model import load_model
+    from jaxclt.trace import check_writable
+
+    heads = _heads(config.heads)
+    shard = _shard(config.shard)
+    for name in ("tokens", "top"):
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name} {getattr(config, name)}: give at least 1")
+    if bool(config.data) == bool(config.merge):
+        raise InputError("give --data TEXT, or --merge with directories of shards")
+    check_writable(config.out)
+    use_compilation_cache()
+    model = load_model(
+        config.model,
+        progress=lambda text: say.print(text, markup=False, soft_wrap=True),
+    )
+    dictionary = load_dictionary(config.dictionary, model)
+    started = time.perf_counter()
+    if config.merge:
+        parts = [load_statistics(x / "statistics.npz") for x in config.merge]
+        for place, (_, more) in zip(config.merge, parts, strict=True):
+            if more.get("identity", {}).get("dictionary") != dictionary.hash:
+                raise InputError(
+                    f"--merge {place}: its statistics are of another dictionary; give "
+                    "the one it was made with"
+                )
+        statistics = merge(*(found for found, _ in parts))
+    else:
+        with _Stages(say, bar) as stages:
+            statistics = global_circuit.coactivation(
+                model,
+                dictionary,
+                config.data,
+                features=config.features,
+                tokens=config.tokens,
+                context=config.context,
+                heads=heads,
+                shard=shard,
+                state=config.out,
+                on_stage=stages,
+            )
+    seconds = time.perf_counter() - started
+    weights = global_circuit.global_weights(
+        model, dictionary, statistics, kind=config.by
+    )
+    with bar(say, "tokens of features", "layers/s") as on_layer:
+        found = global_views.write_globals(
+            model,
+            dictionary,
+            weights,
+            config.out,
+            top=config.top,
+            meta={
+                "data": config.data or [str(x) for x in config.merge],
+                "seconds": round(seconds, 2),
+            },
+            on_layer=on_layer,
+        )
+    told = {k: v for k, v in found.meta.items() if k != "token_text"}
+    if config.json:
+        print(json.dumps(told))  # noqa: T201
+        return
+    Console().print(_summary(told, found))
+    Console().print(f"page: {(config.out / 'index.html').resolve().as_uri()}")
+
+
+class _Stages:
+    """One progress bar after the other."""
+
+    def __init__(self, say: Console, bar: Bar) -> None:
+        self.say, self.bar, self.stack = say, bar, ExitStack()
+        self.name, self.update = "", lambda done, total: None
+
+    def __enter__(self) -> _Stages:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.close()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what != self.name:
+            self.stack.close()
+            entered = self.bar(self.say, what, "tokens/s")
+            self.name, self.update = what, self.stack.enter_context(entered)
+        self.update(done, total)
+
+
+def _summary(told: dict[str, Any], found: SavedGlobals) -> Table:
+    table = Table(title="global weights", show_header=False)
+    share = told["interference"]
+    rows = {
+        "features": f"{told['features']:,}, {share['pairs']:,} pairs",
+        "tokens": f"{told['tokens']:,}",
+        "links": f"{told['links']:,}",
+        "pairs that never fire together": f"{share['never']:.1%}",
+    }
+    for line in share["largest"]:
+        name = f"of the largest {line['share']:.2%} of |V|"
+        rows[name] = f"{line['never']:.1%} of {line['pairs']:,}"
+    for row in found.links.rows()[:5]:
+        source = f"{row['source_layer']}:{row['source_feature']}"
+        name = f"{source} -> {row['target_layer']}:{row['target_feature']}"
+        rows[name] = (
+            f"TWERA {row['twera']:.3g}, ERA {row['era']:.3g}, V {row['virtual']:.3g}, "
+            f"together on {row['coactivation']:.2%}"
+        )
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def _heads(texts: tuple[str, ...]) -> list[tuple[int, int]]:
+    heads = []
+    for text in texts:
+        match = re.fullmatch(r"(\d+):(\d+)", text)
+        if match is None:
+            raise InputError(f"--heads {text}: write LAYER:HEAD, for example 5:3")
+        heads.append((int(match[1]), int(match[2])))
+    return heads
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise InputError(f"--shard {text}: write I/N with I from 0 to N - 1")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,204 @@
+"""From a dictionary and statistics to global weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from jaxclt.clt.store import DictionaryStore
+from jaxclt.errors import InputError
+from jaxclt.global_weights.attention import Head, head_block
+from jaxclt.global_weights.ranking import GlobalWeights, Kind
+from jaxclt.global_weights.statistics import Coactivation, Matrix
+from jaxclt.global_weights.weights import (
+    Tile,
+    embedding_weights,
+    logit_weights,
+    virtual_tiles,
+)
+from jaxclt.lm.config import LMConfig
+from jaxclt.types import LMParams
+
+__all__ = ["build", "head_inputs", "virtual_blocks"]
+
+
+def build(
+    store: DictionaryStore,
+    params: LMParams,
+    statistics: Coactivation,
+    *,
+    kind: Kind = "twera",
+    on_block: Callable[[int, int], None] = lambda done, total: None,
+) -> GlobalWeights:
+    """Virtual weights for everything that the statistics hold.
+
+    Dense statistics of U features take U^2 / 2 weights in the model's dtype, sparse
+    ones a weight for each pair that fires together.
+
+    Args:
+      store: the dictionary.
+      params: the model it reads.
+      statistics: of the same dictionary.
+      kind: what links are ranked by by default.
+      on_block: progress, (pairs of layers done, in all).
+    """
+    subset = statistics.subset
+    starts = subset.starts
+    blocks = _blocks(virtual_tiles(store, params, subset, on_block), starts)
+    fill = _sparse if statistics.sparse else _dense
+    virtual = fill(statistics.sums["both"], blocks, params.embed_VD.dtype)
+    input_virtual_UY = output_virtual_YU = None
+    live = [i for i in range(subset.n_layers) if starts[i + 1] > starts[i]]
+    if len(statistics.input_Y):
+        input_virtual_UY = np.concatenate(
+            [
+                embedding_weights(
+                    store, params, i, subset.features(i), statistics.input_Y
+                )
+                for i in live
+            ]
+        )
+    if len(statistics.output_Y):
+        output_virtual_YU = np.concatenate(
+            [
+                logit_weights(
+                    store, params, i, subset.features(i), statistics.output_Y
+                ).T
+                for i in live
+            ],
+            axis=1,
+        )
+    return GlobalWeights(
+        statistics=statistics,
+        virtual=virtual,
+        kind=kind,
+        input_virtual_UY=input_virtual_UY,
+        output_virtual_YU=output_virtual_YU,
+    )
+
+
+def head_inputs(
+    store: DictionaryStore,
+    params: LMParams,
+    statistics: Coactivation,
+    head: Head,
+    layer: int,
+    feature: int,
+    *,
+    cfg: LMConfig,
+    k: int = 10,
+    by: Literal["virtual", "era", "twera"] = "twera",
+) -> list[dict[str, Any]]:
+    """The strongest sources of a feature through one attention head, from anywhere.
+
+    Norm-aware: n ERA is the sum of the graphs' edges through this head alone.
+
+    Args:
+      store: the dictionary.
+      params: the model.
+      statistics: gathered with this head.
+      head: layer and head.
+      layer: of the target, at or above the head's.
+      feature: its index.
+      cfg: model shape.
+      k: how many at most.
+      by: what to rank by.
+
+    Returns:
+      ``layer feature virtual era twera`` of each source, strongest first.
+
+    Raises:
+      InputError: if the head was not gathered, or the target lies below it.
+    """
+    subset, sums = statistics.subset, statistics.sums
+    if head not in statistics.heads:
+        raise InputError(
+            f"head {head[0]}:{head[1]} was not gathered: name it in `heads`"
+        )
+    if by not in ("virtual", "era", "twera"):
+        raise InputError(f"kind {by!r}: choose one of virtual, era, twera")
+    slot, first = subset.slot(layer, feature), subset.starts[head[0]]
+    if slot < first:
+        raise InputError(
+            f"feature {layer}:{feature} lies below head {head[0]}:{head[1]}: choose a "
+            "target of the head's layer or above"
+        )
+    at = statistics.heads.index(head)
+    target = (layer, np.asarray([feature]))
+    weight = [
+        head_block(store, params, head, target, (of, subset.features(of)), cfg=cfg)[0]
+        for of in range(head[0])
+        if len(subset.features(of))
+    ]
+    virtual_N = np.concatenate(weight) if weight else np.zeros(0)
+    total = float(sums["sum_U"][slot])
+    act_N = sums["head_act"][at][slot - first]
+    value = {
+        "virtual": virtual_N,
+        "era": sums["head_ind"][at][slot - first]
+        / max(statistics.n_tokens, 1)
+        * virtual_N,
+        "twera": act_N * virtual_N / total if total else np.zeros_like(act_N),
+    }
+    order = np.argsort(-np.abs(value[by]), kind="stable")[:k]
+    return [
+        {"layer": int(subset.layer_U[i]), "feature": int(subset.feature_U[i])}
+        | {name: float(x_N[i]) for name, x_N in value.items()}
+        for i in order
+        if value[by][i] != 0
+    ]
+
+
+Blocks = Iterator[tuple[int, int, np.ndarray]]
+
+
+def virtual_blocks(
+    store: DictionaryStore, params: LMParams, statistics: Coactivation
+) -> Blocks:
+    """All virtual weights of the statistics' features, as `interference` takes them."""
+    subset = statistics.subset
+    return _blocks(virtual_tiles(store, params, subset), subset.starts)
+
+
+def _blocks(tiles: Iterator[Tile], starts: tuple[int, ...]) -> Blocks:
+    """(first target slot, first source slot, weights) without padding."""
+    for t, s, value_RN in tiles:
+        rows, columns = starts[t + 1] - starts[t], starts[s + 1] - starts[s]
+        yield starts[t], starts[s], np.asarray(value_RN)[:rows, :columns]
+
+
+def _dense(
+    both: Sequence[Matrix], blocks: Blocks, dtype: np.dtype
+) -> tuple[Matrix, ...]:
+    starts = np.cumsum([0, *(_rows(tile) for tile in both)])
+    found = [np.zeros(tile.shape or (), dtype) for tile in both]
+    for row, column, value_RN in blocks:
+        tile = found[int(np.searchsorted(starts, row, side="right")) - 1]
+        tile[:, column : column + value_RN.shape[1]] = value_RN
+    return tuple(found)
+
+
+def _sparse(
+    both: Sequence[Matrix], blocks: Blocks, dtype: np.dtype
+) -> tuple[Matrix, ...]:
+    starts = np.cumsum([0, *(_rows(tile) for tile in both)])
+    pattern = [csr_array(tile).tocsc() for tile in both]
+    data = [np.zeros(tile.nnz, dtype) for tile in pattern]
+    for row, column, value_RN in blocks:
+        layer = int(np.searchsorted(starts, row, side="right")) - 1
+        tile, n = pattern[layer], value_RN.shape[1]
+        ends = tile.indptr[column : column + n + 1]
+        of = np.repeat(np.arange(n), np.diff(ends))
+        row_of = tile.indices[ends[0] : ends[-1]]
+        data[layer][ends[0] : ends[-1]] = value_RN[row_of, of]
+    for tile, weight in zip(pattern, data, strict=True):
+        tile.data = weight
+    return tuple(tile.tocsr() for tile in pattern)
+
+
+def _rows(tile: Matrix) -> int:
+    assert tile.shape is not None
+    return int(tile.shape[0])

@@ -1,0 +1,340 @@
+"""Virtual weights: what a feature writes, read by the encoders above it.
+
+    V[t, s] = <sum of s's decoders below t's layer, t's encoder>      l_s < l_t, else 0
+
+Circuit Tracing (2025), section 4; spec 4.1. An encoder that reads after the norm has
+its gain folded in; the denominator depends on the token and stays outside: a local
+residual-direct edge is activation x V x reciprocal denominator. A dictionary's linear
+skip is not part of V: with the norm between, it is not one map for all tokens.
+
+Every decoder is read once; what is held is one layer's decoders, all encoders and one
+block of weights, never the square of all features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.sites import read_diagonal
+from jaxclt.clt.store import DictionaryStore
+from jaxclt.global_weights.subset import Subset
+from jaxclt.lm.run import unembed
+from jaxclt.types import LMParams
+
+__all__ = [
+    "Strongest",
+    "Tile",
+    "embedding_weights",
+    "folded_encoder",
+    "logit_weights",
+    "strongest_virtual",
+    "summed_writes",
+    "virtual_block",
+    "virtual_tiles",
+]
+
+_GROUP = 8  # columns whose largest is looked at first
+
+
+def folded_encoder(
+    store: DictionaryStore,
+    params: LMParams,
+    layer: int,
+    feature_R: np.ndarray | None = None,
+) -> np.ndarray:
+    """Encoder rows [R, D] at the residual stream, norm gain folded in.
+
+    Args:
+      store: the dictionary.
+      params: the model, for its gains; their dtype is the result's.
+      layer: of the features.
+      feature_R: which; None for all.
+    """
+    gain_D = params.blocks.norm_mlp_LD[layer]
+    one_1 = jnp.ones((1,), gain_D.dtype)
+    folded_D = read_diagonal(store.cfg.read, one_1, gain_D)[0]
+    W_FD = np.asarray(store.encoder(layer).W_enc_FD)
+    W_RD = W_FD if feature_R is None else W_FD[feature_R]
+    return np.asarray(W_RD, gain_D.dtype) * np.asarray(folded_D)[None]
+
+
+def writes_below(cfg: CLTConfig, source: int, target: int) -> int:
+    """How many of a source's decoders write below a target's encoder."""
+    return min(target - source, cfg.n_writes(source))
+
+
+def _decoders(
+    store: DictionaryStore, params: LMParams, source: int, feature_N: np.ndarray
+) -> np.ndarray:
+    """Decoder rows [N, M, D] in the model's dtype."""
+    rows_NMD = np.asarray(store.decoder_rows(source, feature_N), params.embed_VD.dtype)
+    shape = (len(feature_N), store.cfg.n_writes(source), store.cfg.d_model)
+    return rows_NMD.reshape(shape)
+
+
+@jax.jit
+def block(read_RD: Array, prefix_ND: Array) -> Array:
+    """Virtual weights [R, N] of summed decoders and folded encoders."""
+    with jax.named_scope("virtual_weights"):
+        return jnp.matmul(read_RD, prefix_ND.T, precision="highest")
+
+
+def virtual_block(
+    store: DictionaryStore,
+    params: LMParams,
+    target: tuple[int, np.ndarray],
+    source: tuple[int, np.ndarray],
+) -> np.ndarray:
+    """Virtual weights [R, N] between some features of two layers.
+
+    Args:
+      store: the dictionary.
+      params: the model it reads.
+      target: layer and feature indices [R].
+      source: layer and feature indices [N]; zeros unless it lies below.
+    """
+    (to, feature_R), (of, feature_N) = target, source
+    feature_R, feature_N = np.asarray(feature_R), np.asarray(feature_N)
+    if of >= to:
+        return np.zeros((len(feature_R), len(feature_N)), params.embed_VD.dtype)
+    read_RD = folded_encoder(store, params, to, feature_R)
+    written_ND = summed_writes(store, params, of, to, feature_N)
+    return np.asarray(block(jnp.asarray(read_RD), written_ND))
+
+
+def summed_writes(
+    store: DictionaryStore,
+    params: LMParams,
+    source: int,
+    target: int,
+    feature_N: np.ndarray,
+) -> Array:
+    """What features of a layer write below the encoders of a higher one, [N, D]."""
+    n = writes_below(store.cfg, source, target)
+    return jnp.asarray(_decoders(store, params, source, feature_N)[:, :n].sum(1))
+
+
+class Tile(NamedTuple):
+    """One block of virtual weights: rows `target`, columns `source`."""
+
+    target: int
+    source: int
+    value_RN: Array  # padded with zeros to one size for all pairs of layers
+
+
+def virtual_tiles(
+    store: DictionaryStore,
+    params: LMParams,
+    subset: Subset,
+    on_block: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Tile]:
+    """All blocks of virtual weights among some features, source layer by source layer.
+
+    Args:
+      store: the dictionary.
+      params: the model it reads.
+      subset: the features.
+      on_block: progress, (blocks done, blocks in all).
+
+    Yields:
+      Blocks of pairs of layers that both have features, each of the shape [U, U] with
+      U the most features of a layer; rows and columns beyond a layer's are zero.
+    """
+    cfg, starts = store.cfg, subset.starts
+    count_L = np.diff(starts)
+    width = int(count_L.max())
+    live = [layer for layer in range(cfg.n_layers) if count_L[layer]]
+
+    def padded(x: np.ndarray) -> np.ndarray:
+        pad = [(0, width - len(x))] + [(0, 0)] * (x.ndim - 1)
+        return np.pad(x, pad) if len(x) < width else x
+
+    read = {
+        layer: jnp.asarray(
+            padded(folded_encoder(store, params, layer, subset.features(layer)))
+        )
+        for layer in live[1:]
+    }
+    total, done = len(live) * (len(live) - 1) // 2, 0
+    for i, source in enumerate(live[:-1]):
+        rows_NMD = _decoders(store, params, source, subset.features(source))
+        written_ND, n = jnp.zeros_like(read[live[-1]]), 0
+        for target in live[i + 1 :]:
+            below = writes_below(cfg, source, target)
+            for i_write in range(n, below):
+                written_ND = _add(written_ND, padded(rows_NMD[:, i_write]))
+            n = below
+            yield Tile(target, source, block(read[target], written_ND))
+            done += 1
+            on_block(done, total)
+
+
+_add = jax.jit(jnp.add)
+
+
+class Strongest(NamedTuple):
+    """The k largest weights by size of every feature, strongest first.
+
+    Slots are of the subset, -1 where there are fewer than k (a weight of exactly zero
+    is none).
+    """
+
+    input_UK: np.ndarray  # source slots of each target, int32
+    input_weight_UK: np.ndarray
+    output_UK: np.ndarray  # target slots of each source, int32
+    output_weight_UK: np.ndarray
+
+
+def top(x_RN: Array, k: int) -> tuple[Array, Array]:
+    """Values and columns [R, k] of the largest |x| of each row, exactly.
+
+    The largest k columns lie in the k groups of columns with the largest maxima, so
+    that only those are searched: a maximum is much cheaper than a selection.
+    """
+    R, N = x_RN.shape
+    n_groups = N // _GROUP
+    if N % _GROUP or n_groups <= 2 * k:
+        _, index_RK = jax.lax.top_k(jnp.abs(x_RN), min(k, N))
+        return jnp.take_along_axis(x_RN, index_RK, 1), index_RK
+    x_RGJ = x_RN.reshape(R, n_groups, _GROUP)
+    _, group_RK = jax.lax.top_k(jnp.abs(x_RGJ).max(2), k)
+    near_RKJ = jnp.take_along_axis(x_RGJ, group_RK[:, :, None], 1)
+    near_RN = near_RKJ.reshape(R, -1)
+    _, at_RK = jax.lax.top_k(jnp.abs(near_RN), k)
+    group_RK = jnp.take_along_axis(group_RK, at_RK // _GROUP, 1)
+    return jnp.take_along_axis(near_RN, at_RK, 1), group_RK * _GROUP + at_RK % _GROUP
+
+
+Best = tuple[Array, Array]  # values and slots [width, k]
+
+
+@partial(jax.jit, static_argnames="k", donate_argnums=(1, 2))
+def _update(
+    x_RN: Array, of_target: Best, of_source: Best, first: Array, *, k: int
+) -> tuple[Best, Best]:
+    """The best so far with one more block; `first` are its first row's and column's."""
+
+    def merge(best: Best, x_RN: Array, start: Array) -> Best:
+        value_RK, column_RK = top(x_RN, k)
+        slot_RK = column_RK.astype(start.dtype) + start
+        slot_RK = jnp.where(value_RK == 0, -jnp.ones_like(slot_RK), slot_RK)
+        value = jnp.concatenate([best[0], value_RK], 1)
+        slot = jnp.concatenate([best[1], slot_RK], 1)
+        _, order = jax.lax.top_k(jnp.abs(value), k)
+        return tuple(jnp.take_along_axis(x, order, 1) for x in (value, slot))  # pyright: ignore
+
+    return merge(of_target, x_RN, first[1]), merge(of_source, x_RN.T, first[0])
+
+
+def strongest_virtual(
+    store: DictionaryStore,
+    params: LMParams,
+    subset: Subset,
+    k: int,
+    on_block: Callable[[int, int], None] = lambda done, total: None,
+) -> Strongest:
+    """The strongest inputs and outputs of every feature, by size of virtual weight.
+
+    Streams `virtual_tiles`: memory is of one block and of the result.
+
+    Args:
+      store: the dictionary.
+      params: the model it reads.
+      subset: the features.
+      k: how many of each.
+      on_block: progress.
+    """
+    count_L = np.diff(subset.starts)
+    width, dtype = int(count_L.max()), params.embed_VD.dtype
+
+    def none() -> Best:
+        return jnp.zeros((width, k), dtype), -jnp.ones((width, k), jnp.int32)
+
+    L = subset.n_layers
+    into: list[Best | None] = [none() if n else None for n in count_L]
+    out: list[Best | None] = [none() if n else None for n in count_L]
+    for tile in virtual_tiles(store, params, subset, on_block):
+        t, s = tile.target, tile.source
+        first = np.asarray([subset.starts[t], subset.starts[s]], np.int32)
+        best_t, best_s = into[t], out[s]
+        assert best_t is not None
+        assert best_s is not None
+        into[t], out[s] = _update(tile.value_RN, best_t, best_s, first, k=k)
+
+    def gather(best: list[Best | None], part: int) -> np.ndarray:
+        rows = []
+        for layer in range(L):
+            found = best[layer]
+            if found is not None:
+                rows.append(np.asarray(found[part])[: count_L[layer]])
+        return np.concatenate(rows)
+
+    return Strongest(gather(into, 1), gather(into, 0), gather(out, 1), gather(out, 0))
+
+
+# -- the vocabulary --------------------------------------------------------------------
+
+
+def embedding_weights(
+    store: DictionaryStore,
+    params: LMParams,
+    layer: int,
+    feature_R: np.ndarray | None = None,
+    token_Y: np.ndarray | None = None,
+) -> np.ndarray:
+    """Virtual weights [R, Y] from token embeddings to features ("embedding weights").
+
+    Args:
+      store: the dictionary.
+      params: the model it reads.
+      layer: of the features.
+      feature_R: which; None for all.
+      token_Y: which tokens; None for the whole vocabulary.
+    """
+    read_RD = jnp.asarray(folded_encoder(store, params, layer, feature_R))
+    embed_VD = params.embed_VD
+    embed_YD = embed_VD if token_Y is None else embed_VD[jnp.asarray(token_Y)]
+    return np.asarray(block(read_RD, embed_YD))
+
+
+@jax.jit
+def _logits(params: LMParams, written_ND: Array) -> Array:
+    with jax.default_matmul_precision("highest"):
+        logit_NV = unembed(params, written_ND * params.norm_out_D[None])
+        return logit_NV - logit_NV.mean(1, keepdims=True)
+
+
+def logit_weights(
+    store: DictionaryStore,
+    params: LMParams,
+    layer: int,
+    feature_N: np.ndarray | None = None,
+    token_Y: np.ndarray | None = None,
+) -> np.ndarray:
+    """Virtual weights [N, Y] from features to demeaned logits ("output weights").
+
+    The gain of the final norm is folded in, its denominator is not. Over the whole
+    vocabulary the weights of a feature sum to zero.
+
+    Args:
+      store: the dictionary.
+      params: the model it reads.
+      layer: of the features.
+      feature_N: which; None for all.
+      token_Y: which tokens; None for the whole vocabulary.
+    """
+    cfg = store.cfg
+    feature_N = np.arange(cfg.n_features) if feature_N is None else feature_N
+    written_ND = summed_writes(
+        store, params, layer, cfg.n_layers, np.asarray(feature_N)
+    )
+    logit_NV = np.asarray(_logits(params, written_ND))
+    return logit_NV if token_Y is None else logit_NV[:, token_Y]
