@@ -26,7 +26,7 @@ from jaxclt.train.params import Spec, init
 from jaxclt.train.schedules import Weights, learning_rate
 from jaxclt.train.step import Recipe, init_state, make_step, optimiser
 
-F, L0, B, REUSE, HELD = 512, 32, 512, 4, 2000
+F, L0, B, REUSE, HELD = 512, 32, 512, 16, 2000
 OBJECTIVES = {
     # final weight before the controller corrects it
     "tanh": (Standard(Terms(sparsity="tanh")), 3e-3),
@@ -54,7 +54,7 @@ def main(store: Path, layers: list[int]) -> None:
             n_steps=n_steps,
             weights=Weights(sparsity=weight, ramp=0.3),
             l0=L0 * L,
-            gain=0.08,
+            gain=0.05,
             dead_tokens=20_000,
         )
         tx = optimiser(learning_rate(3e-3, n_steps, warmup=10))
