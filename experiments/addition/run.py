@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import dictionaries
+import global_circuit
 import numpy as np
 import plots
 import study
@@ -215,7 +216,13 @@ def study_one(
         lambda: study.patch_study(model, found, a_LNF, labels, n=n_patches, seed=SEED),
     )
     plots.operand_plots(a_LNF, labels, work / f"operand_plots_{name}.png")
+    circuit = timed(
+        clock,
+        f"{name} global circuit",
+        lambda: global_circuit.links(model, found, a_LNF, labels),
+    )
     return {
+        "circuit": circuit,
         "row": {"features": found.cfg.n_features} | row,
         "labels": labels,
         "patches": patches,
@@ -259,7 +266,7 @@ def main() -> None:
     text = table(rows)
     for name, one in found.items():
         text += f"\n{name.upper()}:\n\n{label_lines(families[name.upper()])}"
-        text += f"\n```\n{one['links']}\n```\n"
+        text += f"\n```\n{one['links']}\n```\n\n{global_circuit.lines(one['circuit'])}"
     text += f"\n{patch_table(patches)}\n{suppress_lines(patches)}"
     write(work / "table.md", text)
     result = {"rows": rows, "labels": families, "patches": patches, "seconds": clock}

@@ -4,11 +4,13 @@
 
 STORE is a folder that `jaxclt train --store` filled; per-layer transcoders of the
 chosen layers are trained on its first chunk, the last 2,000 tokens of which are held
-out. The controller holds the same L0 for every objective.
+out. The controller steers every objective to the same L0; what is left of a difference
+is removed by one threshold a layer that keeps just as many features (`calibrate`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -20,13 +22,13 @@ from participation import objective
 from safetensors import safe_open
 
 from jaxclt.train.evaluate import reconstruction
-from jaxclt.train.export import threshold_form
+from jaxclt.train.export import calibrate, threshold_form
 from jaxclt.train.objectives import Batch, Standard, Terms
 from jaxclt.train.params import Spec, init
 from jaxclt.train.schedules import Weights, learning_rate
 from jaxclt.train.step import Recipe, init_state, make_step, optimiser
 
-F, L0, B, REUSE, HELD = 512, 32, 512, 16, 2000
+F, L0, B, REUSE, HELD = 512, 32, 512, 48, 2000
 OBJECTIVES = {
     # final weight before the controller corrects it
     "tanh": (Standard(Terms(sparsity="tanh")), 3e-3),
@@ -54,7 +56,7 @@ def main(store: Path, layers: list[int]) -> None:
             n_steps=n_steps,
             weights=Weights(sparsity=weight, ramp=0.3),
             l0=L0 * L,
-            gain=0.05,
+            gain=0.02,
             dead_tokens=20_000,
         )
         tx = optimiser(learning_rate(3e-3, n_steps, warmup=10))
@@ -75,6 +77,9 @@ def main(store: Path, layers: list[int]) -> None:
         clt, cfg = threshold_form(state.params, spec)
         held = [x[:, -HELD:].astype(np.float32) for x in (read_LND, write_LND)]
         found = reconstruction(clt, cfg, *held)
+        theta_L = calibrate(state.params, read_LND[:, : n_batches * B], L0)
+        theta_LF = jnp.broadcast_to(theta_L[:, None], clt.b_enc_LF.shape)
+        equal = reconstruction(dataclasses.replace(clt, theta_LF=theta_LF), cfg, *held)
         print(
             json.dumps(
                 {
@@ -83,6 +88,8 @@ def main(store: Path, layers: list[int]) -> None:
                     "tokens": n_steps * B,
                     "held_fvu_L": np.round(found["fvu_L"], 4).tolist(),
                     "held_l0_L": np.round(found["l0_L"], 2).tolist(),
+                    "equal_fvu_L": np.round(equal["fvu_L"], 4).tolist(),
+                    "equal_l0_L": np.round(equal["l0_L"], 2).tolist(),
                     "dead": round(found["dead"], 4),
                     "weight": float(logged["sparsity_weight"]),
                 }
