@@ -65,7 +65,7 @@ def test_hub_id(saved, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpt5", "./no/such", "/no/such", "no/such.gguf", ""])
 def test_unknown_name_lists_the_known(name):
-    with pytest.raises(InputError, match="the known names are smollm2-135m"):
+    with pytest.raises(InputError, match="the known names are addition, smollm2-135m"):
         load_model(name)
 
 

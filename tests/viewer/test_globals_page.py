@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
-
-import pytest
 
 from jaxclt.viewer.globals_page import globals_page
 
@@ -26,7 +22,6 @@ DOC = {
         [0, 2, 3.0, 0.0, 0.0, 0.0],
     ],
 }
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def test_data_is_escaped_and_comes_back_whole():
@@ -40,28 +35,17 @@ def test_data_is_escaped_and_comes_back_whole():
     assert "http" not in html.replace("http-equiv", "")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a system Chromium")
-def test_it_walks_from_feature_to_feature(tmp_path: Path):
-    sync = pytest.importorskip("playwright.sync_api")
+def test_it_walks_from_feature_to_feature(open_page):
     doc = DOC | {"features": [*DOC["features"][:2], [2, 4, 0.1, 0.2, [], [], []]]}
-    file = tmp_path / "index.html"
-    file.write_text(globals_page(doc), "utf-8")
-    with sync.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        errors: list[str] = []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(file.as_uri())
-        assert "Feature 9 of layer 1" in page.inner_text("#title")
-        page.click("#inputs button")
-        assert "Feature 3 of layer 0" in page.inner_text("#title")
-        assert "Paris" in page.inner_text("#tokens_in")
-        # Ranked by TWERA a link of zero is none; by virtual weight it leads.
-        assert "2:4" not in page.inner_text("#outputs")
-        page.select_option("#by", "2")
-        assert page.locator("#outputs td").first.inner_text() == "2:4"
-        page.fill("#name", "5:5")
-        page.click("#pick button")
-        assert "No such feature" in page.inner_text("#stats")
-        assert not errors
-        browser.close()
+    page = open_page(globals_page(doc))
+    assert "Feature 9 of layer 1" in page.inner_text("#title")
+    page.click("#inputs button")
+    assert "Feature 3 of layer 0" in page.inner_text("#title")
+    assert "Paris" in page.inner_text("#tokens_in")
+    # Ranked by TWERA a link of zero is none; by virtual weight it leads.
+    assert "2:4" not in page.inner_text("#outputs")
+    page.select_option("#by", "2")
+    assert page.locator("#outputs td").first.inner_text() == "2:4"
+    page.fill("#name", "5:5")
+    page.click("#pick button")
+    assert "No such feature" in page.inner_text("#stats")
