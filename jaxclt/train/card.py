@@ -56,6 +56,7 @@ def make_card(
             "heldout_windows": len(windows.held_WS),
             "context": windows.train_WS.shape[1],
             "digest": windows.digest,
+            "first_position": windows.first,
         },
         "metrics": {k: v for k, v in final.items() if k not in ("kind",)},
         "timing_s": seconds,
@@ -119,6 +120,11 @@ def readme(card: dict[str, Any]) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     settings = "\n".join(f"| `{k}` | `{v}` |" for k, v in recipe.items())
     d = card["dictionary"]
+    left_out = "Special tokens were never trained on."
+    if not card["data"]["first_position"]:
+        left_out = (
+            "The first position of a text and special tokens were never trained on."
+        )
     return (
         f"# {card['kind']} for {card['model']}\n\n"
         f"{d['n_features']} features a layer, span {d['span']} of {d['n_layers']} "
@@ -130,7 +136,7 @@ def readme(card: dict[str, Any]) -> str:
         f"{card['model']} --dictionary THIS_DIRECTORY --out DIR\n\n"
         f"## Measured on held-out text ({m['heldout_tokens']:,} tokens)\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
-        "The first position of a text and special tokens were never trained on.\n\n"
+        f"{left_out}\n\n"
         f"## Recipe\n\n| | |\n|---|---|\n{settings}\n"
     )
 

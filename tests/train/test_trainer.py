@@ -61,6 +61,7 @@ def test_windows_of_ones_own_are_trained_on_first_position_and_all(tmp_path: Pat
         assert card["metrics"]["heldout_tokens"] <= real  # without outliers
         assert card["metrics"]["heldout_tokens"] > real - len(held)
         assert card["metrics"]["l0"] > 0
+        assert ("first position" in (out / "README.md").read_text()) is not first
     with pytest.raises(InputError, match="another data"):
         train(model, Windows.of(rest[:-1], held), tmp_path / "False", config)
 
