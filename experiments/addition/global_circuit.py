@@ -30,6 +30,7 @@ def links(
 ) -> list[dict]:
     """The k strongest inputs of the best labelled features, by TWERA and by V."""
     rows = np.argwhere((a_LNF > 0).sum(1) >= LEAST)
+    active = set(map(tuple, rows.tolist()))
     token_NT, last_N = task.all_tokens()
     weights = jaxclt.global_weights(
         model,
@@ -47,7 +48,7 @@ def links(
         best = sorted(
             (x.fit, place)
             for place, x in labels.items()
-            if x.family == family and place[0] == layer
+            if x.family == family and place[0] == layer and place in active
         )[-PER_KIND:]
         for _, place in reversed(best):
             for by in ("twera", "virtual"):
