@@ -5,7 +5,7 @@ A transformer that adds is asked for 36 + 59, the case study of Circuit Tracing 
 written as a page. Nothing is fetched.
 
 ``demo.json`` beside the dictionary (written by ``experiments/addition/run.py``) names
-the prompt, a donor prompt whose last digit differs, and the features of each pathway.
+the prompt, a donor prompt whose last digit differs, and the features of each family.
 """
 
 from __future__ import annotations

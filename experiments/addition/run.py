@@ -73,13 +73,18 @@ def spread(x: list[float]) -> str:
     return f"{np.mean(x):.3f} ± {np.std(x, ddof=1) / len(x) ** 0.5:.3f}"
 
 
+def silent(row: dict[str, Any]) -> str:
+    """Share of features silent on held-out sums; not measured of neurons."""
+    return f"{row['dead']:.1%}" if "dead" in row else ""
+
+
 def table(rows: dict[str, dict[str, Any]]) -> str:
     head = "| dictionary | features a layer | FVU, held-out sums | L0 a layer | silent "
     head += "| replacement model right, all sums | completeness | replacement score "
     head += "| path length |\n" + "|---" * 9 + "|\n"
     return head + "".join(
         f"| {name} | {r['features']} | {r['fvu']:.4f} | {r['l0']:.1f} "
-        f"| {r['dead']:.1%} | {r['right']:.2%} | {spread(r['completeness'])} "
+        f"| {silent(r)} | {r['right']:.2%} | {spread(r['completeness'])} "
         f"| {spread(r['replacement'])} | {spread(r['mean_path_length'])} |\n"
         for name, r in rows.items()
     )

@@ -114,9 +114,7 @@ def transcoder_row(model: Model, dictionary: StoreDictionary) -> dict[str, float
         clt_cfg=cfg,
         keep_first=False,
     )
-    return {k: found[k] for k in ("fvu", "l0", "dead")} | {
-        "right": right_share(lambda token_T: logits(token_T))
-    }
+    return {k: found[k] for k in ("fvu", "l0", "dead")} | {"right": right_share(logits)}
 
 
 def neuron_row(model: Model, k: int) -> dict[str, float]:
@@ -124,8 +122,7 @@ def neuron_row(model: Model, k: int) -> dict[str, float]:
     return {
         "fvu": neuron_fvu(model, k),
         "l0": float(k),
-        "dead": 0.0,
-        "right": right_share(lambda token_T: logits(token_T)),
+        "right": right_share(logits),
     }
 
 
@@ -255,8 +252,7 @@ def swap(
     for edits in many:
         edited = [edit[0] for edit in edits] or [0]
         layers.append((0, top) if mode == "iterative" else (min(edited), max(edited)))
-        room = -len(edits) % EDITS if edits else EDITS
-        padded.append(edits + [(0, last, idle_feature(edits), 1.0, 0.0)] * room)
+        padded.append(padded_edits(edits, last))
     done = subject.effects(padded, layers, subject.how(mode), subject.ask(n_top=1))
     said = np.asarray(done.top_token_J)[:, 0].tolist()
     return said, np.asarray(done.prob_K)[:, 0].tolist()
@@ -289,9 +285,9 @@ def patch_study(
 ) -> dict[str, Any]:
     """Do patches do what the labels and the graphs say, on n random sums?
 
-    - swap last digit: the features of the last-digit pathway (nearly all are lookup
-      tables) get the activations of a sum whose b ends differently; the answer should
-      take the last digit of a + b', and nothing else.
+    - swap last digit: the features of the last-digit pathway (lookup tables, and how
+      the sum ends) get the activations of a sum whose b ends differently; the answer
+      should take the last digit of a + b', and nothing else.
     - swap magnitude: the features of the magnitude pathway, from a sum with other tens
       of a; the answer should keep its last digit and take the tens of a' + b.
     - swap others: as many other features as in the first, with that donor: a control.
@@ -394,8 +390,7 @@ def suppressed(subject: Subject, slots: Sequence[int]) -> tuple[float, float]:
         (int(graph.layer_A[s]), int(graph.pos_A[s]), int(graph.feature_A[s]), 0.0, 0.0)
         for s in slots
     ]
-    idle = (0, subject.n_tokens - 1, idle_feature(edits), 1.0, 0.0)
-    edits += [idle] * (-len(edits) % EDITS)
+    edits = padded_edits(edits, subject.n_tokens - 1)
     how, ask = subject.how("iterative", freeze_norm=True), subject.ask()
     done = subject.effects([edits], [(0, subject.model.cfg.n_layers - 1)], how, ask)
     before = clean_effect(subject.patchable, ask)
@@ -403,14 +398,16 @@ def suppressed(subject: Subject, slots: Sequence[int]) -> tuple[float, float]:
     return effect, change
 
 
-def idle_feature(edits: Sequence[Change]) -> int:
-    """A feature of layer 0 that is not edited.
+def padded_edits(edits: list[Change], last: int) -> list[Change]:
+    """The changes with others that change nothing, up to one shape for one program.
 
-    Kept at its value it changes nothing, since nothing edited lies before it: patches
-    are padded with it to one shape, for one compiled program.
+    A feature of layer 0 that is not edited keeps its value, and nothing edited lies
+    before it.
     """
     taken = {edit[2] for edit in edits if edit[0] == 0}
-    return next(f for f in range(len(taken) + 1) if f not in taken)
+    idle = next(f for f in range(len(taken) + 1) if f not in taken)
+    room = -len(edits) % EDITS if edits else EDITS
+    return edits + [(0, last, idle, 1.0, 0.0)] * room
 
 
 def with_labels(
