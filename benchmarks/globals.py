@@ -125,15 +125,14 @@ def statistics_rows(
     from jaxclt import global_text
     from jaxclt.global_weights.statistics import Plan, add_sums, encoders, sums_of
     from jaxclt.lm.run import embed, native_mlp, run, unembed
+    from jaxclt.windows import BATCH_TOKENS, batches
 
     params, store = model.params, dictionary.store
     features = f"top:{n_features}"
     subset = global_text.choose_features(model, dictionary, features, windows)
     plan = Plan(lm=model.cfg, clt=store.cfg, starts=subset.starts)
     enc = encoders(store, params, subset)
-    token_WS, mask_WS, _ = next(
-        global_text.batches(windows, 0, global_text.BATCH_TOKENS)
-    )
+    token_WS, mask_WS, _ = next(batches(windows, 0, BATCH_TOKENS))
     n = int(mask_WS.sum())
 
     def through(params: Any, token_WS: Any) -> Any:

@@ -15,6 +15,7 @@ Where things are, in the order a prompt passes through them:
 | `jaxclt.clt` | dictionaries: encode, decode, what is active on a prompt |
 | `jaxclt.replacement` | replacement models and error nodes |
 | `jaxclt.graph` | targets, edges, influence, pruning, scores, certificate |
+| `jaxclt.windows` | windows of tokens that passes over text run on |
 | `jaxclt.global_text`, `jaxclt.global_circuit` | the shell of global weights |
 | `jaxclt.global_views` | their files, page and neighbourhoods |
 | `jaxclt.global_weights` | virtual weights, co-activation, ERA, TWERA |
@@ -40,7 +41,6 @@ from jaxclt.global_circuit import (
     strongest_virtual,
     virtual_weights,
 )
-from jaxclt.global_text import TokenWindows, read_windows
 from jaxclt.global_views import neighbourhood, write_globals
 from jaxclt.global_weights.ranking import GlobalWeights, Links
 from jaxclt.global_weights.statistics import Coactivation
@@ -77,6 +77,7 @@ from jaxclt.replacement.local import local_replacement, run_local
 from jaxclt.sweep import sweep_prompts
 from jaxclt.trace import Traced, trace_prompt, write_trace
 from jaxclt.types import Supernode
+from jaxclt.windows import TokenWindows, read_windows
 
 __all__ = [
     "AttributeConfig",

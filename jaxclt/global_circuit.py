@@ -1,6 +1,6 @@
 """The shell of the global circuit: text or token windows become global weights.
 
-text --global_text--> windows --statistics--> Coactivation --build--> GlobalWeights
+text --windows--> TokenWindows --statistics--> Coactivation --build--> GlobalWeights
   --global_views--> globals.npz, report.json, index.html
 
 Statistics are gathered in batches of windows, added up on the host, and, with a `state`
@@ -25,17 +25,7 @@ from jax import Array
 
 from jaxclt.clt.active import Dictionary
 from jaxclt.errors import InputError
-from jaxclt.global_text import (
-    BATCH_TOKENS,
-    Data,
-    Features,
-    Mask,
-    TokenWindows,
-    batches,
-    choose_features,
-    read_windows,
-    store_of,
-)
+from jaxclt.global_text import Features, choose_features, store_of
 from jaxclt.global_weights import build as building
 from jaxclt.global_weights import ranking
 from jaxclt.global_weights import weights as weights_of
@@ -62,6 +52,7 @@ from jaxclt.global_weights.weights import Strongest, virtual_block
 from jaxclt.io.global_file import load_statistics, save_statistics
 from jaxclt.io.model import Model
 from jaxclt.types import LMParams
+from jaxclt.windows import BATCH_TOKENS, Data, Mask, TokenWindows, batches, read_windows
 
 __all__ = [
     "Inhibitors",

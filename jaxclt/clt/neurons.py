@@ -5,12 +5,15 @@ here (spec 6.6): the gate is frozen like an attention pattern, so a neuron's
 pre-activation is ``up`` times its frozen gate, linear in the stream, equal to its
 activation, and of either sign. With all neurons the dictionary is exact and every error
 node is zero; `neurons:k` keeps, per layer and position, the k with the largest written
-norm ``|a| * ||W_down||`` and leaves the rest to the error node.
+norm ``|a| * ||W_down||``, `neurons@x` those with at least x, and both leave the rest to
+the error node.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from functools import partial
 
@@ -25,19 +28,28 @@ from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import Block, LMParams, Recording
 
-__all__ = ["NeuronDictionary", "active_neurons", "parse_neurons"]
+__all__ = [
+    "NeuronDictionary",
+    "active_neurons",
+    "kept_neurons",
+    "neuron_values",
+    "parse_neurons",
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class NeuronDictionary:
-    """`neurons:k`, or all neurons when k is None."""
+    """`neurons:k`, `neurons@threshold`, or all neurons."""
 
     k: int | None = None
     hash: str = ""
+    threshold: float | None = None  # of the written norm
 
     @property
     def name(self) -> str:
         """As the user gave it."""
+        if self.threshold is not None:
+            return f"neurons@{self.threshold:g}"
         return "neurons" if self.k is None else f"neurons:{self.k}"
 
     @property
@@ -46,40 +58,106 @@ class NeuronDictionary:
         return {}
 
     def active(self, params: LMParams, recording: Recording, cfg: LMConfig) -> Active:
-        """The k strongest neurons of every layer and position."""
-        return active_neurons(params, recording, cfg=cfg, k=self.k)
+        """The strongest neurons of every layer and position."""
+        return active_neurons(
+            params, recording, cfg=cfg, k=self.k, threshold=self.threshold
+        )
 
 
 def parse_neurons(name: str) -> NeuronDictionary | None:
-    """Read ``neurons`` or ``neurons:k``; None if `name` is something else."""
-    head, _, count = name.partition(":")
-    if head != "neurons":
-        return None
-    if not count:
+    """Read ``neurons``, ``neurons:k`` or ``neurons@threshold``; None if it is neither.
+
+    Raises:
+      InputError: for a count or a threshold that is none.
+    """
+    if name == "neurons":
         return NeuronDictionary()
-    if not count.isdecimal() or int(count) < 1:
+    found = re.fullmatch(r"neurons([:@])(.*)", name)
+    if found is None:
+        return None
+    kind, text = found.groups()
+    if kind == ":":
+        if not text.isdecimal() or int(text) < 1:
+            raise InputError(
+                f"dictionary {name!r}: write neurons:k with k a whole number of at "
+                "least 1"
+            )
+        return NeuronDictionary(int(text))
+    try:
+        threshold = float(text)
+    except ValueError:
+        threshold = math.nan
+    if not 0 < threshold < math.inf:
         raise InputError(
-            f"dictionary {name!r}: write neurons:k with k a whole number of at least 1"
+            f"dictionary {name!r}: write neurons@x with x the least written norm that "
+            "counts, above 0"
         )
-    return NeuronDictionary(int(count))
+    return NeuronDictionary(threshold=threshold)
+
+
+def neuron_values(
+    p: Block, mid_TD: Array, scale_T: Array, *, cfg: LMConfig
+) -> tuple[Array, Array]:
+    """Activations [T, I] of all neurons of one layer, and their gates.
+
+    Args:
+      p: one layer of the model's blocks.
+      mid_TD: the residual stream after attention.
+      scale_T: reciprocal denominator of the norm before the MLP.
+      cfg: model shape.
+    """
+    normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
+    gate_TI, up_TI = layers.gate_and_up(p, normed_TD, cfg=cfg)
+    return gate_TI * up_TI, gate_TI
+
+
+def kept_neurons(
+    p: Block, value_TI: Array, *, k: int | None, threshold: Array | float | None = None
+) -> Array | None:
+    """Which neurons of one layer count [T, I]; None if all do.
+
+    Args:
+      p: one layer of the model's blocks.
+      value_TI: activations.
+      k: so many, of the largest written norm ``|a| * ||W_down||``.
+      threshold: those whose written norm is at least so large.
+    """
+    if threshold is None and (k is None or k >= value_TI.shape[1]):
+        return None
+    size_TI = jnp.abs(value_TI) * jnp.linalg.norm(p.down_LID, axis=-1)[None]
+    if threshold is not None:
+        return size_TI >= threshold
+    assert k is not None
+    _, index_TJ = jax.lax.top_k(size_TI, k)
+    none_TI = jnp.zeros(size_TI.shape, bool)
+    return jnp.put_along_axis(none_TI, index_TJ, True, -1, inplace=False)
 
 
 @partial(jax.jit, static_argnames=("cfg", "k"))
-def _strongest(
-    p: Block, mid_TD: Array, scale_T: Array, cfg: LMConfig, k: int
+def _found(
+    p: Block,
+    mid_TD: Array,
+    scale_T: Array,
+    threshold: Array | None,
+    cfg: LMConfig,
+    k: int | None,
 ) -> tuple[Array, Array, Array]:
-    """Indices [T, k], activations [T, k] and gates [T, k] of the strongest neurons."""
-    normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
-    gate_TI, up_TI = layers.gate_and_up(p, normed_TD, cfg=cfg)
-    value_TI = gate_TI * up_TI
-    norm_I = jnp.linalg.norm(p.down_LID, axis=-1)
-    _, index_TJ = jax.lax.top_k(jnp.abs(value_TI) * norm_I[None], k)
-    take = partial(jnp.take_along_axis, indices=index_TJ, axis=1)
-    return index_TJ, take(value_TI), take(gate_TI)
+    value_TI, gate_TI = neuron_values(p, mid_TD, scale_T, cfg=cfg)
+    keep_TI = kept_neurons(p, value_TI, k=k, threshold=threshold)
+    return (
+        value_TI,
+        gate_TI,
+        jnp.ones(value_TI.shape, bool) if keep_TI is None else keep_TI,
+    )
 
 
 def active_neurons(
-    params: LMParams, recording: Recording, *, cfg: LMConfig, k: int | None
+    params: LMParams,
+    recording: Recording,
+    *,
+    cfg: LMConfig,
+    k: int | None,
+    threshold: float | None = None,
 ) -> Active:
     """The strongest neurons as active features of a span-1 dictionary.
 
@@ -87,27 +165,24 @@ def active_neurons(
       params: the model.
       recording: its clean pass.
       cfg: model shape.
-      k: neurons per layer and position; None for all.
+      k: neurons per layer and position; None for no such limit.
+      threshold: least written norm of those that count.
     """
-    k = cfg.d_mlp if k is None else min(k, cfg.d_mlp)
-    T = recording.token_T.shape[0]
+    least = None if threshold is None else jnp.asarray(threshold, params.embed_VD.dtype)
     parts, encoder, decoder, diagonals = [], [], [], []
     for layer in range(cfg.n_layers):
         p = jax.tree.map(lambda leaf: leaf[layer], params.blocks)  # noqa: B023
         scale_T = recording.frozen.mlp_scale_LT[layer]
-        found = _strongest(p, recording.mid_LTD[layer], scale_T, cfg, k)
-        index_TJ, value_TJ, gate_TJ = map(np.asarray, found)
-        order_TJ = np.argsort(index_TJ, axis=1)
-        index, value, gate = (
-            np.take_along_axis(x, order_TJ, 1).ravel()
-            for x in (index_TJ, value_TJ, gate_TJ)
-        )
+        found = _found(p, recording.mid_LTD[layer], scale_T, least, cfg, k)
+        value_TI, gate_TI, keep_TI = map(np.asarray, found)
+        pos, index = np.nonzero(keep_TI)
+        value, gate = value_TI[pos, index], gate_TI[pos, index]
         unique, row = np.unique(index, return_inverse=True)
         bias = 0 if p.up_bias_LI is None else np.asarray(p.up_bias_LI)[index]
         parts.append(
             (
                 np.full(len(index), layer, np.int32),
-                np.repeat(np.arange(T, dtype=np.int32), k),
+                pos.astype(np.int32),
                 index.astype(np.int32),
                 value,
                 gate,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from pathlib import Path
 
 from jaxclt.clt.active import Dictionary, StoreDictionary
-from jaxclt.clt.neurons import NeuronDictionary, parse_neurons
+from jaxclt.clt.neurons import parse_neurons
 from jaxclt.errors import InputError
 from jaxclt.io.bundled import DICTIONARIES, bundled
 from jaxclt.io.circuit_tracer_read import (
@@ -41,9 +42,9 @@ def load_dictionary(name_or_path: str | os.PathLike[str], model: Model) -> Dicti
     """Open a dictionary for a model.
 
     Args:
-      name_or_path: `neurons`, `neurons:k`, a bundled one (see `jaxclt.io.bundled`), a
-        directory in circuit-tracer's format (or one that holds such a directory as
-        `dictionary`), or a hub id `organisation/name[@revision]`.
+      name_or_path: `neurons`, `neurons:k`, `neurons@x`, a bundled one (see
+        `jaxclt.io.bundled`), a directory in circuit-tracer's format (or one that holds
+        such a directory as `dictionary`), or a hub id `organisation/name[@revision]`.
       model: the model it reads.
 
     Raises:
@@ -52,7 +53,7 @@ def load_dictionary(name_or_path: str | os.PathLike[str], model: Model) -> Dicti
     name = str(name_or_path)
     neurons = parse_neurons(name)
     if neurons is not None:
-        return NeuronDictionary(neurons.k, hash=model.hash)
+        return dataclasses.replace(neurons, hash=model.hash)
     path = bundled(name) or Path(name).expanduser()
     if not path.exists():
         if parse_hub_id(name) is None:
