@@ -72,7 +72,7 @@ class Examples:
     fired_UW: np.ndarray
 
     @property
-    def frequency_U(self) -> np.ndarray:
+    def frequency(self) -> np.ndarray:
         """Share of the positions on which each feature was active."""
         return self.count_U / max(self.n_tokens, 1)
 
