@@ -11,7 +11,15 @@ from cases import random_graph
 from jaxclt.graph.influence import influence
 from jaxclt.graph.scores import shares_total
 from jaxclt.validation.predictions import group_effects, pairwise_influence
-from jaxclt.validation.stats import bootstrap, pearson, ranks, spearman
+from jaxclt.validation.stats import (
+    bootstrap,
+    mean_interval,
+    pearson,
+    ranks,
+    ratio_interval,
+    spearman,
+    wilson,
+)
 
 
 def draws(seed: int, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -69,3 +77,38 @@ def test_a_groups_effect_does_not_count_paths_between_members():
         np.testing.assert_allclose(got, want, rtol=1e-4)
     alone = unit[A:] @ np.linalg.inv(np.eye(A) - unit[:A]) * graph.value_A
     assert np.abs(found[1] - alone[:, groups[1]].sum(1)).max() > 1e-3
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 5), (3, 9), (50, 100), (7, 7)])
+@pytest.mark.parametrize("level", [0.9, 0.95])
+def test_wilson_is_scipys(hits: int, n: int, level: float):
+    want = scipy.stats.binomtest(hits, n).proportion_ci(level, method="wilson")
+    assert np.allclose(wilson(hits, n, level=level), (want.low, want.high), atol=1e-12)
+
+
+def test_nothing_asked_has_no_interval():
+    key = jax.random.key(0)
+    assert np.isnan(wilson(0, 0)).all()
+    assert np.isnan(mean_interval(np.array([1.0]), key)).all()
+    assert np.isnan(mean_interval(np.array([1.0, np.nan]), key)).all()
+
+
+def test_the_means_interval_is_about_the_normal_one():
+    x, _ = draws(3, 400)
+    low, high = mean_interval(np.append(x, np.nan), jax.random.key(1))
+    half = 1.96 * x.std() / np.sqrt(len(x))
+    assert abs((high - low) / (2 * half) - 1) < 0.1
+    assert abs((high + low) / 2 - x.mean()) < 0.1 * half
+    assert mean_interval(x, jax.random.key(1)) == (low, high)
+    narrow = mean_interval(x, jax.random.key(1), level=0.5)
+    assert narrow[1] - narrow[0] < 0.5 * (high - low)
+
+
+def test_clusters_widen_the_interval():
+    """Ten copies of each value hold no more than one of them."""
+    x, _ = draws(4, 40)
+    key, ten = jax.random.key(2), np.full(40, 10.0)
+    alone = mean_interval(x, key)
+    assert np.allclose(ratio_interval(10 * x, ten, key), alone)
+    wrong = mean_interval(np.repeat(x, 10), key)
+    assert wrong[1] - wrong[0] < 0.5 * (alone[1] - alone[0])
