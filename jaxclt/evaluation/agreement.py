@@ -20,7 +20,7 @@ from jaxclt.lm.run import forward
 from jaxclt.replacement.model import Substitute, substitute_logits
 from jaxclt.types import LMParams
 
-__all__ = ["Compared", "agreement", "compare", "divergence"]
+__all__ = ["Compared", "agreement", "compare", "divergence", "predict"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +100,27 @@ def compare(
         on_window()
     model_WS, found_WS, kl_WS, confidence_WS = (np.stack(x) for x in zip(*rows))  # noqa: B905
     return Compared(model_WS, found_WS, kl_WS.astype(np.float64), confidence_WS)
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _predict(params: LMParams, token_S: Array, cfg: LMConfig) -> tuple[Array, Array]:
+    p_SV = jax.nn.softmax(forward(params, jnp.maximum(token_S, 0), cfg=cfg))
+    return p_SV.argmax(-1), p_SV.max(-1)
+
+
+def predict(
+    params: LMParams, token_WS: np.ndarray, *, cfg: LMConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """The model's most probable next tokens [W, S] and their probabilities.
+
+    Args:
+      params: model weights.
+      token_WS: windows, padded with -1 behind the text.
+      cfg: model shape.
+    """
+    found = [_predict(params, jnp.asarray(token_S), cfg) for token_S in token_WS]
+    said_WS, sure_WS = (np.stack([np.asarray(x) for x in c]) for c in zip(*found))  # noqa: B905
+    return said_WS, sure_WS
 
 
 def agreement(

@@ -59,6 +59,18 @@ class Reconstruction:
         }
         return cls(**found, count_LF=np.sum([part.count_LF for part in parts], axis=0))
 
+    def where_tokens(self) -> Reconstruction:
+        """Without windows that have no token that counts (those that fill a batch)."""
+        some_W = self.token_W > 0
+        return dataclasses.replace(
+            self,
+            error_LW=self.error_LW[:, some_W],
+            write_LWD=self.write_LWD[:, some_W],
+            square_LW=self.square_LW[:, some_W],
+            active_W=self.active_W[some_W],
+            token_W=self.token_W[some_W],
+        )
+
     def fvu_L(self, draw_W: np.ndarray | None = None) -> np.ndarray:  # noqa: N802
         """``Σ|y - ŷ|² / Σ|y - mean y|²`` by layer, of all windows or those drawn."""
         draw_W = np.arange(len(self.token_W)) if draw_W is None else draw_W
@@ -66,6 +78,12 @@ class Reconstruction:
         square_L = self.square_LW[:, draw_W].sum(1)
         variance_L = square_L - self.token_W[draw_W].sum() * (mean_LD**2).sum(1)
         return self.error_LW[:, draw_W].sum(1) / variance_L
+
+    def fvu_W(self) -> np.ndarray:  # noqa: N802
+        """What each window adds to the FVU, times W: its mean is the FVU."""
+        error_LW = self.error_LW
+        total_L = error_LW.sum(1) / self.fvu_L()
+        return len(self.token_W) * (error_LW / total_L[:, None]).mean(0)
 
     def l0(self, draw_W: np.ndarray | None = None) -> float:
         """Active features of a token, summed over layers."""
