@@ -273,7 +273,7 @@ class _One:
             stages["judged"] = lambda: self.judged(judge, pairs)
         row, lines, seconds = self.described(), [], {}
         for name, measure in stages.items():
-            depends = f"{judge.name} {pairs}" if name == "judged" else ""
+            depends = f"{judge} {pairs}" if name == "judged" else ""
             found, raw, seconds[name] = self.kept(name, measure, depends)
             intervals = row["intervals"] | found.pop("intervals", {})
             row |= found | {"intervals": intervals}

@@ -54,21 +54,17 @@ def check_claims(
       raw: the raw rows from there.
       key: draws resamples.
     """
-    of = {row["dictionary"]: row for row in rows}
-    clts, plts, neurons = (
-        [row for row in rows if row["kind"] == kind]
-        for kind in ("clt", "plt", "neurons")
-    )
+    kinds = ("clt", "plt", "neurons")
+    clts, plts, neurons = ([r for r in rows if r["kind"] == kind] for kind in kinds)
     found: list[Claim] = []
     for clt in clts:
         for plt in plts:
             found += _compared(clt, plt, raw, key, lengths=True)
     for one in [*clts, *plts]:
-        if neurons:
-            near = min(
-                neurons, key=lambda n: abs(np.log(n["l0"] / max(one["l0"], 1e-9)))
-            )
-            found += _compared(one, of[near["dictionary"]], raw, key, lengths=False)
+        own = max(one["l0"], 1e-9)
+        near = sorted(neurons, key=lambda n: abs(np.log(n["l0"] / own)))[:1]
+        for row in near:
+            found += _compared(one, row, raw, key, lengths=False)
     return found
 
 

@@ -44,7 +44,7 @@ def draw_layers(path: Path, rows: Sequence[Row]) -> None:
         (
             "unexplained variance",
             "active features of a token",
-            "KL, this layer replaced",
+            "KL, it alone replaced",
         ),
         strict=True,
     ):

@@ -78,9 +78,7 @@ def markdown(rows: Sequence[Row], claims: Sequence[Claim]) -> str:
     lines += ["| " + " | ".join(line) + " |" for line in body]
     text = "\n".join(lines) + "\n"
     if claims:
-        text += (
-            "\nIntervals are 95%; differences are of the same prompts or windows.\n\n"
-        )
+        text += "\nIntervals are 95%, differences of the same prompts or windows.\n\n"
     for claim in claims:
         low, high = claim.interval
         text += (
