@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -87,13 +88,15 @@ def judge_trials(
 
 def _row(judge: str, key: str, trial: Trial, answer: Answer) -> Row:
     choice = answer.choice
-    return {
+    row = {
         "key": key,
         "judge": judge,
         "correct": None if choice is None else choice == trial.answer,
         "answer": answer.as_json(),
         "trial": trial.as_json(),
     }
+    # The same whether it comes from the log or not: lists, no tuples.
+    return json.loads(json.dumps(row))
 
 
 def judge_score(

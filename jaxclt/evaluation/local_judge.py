@@ -20,11 +20,11 @@ from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import embed, native_mlp, run, unembed
 from jaxclt.shapes import bucket
 from jaxclt.types import LMParams
+from jaxclt.windows import BATCH_TOKENS
 
 __all__ = ["LocalJudge"]
 
 _TOGETHER = 32  # trials whose texts are sorted by length together
-_TOKENS = 4096  # positions that go through the model together
 _SHORTEST = 64
 
 
@@ -104,7 +104,7 @@ class LocalJudge:
             by_size.setdefault(size, []).append(job)
         found: dict[_Job, float] = {}
         for size, members in by_size.items():
-            rows = max(1, _TOKENS // size)
+            rows = max(1, BATCH_TOKENS // size)
             for start in range(0, len(members), rows):
                 part = members[start : start + rows]
                 token_BT = np.zeros((rows, size), np.int32)
