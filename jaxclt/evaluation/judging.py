@@ -1,0 +1,316 @@
+"""Running judges, with a log that a killed run goes on from, and their scores."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxclt.clt.encoder import Encoder
+from jaxclt.dashboards.examples import Examples
+from jaxclt.errors import InputError
+from jaxclt.evaluation.concepts import ConceptPair, sentence_peaks
+from jaxclt.evaluation.http_client import Client
+from jaxclt.evaluation.http_judge import HttpJudge
+from jaxclt.evaluation.judges import (
+    Answer,
+    BaselineJudge,
+    CoinJudge,
+    Judge,
+    OracleJudge,
+    background_of,
+)
+from jaxclt.evaluation.lines import append_line, read_lines
+from jaxclt.evaluation.local_judge import LocalJudge
+from jaxclt.evaluation.trials import Trial, contrastive_trials, sort_trials
+from jaxclt.io.model import Model, load_model
+from jaxclt.validation.stats import ratio_interval, wilson
+
+__all__ = ["Row", "interpretability", "judge_score", "judge_trials", "read_judge"]
+
+Row = dict[str, Any]  # key, judge, trial, answer, correct: JSON throughout
+
+
+def judge_trials(
+    judge: Judge,
+    trials: Sequence[Trial],
+    *,
+    log: str | os.PathLike[str] | None = None,
+    on_trial: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Row]:
+    """What a judge says to trials, each with its evidence.
+
+    Args:
+      judge: who answers.
+      trials: what is asked; the same trial twice is asked once.
+      log: a .jsonl file that every answer is added to as it comes. Trials that this
+        judge has answered there are not asked again, so that a run that was killed
+        goes on where it was. Trials that were not asked are not in it.
+      on_trial: progress: answers there are, of how many.
+
+    Returns:
+      A row for each trial, in their order.
+
+    Raises:
+      InputError: if the log cannot be read or written, or the judge cannot answer.
+    """
+    path = None if log is None else Path(log)
+    keys = [trial.key for trial in trials]
+    found: dict[str, Row] = {}
+    for row in read_lines(path) if path else ():
+        if row.get("judge") == judge.name and isinstance(row.get("answer"), dict):
+            found[row.get("key", "")] = row
+    rest = {
+        key: trial for key, trial in zip(keys, trials, strict=True) if key not in found
+    }
+    total = len(set(keys))
+    done = total - len(rest)
+    on_trial(done, total)
+    left = list(rest.items())
+    for i, answer in judge.judge([trial for _, trial in left]):
+        key, trial = left[i]
+        found[key] = row = _row(judge.name, key, trial, answer)
+        if answer.not_asked is None:
+            if path is not None:
+                append_line(path, row)
+            done += 1
+            on_trial(done, total)
+    return [found[key] for key in keys]
+
+
+def _row(judge: str, key: str, trial: Trial, answer: Answer) -> Row:
+    choice = answer.choice
+    row = {
+        "key": key,
+        "judge": judge,
+        "correct": None if choice is None else choice == trial.answer,
+        "answer": answer.as_json(),
+        "trial": trial.as_json(),
+    }
+    # The same whether it comes from the log or not: lists, no tuples.
+    return json.loads(json.dumps(row))
+
+
+def judge_score(
+    rows: Sequence[Row], key: jax.Array, *, weighted: bool = False
+) -> dict[str, Any]:
+    """Share of right answers among the trials that were answered.
+
+    Args:
+      rows: from `judge_trials`, all of one kind.
+      key: of the bootstrap.
+      weighted: count each trial by its weight, the activation of the feature.
+
+    Returns:
+      ``accuracy``; ``interval``, 95% by Wilson's formula, which takes trials for
+      independent (with weights: the next one); ``interval_clustered``, the same by a
+      bootstrap of whole ``unit``: trials that share the feature in question, or where
+      those are fewer the pair of sentences; ``n`` trials answered; ``clusters``;
+      ``unanswered`` without a decision; ``not_asked`` and why (``stopped``); ``usage``
+      in tokens and requests. None stands for what there is too little for.
+    """
+    answered = [row for row in rows if row["correct"] is not None]
+    skipped = [row for row in rows if row["answer"]["not_asked"] is not None]
+    hit_N = np.array([row["correct"] for row in answered], np.float64)
+    weight_N = np.array(
+        [row["trial"]["weight"] if weighted else 1.0 for row in answered], np.float64
+    )
+    unit, name_N = _units(answered)
+    _, cluster_N = np.unique(name_N, return_inverse=True)
+    top_C = np.bincount(cluster_N, hit_N * weight_N)
+    bottom_C = np.bincount(cluster_N, weight_N)
+    clustered = ratio_interval(top_C, bottom_C, key)
+    plain = clustered if weighted else wilson(int(hit_N.sum()), len(hit_N))
+    total = float(weight_N.sum())
+    usage: collections.Counter[str] = collections.Counter()
+    for row in rows:
+        usage.update(row["answer"]["usage"])
+    return {
+        "accuracy": float(hit_N @ weight_N) / total if total > 0 else None,
+        "interval": _finite(plain),
+        "interval_clustered": _finite(clustered),
+        "unit": unit,
+        "clusters": len(top_C),
+        "n": len(answered),
+        "unanswered": len(rows) - len(answered) - len(skipped),
+        "not_asked": len(skipped),
+        "stopped": skipped[0]["answer"]["not_asked"] if skipped else None,
+        "usage": dict(usage),
+    }
+
+
+def _units(rows: Sequence[Row]) -> tuple[str, list[str]]:
+    """What trials have in common that makes them depend on each other."""
+    trials = [row["trial"] for row in rows]
+    feature = [
+        str(t["features"][t["answer"] - 1 if t["kind"] == "sort" else 0])
+        for t in trials
+    ]
+    concept = [t["concept"] for t in trials]
+    if all(concept) and len(set(concept)) < len(set(feature)):
+        return "pair", concept
+    return "feature", feature
+
+
+def _finite(interval: tuple[float, float]) -> list[float] | None:
+    return list(interval) if np.isfinite(interval).all() else None
+
+
+def read_judge(
+    text: str,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    concurrency: int = 8,
+    requests_per_minute: float | None = None,
+    max_tokens_total: int | None = None,
+    temperature: float | None = 0.0,
+) -> Judge:
+    """A judge from what a user wrote.
+
+    Args:
+      text: ``baseline``, ``coin``, ``oracle``, ``local:MODEL`` (as `load_model` takes
+        it), or ``http(s)://host/v1#model``, an OpenAI-compatible address and a model's
+        name there.
+      cache_dir: folder for replies of an address; see `Client`, also for the rest.
+      concurrency: requests under way together.
+      requests_per_minute: most that are sent.
+      max_tokens_total: after so many tokens nothing more is asked.
+      temperature: None leaves it to the server.
+
+    Raises:
+      InputError: for anything else, or what does not load.
+    """
+    if text.startswith(("http://", "https://")):
+        url, _, model = text.partition("#")
+        return HttpJudge(
+            Client(
+                url,
+                model,
+                cache_dir=cache_dir,
+                temperature=temperature,
+                concurrency=concurrency,
+                requests_per_minute=requests_per_minute,
+                max_tokens_total=max_tokens_total,
+            )
+        )
+    kind, _, rest = text.partition(":")
+    if kind == "local" and rest:
+        return LocalJudge(load_model(rest))
+    known: dict[str, Judge] = {
+        "baseline": BaselineJudge(),
+        "coin": CoinJudge(),
+        "oracle": OracleJudge(),
+    }
+    if text not in known:
+        raise InputError(
+            f"judge {text!r} is unknown; use {', '.join(known)}, local:MODEL or "
+            "http(s)://host/v1#model"
+        )
+    return known[text]
+
+
+def interpretability(
+    examples: Examples,
+    encoder: Encoder,
+    model: Model,
+    judge: Judge,
+    *,
+    n_sort: int,
+    n_contrastive: int,
+    pairs: Sequence[ConceptPair],
+    seed: int,
+    log_dir: str | os.PathLike[str] | None,
+    directions_UD: np.ndarray | None = None,
+    n_shown: int = 5,
+    context: int = 32,
+    on_trial: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> dict[str, Any]:
+    """Sort eval and Contrastive eval of a dictionary's features.
+
+    Args:
+      examples: what the features did on text.
+      encoder: of the dictionary.
+      model: whose stream it reads.
+      judge: from `read_judge`.
+      n_sort: trials of the Sort eval (as many again of similar pairs).
+      n_contrastive: trials of the Contrastive eval.
+      pairs: of sentences, from `load_pairs`.
+      seed: of the trials and the bootstrap.
+      log_dir: folder for ``sort.jsonl``, ``sort_similar.jsonl``, ``contrastive.jsonl``
+        with every trial and answer, to go on from; or None.
+      directions_UD: a direction for each feature, such as its decoder; without them
+        there are no similar pairs.
+      n_shown: excerpts shown of each feature.
+      context: tokens of an excerpt at most.
+      on_trial: progress: name, answers there are, of how many.
+
+    Returns:
+      ``judge`` and, each as `judge_score` returns it, ``sort``, ``sort_similar``,
+      ``contrastive`` and ``contrastive_weighted`` (the answers of ``contrastive``
+      counted by activation).
+    """
+    words, sentences = _strings(examples, model, pairs)
+    if isinstance(judge, BaselineJudge) and judge.background is None:
+        judge = dataclasses.replace(judge, background=background_of(examples, words))
+    key_sort, key_similar, key_contrastive, key_score = jax.random.split(
+        jax.random.key(seed), 4
+    )
+    sort = partial(
+        sort_trials, examples, words, n_sort, n_shown=n_shown, context=context
+    )
+    contrastive: list[Trial] = []
+    if n_contrastive and pairs:
+        contrastive = contrastive_trials(
+            examples,
+            words,
+            pairs,
+            sentence_peaks(encoder, model, pairs, examples.layer_U, examples.feature_U),
+            n_contrastive,
+            key_contrastive,
+            encode=sentences.__getitem__,
+            n_shown=n_shown,
+            context=context,
+        )
+    trials = {
+        "sort": sort(key_sort),
+        "sort_similar": []
+        if directions_UD is None
+        else sort(key_similar, direction_UD=directions_UD),
+        "contrastive": contrastive,
+    }
+    rows = {
+        name: judge_trials(
+            judge,
+            some,
+            log=None if log_dir is None else Path(log_dir) / f"{name}.jsonl",
+            on_trial=partial(on_trial, name),
+        )
+        for name, some in trials.items()
+    }
+    found = {name: judge_score(some, key_score) for name, some in rows.items()}
+    weighted = judge_score(rows["contrastive"], key_score, weighted=True)
+    return {"judge": judge.name, **found, "contrastive_weighted": weighted}
+
+
+def _strings(
+    examples: Examples, model: Model, pairs: Sequence[ConceptPair]
+) -> tuple[list[str], dict[str, list[int]]]:
+    """Strings by token id, of those that occur, and the ids of the sentences."""
+    tokenizer = model.tokenizer
+    texts = [text for pair in pairs for text in pair.sentences]
+    sentences = {text: tokenizer.encode(text, "never") for text in texts}
+    used = {int(i) for i in np.unique(examples.token_WS) if i >= 0}
+    used |= {i for ids in sentences.values() for i in ids}
+    order = sorted(used)
+    words = [""] * model.cfg.d_vocab
+    for i, word in zip(order, tokenizer.token_strings(order), strict=True):
+        words[i] = word
+    return words, sentences
