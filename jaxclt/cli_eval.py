@@ -54,7 +54,7 @@ class EvalConfig:
     """Tokens on which each layer is replaced by itself; 0: none."""
     graphs: int = 16
     """Prompts to trace."""
-    max_features: int = 1024
+    max_features: int = 512
     """Most feature nodes of a graph."""
     perturbed: int = 3
     """Prompts on which perturbations are followed through the layers."""

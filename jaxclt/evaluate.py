@@ -68,8 +68,8 @@ class EvalOptions:
     layer_tokens: int = 128  # the same for each layer by itself; 0: not
     graphs: int = 16  # prompts
     filter: Literal["auto", "paper", "none"] = "auto"  # of prompts out of text
-    lengths: tuple[int, int] = (8, 24)  # tokens of a prompt out of text
-    max_features: int = 1024  # of a graph
+    lengths: tuple[int, int] = (8, 16)  # tokens of a prompt out of text
+    max_features: int = 512  # of a graph
     tolerance: float = 0.02
     perturbed: int = 3  # prompts on which perturbations are followed
     sort: int = 200  # trials
@@ -336,28 +336,23 @@ class _One:
 
     def agreement(self) -> Part:
         """The replacement model, with the first position's MLPs and without."""
-        text, n = self.text, 0
+        text = self.text
         asked_W = np.cumsum(text.ask_WS.sum(1))
         text = text.take(
             int(np.searchsorted(asked_W, self.options.agreement_tokens)) + 1
         )
         W, told = len(text.windows.token_WS), self.told("replacement model")
 
-        def step() -> None:
-            nonlocal n
-            n += 1
-            told(n, 2 * W)
-
         row: dict[str, Any] = {"intervals": {}}
         lines = [{"window": w} for w in range(W)]
-        for name, keep_first in (("", True), ("_strict", False)):
+        for i, (name, keep_first) in enumerate((("", True), ("_strict", False))):
             found = compare(
                 self.model.params,
                 self.sub,
                 text.windows.token_WS,
                 cfg=self.model.cfg,
                 keep_first=keep_first,
-                on_window=step,
+                on_windows=lambda done, n, i=i: told(i * n + done, 2 * n),
             )
             unsure_WS = unsure(found.model_WS, found.confidence_WS, text.next_WS)
             for kind, ask_WS in (
@@ -440,7 +435,11 @@ class _One:
         for i, prompt in enumerate(chosen):
             subject = Subject.of(self.model, self.dictionary, self._traced(prompt))
             tables, layers = faithfulness(
-                subject, jax.random.fold_in(self.key, i), live=False
+                subject,
+                jax.random.fold_in(self.key, i),
+                n_layers=5,
+                n_perturbed=2,
+                live=False,
             )
             lines.append({"layers": layers, "tables": tables})
             told(i + 1, len(chosen))

@@ -7,7 +7,7 @@ position by position, so that any set of positions can be averaged afterwards.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -21,6 +21,8 @@ from jaxclt.replacement.model import Substitute, substitute_logits
 from jaxclt.types import LMParams
 
 __all__ = ["Compared", "agreement", "compare", "divergence", "predict"]
+
+TOGETHER = 256  # positions whose logits over the vocabulary are held at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,19 +58,30 @@ def divergence(true_TV: Array, found_TV: Array) -> Array:
 def _compare(
     params: LMParams,
     sub: Substitute,
-    token_S: Array,
+    token_WS: Array,
     layer_L: Array | None,
     cfg: LMConfig,
     keep_first: bool,
 ) -> tuple[Array, Array, Array, Array]:
-    token_S = jnp.maximum(token_S, 0)
-    true_SV = forward(params, token_S, cfg=cfg)
-    found_SV = substitute_logits(
-        params, sub, token_S, cfg=cfg, keep_first=keep_first, layer_L=layer_L
-    )
-    kl_S = divergence(true_SV, found_SV)
-    confidence_S = jax.nn.softmax(true_SV).max(-1)
-    return true_SV.argmax(-1), found_SV.argmax(-1), kl_S, confidence_S
+    def one(token_S: Array) -> tuple[Array, Array, Array, Array]:
+        true_SV = forward(params, token_S, cfg=cfg)
+        found_SV = substitute_logits(
+            params, sub, token_S, cfg=cfg, keep_first=keep_first, layer_L=layer_L
+        )
+        kl_S = divergence(true_SV, found_SV)
+        confidence_S = jax.nn.softmax(true_SV).max(-1)
+        return true_SV.argmax(-1), found_SV.argmax(-1), kl_S, confidence_S
+
+    return jax.vmap(one)(jnp.maximum(token_WS, 0))
+
+
+def _chunks(token_WS: np.ndarray) -> Iterator[np.ndarray]:
+    """Windows that go through the models together, all of one shape."""
+    W, S = token_WS.shape
+    n = min(W, max(1, TOGETHER // S))
+    for start in range(0, W, n):
+        part = token_WS[start : start + n]
+        yield np.pad(part, ((0, n - len(part)), (0, 0)))
 
 
 def compare(
@@ -79,9 +92,9 @@ def compare(
     cfg: LMConfig,
     keep_first: bool = True,
     layer_L: np.ndarray | None = None,
-    on_window: Callable[[], None] = lambda: None,
+    on_windows: Callable[[int, int], None] = lambda done, total: None,
 ) -> Compared:
-    """Run model and replacement on windows, one after the other.
+    """Run model and replacement on windows, a few at a time.
 
     Args:
       params: model weights.
@@ -90,22 +103,28 @@ def compare(
       cfg: model shape.
       keep_first: the true MLPs stay at the first position.
       layer_L: bool, which MLPs are replaced; None for all.
-      on_window: called after each.
+      on_windows: progress, (windows done, of).
     """
     chosen = None if layer_L is None else jnp.asarray(layer_L)
     rows = []
-    for token_S in token_WS:
-        found = _compare(params, sub, jnp.asarray(token_S), chosen, cfg, keep_first)
+    W = len(token_WS)
+    for part_WS in _chunks(token_WS):
+        found = _compare(params, sub, jnp.asarray(part_WS), chosen, cfg, keep_first)
         rows.append([np.asarray(x) for x in found])
-        on_window()
-    model_WS, found_WS, kl_WS, confidence_WS = (np.stack(x) for x in zip(*rows))  # noqa: B905
+        on_windows(min(W, len(rows) * len(part_WS)), W)
+    model_WS, found_WS, kl_WS, confidence_WS = (
+        np.concatenate(x)[:W] for x in zip(*rows, strict=True)
+    )
     return Compared(model_WS, found_WS, kl_WS.astype(np.float64), confidence_WS)
 
 
 @partial(jax.jit, static_argnames="cfg")
-def _predict(params: LMParams, token_S: Array, cfg: LMConfig) -> tuple[Array, Array]:
-    p_SV = jax.nn.softmax(forward(params, jnp.maximum(token_S, 0), cfg=cfg))
-    return p_SV.argmax(-1), p_SV.max(-1)
+def _predict(params: LMParams, token_WS: Array, cfg: LMConfig) -> tuple[Array, Array]:
+    def one(token_S: Array) -> tuple[Array, Array]:
+        p_SV = jax.nn.softmax(forward(params, token_S, cfg=cfg))
+        return p_SV.argmax(-1), p_SV.max(-1)
+
+    return jax.vmap(one)(jnp.maximum(token_WS, 0))
 
 
 def predict(
@@ -118,8 +137,13 @@ def predict(
       token_WS: windows, padded with -1 behind the text.
       cfg: model shape.
     """
-    found = [_predict(params, jnp.asarray(token_S), cfg) for token_S in token_WS]
-    said_WS, sure_WS = (np.stack([np.asarray(x) for x in c]) for c in zip(*found))  # noqa: B905
+    found = [
+        _predict(params, jnp.asarray(part_WS), cfg) for part_WS in _chunks(token_WS)
+    ]
+    said_WS, sure_WS = (
+        np.concatenate([np.asarray(x) for x in column])[: len(token_WS)]
+        for column in zip(*found, strict=True)
+    )
     return said_WS, sure_WS
 
 
