@@ -44,7 +44,7 @@ class EvalConfig:
     filter: Literal["auto", "paper", "none"] = "auto"
     """Which prompts to take from the text. paper: the model is right with less than 80%
     confidence, the next token is rare and new; auto: so for text, none for prompts."""
-    tokens: int = 16_384
+    tokens: int = 8_192
     """Tokens of text for reconstruction, and to find examples of features in."""
     context: int = 128
     """Tokens of a window of text."""
@@ -84,7 +84,7 @@ def run_eval(config: EvalConfig, say: Console, bar: Bar) -> None:
 
     from jaxclt.evaluate import EvalOptions, evaluate
     from jaxclt.evaluation.claims import check_claims
-    from jaxclt.evaluation.concepts import read_concepts
+    from jaxclt.evaluation.concepts import load_pairs
     from jaxclt.evaluation.judging import read_judge
     from jaxclt.evaluation.prompts import read_eval_text
     from jaxclt.evaluation.report import cells, write_evaluation
@@ -108,7 +108,7 @@ def run_eval(config: EvalConfig, say: Console, bar: Bar) -> None:
     check_writable(config.out)
     use_compilation_cache()
     prompts = None if config.prompts is None else read_prompts(config.prompts)
-    pairs = read_concepts(config.concepts)
+    pairs = load_pairs(config.concepts)
     started = time.perf_counter()
     model = load_model(
         config.model,

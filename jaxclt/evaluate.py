@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,10 +28,15 @@ from jaxclt import __version__
 from jaxclt.clt.active import Dictionary
 from jaxclt.clt.encoder import encoder_of
 from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.dashboards.examples import Examples
+from jaxclt.dashboards.stream import gather_examples
 from jaxclt.errors import InputError
 from jaxclt.evaluation.agreement import Compared, compare, predict
 from jaxclt.evaluation.baselines import neuron_thresholds
+from jaxclt.evaluation.concepts import ConceptPair, load_pairs, readable
 from jaxclt.evaluation.graphs import graph_row
+from jaxclt.evaluation.judges import Judge
+from jaxclt.evaluation.judging import interpretability
 from jaxclt.evaluation.prompts import EvalText, graph_filter, pick_prompts, unsure
 from jaxclt.evaluation.reconstruction import (
     Reconstruction,
@@ -63,7 +69,7 @@ SEARCHED = 512  # windows at most in which prompts are looked for
 class EvalOptions:
     """How much to measure."""
 
-    tokens: int = 16_384  # reconstruction, and what features are judged by
+    tokens: int = 8_192  # reconstruction, and what features are judged by
     agreement_tokens: int = 2_048  # replacement model
     layer_tokens: int = 128  # the same for each layer by itself; 0: not
     graphs: int = 16  # prompts
@@ -86,8 +92,8 @@ def evaluate(
     *,
     options: EvalOptions | None = None,
     prompts: Prompts | None = None,
-    judge: Any = None,
-    pairs: Any = None,
+    judge: Judge | None = None,
+    pairs: Sequence[ConceptPair] | None = None,
     out: Path | None = None,
     on_stage: Stage = lambda what, done, total: None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -120,7 +126,7 @@ def evaluate(
 
     def add(dictionary: Dictionary) -> None:
         one = _One(model, dictionary, text, list(prompts or ()), options, out, on_stage)
-        row, lines = one.row(judge, pairs)
+        row, lines = one.row(judge, load_pairs() if pairs is None else pairs)
         rows.append(row)
         raw.extend(lines)
 
@@ -256,7 +262,7 @@ class _One:
         return row, raw, took
 
     def row(
-        self, judge: Any, pairs: Any
+        self, judge: Judge | None, pairs: Sequence[ConceptPair]
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """All measures that are asked for."""
         stages: dict[str, Callable[[], Part]] = {
@@ -269,12 +275,15 @@ class _One:
             stages["graphs"] = self.graphs
         if self.prompts and self.options.perturbed:
             stages["faithfulness"] = self.faithfulness
+        depends = ""
         if judge is not None:
             stages["judged"] = lambda: self.judged(judge, pairs)
+            depends = f"{judge.name} {pairs}"
         row, lines, seconds = self.described(), [], {}
         for name, measure in stages.items():
-            depends = f"{judge} {pairs}" if name == "judged" else ""
-            found, raw, seconds[name] = self.kept(name, measure, depends)
+            found, raw, seconds[name] = self.kept(
+                name, measure, depends if name == "judged" else ""
+            )
             intervals = row["intervals"] | found.pop("intervals", {})
             row |= found | {"intervals": intervals}
             head = {"dictionary": self.dictionary.name, "measure": name}
@@ -445,11 +454,8 @@ class _One:
             told(i + 1, len(chosen))
         return {"faithfulness": _by_distance(lines)}, lines
 
-    def judged(self, judge: Any, pairs: Any) -> Part:
-        """Sort and Contrastive Evals."""
-        from jaxclt.dashboards.stream import gather_examples
-        from jaxclt.evaluation.judging import interpretability
-
+    def judged(self, judge: Judge, pairs: Sequence[ConceptPair]) -> Part:
+        """Sort and Contrastive Evals; the trials are logged in ``judged/``."""
         model, options = self.model, self.options
         encoder = encoder_of(self.dictionary, model.params, model.cfg)
         examples = gather_examples(
@@ -458,18 +464,40 @@ class _One:
             self.text.windows,
             on_tokens=self.told("examples of features"),
         )
-        found = interpretability(
+        folder = re.sub(r"[^A-Za-z0-9@.-]+", "-", self.dictionary.name).strip("-.")
+        scores = interpretability(
             examples,
             encoder,
             model,
             judge,
             n_sort=options.sort,
             n_contrastive=options.contrastive,
-            pairs=pairs,
+            pairs=readable(self.model, pairs),
             seed=options.seed,
-            log_dir=None if self.out is None else self.out / "judged",
+            log_dir=None if self.out is None else self.out / "judged" / folder,
+            directions_UD=self._directions(examples),
+            on_trial=lambda name, done, n: self.told(f"{name} trials")(done, n),
         )
-        return found, []
+        row: dict[str, Any] = {"judge": scores.pop("judge"), "judged": scores}
+        row["intervals"] = {}
+        for name, score in scores.items():
+            row[name] = score["accuracy"]
+            row["intervals"][name] = score["interval"]
+        return row, []
+
+    def _directions(self, examples: Examples) -> np.ndarray:
+        """What each feature writes to its own layer's MLP output, [U, D]."""
+        clt, layer_U = self.sub.clt, examples.layer_U
+        decoders = (
+            self.model.params.blocks.down_LID
+            if clt is None
+            else [W_FMD[:, 0] for W_FMD in clt.W_dec]
+        )
+        parts = [
+            np.asarray(decoders[layer])[examples.feature_U[layer_U == layer]]
+            for layer in np.unique(layer_U)
+        ]
+        return np.concatenate(parts)
 
 
 _GRAPH = {

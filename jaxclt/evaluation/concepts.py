@@ -22,7 +22,7 @@ from jaxclt.lm.run import embed, native_mlp, run
 from jaxclt.types import Block, LMParams
 from jaxclt.windows import BATCH_TOKENS, batches, read_windows
 
-__all__ = ["ConceptPair", "load_pairs", "sentence_peaks"]
+__all__ = ["ConceptPair", "load_pairs", "readable", "sentence_peaks"]
 
 _NUMBERS = 1 << 25  # activations of a layer that are held at a time
 
@@ -86,6 +86,24 @@ def _pair(file: Path, number: int, entry: Any) -> ConceptPair:
     if present == absent:
         raise InputError(f"{file}, pair {number}: both sentences are the same")
     return ConceptPair(concept, (present, absent))
+
+
+def readable(model: Model, pairs: Sequence[ConceptPair]) -> list[ConceptPair]:
+    """The pairs that a model can read: short enough, every word in its vocabulary.
+
+    A model of a small domain, such as sums, reads none of the built-in ones.
+
+    Args:
+      model: from `load_model`.
+      pairs: from `load_pairs`.
+    """
+    tokenizer = model.tokenizer
+
+    def reads(text: str) -> bool:
+        ids = tokenizer.encode(text, "never")
+        return 0 < len(ids) < model.cfg.n_ctx and not tokenizer.special_ids & set(ids)
+
+    return [pair for pair in pairs if all(map(reads, pair.sentences))]
 
 
 def sentence_peaks(

@@ -31,6 +31,11 @@ def _number(digits: str) -> Callable[[Row, str], str]:
     return shown
 
 
+def _filtered(row: Row, key: str) -> str:
+    text = _number(".1%")(row, key)
+    return text and f"{text}, n {row['n_strict_filtered']}"
+
+
 def _step_cosine(row: Row, key: str) -> str:
     found = row.get("faithfulness", {}).get(key, {})
     cosine, nmse = (found.get(x, {}).get("1") for x in ("cosine", "nmse"))
@@ -49,9 +54,9 @@ COLUMNS: tuple[tuple[str, str, Callable[[Row, str], str]], ...] = (
     ("L0", "l0", _number(".1f")),
     ("silent", "dead", _number(".1%")),
     ("top-1", "top1", _number(".1%")),
-    ("KL", "kl", _number(".2f")),
+    ("KL", "kl", _number(".3g")),
     ("top-1, nothing kept", "top1_strict", _number(".1%")),
-    ("top-1, paper's filter", "top1_strict_filtered", _number(".1%")),
+    ("top-1, paper's filter", "top1_strict_filtered", _filtered),
     ("right", "accuracy", _number(".1%")),
     ("completeness", "completeness", _number(".3f")),
     ("replacement", "replacement", _number(".3f")),
