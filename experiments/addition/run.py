@@ -14,12 +14,12 @@ import dataclasses
 import json
 import shutil
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import dictionaries
 import global_circuit
+import jax
 import numpy as np
 import plots
 import study
@@ -29,8 +29,12 @@ from families import Label
 
 import jaxclt
 from jaxclt.clt.active import StoreDictionary
-from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.demo import family_supernodes
+from jaxclt.evaluate import EvalOptions, evaluate
+from jaxclt.evaluation.claims import check_claims
+from jaxclt.evaluation.judges import BaselineJudge
+from jaxclt.evaluation.prompts import read_eval_text
+from jaxclt.evaluation.report import markdown, write_evaluation
 from jaxclt.graph.supernodes import SupernodeGraph, describe_supernodes
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.bundled import MODELS
@@ -40,7 +44,6 @@ from jaxclt.types import Supernode
 
 CASE, DONOR = (36, 59), (36, 58)
 N_GRAPHS, N_PATCHES, SEED = 40, 200, 7
-NEURONS = (16, 32, 64)
 
 
 def timed(clock: dict[str, float], name: str, work: Any) -> Any:
@@ -66,28 +69,6 @@ def the_dictionary(model: Model, work: Path, name: str) -> StoreDictionary:
     found = jaxclt.load_dictionary(work / name, model)
     assert isinstance(found, StoreDictionary)
     return found
-
-
-def spread(x: list[float]) -> str:
-    """Mean and standard error."""
-    return f"{np.mean(x):.3f} ± {np.std(x, ddof=1) / len(x) ** 0.5:.3f}"
-
-
-def silent(row: dict[str, Any]) -> str:
-    """Share of features silent on held-out sums; not measured of neurons."""
-    return f"{row['dead']:.1%}" if "dead" in row else ""
-
-
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    head = "| dictionary | features a layer | FVU, held-out sums | L0 a layer | silent "
-    head += "| replacement model right, all sums | completeness | replacement score "
-    head += "| path length |\n" + "|---" * 9 + "|\n"
-    return head + "".join(
-        f"| {name} | {r['features']} | {r['fvu']:.4f} | {r['l0']:.1f} "
-        f"| {silent(r)} | {r['right']:.2%} | {spread(r['completeness'])} "
-        f"| {spread(r['replacement'])} | {spread(r['mean_path_length'])} |\n"
-        for name, r in rows.items()
-    )
 
 
 def percent(found: dict[str, Any]) -> str:
@@ -213,7 +194,9 @@ def study_one(
 ) -> dict[str, Any]:
     """Everything about one trained dictionary."""
     found = timed(clock, name, lambda: the_dictionary(model, work, name))
-    row = timed(clock, f"{name} measured", lambda: measured(model, found))
+    right = timed(
+        clock, f"{name} alone", lambda: study.right_without_errors(model, found)
+    )
     a_LNF = study.activations(model, found)
     labels = timed(clock, f"{name} labels", lambda: study.label_features(a_LNF))
     patches = timed(
@@ -229,21 +212,28 @@ def study_one(
     )
     return {
         "circuit": circuit,
-        "row": {"features": found.cfg.n_features} | row,
+        "dictionary": dataclasses.replace(found, name=f"addition-{name}"),
+        "right": right,
         "labels": labels,
         "patches": patches,
         "links": picture(model, study.with_labels(found, labels), labels, work, name),
     }
 
 
-def measured(model: Model, dictionary: Any) -> dict[str, Any]:
-    """A row of the table."""
-    sums = study.random_sums(N_GRAPHS, SEED)
-    graphs = study.graph_rows(model, dictionary, sums)
-    if isinstance(dictionary, NeuronDictionary):
-        assert dictionary.k is not None
-        return graphs | study.neuron_row(model, dictionary.k)
-    return graphs | study.transcoder_row(model, dictionary)
+def evaluated(model: Model, found: list[StoreDictionary], work: Path) -> str:
+    """What `jaxclt eval` says of the dictionaries on sums nothing was trained on."""
+    folder = work / "eval"
+    options = EvalOptions(graphs=N_GRAPHS, seed=SEED)
+    write(work / "heldout.jsonl", task.held_out_lines())
+    text = read_eval_text(
+        model, work / "heldout.jsonl", tokens=options.tokens, context=task.LONGEST
+    )
+    rows, raw = evaluate(
+        model, found, text, options=options, judge=BaselineJudge(), out=folder
+    )
+    claims = check_claims(rows, raw, jax.random.key(SEED))
+    write_evaluation(rows, raw, claims, folder, meta={"model": model.name})
+    return markdown(rows, claims)
 
 
 def main() -> None:
@@ -259,23 +249,25 @@ def main() -> None:
         name: study_one(model, work, name, args.patches, clock)
         for name in ("clt", "plt")
     }
-    rows = {name.upper(): one["row"] for name, one in found.items()}
-    for k in NEURONS:
-        neurons = NeuronDictionary(k)
-        row = timed(clock, neurons.name, partial(measured, model, neurons))
-        rows[neurons.name] = {"features": model.cfg.d_mlp} | row
     patches = {name.upper(): one["patches"] for name, one in found.items()}
     families = {
         name.upper(): study.label_table(one["labels"]) for name, one in found.items()
     }
     plots.swap_bars(patches, work / "swaps.png")
-    text = table(rows)
+    text = timed(
+        clock,
+        "eval",
+        lambda: evaluated(model, [x["dictionary"] for x in found.values()], work),
+    )
+    right = {name.upper(): one["right"] for name, one in found.items()}
+    for name, share in right.items():
+        text += f"\n{name} alone, no error node: right on {share:.2%} of all sums\n"
     for name, one in found.items():
         text += f"\n{name.upper()}:\n\n{label_lines(families[name.upper()])}"
         text += f"\n```\n{one['links']}\n```\n\n{global_circuit.lines(one['circuit'])}"
     text += f"\n{patch_table(patches)}\n{suppress_lines(patches)}"
     write(work / "table.md", text)
-    result = {"rows": rows, "labels": families, "patches": patches, "seconds": clock}
+    result = {"right": right, "labels": families, "patches": patches, "seconds": clock}
     write(work / "results.json", json.dumps(result, indent=1))
     if args.bundle:
         bundle(work, args.bundle, {name: one["labels"] for name, one in found.items()})

@@ -15,7 +15,7 @@ from families import Label, label, partitions
 from jax import Array
 
 import jaxclt
-from jaxclt.clt.active import StoreDictionary
+from jaxclt.clt.active import Dictionary, StoreDictionary
 from jaxclt.clt.model import encode
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph
@@ -24,11 +24,10 @@ from jaxclt.intervene import Subject
 from jaxclt.io.model import Model
 from jaxclt.patching.effects import clean_effect
 from jaxclt.patching.modes import Mode
-from jaxclt.replacement.model import neuron_logits, replacement_logits
-from jaxclt.train.evaluate import reconstruction
+from jaxclt.replacement.model import substitute_logits, substitute_of
 from jaxclt.train.harvest import harvest
 from jaxclt.types import LMParams, Recording, Targets
-from jaxclt.validation.stats import spearman
+from jaxclt.validation.stats import spearman, wilson
 
 ROWS = 1_000  # sums computed together
 EDITS = 64  # patches are padded to a multiple of so many changes
@@ -72,78 +71,19 @@ def right_share(logits: Callable[[Array], Array]) -> float:
     return float((np.concatenate(found) == a + b).mean())
 
 
-def held_out_rows(model: Model, site: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Reads and writes [L, T, D] on the sums that nothing was trained on."""
-    _, held = task.split()
-    token_WT = task.all_tokens()[0][held]
-    read_LTD, write_LTD, _ = harvest(
-        model.params, jnp.asarray(token_WT), None, cfg=model.cfg, site=site
-    )
-    real = np.flatnonzero(token_WT != task.PAD)
-    return np.asarray(read_LTD)[:, real], np.asarray(write_LTD)[:, real]
-
-
-def neuron_fvu(model: Model, k: int) -> float:
-    """FVU of the k strongest neurons on held-out sums, mean of layers."""
-    from jaxclt.lm import layers
-
-    read_LTD, write_LTD = held_out_rows(model, "mlp_in")
-    fvu = []
-    for l in range(model.cfg.n_layers):
-        p = jax.tree.map(lambda leaf: leaf[l], model.params.blocks)  # noqa: B023
-        gate, up = layers.gate_and_up(p, jnp.asarray(read_LTD[l]), cfg=model.cfg)
-        value = np.asarray(gate * up)
-        size = np.abs(value) * np.linalg.norm(np.asarray(p.down_LID), axis=-1)
-        least = -np.partition(-size, k - 1, axis=1)[:, k - 1 : k]
-        error = np.where(size >= least, 0, value) @ np.asarray(p.down_LID)
-        fvu.append(
-            (error**2).sum() / ((write_LTD[l] - write_LTD[l].mean(0)) ** 2).sum()
-        )
-    return float(np.mean(fvu))
-
-
-def transcoder_row(model: Model, dictionary: StoreDictionary) -> dict[str, float]:
-    """Reconstruction on held-out sums, and the replacement model on all."""
-    clt, cfg = dictionary.params, dictionary.cfg
-    found = reconstruction(clt, cfg, *held_out_rows(model, cfg.read))
+def right_without_errors(model: Model, dictionary: Dictionary) -> float:
+    """Share of all sums that the replacement model gets right, nothing kept."""
+    sub = substitute_of(dictionary, model.params)
     logits = partial(
-        replacement_logits,
-        model.params,
-        clt,
-        cfg=model.cfg,
-        clt_cfg=cfg,
-        keep_first=False,
+        substitute_logits, model.params, sub, cfg=model.cfg, keep_first=False
     )
-    return {k: found[k] for k in ("fvu", "l0", "dead")} | {"right": right_share(logits)}
-
-
-def neuron_row(model: Model, k: int) -> dict[str, float]:
-    logits = partial(neuron_logits, model.params, cfg=model.cfg, k=k, keep_first=False)
-    return {
-        "fvu": neuron_fvu(model, k),
-        "l0": float(k),
-        "right": right_share(logits),
-    }
+    return right_share(logits)
 
 
 def random_sums(n: int, seed: int) -> list[tuple[int, int]]:
     """Different sums, drawn from all."""
     order = jax.random.permutation(jax.random.key(seed), task.N**2)[:n]
     return [divmod(int(i), task.N) for i in order]
-
-
-def graph_rows(
-    model: Model, dictionary: Any, sums: Sequence[tuple[int, int]]
-) -> dict[str, list[float]]:
-    """Scores of the graphs of some sums; exact graphs, no feature left out."""
-    keys = ("replacement", "completeness", "mean_path_length")
-    found: dict[str, list[float]] = {key: [] for key in keys}
-    for a, b in sums:
-        graph = jaxclt.attribute(model, dictionary, task.prompt(a, b), **ATTRIBUTION)
-        each = dataclasses.asdict(jaxclt.scores(graph))
-        for key in keys:
-            found[key].append(each[key])
-    return found
 
 
 # -- labels ----------------------------------------------------------------------------
@@ -265,14 +205,6 @@ def other(x: int, by: int, key: Array) -> int:
     return x + (new - old) * by
 
 
-def interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95% interval of a share."""
-    p = hits / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return middle - half, middle + half
-
-
 def patch_study(
     model: Model,
     dictionary: StoreDictionary,
@@ -359,7 +291,7 @@ def patch_study(
 
 
 def share(k: int, n: int) -> dict[str, Any]:
-    lo, hi = interval(k, n)
+    lo, hi = wilson(k, n)
     return {"share": k / n, "interval": [lo, hi]}
 
 
