@@ -40,6 +40,7 @@ from jaxclt.cli_causal import (
     validate_opened,
 )
 from jaxclt.cli_demo import DemoConfig, run_demo_command
+from jaxclt.cli_eval import EvalConfig, run_eval
 from jaxclt.cli_explain import ExplainConfig, run_explain
 from jaxclt.cli_globals import GlobalsConfig, run_globals
 from jaxclt.cli_serve import ServeConfig, run_serve
@@ -194,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         | Annotated[ExplainConfig, tyro.conf.subcommand("explain")]
         | Annotated[PatchConfig, tyro.conf.subcommand("patch")]
         | Annotated[ValidateConfig, tyro.conf.subcommand("validate")]
+        | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
         | Annotated[GlobalsConfig, tyro.conf.subcommand("globals")]
         | Annotated[TrainCommand, tyro.conf.subcommand("train", default=defaults)],
         args=argv,
@@ -211,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ExplainConfig: run_explain,
         PatchConfig: lambda config, say: run_patch(config, say, _progress),
         ValidateConfig: lambda config, say: run_validate(config, say, _progress),
+        EvalConfig: lambda config, say: run_eval(config, say, _progress),
         GlobalsConfig: lambda config, say: run_globals(config, say, _progress),
         TrainCommand: run_train,
     }[type(config)]

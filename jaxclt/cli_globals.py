@@ -6,8 +6,6 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,14 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxclt.cli_causal import use_compilation_cache
+from jaxclt.cli_progress import Bar, Stages
 from jaxclt.errors import InputError
 
 if TYPE_CHECKING:
     from jaxclt.io.global_file import SavedGlobals
 
 __all__ = ["GlobalsConfig", "run_globals"]
-
-Bar = Callable[[Console, str, str], AbstractContextManager[Callable[[int, int], None]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +102,7 @@ def run_globals(config: GlobalsConfig, say: Console, bar: Bar) -> None:
                 )
         statistics = merge(*(found for found, _ in parts))
     else:
-        with _Stages(say, bar) as stages:
+        with Stages(say, bar) as stages:
             statistics = global_circuit.coactivation(
                 model,
                 dictionary,
@@ -141,27 +138,6 @@ def run_globals(config: GlobalsConfig, say: Console, bar: Bar) -> None:
         return
     Console().print(_summary(told, found))
     Console().print(f"page: {(config.out / 'index.html').resolve().as_uri()}")
-
-
-class _Stages:
-    """One progress bar after the other."""
-
-    def __init__(self, say: Console, bar: Bar) -> None:
-        self.say, self.bar, self.stack = say, bar, ExitStack()
-        self.name, self.update = "", lambda done, total: None
-
-    def __enter__(self) -> _Stages:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.stack.close()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if what != self.name:
-            self.stack.close()
-            entered = self.bar(self.say, what, "tokens/s")
-            self.name, self.update = what, self.stack.enter_context(entered)
-        self.update(done, total)
 
 
 def _summary(told: dict[str, Any], found: SavedGlobals) -> Table:

@@ -112,15 +112,26 @@ def _recorded(
     )
 
 
-def prompt_tokens(model: Model, prompt: str, bos: Bos = "auto") -> list[int]:
-    """Token ids of a prompt.
+def prompt_tokens(
+    model: Model, prompt: str | Sequence[int], bos: Bos = "auto"
+) -> list[int]:
+    """Token ids of a prompt; ids that are given stay as they are.
 
     Raises:
-      InputError: if the prompt is empty or longer than the model's context.
+      InputError: if the prompt is empty or longer than the model's context, or an id
+        is not the model's.
     """
-    if not prompt.strip():
+    if isinstance(prompt, str):
+        given = bool(prompt.strip())
+        ids = model.tokenizer.encode(prompt, bos) if given else []
+    else:
+        ids = [int(i) for i in prompt]
+    if not ids:
         raise InputError("the prompt is empty: give some text to trace")
-    ids = model.tokenizer.encode(prompt, bos)
+    if min(ids) < 0 or max(ids) >= model.cfg.d_vocab:
+        raise InputError(
+            f"the prompt holds a token that is not in 0..{model.cfg.d_vocab - 1}"
+        )
     if len(ids) > model.cfg.n_ctx:
         raise InputError(
             f"the prompt has {len(ids)} tokens, the model's context holds "
@@ -146,7 +157,7 @@ def identity(
 def trace_prompt(
     model: Model,
     dictionary: Dictionary,
-    prompt: str,
+    prompt: str | Sequence[int],
     *,
     config: AttributeConfig | None = None,
     targets: TargetChoice = (),
@@ -158,7 +169,7 @@ def trace_prompt(
     Args:
       model: from `jaxclt.load_model`.
       dictionary: from `jaxclt.load_dictionary`.
-      prompt: text.
+      prompt: text, or token ids.
       config: how much to compute.
       targets: what to explain instead of the top tokens, see `TargetChoice`.
       bos: whether a beginning-of-sequence token is put first.
@@ -168,7 +179,10 @@ def trace_prompt(
       InputError: for a prompt, target or dictionary that does not fit the model.
     """
     config = config or AttributeConfig()
-    same = identity(model, dictionary, prompt, config, bos)
+    text = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
+    same = identity(model, dictionary, text, config, bos)
+    if text is not prompt:
+        same["token_ids"] = [int(i) for i in prompt]
     texts = [targets] if isinstance(targets, str) else targets
     given = not isinstance(texts, Sequence) or len(texts) > 0
     if bos == "auto" and config.convention == "circuit-tracer":
@@ -191,7 +205,7 @@ def trace_prompt(
         meta = GraphMeta(
             model=model.name,
             dictionary=dictionary.name,
-            prompt=prompt,
+            prompt=text,
             tokens=tuple(model.tokenizer.token_strings(ids)),
             target_tokens=_labels(model, chosen),
             n_layers=model.cfg.n_layers,

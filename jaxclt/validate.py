@@ -17,28 +17,21 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.intervene import Subject
 from jaxclt.io.atomic import atomic_path
 from jaxclt.patching.batch import How, chunk_size, default_range
 from jaxclt.patching.effects import Effect, clean_effect
-from jaxclt.patching.modes import Gates, Mode
+from jaxclt.patching.modes import Mode
+from jaxclt.perturb import faithfulness, variants
 from jaxclt.types import Supernode
 from jaxclt.validation import plots
-from jaxclt.validation.faithfulness import (
-    Perturbation,
-    nudged,
-    perturb_many,
-    stack,
-    upstream,
-)
 from jaxclt.validation.jacobian import jacobian_agreement
 from jaxclt.validation.predictions import (
     direct_effect,
@@ -125,8 +118,13 @@ def validate_graph(
     report["pairwise"] = _pairwise(subject, options, chosen, full, key)
     report["supernodes"] = _supernodes(subject, chosen, effect_KA, counter)
     report["failures"] = _failures(subject, chosen, scatter)
-    report["faithfulness"], report["faithfulness_layers"] = _faithfulness(
-        subject, options, key, counter
+    report["faithfulness"], report["faithfulness_layers"] = faithfulness(
+        subject,
+        key,
+        n_layers=options.n_layers,
+        n_perturbed=options.n_perturbed,
+        size=options.size,
+        on_batch=lambda n: counter.within(n, n),
     )
     report["jacobian"] = _jacobian(subject, key)
     report["complete_replacement"] = subject.local.complete
@@ -479,50 +477,10 @@ def _failures(
     ]
 
 
-def _faithfulness(
-    subject: Subject, options: ValidateOptions, key: jax.Array, counter: _Counter
-) -> tuple[dict[str, Any], list[int]]:
-    """Measurement 4: means by perturbed layer (rows) and measured layer (columns)."""
-    L = subject.model.cfg.n_layers
-    layers = sorted({round(x) for x in np.linspace(0, L - 2, options.n_layers)})
-    layers = [layer for layer in layers if layer >= 0] or [0]
-    made = _perturbations(subject, options, layers, key)
-    out: dict[str, Any] = {}
-    for norms, gates in _variants(subject):
-        for kind, (rows, batch) in made.items():
-            name = kind if norms == "frozen" else f"{kind}_live"
-            cosine, nmse = (np.full((len(layers), L), np.nan) for _ in range(2))
-            if batch:
-                with jax.default_matmul_precision("highest"):
-                    done = perturb_many(
-                        subject.patchable,
-                        subject.local,
-                        stack(batch),
-                        norms=norms,
-                        gates=gates,
-                    )
-                for row in range(len(layers)):
-                    mine = np.flatnonzero(np.array(rows) == row)
-                    if len(mine):
-                        cosine[row] = np.asarray(done.cosine_L)[mine].mean(0)
-                        nmse[row] = np.asarray(done.nmse_L)[mine].mean(0)
-            counter.within(len(batch), len(batch))
-            out[name] = {"cosine": _table(cosine), "nmse": _table(nmse)}
-    return out, layers
-
-
-def _variants(
-    subject: Subject,
-) -> list[tuple[Literal["frozen", "live"], Gates]]:
-    """Norms and gates of the replacement model: as in the graph, as in the model."""
-    neurons = isinstance(subject.dictionary, NeuronDictionary)
-    return [("frozen", "frozen" if neurons else "live"), ("live", "live")]
-
-
 def _jacobian(subject: Subject, key: jax.Array) -> dict[str, Any]:
     """Agreement of derivatives by layer, norms frozen and live."""
     out = {}
-    for norms, gates in _variants(subject):
+    for norms, gates in variants(subject):
         with jax.default_matmul_precision("highest"):
             found = jacobian_agreement(
                 subject.patchable, subject.local.tables, key, norms=norms, gates=gates
@@ -532,72 +490,3 @@ def _jacobian(subject: Subject, key: jax.Array) -> dict[str, Any]:
             "nmse": [_number(x) for x in np.asarray(found.nmse_L)],
         }
     return out
-
-
-def _table(values: np.ndarray) -> list[list[float | None]]:
-    return [[_number(x) for x in row] for row in values]
-
-
-def _perturbations(
-    subject: Subject, options: ValidateOptions, layers: list[int], key: jax.Array
-) -> dict[str, tuple[list[int], list[Perturbation]]]:
-    """Rows of the heat map and perturbations of each kind."""
-    a, rec = subject.active, subject.patchable.recording
-    T, D = subject.n_tokens, subject.model.cfg.d_model
-    dtype = np.asarray(rec.mid_LTD[0, 0, 0]).dtype
-    made: dict[str, tuple[list[int], list[Perturbation]]] = {
-        kind: ([], []) for kind in ("encoder", "random", "upstream")
-    }
-    live_A = a.value_A != 0
-    if T > 1:
-        # The first position's stream is so large in many models that float32 hides a
-        # perturbation there.
-        live_A = live_A & (a.pos_A > 0)
-    drawn: list[tuple[int, int, bool]] = []  # row, feature, upstream
-    for row, layer in enumerate(layers):
-        key, here_key, before_key = jax.random.split(key, 3)
-        n = options.n_perturbed
-        here = _draw(live_A & (a.layer_A == layer), n, here_key)
-        before = _draw(live_A & (a.layer_A < layer), n, before_key)
-        drawn += [(row, int(s), False) for s in here]
-        drawn += [(row, int(s), True) for s in before]
-    if not drawn:
-        return made
-    slot_N = np.array([s for _, s, _ in drawn])
-    place_N = subject.local.slots(a.layer_A[slot_N], a.feature_A[slot_N])
-    # Upstream edits raise an activation; the others only lend their shape.
-    edits = subject.edits(
-        [
-            _place(a, s, 1.0, options.size * float(a.value_A[s]) * up)
-            for _, s, up in drawn
-        ],
-        silent=True,
-    )
-    way_ND = np.asarray(jax.random.normal(key, (len(drawn), D))).astype(dtype)
-    read_ND = a.reads(slot_N)
-    zero_TD = np.zeros((T, D), dtype)
-    for i, (row, s, is_upstream) in enumerate(drawn):
-        one = jax.tree.map(lambda x, i=i: np.asarray(x)[i : i + 1], edits)
-        layer, pos, slot = layers[row], int(a.pos_A[s]), int(place_N[i])
-        if is_upstream:
-            made["upstream"][0].append(row)
-            made["upstream"][1].append(upstream(one, layer, zero_TD, slot))
-            continue
-        read_D = read_ND[i]
-        step = options.size * a.value_A[s] / (read_D @ read_D)
-        vector_D = (step * read_D).astype(dtype)
-        any_D = way_ND[i] * (np.linalg.norm(vector_D) / np.linalg.norm(way_ND[i]))
-        for kind, vector in (("encoder", vector_D), ("random", any_D)):
-            made[kind][0].append(row)
-            made[kind][1].append(nudged(one, layer, pos, vector, T, slot))
-    return made
-
-
-def _place(a: Any, s: int, factor: float, offset: float) -> tuple:
-    place = (int(a.layer_A[s]), int(a.pos_A[s]), int(a.feature_A[s]))
-    return (*place, factor, offset)
-
-
-def _draw(mask_A: np.ndarray, n: int, key: jax.Array) -> np.ndarray:
-    found = np.flatnonzero(mask_A)
-    return found[np.asarray(jax.random.permutation(key, len(found)))[:n]]

@@ -184,6 +184,7 @@ def bundle(
 ) -> None:
     """What the package ships: model, dictionaries with labels, and the demo's case."""
     shutil.copytree(work / "model", folder / MODELS[0], dirs_exist_ok=True)
+    write(folder / MODELS[0] / "heldout.jsonl", task.held_out_lines())
     (a, b), (a_new, b_new) = CASE, DONOR
     answer = a + b - (a + b) % 10 + (a_new + b_new) % 10
     for name, found in labels.items():

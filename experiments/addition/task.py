@@ -55,6 +55,17 @@ def split(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[HELD:]), np.sort(order[:HELD])
 
 
+def held_out_lines(seed: int = 0) -> str:
+    """Sums that were never trained on, in random order, as a .jsonl with answers."""
+    _, held = split(seed)
+    order = np.asarray(jax.random.permutation(jax.random.key(seed + 1), len(held)))
+    rows = [divmod(int(i), N) for i in held[order]]
+    return "".join(
+        json.dumps({"prompt": prompt(a, b), "answer": str(a + b)}) + "\n"
+        for a, b in rows
+    )
+
+
 def save_tokenizer(folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers

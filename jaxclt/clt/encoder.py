@@ -47,6 +47,11 @@ class Encoder:
     k: int | None = struct.field(pytree_node=False)
 
     @property
+    def n_layers(self) -> int:
+        """L, layers of the model."""
+        return self.lm.n_layers
+
+    @property
     def n_features(self) -> int:
         """F, features of a layer."""
         return self.lm.d_mlp if self.clt is None else self.clt.n_features

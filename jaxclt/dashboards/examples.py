@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,12 +51,14 @@ class Examples:
       count_U: int64, positions on which each feature was active.
       min_U: least activation where active; 0 if never.
       max_U: largest activation where active; 0 if never.
-      histogram_UB: int64 counts of activations in B equal bins over ``edge_U2``.
+      histogram_UB: int64 counts of activations in B equal bins over ``edge_U2``, of
+        the windows 0, `histogram_every`, 2 `histogram_every`, ...
       edge_U2: lower and upper end of the histogram.
       top: the windows with the largest activations, largest first.
       drawn: windows drawn at random among those with any activation, largest first.
       fired_UW: uint8, bit-packed along W (`numpy.packbits`, little): whether a feature
         was active anywhere in a window.
+      histogram_every: of so many windows one is in the histograms.
     """
 
     layer_U: np.ndarray
@@ -70,6 +73,7 @@ class Examples:
     top: Excerpts
     drawn: Excerpts
     fired_UW: np.ndarray
+    histogram_every: int = 1
 
     @property
     def frequency(self) -> np.ndarray:
@@ -79,3 +83,25 @@ class Examples:
     def fired(self, u: int, window: int) -> bool:
         """Whether feature `u` (its row) was active anywhere in a window."""
         return bool(self.fired_UW[u, window // 8] >> (window % 8) & 1)
+
+    def shown(
+        self,
+        excerpts: Excerpts,
+        u: int,
+        e: int,
+        text: Callable[[Sequence[int]], Sequence[str]],
+    ) -> Shown:
+        """One excerpt as it is shown, cut where the text ends.
+
+        Args:
+          excerpts: `top` or `drawn`.
+          u: row of the feature.
+          e: which of its excerpts; `excerpts.window_UE[u, e]` must not be -1.
+          text: turns token ids into strings (`Tokenizer.token_strings`).
+        """
+        window, start = int(excerpts.window_UE[u, e]), int(excerpts.start_UE[u, e])
+        token_C = self.token_WS[window, start : start + excerpts.act_UEC.shape[2]]
+        ids = token_C[token_C >= 0].tolist()
+        acts = excerpts.act_UEC[u, e, : len(ids)].tolist()
+        peak = int(excerpts.pos_UE[u, e]) - start
+        return Shown(window, tuple(text(ids)), tuple(acts), peak)

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 import numpy as np
 
-from jaxclt.clt.config import CLTConfig
 from jaxclt.errors import InputError
 
-__all__ = ["Subset"]
+__all__ = ["FeatureSizes", "Subset"]
+
+
+class FeatureSizes(Protocol):
+    """How many features there are: a `CLTConfig`, or an `Encoder` of anything."""
+
+    @property
+    def n_layers(self) -> int:
+        """Layers."""
+        ...
+
+    @property
+    def n_features(self) -> int:
+        """Features of a layer."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +41,7 @@ class Subset:
     n_layers: int
 
     @classmethod
-    def of(cls, place_U2: np.ndarray, cfg: CLTConfig) -> Subset:
+    def of(cls, place_U2: np.ndarray, cfg: FeatureSizes) -> Subset:
         """Features given as (layer, index) rows in any order, doubles dropped.
 
         Raises:
@@ -49,7 +63,7 @@ class Subset:
         return cls(layer_U.astype(np.int32), feature_U.astype(np.int32), cfg.n_layers)
 
     @classmethod
-    def everything(cls, cfg: CLTConfig) -> Subset:
+    def everything(cls, cfg: FeatureSizes) -> Subset:
         """All features of a dictionary."""
         layer_LF, feature_LF = np.indices((cfg.n_layers, cfg.n_features), np.int32)
         return cls(layer_LF.ravel(), feature_LF.ravel(), cfg.n_layers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-__all__ = ["DICTIONARIES", "MODELS", "bundled"]
+__all__ = ["DICTIONARIES", "MODELS", "bundled", "bundled_text"]
 
 MODELS = ("addition",)
 DICTIONARIES = ("addition-clt", "addition-plt")
@@ -20,3 +20,9 @@ def bundled(name: str) -> Path | None:
     if name not in MODELS + DICTIONARIES:
         return None
     return Path(str(resources.files("jaxclt").joinpath("bundled", name)))
+
+
+def bundled_text(name: str) -> Path | None:
+    """Held-out prompts of a bundled model (a .jsonl); None if it has none."""
+    folder = bundled(name) if name in MODELS else None
+    return None if folder is None else folder / "heldout.jsonl"

@@ -3,27 +3,38 @@
 Circuit Tracing (2025), section 2.2. Attention is live and each encoder reads the
 replacement's own stream; there are no error terms, except that the first position may
 keep its MLPs (`keep_first`): it is seldom trained on, and it only sees itself. The
-model's own neurons, all but the strongest cut off, are the baseline (section 5.1.2).
+model's own neurons, the weak ones cut off, are the baseline (section 5.1.2). One layer
+can be replaced by itself (`layer_L`), and with the error nodes of a prompt
+(`error_LTD`) the replacement is the model again.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from flax import struct
 from jax import Array
 
 from jaxclt.clt.activations import activate
+from jaxclt.clt.active import Dictionary
 from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.neurons import NeuronDictionary, kept_neurons, neuron_values
 from jaxclt.clt.sites import read_diagonal
+from jaxclt.errors import InputError
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
-from jaxclt.lm.run import embed, forward, run, unembed
+from jaxclt.lm.run import WritePolicy, embed, run, unembed
 from jaxclt.types import Block, CLTParams, LMParams
 
-__all__ = ["agreement", "neuron_logits", "replacement_logits"]
+__all__ = [
+    "Substitute",
+    "neuron_logits",
+    "replacement_logits",
+    "substitute_logits",
+    "substitute_of",
+]
 
 
 def replacement_logits(
@@ -34,6 +45,8 @@ def replacement_logits(
     cfg: LMConfig,
     clt_cfg: CLTConfig,
     keep_first: bool = True,
+    layer_L: Array | None = None,
+    error_LTD: Array | None = None,
 ) -> Array:
     """Logits [T, V] of the replacement model; differentiable in `clt`.
 
@@ -44,6 +57,9 @@ def replacement_logits(
       cfg: model shape.
       clt_cfg: dictionary shape.
       keep_first: the true MLPs stay at the first position.
+      layer_L: bool, which MLPs are replaced; None for all. Features of every layer are
+        encoded and may write to a replaced one.
+      error_LTD: added to what is written in an MLP's place.
     """
     T, D, span = token_T.shape[0], cfg.d_model, clt_cfg.span
     dtype = params.embed_VD.dtype
@@ -61,13 +77,11 @@ def replacement_logits(
         write_TD = carry[0] + b_dec_D[None]
         if skip_DD is not None:
             write_TD = write_TD + read_TD @ skip_DD
-        if keep_first:
-            write_TD = _true_first(p, mid_TD, scale_T, write_TD, cfg)
         return jnp.roll(carry, -1, 0).at[-1].set(0), write_TD
 
-    done = run(
+    return _replaced(
         params,
-        embed(params, token_T),
+        token_T,
         policy,
         cfg=cfg,
         carry=jnp.zeros((span, T, D), dtype),
@@ -79,8 +93,10 @@ def replacement_logits(
             clt.b_dec_LD,
             clt.W_skip_LDD,
         ),
+        keep_first=keep_first,
+        layer_L=layer_L,
+        error_LTD=error_LTD,
     )
-    return unembed(params, done.out_TD)
 
 
 def neuron_logits(
@@ -88,96 +104,161 @@ def neuron_logits(
     token_T: Array,
     *,
     cfg: LMConfig,
-    k: int,
+    k: int | None = None,
+    threshold: Array | float | None = None,
     keep_first: bool = True,
+    layer_L: Array | None = None,
+    error_LTD: Array | None = None,
 ) -> Array:
-    """Logits [T, V] with all but k neurons of every layer and token cut off.
-
-    Those with the largest written norm stay, as in `jaxclt.clt.neurons`.
+    """Logits [T, V] with the weak neurons of every layer and token cut off.
 
     Args:
       params: model weights.
       token_T: token ids.
       cfg: model shape.
-      k: neurons that stay, at most ``cfg.d_mlp``.
+      k: neurons that stay, see `jaxclt.clt.neurons.kept_neurons`.
+      threshold: written norm of those that stay.
       keep_first: all neurons stay at the first position.
+      layer_L: bool, in which layers neurons are cut off; None for all.
+      error_LTD: added to what is written in an MLP's place.
     """
 
     def policy(
         carry: None, mid_TD: Array, scale_T: Array, p: Block, x: None
     ) -> tuple[None, Array]:
-        normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
-        gate_TI, up_TI = layers.gate_and_up(p, normed_TD, cfg=cfg)
-        value_TI = gate_TI * up_TI
-        size_TI = jnp.abs(value_TI) * jnp.linalg.norm(p.down_LID, axis=-1)[None]
-        least_T1 = jax.lax.top_k(size_TI, k)[0][:, -1:]
-        write_TD = jnp.where(size_TI >= least_T1, value_TI, 0) @ p.down_LID
+        del x
+        value_TI, _ = neuron_values(p, mid_TD, scale_T, cfg=cfg)
+        keep_TI = kept_neurons(p, value_TI, k=k, threshold=threshold)
+        if keep_TI is not None:
+            value_TI = jnp.where(keep_TI, value_TI, 0)
+        write_TD = value_TI @ p.down_LID
         if p.down_bias_LD is not None:
             write_TD = write_TD + p.down_bias_LD[None]
-        if keep_first:
-            write_TD = _true_first(p, mid_TD, scale_T, write_TD, cfg)
         return carry, write_TD
 
-    done = run(params, embed(params, token_T), policy, cfg=cfg)
+    return _replaced(
+        params,
+        token_T,
+        policy,
+        cfg=cfg,
+        keep_first=keep_first,
+        layer_L=layer_L,
+        error_LTD=error_LTD,
+    )
+
+
+def _replaced(
+    params: LMParams,
+    token_T: Array,
+    policy: WritePolicy,
+    *,
+    cfg: LMConfig,
+    keep_first: bool,
+    layer_L: Array | None,
+    error_LTD: Array | None,
+    carry: Any = None,
+    per_layer: Any = None,
+) -> Array:
+    """Logits of a run with a policy, the true MLPs where they stay."""
+
+    def true(p: Block, mid_TD: Array, scale_T: Array) -> Array:
+        return layers.mlp(p, layers.normalise(mid_TD, scale_T, p.norm_mlp_LD), cfg=cfg)
+
+    def write(
+        carry: Any, mid_TD: Array, scale_T: Array, p: Block, x: tuple
+    ) -> tuple[Any, Array]:
+        own, replace, error_TD = x
+        carry, write_TD = policy(carry, mid_TD, scale_T, p, own)
+        if error_TD is not None:
+            write_TD = write_TD + error_TD
+        if replace is not None:
+            write_TD = jnp.where(replace, write_TD, true(p, mid_TD, scale_T))
+        if keep_first:
+            write_TD = write_TD.at[0].set(true(p, mid_TD[:1], scale_T[:1])[0])
+        return carry, write_TD
+
+    done = run(
+        params,
+        embed(params, token_T),
+        write,
+        cfg=cfg,
+        carry=carry,
+        per_layer=(per_layer, layer_L, error_LTD),
+        keep_patterns=False,
+    )
     return unembed(params, done.out_TD)
 
 
-def _true_first(
-    p: Block, mid_TD: Array, scale_T: Array, write_TD: Array, cfg: LMConfig
-) -> Array:
-    """The writes with the true MLP's at the first position."""
-    normed_TD = layers.normalise(mid_TD[:1], scale_T[:1], p.norm_mlp_LD)
-    return write_TD.at[0].set(layers.mlp(p, normed_TD, cfg=cfg)[0])
+@struct.dataclass
+class Substitute:
+    """What stands in the MLPs' place: a transcoder, or the model's strong neurons."""
+
+    clt: CLTParams | None = None  # None: neurons
+    threshold: Array | None = None
+    clt_cfg: CLTConfig | None = struct.field(pytree_node=False, default=None)
+    k: int | None = struct.field(pytree_node=False, default=None)
 
 
-@partial(jax.jit, static_argnames=("cfg", "clt_cfg", "keep_first"))
-def _compare(
+def substitute_of(dictionary: Dictionary, params: LMParams) -> Substitute:
+    """A dictionary as it stands in the MLPs' place, in the model's dtype.
+
+    Raises:
+      InputError: for a dictionary of no known kind.
+    """
+    dtype = params.embed_VD.dtype
+    if isinstance(dictionary, NeuronDictionary):
+        least = dictionary.threshold
+        return Substitute(
+            threshold=None if least is None else jnp.asarray(least, dtype),
+            k=dictionary.k,
+        )
+    clt, clt_cfg = getattr(dictionary, "params", None), getattr(dictionary, "cfg", None)
+    if not isinstance(clt, CLTParams) or not isinstance(clt_cfg, CLTConfig):
+        raise InputError(f"dictionary {dictionary.name} cannot stand for the MLPs")
+    clt = jax.tree.map(lambda x: jnp.asarray(x, dtype), clt)
+    return Substitute(clt=clt, clt_cfg=clt_cfg)
+
+
+def substitute_logits(
     params: LMParams,
-    clt: CLTParams,
+    sub: Substitute,
     token_T: Array,
-    cfg: LMConfig,
-    clt_cfg: CLTConfig,
-    keep_first: bool,
-) -> tuple[Array, Array]:
-    true_TV = forward(params, token_T, cfg=cfg)
-    found_TV = replacement_logits(
-        params, clt, token_T, cfg=cfg, clt_cfg=clt_cfg, keep_first=keep_first
-    )
-    same_T = true_TV.argmax(-1) == found_TV.argmax(-1)
-    log_p_TV = jax.nn.log_softmax(true_TV)
-    log_q_TV = jax.nn.log_softmax(found_TV)
-    return same_T, jnp.sum(jnp.exp(log_p_TV) * (log_p_TV - log_q_TV), -1)
-
-
-def agreement(
-    params: LMParams,
-    clt: CLTParams,
-    token_WS: np.ndarray,
-    valid_WS: np.ndarray,
     *,
     cfg: LMConfig,
-    clt_cfg: CLTConfig,
     keep_first: bool = True,
-) -> dict[str, float]:
-    """Top-1 agreement and ``KL(model | replacement)`` in nats, over valid positions.
+    layer_L: Array | None = None,
+    error_LTD: Array | None = None,
+) -> Array:
+    """Logits [T, V] of the replacement model of any dictionary.
 
     Args:
       params: model weights.
-      clt: dictionary in raw units.
-      token_WS: windows, padded with -1.
-      valid_WS: positions that count.
+      sub: from `substitute_of`.
+      token_T: token ids.
       cfg: model shape.
-      clt_cfg: dictionary shape.
       keep_first: the true MLPs stay at the first position.
+      layer_L: bool, which MLPs are replaced; None for all.
+      error_LTD: added to what is written in an MLP's place.
     """
-    same, kl = [], []
-    for token_S, valid_S in zip(token_WS, valid_WS, strict=True):
-        found = _compare(
-            params, clt, jnp.maximum(jnp.asarray(token_S), 0), cfg, clt_cfg, keep_first
+    if sub.clt is None:
+        return neuron_logits(
+            params,
+            token_T,
+            cfg=cfg,
+            k=sub.k,
+            threshold=sub.threshold,
+            keep_first=keep_first,
+            layer_L=layer_L,
+            error_LTD=error_LTD,
         )
-        same.append(np.asarray(found[0])[valid_S])
-        kl.append(np.asarray(found[1], np.float64)[valid_S])
-    return {
-        "top1": float(np.concatenate(same).mean()),
-        "kl": float(np.concatenate(kl).mean()),
-    }
+    assert sub.clt_cfg is not None
+    return replacement_logits(
+        params,
+        sub.clt,
+        token_T,
+        cfg=cfg,
+        clt_cfg=sub.clt_cfg,
+        keep_first=keep_first,
+        layer_L=layer_L,
+        error_LTD=error_LTD,
+    )

@@ -31,14 +31,16 @@ import numpy as np
 
 from jaxclt.clt.config import CLTConfig
 from jaxclt.errors import InputError
+from jaxclt.evaluation.agreement import agreement
+from jaxclt.evaluation.reconstruction import decoder_reach
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.dictionary import save_dictionary
 from jaxclt.io.model import Model
-from jaxclt.replacement.model import agreement
+from jaxclt.replacement.model import Substitute
 from jaxclt.train import card, checkpoint, processes, sharding
 from jaxclt.train.chunks import Chunks, Position, rows_of
 from jaxclt.train.config import TrainConfig
-from jaxclt.train.evaluate import decoder_reach, graph_scores, reconstruction
+from jaxclt.train.evaluate import graph_scores, reconstruction
 from jaxclt.train.export import calibrate, threshold_form
 from jaxclt.train.finetune import finetune_kl
 from jaxclt.train.harvest import mlp_response
@@ -545,11 +547,10 @@ class _Run:
         if len(held_WS):
             found = agreement(
                 self.model.params,
-                raw,
+                Substitute(clt=raw, clt_cfg=cfg),
                 held_WS,
                 self.windows.valid(held_WS),
                 cfg=self.model.cfg,
-                clt_cfg=cfg,
                 keep_first=not self.windows.first,
             )
         if self.config.graph_features and self.config.prompts:

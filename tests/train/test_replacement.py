@@ -9,11 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxclt.clt.neurons import parse_neurons
+from jaxclt.evaluation.agreement import agreement
+from jaxclt.evaluation.reconstruction import Reconstruction, reconstructed
 from jaxclt.lm.run import forward
+from jaxclt.replacement.errors import error_nodes
 from jaxclt.replacement.model import (
-    agreement,
+    Substitute,
     neuron_logits,
     replacement_logits,
+    substitute_logits,
+    substitute_of,
 )
 from jaxclt.testing import tiny
 from jaxclt.train.finetune import finetune_kl, replacement_kl
@@ -72,12 +78,122 @@ def test_all_neurons_are_the_model_and_few_are_not(case):
     assert np.abs(whole(k=3, keep_first=False)[0] - true_TV[0]).max() > 1e-2
 
 
+def test_zero_decoders_are_the_mean_mlp_model(case):
+    """T-RM2: what is left is a constant in every MLP's place."""
+    from jaxclt.lm.run import embed, run, unembed
+
+    mean_LD = case.recording.write_LTD.mean(1)
+    empty = jax.tree.map(jnp.zeros_like, case.clt).replace(b_dec_LD=mean_LD)
+    got = replacement_logits(
+        case.params,
+        empty,
+        case.token_T,
+        cfg=case.cfg,
+        clt_cfg=case.clt_cfg,
+        keep_first=False,
+    )
+
+    def constant(carry, mid_TD, scale_T, p, mean_D):
+        return carry, jnp.broadcast_to(mean_D[None], mid_TD.shape)
+
+    done = run(
+        case.params,
+        embed(case.params, case.token_T),
+        constant,
+        cfg=case.cfg,
+        per_layer=mean_LD,
+    )
+    np.testing.assert_allclose(got, unembed(case.params, done.out_TD), atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["clt", "neurons:3", "neurons@0.01"])
+def test_with_its_error_vectors_it_is_the_model(case, kind):
+    """T-RM3: the errors of this prompt make up for any dictionary."""
+    dictionary = case.dictionary if kind == "clt" else parse_neurons(kind)
+    active = dictionary.active(case.params, case.recording, case.cfg)
+    error_LTD = jnp.asarray(error_nodes(active, case.recording))
+    assert np.abs(error_LTD).max() > 1e-3
+    got = substitute_logits(
+        case.params,
+        substitute_of(dictionary, case.params),
+        case.token_T,
+        cfg=case.cfg,
+        keep_first=False,
+        error_LTD=error_LTD,
+    )
+    true_TV = forward(case.params, case.token_T, cfg=case.cfg)
+    np.testing.assert_allclose(got, true_TV, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["clt", "neurons:3"])
+def test_one_layer_can_be_replaced(case, kind):
+    """None is the model, all is the replacement model, the last is in between."""
+    dictionary = case.dictionary if kind == "clt" else parse_neurons(kind)
+    sub = substitute_of(dictionary, case.params)
+    at = partial(substitute_logits, case.params, sub, case.token_T, cfg=case.cfg)
+    L = case.cfg.n_layers
+    true_TV = forward(case.params, case.token_T, cfg=case.cfg)
+    none = at(keep_first=False, layer_L=jnp.zeros(L, bool))
+    np.testing.assert_allclose(none, true_TV, atol=1e-12)
+    every = at(keep_first=False, layer_L=jnp.ones(L, bool))
+    np.testing.assert_allclose(every, at(keep_first=False), atol=1e-12)
+    # The last layer alone: the clean stream with one error taken away.
+    active = dictionary.active(case.params, case.recording, case.cfg)
+    error_TD = error_nodes(active, case.recording)[-1]
+    resid_TD = case.recording.mid_LTD[-1] + case.recording.write_LTD[-1] - error_TD
+    from jaxclt.lm import layers
+
+    scale_T = layers.rms_scale(resid_TD, eps=case.cfg.norm_eps)
+    out_TD = layers.normalise(resid_TD, scale_T, case.params.norm_out_D)
+    last = at(keep_first=False, layer_L=jnp.arange(L) == L - 1)
+    np.testing.assert_allclose(last, out_TD @ case.params.unembed_DV, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["clt", "neurons", "neurons:3", "neurons@0.01"])
+def test_reconstruction_is_that_of_the_error_nodes(case, kind):
+    dictionary = case.dictionary if kind == "clt" else parse_neurons(kind)
+    active = dictionary.active(case.params, case.recording, case.cfg)
+    error_LTD = error_nodes(active, case.recording)
+    sub = substitute_of(dictionary, case.params)
+    r = case.recording
+    gain_LTD = case.params.blocks.norm_mlp_LD[:, None]
+    read_LTD = r.mid_LTD * r.frozen.mlp_scale_LT[..., None] * gain_LTD  # mlp_in
+    mask_T = np.arange(7) > 0
+    groups = []
+    for part in (slice(0, 4), slice(3, 7)):  # position 3 is counted once
+        here = mask_T[part] & ((np.arange(7) != 3)[part] if part.start else True)
+        groups.append(
+            reconstructed(
+                sub,
+                read_LTD[:, part],
+                r.write_LTD[:, part],
+                here,
+                n_groups=2,
+                params=case.params,
+                cfg=case.cfg,
+            )
+        )
+    found = Reconstruction.joined(groups)
+    write = np.asarray(r.write_LTD)[:, mask_T]
+    error = error_LTD[:, mask_T]
+    want = (error**2).sum((1, 2)) / ((write - write.mean(1, keepdims=True)) ** 2).sum(
+        (1, 2)
+    )
+    np.testing.assert_allclose(found.fvu_L(), want, rtol=1e-9, atol=1e-20)
+    n = (active.pos_A > 0).sum()
+    assert found.summary()["l0"] == pytest.approx(n / 6)
+    assert found.count_LF.sum() == n
+    if kind == "neurons":
+        assert found.summary()["fvu"] < 1e-20
+    every = np.arange(4)
+    np.testing.assert_allclose(found.fvu_L(every), found.fvu_L())
+
+
 def test_agreement_counts_valid_positions(case):
     token_WS = np.stack([np.asarray(case.token_T)] * 2)
     valid = np.ones((2, 7), bool)
-    found = agreement(
-        case.params, case.clt, token_WS, valid, cfg=case.cfg, clt_cfg=case.clt_cfg
-    )
+    sub = Substitute(clt=case.clt, clt_cfg=case.clt_cfg)
+    found = agreement(case.params, sub, token_WS, valid, cfg=case.cfg)
     true = forward(case.params, case.token_T, cfg=case.cfg)
     other = replacement_logits(
         case.params, case.clt, case.token_T, cfg=case.cfg, clt_cfg=case.clt_cfg
@@ -88,9 +204,7 @@ def test_agreement_counts_valid_positions(case):
     kl = (p * (jnp.log(p) - jax.nn.log_softmax(other))).sum(-1)
     np.testing.assert_allclose(found["kl"], kl.mean())
     only_first = valid & (np.arange(7) == 0)
-    found = agreement(
-        case.params, case.clt, token_WS, only_first, cfg=case.cfg, clt_cfg=case.clt_cfg
-    )
+    found = agreement(case.params, sub, token_WS, only_first, cfg=case.cfg)
     assert found["top1"] == 1.0
     assert abs(found["kl"]) < 1e-12
 

@@ -1,0 +1,435 @@
+"""Examples of what features respond to, from one streaming pass over text.
+
+    windows --model, layer by layer--> Peaks of a batch --> Seen --> Examples
+
+The device reduces every feature and window to its peak and the excerpt around it, and
+the host keeps the best of them while the device works on the next batch. Windows are
+ranked in two ways: by the largest activation, and by a random number that depends on
+layer, feature, window and seed alone, so that the windows drawn are a uniform sample of
+those with the feature, in whatever batches or subsets they come. Activations of either
+sign are ranked by size.
+
+Memory does not grow with the text, but for its tokens and one bit for every feature and
+window. A pass with a `state` directory goes on where it was killed, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxclt.clt.encoder import Encoder
+from jaxclt.dashboards.examples import Examples
+from jaxclt.dashboards.peaks import Batch, Peaks, batch_peaks
+from jaxclt.dashboards.state import Best, Histogram, Newcomers, Seen
+from jaxclt.errors import InputError
+from jaxclt.global_weights.subset import Subset
+from jaxclt.graph.memory import host_available_bytes
+from jaxclt.io.atomic import atomic_path
+from jaxclt.types import LMParams
+from jaxclt.windows import BATCH_TOKENS, TokenWindows, batches
+
+__all__ = ["STATE", "Sizes", "gather_examples", "is_signed"]
+
+STATE = "seen.npz"  # of a pass that is not over, in its state directory
+SAVE_S = 60.0  # between two states on disk
+SAVE_SHARE = 0.05  # of the time that saving may take, where it is slow
+
+_peaks_of = jax.jit(batch_peaks, static_argnames=("context", "signed", "narrowed"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the memory of a pass depends on.
+
+    Attributes:
+      n_features: in all, U.
+      width: the most of one layer.
+      n_layers: of the model.
+      n_windows: of the text.
+      batch_windows: that go through the model together.
+      size: tokens of a window.
+      n_top: excerpts with the largest activations.
+      n_drawn: excerpts drawn at random.
+      context: tokens of an excerpt.
+      bins: of histograms.
+      histogram_every: see `gather_examples`.
+      itemsize: bytes of an activation.
+    """
+
+    n_features: int
+    width: int
+    n_layers: int
+    n_windows: int
+    batch_windows: int
+    size: int
+    n_top: int
+    n_drawn: int
+    context: int
+    bins: int
+    histogram_every: int
+    itemsize: int = 4
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of everything that is kept of the windows so far."""
+        item = self.itemsize
+        # Activations and their peak; key, slot, window, position, start.
+        excerpt = (self.context + 1) * item + (4 + 2 + 3 * 4)
+        feature = 8 * self.bins + 8 + 4 + 2 * item + -(-self.n_windows // 8)
+        kept = (self.n_top + self.n_drawn) * excerpt + self.n_top * (item - 4)
+        return self.n_features * (kept + feature)
+
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of what two batches, one seen and one on its way, add to it."""
+        W, item = self.batch_windows, self.itemsize
+        peaks = W * ((self.context + 1) * item + 3 * 4) + 4 + 2 * item
+        sampled = -(-W // self.histogram_every) * self.size * item
+        one_layer = 3 * W * self.size * self.width * item
+        return 2 * self.n_layers * self.width * (peaks + sampled) + one_layer
+
+    def check(self, free: int) -> None:
+        """Refuse a pass that does not fit.
+
+        Raises:
+          InputError: if it takes more than `free` bytes.
+        """
+        need = self.state_bytes + self.batch_bytes
+        if need > free:
+            raise InputError(
+                f"the examples of {self.n_features:,} features take "
+                f"{need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free: lower --drawn, "
+                "--top or --excerpt, or name fewer --features"
+            )
+
+
+class _Places(NamedTuple):
+    """Where features are among a layer's activations."""
+
+    layer_U: np.ndarray
+    feature_U: np.ndarray
+    column_U: np.ndarray
+    starts: tuple[int, ...]
+    pick_LN: np.ndarray | None  # features of each column; None: all, in order
+    width: int
+
+
+def gather_examples(
+    params: LMParams,
+    encoder: Encoder,
+    windows: TokenWindows,
+    *,
+    n_top: int = 16,
+    n_drawn: int = 24,
+    context: int = 32,
+    bins: int = 40,
+    histogram_every: int = 8,
+    subset: Subset | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    seed: int = 0,
+    state: str | os.PathLike[str] | None = None,
+    save_s: float = SAVE_S,
+    identity: dict[str, Any] | None = None,
+    on_tokens: Callable[[int, int], None] = lambda done, total: None,
+) -> Examples:
+    """Where features fire in text, see `Examples`.
+
+    Counts, least and largest activations and `fired_UW` are of all positions that
+    count. Positions that do not count have activation 0 in excerpts too. Equal
+    activations of a window peak at the first, equal peaks rank by window.
+
+    Args:
+      params: the model.
+      encoder: from `encoder_of`.
+      windows: the text.
+      n_top: windows with the largest activations to keep of each feature.
+      n_drawn: windows to draw among those with any activation.
+      context: tokens of an excerpt, three quarters of them before the peak.
+      bins: of histograms, an even number. Ranges are powers of two.
+      histogram_every: histograms are of one in so many windows, which spares most of
+        their time.
+      subset: the features; None for all.
+      batch_tokens: positions that go through the model together.
+      seed: of the windows drawn.
+      state: directory to keep the pass in; another call with the same arguments goes
+        on, and at its end returns the same at once.
+      save_s: seconds between two states on disk; longer where saving takes long. 0
+        saves after every batch.
+      identity: more that a `state` must agree on, such as hashes; JSON.
+      on_tokens: progress, positions that count done and in all.
+
+    Raises:
+      InputError: for numbers out of range, more memory than is free, or a `state` of
+        another run.
+    """
+    _check_numbers(n_top, n_drawn, context, bins, histogram_every)
+    n, S = windows.token_WS.shape
+    places = _places(encoder, subset)
+    sizes = Sizes(
+        n_features=len(places.layer_U),
+        width=places.width,
+        n_layers=encoder.n_layers,
+        n_windows=n,
+        batch_windows=min(n, max(1, batch_tokens // S)),
+        size=S,
+        n_top=n_top,
+        n_drawn=n_drawn,
+        context=context,
+        bins=bins,
+        histogram_every=histogram_every,
+        itemsize=max(4, params.embed_VD.dtype.itemsize),
+    )
+    sizes.check(host_available_bytes())
+    signed = is_signed(encoder)
+    seen = _nothing(sizes, np.dtype(f"f{sizes.itemsize}"), signed=signed)
+    told = {
+        "windows": windows.digest,
+        "features": _digest(places),
+        "n_top": n_top,
+        "n_drawn": n_drawn,
+        "context": context,
+        "bins": bins,
+        "histogram_every": histogram_every,
+        "seed": seed,
+    }
+    keep = _Keeping(state, (identity or {}) | told, save_s)
+    first = keep.load(seen)
+    encoder, narrowed = _narrow(encoder, places.pick_LN)
+    pick_LN = None if places.pick_LN is None else jnp.asarray(places.pick_LN)
+    key = jax.random.key(seed)
+    waiting: tuple[Peaks, int, int] | None = None
+
+    def absorb(peaks: Peaks, start: int, done: int) -> None:
+        _absorb(seen, places, peaks, start, done, histogram_every)
+        keep.save(seen, done, last=done == n)
+        on_tokens(int(windows.mask_WS[:done].sum()), windows.n_tokens)
+
+    for token_WS, mask_WS, done in batches(windows, first, batch_tokens):
+        W = len(token_WS)
+        start = first
+        first = done
+        n_sampled = -(-W // histogram_every)
+        sample_H = -start % histogram_every + histogram_every * np.arange(n_sampled)
+        batch = Batch(
+            token_WS=jnp.asarray(token_WS),
+            mask_WS=jnp.asarray(mask_WS),
+            window_W=jnp.asarray(np.arange(start, start + W, dtype=np.uint32)),
+            sample_H=jnp.asarray(np.minimum(sample_H, W - 1).astype(np.int32)),
+        )
+        peaks = _peaks_of(
+            params,
+            encoder,
+            pick_LN,
+            key,
+            batch,
+            context=context,
+            signed=signed,
+            narrowed=narrowed,
+        )
+        if waiting is not None:  # while the device works on this batch
+            absorb(*waiting)
+        waiting = peaks, start, done
+    if waiting is not None:
+        absorb(*waiting)
+    return _examples(seen, places, windows, histogram_every)
+
+
+def is_signed(encoder: Encoder) -> bool:
+    """Whether a dictionary has activations below zero."""
+    if encoder.clt is None or encoder.clt.activation == "topk":
+        return True
+    theta_LF: Array | None = encoder.theta_LF
+    return theta_LF is not None and bool((np.asarray(theta_LF) < 0).any())
+
+
+def _check_numbers(
+    n_top: int, n_drawn: int, context: int, bins: int, histogram_every: int
+) -> None:
+    for name, value, least in (
+        ("top", n_top, 1),
+        ("drawn", n_drawn, 0),
+        ("excerpt", context, 1),
+        ("bins", bins, 2),
+        ("histogram-every", histogram_every, 1),
+    ):
+        if value < least:
+            raise InputError(f"--{name} {value}: give at least {least}")
+    if bins % 2:
+        raise InputError(f"--bins {bins}: give an even number, they merge in pairs")
+
+
+def _places(encoder: Encoder, subset: Subset | None) -> _Places:
+    if subset is None or len(subset) == encoder.n_layers * encoder.n_features:
+        everything = Subset.everything(encoder)
+        feature_U = everything.feature_U
+        return _Places(
+            everything.layer_U,
+            feature_U,
+            feature_U,
+            everything.starts,
+            None,
+            encoder.n_features,
+        )
+    starts = subset.starts
+    width = int(np.diff(starts).max())
+    column_U = np.arange(len(subset), dtype=np.int32) - np.asarray(
+        starts, np.int32
+    ).take(subset.layer_U)
+    pick_LN = np.zeros((subset.n_layers, width), np.int32)
+    pick_LN[subset.layer_U, column_U] = subset.feature_U
+    return _Places(subset.layer_U, subset.feature_U, column_U, starts, pick_LN, width)
+
+
+def _narrow(encoder: Encoder, pick_LN: np.ndarray | None) -> tuple[Encoder, bool]:
+    """An encoder of some features only, where they do not compete with others."""
+    if encoder.clt is None or encoder.clt.activation == "topk" or pick_LN is None:
+        return encoder, False
+    layer_L1 = np.arange(len(pick_LN))[:, None]
+    names = ("W_LFD", "b_LF", "theta_LF")
+    rows = {name: getattr(encoder, name) for name in names}
+    rows = {k: None if x is None else x[layer_L1, pick_LN] for k, x in rows.items()}
+    return dataclasses.replace(encoder, **rows), True
+
+
+def _digest(places: _Places) -> str:
+    place_U2 = np.stack([places.layer_U, places.feature_U], 1).astype(np.int32)
+    return hashlib.sha256(place_U2.tobytes()).hexdigest()
+
+
+def _nothing(sizes: Sizes, dtype: np.dtype, *, signed: bool) -> Seen:
+    U, C = sizes.n_features, sizes.context
+    return Seen(
+        top=Best.empty(U, sizes.n_top, C, dtype, dtype),
+        drawn=Best.empty(U, sizes.n_drawn, C, np.int32, dtype),
+        histogram=Histogram.empty(U, sizes.bins, signed=signed),
+        count_U=np.zeros(U, np.int64),
+        low_U=np.full(U, np.inf, dtype),
+        high_U=np.full(U, -np.inf, dtype),
+        fired_UW=np.zeros((U, -(-sizes.n_windows // 8)), np.uint8),
+    )
+
+
+def _absorb(
+    seen: Seen, places: _Places, peaks: Peaks, start: int, done: int, every: int
+) -> None:
+    """Take in a batch: windows `start` to `done`, then the rows that pad it."""
+    n, dtype = done - start, seen.low_U.dtype
+
+    def each(x_LWN: Array) -> np.ndarray:
+        return np.asarray(x_LWN)[places.layer_U, :n, places.column_U]
+
+    def of_all(x_LN: Array) -> np.ndarray:
+        return np.asarray(x_LN)[places.layer_U, places.column_U]
+
+    new = Newcomers(
+        value_UW=each(peaks.value_WN).astype(dtype),
+        pos_UW=each(peaks.pos_WN),
+        start_UW=each(peaks.start_WN),
+        window_W=np.arange(start, done, dtype=np.int32),
+        act_LWCN=np.asarray(peaks.act_WCN),
+        layer_U=places.layer_U,
+        column_U=places.column_U,
+    )
+    seen.add(
+        new,
+        each(peaks.priority_WN),
+        of_all(peaks.count_N),
+        of_all(peaks.low_N).astype(dtype),
+        of_all(peaks.high_N).astype(dtype),
+    )
+    n_sampled = len(range(-start % every, n, every))
+    sample_LHSN = np.asarray(peaks.sample_HSN)[:, :n_sampled]
+    for layer, (a, b) in enumerate(zip(places.starts, places.starts[1:], strict=False)):
+        if a < b and n_sampled:
+            a_TN = sample_LHSN[layer].reshape(-1, sample_LHSN.shape[3])[:, : b - a]
+            seen.histogram.add(a_TN.astype(dtype, copy=False), slice(a, b))
+
+
+def _examples(
+    seen: Seen, places: _Places, windows: TokenWindows, every: int
+) -> Examples:
+    never_U = seen.count_U == 0
+    return Examples(
+        layer_U=places.layer_U,
+        feature_U=places.feature_U,
+        token_WS=windows.token_WS,
+        n_tokens=windows.n_tokens,
+        count_U=seen.count_U,
+        min_U=np.where(never_U, 0, seen.low_U).astype(seen.low_U.dtype),
+        max_U=np.where(never_U, 0, seen.high_U).astype(seen.high_U.dtype),
+        histogram_UB=seen.histogram.count_UB,
+        edge_U2=seen.histogram.edges,
+        top=seen.top.excerpts(),
+        drawn=seen.drawn.excerpts(),
+        fired_UW=seen.fired_UW,
+        histogram_every=every,
+    )
+
+
+class _Keeping:
+    """The state on disk, with what it is of."""
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] | None,
+        identity: dict[str, Any],
+        save_s: float,
+    ) -> None:
+        self.path = None if directory is None else Path(directory) / STATE
+        self.identity, self.save_s = identity, save_s
+        self.saved, self.cost = time.monotonic(), 0.0
+
+    def load(self, seen: Seen) -> int:
+        """Fill in what an earlier call left; how many windows that was.
+
+        Raises:
+          InputError: if it is of another run, or damaged.
+        """
+        if self.path is None or not self.path.is_file():
+            return 0
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                meta = json.loads(str(file["meta"]))
+                for what, value in self.identity.items():
+                    if meta["identity"].get(what) != value:
+                        raise InputError(
+                            f"{self.path} is of another run ({what} differs): give "
+                            "the same arguments, or another directory"
+                        )
+                for name, array in seen.arrays().items():
+                    array[...] = file[name]
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{self.path} cannot be read ({type(error).__name__}): remove it to "
+                "start again"
+            ) from error
+        return int(meta["windows"])
+
+    def save(self, seen: Seen, windows: int, *, last: bool) -> None:
+        """Write everything if it is time to, or for the last time."""
+        if self.path is None:
+            return
+        wait = max(self.save_s, self.cost / SAVE_SHARE) if self.save_s else 0.0
+        started = time.monotonic()
+        if started - self.saved < wait and not last:
+            return
+        meta = json.dumps({"identity": self.identity, "windows": windows})
+        with atomic_path(self.path) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, allow_pickle=False, meta=np.asarray(meta), **seen.arrays())
+        self.saved = time.monotonic()
+        self.cost = self.saved - started

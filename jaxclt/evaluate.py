@@ -1,0 +1,544 @@
+"""The shell of evaluation: dictionaries of one model, side by side.
+
+dictionaries, held-out text, prompts --measures of jaxclt.evaluation--> a row each
+  --jaxclt.evaluation.report--> eval.json, rows.jsonl, table.md, plots
+
+Every measure of every dictionary is kept in a file of its own as soon as it is there,
+with what it depends on: an interrupted evaluation goes on where it was, and another
+dictionary is added at its own cost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxclt import __version__
+from jaxclt.clt.active import Dictionary
+from jaxclt.clt.encoder import encoder_of
+from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.errors import InputError
+from jaxclt.evaluation.agreement import Compared, compare, predict
+from jaxclt.evaluation.baselines import neuron_thresholds
+from jaxclt.evaluation.graphs import graph_row
+from jaxclt.evaluation.prompts import EvalText, graph_filter, pick_prompts, unsure
+from jaxclt.evaluation.reconstruction import (
+    Reconstruction,
+    decoder_reach,
+    read_site,
+    reconstructed,
+)
+from jaxclt.graph.attribute import AttributeConfig
+from jaxclt.intervene import Subject
+from jaxclt.io.atomic import atomic_path
+from jaxclt.io.model import Model
+from jaxclt.perturb import faithfulness
+from jaxclt.replacement.model import Substitute, substitute_of
+from jaxclt.trace import trace_prompt
+from jaxclt.train.harvest import harvest
+from jaxclt.validation.stats import mean_interval, ratio_interval
+from jaxclt.windows import batches
+
+__all__ = ["EvalOptions", "Prompts", "choose_prompts", "evaluate"]
+
+Prompts = Sequence[str | Sequence[int]]
+Stage = Callable[[str, int, int], None]
+Part = tuple[dict[str, Any], list[dict[str, Any]]]  # the row's share, raw rows
+
+BATCH_BYTES = 1 << 28  # of dense activations of all layers
+SEARCHED = 512  # windows at most in which prompts are looked for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """How much to measure."""
+
+    tokens: int = 16_384  # reconstruction, and what features are judged by
+    agreement_tokens: int = 2_048  # replacement model
+    layer_tokens: int = 128  # the same for each layer by itself; 0: not
+    graphs: int = 16  # prompts
+    filter: Literal["auto", "paper", "none"] = "auto"  # of prompts out of text
+    lengths: tuple[int, int] = (8, 16)  # tokens of a prompt out of text
+    max_features: int = 512  # of a graph
+    tolerance: float = 0.02
+    perturbed: int = 3  # prompts on which perturbations are followed
+    sort: int = 200  # trials
+    contrastive: int = 200
+    # Thresholded neurons with so many times the transcoders' active features.
+    baselines: tuple[float, ...] = (1.0, 4.0)
+    seed: int = 0
+
+
+def evaluate(
+    model: Model,
+    dictionaries: Sequence[Dictionary],
+    text: EvalText,
+    *,
+    options: EvalOptions | None = None,
+    prompts: Prompts | None = None,
+    judge: Any = None,
+    pairs: Any = None,
+    out: Path | None = None,
+    on_stage: Stage = lambda what, done, total: None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Measure dictionaries on the same text and prompts.
+
+    Args:
+      model: from `load_model`.
+      dictionaries: from `load_dictionary`.
+      text: from `read_eval_text`.
+      options: how much to measure.
+      prompts: of the graphs; None takes them from the text, see `choose_prompts`.
+      judge: of the Sort and Contrastive Evals, from `jaxclt.evaluation.judges`; None
+        leaves them out.
+      pairs: sentence pairs of the Contrastive Eval; None: the built-in ones.
+      out: directory to keep measures in; what is there already is not measured again.
+      on_stage: progress, (what, done, of).
+
+    Returns:
+      A row for each dictionary and baseline, and raw rows (one for each prompt or
+      window).
+
+    Raises:
+      InputError: if there is no prompt to trace, or a dictionary does not fit.
+    """
+    options = options or EvalOptions()
+    if prompts is None and options.graphs:
+        prompts = choose_prompts(model, text, options, on_stage)
+    rows: list[dict[str, Any]] = []
+    raw: list[dict[str, Any]] = []
+
+    def add(dictionary: Dictionary) -> None:
+        one = _One(model, dictionary, text, list(prompts or ()), options, out, on_stage)
+        row, lines = one.row(judge, pairs)
+        rows.append(row)
+        raw.extend(lines)
+
+    for dictionary in dictionaries:
+        add(dictionary)
+    l0 = [row["l0"] for row in rows if row["kind"] != "neurons" and row["l0"] > 0]
+    if l0 and options.baselines:
+        typical = float(np.exp(np.mean(np.log(l0))))
+        for threshold in neuron_thresholds(
+            model.params,
+            text.windows.token_WS,
+            text.windows.mask_WS,
+            [factor * typical for factor in options.baselines],
+            cfg=model.cfg,
+        ):
+            add(NeuronDictionary(threshold=threshold, hash=model.hash))
+    return rows, raw
+
+
+def choose_prompts(
+    model: Model,
+    text: EvalText,
+    options: EvalOptions,
+    on_stage: Stage = lambda what, done, total: None,
+) -> list[Sequence[int]]:
+    """Prompts for graphs out of the text: token ids, drawn by the seed.
+
+    Of a text the positions that pass the paper's filter (`graph_filter`); of a list of
+    prompts any, unless the filter is asked for.
+
+    Args:
+      model: from `load_model`.
+      text: from `read_eval_text`.
+      options: how many, how long, which filter.
+      on_stage: progress.
+
+    Raises:
+      InputError: if fewer than two are found.
+    """
+    key = jax.random.key(options.seed)
+    strict = options.filter == "paper" or (
+        options.filter == "auto" and not text.prompts
+    )
+    lengths = options.lengths
+    token_WS = text.windows.token_WS
+    if text.prompts:
+        lengths = (1, token_WS.shape[1])
+    size = min(token_WS.shape[1], lengths[1])
+    order = np.asarray(jax.random.permutation(key, len(token_WS)))[:SEARCHED]
+    token_WS, next_WS = token_WS[order, :size], text.next_WS[order, :size]
+    good_WS = np.zeros(token_WS.shape, bool)
+    if not strict:
+        good_WS = text.ask_WS[order, :size]
+    for start in range(0, len(token_WS) if strict else 0, 32):
+        here = slice(start, start + 32)
+        said_WS, sure_WS = predict(model.params, token_WS[here], cfg=model.cfg)
+        good_WS[here] = text.ask_WS[order, :size][here] & graph_filter(
+            token_WS[here], said_WS, sure_WS, next_WS[here], text.count_V
+        )
+        found = pick_prompts(token_WS, good_WS, options.graphs, key, lengths=lengths)
+        on_stage("prompts of the paper's filter", len(found), options.graphs)
+        if len(found) == options.graphs:
+            break
+    found = pick_prompts(token_WS, good_WS, options.graphs, key, lengths=lengths)
+    if len(found) < 2:
+        raise InputError(
+            f"{len(found)} prompts of the text pass the filter: give more --data, or "
+            "--prompts FILE, or --filter none"
+        )
+    return found
+
+
+class _One:
+    """One dictionary, and where its measures are kept."""
+
+    def __init__(
+        self,
+        model: Model,
+        dictionary: Dictionary,
+        text: EvalText,
+        prompts: list[str | Sequence[int]],
+        options: EvalOptions,
+        out: Path | None,
+        on_stage: Stage,
+    ) -> None:
+        self.model, self.dictionary, self.text = model, dictionary, text
+        self.prompts, self.options, self.out = prompts, options, out
+        self.on_stage = on_stage
+        self.key = jax.random.key(options.seed)
+        self._sub: Substitute | None = None
+
+    @property
+    def sub(self) -> Substitute:
+        """The dictionary in memory, read when it is first needed."""
+        if self._sub is None:
+            self._sub = substitute_of(self.dictionary, self.model.params)
+        return self._sub
+
+    def told(self, what: str) -> Callable[[int, int], None]:
+        """Progress of one measure."""
+        return lambda done, total: self.on_stage(
+            f"{self.dictionary.name}: {what}", done, total
+        )
+
+    def kept(
+        self, name: str, measure: Callable[[], Part], depends: str
+    ) -> tuple[dict[str, Any], list[dict[str, Any]], float]:
+        """A measure from its file if that is of exactly this, else measured."""
+        identity = json.dumps(
+            [
+                *(self.model.hash, self.dictionary.hash, self.dictionary.name),
+                *(self.text.digest, name, depends, __version__),
+                dataclasses.asdict(self.options),
+                [x if isinstance(x, str) else list(x) for x in self.prompts],
+            ]
+        )
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:24]
+        file = None if self.out is None else self.out / "parts" / f"{digest}.json"
+        if file is not None and file.is_file():
+            try:
+                old = json.loads(file.read_text("utf-8"))
+                return old["row"], old["raw"], old["seconds"]
+            except (ValueError, KeyError):
+                pass  # a damaged file is measured again
+        start = time.perf_counter()
+        row, raw = measure()
+        took = round(time.perf_counter() - start, 1)
+        row, raw = _plain(row), _plain(raw)
+        if file is not None:
+            with atomic_path(file) as temporary:
+                kept = {"row": row, "raw": raw, "seconds": took, "measure": name}
+                temporary.write_text(json.dumps(kept, allow_nan=False), "utf-8")
+        return row, raw, took
+
+    def row(
+        self, judge: Any, pairs: Any
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """All measures that are asked for."""
+        stages: dict[str, Callable[[], Part]] = {
+            "reconstruction": self.reconstruction,
+            "agreement": self.agreement,
+        }
+        if self.options.layer_tokens:
+            stages["layers"] = self.layers
+        if self.prompts:
+            stages["graphs"] = self.graphs
+        if self.prompts and self.options.perturbed:
+            stages["faithfulness"] = self.faithfulness
+        if judge is not None:
+            stages["judged"] = lambda: self.judged(judge, pairs)
+        row, lines, seconds = self.described(), [], {}
+        for name, measure in stages.items():
+            depends = f"{judge} {pairs}" if name == "judged" else ""
+            found, raw, seconds[name] = self.kept(name, measure, depends)
+            intervals = row["intervals"] | found.pop("intervals", {})
+            row |= found | {"intervals": intervals}
+            head = {"dictionary": self.dictionary.name, "measure": name}
+            lines += [head | line for line in raw]
+        return row | {"seconds": seconds}, lines
+
+    def described(self) -> dict[str, Any]:
+        """What a dictionary is."""
+        cfg = getattr(self.dictionary, "cfg", None)
+        shape: dict[str, Any] = {"kind": "neurons", "span": 1}
+        if cfg is None:
+            shape["features"] = self.model.cfg.d_mlp
+        else:
+            shape |= {"kind": "clt" if cfg.span > 1 else "plt", "span": cfg.span}
+            shape["features"] = cfg.n_features
+            reach = decoder_reach(getattr(self.dictionary, "params"))  # noqa: B009
+            shape["decoder_reach"] = reach
+        return {"dictionary": self.dictionary.name, **shape, "intervals": {}}
+
+    # -- measures ----------------------------------------------------------------------
+
+    def reconstruction(self) -> Part:
+        """FVU, L0, silent and dense features."""
+        model, windows = self.model, self.text.windows
+        per_token = 4 * model.cfg.n_layers * self._n_features()
+        n_tokens = max(windows.token_WS.shape[1], BATCH_BYTES // per_token)
+        told, parts = self.told("reconstruction"), []
+        for token_WS, mask_WS, done in batches(windows, 0, min(n_tokens, 2048)):
+            read_LTD, write_LTD, _ = harvest(
+                model.params,
+                jnp.asarray(token_WS),
+                None,
+                cfg=model.cfg,
+                site=read_site(self.sub),
+            )
+            found = reconstructed(
+                self.sub,
+                read_LTD,
+                write_LTD,
+                mask_WS.reshape(-1),
+                n_groups=len(token_WS),
+                params=model.params,
+                cfg=model.cfg,
+            )
+            parts.append(found)
+            told(int(windows.mask_WS[:done].sum()), windows.n_tokens)
+        found = Reconstruction.joined(parts).where_tokens()
+        W = len(found.token_W)
+        draw = np.asarray(jax.random.randint(self.key, (200, W), 0, W))
+        fvu = [float(found.fvu_L(d).mean()) for d in draw] if W > 1 else []
+        l0 = [found.l0(d) for d in draw] if W > 1 else []
+        lines = [{"window": w, "fvu": x} for w, x in enumerate(found.fvu_W())]
+        intervals = {"fvu": _quantiles(fvu), "l0": _quantiles(l0)}
+        return found.summary() | {"intervals": intervals}, lines
+
+    def _n_features(self) -> int:
+        cfg = self.sub.clt_cfg
+        return self.model.cfg.d_mlp if cfg is None else cfg.n_features
+
+    def agreement(self) -> Part:
+        """The replacement model, with the first position's MLPs and without."""
+        text = self.text
+        asked_W = np.cumsum(text.ask_WS.sum(1))
+        text = text.take(
+            int(np.searchsorted(asked_W, self.options.agreement_tokens)) + 1
+        )
+        W, told = len(text.windows.token_WS), self.told("replacement model")
+
+        row: dict[str, Any] = {"intervals": {}}
+        lines = [{"window": w} for w in range(W)]
+        for i, (name, keep_first) in enumerate((("", True), ("_strict", False))):
+            found = compare(
+                self.model.params,
+                self.sub,
+                text.windows.token_WS,
+                cfg=self.model.cfg,
+                keep_first=keep_first,
+                on_windows=lambda done, n, i=i: told(i * n + done, 2 * n),
+            )
+            unsure_WS = unsure(found.model_WS, found.confidence_WS, text.next_WS)
+            for kind, ask_WS in (
+                ("", text.ask_WS),
+                ("_filtered", text.ask_WS & unsure_WS),
+            ):
+                self._count(found, ask_WS, name + kind, row, lines)
+            known_WS = text.ask_WS & (text.next_WS >= 0)
+            if known_WS.any() and keep_first:
+                right = (found.found_WS == text.next_WS)[known_WS]
+                row["accuracy"] = float(right.mean())
+                model_right = (found.model_WS == text.next_WS)[known_WS]
+                row["model_accuracy"] = float(model_right.mean())
+        return row, lines
+
+    def _count(
+        self,
+        found: Compared,
+        ask_WS: np.ndarray,
+        name: str,
+        row: dict[str, Any],
+        lines: list[dict[str, Any]],
+    ) -> None:
+        """Means and intervals over windows of one set of positions."""
+        n_W = ask_WS.sum(1)
+        row[f"n{name}"] = int(n_W.sum())
+        for what, value_WS in (("top1", found.same_WS), ("kl", found.kl_WS)):
+            sum_W = np.where(ask_WS, value_WS, 0).sum(1)
+            key = what + name
+            row[key] = float(sum_W.sum() / n_W.sum()) if n_W.sum() else math.nan
+            row["intervals"][key] = ratio_interval(sum_W, n_W, self.key)
+            for line, value in zip(lines, sum_W, strict=True):
+                line[key] = float(value)
+        for line, n in zip(lines, n_W, strict=True):
+            line[f"n{name}"] = int(n)
+
+    def layers(self) -> Part:
+        """The model with one layer replaced at a time."""
+        L = self.model.cfg.n_layers
+        asked_W = np.cumsum(self.text.ask_WS.sum(1))
+        n = int(np.searchsorted(asked_W, self.options.layer_tokens)) + 1
+        text = self.text.take(n)
+        kl, top1, told = [], [], self.told("layer by layer")
+        for layer in range(L):
+            found = compare(
+                self.model.params,
+                self.sub,
+                text.windows.token_WS,
+                cfg=self.model.cfg,
+                layer_L=np.arange(L) == layer,
+            )
+            kl.append(float(found.kl_WS[text.ask_WS].mean()))
+            top1.append(float(found.same_WS[text.ask_WS].mean()))
+            told(layer + 1, L)
+        return {"layer_kl_L": kl, "layer_top1_L": top1}, []
+
+    def graphs(self) -> Part:
+        """Scores of the graphs of all prompts."""
+        lines, told = [], self.told("graphs")
+        for i, prompt in enumerate(self.prompts):
+            lines.append(graph_row(self._traced(prompt)))
+            told(i + 1, len(self.prompts))
+        return _graph_means(lines, self.key), lines
+
+    def _traced(self, prompt: str | Sequence[int]) -> Any:
+        return trace_prompt(
+            self.model,
+            self.dictionary,
+            prompt,
+            config=AttributeConfig(
+                max_features=self.options.max_features,
+                tolerance=self.options.tolerance,
+            ),
+        ).graph
+
+    def faithfulness(self) -> Part:
+        """How perturbations spread, by layers between."""
+        lines, told = [], self.told("perturbations")
+        chosen = self.prompts[: self.options.perturbed]
+        for i, prompt in enumerate(chosen):
+            subject = Subject.of(self.model, self.dictionary, self._traced(prompt))
+            tables, layers = faithfulness(
+                subject,
+                jax.random.fold_in(self.key, i),
+                n_layers=5,
+                n_perturbed=2,
+                live=False,
+            )
+            lines.append({"layers": layers, "tables": tables})
+            told(i + 1, len(chosen))
+        return {"faithfulness": _by_distance(lines)}, lines
+
+    def judged(self, judge: Any, pairs: Any) -> Part:
+        """Sort and Contrastive Evals."""
+        from jaxclt.dashboards.stream import gather_examples
+        from jaxclt.evaluation.judging import interpretability
+
+        model, options = self.model, self.options
+        encoder = encoder_of(self.dictionary, model.params, model.cfg)
+        examples = gather_examples(
+            model.params,
+            encoder,
+            self.text.windows,
+            on_tokens=self.told("examples of features"),
+        )
+        found = interpretability(
+            examples,
+            encoder,
+            model,
+            judge,
+            n_sort=options.sort,
+            n_contrastive=options.contrastive,
+            pairs=pairs,
+            seed=options.seed,
+            log_dir=None if self.out is None else self.out / "judged",
+        )
+        return found, []
+
+
+_GRAPH = {
+    "completeness": "completeness",
+    "completeness_ct": "completeness_ct",
+    "replacement": "replacement",
+    "path_length": "mean_path_length",
+    "error_share": "error_share",
+}
+
+
+def _graph_means(lines: list[dict[str, Any]], key: jax.Array) -> dict[str, Any]:
+    """Means over prompts with their intervals."""
+    value = {
+        name: np.array([line["scores"][of] for line in lines], float)
+        for name, of in _GRAPH.items()
+    }
+    for name, of in (("completeness", "completeness"), ("replacement", "replacement")):
+        value[f"pruned_{name}"] = np.array([line["pruned"][of] for line in lines])
+    for name in ("attention", "attention_embedding"):
+        value[name] = np.array([line[name] for line in lines], float)
+    curve = np.array([line["curve"] for line in lines])
+    steps = list(zip(*(line["frontier"] for line in lines), strict=True))
+    return {
+        **{name: _mean(x) for name, x in value.items()},
+        "graphs": len(lines),
+        "curve": curve.mean(0).tolist(),
+        "frontier": [
+            {k: float(np.mean([one[k] for one in step])) for k in step[0]}
+            for step in steps
+        ],
+        "intervals": {name: mean_interval(x, key) for name, x in value.items()},
+    }
+
+
+def _by_distance(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Cosine and NMSE of each kind by layers between, mean of prompts and layers."""
+    found: dict[str, Any] = {}
+    for kind in lines[0]["tables"]:
+        found[kind] = {}
+        for what in ("cosine", "nmse"):
+            at: dict[int, list[float]] = {}
+            for line in lines:
+                table = line["tables"][kind][what]
+                for layer, row in zip(line["layers"], table, strict=True):
+                    for measured in range(layer, len(row)):
+                        if row[measured] is not None:
+                            at.setdefault(measured - layer, []).append(row[measured])
+            found[kind][what] = {str(d): float(np.mean(at[d])) for d in sorted(at)}
+    return found
+
+
+def _mean(x: np.ndarray) -> float:
+    x = x[np.isfinite(x)]
+    return float(x.mean()) if len(x) else math.nan
+
+
+def _quantiles(x: Sequence[float]) -> list[float]:
+    return np.quantile(x, [0.025, 0.975]).tolist() if x else [math.nan] * 2
+
+
+def _plain(x: Any) -> Any:
+    """For JSON, which has neither nan nor numpy."""
+    if isinstance(x, dict):
+        return {str(k): _plain(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [_plain(v) for v in x]
+    if isinstance(x, np.ndarray | np.generic):
+        return _plain(x.tolist())
+    if isinstance(x, float) and not math.isfinite(x):
+        return None
+    return x

@@ -1,0 +1,173 @@
+"""Does the replacement model predict what the model predicts?
+
+Circuit Tracing (2025), section 2.2: top-1 agreement and ``KL(model | replacement)``,
+position by position, so that any set of positions can be averaged afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxclt.lm.config import LMConfig
+from jaxclt.lm.run import forward
+from jaxclt.replacement.model import Substitute, substitute_logits
+from jaxclt.types import LMParams
+
+__all__ = ["Compared", "agreement", "compare", "divergence", "predict"]
+
+TOGETHER = 256  # positions whose logits over the vocabulary are held at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Both models at every position of W windows; what stands behind the text is noise.
+
+    Attributes:
+      model_WS: the model's most probable next token, int32.
+      found_WS: the replacement's.
+      kl_WS: ``KL(model | replacement)`` in nats, float64.
+      confidence_WS: the probability of the model's most probable token.
+    """
+
+    model_WS: np.ndarray
+    found_WS: np.ndarray
+    kl_WS: np.ndarray
+    confidence_WS: np.ndarray
+
+    @property
+    def same_WS(self) -> np.ndarray:  # noqa: N802
+        """Where both say the same."""
+        return self.model_WS == self.found_WS
+
+
+def divergence(true_TV: Array, found_TV: Array) -> Array:
+    """``KL(model | replacement)`` [T] in nats, of logits."""
+    log_p_TV = jax.nn.log_softmax(true_TV)
+    log_q_TV = jax.nn.log_softmax(found_TV)
+    return jnp.sum(jnp.exp(log_p_TV) * (log_p_TV - log_q_TV), -1)
+
+
+@partial(jax.jit, static_argnames=("cfg", "keep_first"))
+def _compare(
+    params: LMParams,
+    sub: Substitute,
+    token_WS: Array,
+    layer_L: Array | None,
+    cfg: LMConfig,
+    keep_first: bool,
+) -> tuple[Array, Array, Array, Array]:
+    def one(token_S: Array) -> tuple[Array, Array, Array, Array]:
+        true_SV = forward(params, token_S, cfg=cfg)
+        found_SV = substitute_logits(
+            params, sub, token_S, cfg=cfg, keep_first=keep_first, layer_L=layer_L
+        )
+        kl_S = divergence(true_SV, found_SV)
+        confidence_S = jax.nn.softmax(true_SV).max(-1)
+        return true_SV.argmax(-1), found_SV.argmax(-1), kl_S, confidence_S
+
+    return jax.vmap(one)(jnp.maximum(token_WS, 0))
+
+
+def _chunks(token_WS: np.ndarray) -> Iterator[np.ndarray]:
+    """Windows that go through the models together, all of one shape."""
+    W, S = token_WS.shape
+    n = min(W, max(1, TOGETHER // S))
+    for start in range(0, W, n):
+        part = token_WS[start : start + n]
+        yield np.pad(part, ((0, n - len(part)), (0, 0)))
+
+
+def compare(
+    params: LMParams,
+    sub: Substitute,
+    token_WS: np.ndarray,
+    *,
+    cfg: LMConfig,
+    keep_first: bool = True,
+    layer_L: np.ndarray | None = None,
+    on_windows: Callable[[int, int], None] = lambda done, total: None,
+) -> Compared:
+    """Run model and replacement on windows, a few at a time.
+
+    Args:
+      params: model weights.
+      sub: from `jaxclt.replacement.model.substitute_of`.
+      token_WS: windows, padded with -1 behind the text.
+      cfg: model shape.
+      keep_first: the true MLPs stay at the first position.
+      layer_L: bool, which MLPs are replaced; None for all.
+      on_windows: progress, (windows done, of).
+    """
+    chosen = None if layer_L is None else jnp.asarray(layer_L)
+    rows = []
+    W = len(token_WS)
+    for part_WS in _chunks(token_WS):
+        found = _compare(params, sub, jnp.asarray(part_WS), chosen, cfg, keep_first)
+        rows.append([np.asarray(x) for x in found])
+        on_windows(min(W, len(rows) * len(part_WS)), W)
+    model_WS, found_WS, kl_WS, confidence_WS = (
+        np.concatenate(x)[:W] for x in zip(*rows, strict=True)
+    )
+    return Compared(model_WS, found_WS, kl_WS.astype(np.float64), confidence_WS)
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _predict(params: LMParams, token_WS: Array, cfg: LMConfig) -> tuple[Array, Array]:
+    def one(token_S: Array) -> tuple[Array, Array]:
+        p_SV = jax.nn.softmax(forward(params, token_S, cfg=cfg))
+        return p_SV.argmax(-1), p_SV.max(-1)
+
+    return jax.vmap(one)(jnp.maximum(token_WS, 0))
+
+
+def predict(
+    params: LMParams, token_WS: np.ndarray, *, cfg: LMConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """The model's most probable next tokens [W, S] and their probabilities.
+
+    Args:
+      params: model weights.
+      token_WS: windows, padded with -1 behind the text.
+      cfg: model shape.
+    """
+    found = [
+        _predict(params, jnp.asarray(part_WS), cfg) for part_WS in _chunks(token_WS)
+    ]
+    said_WS, sure_WS = (
+        np.concatenate([np.asarray(x) for x in column])[: len(token_WS)]
+        for column in zip(*found, strict=True)
+    )
+    return said_WS, sure_WS
+
+
+def agreement(
+    params: LMParams,
+    sub: Substitute,
+    token_WS: np.ndarray,
+    valid_WS: np.ndarray,
+    *,
+    cfg: LMConfig,
+    keep_first: bool = True,
+) -> dict[str, float]:
+    """Top-1 agreement and ``KL(model | replacement)`` in nats, over valid positions.
+
+    Args:
+      params: model weights.
+      sub: from `jaxclt.replacement.model.substitute_of`.
+      token_WS: windows, padded with -1.
+      valid_WS: positions that count.
+      cfg: model shape.
+      keep_first: the true MLPs stay at the first position.
+    """
+    found = compare(params, sub, token_WS, cfg=cfg, keep_first=keep_first)
+    return {
+        "top1": float(found.same_WS[valid_WS].mean()),
+        "kl": float(found.kl_WS[valid_WS].mean()),
+    }

@@ -1,0 +1,74 @@
+"""Thresholded neurons as the baseline that needs no training.
+
+Circuit Tracing (2025), section 5.1.2: neurons below a threshold are cut off, and the
+threshold is swept. Here it is a written norm, the same in all layers, chosen so that a
+wanted number of neurons is active on a token: baselines are compared at equal L0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxclt.clt.neurons import neuron_values
+from jaxclt.lm.config import LMConfig
+from jaxclt.lm.run import record
+from jaxclt.types import LMParams
+
+__all__ = ["neuron_thresholds"]
+
+SAMPLE = 512  # tokens that thresholds are chosen on
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _written_norms(params: LMParams, token_S: Array, cfg: LMConfig) -> Array:
+    """``|a| * ||W_down||`` of every neuron, [L, S, I]."""
+    done = record(params, jnp.maximum(token_S, 0), cfg=cfg, keep_patterns=False)
+
+    def one(x: tuple) -> Array:
+        p, mid_TD, scale_T = x
+        value_TI, _ = neuron_values(p, mid_TD, scale_T, cfg=cfg)
+        return jnp.abs(value_TI) * jnp.linalg.norm(p.down_LID, axis=-1)[None]
+
+    return jax.lax.map(one, (params.blocks, done.mid_LTD, done.frozen.mlp_scale_LT))
+
+
+def neuron_thresholds(
+    params: LMParams,
+    token_WS: np.ndarray,
+    mask_WS: np.ndarray,
+    l0: Sequence[float],
+    *,
+    cfg: LMConfig,
+) -> list[float]:
+    """Thresholds (`neurons@x`) at which so many neurons are active on a token.
+
+    Args:
+      params: the model.
+      token_WS: windows, -1 behind the text; the first few are used.
+      mask_WS: positions that count.
+      l0: wanted numbers of active neurons of a token, all layers together.
+      cfg: model shape.
+
+    Returns:
+      For each a threshold, rounded to three digits.
+    """
+    sizes, n = [], 0
+    for token_S, mask_S in zip(token_WS, mask_WS, strict=True):
+        found_LSI = np.asarray(_written_norms(params, jnp.asarray(token_S), cfg))
+        sizes.append(found_LSI[:, mask_S].ravel())
+        n += int(mask_S.sum())
+        if n >= SAMPLE:
+            break
+    size = np.concatenate(sizes)
+    found = []
+    for wanted in l0:
+        kept = int(np.clip(round(wanted * n), 1, len(size)))
+        least = np.partition(size, len(size) - kept)[len(size) - kept]
+        found.append(float(f"{least:.3g}"))
+    return found
