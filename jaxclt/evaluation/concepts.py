@@ -115,9 +115,10 @@ def sentence_peaks(
 ) -> np.ndarray:
     """Largest activation of each feature on each sentence, float32 [P, 2, U].
 
-    0 where a feature is active on no token of the sentence. The first position and
-    special tokens do not count. Of a dictionary's activations only one layer of a batch
-    is held at a time, whatever its number of layers.
+    Of either sign, by size, as in `Examples`; 0 where a feature is active on no token
+    of the sentence. The first position and special tokens do not count. Of a
+    dictionary's activations only one layer of a batch is held at a time, whatever its
+    number of layers.
 
     Args:
       encoder: of the dictionary.
@@ -178,8 +179,7 @@ def _peaks(
 
 
 def _largest(a_TF: Array, mask_T: Array) -> Array:
-    """Largest activation [F] where a feature is active, which may be below 0; or 0."""
-    on_TF = (a_TF != 0) & mask_T[:, None]
-    least = jnp.full((), -jnp.inf, a_TF.dtype)
-    peak_F = jnp.max(jnp.where(on_TF, a_TF, least), axis=0)
-    return jnp.where(on_TF.any(0), peak_F, jnp.zeros((), a_TF.dtype))
+    """Activation [F] of the largest size at the positions that count; 0 if none."""
+    a_TF = jnp.where(mask_T[:, None], a_TF, jnp.zeros((), a_TF.dtype))
+    at_1F = jnp.argmax(jnp.abs(a_TF), axis=0, keepdims=True)
+    return jnp.take_along_axis(a_TF, at_1F, axis=0)[0]

@@ -149,7 +149,10 @@ def fence_of(text: str) -> str:
 
 
 def excerpt_lines(shown: Sequence[Shown], fence: str) -> str:
-    """Excerpts of one feature, a line each, with strengths relative to its largest."""
+    """Excerpts of one feature, a line each, with strengths relative to its largest.
+
+    Line ends within an excerpt are spelled out, so that none can begin another.
+    """
     largest = max((abs(a) for s in shown for a in s.acts), default=0.0) or 1.0
     lines = []
     for excerpt in shown:
@@ -165,12 +168,12 @@ def excerpt_lines(shown: Sequence[Shown], fence: str) -> str:
                 parts.append(f"{space}[[{word}|{level}]]{tail}")
             else:
                 parts.append(f"[[{token}|{level}]]")
-        lines.append(_fenced(_clean("".join(parts)), fence))
-    return "\n".join(lines)
+        lines.append(f"- {_clean(''.join(parts))}")
+    return _fenced("\n".join(lines), fence)
 
 
-def _fenced(line: str, fence: str) -> str:
-    return f"<{fence}>{line}</{fence}>"
+def _fenced(text: str, fence: str) -> str:
+    return f"<{fence}>\n{text}\n</{fence}>"
 
 
 def _clean(text: str) -> str:

@@ -129,12 +129,12 @@ def judge_score(
     bottom_C = np.bincount(cluster_N, weight_N)
     clustered = ratio_interval(top_C, bottom_C, key)
     plain = clustered if weighted else wilson(int(hit_N.sum()), len(hit_N))
-    total = float(weight_N.sum())
+    total = bottom_C.sum()
     usage: collections.Counter[str] = collections.Counter()
     for row in rows:
         usage.update(row["answer"]["usage"])
     return {
-        "accuracy": float(hit_N @ weight_N) / total if total > 0 else None,
+        "accuracy": float(top_C.sum() / total) if total > 0 else None,
         "interval": _finite(plain),
         "interval_clustered": _finite(clustered),
         "unit": unit,

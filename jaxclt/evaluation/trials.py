@@ -221,20 +221,16 @@ def shown_excerpt(
     context: int,
 ) -> Shown:
     """One of the excerpts of feature `u` (its row), `context` tokens at most."""
-    window, peak = int(excerpts.window_UE[u, e]), int(excerpts.pos_UE[u, e])
-    start, C = int(excerpts.start_UE[u, e]), excerpts.act_UEC.shape[2]
-    row_S = examples.token_WS[window]
-    stop = min(start + C, int((row_S >= 0).sum()))
+
+    def text(ids: Sequence[int]) -> list[str]:
+        return [token_strings[int(i)] for i in ids]
+
+    whole = examples.shown(excerpts, u, e, text)
     # What a causal feature reacts to stands before its peak: most room is there.
-    low = max(start, min(peak - 2 * context // 3, stop - context))
-    high = min(stop, low + context)
-    acts = excerpts.act_UEC[u, e, low - start : high - start]
-    return Shown(
-        window,
-        tuple(token_strings[int(i)] for i in row_S[low:high]),
-        tuple(_short(float(a)) for a in acts),
-        peak - low,
-    )
+    low = max(0, min(whole.peak - 2 * context // 3, len(whole.tokens) - context))
+    cut = slice(low, low + context)
+    acts = tuple(map(_short, whole.acts[cut]))
+    return Shown(whole.window, whole.tokens[cut], acts, whole.peak - low)
 
 
 class _Source:

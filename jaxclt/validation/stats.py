@@ -91,7 +91,10 @@ def wilson(hits: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
     z2 = float(ndtri((1 + level) / 2)) ** 2
     middle = (hits + z2 / 2) / (n + z2)
     half = np.sqrt(z2 * (hits * (n - hits) / n + z2 / 4)) / (n + z2)
-    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+    # The ends are exact where rounding would leave them short.
+    low = float(middle - half) if hits > 0 else 0.0
+    high = float(middle + half) if hits < n else 1.0
+    return low, high
 
 
 def mean_interval(

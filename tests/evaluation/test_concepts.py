@@ -103,9 +103,10 @@ def test_peaks_are_those_of_a_trace(model: Model, kind, together, monkeypatch):
             ids = model.tokenizer.encode(text)
             keep_T = [i > 0 and token not in special for i, token in enumerate(ids)]
             a_LTF = dense(model, dictionary, ids)[:, keep_T]
-            want_LF = a_LTF.max(1, initial=-np.inf, where=a_LTF != 0)
-            want_LF = np.where(np.isfinite(want_LF), want_LF, 0)
-            want_U = want_LF[layer_U, feature_U]
+            a_TU = np.pad(a_LTF, ((0, 0), (1, 0), (0, 0)))
+            a_TU = a_TU[layer_U, :, feature_U].T
+            at_U = np.abs(a_TU).argmax(0)
+            want_U = a_TU[at_U, np.arange(len(at_U))]
             np.testing.assert_allclose(got_P2U[p, side], want_U, atol=1e-5)
     if kind == "clt":
         assert 0 < (got_P2U != 0).mean() < 1
