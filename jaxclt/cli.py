@@ -41,6 +41,7 @@ from jaxclt.cli_causal import (
 )
 from jaxclt.cli_demo import DemoConfig, run_demo_command
 from jaxclt.cli_explain import ExplainConfig, run_explain
+from jaxclt.cli_features import FeaturesConfig, run_features
 from jaxclt.cli_globals import GlobalsConfig, run_globals
 from jaxclt.cli_serve import ServeConfig, run_serve
 from jaxclt.errors import InputError
@@ -169,8 +170,8 @@ class ViewConfig:
     compare: Path | None = None
     """Directory of a second graph to compare with."""
     features: Path | None = None
-    """Folder of feature files ({number}.json, Anthropic's format) to embed; the
-    directory's own features/ if not given."""
+    """Feature files to embed: what `jaxclt features` wrote, or a folder of files
+    {number}.json in Anthropic's format; the directory's own features/ if not given."""
     suggest: bool = False
     """Group the shown features into supernodes, which the page then offers."""
     json: bool = False
@@ -195,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         | Annotated[PatchConfig, tyro.conf.subcommand("patch")]
         | Annotated[ValidateConfig, tyro.conf.subcommand("validate")]
         | Annotated[GlobalsConfig, tyro.conf.subcommand("globals")]
+        | Annotated[FeaturesConfig, tyro.conf.subcommand("features")]
         | Annotated[TrainCommand, tyro.conf.subcommand("train", default=defaults)],
         args=argv,
         prog="jaxclt",
@@ -212,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         PatchConfig: lambda config, say: run_patch(config, say, _progress),
         ValidateConfig: lambda config, say: run_validate(config, say, _progress),
         GlobalsConfig: lambda config, say: run_globals(config, say, _progress),
+        FeaturesConfig: lambda config, say: run_features(config, say, _progress),
         TrainCommand: run_train,
     }[type(config)]
     say = Console(stderr=True, highlight=False)

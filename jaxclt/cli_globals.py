@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,7 +22,7 @@ from jaxclt.errors import InputError
 if TYPE_CHECKING:
     from jaxclt.io.global_file import SavedGlobals
 
-__all__ = ["GlobalsConfig", "run_globals"]
+__all__ = ["Bar", "GlobalsConfig", "Stages", "run_globals"]
 
 Bar = Callable[[Console, str, str], AbstractContextManager[Callable[[int, int], None]]]
 
@@ -105,7 +105,7 @@ def run_globals(config: GlobalsConfig, say: Console, bar: Bar) -> None:
                 )
         statistics = merge(*(found for found, _ in parts))
     else:
-        with _Stages(say, bar) as stages:
+        with Stages(say, bar) as stages:
             statistics = global_circuit.coactivation(
                 model,
                 dictionary,
@@ -143,23 +143,27 @@ def run_globals(config: GlobalsConfig, say: Console, bar: Bar) -> None:
     Console().print(f"page: {(config.out / 'index.html').resolve().as_uri()}")
 
 
-class _Stages:
-    """One progress bar after the other."""
+class Stages:
+    """One progress bar after the other, in tokens unless `units` says otherwise."""
 
-    def __init__(self, say: Console, bar: Bar) -> None:
+    def __init__(
+        self, say: Console, bar: Bar, units: Mapping[str, str] | None = None
+    ) -> None:
         self.say, self.bar, self.stack = say, bar, ExitStack()
+        self.units = units or {}
         self.name, self.update = "", lambda done, total: None
 
-    def __enter__(self) -> _Stages:
+    def __enter__(self) -> Stages:
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.stack.close()
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        """Progress of one thing; another one opens its own bar."""
         if what != self.name:
             self.stack.close()
-            entered = self.bar(self.say, what, "tokens/s")
+            entered = self.bar(self.say, what, self.units.get(what, "tokens/s"))
             self.name, self.update = what, self.stack.enter_context(entered)
         self.update(done, total)
 
