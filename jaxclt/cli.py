@@ -42,6 +42,7 @@ from jaxclt.cli_causal import (
 from jaxclt.cli_demo import DemoConfig, run_demo_command
 from jaxclt.cli_eval import EvalConfig, run_eval
 from jaxclt.cli_explain import ExplainConfig, run_explain
+from jaxclt.cli_features import FeaturesConfig, run_features
 from jaxclt.cli_globals import GlobalsConfig, run_globals
 from jaxclt.cli_serve import ServeConfig, run_serve
 from jaxclt.errors import InputError
@@ -170,8 +171,8 @@ class ViewConfig:
     compare: Path | None = None
     """Directory of a second graph to compare with."""
     features: Path | None = None
-    """Folder of feature files ({number}.json, Anthropic's format) to embed; the
-    directory's own features/ if not given."""
+    """Feature files to embed: what `jaxclt features` wrote, or a folder of files
+    {number}.json in Anthropic's format; the directory's own features/ if not given."""
     suggest: bool = False
     """Group the shown features into supernodes, which the page then offers."""
     json: bool = False
@@ -197,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         | Annotated[ValidateConfig, tyro.conf.subcommand("validate")]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
         | Annotated[GlobalsConfig, tyro.conf.subcommand("globals")]
+        | Annotated[FeaturesConfig, tyro.conf.subcommand("features")]
         | Annotated[TrainCommand, tyro.conf.subcommand("train", default=defaults)],
         args=argv,
         prog="jaxclt",
@@ -215,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ValidateConfig: lambda config, say: run_validate(config, say, _progress),
         EvalConfig: lambda config, say: run_eval(config, say, _progress),
         GlobalsConfig: lambda config, say: run_globals(config, say, _progress),
+        FeaturesConfig: lambda config, say: run_features(config, say, _progress),
         TrainCommand: run_train,
     }[type(config)]
     say = Console(stderr=True, highlight=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -20,11 +20,18 @@ class Stages:
       say: where to.
       bar: opens a bar of a name and a unit.
       unit: of the rates.
+      units: of stages that have another one.
     """
 
-    def __init__(self, say: Console, bar: Bar, unit: str = "tokens/s") -> None:
+    def __init__(
+        self,
+        say: Console,
+        bar: Bar,
+        unit: str = "tokens/s",
+        units: Mapping[str, str] | None = None,
+    ) -> None:
         self.say, self.bar, self.unit = say, bar, unit
-        self.stack = ExitStack()
+        self.units, self.stack = units or {}, ExitStack()
         self.name, self.update = "", lambda done, total: None
 
     def __enter__(self) -> Stages:
@@ -37,6 +44,7 @@ class Stages:
         """Report that `done` of `total` of stage `what` are done."""
         if what != self.name:
             self.stack.close()
-            entered = self.bar(self.say, what, self.unit)
+            unit = self.units.get(what, self.unit)
+            entered = self.bar(self.say, what, unit)
             self.name, self.update = what, self.stack.enter_context(entered)
         self.update(done, total)

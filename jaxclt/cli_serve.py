@@ -23,6 +23,7 @@ from urllib.parse import quote, unquote, urlsplit
 import tyro
 from rich.console import Console
 
+from jaxclt.dashboards.files import INDEX, FeatureFiles, uncantor
 from jaxclt.errors import InputError
 
 __all__ = ["ServeConfig", "make_server", "run_serve", "save_view"]
@@ -163,10 +164,15 @@ class _Handler(BaseHTTPRequestHandler):
         name, _, number = path.rpartition("/")
         if not re.fullmatch(r"\d{1,20}\.json", number):
             raise _RefusedError(404, "no such feature")
-        file = self._inside(self._file(name).parent / "features" / number)
-        if not file.is_file():
+        files = FeatureFiles(self._inside(self._file(name).parent / "features"))
+        place = uncantor(int(number.removesuffix(".json")))
+        self._inside(files.folder / INDEX)  # links may lead elsewhere
+        for file in files.paths(*place):
+            self._inside(file)
+        record = files.record(*place)
+        if record is None:
             raise _RefusedError(404, "no such feature")
-        return "application/json", file.read_bytes()
+        return "application/json", json.dumps(record).encode()
 
     def _post(self, path: str) -> tuple[str, bytes]:
         name = path.removeprefix("/api/save/")

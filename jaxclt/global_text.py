@@ -5,25 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from jaxclt.clt.active import Dictionary
-from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.encoder import Encoder, encoder_of
+from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.clt.store import DictionaryStore
+from jaxclt.dashboards.peaks import Batch, firing_counts
 from jaxclt.errors import InputError
-from jaxclt.global_weights.statistics import (
-    Encoders,
-    Plan,
-    encoders,
-    feature_sums,
-    watch,
-)
-from jaxclt.global_weights.subset import Subset
+from jaxclt.global_weights.subset import FeatureSizes, Subset
 from jaxclt.io.model import Model
 from jaxclt.types import LMParams
 from jaxclt.windows import BATCH_TOKENS, TokenWindows, batches
@@ -79,25 +73,33 @@ def choose_features(
     Raises:
       InputError: for anything else, or features that the dictionary lacks.
     """
-    store = store_of(dictionary, model.params)
     if isinstance(features, Subset):
         return features
+    store: DictionaryStore | None = getattr(dictionary, "store", None)
+    encoder = None if store else encoder_of(dictionary, model.params, model.cfg)
+    sizes = encoder or store.cfg  # pyright: ignore[reportOptionalMemberAccess]
     if not isinstance(features, str | os.PathLike):
-        return Subset.of(np.asarray(features, np.int64), store.cfg)
+        return Subset.of(np.asarray(features, np.int64), sizes)
     name = os.fspath(features)
     if name == "all":
-        return Subset.everything(store.cfg)
+        return Subset.everything(sizes)
     head, _, count = name.partition(":")
     if head == "top":
         if not count.isdecimal() or int(count) < 1:
             raise InputError(f"--features {name}: write top:K with K at least 1")
+        if dictionary == NeuronDictionary(hash=dictionary.hash):
+            raise InputError(
+                f"--features {name}: every neuron is active on every token; name some, "
+                "or take neurons:k as the dictionary"
+            )
         sample = windows.first(SELECT_TOKENS)
-        count_U = _firing(model, store, sample, on_tokens)
-        return _most_frequent(count_U, int(count), store.cfg)
-    return Subset.of(_read_features(Path(name)), store.cfg)
+        encoder = encoder or encoder_of(dictionary, model.params, model.cfg)
+        count_U = _firing(model, encoder, sample, on_tokens)
+        return _most_frequent(count_U, int(count), sizes)
+    return Subset.of(_read_features(Path(name)), sizes)
 
 
-def _most_frequent(count_U: np.ndarray, k: int, cfg: CLTConfig) -> Subset:
+def _most_frequent(count_U: np.ndarray, k: int, cfg: FeatureSizes) -> Subset:
     order = np.argsort(-count_U, kind="stable")[:k]
     order = order[count_U[order] > 0]
     if not len(order):
@@ -124,26 +126,20 @@ def _read_features(path: Path) -> np.ndarray:
         raise InputError(f"--features {path} cannot be read: {usage}") from error
 
 
-@partial(jax.jit, static_argnames="plan")
-def _frequency(
-    params: LMParams, enc: Encoders, token_WS: Array, mask_WS: Array, *, plan: Plan
-) -> Array:
-    return feature_sums(watch(params, enc, token_WS, mask_WS, plan=plan))["count_U"]
+_counts = jax.jit(firing_counts)
 
 
 def _firing(
     model: Model,
-    store: DictionaryStore,
+    encoder: Encoder,
     windows: TokenWindows,
     on_tokens: Callable[[int, int], None],
 ) -> np.ndarray:
-    """On how many of the positions each feature of the dictionary fires."""
-    everything = Subset.everything(store.cfg)
-    plan = Plan(lm=model.cfg, clt=store.cfg, starts=everything.starts)
-    enc = encoders(store, model.params, everything)
-    count_U = np.zeros(len(everything))
+    """On how many of the positions each feature of the dictionary is active."""
+    count_U = np.zeros(encoder.n_layers * encoder.n_features, np.int64)
     for token_WS, mask_WS, done in batches(windows, 0, BATCH_TOKENS // 2):
-        found = _frequency(model.params, enc, token_WS, mask_WS, plan=plan)
-        count_U += np.asarray(found, np.float64)
+        nothing = jnp.zeros(0, jnp.int32)
+        batch = Batch(jnp.asarray(token_WS), jnp.asarray(mask_WS), nothing, nothing)
+        count_U += np.asarray(_counts(model.params, encoder, batch)).ravel()
         on_tokens(int(windows.mask_WS[:done].sum()), windows.n_tokens)
     return count_U

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxclt.dashboards.files import FeatureFiles, uncantor
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.supernodes import suggest_supernodes
@@ -30,7 +31,7 @@ __all__ = [
     "write_page",
 ]
 
-FEATURES = "features"  # folder of {number}.json beside graph.json
+FEATURES = "features"  # folder of feature files beside graph.json
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -107,17 +108,22 @@ def write_page(directory: Path, **parts: Any) -> Path:
 def with_features(doc: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The document with the feature files of its nodes, under ``jaxclt.features``.
 
+    Args:
+        doc: of a graph.
+        folder: of feature files, loose or packed (see `FeatureFiles`).
+
     Raises:
         InputError: a feature's file is no JSON object.
     """
     if not folder.is_dir():
         return doc
+    files = FeatureFiles(folder)
     numbers = {
         node["feature"]
         for node in doc["nodes"]
         if isinstance(node.get("feature"), int) and node["feature"] >= 0
     }
-    found = {str(n): read_json(folder / f"{n}.json") for n in sorted(numbers)}
+    found = {str(n): files.record(*uncantor(n)) for n in sorted(numbers)}
     found = {key: feature for key, feature in found.items() if feature is not None}
     own = dict(doc.get("jaxclt") or {})
     own["features"] = {**(own.get("features") or {}), **found}

@@ -41,7 +41,7 @@ from jaxclt.io.atomic import atomic_path
 from jaxclt.types import LMParams
 from jaxclt.windows import BATCH_TOKENS, TokenWindows, batches
 
-__all__ = ["STATE", "Sizes", "gather_examples", "is_signed"]
+__all__ = ["SAVE_S", "STATE", "Sizes", "gather_examples", "is_signed"]
 
 STATE = "seen.npz"  # of a pass that is not over, in its state directory
 SAVE_S = 60.0  # between two states on disk
@@ -169,7 +169,8 @@ def gather_examples(
       save_s: seconds between two states on disk; longer where saving takes long. 0
         saves after every batch.
       identity: more that a `state` must agree on, such as hashes; JSON.
-      on_tokens: progress, positions that count done and in all.
+      on_tokens: progress, positions that count done and in all; first what an earlier
+        call had done.
 
     Raises:
       InputError: for numbers out of range, more memory than is free, or a `state` of
@@ -211,6 +212,7 @@ def gather_examples(
     pick_LN = None if places.pick_LN is None else jnp.asarray(places.pick_LN)
     key = jax.random.key(seed)
     waiting: tuple[Peaks, int, int] | None = None
+    on_tokens(int(windows.mask_WS[:first].sum()), windows.n_tokens)
 
     def absorb(peaks: Peaks, start: int, done: int) -> None:
         _absorb(seen, places, peaks, start, done, histogram_every)

@@ -39,6 +39,7 @@ __all__ = [
     "summed_writes",
     "virtual_block",
     "virtual_tiles",
+    "written_logits",
 ]
 
 _GROUP = 8  # columns whose largest is looked at first
@@ -306,7 +307,8 @@ def embedding_weights(
 
 
 @jax.jit
-def _logits(params: LMParams, written_ND: Array) -> Array:
+def written_logits(params: LMParams, written_ND: Array) -> Array:
+    """Demeaned logits [N, V] of vectors in the stream, see `logit_weights`."""
     with jax.default_matmul_precision("highest"):
         logit_NV = unembed(params, written_ND * params.norm_out_D[None])
         return logit_NV - logit_NV.mean(1, keepdims=True)
@@ -336,5 +338,5 @@ def logit_weights(
     written_ND = summed_writes(
         store, params, layer, cfg.n_layers, np.asarray(feature_N)
     )
-    logit_NV = np.asarray(_logits(params, written_ND))
+    logit_NV = np.asarray(written_logits(params, written_ND))
     return logit_NV if token_Y is None else logit_NV[:, token_Y]

@@ -1,0 +1,115 @@
+"""`jaxclt features`: what features respond to in text; registered in cli."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jaxclt.cli_causal import use_compilation_cache
+from jaxclt.cli_progress import Bar, Stages
+from jaxclt.errors import InputError
+
+__all__ = ["FeaturesConfig", "run_features"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """What features respond to: examples from text, histograms, tokens they raise.
+
+    Writes feature files that `jaxclt view --features` and other viewers read, and
+    report.json. An interrupted run goes on by itself.
+    """
+
+    model: Annotated[str, tyro.conf.arg(metavar="M")]
+    """Known name (see `jaxclt fetch --list`), local directory, GGUF file or hub id."""
+    dictionary: Annotated[str, tyro.conf.arg(metavar="D")]
+    """Local directory in circuit-tracer's format, or hub id; or neurons, neurons:K,
+    neurons@X."""
+    data: str
+    """Text file, or folder of .txt, .md, .rst, .utf8 and .jsonl files; or a dataset on
+    the hub, hub:NAME[@REVISION][?config=..&split=..&text=..]."""
+    out: Path
+    """Directory to write to."""
+    features: str = "all"
+    """all; top:K, the K that fire most often; or a file: lines LAYER:FEATURE, a .json
+    list of pairs, or a .npz with layer_U and feature_U."""
+    tokens: int = 1_000_000
+    """Tokens of text to look at; first positions and special tokens do not count."""
+    context: int = 256
+    """Tokens of a window of text."""
+    excerpt: int = 32
+    """Tokens of an example, three quarters of them before its peak."""
+    top: int = 16
+    """Examples with the largest activations, of each feature."""
+    drawn: int = 24
+    """Examples drawn at random among the windows where a feature is active."""
+    histogram_every: int = 8
+    """Histograms are of one window in so many, counts and extremes of all."""
+    loose: bool = False
+    """Also write one file a feature, features/NUMBER.json."""
+    json: bool = False
+    """Print the report as JSON on stdout."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+def run_features(config: FeaturesConfig, say: Console, bar: Bar) -> None:
+    """Gather, write, print."""
+    from jaxclt.feature_dashboards import feature_dashboards
+    from jaxclt.io.dictionary import load_dictionary
+    from jaxclt.io.model import load_model
+    from jaxclt.trace import check_writable
+
+    if config.tokens < 1:
+        raise InputError(f"--tokens {config.tokens}: give at least 1")
+    check_writable(config.out)
+    use_compilation_cache()
+    model = load_model(
+        config.model,
+        progress=lambda text: say.print(text, markup=False, soft_wrap=True),
+    )
+    dictionary = load_dictionary(config.dictionary, model)
+    with Stages(say, bar, units={"files": "layers/s"}) as stages:
+        report, _ = feature_dashboards(
+            model,
+            dictionary,
+            config.data,
+            config.out,
+            features=config.features,
+            tokens=config.tokens,
+            context=config.context,
+            excerpt=config.excerpt,
+            top=config.top,
+            drawn=config.drawn,
+            histogram_every=config.histogram_every,
+            loose=config.loose,
+            on_stage=stages,
+        )
+    if config.json:
+        print(json.dumps(report))  # noqa: T201
+        return
+    Console().print(_summary(report))
+    Console().print(f"features: {config.out / 'features'}", soft_wrap=True)
+
+
+def _summary(report: dict[str, Any]) -> Table:
+    table = Table(title="features", show_header=False)
+    rate = report.get("tokens_per_second")
+    for name, value in {
+        "features": f"{report['features']:,}",
+        "tokens": f"{report['tokens']:,}",
+        "never active": f"{report['never_active']:.1%}",
+        "mean frequency": f"{report['active_share']:.3%}",
+        "tokens/s": "-" if rate is None else f"{rate:,.0f}",
+        "seconds": f"{report['seconds']['all']:,.1f}",
+        "files": f"{report['bytes']['features'] / 1e6:,.1f} MB",
+    }.items():
+        table.add_row(name, Text(value))
+    return table

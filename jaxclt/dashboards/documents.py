@@ -1,0 +1,207 @@
+"""Feature documents: what the ecosystem's viewers show of a feature, as JSON.
+
+Keys are those of Anthropic's format and circuit-tracer's, see `SCHEMA`. ``act_min`` and
+``act_max`` are the ends of ``histogram``; what has no place in the format lies under
+``jaxclt``. Activations are given to four digits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jsonschema_rs
+import numpy as np
+import orjson
+
+from jaxclt.dashboards.examples import Examples, Excerpts
+from jaxclt.dashboards.files import cantor
+from jaxclt.errors import InputError
+
+__all__ = ["SCHEMA", "feature_document", "significant", "validate"]
+
+INTERVALS = 4  # of activation, that the drawn examples are shown in
+DIGITS = 4
+
+_NUMBERS = {"type": "array", "items": {"type": "number"}}
+_TEXTS = {"type": "array", "items": {"type": "string"}}
+SCHEMA = {
+    "type": "object",
+    "required": ["index", "examples_quantiles"],
+    "properties": {
+        "index": {"type": "integer", "minimum": 0},
+        "layer": {"type": "integer", "minimum": 0},
+        "feature": {"type": "integer", "minimum": 0},
+        "transcoder_id": {"type": "string"},
+        "top_logits": _TEXTS,
+        "bottom_logits": _TEXTS,
+        "act_min": {"type": "number"},
+        "act_max": {"type": "number"},
+        "quantile_values": _NUMBERS,
+        "histogram": _NUMBERS,
+        "activation_frequency": {"type": "number", "minimum": 0, "maximum": 1},
+        "examples_quantiles": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["quantile_name", "examples"],
+                "properties": {
+                    "quantile_name": {"type": "string"},
+                    "examples": {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "required": [
+                                "tokens",
+                                "tokens_acts_list",
+                                "train_token_ind",
+                                "is_repeated_datapoint",
+                            ],
+                            "properties": {
+                                "tokens": _TEXTS,
+                                "tokens_acts_list": _NUMBERS,
+                                "train_token_ind": {"type": "integer", "minimum": 0},
+                                "is_repeated_datapoint": {"type": "boolean"},
+                            },
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+def validate(document: bytes) -> None:
+    """Check a document as it is written.
+
+    Raises:
+      InputError: if other viewers could not read it.
+    """
+    error = next(_validator().iter_errors(orjson.loads(document)), None)
+    if error is not None:
+        where = "/".join(map(str, error.instance_path))
+        raise InputError(f"feature document, {where}: {error.message[:200]}")
+
+
+@functools.cache
+def _validator() -> jsonschema_rs.Draft202012Validator:
+    return jsonschema_rs.Draft202012Validator(SCHEMA)
+
+
+def feature_document(
+    examples: Examples,
+    u: int,
+    strings: Sequence[str],
+    *,
+    top_logits: Sequence[str] = (),
+    bottom_logits: Sequence[str] = (),
+    transcoder_id: str = "",
+) -> bytes:
+    """The JSON document of one feature.
+
+    ``examples_quantiles`` are the top activations, then the drawn examples in equal
+    intervals of activation (of its size, where there are both signs), from the highest
+    down; ``quantile_values`` are the intervals' ends. An example is repeated if its
+    window is among the top ones too.
+
+    Args:
+      examples: from `gather_examples`.
+      u: row of the feature.
+      strings: of every token id of the text.
+      top_logits: tokens that the feature raises most.
+      bottom_logits: and lowers most.
+      transcoder_id: name of the dictionary.
+    """
+    layer, feature = int(examples.layer_U[u]), int(examples.feature_U[u])
+    top, drawn = examples.top, examples.drawn
+    n_top = int((top.window_UE[u] >= 0).sum())
+    n_drawn = int((drawn.window_UE[u] >= 0).sum())
+    in_top = set(top.window_UE[u, :n_top].tolist())
+    shown = _examples(examples, top, u, range(n_top), strings, set())
+    quantiles = [{"quantile_name": "Top activations", "examples": shown}]
+    size_E = np.abs(drawn.value_UE[u, :n_drawn])
+    most = float(max(abs(examples.max_U[u]), abs(examples.min_U[u])))
+    edge_I = significant(np.linspace(0, most, INTERVALS + 1))
+    place_E = np.searchsorted(edge_I[1:-1], size_E, side="right")
+    for i in reversed(range(INTERVALS)):
+        of = np.flatnonzero(place_E == i).tolist()
+        if of:
+            name = f"Drawn at random, {edge_I[i]:.4g} to {edge_I[i + 1]:.4g}"
+            shown = _examples(examples, drawn, u, of, strings, in_top)
+            quantiles.append({"quantile_name": name, "examples": shown})
+    histogram, low, high = _histogram(examples, u)
+    document = {
+        "index": cantor(layer, feature),
+        "layer": layer,
+        "feature": feature,
+        "transcoder_id": transcoder_id,
+        "top_logits": list(top_logits),
+        "bottom_logits": list(bottom_logits),
+        "act_min": low,
+        "act_max": high,
+        "quantile_values": edge_I.tolist() if most else [],
+        "histogram": histogram,
+        "activation_frequency": float(examples.frequency[u]),
+        "examples_quantiles": quantiles,
+        "jaxclt": {
+            "tokens": examples.n_tokens,
+            "active_tokens": int(examples.count_U[u]),
+            "least": float(examples.min_U[u]),
+            "largest": float(examples.max_U[u]),
+            "histogram_every": examples.histogram_every,
+        },
+    }
+    return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _histogram(examples: Examples, u: int) -> tuple[list[int], float, float]:
+    """The bins from the least to the largest activation, and their ends."""
+    if not examples.count_U[u]:
+        return [], 0.0, 0.0
+    count_B = examples.histogram_UB[u]
+    low, high = examples.edge_U2[u].tolist()
+    edge = np.linspace(low, high, len(count_B) + 1)
+    first = int(np.searchsorted(edge, examples.min_U[u], side="right")) - 1
+    last = int(np.searchsorted(edge, examples.max_U[u], side="right")) - 1
+    first, last = (min(max(b, 0), len(count_B) - 1) for b in (first, last))
+    part = count_B[first : last + 1].tolist()
+    return part, float(edge[first]), float(edge[last + 1])
+
+
+def _examples(
+    examples: Examples,
+    excerpts: Excerpts,
+    u: int,
+    of: Sequence[int],
+    strings: Sequence[str],
+    repeated: set[int],
+) -> list[dict[str, Any]]:
+    act_EC = significant(excerpts.act_UEC[u])
+    found = []
+    for e in of:
+        shown = examples.shown(
+            excerpts, u, e, lambda ids: [strings[token] for token in ids]
+        )
+        found.append(
+            {
+                "tokens": shown.tokens,
+                "tokens_acts_list": act_EC[e, : len(shown.tokens)],
+                "train_token_ind": shown.peak,
+                "is_repeated_datapoint": shown.window in repeated,
+            }
+        )
+    return found
+
+
+def significant(x: np.ndarray, digits: int = DIGITS) -> np.ndarray:
+    """Numbers rounded to some significant digits, in float64."""
+    x = np.asarray(x, np.float64)
+    size = np.abs(np.where(x == 0, 1, x))
+    power = digits - 1 - np.floor(np.log10(size)).astype(np.int64)
+    # Divide by a whole power of ten rather than multiply by 0.001: shortest digits.
+    scale = 10.0 ** np.abs(power)
+    return np.where(
+        power >= 0, np.round(x * scale) / scale, np.round(x / scale) * scale
+    )

@@ -1,0 +1,217 @@
+"""Feature files in the packed form that circuit-tracer's viewer reads.
+
+    features/index.json.gz   {"0": {"filename": "layer_0.bin", "offsets": [...]}, ...}
+    features/layer_0.bin     record after record, feature by feature
+
+A record is a little-endian uint32, its length, and that many bytes of gzip: a JSON
+document. Feature f of a layer lies at ``offsets[f]`` to ``offsets[f + 1]``, nothing at
+all where it has no record. `FeatureFiles` reads this form and loose ``{number}.json``.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import math
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jaxclt.errors import InputError
+from jaxclt.io.atomic import atomic_path
+
+__all__ = [
+    "INDEX",
+    "FeatureFiles",
+    "cantor",
+    "layer_file",
+    "pack",
+    "read_offsets",
+    "uncantor",
+    "write_index",
+    "write_layer",
+]
+
+INDEX = "index.json.gz"
+_LENGTH = struct.Struct("<I")
+
+
+def cantor(layer: int, feature: int) -> int:
+    """The number that stands for a layer and a feature in file names."""
+    return (layer + feature) * (layer + feature + 1) // 2 + feature
+
+
+def uncantor(number: int) -> tuple[int, int]:
+    """Layer and feature of a number."""
+    both = (math.isqrt(8 * number + 1) - 1) // 2
+    feature = number - both * (both + 1) // 2
+    return both - feature, feature
+
+
+def layer_file(layer: int) -> str:
+    """The name of a layer's file."""
+    return f"layer_{layer}.bin"
+
+
+def pack(document: bytes) -> bytes:
+    """A record of a JSON document, the same bytes for the same document."""
+    packed = gzip.compress(document, compresslevel=4, mtime=0)
+    return _LENGTH.pack(len(packed)) + packed
+
+
+def write_layer(folder: Path, layer: int, records: Iterable[bytes]) -> None:
+    """Write the records of a layer, in the order of its features.
+
+    Raises:
+      InputError: if the folder cannot be written.
+    """
+    path = folder / layer_file(layer)
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        stream.writelines(records)
+
+
+def read_offsets(path: Path) -> list[int]:
+    """Where the records of a layer's file start, and its end.
+
+    Raises:
+      InputError: if the file is cut off.
+    """
+    end, offsets = path.stat().st_size, [0]
+    with path.open("rb") as stream:
+        while offsets[-1] < end:
+            stream.seek(offsets[-1])
+            head = stream.read(_LENGTH.size)
+            if len(head) < _LENGTH.size:
+                break
+            offsets.append(offsets[-1] + _LENGTH.size + _LENGTH.unpack(head)[0])
+    if offsets[-1] != end:
+        raise InputError(f"{path} is damaged: remove it, and it is written again")
+    return offsets
+
+
+def write_index(folder: Path, offsets: dict[int, list[int]]) -> None:
+    """Write where the records of each layer lie; the files are done then.
+
+    Args:
+      folder: of the layers' files.
+      offsets: of each layer, F + 1 numbers.
+
+    Raises:
+      InputError: if the folder cannot be written.
+    """
+    index = {
+        str(layer): {"filename": layer_file(layer), "offsets": numbers}
+        for layer, numbers in offsets.items()
+    }
+    text = json.dumps(index, separators=(",", ":")).encode()
+    with atomic_path(folder / INDEX) as temporary:
+        temporary.write_bytes(gzip.compress(text, mtime=0))
+
+
+class FeatureFiles:
+    """Feature records in a folder: packed, or loose, or both (the latter first).
+
+    `directory` is the folder of the files, or one with such a folder ``features``.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        folder = Path(directory)
+        inner = folder / "features"
+        packed = (folder / INDEX).is_file()
+        self.folder = inner if not packed and (inner / INDEX).is_file() else folder
+
+    def paths(self, layer: int, feature: int) -> list[Path]:
+        """The files that are read for a record, in turn; those that exist."""
+        loose = self.folder / f"{cantor(layer, feature)}.json"
+        index = self.folder / INDEX
+        found = [loose]
+        if index.is_file():
+            found = [loose, index]
+            place = _place(index, layer, feature)
+            if place is not None:
+                found.append(self.folder / place[0])
+        return [path for path in found if path.is_file()]
+
+    def record(self, layer: int, feature: int) -> dict[str, Any] | None:
+        """The document of a feature, or None if it has none.
+
+        Raises:
+          InputError: if a file is damaged.
+        """
+        loose = self.folder / f"{cantor(layer, feature)}.json"
+        if loose.is_file():
+            return _parsed(loose, loose.read_bytes())
+        index = self.folder / INDEX
+        place = _place(index, layer, feature) if index.is_file() else None
+        if place is None:
+            return None
+        name, start, end = place
+        path = self.folder / name
+        try:
+            with path.open("rb") as stream:
+                stream.seek(start)
+                raw = stream.read(end - start)
+            (length,) = _LENGTH.unpack_from(raw)
+            body = gzip.decompress(raw[_LENGTH.size : _LENGTH.size + length])
+        except (OSError, EOFError, zlib.error, struct.error) as error:
+            raise InputError(
+                f"{path}: the record of feature {layer}:{feature} cannot be read "
+                f"({type(error).__name__})"
+            ) from error
+        return _parsed(path, body)
+
+
+def _parsed(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} holds no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return found
+
+
+def _place(index: Path, layer: int, feature: int) -> tuple[str, int, int] | None:
+    """File and range of a record."""
+    found = _index(index, index.stat().st_mtime_ns)
+    entry = found.get(str(layer))
+    if entry is None:
+        return None
+    name, offsets = entry
+    if not 0 <= feature < len(offsets) - 1:
+        return None
+    start, end = offsets[feature : feature + 2]
+    return (name, start, end) if start < end else None
+
+
+@functools.lru_cache(maxsize=4)
+def _index(path: Path, changed: int) -> dict[str, tuple[str, list[int]]]:
+    """An index, read again when it has changed.
+
+    Raises:
+      InputError: if it is no such index.
+    """
+    del changed
+    try:
+        read = json.loads(gzip.decompress(path.read_bytes()))
+        found = {
+            layer: (str(entry["filename"]), [int(x) for x in entry["offsets"]])
+            for layer, entry in read.items()
+        }
+    except (
+        *(OSError, EOFError, zlib.error, ValueError, RecursionError),
+        *(KeyError, TypeError, AttributeError),
+    ) as error:
+        raise InputError(
+            f"{path} is no index of feature files ({type(error).__name__})"
+        ) from error
+    for name, _ in found.values():
+        # A file beside the index and nothing else, whoever wrote the index.
+        if not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise InputError(f"{path} names a file outside its folder: {name!r}")
+    return found

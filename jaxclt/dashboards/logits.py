@@ -1,0 +1,110 @@
+"""The output tokens that a feature's decoder raises and lowers most.
+
+What a feature writes is summed over the layers it writes to and taken through the final
+norm's gain and the unembedding, demeaned over the vocabulary. The norm's denominator is
+left out: it is positive and the same for all tokens.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxclt.clt.active import Dictionary
+from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.clt.store import DictionaryStore
+from jaxclt.errors import InputError
+from jaxclt.global_weights.weights import summed_writes, written_logits
+from jaxclt.types import LMParams
+
+__all__ = ["TokenEffects", "token_effects"]
+
+_CELLS = 1 << 24  # feature-token pairs that are looked at together
+_GROUP = 64  # tokens whose largest is looked at first
+
+
+class TokenEffects(NamedTuple):
+    """Tokens by effect: of `top` the largest first, of `bottom` the least."""
+
+    top_NK: np.ndarray
+    top_value_NK: np.ndarray
+    bottom_NK: np.ndarray
+    bottom_value_NK: np.ndarray
+
+
+def token_effects(
+    dictionary: Dictionary,
+    params: LMParams,
+    layer: int,
+    feature_N: np.ndarray,
+    *,
+    k: int = 10,
+) -> TokenEffects:
+    """The output tokens that features of a layer raise and lower most.
+
+    Args:
+      dictionary: of any kind.
+      params: the model.
+      layer: of the features.
+      feature_N: which.
+      k: tokens each way.
+
+    Raises:
+      InputError: for a dictionary of no known kind.
+    """
+    V = params.embed_VD.shape[0]
+    k, rows = min(k, V), max(1, _CELLS // V)
+    n_layers = params.blocks.norm_mlp_LD.shape[0]
+    store: DictionaryStore | None = getattr(dictionary, "store", None)
+    found = []
+    for start in range(0, len(feature_N), rows):
+        part_R = feature_N[start : start + rows]
+        if isinstance(dictionary, NeuronDictionary):
+            written_RD = params.blocks.down_LID[layer][jnp.asarray(part_R)]
+        elif store is not None:
+            written_RD = summed_writes(store, params, layer, n_layers, part_R)
+        else:
+            raise InputError(f"dictionary {dictionary.name} has no decoders")
+        # One shape for all parts: padded rows are dropped again.
+        n = min(rows, len(feature_N))
+        padded = jnp.pad(written_RD, ((0, n - len(part_R)), (0, 0)))
+        four = _strongest(params, padded, k=k)
+        found.append([np.asarray(x)[: len(part_R)] for x in four])
+    if not found:
+        none = np.zeros((0, k))
+        return TokenEffects(none.astype(np.int32), none, none.astype(np.int32), none)
+    return TokenEffects(*map(np.concatenate, zip(*found, strict=True)))
+
+
+@partial(jax.jit, static_argnames="k")
+def _strongest(params: LMParams, written_ND: Array, *, k: int) -> tuple[Array, ...]:
+    logit_NV = written_logits(params, written_ND)
+    top_value_NK, top_NK = _highest(logit_NV, k)
+    bottom_value_NK, bottom_NK = _highest(-logit_NV, k)
+    return top_NK, top_value_NK, bottom_NK, -bottom_value_NK
+
+
+def _highest(x_NV: Array, k: int) -> tuple[Array, Array]:
+    """Values and tokens [N, k] of the largest, of equals the first token.
+
+    They lie in the k groups of tokens with the largest maxima, so that only those are
+    searched, in the order of tokens: a maximum is much cheaper than a selection.
+    """
+    N, V = x_NV.shape
+    n_groups = -(-V // _GROUP)
+    if n_groups <= 2 * k:
+        return jax.lax.top_k(x_NV, k)
+    lowest = jnp.asarray(-jnp.inf, x_NV.dtype)
+    room = ((0, 0), (0, n_groups * _GROUP - V))
+    x_NGJ = jnp.pad(x_NV, room, constant_values=lowest).reshape(N, n_groups, _GROUP)
+    _, group_NK = jax.lax.top_k(x_NGJ.max(2), k)
+    group_NK = jnp.sort(group_NK, 1)
+    near_NKJ = jnp.take_along_axis(x_NGJ, group_NK[:, :, None], 1)
+    value_NK, at_NK = jax.lax.top_k(near_NKJ.reshape(N, -1), k)
+    group_NK = jnp.take_along_axis(group_NK, at_NK // _GROUP, 1)
+    return value_NK, group_NK * _GROUP + at_NK % _GROUP
