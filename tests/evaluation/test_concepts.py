@@ -18,6 +18,7 @@ from jaxclt.io.dictionary import load_dictionary
 from jaxclt.io.model import Model, load_model
 from jaxclt.lm.run import record
 
+_record = jax.jit(record, static_argnames="cfg")
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
@@ -114,7 +115,7 @@ def test_peaks_are_those_of_a_trace(model: Model, kind, together, monkeypatch):
 
 def dense(model: Model, dictionary, ids: list[int]) -> np.ndarray:
     token_T = jnp.asarray(ids, jnp.int32)
-    rec = jax.jit(record, static_argnames="cfg")(model.params, token_T, cfg=model.cfg)
+    rec = _record(model.params, token_T, cfg=model.cfg)
     active = dictionary.active(model.params, rec, model.cfg)
     a_LTF = np.zeros((model.cfg.n_layers, len(ids), 512), np.float32)
     keep = np.asarray(active.value_A) != 0

@@ -120,7 +120,7 @@ excerpts = texts.flatmap(
 shown_lists = st.lists(excerpts, max_size=2).map(tuple)
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(deadline=None, max_examples=80, derandomize=True)
 @given(st.data())
 def test_ties_do_not_mind_the_order_either(data):
     one, two = data.draw(shown_lists), data.draw(shown_lists)
@@ -173,7 +173,7 @@ def test_log_probabilities_are_the_models(local: LocalJudge):
     jobs = [job for t in trials for job in local._jobs(t)]
     found = local.log_probs(jobs)
     run = jax.jit(forward, static_argnames="cfg")
-    for job in jobs[:3] + jobs[-3:]:
+    for job in (jobs[0], jobs[-4], jobs[-1]):
         ids = jnp.asarray((*job.prefix, *job.text), jnp.int32)
         assert ids[0] == model.tokenizer.bos_id
         assert len(ids) <= model.cfg.n_ctx

@@ -61,7 +61,7 @@ class Counting:
             yield i, answer
 
 
-@settings(deadline=None, max_examples=15, derandomize=True)
+@settings(deadline=None, max_examples=10, derandomize=True)
 @given(cuts=st.lists(st.integers(0, 6), max_size=4), torn=st.integers(0, 100))
 def test_interrupted_runs_add_up_to_one(tmp_path_factory, cuts, torn):
     log = tmp_path_factory.mktemp("log") / "deep" / "log.jsonl"

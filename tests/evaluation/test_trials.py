@@ -38,7 +38,7 @@ def activations(examples, fires_on, trial: Trial, text) -> list[bool]:
 features = st.lists(st.sets(st.integers(0, 59), max_size=5), min_size=2, max_size=8)
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=25, derandomize=True)
 @given(fires_on=features, seed=st.integers(0, 9), n_shown=st.integers(1, 4))
 def test_a_query_is_held_out_and_silences_the_other(fires_on, seed, n_shown):
     examples = make_examples(fires_on, make_windows(seed, W=60))
@@ -156,7 +156,7 @@ def encode(text: str) -> list[int]:
     return [int(x) for x in text.split()]
 
 
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(deadline=None, max_examples=15, derandomize=True)
 @given(data=st.data(), seed=st.integers(0, 99))
 def test_contrastive_features_are_active_on_one_sentence(data, seed):
     examples = planted(5)
