@@ -118,6 +118,11 @@ class TraceConfig(_Attribution):
     otherwise all count the same; tokens alone count by probability."""
     save: Literal["auto", "full", "pruned"] = "auto"
     """What graph.npz holds; auto is the full graph up to 512 MB."""
+    prefilter: Path | None = None
+    """Directory of `jaxclt globals`: only features that its links shortlist may become
+    nodes. What is left out counts as unexplored, and the scores' bounds say so."""
+    prefilter_size: int | None = None
+    """Features on that shortlist; twice max-features if not given."""
     dry_run: bool = False
     """Say how much memory the graph needs and how it would be computed, then stop."""
     assume: str = ""
@@ -235,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _trace(config: TraceConfig, say: Console) -> None:
     from jaxclt import trace
+    from jaxclt.io.global_file import load_globals
 
     if not config.prompt.strip():
         raise InputError("the prompt is empty: give some text to trace")
@@ -245,6 +251,10 @@ def _trace(config: TraceConfig, say: Console) -> None:
     if config.dry_run:
         _dry_run(model, dictionary, config, attribution)
         return
+    prefilter = None
+    if config.prefilter is not None:
+        size = config.prefilter_size or 2 * config.max_features
+        prefilter = load_globals(config.prefilter), size
     with _progress(say, "attributing", "rows/s") as on_rows:
         traced = trace.trace_prompt(
             model,
@@ -252,6 +262,7 @@ def _trace(config: TraceConfig, say: Console) -> None:
             config.prompt,
             targets=config.targets,
             bos=config.bos,
+            prefilter=prefilter,
             on_rows=on_rows,
             config=attribution,
         )

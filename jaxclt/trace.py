@@ -30,6 +30,7 @@ from jax import Array
 from jaxclt import __version__
 from jaxclt.clt.active import Active, Dictionary
 from jaxclt.errors import InputError
+from jaxclt.global_weights.shortlist import Shortlist
 from jaxclt.graph.attribute import (
     AttributeConfig,
     Timing,
@@ -44,6 +45,7 @@ from jaxclt.graph.prune import restrict
 from jaxclt.graph.scores import scores
 from jaxclt.graph.targets import place_targets, salient_targets, token_targets
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.global_file import SavedGlobals
 from jaxclt.io.graph_file import save_graph
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
@@ -162,6 +164,7 @@ def trace_prompt(
     config: AttributeConfig | None = None,
     targets: TargetChoice = (),
     bos: Bos = "auto",
+    prefilter: tuple[SavedGlobals, int] | None = None,
     on_rows: Callable[[int, int], None] = lambda done, total: None,
 ) -> Traced:
     """Trace one prompt.
@@ -173,6 +176,8 @@ def trace_prompt(
       config: how much to compute.
       targets: what to explain instead of the top tokens, see `TargetChoice`.
       bos: whether a beginning-of-sequence token is put first.
+      prefilter: global weights of the dictionary and how many features they are to
+        shortlist; only those may be nodes, see `jaxclt.global_weights.shortlist`.
       on_rows: progress, (rows done, rows planned).
 
     Raises:
@@ -183,6 +188,10 @@ def trace_prompt(
     same = identity(model, dictionary, text, config, bos)
     if text is not prompt:
         same["token_ids"] = [int(i) for i in prompt]
+    shortlist = None
+    if prefilter is not None:
+        shortlist = _shortlist(dictionary, *prefilter)
+        same["prefilter"] = {"links": len(shortlist.links), "size": shortlist.size}
     texts = [targets] if isinstance(targets, str) else targets
     given = not isinstance(texts, Sequence) or len(texts) > 0
     if bos == "auto" and config.convention == "circuit-tracer":
@@ -224,6 +233,7 @@ def trace_prompt(
             meta=meta,
             config=config,
             n_tokens=len(ids),
+            shortlist=shortlist,
             on_rows=on_rows,
             timing=spent,
         )
@@ -240,6 +250,22 @@ def trace_prompt(
             for label, p in zip(_labels(model, top), top.weight_K, strict=True)
         ),
     )
+
+
+def _shortlist(dictionary: Dictionary, found: SavedGlobals, size: int) -> Shortlist:
+    """The shortlist that global weights make.
+
+    Raises:
+      InputError: if they are of another dictionary, or the size is none.
+    """
+    if size < 1:
+        raise InputError(f"--prefilter-size {size}: give at least 1")
+    if found.meta.get("hashes", {}).get("dictionary") != dictionary.hash:
+        raise InputError(
+            f"--prefilter: its global weights are of {found.meta.get('dictionary')}, "
+            f"not of {dictionary.name}: run `jaxclt globals` on this dictionary"
+        )
+    return Shortlist(found.links, size)
 
 
 def plan_trace(

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxclt.clt.active import Active
 from jaxclt.errors import InputError
-from jaxclt.graph.compute import Computed, Prompt, compute_edges
+from jaxclt.graph.compute import Chooser, Computed, Prompt, compute_edges
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.head_table import add_rows, only_columns
@@ -55,6 +55,7 @@ def attribute_recording(
     meta: GraphMeta,
     config: AttributeConfig | None = None,
     n_tokens: int | None = None,
+    shortlist: Chooser | None = None,
     on_rows: Callable[[int, int], None] = lambda done, total: None,
     timing: Timing | None = None,
 ) -> Graph:
@@ -69,6 +70,7 @@ def attribute_recording(
       meta: where it all comes from.
       config: how much to compute.
       n_tokens: length of the prompt if the recording is padded beyond it.
+      shortlist: chooses the features that may be nodes; None for all.
       on_rows: progress, called with (rows done, rows planned).
       timing: filled in if given.
 
@@ -103,6 +105,7 @@ def attribute_recording(
             cfg=cfg,
             config=config,
             n_tokens=n_tokens,
+            shortlist=shortlist,
         )
         found = compute_edges(prompt, on_rows)
         timing.work = found.work

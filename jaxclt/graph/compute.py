@@ -44,6 +44,11 @@ __all__ = [
 ]
 
 
+# Slots of the features to look at, ascending, from the active ones and the influence
+# that arrives at them from the targets directly.
+Chooser = Callable[[Active, np.ndarray], np.ndarray]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
     """Everything the rows of one prompt are made of."""
@@ -56,6 +61,7 @@ class Prompt:
     cfg: LMConfig
     config: AttributeConfig
     n_tokens: int
+    shortlist: Chooser | None = None
 
     @property
     def n_selected(self) -> int:
@@ -198,10 +204,11 @@ def compute_edges(p: Prompt, on_rows: Callable[[int, int], None]) -> Computed:
         "memory_gb": {k: round(v / 1e9, 3) for k, v in memory.bytes.items()},
         "patterns": "kept" if kept else "recomputed",
     }
-    can_push = memory.full_matrix and kept
+    can_push = memory.full_matrix and kept and p.shortlist is None
     if config.direction == "push" and not can_push:
         raise InputError(
-            "direction push: all edges do not fit in memory; use auto or pull"
+            "direction push computes every edge, which takes memory and leaves no room "
+            "for a shortlist: use auto or pull"
         )
     if can_push and config.direction != "pull":
         push = _push_side(p)
@@ -366,11 +373,15 @@ def _pull_some(
     """The targets' rows, then features' in order of influence until a limit."""
     A, K = len(p.active.layer_A), p.n_targets
     pool_A = np.arange(A)
-    if pool_size < A:
+    if p.shortlist is not None:
+        pool_A = p.shortlist(p.active, _first_visits(p, puller))[:pool_size]
+        work |= {"shortlist": len(pool_A)}
+    elif pool_size < A:
         pool_A = _scout(p, puller, pool_size)
-    rows = _PooledRows(p, puller, pool_A, _counted(on_rows, p.n_selected + K))
-    if p.n_selected == A and p.config.tolerance <= 0:
-        rows.compute(np.arange(A))
+    n_rows = min(p.n_selected, len(pool_A)) + K
+    rows = _PooledRows(p, puller, pool_A, _counted(on_rows, n_rows))
+    if p.n_selected >= len(pool_A) and p.config.tolerance <= 0:
+        rows.compute(np.arange(len(pool_A)))
     rows.compute(-1 - np.arange(K))
     while rows.done < len(rows.edge_RN):
         visit_A, outside = rows.visits()
@@ -399,12 +410,23 @@ def _scout(p: Prompt, puller: Puller, size: int) -> np.ndarray:
     The influence that the targets and the first features in its order pass on; what
     stays outside the pool is summed into the rest, so that no bound is touched.
     """
-    is_node_LT = np.ones((p.cfg.n_layers, p.n_tokens), bool)
-    is_node_LT.ravel()[p.ignored_errors()] = False
-    visit_A = visits(puller, p.target_rows(), p.target_weights(), is_node_LT)
+    is_node_LT = _nodes(p)
+    visit_A = _first_visits(p, puller)
     first = np.sort(np.argsort(-visit_A, kind="stable")[:_SCOUTS])
     visit_A += visits(puller, p.feature_rows(first), visit_A[first], is_node_LT)
     return np.sort(np.argsort(-visit_A, kind="stable")[:size])
+
+
+def _nodes(p: Prompt) -> np.ndarray:
+    """Which errors are nodes, bool [L, T]."""
+    is_node_LT = np.ones((p.cfg.n_layers, p.n_tokens), bool)
+    is_node_LT.ravel()[p.ignored_errors()] = False
+    return is_node_LT
+
+
+def _first_visits(p: Prompt, puller: Puller) -> np.ndarray:
+    """Influence that the targets pass on directly, [A]."""
+    return visits(puller, p.target_rows(), p.target_weights(), _nodes(p))
 
 
 class _PooledRows:
@@ -422,7 +444,8 @@ class _PooledRows:
     ) -> None:
         self.p, self.puller, self.pool_A, self.on_rows = p, puller, pool_A, on_rows
         L, T = p.cfg.n_layers, p.n_tokens
-        n_rows, width = p.n_selected + p.n_targets, len(pool_A)
+        width = len(pool_A)
+        n_rows = min(p.n_selected, width) + p.n_targets
         self.edge_RN = np.zeros((n_rows, width + L * T + T), p.error_LTD.dtype)
         self.rest_R, self.rest_abs_R = np.zeros(n_rows), np.zeros(n_rows)
         self.total_R = np.zeros(n_rows)
