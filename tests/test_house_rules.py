@@ -21,6 +21,10 @@ ROOMS = {
     "graph": ("types", "errors", "shapes", "lm", "clt", "replacement"),
     "patching": ("types", "errors", "lm", "clt"),
     "global_weights": ("types", "errors", "shapes", "lm", "clt"),
+    "dashboards": (
+        *("types", "errors", "windows", "lm", "clt", "global_weights"),
+        *("graph.memory", "io.atomic"),
+    ),
     "shapes": (),
     "viewer": ("errors", "graph.graph"),
 }
@@ -132,7 +136,7 @@ def test_importing_starts_no_backend_and_no_tokenizer() -> None:
         "import sys, pkgutil, importlib, jaxclt\n"
         "for room in (\n"
         "    'lm', 'clt', 'replacement', 'graph', 'viewer', 'io',\n"
-        "    'patching', 'validation', 'global_weights',\n"
+        "    'patching', 'validation', 'global_weights', 'dashboards',\n"
         "):\n"
         "    package = importlib.import_module('jaxclt.' + room)\n"
         "    for m in pkgutil.iter_modules(package.__path__):\n"

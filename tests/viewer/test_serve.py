@@ -12,6 +12,7 @@ import pytest
 from test_graph_json import HOSTILE, make_graph
 
 from jaxclt.cli_serve import MAX_BODY, make_server, save_view
+from jaxclt.dashboards import files
 from jaxclt.errors import InputError
 from jaxclt.pages import directory_page, read_graph
 from jaxclt.viewer.graph_json import graph_json
@@ -40,6 +41,38 @@ def root(tmp_path: Path) -> Path:
     os.symlink(tmp_path, root / "up")
     os.symlink(tmp_path / "secret.json", features / "7.json")
     return root
+
+
+def packed(folder: Path, filename: str = "layer_1.bin") -> None:
+    """Feature 3 of layer 1 (number 13), as `jaxclt features` writes it."""
+    record = files.pack(b'{"index": 13, "examples_quantiles": []}')
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "layer_1.bin").write_bytes(record)
+    files.write_index(folder, {1: [0, 0, 0, 0, len(record)]})
+    if filename != "layer_1.bin":
+        (folder / "layer_1.bin").rename(folder.parents[2] / filename)
+        (folder / "layer_1.bin").symlink_to(folder.parents[2] / filename)
+
+
+def test_packed_features_are_served(root: Path, ask):
+    packed(root / "cat" / "features")
+    number = files.cantor(1, 3)
+    status, _, text = ask(f"/api/feature/cat/{number}.json")
+    assert (status, json.loads(text)["index"]) == (200, number)
+    assert ask("/api/feature/cat/5.json")[0] == 200  # loose ones too
+    assert ask(f"/api/feature/cat/{files.cantor(1, 2)}.json")[0] == 404
+    assert ask(f"/api/feature/cat/{files.cantor(2, 0)}.json")[0] == 404
+
+
+def test_packed_features_that_lie_elsewhere_are_not(root: Path, ask):
+    packed(root / "cat" / "features", "outside.bin")
+    number = files.cantor(1, 3)
+    assert ask(f"/api/feature/cat/{number}.json")[0] == 404
+    (root / "cat" / "features" / "index.json.gz").unlink()
+    packed(root.parent / "elsewhere")
+    inside = root / "cat" / "features" / "index.json.gz"
+    inside.symlink_to(root.parent / "elsewhere" / "index.json.gz")
+    assert ask(f"/api/feature/cat/{number}.json")[0] == 404
 
 
 @pytest.fixture
