@@ -52,6 +52,11 @@ class FeaturesConfig:
     """Examples drawn at random among the windows where a feature is active."""
     histogram_every: int = 8
     """Histograms are of one window in so many, counts and extremes of all."""
+    labels: str = ""
+    """Let a chat model label every feature: http://HOST/v1#MODEL (OpenAI-compatible;
+    key in OPENAI_API_KEY). Writes labels.json, each label beginning with "auto: "."""
+    labels_budget: int | None = None
+    """Tokens after which nothing more is asked."""
     loose: bool = False
     """Also write one file a feature, features/NUMBER.json."""
     json: bool = False
@@ -62,22 +67,34 @@ class FeaturesConfig:
 
 def run_features(config: FeaturesConfig, say: Console, bar: Bar) -> None:
     """Gather, write, print."""
+    from jaxclt.dashboards.labels import automatic_labels
+    from jaxclt.evaluation.http_client import Client
     from jaxclt.feature_dashboards import feature_dashboards
-    from jaxclt.io.dictionary import load_dictionary
+    from jaxclt.io.atomic import atomic_path
+    from jaxclt.io.dictionary import LABELS, load_dictionary
     from jaxclt.io.model import load_model
     from jaxclt.trace import check_writable
 
     if config.tokens < 1:
         raise InputError(f"--tokens {config.tokens}: give at least 1")
     check_writable(config.out)
+    client = None
+    if config.labels:
+        url, _, name = config.labels.partition("#")
+        client = Client(
+            url,
+            name,
+            cache_dir=config.out / "judge",
+            max_tokens_total=config.labels_budget,
+        )
     use_compilation_cache()
     model = load_model(
         config.model,
         progress=lambda text: say.print(text, markup=False, soft_wrap=True),
     )
     dictionary = load_dictionary(config.dictionary, model)
-    with Stages(say, bar, units={"files": "layers/s"}) as stages:
-        report, _ = feature_dashboards(
+    with Stages(say, bar, units={"files": "layers/s", "labels": "labels/s"}) as stages:
+        report, examples = feature_dashboards(
             model,
             dictionary,
             config.data,
@@ -92,6 +109,17 @@ def run_features(config: FeaturesConfig, say: Console, bar: Bar) -> None:
             loose=config.loose,
             on_stage=stages,
         )
+        if client is not None:
+            labels = automatic_labels(
+                client,
+                examples,
+                model.tokenizer.token_strings,
+                on_label=lambda done, total: stages("labels", done, total),
+            )
+            with atomic_path(config.out / LABELS) as temporary:
+                text = json.dumps(labels, indent=0, ensure_ascii=False)
+                temporary.write_text(text, encoding="utf-8")
+            report["labels"] = {"by": config.labels, "n": len(labels)} | client.usage
     if config.json:
         print(json.dumps(report))  # noqa: T201
         return

@@ -137,6 +137,7 @@ def test_importing_starts_no_backend_and_no_tokenizer() -> None:
         "for room in (\n"
         "    'lm', 'clt', 'replacement', 'graph', 'viewer', 'io',\n"
         "    'patching', 'validation', 'global_weights', 'dashboards',\n"
+        "    'evaluation',\n"
         "):\n"
         "    package = importlib.import_module('jaxclt.' + room)\n"
         "    for m in pkgutil.iter_modules(package.__path__):\n"
