@@ -103,6 +103,7 @@ def feature_dashboards(
     subset = choose_features(
         model, dictionary, features, windows, partial(on_stage, "features")
     )
+    encoder = encoder_of(dictionary, model.params, model.cfg)
     settings = {
         "excerpt": excerpt,
         "top": top,
@@ -116,7 +117,9 @@ def feature_dashboards(
     place_U2 = np.stack([subset.layer_U, subset.feature_U], 1)
     identity = {
         "model": model.hash,
-        "dictionary": dictionary.hash or dictionary.name,
+        "dictionary": dictionary.hash,
+        # Neurons of one model differ by which of them count.
+        "neurons": dictionary.name if encoder.clt is None else "",
         "windows": windows.digest,
         "features": hashlib.sha256(place_U2.tobytes()).hexdigest(),
         **settings,
@@ -129,7 +132,6 @@ def feature_dashboards(
         on_stage("examples", done, total)
         counted.append(done)
 
-    encoder = encoder_of(dictionary, model.params, model.cfg)
     examples = gather_examples(
         model.params,
         encoder,
@@ -144,7 +146,7 @@ def feature_dashboards(
         seed=seed,
         state=out,
         save_s=SAVE_S,
-        identity={k: identity[k] for k in ("model", "dictionary")},
+        identity={k: identity[k] for k in ("model", "dictionary", "neurons")},
         on_tokens=on_tokens,
     )
     pass_s = time.perf_counter() - passed

@@ -196,16 +196,15 @@ def test_histograms_of_one_window_in_three() -> None:
     )
 
 
-@pytest.mark.parametrize("windows", [1, 5, 40])
-def test_batches_do_not_matter(windows: int) -> None:
-    for kind in ("jumprelu", "neurons"):
-        t, encoder = case(kind)
-        numbers = NUMBERS | {"batch_tokens": windows * S}
-        found = gather_examples(t.params, encoder, text(), **numbers)
-        same(found, gathered(kind), close)
+@pytest.mark.parametrize(("kind", "windows"), [("jumprelu", 1), ("neurons", 40)])
+def test_batches_do_not_matter(kind: str, windows: int) -> None:
+    t, encoder = case(kind)
+    numbers = NUMBERS | {"batch_tokens": windows * S}
+    found = gather_examples(t.params, encoder, text(), **numbers)
+    same(found, gathered(kind), close)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["jumprelu", "topk", "neurons:3"])
 def test_a_subset_shows_what_all_features_show(kind: str) -> None:
     t, encoder = case(kind)
     whole = gathered(kind)

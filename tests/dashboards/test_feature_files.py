@@ -255,6 +255,8 @@ def test_neurons_have_dashboards(name: str, tmp_path: Path, data: Path) -> None:
     few = [(0, 1), (0, 2), (1, 7)] if name == "neurons" else "top:6"
     report, examples = make(tmp_path, data, dictionary=dictionary(name), features=few)
     assert report["features"] == len(examples.layer_U) == (3 if few != "top:6" else 6)
+    with pytest.raises(InputError, match="neurons differs"):
+        make(tmp_path, data, dictionary=dictionary("neurons:4"), features=[(0, 1)])
     layer, feature = int(examples.layer_U[0]), int(examples.feature_U[0])
     doc = FeatureFiles(tmp_path).record(layer, feature)
     assert doc is not None
