@@ -34,7 +34,7 @@ from jaxclt.errors import InputError
 from jaxclt.evaluation.agreement import Compared, compare, predict
 from jaxclt.evaluation.baselines import neuron_thresholds
 from jaxclt.evaluation.concepts import ConceptPair, load_pairs, readable
-from jaxclt.evaluation.graphs import graph_row
+from jaxclt.evaluation.graphs import graph_means, graph_row
 from jaxclt.evaluation.judges import Judge
 from jaxclt.evaluation.judging import interpretability
 from jaxclt.evaluation.prompts import EvalText, graph_filter, pick_prompts, unsure
@@ -48,11 +48,11 @@ from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.intervene import Subject
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.model import Model
-from jaxclt.perturb import faithfulness
+from jaxclt.perturb import by_distance, faithfulness
 from jaxclt.replacement.model import Substitute, substitute_of
 from jaxclt.trace import trace_prompt
 from jaxclt.train.harvest import harvest
-from jaxclt.validation.stats import mean_interval, ratio_interval
+from jaxclt.validation.stats import ratio_interval
 from jaxclt.windows import batches
 
 __all__ = ["EvalOptions", "Prompts", "choose_prompts", "evaluate"]
@@ -424,7 +424,7 @@ class _One:
         for i, prompt in enumerate(self.prompts):
             lines.append(graph_row(self._traced(prompt)))
             told(i + 1, len(self.prompts))
-        return _graph_means(lines, self.key), lines
+        return graph_means(lines, self.key), lines
 
     def _traced(self, prompt: str | Sequence[int]) -> Any:
         return trace_prompt(
@@ -452,7 +452,7 @@ class _One:
             )
             lines.append({"layers": layers, "tables": tables})
             told(i + 1, len(chosen))
-        return {"faithfulness": _by_distance(lines)}, lines
+        return {"faithfulness": by_distance(lines)}, lines
 
     def judged(self, judge: Judge, pairs: Sequence[ConceptPair]) -> Part:
         """Sort and Contrastive Evals; the trials are logged in ``judged/``."""
@@ -498,61 +498,6 @@ class _One:
             for layer in np.unique(layer_U)
         ]
         return np.concatenate(parts)
-
-
-_GRAPH = {
-    "completeness": "completeness",
-    "completeness_ct": "completeness_ct",
-    "replacement": "replacement",
-    "path_length": "mean_path_length",
-    "error_share": "error_share",
-}
-
-
-def _graph_means(lines: list[dict[str, Any]], key: jax.Array) -> dict[str, Any]:
-    """Means over prompts with their intervals."""
-    value = {
-        name: np.array([line["scores"][of] for line in lines], float)
-        for name, of in _GRAPH.items()
-    }
-    for name, of in (("completeness", "completeness"), ("replacement", "replacement")):
-        value[f"pruned_{name}"] = np.array([line["pruned"][of] for line in lines])
-    for name in ("attention", "attention_embedding"):
-        value[name] = np.array([line[name] for line in lines], float)
-    curve = np.array([line["curve"] for line in lines])
-    steps = list(zip(*(line["frontier"] for line in lines), strict=True))
-    return {
-        **{name: _mean(x) for name, x in value.items()},
-        "graphs": len(lines),
-        "curve": curve.mean(0).tolist(),
-        "frontier": [
-            {k: float(np.mean([one[k] for one in step])) for k in step[0]}
-            for step in steps
-        ],
-        "intervals": {name: mean_interval(x, key) for name, x in value.items()},
-    }
-
-
-def _by_distance(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Cosine and NMSE of each kind by layers between, mean of prompts and layers."""
-    found: dict[str, Any] = {}
-    for kind in lines[0]["tables"]:
-        found[kind] = {}
-        for what in ("cosine", "nmse"):
-            at: dict[int, list[float]] = {}
-            for line in lines:
-                table = line["tables"][kind][what]
-                for layer, row in zip(line["layers"], table, strict=True):
-                    for measured in range(layer, len(row)):
-                        if row[measured] is not None:
-                            at.setdefault(measured - layer, []).append(row[measured])
-            found[kind][what] = {str(d): float(np.mean(at[d])) for d in sorted(at)}
-    return found
-
-
-def _mean(x: np.ndarray) -> float:
-    x = x[np.isfinite(x)]
-    return float(x.mean()) if len(x) else math.nan
 
 
 def _quantiles(x: Sequence[float]) -> list[float]:

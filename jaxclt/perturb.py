@@ -7,7 +7,7 @@ appendix G.3): which features are perturbed, and tables of what came of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -24,7 +24,7 @@ from jaxclt.validation.faithfulness import (
     upstream,
 )
 
-__all__ = ["faithfulness", "variants"]
+__all__ = ["by_distance", "faithfulness", "variants"]
 
 
 def faithfulness(
@@ -79,6 +79,27 @@ def faithfulness(
             on_batch(len(batch))
             out[name] = {"cosine": _table(cosine), "nmse": _table(nmse)}
     return out, layers
+
+
+def by_distance(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Cosine and NMSE of each kind by layers behind, mean of prompts and layers.
+
+    Args:
+      lines: ``tables`` and ``layers`` from `faithfulness`, one a prompt.
+    """
+    found: dict[str, Any] = {}
+    for kind in lines[0]["tables"]:
+        found[kind] = {}
+        for what in ("cosine", "nmse"):
+            at: dict[int, list[float]] = {}
+            for line in lines:
+                table = line["tables"][kind][what]
+                for layer, row in zip(line["layers"], table, strict=True):
+                    for measured in range(layer, len(row)):
+                        if row[measured] is not None:
+                            at.setdefault(measured - layer, []).append(row[measured])
+            found[kind][what] = {str(d): float(np.mean(at[d])) for d in sorted(at)}
+    return found
 
 
 def variants(

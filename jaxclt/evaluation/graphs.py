@@ -8,17 +8,20 @@ and the share of the influence that passed through attention (section 7).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.influence import solve_walk
 from jaxclt.graph.prune import prune
 from jaxclt.graph.scores import path_length_curve, scores, shares_total
+from jaxclt.validation.stats import mean_interval
 
-__all__ = ["THRESHOLDS", "attention_share", "frontier", "graph_row"]
+__all__ = ["THRESHOLDS", "attention_share", "frontier", "graph_means", "graph_row"]
 
 THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.5)  # of nodes; the first four are the paper's
 
@@ -102,3 +105,46 @@ def attention_share(graph: Graph) -> tuple[float, float]:
         stayed = float(stays_N[columns].sum())
         found.append(1 - stayed / total if total > 0 else float("nan"))
     return found[0], found[1]
+
+
+_SCORES = {
+    "completeness": "completeness",
+    "completeness_ct": "completeness_ct",
+    "replacement": "replacement",
+    "path_length": "mean_path_length",
+    "error_share": "error_share",
+}
+
+
+def graph_means(lines: Sequence[dict[str, Any]], key: jax.Array) -> dict[str, Any]:
+    """Means over prompts with their intervals, the path-length curve and the frontier.
+
+    Args:
+      lines: from `graph_row`, one a prompt.
+      key: draws resamples.
+    """
+    value = {
+        name: np.array([line["scores"][of] for line in lines], float)
+        for name, of in _SCORES.items()
+    }
+    for name, of in (("completeness", "completeness"), ("replacement", "replacement")):
+        value[f"pruned_{name}"] = np.array([line["pruned"][of] for line in lines])
+    for name in ("attention", "attention_embedding"):
+        value[name] = np.array([line[name] for line in lines], float)
+    curve = np.array([line["curve"] for line in lines])
+    steps = list(zip(*(line["frontier"] for line in lines), strict=True))
+    return {
+        **{name: _mean(x) for name, x in value.items()},
+        "graphs": len(lines),
+        "curve": curve.mean(0).tolist(),
+        "frontier": [
+            {k: float(np.mean([one[k] for one in step])) for k in step[0]}
+            for step in steps
+        ],
+        "intervals": {name: mean_interval(x, key) for name, x in value.items()},
+    }
+
+
+def _mean(x: np.ndarray) -> float:
+    x = x[np.isfinite(x)]
+    return float(x.mean()) if len(x) else math.nan

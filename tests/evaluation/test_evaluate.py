@@ -56,7 +56,7 @@ def done(model, dictionary, text, tmp_path_factory: pytest.TempPathFactory):
     stages = []
     rows, raw = evaluate(
         model,
-        [dictionary, jaxclt.load_dictionary("neurons", model)],
+        [dictionary, jaxclt.load_dictionary("neurons@1e-30", model)],
         text,
         options=OPTIONS,
         out=out,
@@ -71,7 +71,7 @@ def test_rows_hold_every_measure(done, dictionary):
     assert clt["dictionary"] == dictionary.name
     assert (clt["kind"], neurons["kind"], few["kind"]) == ("clt", "neurons", "neurons")
     assert sum(clt["decoder_reach"]) == pytest.approx(1)
-    # Neurons that are all there are the model: T-RM1, T-S4.
+    # All neurons are the model: T-RM1, T-S4. (A threshold: one program for both rows.)
     assert neurons["fvu"] < 1e-9
     assert neurons["top1_strict"] == 1.0
     assert abs(neurons["kl_strict"]) < 1e-5
@@ -108,7 +108,7 @@ def test_what_is_there_is_not_measured_again(
     done, model, dictionary, text, monkeypatch: pytest.MonkeyPatch
 ):
     out, rows, raw, _ = done
-    every = [dictionary, jaxclt.load_dictionary("neurons", model)]
+    every = [dictionary, jaxclt.load_dictionary("neurons@1e-30", model)]
 
     def never(*args: object, **more: object):
         raise AssertionError("measured again")
