@@ -31,7 +31,7 @@ from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.stream import gather_examples
 from jaxclt.errors import InputError
-from jaxclt.evaluation.agreement import Compared, compare, predict
+from jaxclt.evaluation.agreement import Compared, compare, compare_layers, predict
 from jaxclt.evaluation.baselines import neuron_thresholds
 from jaxclt.evaluation.concepts import ConceptPair, load_pairs, readable
 from jaxclt.evaluation.graphs import graph_means, graph_row
@@ -400,23 +400,20 @@ class _One:
 
     def layers(self) -> Part:
         """The model with one layer replaced at a time."""
-        L = self.model.cfg.n_layers
         asked_W = np.cumsum(self.text.ask_WS.sum(1))
-        n = int(np.searchsorted(asked_W, self.options.layer_tokens)) + 1
-        text = self.text.take(n)
-        kl, top1, told = [], [], self.told("layer by layer")
-        for layer in range(L):
-            found = compare(
-                self.model.params,
-                self.sub,
-                text.windows.token_WS,
-                cfg=self.model.cfg,
-                layer_L=np.arange(L) == layer,
-            )
-            kl.append(float(found.kl_WS[text.ask_WS].mean()))
-            top1.append(float(found.same_WS[text.ask_WS].mean()))
-            told(layer + 1, L)
-        return {"layer_kl_L": kl, "layer_top1_L": top1}, []
+        wanted = self.options.layer_tokens
+        text = self.text.take(max(1, int(np.searchsorted(asked_W, wanted, "right"))))
+        same_LWS, kl_LWS = compare_layers(
+            self.model.params,
+            self.sub,
+            text.windows.token_WS,
+            cfg=self.model.cfg,
+            on_layer=self.told("layer by layer"),
+        )
+        return {
+            "layer_kl_L": kl_LWS[:, text.ask_WS].mean(1),
+            "layer_top1_L": same_LWS[:, text.ask_WS].mean(1),
+        }, []
 
     def graphs(self) -> Part:
         """Scores of the graphs of all prompts."""

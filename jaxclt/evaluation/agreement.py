@@ -20,7 +20,14 @@ from jaxclt.lm.run import forward
 from jaxclt.replacement.model import Substitute, substitute_logits
 from jaxclt.types import LMParams
 
-__all__ = ["Compared", "agreement", "compare", "divergence", "predict"]
+__all__ = [
+    "Compared",
+    "agreement",
+    "compare",
+    "compare_layers",
+    "divergence",
+    "predict",
+]
 
 TOGETHER = 256  # positions whose logits over the vocabulary are held at a time
 
@@ -116,6 +123,64 @@ def compare(
         np.concatenate(x)[:W] for x in zip(*rows, strict=True)
     )
     return Compared(model_WS, found_WS, kl_WS.astype(np.float64), confidence_WS)
+
+
+_logits = jax.jit(
+    lambda params, token_WS, cfg: jax.vmap(partial(forward, params, cfg=cfg))(token_WS),
+    static_argnames="cfg",
+)
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _one_layer(
+    params: LMParams,
+    sub: Substitute,
+    token_WS: Array,
+    true_WSV: Array,
+    layer_L: Array,
+    cfg: LMConfig,
+) -> tuple[Array, Array]:
+    def one(token_S: Array, true_SV: Array) -> tuple[Array, Array]:
+        found_SV = substitute_logits(params, sub, token_S, cfg=cfg, layer_L=layer_L)
+        same_S = true_SV.argmax(-1) == found_SV.argmax(-1)
+        return same_S, divergence(true_SV, found_SV)
+
+    return jax.vmap(one)(token_WS, true_WSV)
+
+
+def compare_layers(
+    params: LMParams,
+    sub: Substitute,
+    token_WS: np.ndarray,
+    *,
+    cfg: LMConfig,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The model with one layer's MLP replaced, each in turn; few windows.
+
+    The first position keeps its MLP. The model's logits of all windows are held.
+
+    Args:
+      params: model weights.
+      sub: from `jaxclt.replacement.model.substitute_of`.
+      token_WS: windows, padded with -1 behind the text.
+      cfg: model shape.
+      on_layer: progress, (layers done, of).
+
+    Returns:
+      Whether the most probable token is the same, and the KL in nats, [L, W, S] each.
+    """
+    L = cfg.n_layers
+    tokens = jnp.maximum(jnp.asarray(token_WS), 0)
+    true_WSV = _logits(params, tokens, cfg)
+    rows = []
+    for layer in range(L):
+        chosen = jnp.arange(L) == layer
+        found = _one_layer(params, sub, tokens, true_WSV, chosen, cfg)
+        rows.append([np.asarray(x) for x in found])
+        on_layer(layer + 1, L)
+    same_LWS, kl_LWS = (np.stack(x) for x in zip(*rows, strict=True))
+    return same_LWS, kl_LWS.astype(np.float64)
 
 
 @partial(jax.jit, static_argnames="cfg")

@@ -113,7 +113,7 @@ def test_what_is_there_is_not_measured_again(
     def never(*args: object, **more: object):
         raise AssertionError("measured again")
 
-    for name in ("compare", "harvest", "trace_prompt"):
+    for name in ("compare", "compare_layers", "harvest", "trace_prompt"):
         monkeypatch.setattr(shell, name, never)
     again, lines = evaluate(model, every, text, options=OPTIONS, out=out)
     assert again == rows
