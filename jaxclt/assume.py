@@ -13,7 +13,7 @@ from pathlib import Path
 from jaxclt.errors import InputError
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.graph.memory import MemoryPlan, Sizes, memory_plan
-from jaxclt.io.weights_hf import shape_from_hf
+from jaxclt.io.families import shape_from_hf
 from jaxclt.io.weights_safetensors import read_json
 from jaxclt.lm.config import LMConfig
 

@@ -48,6 +48,7 @@ from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.intervene import Subject
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.model import Model
+from jaxclt.lm.layers import neuron_rows
 from jaxclt.perturb import by_distance, faithfulness
 from jaxclt.replacement.model import Substitute, substitute_of
 from jaxclt.trace import trace_prompt
@@ -486,7 +487,7 @@ class _One:
         """What each feature writes to its own layer's MLP output, [U, D]."""
         clt, layer_U = self.sub.clt, examples.layer_U
         decoders = (
-            self.model.params.blocks.down_LID
+            jax.vmap(neuron_rows)(self.model.params.blocks)
             if clt is None
             else [W_FMD[:, 0] for W_FMD in clt.W_dec]
         )

@@ -44,7 +44,7 @@ class Block:
     """Weights of all decoder blocks, stacked on a leading layer axis.
 
     Norm gains are the effective multipliers. Projections map ``x @ W`` with input axes
-    first. Biases are None where the model has none.
+    first. Biases, and norms that not every model has, are None where there are none.
     """
 
     norm_attn_LD: Array
@@ -63,6 +63,12 @@ class Block:
     gate_bias_LI: Array | None = None
     up_bias_LI: Array | None = None
     down_bias_LD: Array | None = None
+    q_norm_LC: Array | None = None  # gains of norms over a head's channels
+    k_norm_LC: Array | None = None
+    post_attn_LD: Array | None = None  # gains of norms before the stream is added to
+    post_mlp_LD: Array | None = None
+    # bool: layers with `LMConfig.window` and its local rotary base; None: all alike
+    local_L: Array | None = None
 
 
 @struct.dataclass
@@ -73,6 +79,8 @@ class LMParams:
     blocks: Block
     norm_out_D: Array
     unembed_DV: Array | None = None  # None: tied to embed_VD
+    embed_scale: Array | None = None  # scalar: what enters layer 0 is times this
+    logit_cap: Array | None = None  # scalar c: logits are c tanh(x / c)
 
 
 @struct.dataclass
@@ -82,6 +90,10 @@ class Frozen:
     Circuit Tracing (2025), section 2.3: attention patterns and norm denominators.
     Scales are reciprocal denominators, 1 / rms. Patterns of a long prompt are not kept:
     they are computed again from the clean stream that entered the layer.
+
+    Where a model normalises what attention and MLPs write before it is added to the
+    stream, those denominators are here as well. Everything that is called a write in
+    this library is what the stream gets, behind such a norm.
     """
 
     pattern_LHTS: Array | None
@@ -89,6 +101,8 @@ class Frozen:
     mlp_scale_LT: Array
     out_scale_T: Array
     clean_LTD: Array | None = None  # instead of patterns
+    post_attn_scale_LT: Array | None = None  # None: the model has no such norm
+    post_mlp_scale_LT: Array | None = None
 
 
 @struct.dataclass
@@ -104,6 +118,8 @@ class Held:
     mlp_scale_LT: Array | None = None
     out_scale_T: Array | None = None
     clean_LTD: Array | None = None  # instead of patterns, see `Frozen`
+    post_attn_scale_LT: Array | None = None
+    post_mlp_scale_LT: Array | None = None
 
 
 @struct.dataclass
@@ -114,7 +130,7 @@ class Recording:
     embed_TD: Array
     resid_LTD: Array  # residual stream entering each layer
     mid_LTD: Array  # residual stream after attention, where the MLP reads
-    write_LTD: Array  # true MLP outputs
+    write_LTD: Array  # what the true MLPs add to the stream
     out_TD: Array  # after the final norm; unembed() turns it into logits
     frozen: Frozen
 

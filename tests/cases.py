@@ -42,6 +42,19 @@ CASES = {
     "no_bias": {"seed": 5, "biases": False},
 }
 MODELS = ("clt", "span2", "no_bias")  # one case per model
+# Other families. Those without norms behind attention and MLPs have the same linear
+# maps as the first, so that the default suite leaves them to their taps.
+FAMILY_CASES = {
+    "gemma2": {"seed": 6, "family": "gemma2", "read": "mlp_in", "skip": True},
+    "gemma3": {"seed": 7, "family": "gemma3", "tied": True},
+    "llama3": {"seed": 8, "family": "llama3", "span": 2},
+    "mistral": {"seed": 9, "family": "mistral", "biases": False},
+    "qwen3": {"seed": 10, "family": "qwen3", "read": "normalized"},
+}
+FAMILIES = [
+    name if name.startswith("gemma") else pytest.param(name, marks=pytest.mark.slow)
+    for name in FAMILY_CASES
+]
 # For costly tests: two cases in the default suite, the others with `-m slow`.
 FEW = [
     name if name in ("clt", "skip") else pytest.param(name, marks=pytest.mark.slow)
@@ -53,7 +66,7 @@ FEW = [
 def case(name: str) -> Tiny:
     """A case in float64; use it in modules marked x64."""
     with jax.enable_x64(True):
-        return tiny(dtype=jnp.float64, **CASES[name])
+        return tiny(dtype=jnp.float64, **(CASES | FAMILY_CASES)[name])
 
 
 @functools.cache

@@ -7,6 +7,10 @@ activation, and of either sign. With all neurons the dictionary is exact and eve
 node is zero; `neurons:k` keeps, per layer and position, the k with the largest written
 norm ``|a| * ||W_down||``, `neurons@x` those with at least x, and both leave the rest to
 the error node.
+
+Where the model normalises what its MLPs write, the frozen scale of that norm (of all
+neurons together, kept or not) is part of a neuron's gate and so of its activation, and
+the gain of that norm part of its ``W_down``.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ __all__ = [
     "kept_neurons",
     "neuron_values",
     "parse_neurons",
+    "read_neurons",
 ]
 
 
@@ -107,7 +112,16 @@ def neuron_values(
       cfg: model shape.
     """
     normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
+    return read_neurons(p, normed_TD, cfg=cfg)
+
+
+def read_neurons(p: Block, normed_TD: Array, *, cfg: LMConfig) -> tuple[Array, Array]:
+    """`neuron_values` of what the MLP reads."""
     gate_TI, up_TI = layers.gate_and_up(p, normed_TD, cfg=cfg)
+    if p.post_mlp_LD is not None:
+        _, post_T = layers.mlp_and_scale(p, normed_TD, cfg=cfg)
+        assert post_T is not None, "there is a norm"
+        gate_TI = gate_TI * post_T[:, None]
     return gate_TI * up_TI, gate_TI
 
 
@@ -124,7 +138,7 @@ def kept_neurons(
     """
     if threshold is None and (k is None or k >= value_TI.shape[1]):
         return None
-    size_TI = jnp.abs(value_TI) * jnp.linalg.norm(p.down_LID, axis=-1)[None]
+    size_TI = jnp.abs(value_TI) * jnp.linalg.norm(layers.neuron_rows(p), axis=-1)[None]
     if threshold is not None:
         return size_TI >= threshold
     assert k is not None
@@ -191,7 +205,7 @@ def active_neurons(
             )
         )
         encoder.append(np.asarray(p.up_LDI).T[unique])
-        decoder.append(np.asarray(p.down_LID)[unique][:, None, :])
+        decoder.append(np.asarray(layers.neuron_rows(p))[unique][:, None, :])
         diagonals.append(np.asarray(scale_T)[:, None] * np.asarray(p.norm_mlp_LD)[None])
     fields = [np.concatenate(column) for column in zip(*parts, strict=True)]
     layer_A, pos_A, feature_A, value_A, gate_A, bias_A, row_A = fields

@@ -10,11 +10,10 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.active import Dictionary
-from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.clt.neurons import NeuronDictionary, neuron_values
 from jaxclt.clt.sites import read_diagonal
 from jaxclt.clt.store import DictionaryStore
 from jaxclt.errors import InputError
-from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import LMParams, Recording
 
@@ -104,8 +103,7 @@ def _neuron(
     p = jax.tree.map(lambda leaf: leaf[layer], params.blocks)
     scale_T = recording.frozen.mlp_scale_LT[layer, pos : pos + 1]
     mid_TD = recording.mid_LTD[layer, pos : pos + 1]
-    normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
-    gate = layers.gate_and_up(p, normed_TD, cfg=cfg)[0][0, feature]
+    gate = neuron_values(p, mid_TD, scale_T, cfg=cfg)[1][0, feature]
     bias = jnp.zeros_like(gate)
     if p.up_bias_LI is not None:
         bias = gate * p.up_bias_LI[feature]

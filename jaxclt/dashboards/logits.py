@@ -20,6 +20,7 @@ from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.clt.store import DictionaryStore
 from jaxclt.errors import InputError
 from jaxclt.global_weights.weights import summed_writes, written_logits
+from jaxclt.lm.layers import neuron_rows
 from jaxclt.types import LMParams
 
 __all__ = ["TokenEffects", "token_effects"]
@@ -61,11 +62,12 @@ def token_effects(
     k, rows = min(k, V), max(1, _CELLS // V)
     n_layers = params.blocks.norm_mlp_LD.shape[0]
     store: DictionaryStore | None = getattr(dictionary, "store", None)
+    p = jax.tree.map(lambda leaf: leaf[layer], params.blocks)
     found = []
     for start in range(0, len(feature_N), rows):
         part_R = feature_N[start : start + rows]
         if isinstance(dictionary, NeuronDictionary):
-            written_RD = params.blocks.down_LID[layer][jnp.asarray(part_R)]
+            written_RD = neuron_rows(p)[jnp.asarray(part_R)]
         elif store is not None:
             written_RD = summed_writes(store, params, layer, n_layers, part_R)
         else:

@@ -17,6 +17,7 @@ from jax import Array
 
 from jaxclt.clt.neurons import neuron_values
 from jaxclt.lm.config import LMConfig
+from jaxclt.lm.layers import neuron_rows
 from jaxclt.lm.run import record
 from jaxclt.types import LMParams
 
@@ -33,7 +34,7 @@ def _written_norms(params: LMParams, token_S: Array, cfg: LMConfig) -> Array:
     def one(x: tuple) -> Array:
         p, mid_TD, scale_T = x
         value_TI, _ = neuron_values(p, mid_TD, scale_T, cfg=cfg)
-        return jnp.abs(value_TI) * jnp.linalg.norm(p.down_LID, axis=-1)[None]
+        return jnp.abs(value_TI) * jnp.linalg.norm(neuron_rows(p), axis=-1)[None]
 
     return jax.lax.map(one, (params.blocks, done.mid_LTD, done.frozen.mlp_scale_LT))
 

@@ -18,7 +18,7 @@ from jax import Array
 
 from jaxclt.clt.config import ReadSite
 from jaxclt.clt.model import decode, encode
-from jaxclt.clt.neurons import kept_neurons
+from jaxclt.clt.neurons import kept_neurons, read_neurons
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.replacement.model import Substitute
@@ -127,12 +127,11 @@ def _written(
         raise ValueError("neurons need the model's params and cfg")
 
     def one(p: Any, read_TD: Array) -> tuple[Array, Array]:
-        gate_TI, up_TI = layers.gate_and_up(p, read_TD, cfg=cfg)
-        value_TI = gate_TI * up_TI
+        value_TI, _ = read_neurons(p, read_TD, cfg=cfg)
         keep_TI = kept_neurons(p, value_TI, k=sub.k, threshold=sub.threshold)
         if keep_TI is not None:
             value_TI = jnp.where(keep_TI, value_TI, 0)
-        write_TD = value_TI @ p.down_LID
+        write_TD = value_TI @ layers.neuron_rows(p)
         if p.down_bias_LD is not None:
             write_TD = write_TD + p.down_bias_LD[None]
         return value_TI != 0, write_TD

@@ -7,9 +7,10 @@ at position c', the head moves it to c, and a target of layer l or above reads i
     ind_h[t, s] = sum over c of  1(a_t(c)) q_t(c) m_s(c)
     m_s(c) = sum over c' of  A_h(c, c') q_h(c') a_s(c')
 
-with q the reciprocal norm denominators before the head, and before the target's encoder
-where it reads after the norm: n ERA = V_h ind_h is then exactly the sum over graphs of
-the edges' one-hop parts (spec 3.4, 11.4). There is no version without q here.
+with q the reciprocal norm denominators before the head (and behind it, at c, where the
+model has a norm there), and before the target's encoder where it reads after the norm:
+n ERA = V_h ind_h is then exactly the sum over graphs of the edges' one-hop parts (spec
+3.4, 11.4). There is no version without q here.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def head_sums(
     a_UT: Array,
     resid_LWSD: Array,
     attn_scale_LWS: Array,
+    post_scale_LWS: Array | None,
     scale_LT: Array,
     *,
     cfg: LMConfig,
@@ -54,6 +56,7 @@ def head_sums(
       a_UT: activations, zero where a position does not count.
       resid_LWSD: streams entering the layers.
       attn_scale_LWS: reciprocal denominators before attention.
+      post_scale_LWS: those behind it, if there is a norm.
       scale_LT: those before the MLPs.
       cfg: model shape.
       starts: where layers start among the features.
@@ -69,11 +72,10 @@ def head_sums(
             pattern[layer] = _pattern(
                 blocks, layer, resid_LWSD[layer], attn_scale_LWS[layer], cfg
             )
-        moved_UWS = jnp.einsum(
-            "WTS,UWS->UWT",
-            pattern[layer][:, head] * attn_scale_LWS[layer][:, None, :],
-            a_UWS[: starts[layer]],
-        )
+        pattern_WTS = pattern[layer][:, head] * attn_scale_LWS[layer][:, None, :]
+        if post_scale_LWS is not None:
+            pattern_WTS = pattern_WTS * post_scale_LWS[layer][:, :, None]
+        moved_UWS = jnp.einsum("WTS,UWS->UWT", pattern_WTS, a_UWS[: starts[layer]])
         moved_UT = moved_UWS.reshape(-1, W * S)
         target_UT = a_UT[starts[layer] :]
         on_UT = (target_UT != 0).astype(a_UT.dtype)
@@ -140,8 +142,9 @@ def head_block(
     p = params.blocks
     value_DC = p.v_LDGC[layer, :, h // cfg.n_queries_per_kv]
     value_DC = value_DC * p.norm_attn_LD[layer][:, None]
+    out_CD = p.o_LHCD[layer, h]
+    if p.post_attn_LD is not None:
+        out_CD = out_CD * p.post_attn_LD[layer][None, :]
     read_RD = folded_encoder(store, params, to, feature_R)
     write_ND = summed_writes(store, params, of, layer, feature_N)
-    return np.asarray(
-        _through(jnp.asarray(read_RD), write_ND, value_DC, p.o_LHCD[layer, h])
-    )
+    return np.asarray(_through(jnp.asarray(read_RD), write_ND, value_DC, out_CD))

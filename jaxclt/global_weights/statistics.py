@@ -192,6 +192,7 @@ class Seen(NamedTuple):
     scale_LT: Array  # reciprocal denominators before the MLPs
     resid_LWSD: Array
     attn_scale_LWS: Array
+    post_scale_LWS: Array | None
     out_WSD: Array
     out_scale_WS: Array
 
@@ -218,16 +219,14 @@ def watch(
             keep_patterns=False,
         )
         taps = done.taps
-        return (taps.mid_TD, taps.resid_TD, taps.attn_scale_T, taps.mlp_scale_T), (
-            done.out_TD,
-            done.out_scale_T,
-        )
+        scales = taps.attn_scale_T, taps.mlp_scale_T, taps.post_attn_scale_T
+        return (taps.mid_TD, taps.resid_TD, *scales), (done.out_TD, done.out_scale_T)
 
     axes: Any = (1, 0)
     taps, (out_WSD, out_scale_WS) = jax.vmap(one, out_axes=axes)(
         jnp.maximum(token_WS, 0)
     )
-    mid_LWSD, resid_LWSD, attn_scale_LWS, scale_LWS = taps
+    mid_LWSD, resid_LWSD, attn_scale_LWS, scale_LWS, post_scale_LWS = taps
     L, W, S, D = mid_LWSD.shape
     scale_LT = scale_LWS.reshape(L, W * S)
     mask_T = mask_WS.reshape(-1).astype(scale_LT.dtype)
@@ -258,6 +257,7 @@ def watch(
         scale_LT,
         resid_LWSD,
         attn_scale_LWS,
+        post_scale_LWS,
         out_WSD,
         out_scale_WS,
     )
@@ -374,6 +374,7 @@ def token_sums(
                 seen.a_UT,
                 seen.resid_LWSD,
                 seen.attn_scale_LWS,
+                seen.post_scale_LWS,
                 seen.scale_LT,
                 cfg=plan.lm,
                 starts=plan.starts,

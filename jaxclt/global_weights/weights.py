@@ -26,7 +26,7 @@ from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.sites import read_diagonal
 from jaxclt.clt.store import DictionaryStore
 from jaxclt.global_weights.subset import Subset
-from jaxclt.lm.run import unembed
+from jaxclt.lm.run import embed, readout
 from jaxclt.types import LMParams
 
 __all__ = [
@@ -301,16 +301,15 @@ def embedding_weights(
       token_Y: which tokens; None for the whole vocabulary.
     """
     read_RD = jnp.asarray(folded_encoder(store, params, layer, feature_R))
-    embed_VD = params.embed_VD
-    embed_YD = embed_VD if token_Y is None else embed_VD[jnp.asarray(token_Y)]
-    return np.asarray(block(read_RD, embed_YD))
+    token_Y = np.arange(len(params.embed_VD)) if token_Y is None else token_Y
+    return np.asarray(block(read_RD, embed(params, jnp.asarray(token_Y))))
 
 
 @jax.jit
 def written_logits(params: LMParams, written_ND: Array) -> Array:
     """Demeaned logits [N, V] of vectors in the stream, see `logit_weights`."""
     with jax.default_matmul_precision("highest"):
-        logit_NV = unembed(params, written_ND * params.norm_out_D[None])
+        logit_NV = readout(params, written_ND * params.norm_out_D[None])
         return logit_NV - logit_NV.mean(1, keepdims=True)
 
 
@@ -323,7 +322,8 @@ def logit_weights(
 ) -> np.ndarray:
     """Virtual weights [N, Y] from features to demeaned logits ("output weights").
 
-    The gain of the final norm is folded in, its denominator is not. Over the whole
+    The gain of the final norm is folded in, its denominator is not; logits are those
+    before a cap. Over the whole
     vocabulary the weights of a feature sum to zero.
 
     Args:

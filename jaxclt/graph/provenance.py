@@ -34,7 +34,7 @@ from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.targets import target_reads
 from jaxclt.lm.config import LMConfig
-from jaxclt.lm.frozen import frozen_attention
+from jaxclt.lm.frozen import fold_post_attn, frozen_attention
 from jaxclt.types import Block, Frozen, LMParams, Recording
 
 __all__ = [
@@ -67,6 +67,10 @@ def crop(
     n, frozen = n_tokens, recording.frozen
     if frozen.pattern_LHTS is None:
         raise InputError(_NO_PATTERNS)
+
+    def start(x_LT: Array | None) -> Array | None:
+        return None if x_LT is None else x_LT[:, :n]
+
     cropped = Recording(
         token_T=recording.token_T[:n],
         embed_TD=recording.embed_TD[:n],
@@ -79,6 +83,8 @@ def crop(
             attn_scale_LT=frozen.attn_scale_LT[:, :n],
             mlp_scale_LT=frozen.mlp_scale_LT[:, :n],
             out_scale_T=frozen.out_scale_T[:n],
+            post_attn_scale_LT=start(frozen.post_attn_scale_LT),
+            post_mlp_scale_LT=start(frozen.post_mlp_scale_LT),
         ),
     )
     active = dataclasses.replace(
@@ -223,7 +229,7 @@ def _direct_block(
 
 
 class FrozenStream(NamedTuple):
-    """The frozen stream on the device."""
+    """The frozen stream on the device; a norm behind the attention is folded in."""
 
     blocks: Block
     pattern_LHTS: Array
@@ -238,9 +244,11 @@ def frozen_stream(
     frozen = recording.frozen
     if frozen.pattern_LHTS is None:
         raise InputError(_NO_PATTERNS)
-    return FrozenStream(
-        params.blocks, frozen.pattern_LHTS, frozen.attn_scale_LT, active.skip
+    blocks, pattern_LHTS = fold_post_attn(
+        params.blocks, frozen.pattern_LHTS, frozen.post_attn_scale_LT
     )
+    assert pattern_LHTS is not None, "checked above"
+    return FrozenStream(blocks, pattern_LHTS, frozen.attn_scale_LT, active.skip)
 
 
 class _States(NamedTuple):

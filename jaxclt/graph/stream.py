@@ -21,6 +21,7 @@ from jax import Array
 
 from jaxclt.lm.block import FrozenLayer, frozen_pattern
 from jaxclt.lm.config import LMConfig
+from jaxclt.lm.frozen import fold_post_attn
 from jaxclt.types import Block, LMParams, Recording
 
 __all__ = ["Stream", "attend", "make_stream"]
@@ -31,10 +32,11 @@ class Stream(NamedTuple):
 
     value: Array  # push: [L, D, G, C]; pull: [L, G, C, D]
     output: Array  # push: [L, G, J, C, D]; pull: [L, D, G, J, C]
-    pattern_LHTS: Array | None  # times the norm's scale at S
+    pattern_LHTS: Array | None  # times the norm's scale at S, and that behind it at T
     blocks: Block | None  # what computes a pattern that is not kept
     clean_LTD: Array | None
     scale_LT: Array
+    post_scale_LT: Array | None  # of a norm behind the attention
     skip: tuple[Array, Array] | None
 
 
@@ -62,6 +64,7 @@ def make_stream(
         frozen.pattern_LHTS,
         None if kept else frozen.clean_LTD,
         frozen.attn_scale_LT,
+        frozen.post_attn_scale_LT,
         None if skip is None else (jnp.asarray(skip[0]), jnp.asarray(skip[1])),
         cfg=cfg,
         pull=pull,
@@ -73,12 +76,14 @@ def _lay_out(
     pattern_LHTS: Array | None,
     clean_LTD: Array | None,
     scale_LT: Array,
+    post_scale_LT: Array | None,
     skip: tuple[Array, Array] | None,
     *,
     cfg: LMConfig,
     pull: bool,
 ) -> Stream:
-    value, output = _fold(blocks, cfg=cfg, pull=pull)
+    folded, pattern_LHTS = fold_post_attn(blocks, pattern_LHTS, post_scale_LT)
+    value, output = _fold(folded, cfg=cfg, pull=pull)
     return Stream(
         value=value,
         output=output,
@@ -86,6 +91,7 @@ def _lay_out(
         blocks=None if clean_LTD is None else blocks,
         clean_LTD=clean_LTD,
         scale_LT=scale_LT,
+        post_scale_LT=post_scale_LT,
         skip=skip,
     )
 
@@ -158,4 +164,6 @@ def _pattern(
         pattern_HTS = frozen_pattern(p, frozen, cfg=cfg)
         assert pattern_HTS is not None, "the clean stream is there"
         pattern_HTS = pattern_HTS * scale_T[None, None, :]
+        if stream.post_scale_LT is not None:
+            pattern_HTS = pattern_HTS * stream.post_scale_LT[layer, None, :P, None]
     return pattern_HTS.reshape(cfg.n_kv_heads, -1, P, P)

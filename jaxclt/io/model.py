@@ -67,7 +67,9 @@ def load_model(
             f"only {cfg.d_vocab}; they do not belong together"
         )
     if dtype != "float32":
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        params = jax.tree.map(
+            lambda leaf: leaf if leaf.dtype == bool else leaf.astype(dtype), params
+        )
     return Model(
         params=params,
         cfg=cfg,

@@ -7,7 +7,8 @@ the leaf says the order that is wanted.
 
 llama.cpp rotates neighbouring channels (2j, 2j + 1) while Hugging Face and this library
 rotate the halves (j, j + C/2), so GGUF files hold the rows of query and key heads
-interleaved; rows marked `rotary` are put back in the order of halves.
+interleaved in the architectures that it runs so; rows marked `rotary` are put back in
+the order of halves.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax.numpy as jnp
@@ -25,8 +26,8 @@ from jaxclt.errors import InputError
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import Block, LMParams
 
-__all__ = ["LLAMA", "Row", "Source", "from_leaf", "read_params", "tensor_name"]
-__all__ += ["stored_shape", "to_leaf"]
+__all__ = ["GEMMA", "LLAMA", "QWEN", "Layout", "Row", "Source", "from_leaf"]
+__all__ += ["read_params", "stored_shape", "tensor_name", "to_leaf"]
 
 Source = Literal["hf", "gguf"]
 
@@ -40,12 +41,22 @@ class Row:
     gguf: str
     stored: str
     option: str | None = None  # the leaf exists only where this option is on
+    or_option: str | None = None  # or this
     rotary: bool = False  # GGUF interleaves the channels
 
     @property
     def axes(self) -> str:
         """Axes of one layer of the leaf, in order."""
         return self.leaf.rpartition("_")[2].removeprefix("L")
+
+    def exists(self, options: Collection[str]) -> bool:
+        """Whether a model with these options has the leaf."""
+        return self.option is None or bool({self.option, self.or_option} & {*options})
+
+    @property
+    def is_gain(self) -> bool:
+        """Whether it is the gain of a norm."""
+        return "norm" in self.leaf or self.leaf.startswith("post_")
 
     @property
     def per_layer(self) -> bool:
@@ -58,6 +69,7 @@ def _layer(leaf: str, hf: str, gguf: str, stored: str, **kw) -> Row:
 
 
 _ATTN = {"option": "attention_bias"}
+_QKV = _ATTN | {"or_option": "qkv_bias"}
 _MLP = {"option": "mlp_bias"}
 
 # fmt: off
@@ -75,16 +87,47 @@ LLAMA: tuple[Row, ...] = (
     _layer("up_LDI", "mlp.up_proj.weight", "ffn_up.weight", "I D"),
     _layer("down_LID", "mlp.down_proj.weight", "ffn_down.weight", "D I"),
     _layer("q_bias_LHC", "self_attn.q_proj.bias", "attn_q.bias", "HC", rotary=True,
-           **_ATTN),
+           **_QKV),
     _layer("k_bias_LGC", "self_attn.k_proj.bias", "attn_k.bias", "GC", rotary=True,
-           **_ATTN),
-    _layer("v_bias_LGC", "self_attn.v_proj.bias", "attn_v.bias", "GC", **_ATTN),
+           **_QKV),
+    _layer("v_bias_LGC", "self_attn.v_proj.bias", "attn_v.bias", "GC", **_QKV),
     _layer("o_bias_LD", "self_attn.o_proj.bias", "attn_output.bias", "D", **_ATTN),
     _layer("gate_bias_LI", "mlp.gate_proj.bias", "ffn_gate.bias", "I", **_MLP),
     _layer("up_bias_LI", "mlp.up_proj.bias", "ffn_up.bias", "I", **_MLP),
     _layer("down_bias_LD", "mlp.down_proj.bias", "ffn_down.bias", "D", **_MLP),
 )
+_QK_NORM: tuple[Row, ...] = (
+    _layer("q_norm_LC", "self_attn.q_norm.weight", "attn_q_norm.weight", "C",
+           option="qk_norm"),
+    _layer("k_norm_LC", "self_attn.k_norm.weight", "attn_k_norm.weight", "C",
+           option="qk_norm"),
+)
+# Gemma's post_attention_layernorm is behind the attention, not ahead of the MLP.
+_SANDWICH: tuple[Row, ...] = (
+    _layer("norm_mlp_LD", "pre_feedforward_layernorm.weight", "ffn_norm.weight", "D"),
+    _layer("post_attn_LD", "post_attention_layernorm.weight",
+           "post_attention_norm.weight", "D"),
+    _layer("post_mlp_LD", "post_feedforward_layernorm.weight", "post_ffw_norm.weight",
+           "D"),
+)
 # fmt: on
+QWEN: tuple[Row, ...] = (*(replace(row, rotary=False) for row in LLAMA), *_QK_NORM)
+GEMMA: tuple[Row, ...] = (
+    *(row for row in QWEN if row.leaf != "norm_mlp_LD"),
+    *_SANDWICH,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What the files of a model hold, and what they do not say of its weights."""
+
+    rows: tuple[Row, ...] = LLAMA
+    options: frozenset[str] = frozenset()  # which optional leaves exist
+    gain_offset: float = 0.0  # files hold gains minus this
+    local: tuple[bool, ...] | None = None  # `Block.local_L`
+    embed_scale: float | None = None
+    logit_cap: float | None = None
 
 
 def tensor_name(row: Row, source: Source, layer: int = 0) -> str:
@@ -121,9 +164,9 @@ def read_params(
     shapes: Mapping[str, tuple[int, ...]],
     cfg: LMConfig,
     *,
+    layout: Layout,
     source: Source,
     where: str,
-    options: Collection[str],
     ignore: Callable[[str], bool] = lambda name: False,
 ) -> LMParams:
     """Fill LMParams (float32) from named tensors.
@@ -132,9 +175,9 @@ def read_params(
       get: name -> float32 array in the stored shape; called from several threads.
       shapes: stored shape of every tensor that the file holds.
       cfg: sizes of the model.
+      layout: which leaves there are, and where.
       source: whose names and channel order the file uses.
       where: the file or directory, for messages.
-      options: which optional leaves the model has (values of `Row.option`).
       ignore: tensors that may be left unread.
 
     Raises:
@@ -145,7 +188,7 @@ def read_params(
             f"{where}: the config has {cfg.n_layers} layers but the weights only "
             f"{len(shapes)} tensors"
         )
-    rows = [row for row in LLAMA if row.option is None or row.option in options]
+    rows = [row for row in layout.rows if row.exists(layout.options)]
     jobs = [
         (row, i, tensor_name(row, source, i))
         for row in rows
@@ -175,6 +218,8 @@ def read_params(
         if not np.isfinite(w).all():
             raise InputError(f"{where}: tensor {name} contains NaN or infinity")
         leaf = to_leaf(w, row, cfg, source)
+        if layout.gain_offset and row.is_gain:
+            leaf = leaf + np.float32(layout.gain_offset)
         leaves[row.leaf][i if row.per_layer else ...] = leaf
 
     # Most of the time is numpy on large arrays, which releases the interpreter lock.
@@ -184,7 +229,14 @@ def read_params(
 
     # Popped as they go: two copies of a large model may not fit.
     arrays = {name: jnp.asarray(leaves.pop(name)) for name in list(leaves)}
-    blocks = Block(**{r.leaf: arrays.pop(r.leaf) for r in rows if r.per_layer})
+    local_L = None if layout.local is None else jnp.asarray(layout.local, bool)
+    blocks = Block(
+        **{r.leaf: arrays.pop(r.leaf) for r in rows if r.per_layer}, local_L=local_L
+    )
+    for name in ("embed_scale", "logit_cap"):
+        value = getattr(layout, name)
+        if value is not None:
+            arrays[name] = jnp.asarray(value, jnp.float32)
     return LMParams(blocks=blocks, **arrays)
 
 
@@ -201,7 +253,7 @@ def _check_names(
     for name in sorted(present - wanted):
         if not ignore(name):
             raise InputError(
-                f"{where}: tensor {name} does not belong to a llama model of this "
+                f"{where}: tensor {name} does not belong to a model of this "
                 "config; its weights and its config disagree"
             )
 

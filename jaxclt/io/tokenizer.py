@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxclt.errors import InputError
+from jaxclt.io.tokenizer_gguf import fast_tokenizer
 from jaxclt.io.weights_gguf import GGUFFile, open_gguf
 from jaxclt.io.weights_safetensors import read_json
 
@@ -22,17 +23,7 @@ __all__ = ["Bos", "Tokenizer", "load_tokenizer"]
 
 Bos = Literal["auto", "always", "never"]
 
-_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
-_GGUF_IDS = {
-    "bos_token": "tokenizer.ggml.bos_token_id",
-    "eos_token": "tokenizer.ggml.eos_token_id",
-    "pad_token": "tokenizer.ggml.padding_token_id",
-    "unk_token": "tokenizer.ggml.unknown_token_id",
-}
-# What llama.cpp calls the rule that cuts text before merging: whether every digit is
-# on its own, ahead of GPT-2's byte-level rule.
-_DIGITS_APART = {"gpt-2": False, "gpt2": False, "smollm": True}
 
 
 @dataclass(frozen=True)
@@ -170,62 +161,9 @@ def _from_directory(folder: Path) -> Any:
 
 
 def _from_gguf(file: GGUFFile) -> Any:
-    """Rebuild a byte-level BPE tokenizer from GGUF metadata."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
-    from tokenizers import Tokenizer as Fast
-
-    meta = file.meta
-    kind, rule = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or rule not in _DIGITS_APART:
-        raise InputError(
-            f"{file.path}: tokenizer {kind!r} with pre-tokenizer {rule!r} is not "
-            f"supported (only 'gpt2' with {', '.join(_DIGITS_APART)}); put the "
-            "model's tokenizer.json beside the file"
-        )
-    try:
-        tokens = list(meta["tokenizer.ggml.tokens"])
-        types = list(meta["tokenizer.ggml.token_type"])
-        merges = [tuple(m.split(" ")) for m in meta["tokenizer.ggml.merges"]]
-        vocab = {token: i for i, token in enumerate(tokens)}
-        special = _gguf_special(meta, tokens)
-        fast = Fast(models.BPE(vocab=vocab, merges=merges))
-        by_type = list(zip(tokens, types, strict=True))
-    except Exception as error:  # the Rust tokenizer raises a bare Exception
-        raise InputError(
-            f"{file.path}: its tokenizer is damaged ({_line(error)})"
-        ) from error
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    apart = _DIGITS_APART[rule]
-    fast.pre_tokenizer = pre_tokenizers.Sequence(
-        [digits, bytes_] if apart else [bytes_]
-    )
-    fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens(
-        [AddedToken(t, normalized=False) for t, kind in by_type if kind == _CONTROL]
-    )
-    first = special.get("bos_token")
-    if meta.get("tokenizer.ggml.add_bos_token") and first in vocab:
-        fast.post_processor = processors.TemplateProcessing(
-            single=[first, "$A"], special_tokens=[(first, vocab[first])]
-        )
-    fast.add_tokens(
-        [AddedToken(t, normalized=False) for t, k in by_type if k == _USER_DEFINED]
-    )
+    """Rebuilt from a GGUF file's metadata."""
+    fast, special = fast_tokenizer(file)
     return _transformers().PreTrainedTokenizerFast(tokenizer_object=fast, **special)
-
-
-def _gguf_special(meta: dict[str, Any], tokens: list[str]) -> dict[str, str]:
-    """Names of the bos, eos, pad and unknown tokens."""
-    special = {
-        name: tokens[meta[key]] for name, key in _GGUF_IDS.items() if key in meta
-    }
-    # SmolLM2 files exist whose eos is their bos; a tool that pads with eos would then
-    # mask the first position.
-    end = "<|im_end|>"
-    if end in tokens and special.get("eos_token") == special.get("bos_token"):
-        special |= {"eos_token": end, "pad_token": end}
-    return special
 
 
 def _text(token: Any) -> str:

@@ -1,4 +1,4 @@
-"""Llama models in a GGUF file, the format of llama.cpp.
+"""Models in a GGUF file, the format of llama.cpp.
 
 The header is parsed here in one pass over the bytes: `gguf.GGUFReader` makes several
 numpy objects per vocabulary entry, 5 s for 49 152 tokens where this takes 0.1 s, and
@@ -13,21 +13,58 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 
 from jaxclt.errors import InputError
-from jaxclt.io.names import LLAMA, read_params, tensor_name
-from jaxclt.lm.config import LMConfig
+from jaxclt.io.names import GEMMA, LLAMA, QWEN, Layout, Row, read_params, tensor_name
+from jaxclt.lm.config import LMConfig, RopeScaling
 from jaxclt.types import LMParams
 
 __all__ = ["GGUFFile", "GGUFTensor", "config_from_gguf", "load_gguf", "open_gguf"]
 __all__ += ["params_from_gguf"]
 
-_ARCHITECTURES = ("llama",)
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What llama.cpp knows of an architecture and does not write into its files."""
+
+    rows: tuple[Row, ...] = LLAMA
+    options: frozenset[str] = frozenset()  # leaves that all its models have
+    act: Literal["silu", "gelu_tanh"] = "silu"
+    scales_embedding: bool = False  # by the root of the width
+    capped: bool = False  # attention scores and logits
+    period: int = 0  # all but every so manieth layer are local; 0: all alike
+    rope_local_theta: float | None = None
+    # Its largest model, told by its layers, scales queries by the width per head.
+    wide_queries: int = 0
+
+
+ARCHITECTURES = {
+    "llama": Architecture(),
+    "qwen2": Architecture(rows=QWEN, options=frozenset({"qkv_bias"})),
+    "qwen3": Architecture(rows=QWEN, options=frozenset({"qk_norm"})),
+    "gemma2": Architecture(
+        rows=GEMMA,
+        act="gelu_tanh",
+        scales_embedding=True,
+        capped=True,
+        period=2,
+        wide_queries=46,
+    ),
+    "gemma3": Architecture(
+        rows=GEMMA,
+        options=frozenset({"qk_norm"}),
+        act="gelu_tanh",
+        scales_embedding=True,
+        period=6,
+        rope_local_theta=10_000.0,
+        wide_queries=62,
+    ),
+}
 _VERSIONS = (2, 3)
 _SCALARS = {
     GGUFValueType.UINT8: "<u1",
@@ -125,39 +162,36 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
 
 
 def config_from_gguf(file: GGUFFile) -> LMConfig:
-    """Config of a llama model from GGUF metadata.
+    """Config of a model from GGUF metadata.
 
     Raises:
-      InputError: for another architecture, scaled rotary embeddings, experts, or a
-        missing or impossible size.
+      InputError: for another architecture, rotary embeddings that are scaled in
+        another way than linearly, experts, or a missing or impossible size.
     """
-    meta = file.meta
-    arch = meta.get("general.architecture")
-    if arch not in _ARCHITECTURES:
-        raise InputError(
-            f"{file.path}: architecture {arch!r} is not supported; "
-            f"supported: {', '.join(_ARCHITECTURES)}"
-        )
-    scaling = meta.get("llama.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in file.tensors:
-        raise InputError(f"{file.path}: scaled rotary embeddings are not supported")
-    if meta.get("llama.expert_count", 0):
+    name, arch = _architecture(file)
+    if file.meta.get(f"{name}.expert_count", 0):
         raise InputError(f"{file.path}: mixtures of experts are not supported")
     if "token_embd.weight" not in file.tensors:
         raise InputError(f"{file.path}: tensor token_embd.weight is missing")
 
-    get = _getter(file)
-    d_model = get("embedding_length", int)
+    get = _getter(file, name)
+    d_model, n_layers = get("embedding_length", int), get("block_count", int)
     n_heads = get("attention.head_count", int)
     d_head = get("attention.key_length", int, d_model // max(n_heads, 1))
     for key in ("rope.dimension_count", "attention.value_length"):
         if get(key, int, d_head) != d_head:
             raise InputError(
-                f"{file.path}: llama.{key} differs from the head size {d_head}, "
+                f"{file.path}: {name}.{key} differs from the head size {d_head}, "
                 "which is not supported"
             )
+    window, local_theta = None, arch.rope_local_theta
+    if arch.period or f"{name}.attention.sliding_window" in file.meta:
+        window = get("attention.sliding_window", int)
+    if local_theta is not None:
+        local_theta = get("rope.freq_base_swa", float, local_theta)
+    wide = n_layers == arch.wide_queries
     return LMConfig(
-        n_layers=get("block_count", int),
+        n_layers=n_layers,
         d_model=d_model,
         n_heads=n_heads,
         n_kv_heads=get("attention.head_count_kv", int, n_heads),
@@ -167,7 +201,36 @@ def config_from_gguf(file: GGUFFile) -> LMConfig:
         n_ctx=get("context_length", int),
         norm_eps=get("attention.layer_norm_rms_epsilon", float, 1e-5),
         rope_theta=get("rope.freq_base", float, 10_000.0),
+        rope_local_theta=local_theta,
+        rope_scaling=_scaling(file, name),
+        act=arch.act,
+        window=window,
+        query_scale=(d_model / n_heads) ** -0.5 if wide else None,
+        attn_cap=get("attn_logit_softcapping", float) if arch.capped else None,
     )
+
+
+def _architecture(file: GGUFFile) -> tuple[str, Architecture]:
+    name = file.meta.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise InputError(
+            f"{file.path}: architecture {name!r} is not supported; "
+            f"supported: {', '.join(ARCHITECTURES)}"
+        )
+    return name, ARCHITECTURES[name]
+
+
+def _scaling(file: GGUFFile, name: str) -> RopeScaling | None:
+    kind = file.meta.get(f"{name}.rope.scaling.type", "none")
+    if kind not in ("none", "linear") or "rope_freqs.weight" in file.tensors:
+        raise InputError(
+            f"{file.path}: scaled rotary embeddings are not supported except linearly "
+            "scaled ones"
+        )
+    if kind == "none":
+        return None
+    factor = _getter(file, name)("rope.scaling.factor", float)
+    return RopeScaling(kind="linear", factor=factor)
 
 
 def params_from_gguf(file: GGUFFile, cfg: LMConfig) -> LMParams:
@@ -176,18 +239,34 @@ def params_from_gguf(file: GGUFFile, cfg: LMConfig) -> LMParams:
     Raises:
       InputError: for a missing, unknown, wrongly shaped or not finite tensor.
     """
+    name, arch = _architecture(file)
+    # An option is on where the last of its leaves is there: q, k and v may have biases
+    # of their own, but o only with them.
+    last = {row.option: row for row in arch.rows if row.option}
     options = {
-        row.option
-        for row in LLAMA
-        if row.option and tensor_name(row, "gguf") in file.tensors
+        option
+        for option, row in last.items()
+        if tensor_name(row, "gguf") in file.tensors
     }
+    local = None
+    if arch.period:
+        local = tuple((i + 1) % arch.period != 0 for i in range(cfg.n_layers))
+    cap = None
+    if arch.capped:
+        cap = _getter(file, name)("final_logit_softcapping", float)
     return read_params(
         file.get,
         {name: tensor.shape for name, tensor in file.tensors.items()},
         cfg,
+        layout=Layout(
+            rows=arch.rows,
+            options=arch.options | options,
+            local=local,
+            embed_scale=cfg.d_model**0.5 if arch.scales_embedding else None,
+            logit_cap=cap,
+        ),
         source="gguf",
         where=str(file.path),
-        options=options,
     )
 
 
@@ -198,16 +277,16 @@ def load_gguf(path: str | os.PathLike[str]) -> tuple[LMParams, LMConfig]:
     return params_from_gguf(file, cfg), cfg
 
 
-def _getter(file: GGUFFile) -> Callable[..., Any]:
+def _getter(file: GGUFFile, name: str) -> Callable[..., Any]:
     """Typed access to the keys of the architecture."""
 
     def get(key: str, kind: type, default: Any = None) -> Any:
-        value = file.meta.get(f"llama.{key}", default)
+        value = file.meta.get(f"{name}.{key}", default)
         if value is None:
-            raise InputError(f"{file.path}: metadata llama.{key} is missing")
+            raise InputError(f"{file.path}: metadata {name}.{key} is missing")
         if not isinstance(value, kind) or isinstance(value, bool) or value <= 0:
             raise InputError(
-                f"{file.path}: metadata llama.{key} must be one positive "
+                f"{file.path}: metadata {name}.{key} must be one positive "
                 f"{kind.__name__}, not {str(value)[:40]}"
             )
         return value

@@ -1,7 +1,7 @@
-"""Llama models in the Hugging Face layout: config.json and safetensors.
+"""Models in the Hugging Face layout: config.json and safetensors.
 
-Reading accepts what transformers 4 and 5 write. What cannot be computed exactly by this
-library's language model (scaled rotary embeddings, other families) is refused.
+Reading accepts what transformers 4 and 5 write, of the families of
+`jaxclt.io.families`; writing is for models that are like Llama.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.families import describe_hf, shape_from_hf
 from jaxclt.io.names import LLAMA, from_leaf, read_params, tensor_name
 from jaxclt.io.weights_safetensors import open_weights, read_json
 from jaxclt.lm.config import LMConfig
@@ -25,69 +26,20 @@ from jaxclt.types import LMParams
 
 __all__ = ["config_from_hf", "config_to_hf", "load_hf", "save_hf", "shape_from_hf"]
 
-_MODEL_TYPES = ("llama",)
-_ACTS: dict[str, Literal["silu", "gelu_tanh"]] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_tanh": "gelu_tanh",
-}
-
 
 def config_from_hf(hf: dict[str, Any]) -> LMConfig:
-    """Config of a model from the content of its config.json.
-
-    Raises:
-      InputError: for another model_type, activation or kind of rotary embedding than
-        the supported ones, or a missing or impossible size.
-    """
-    kind = hf.get("model_type")
-    if kind not in _MODEL_TYPES:
-        raise InputError(
-            f"config.json: model_type {kind!r} is not supported; "
-            f"supported: {', '.join(_MODEL_TYPES)}"
-        )
-    act = hf.get("hidden_act", "silu")
-    if act not in _ACTS:
-        raise InputError(
-            f"config.json: hidden_act {act!r} is not supported; "
-            f"supported: {', '.join(_ACTS)}"
-        )
-    return dataclasses.replace(
-        shape_from_hf(hf),
-        norm_eps=_float(hf, "rms_norm_eps", 1e-6),
-        rope_theta=_rope_theta(hf),
-        act=_ACTS[act],
-    )
-
-
-def shape_from_hf(hf: dict[str, Any]) -> LMConfig:
-    """Sizes alone, of any decoder whose config.json names them as Llama's does.
-
-    Raises:
-      InputError: for a missing or impossible size.
-    """
-    d_model = _int(hf, "hidden_size")
-    n_heads = _int(hf, "num_attention_heads")
-    return LMConfig(
-        n_layers=_int(hf, "num_hidden_layers"),
-        d_model=d_model,
-        n_heads=n_heads,
-        n_kv_heads=_int(hf, "num_key_value_heads", n_heads),
-        d_head=_int(hf, "head_dim", d_model // max(n_heads, 1)),
-        d_mlp=_int(hf, "intermediate_size"),
-        d_vocab=_int(hf, "vocab_size"),
-        n_ctx=_int(hf, "max_position_embeddings", 2048),
-    )
+    """Config of a model from the content of its config.json, see `describe_hf`."""
+    return describe_hf(hf)[0]
 
 
 def config_to_hf(cfg: LMConfig, params: LMParams) -> dict[str, Any]:
     """Content of a config.json that transformers reads as the same model.
 
     Raises:
-      InputError: if only some of the projections of a block have a bias, which the
-        llama layout cannot say.
+      InputError: if only some of the projections of a block have a bias, or for a part
+        that llama models do not have: the llama layout cannot say it.
     """
+    _demand_llama(cfg, params)
     has = _options(params)
     acts = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
     return {
@@ -122,21 +74,18 @@ def load_hf(directory: str | os.PathLike[str]) -> tuple[LMParams, LMConfig]:
     root = Path(directory)
     hf = read_json(root / "config.json")
     try:
-        cfg = config_from_hf(hf)
+        cfg, layout = describe_hf(hf)
     except InputError as error:
         raise InputError(f"{root}: {error}") from error
-    options = {name for name in ("attention_bias", "mlp_bias") if hf.get(name)}
-    if not hf.get("tie_word_embeddings", False):
-        options.add("untied")
     weights = open_weights(root)
     params = read_params(
         weights.get,
         weights.shapes,
         cfg,
+        layout=layout,
         source="hf",
         where=str(root),
-        options=options,
-        ignore=lambda name: _redundant(name, tied="untied" not in options),
+        ignore=lambda name: _redundant(name, tied="untied" not in layout.options),
     )
     return params, cfg
 
@@ -188,41 +137,25 @@ def _options(params: LMParams) -> set[str]:
     return {option for option, exists in found.items() if exists == {True}}
 
 
-def _rope_theta(hf: dict[str, Any]) -> float:
-    """Base of the rotary frequencies; transformers 5 nests it, older ones do not."""
-    new = hf.get("rope_parameters") or {}
-    old = hf.get("rope_scaling") or {}
-    for rope in (new, old):
-        if not isinstance(rope, dict):
-            raise InputError("config.json: rope parameters must be an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        nested = any(isinstance(value, dict) for value in rope.values())
-        if kind != "default" or nested:
-            shown = "one per kind of layer" if nested else repr(kind)
-            raise InputError(
-                f"config.json: rotary embeddings of type {shown} are not supported; "
-                "supported: 'default'"
-            )
-    for rope in (new, old, hf):
-        if rope.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
-            raise InputError(
-                "config.json: partial_rotary_factor is not supported; "
-                "supported: rotary embeddings over the whole head"
-            )
-    return _float({**hf, **new}, "rope_theta", 10_000.0)
+def _demand_llama(cfg: LMConfig, params: LMParams) -> None:
+    """Refuse what would be lost in a llama config.json."""
+    known = {row.leaf for row in LLAMA} | {"blocks"}
+    odd = [
+        name
+        for part in (params, params.blocks)
+        for name, leaf in vars(part).items()
+        if leaf is not None and name not in known
+    ]
+    odd += [
+        field.name
+        for field in dataclasses.fields(cfg)
+        if field.name in _NOT_LLAMA and getattr(cfg, field.name) is not None
+    ]
+    if odd:
+        raise InputError(
+            f"the llama layout cannot say {', '.join(odd)}; only models like Llama "
+            "can be saved"
+        )
 
 
-def _int(hf: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = hf.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InputError(f"config.json: {key} must be an integer, not {value!r}")
-    return value
-
-
-def _float(hf: dict[str, Any], key: str, default: float) -> float:
-    value = hf.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise InputError(f"config.json: {key} must be a positive number, not {value!r}")
-    return float(value)
+_NOT_LLAMA = {"rope_scaling", "rope_local_theta", "window", "query_scale", "attn_cap"}

@@ -27,6 +27,7 @@ class FrozenLayer(NamedTuple):
     attn_scale_T: Array | None
     mlp_scale_T: Array | None
     clean_TD: Array | None = None  # what a pattern that is not kept is computed from
+    post_attn_scale_T: Array | None = None
 
 
 class Past(NamedTuple):
@@ -46,6 +47,7 @@ class Taps(NamedTuple):
     attn_scale_T: Array
     mlp_scale_T: Array
     past: Past | None = None  # with the block's own rows, if it was given one
+    post_attn_scale_T: Array | None = None  # None: the model has no such norm
 
 
 def block(
@@ -95,9 +97,17 @@ def block(
                 p, normed_TD, cfg=cfg, key_SGC=key_SGC, start=start
             ),
         )
-        mid_TD = resid_TD + layers.move(
+        moved_TD = layers.move(
             p, pattern_HTS, normed_TD, cfg=cfg, biases=biases, value_SGC=value_SGC
         )
+        post_scale_T = None
+        if p.post_attn_LD is not None:
+            post_scale_T = hold(
+                held.post_attn_scale_T,
+                lambda: layers.rms_scale(moved_TD, eps=cfg.norm_eps),
+            )
+            moved_TD = layers.normalise(moved_TD, post_scale_T, p.post_attn_LD)
+        mid_TD = resid_TD + moved_TD
     with jax.named_scope("mlp"):
         mlp_scale_T = hold(
             held.mlp_scale_T, lambda: layers.rms_scale(mid_TD, eps=cfg.norm_eps)
@@ -111,6 +121,7 @@ def block(
         attn_scale_T,
         mlp_scale_T,
         past,
+        post_scale_T,
     )
     return mid_TD + write_TD, taps
 

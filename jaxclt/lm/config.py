@@ -10,15 +10,47 @@ from typing import Literal
 
 from jaxclt.errors import InputError
 
-__all__ = ["LMConfig"]
+__all__ = ["LMConfig", "RopeScaling"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are changed for longer prompts.
+
+    `linear` divides all by `factor`. `llama3` leaves those that turn at least
+    `high_freq_factor` times in `n_ctx` tokens, divides those that turn at most
+    `low_freq_factor` times, and goes from one to the other in between.
+
+    Raises:
+      InputError: for factors that cannot be.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    n_ctx: int = 8192  # of the model before it was extended
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise InputError(f"model config: rope factor={self.factor} is below 1")
+        if self.kind == "llama3" and not (
+            0 < self.low_freq_factor < self.high_freq_factor and self.n_ctx > 0
+        ):
+            raise InputError(
+                "model config: rope low_freq_factor must be above 0 and below "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LMConfig:
     """Static description of one decoder; hashable, passed to jit as a static argument.
 
-    Whether a bias or an untied unembedding exists is told by the parameters (their
-    leaf is None when absent), so the config holds only what the arrays cannot say.
+    Whether a bias, a norm or an untied unembedding exists is told by the parameters
+    (their leaf is None when absent), so the config holds only what the arrays cannot
+    say. Layers that attend locally (`Block.local_L`; if that is None, all) see the last
+    `window` positions.
 
     Raises:
       InputError: if the sizes cannot belong to one model.
@@ -35,6 +67,11 @@ class LMConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     act: Literal["silu", "gelu_tanh"] = "silu"  # of the MLP's gate
+    rope_scaling: RopeScaling | None = None
+    rope_local_theta: float | None = None  # base of local layers, not scaled
+    window: int | None = None  # positions seen, the query's own included
+    query_scale: float | None = None  # None: d_head ** -0.5
+    attn_cap: float | None = None  # c: attention scores are c tanh(x / c)
 
     def __post_init__(self) -> None:
         sizes = "n_layers d_model n_heads n_kv_heads d_head d_mlp d_vocab n_ctx"
@@ -46,6 +83,10 @@ class LMConfig:
                 f"model config: n_heads={self.n_heads} is not a multiple of "
                 f"n_kv_heads={self.n_kv_heads}"
             )
+        for name in ("window", "rope_local_theta", "query_scale", "attn_cap"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InputError(f"model config: {name}={value} must be above 0")
         if self.d_head % 2:
             raise InputError(
                 f"model config: d_head={self.d_head} must be even for rotary embeddings"

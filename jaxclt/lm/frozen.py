@@ -8,6 +8,8 @@ Tracing 2025, section 2.3). JAX itself certifies it: `jax.linear_transpose` acce
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -17,15 +19,38 @@ from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import run
 from jaxclt.types import Block, Frozen, LMParams, Reads, Sources
 
-__all__ = ["bias_reads", "frozen_attention", "frozen_reads", "replay"]
+__all__ = ["bias_reads", "fold_post_attn", "frozen_attention", "frozen_reads"]
+__all__ += ["replay"]
 
 
 def frozen_attention(
     p: Block, pattern_HTS: Array, scale_T: Array, resid_TD: Array, *, cfg: LMConfig
 ) -> Array:
-    """What one layer's attention adds to the stream, linear in `resid_TD`."""
+    """What one layer's attention adds to the stream, linear in `resid_TD`.
+
+    A norm behind the attention must be folded in, see `fold_post_attn`.
+    """
     normed_TD = layers.normalise(resid_TD, scale_T, p.norm_attn_LD)
     return layers.move(p, pattern_HTS, normed_TD, cfg=cfg, biases=False)
+
+
+def fold_post_attn(
+    blocks: Block, pattern_LHTS: Array | None, post_scale_LT: Array | None
+) -> tuple[Block, Array | None]:
+    """The frozen attention of a model without a norm behind it that adds the same.
+
+    The norm's frozen scale multiplies what arrives at a position, hence the rows of the
+    patterns; its gain goes into the output maps.
+    """
+    if blocks.post_attn_LD is None or post_scale_LT is None:
+        return blocks, pattern_LHTS
+    gain_L11D = blocks.post_attn_LD[:, None, None, :]
+    blocks = dataclasses.replace(
+        blocks, o_LHCD=blocks.o_LHCD * gain_L11D, post_attn_LD=None
+    )
+    if pattern_LHTS is not None:
+        pattern_LHTS = pattern_LHTS * post_scale_LT[:, None, :, None]
+    return blocks, pattern_LHTS
 
 
 def replay(

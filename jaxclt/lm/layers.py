@@ -6,11 +6,14 @@ the same functions serve the live model and the frozen one.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from jaxclt.lm.config import LMConfig
+from jaxclt.lm.config import LMConfig, RopeScaling
 from jaxclt.types import Block
 
 __all__ = [
@@ -19,9 +22,12 @@ __all__ = [
     "gate_and_up",
     "keys",
     "mlp",
+    "mlp_and_scale",
     "move",
+    "neuron_rows",
     "normalise",
     "rms_scale",
+    "rotary_frequencies",
     "rotate",
     "values",
 ]
@@ -37,18 +43,59 @@ def normalise(x_TD: Array, scale_T: Array, gain_D: Array) -> Array:
     return x_TD * scale_T[:, None] * gain_D[None, :]
 
 
-def rotate(x_THC: Array, *, theta: float, start: Array | int = 0) -> Array:
+def rotary_frequencies(
+    d_head: int, theta: float, scaling: RopeScaling | None = None
+) -> np.ndarray:
+    """Radians per position of every pair of channels, [C / 2] in float64."""
+    freq_J = theta ** (-np.arange(0, d_head, 2) / d_head)
+    if scaling is None:
+        return freq_J
+    if scaling.kind == "linear":
+        return freq_J / scaling.factor
+    turns_J = scaling.n_ctx * freq_J / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept_J = np.clip((turns_J - low) / (high - low), 0, 1)
+    return kept_J * freq_J + (1 - kept_J) * freq_J / scaling.factor
+
+
+def _frequencies(p: Block, cfg: LMConfig, dtype: jnp.dtype) -> Array:
+    """Rotary frequencies [C / 2] of one layer."""
+    every_J = rotary_frequencies(cfg.d_head, cfg.rope_theta, cfg.rope_scaling)
+    if p.local_L is None or cfg.rope_local_theta is None:
+        return jnp.asarray(every_J, dtype)
+    local_J = rotary_frequencies(cfg.d_head, cfg.rope_local_theta)
+    local_J, every_J = jnp.asarray(local_J, dtype), jnp.asarray(every_J, dtype)
+    return jnp.where(p.local_L, local_J, every_J)
+
+
+def rotate(x_THC: Array, freq_J: Array, *, start: Array | int = 0) -> Array:
     """Rotary embedding by halves: channel c turns with channel c + C/2.
 
     The first row stands at position `start` of the prompt.
     """
-    T, _, C = x_THC.shape
-    freq_C = theta ** (-jnp.arange(0, C, 2, dtype=x_THC.dtype) / C)
-    pos_T = jnp.arange(T, dtype=x_THC.dtype) + jnp.asarray(start, x_THC.dtype)
-    angle_TC = pos_T[:, None] * freq_C[None, :]
-    cos, sin = jnp.cos(angle_TC)[:, None, :], jnp.sin(angle_TC)[:, None, :]
+    dtype = freq_J.dtype
+    pos_T = jnp.arange(len(x_THC), dtype=dtype) + jnp.asarray(start, dtype)
+    angle_TJ = pos_T[:, None] * freq_J[None, :]
+    cos, sin = (f(angle_TJ)[:, None, :].astype(x_THC.dtype) for f in (jnp.cos, jnp.sin))
     left, right = jnp.split(x_THC, 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
+
+
+def _turned(
+    p: Block,
+    x_THC: Array,
+    gain_C: Array | None,
+    *,
+    cfg: LMConfig,
+    start: Array | int,
+) -> Array:
+    """Queries or keys, normalised where the model does so, at their positions."""
+    if gain_C is not None:
+        scale_TH = rms_scale(x_THC, eps=cfg.norm_eps)
+        x_THC = x_THC * scale_TH[..., None] * gain_C[None, None, :]
+    # Angles of late positions are large: half precision would not tell them apart.
+    dtype = x_THC.dtype if x_THC.dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
+    return rotate(x_THC, _frequencies(p, cfg, dtype), start=start)
 
 
 def keys(p: Block, normed_TD: Array, *, cfg: LMConfig, start: Array | int = 0) -> Array:
@@ -56,7 +103,7 @@ def keys(p: Block, normed_TD: Array, *, cfg: LMConfig, start: Array | int = 0) -
     k_TGC = jnp.einsum("TD,DGC->TGC", normed_TD, p.k_LDGC)
     if p.k_bias_LGC is not None:
         k_TGC = k_TGC + p.k_bias_LGC[None]
-    return rotate(k_TGC, theta=cfg.rope_theta, start=start)
+    return _turned(p, k_TGC, p.k_norm_LC, cfg=cfg, start=start)
 
 
 def values(p: Block, normed_TD: Array, *, biases: bool = True) -> Array:
@@ -88,15 +135,28 @@ def attention_pattern(
     q_THC = jnp.einsum("TD,DHC->THC", normed_TD, p.q_LDHC)
     if p.q_bias_LHC is not None:
         q_THC = q_THC + p.q_bias_LHC[None]
-    q_THC = rotate(q_THC, theta=cfg.rope_theta, start=start)
+    q_THC = _turned(p, q_THC, p.q_norm_LC, cfg=cfg, start=start)
     if key_SGC is None:
         key_SGC = keys(p, normed_TD, cfg=cfg, start=start)
     k_SHC = _per_query_head(key_SGC, cfg)
-    score_HTS = jnp.einsum("THC,SHC->HTS", q_THC, k_SHC) * cfg.d_head**-0.5
+    scale = cfg.d_head**-0.5 if cfg.query_scale is None else cfg.query_scale
+    score_HTS = jnp.einsum("THC,SHC->HTS", q_THC, k_SHC) * scale
+    if cfg.attn_cap is not None:
+        score_HTS = cfg.attn_cap * jnp.tanh(score_HTS / cfg.attn_cap)
     pos_T = start + jnp.arange(T, dtype=jnp.int32)
-    causal_TS = jnp.arange(len(k_SHC), dtype=jnp.int32)[None] <= pos_T[:, None]
+    seen_TS = _seen(p, pos_T, len(k_SHC), cfg=cfg)
     lowest = jnp.finfo(score_HTS.dtype).min
-    return jax.nn.softmax(jnp.where(causal_TS[None], score_HTS, lowest), axis=-1)
+    return jax.nn.softmax(jnp.where(seen_TS[None], score_HTS, lowest), axis=-1)
+
+
+def _seen(p: Block, pos_T: Array, n_keys: int, *, cfg: LMConfig) -> Array:
+    """Which positions each query may attend to, bool [T, S]."""
+    back_TS = pos_T[:, None] - jnp.arange(n_keys, dtype=jnp.int32)[None]
+    seen_TS = back_TS >= 0
+    if cfg.window is None:
+        return seen_TS
+    near_TS = back_TS < cfg.window
+    return seen_TS & (near_TS if p.local_L is None else near_TS | ~p.local_L)
 
 
 def move(
@@ -144,13 +204,40 @@ def gate_and_up(p: Block, normed_TD: Array, *, cfg: LMConfig) -> tuple[Array, Ar
     return activate_gate(gate_TI, cfg=cfg), up_TI
 
 
-def mlp(p: Block, normed_TD: Array, *, cfg: LMConfig) -> Array:
-    """Gated MLP: ``(act(x W_gate) * x W_up) W_down``, [T, D]. `p` is one layer."""
+def mlp_and_scale(
+    p: Block, normed_TD: Array, *, cfg: LMConfig, scale_T: Array | None = None
+) -> tuple[Array, Array | None]:
+    """What a gated MLP adds to the stream [T, D], and the scale of the norm behind it.
+
+    ``(act(x W_gate) * x W_up) W_down``, then that norm, if the model has one.
+
+    Args:
+      p: weights of one layer.
+      normed_TD: what the MLP reads.
+      cfg: model shape.
+      scale_T: holds the norm's reciprocal denominator; None computes it.
+    """
     gate_TI, up_TI = gate_and_up(p, normed_TD, cfg=cfg)
     out_TD = (gate_TI * up_TI) @ p.down_LID
     if p.down_bias_LD is not None:
         out_TD = out_TD + p.down_bias_LD[None]
-    return out_TD
+    if p.post_mlp_LD is None:
+        return out_TD, None
+    if scale_T is None:
+        scale_T = rms_scale(out_TD, eps=cfg.norm_eps)
+    return normalise(out_TD, scale_T, p.post_mlp_LD), scale_T
+
+
+def mlp(
+    p: Block, normed_TD: Array, *, cfg: LMConfig, scale_T: Array | None = None
+) -> Array:
+    """`mlp_and_scale` without the scale."""
+    return mlp_and_scale(p, normed_TD, cfg=cfg, scale_T=scale_T)[0]
+
+
+def neuron_rows(p: Block) -> Array:
+    """What each neuron writes, [I, D], the gain of a norm behind the MLP folded in."""
+    return p.down_LID if p.post_mlp_LD is None else p.down_LID * p.post_mlp_LD[None]
 
 
 def _per_query_head(x_TGC: Array, cfg: LMConfig) -> Array:

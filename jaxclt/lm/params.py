@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -21,6 +22,11 @@ def init(
     dtype: jnp.dtype | type = jnp.float32,
     tied: bool = True,
     biases: bool = False,
+    qk_norm: bool = False,
+    post_norms: bool = False,
+    local: tuple[bool, ...] | None = None,
+    embed_scale: float | None = None,
+    logit_cap: float | None = None,
 ) -> LMParams:
     """Random weights: normal with variance 1 / fan-in, gains around 1.
 
@@ -30,13 +36,19 @@ def init(
       dtype: of every leaf.
       tied: share embedding and unembedding.
       biases: give every projection a (random, non-zero) bias.
+      qk_norm: normalise queries and keys.
+      post_norms: normalise what attention and MLPs write.
+      local: `Block.local_L`.
+      embed_scale: `LMParams.embed_scale`.
+      logit_cap: `LMParams.logit_cap`.
     """
     L, D, H, G, C = cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
     I, V = cfg.d_mlp, cfg.d_vocab
     n_weights = (2 * V + 2 * L * (H + G) * C + 3 * L * I + 6 * L + 1) * D
     n_biases = L * ((H + 2 * G) * C + 2 * (I + D))
     # One long draw, cut into leaves: a sampler per shape would compile per shape.
-    flat = jax.random.normal(key, (n_weights + n_biases,), dtype)
+    n_more = 2 * L * (C * qk_norm + D * post_norms)
+    flat = jax.random.normal(key, (n_weights + n_biases + n_more,), dtype)
     used = 0
 
     def draw(shape: tuple[int, ...]) -> Array:
@@ -69,14 +81,25 @@ def init(
         o_bias_LD=bias(L, D),
         gate_bias_LI=bias(L, I),
         up_bias_LI=bias(L, I),
-        down_bias_LD=bias(L, D),
+        down_bias_LD=bias(L, D) if not post_norms else None,
     )
-    return LMParams(
+    params = LMParams(
         embed_VD=normal(V, D, fan_in=1),
         blocks=blocks,
         norm_out_D=gain(D),
         unembed_DV=None if tied else normal(D, V, fan_in=D),
+        embed_scale=None if embed_scale is None else jnp.asarray(embed_scale, dtype),
+        logit_cap=None if logit_cap is None else jnp.asarray(logit_cap, dtype),
     )
+    blocks = dataclasses.replace(
+        blocks,
+        q_norm_LC=gain(L, C) if qk_norm else None,
+        k_norm_LC=gain(L, C) if qk_norm else None,
+        post_attn_LD=gain(L, D) if post_norms else None,
+        post_mlp_LD=gain(L, D) if post_norms else None,
+        local_L=None if local is None else jnp.asarray(local, bool),
+    )
+    return dataclasses.replace(params, blocks=blocks)
 
 
 def abstract(

@@ -16,9 +16,11 @@ from jaxclt.types import Block, Frozen, Held, LMParams, Recording
 __all__ = [
     "Run",
     "WritePolicy",
+    "cap_logits",
     "embed",
     "forward",
     "native_mlp",
+    "readout",
     "record",
     "run",
     "unembed",
@@ -90,6 +92,7 @@ def run(
             frozen.attn_scale_LT,
             frozen.mlp_scale_LT,
             frozen.clean_LTD,
+            frozen.post_attn_scale_LT,
         )
     )
 
@@ -140,12 +143,27 @@ def native_mlp(cfg: LMConfig) -> WritePolicy:
 
 
 def embed(params: LMParams, token_T: Array) -> Array:
-    """Token embeddings [T, D], the embedding nodes' vectors."""
-    return params.embed_VD[token_T]
+    """Token embeddings [T, D] as they enter layer 0, the embedding nodes' vectors."""
+    embed_TD = params.embed_VD[token_T]
+    return embed_TD if params.embed_scale is None else embed_TD * params.embed_scale
 
 
 def unembed(params: LMParams, out_TD: Array) -> Array:
     """Logits [T, V] from the normed output (any leading shape works)."""
+    return cap_logits(params, readout(params, out_TD))
+
+
+def cap_logits(params: LMParams, logit: Array) -> Array:
+    """A readout as the model's logits; nothing where these are not capped."""
+    if params.logit_cap is None:
+        return logit
+    return params.logit_cap * jnp.tanh(logit / params.logit_cap)
+
+
+def readout(params: LMParams, out_TD: Array) -> Array:
+    """Logits [T, V] before any cap: what is linear in the output, and what graphs
+    explain.
+    """
     if params.unembed_DV is None:
         return jnp.einsum("...D,VD->...V", out_TD, params.embed_VD)
     return jnp.einsum("...D,DV->...V", out_TD, params.unembed_DV)
@@ -166,8 +184,25 @@ def record(
     Returns:
       The recording, in the weights' dtype.
     """
+
+    def write(
+        carry: Any, mid_TD: Array, scale_T: Array, p: Block, x: Any
+    ) -> tuple[Any, Array]:
+        normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
+        write_TD, post_T = layers.mlp_and_scale(p, normed_TD, cfg=cfg)
+        return carry if post_T is None else carry.at[x].set(post_T), write_TD
+
     embed_TD = embed(params, token_T)
-    done = run(params, embed_TD, native_mlp(cfg), cfg=cfg, keep_patterns=keep_patterns)
+    L, has_post = cfg.n_layers, params.blocks.post_mlp_LD is not None
+    done = run(
+        params,
+        embed_TD,
+        write,
+        cfg=cfg,
+        carry=jnp.zeros((L, len(token_T)), embed_TD.dtype) if has_post else None,
+        per_layer=jnp.arange(L, dtype=jnp.int32),
+        keep_patterns=keep_patterns,
+    )
     taps = done.taps
     return Recording(
         token_T=token_T,
@@ -182,6 +217,8 @@ def record(
             mlp_scale_LT=taps.mlp_scale_T,
             out_scale_T=done.out_scale_T,
             clean_LTD=None if keep_patterns else taps.resid_TD,
+            post_attn_scale_LT=taps.post_attn_scale_T,
+            post_mlp_scale_LT=done.carry,
         ),
     )
 

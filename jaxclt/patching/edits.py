@@ -196,6 +196,11 @@ def make_edits(
     inside_E3[:, 1] = np.minimum(node_E3[:, 1], T - 1)
     features = gather_features(dictionary, params, recording, inside_E3, cfg=cfg)
     later_E = node_E3[:, 1] >= T
+    if later_E.any() and features.post_E is not None:
+        raise InputError(
+            "neurons of positions behind the prompt cannot be patched in a model that "
+            "normalises what its MLPs write (post_mlp_LD): patch the prompt's positions"
+        )
     value_E = np.where(later_E, 0, np.asarray(features.value_E))
     dtype = features.value_E.dtype
     for (layer, pos, feature, factor, offset), value in zip(

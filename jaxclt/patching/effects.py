@@ -8,7 +8,7 @@ from flax import struct
 from jax import Array
 
 from jaxclt.clt.sites import read_diagonal
-from jaxclt.lm.run import Run, unembed
+from jaxclt.lm.run import Run, cap_logits, readout
 from jaxclt.patching.features import Features, activation
 from jaxclt.patching.modes import Patchable
 
@@ -30,7 +30,7 @@ class Effect:
     """The model's answer under a patch."""
 
     kl: Array  # nats, KL(clean || patched) at the position read
-    logit_K: Array  # demeaned over the vocabulary, as the graph's readout
+    logit_K: Array  # demeaned and before any cap, as the graph's readout
     raw_logit_K: Array
     prob_K: Array
     top_token_J: Array  # most probable tokens
@@ -40,16 +40,16 @@ class Effect:
 
 def measure_effect(model: Patchable, done: Run, ask: Ask) -> Effect:
     """Measure one run of a patch."""
-    clean_V = unembed(model.params, model.recording.out_TD[ask.last])
+    clean_V = readout(model.params, model.recording.out_TD[ask.last])
     return _effect(model, done, ask, clean_V)
 
 
 def clean_effect(model: Patchable, ask: Ask) -> Effect:
     """The same of the recording itself."""
     rec = model.recording
-    logit_V = unembed(model.params, rec.out_TD[ask.last])
+    logit_V = readout(model.params, rec.out_TD[ask.last])
     watch = None if ask.watch is None else ask.watch.value_E
-    return _answer(logit_V, logit_V, ask, watch)
+    return _answer(model, logit_V, logit_V, ask, watch)
 
 
 def watch_values(model: Patchable, done: Run, watch: Features) -> Array:
@@ -63,17 +63,22 @@ def watch_values(model: Patchable, done: Run, watch: Features) -> Array:
 
 
 def _effect(model: Patchable, done: Run, ask: Ask, clean_V: Array) -> Effect:
-    logit_V = unembed(model.params, done.out_TD[ask.last])
+    logit_V = readout(model.params, done.out_TD[ask.last])
     watch = None if ask.watch is None else watch_values(model, done, ask.watch)
-    return _answer(logit_V, clean_V, ask, watch)
+    return _answer(model, logit_V, clean_V, ask, watch)
 
 
-def _answer(logit_V: Array, clean_V: Array, ask: Ask, watch: Array | None) -> Effect:
-    log_V, clean_log_V = jax.nn.log_softmax(logit_V), jax.nn.log_softmax(clean_V)
+def _answer(
+    model: Patchable, uncapped_V: Array, clean_V: Array, ask: Ask, watch: Array | None
+) -> Effect:
+    """The answer that readouts before any cap are."""
+    logit_V = cap_logits(model.params, uncapped_V)
+    log_V = jax.nn.log_softmax(logit_V)
+    clean_log_V = jax.nn.log_softmax(cap_logits(model.params, clean_V))
     top_prob_J, top_token_J = jax.lax.top_k(jnp.exp(log_V), ask.n_top)
     return Effect(
         kl=(jnp.exp(clean_log_V) * (clean_log_V - log_V)).sum(),
-        logit_K=logit_V[ask.token_K] - logit_V.mean(),
+        logit_K=uncapped_V[ask.token_K] - uncapped_V.mean(),
         raw_logit_K=logit_V[ask.token_K],
         prob_K=jnp.exp(log_V)[ask.token_K],
         top_token_J=top_token_J,

@@ -7,6 +7,7 @@ its gate times what it reads, so it brings a second row.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -20,7 +21,7 @@ from jaxclt.clt.sites import read_diagonal
 from jaxclt.errors import InputError
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
-from jaxclt.types import LMParams, Recording
+from jaxclt.types import Block, LMParams, Recording
 
 __all__ = ["Features", "activation", "dictionary_config", "gather_features"]
 
@@ -31,8 +32,9 @@ class Features:
 
     ``pre = encoder · read + bias`` with `read` what the dictionary reads there; the
     activation is `pre` where ``pre > theta``, or ``act(gate · read + gate_bias) * pre``
-    for a neuron. A topk feature keeps the gate it has on the recording (its theta is
-    infinite with either sign), because the gate depends on all other features.
+    for a neuron (times the recorded scale of a norm behind the MLP). A topk feature
+    keeps the gate it has on the recording (its theta is infinite with either sign),
+    because the gate depends on all other features.
     """
 
     layer_E: Array  # int32
@@ -44,6 +46,7 @@ class Features:
     decoder_EMD: Array  # what it writes to its own layer and the following ones
     gate_ED: Array | None = None
     gate_bias_E: Array | None = None
+    post_E: Array | None = None  # recorded scale of a norm behind the MLP
 
     @property
     def span(self) -> int:
@@ -58,7 +61,8 @@ def activation(features: Features, read_ED: Array, *, cfg: LMConfig) -> Array:
         fires_E = pre_E > features.theta_E
         return jnp.where(fires_E, pre_E, jnp.zeros((), pre_E.dtype))
     gate_E = (features.gate_ED * read_ED).sum(-1) + features.gate_bias_E
-    return layers.activate_gate(gate_E, cfg=cfg) * pre_E
+    a_E = layers.activate_gate(gate_E, cfg=cfg) * pre_E
+    return a_E if features.post_E is None else a_E * features.post_E
 
 
 def dictionary_config(dictionary: Dictionary, cfg: LMConfig) -> CLTConfig:
@@ -122,14 +126,12 @@ def gather_features(
         )
         read_ED = (np.asarray(recording.mid_LTD[layer]) * diagonal_TD)[pos_E[here]]
         if neurons:
-            p, l = params.blocks, int(layer)
-            encoder_ED[here] = np.asarray(p.up_LDI[l])[:, unique].T[row]
-            gate_ED[here] = np.asarray(p.gate_LDI[l])[:, unique].T[row]
-            decoder_EMD[here, 0] = np.asarray(p.down_LID[l])[unique][row]
-            if p.up_bias_LI is not None:
-                bias_E[here] = np.asarray(p.up_bias_LI[l])[unique][row]
-            if p.gate_bias_LI is not None:
-                gate_bias_E[here] = np.asarray(p.gate_bias_LI[l])[unique][row]
+            p = jax.tree.map(lambda leaf: leaf[layer], params.blocks)  # noqa: B023
+            rows = _neuron_rows(p, unique)
+            encoder_ED[here], gate_ED[here], decoder_EMD[here, 0] = (
+                rows_UD[row] for rows_UD in rows[:3]
+            )
+            bias_E[here], gate_bias_E[here] = (bias_U[row] for bias_U in rows[3:])
             gate_E = (gate_ED[here] * read_ED).sum(-1) + gate_bias_E[here]
             pre_E = (encoder_ED[here] * read_ED).sum(-1) + bias_E[here]
             value_E[here] = np.asarray(layers.activate_gate(gate_E, cfg=cfg)) * pre_E
@@ -164,4 +166,19 @@ def gather_features(
     }
     if neurons:
         made |= {"gate_ED": gate_ED, "gate_bias_E": gate_bias_E}
+        post_LT = recording.frozen.post_mlp_scale_LT
+        if post_LT is not None:
+            made["post_E"] = np.asarray(post_LT)[layer_E, pos_E]
+            made["value_E"] = value_E * made["post_E"]
     return Features(**{name: jnp.asarray(x) for name, x in made.items()})
+
+
+def _neuron_rows(p: Block, unit_U: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Up, gate and written rows [U, D] of one layer's neurons, and two biases [U]."""
+    zero_I = jnp.zeros(p.down_LID.shape[:1], p.down_LID.dtype)
+    biases = (
+        zero_I if bias_I is None else bias_I
+        for bias_I in (p.up_bias_LI, p.gate_bias_LI)
+    )
+    rows = (p.up_LDI.T, p.gate_LDI.T, layers.neuron_rows(p), *biases)
+    return tuple(np.asarray(x)[unit_U] for x in rows)

@@ -22,6 +22,8 @@ and additive patches need no more, and an additive ablation removes the neuron f
 running model. In the local replacement model (`iterative`) the kept neurons respond and
 all others are part of the constant errors; with `gates="frozen"` a neuron keeps its
 recorded gate, which is what graphs say of it, with "live" the gate is computed anew.
+Where the model normalises what its MLPs write, a neuron's activation is times the
+recorded scale of that norm, and its row has that norm's gain.
 
 Attention patterns are those of the clean pass unless asked otherwise, norm denominators
 are live unless asked otherwise (`hold_of`).
@@ -29,6 +31,7 @@ are live unless asked otherwise (`hold_of`).
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -84,6 +87,7 @@ class Tables:
     W_dec_LUMD: Array | None = None  # padded to one span
     gate_LTU: Array | None = None  # neurons: act(gate) on the recording
     kept_LTU: Array | None = None  # neurons: bool, the others belong to the errors
+    post_LT: Array | None = None  # neurons: scale of the norm behind the MLP
 
 
 @struct.dataclass
@@ -114,6 +118,8 @@ def hold_of(recording: Recording, *, pattern: bool = True, norm: bool = False) -
         attn_scale_LT=f.attn_scale_LT if norm else None,
         mlp_scale_LT=f.mlp_scale_LT if norm else None,
         out_scale_T=f.out_scale_T if norm else None,
+        post_attn_scale_LT=f.post_attn_scale_LT if norm else None,
+        post_mlp_scale_LT=f.post_mlp_scale_LT if norm else None,
     )
 
 
@@ -145,20 +151,20 @@ def constrained(
     def policy(
         carry: None, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[None, Array]:
-        index, live, write_TD, clean_mid_TD, clean_scale_T, skip_DD = x
+        index, live, write_TD, clean_mid_TD, clean_scale_T, skip_DD, post_T = x
         pending_TD = pending(edits, amount_E, index, mid_TD)
         clamped_TD = write_TD + pending_TD
         if skip_DD is not None:
             now = read(model, mid_TD, scale_T, p)
             was = read(model, clean_mid_TD, clean_scale_T, p)
             clamped_TD = clamped_TD + (now - was) @ skip_DD
-        real_TD = _real(model, live, write_TD, mid_TD, scale_T, p)
+        real_TD = _real(model, live, write_TD, mid_TD, scale_T, p, post_T)
         return carry, _by_place(index, first, last, write_TD, clamped_TD, real_TD)
 
     frozen = rec.frozen
     per_layer = (
         index_L, live_L, rec.write_LTD, rec.mid_LTD, frozen.mlp_scale_LT,
-        model.skip_LDD,
+        model.skip_LDD, hold.post_mlp_scale_LT,
     )  # fmt: skip
     return run(
         model.params,
@@ -197,13 +203,13 @@ def additive(
     def policy(
         carry: Array, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[Array, Array]:
-        index, live, write_TD = x
+        index, live, write_TD, post_T = x
         read_TD = read(model, mid_TD, scale_T, p)
         now_E = activation(features, read_TD[features.pos_E], cfg=model.cfg)
         here_E = features.layer_E == index
         amount_E = jnp.where(here_E, amounts(edits, now_E), carry)
         inside = (first <= index) & (index <= last)
-        real_TD = _real(model, live, write_TD, mid_TD, scale_T, p)
+        real_TD = _real(model, live, write_TD, mid_TD, scale_T, p, post_T)
         pending_TD = pending(edits, amount_E, index, mid_TD)
         return amount_E, jnp.where(inside, real_TD + pending_TD, real_TD)
 
@@ -213,7 +219,7 @@ def additive(
         policy,
         cfg=model.cfg,
         carry=jnp.zeros_like(features.value_E),
-        per_layer=(index_L, live_L, rec.write_LTD),
+        per_layer=(index_L, live_L, rec.write_LTD, hold.post_mlp_scale_LT),
         frozen=hold,
     )
 
@@ -263,7 +269,8 @@ def iterative(
     def policy(
         carry: Array, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[Array, Array]:
-        index, live, local, write_TD, clean_mid_TD, clean_scale_T, skip_DD, table = x
+        index, live, local, write_TD, clean_mid_TD, clean_scale_T, *more = x
+        skip_DD, table, post_T = more
         mid_TD, scale_T, push_TD = _nudged(model, nudge, index, mid_TD, scale_T, hold)
         inside = (first <= index) & (index <= last)
         read_TD = read(model, mid_TD, scale_T, p)
@@ -278,9 +285,9 @@ def iterative(
             change_TU = change_TU.at[features.pos_E, slot_E].add(
                 jnp.where(here_E, off_E, jnp.zeros_like(off_E))
             )
-            W_dec_UMD = (
-                p.down_LID[:, None, :] if table.W_dec_LUMD is None else table.W_dec_LUMD
-            )
+            W_dec_UMD = table.W_dec_LUMD
+            if W_dec_UMD is None:
+                W_dec_UMD = layers.neuron_rows(p)[:, None, :]
             return carry + jnp.einsum("TU,UMD->MTD", change_TU, W_dec_UMD)
 
         ahead_MTD = jax.lax.cond(local, responded, lambda: carry)
@@ -288,14 +295,14 @@ def iterative(
         if skip_DD is not None:
             was = read(model, clean_mid_TD, clean_scale_T, p)
             clamped_TD = clamped_TD + (read_TD - was) @ skip_DD
-        real_TD = _real(model, live, write_TD, mid_TD, scale_T, p)
+        real_TD = _real(model, live, write_TD, mid_TD, scale_T, p, post_T)
         out_TD = _by_place(index, first, last, write_TD, clamped_TD, real_TD)
         ahead_MTD = jnp.roll(ahead_MTD, -1, 0).at[-1].set(0)
         return ahead_MTD, out_TD + push_TD
 
     per_layer = (
         index_L, live_L, local_L, rec.write_LTD, rec.mid_LTD, rec.frozen.mlp_scale_LT,
-        model.skip_LDD, tables,
+        model.skip_LDD, tables, hold.post_mlp_scale_LT,
     )  # fmt: skip
     return run(
         model.params,
@@ -321,17 +328,22 @@ def underlying(model: Patchable, nudge: Nudge, *, hold: Held) -> Run:
     def policy(
         carry: None, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[None, Array]:
-        index, write_TD = x
+        index, write_TD, post_T = x
         mid_TD, scale_T, push_TD = _nudged(model, nudge, index, mid_TD, scale_T, hold)
         live = index >= nudge.layer
-        return carry, _real(model, live, write_TD, mid_TD, scale_T, p) + push_TD
+        real_TD = _real(model, live, write_TD, mid_TD, scale_T, p, post_T)
+        return carry, real_TD + push_TD
 
     return run(
         model.params,
         rec.embed_TD,
         policy,
         cfg=model.cfg,
-        per_layer=(jnp.arange(model.cfg.n_layers, dtype=jnp.int32), rec.write_LTD),
+        per_layer=(
+            jnp.arange(model.cfg.n_layers, dtype=jnp.int32),
+            rec.write_LTD,
+            hold.post_mlp_scale_LT,
+        ),
         frozen=hold,
     )
 
@@ -351,6 +363,10 @@ def clean_tables(model: Patchable, tables: Tables) -> Tables:
         return encode(model, table, read_TD, p, gates="live"), gate_TU
 
     rec = model.recording
+    post_LT = None
+    if tables.kept_LTU is not None:
+        post_LT = rec.frozen.post_mlp_scale_LT
+        tables = dataclasses.replace(tables, post_LT=post_LT)
     xs = (model.params.blocks, tables, rec.mid_LTD, rec.frozen.mlp_scale_LT)
     clean_LTU, gate_LTU = jax.lax.map(one, xs)
     return Tables(
@@ -361,6 +377,7 @@ def clean_tables(model: Patchable, tables: Tables) -> Tables:
         W_dec_LUMD=tables.W_dec_LUMD,
         gate_LTU=gate_LTU,
         kept_LTU=tables.kept_LTU,
+        post_LT=post_LT,
     )
 
 
@@ -374,6 +391,8 @@ def encode(
             assert table.gate_LTU is not None
             gate_TU = table.gate_LTU
         a_TU = gate_TU * up_TU
+        if table.post_LT is not None:
+            a_TU = a_TU * table.post_LT[:, None]
         return jnp.where(table.kept_LTU, a_TU, jnp.zeros((), a_TU.dtype))
     assert table.W_enc_LUD is not None
     assert table.b_LU is not None
@@ -395,12 +414,13 @@ def _real(
     mid_TD: Array,
     scale_T: Array,
     p: Block,
+    post_T: Array | None,
 ) -> Array:
     """The model's own MLP, or the recorded output where the stream is clean."""
 
     def mlp() -> Array:
         normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
-        return layers.mlp(p, normed_TD, cfg=model.cfg)
+        return layers.mlp(p, normed_TD, cfg=model.cfg, scale_T=post_T)
 
     return jax.lax.cond(live, mlp, lambda: write_TD)
 

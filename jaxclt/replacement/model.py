@@ -131,7 +131,7 @@ def neuron_logits(
         keep_TI = kept_neurons(p, value_TI, k=k, threshold=threshold)
         if keep_TI is not None:
             value_TI = jnp.where(keep_TI, value_TI, 0)
-        write_TD = value_TI @ p.down_LID
+        write_TD = value_TI @ layers.neuron_rows(p)
         if p.down_bias_LD is not None:
             write_TD = write_TD + p.down_bias_LD[None]
         return carry, write_TD

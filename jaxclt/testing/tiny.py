@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,12 @@ from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.graph import Graph, GraphMeta
 from jaxclt.graph.targets import salient_targets
 from jaxclt.lm import params as lm_params
-from jaxclt.lm.config import LMConfig
+from jaxclt.lm.config import LMConfig, RopeScaling
 from jaxclt.lm.run import record
 from jaxclt.replacement.local import LocalReplacement, local_replacement
 from jaxclt.types import CLTParams, LMParams, Recording, Targets
 
-__all__ = ["Tiny", "tiny"]
+__all__ = ["FAMILIES", "Tiny", "TinyFamily", "tiny"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,55 @@ class Tiny:
         )
 
 
-_init_lm = jax.jit(lm_params.init, static_argnames=("cfg", "dtype", "tied", "biases"))
+@dataclasses.dataclass(frozen=True)
+class TinyFamily:
+    """Switches of a family: of its config and of its weights."""
+
+    cfg: dict[str, Any] = dataclasses.field(default_factory=dict)
+    init: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_LLAMA3 = RopeScaling(kind="llama3", factor=4.0, n_ctx=40)
+_LINEAR = RopeScaling(kind="linear", factor=2.0)
+# Windows and caps at which the switches matter on prompts of a few random tokens.
+FAMILIES: dict[str, TinyFamily] = {
+    "llama": TinyFamily(),
+    "llama3": TinyFamily({"rope_scaling": _LLAMA3}),
+    "mistral": TinyFamily({"window": 3}),
+    "qwen3": TinyFamily({}, {"qk_norm": True}),
+    "gemma2": TinyFamily(
+        {
+            "act": "gelu_tanh",
+            "window": 3,
+            "query_scale": 0.4,
+            "attn_cap": 2.0,
+        },
+        {
+            "post_norms": True,
+            "local": (True, False),
+            "embed_scale": 4.0,
+            "logit_cap": 3.0,
+        },
+    ),
+    "gemma3": TinyFamily(
+        {
+            "act": "gelu_tanh",
+            "window": 2,
+            "rope_scaling": _LINEAR,
+            "rope_local_theta": 100.0,
+        },
+        {
+            "qk_norm": True,
+            "post_norms": True,
+            "local": (True, True, False),
+            "embed_scale": 4.0,
+        },
+    ),
+}
+
+_STATIC = ("cfg", "dtype", "tied", "biases", "qk_norm", "post_norms", "local")
+_STATIC += ("embed_scale", "logit_cap")
+_init_lm = jax.jit(lm_params.init, static_argnames=_STATIC)
 _init_clt = jax.jit(clt_params.init, static_argnames=("cfg", "dtype", "biases", "skip"))
 
 
@@ -109,6 +158,7 @@ def tiny(
     biases: bool = True,
     tied: bool = False,
     skip: bool = False,
+    family: str = "llama",
     dtype: jnp.dtype | type = jnp.float32,
 ) -> Tiny:
     """Make a random model and dictionary from a seed.
@@ -125,6 +175,7 @@ def tiny(
       biases: in the model and the dictionary.
       tied: share embedding and unembedding.
       skip: give the dictionary a linear path.
+      family: whose switches the model has, a key of `FAMILIES`.
       dtype: float64 needs jax's x64 mode.
     """
     key_lm, key_clt, key_tokens = jax.random.split(jax.random.key(seed), 3)
@@ -137,7 +188,12 @@ def tiny(
         d_mlp=24,
         d_vocab=40,
         n_ctx=64,
+        **FAMILIES[family].cfg,
     )
+    switches = dict(FAMILIES[family].init)
+    if "local" in switches:  # again and again
+        local = switches["local"]
+        switches["local"] = tuple(local[i % len(local)] for i in range(n_layers))
     clt_cfg = CLTConfig(
         n_layers=n_layers,
         d_model=16,
@@ -147,7 +203,9 @@ def tiny(
         k=4 if activation == "topk" else None,
         read=read,  # pyright: ignore[reportArgumentType]
     )
-    params = _init_lm(key_lm, cfg=cfg, dtype=dtype, tied=tied, biases=biases)
+    params = _init_lm(
+        key_lm, cfg=cfg, dtype=dtype, tied=tied, biases=biases, **switches
+    )
     clt = _init_clt(key_clt, cfg=clt_cfg, dtype=dtype, biases=biases, skip=skip)
     token_T = jax.random.randint(key_tokens, (n_tokens,), 0, cfg.d_vocab, jnp.int32)
     recording = _record(params, token_T, cfg)

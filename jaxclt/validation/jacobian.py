@@ -49,7 +49,7 @@ def jacobian_agreement(
     probe_PTD = jax.random.normal(key, (n_probes, *rec.embed_TD.shape))
 
     def one(x: Any) -> Agreement:
-        p, table, skip_DD, clean_TD, clean_T = x
+        p, table, skip_DD, clean_TD, clean_T, post_T = x
 
         def scale(mid_TD: Array) -> Array:
             live = norms == "live"
@@ -59,13 +59,14 @@ def jacobian_agreement(
             read_TD = read(model, mid_TD, scale(mid_TD), p)
             a_TU = encode(model, table, read_TD, p, gates=gates)
             W_dec_UMD = table.W_dec_LUMD
-            same_UD = p.down_LID if W_dec_UMD is None else W_dec_UMD[:, 0]
+            same_UD = layers.neuron_rows(p) if W_dec_UMD is None else W_dec_UMD[:, 0]
             out_TD = a_TU @ same_UD
             return out_TD if skip_DD is None else out_TD + read_TD @ skip_DD
 
         def real(mid_TD: Array) -> Array:
             normed_TD = layers.normalise(mid_TD, scale(mid_TD), p.norm_mlp_LD)
-            return layers.mlp(p, normed_TD, cfg=cfg)
+            held_T = None if norms == "live" else post_T
+            return layers.mlp(p, normed_TD, cfg=cfg, scale_T=held_T)
 
         def response(f: Any) -> Array:
             moved = jax.vmap(lambda v_TD: jax.jvp(f, (clean_TD,), (v_TD,))[1])
@@ -78,6 +79,6 @@ def jacobian_agreement(
 
     xs = (
         model.params.blocks, tables, model.skip_LDD, rec.mid_LTD,
-        rec.frozen.mlp_scale_LT,
+        rec.frozen.mlp_scale_LT, rec.frozen.post_mlp_scale_LT,
     )  # fmt: skip
     return jax.lax.map(one, xs)

@@ -40,6 +40,7 @@ def sums(name: str) -> dict:
         return jnp.stack(leaves, axis=1)  # [L, W, S, ...]
 
     scale_LWS = stack([r.frozen.mlp_scale_LT for r in found])
+    post = found[0].frozen.post_attn_scale_LT
     run = jax.jit(
         partial(
             head_sums,
@@ -54,6 +55,7 @@ def sums(name: str) -> dict:
         stored(name).reshape(-1, W * S),
         stack([r.resid_LTD for r in found]),
         stack([r.frozen.attn_scale_LT for r in found]),
+        None if post is None else stack([r.frozen.post_attn_scale_LT for r in found]),
         scale_LWS.reshape(len(scale_LWS), -1),
     )
 
@@ -81,7 +83,7 @@ def whole_block(name: str, head: tuple[int, int]) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plt", "clt", "topk"])
+@pytest.mark.parametrize("name", ["plt", "clt", "topk", "gemma3"])
 def test_heads_sum_to_the_one_hop_edges_of_the_graphs(name: str):
     """n ERA of all heads together == the edges with exactly one hop (T-W4, T-H2)."""
     t, found, chosen = case(name), sums(name), subset(name)

@@ -168,11 +168,11 @@ def test_unsupported_metadata(tmp_path, meta, message):
 
 
 def test_other_architecture(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen2")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(InputError, match="'qwen2' is not supported; supported: llama"):
+    with pytest.raises(InputError, match="'mamba' is not supported; supported: llama"):
         load_gguf(tmp_path / "m.gguf")
 
 

@@ -157,7 +157,7 @@ def test_rope_of_both_generations():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llam"),
+        ({"model_type": "bert"}, "model_type 'bert' is not supported; supported: llam"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported: silu"),
         ({"hidden_size": None}, "hidden_size must be an integer, not None"),
@@ -165,8 +165,9 @@ def test_rope_of_both_generations():
         ({"num_attention_heads": 0}, "n_heads must be at least 1"),
         ({"num_key_value_heads": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
         ({"rms_norm_eps": "x"}, "rms_norm_eps must be a positive number"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear' are not support"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "'llama3' are not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "'dynamic' are not suppo"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' are not supported"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor must be a positive"),
         ({"rope_parameters": {"full": {"rope_theta": 1}}}, "one per kind of layer"),
         ({"rope_parameters": 7}, "must be an object"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import MODELS, case, case_active, close
+from cases import FAMILY_CASES, MODELS, case, case_active, close
 
 from jaxclt.lm.frozen import bias_reads, frozen_reads, replay
 from jaxclt.lm.layers import mlp, normalise
@@ -28,7 +28,7 @@ def clean_sources(name: str) -> Sources:
     return Sources(embed_TD=rec.embed_TD, write_LTD=rec.write_LTD)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *FAMILY_CASES])
 def test_replay_of_the_recorded_writes_is_the_recording(name: str) -> None:
     t = case(name)
     reads = replay_jit(t.params, t.recording.frozen, clean_sources(name), cfg=t.cfg)
@@ -52,7 +52,7 @@ def test_replay_through_a_skip_is_the_recording() -> None:
     close(reads.out_TD, t.recording.out_TD, 1e-14)
 
 
-@pytest.mark.parametrize("name", ["skip", "no_bias"])
+@pytest.mark.parametrize("name", ["skip", "no_bias", "gemma2"])
 def test_replay_is_its_linear_part_plus_its_bias_path(name: str) -> None:
     """T-E2: a read is linear in the sources, plus what it holds without any."""
     t = case(name)

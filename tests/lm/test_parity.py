@@ -1,11 +1,12 @@
 """The decoder against transformers on torch, every recorded tap.
 
-Goldens (made by tests/goldens/make_llama.py) run by default; the live comparisons need
-torch and carry the marker `parity`.
+Goldens (made by make_llama.py and make_families.py in tests/goldens) run by default;
+the live comparisons need torch and carry the marker `parity`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -19,7 +20,28 @@ from jaxclt.io.weights_hf import load_hf
 from jaxclt.lm.run import record, unembed
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-VARIANTS = ("llama_gqa_tied", "llama_mha_bias", "llama_wide_head")
+LLAMA = ("llama_gqa_tied", "llama_mha_bias", "llama_wide_head")
+# What each is there for: switched off, its logits must be others.
+SWITCHES = {
+    "llama3": ["rope_scaling"],
+    "llama_linear": ["rope_scaling"],
+    "mistral": ["window"],
+    "qwen2": ["q_bias_LHC"],
+    "qwen2_window": ["window", "local_L"],
+    "qwen3": ["q_norm_LC", "k_norm_LC"],
+    "gemma2": [
+        "window",
+        "local_L",
+        "query_scale",
+        "attn_cap",
+        "logit_cap",
+        "embed_scale",
+        "post_attn_LD",
+        "post_mlp_LD",
+    ],
+    "gemma3": ["rope_scaling", "rope_local_theta", "window", "q_norm_LC"],
+}
+VARIANTS = (*LLAMA, *(f"family_{name}" for name in SWITCHES))
 
 
 def our_taps(params, cfg, token_T) -> dict[str, np.ndarray]:
@@ -52,17 +74,41 @@ def test_every_tap_equals_the_golden_of_transformers(variant: str):
         assert_same_taps(our_taps(params, cfg, theirs["token_T"]), theirs)
 
 
+@pytest.mark.parametrize("name", SWITCHES)
+def test_the_goldens_see_every_switch(name: str):
+    """A model without one of its family's switches is another model."""
+    folder = GOLDENS / f"family_{name}"
+    params, cfg = load_hf(folder)
+    with np.load(folder / "taps.npz", allow_pickle=False) as theirs:
+        token_T, logits_TV = theirs["token_T"], theirs["logits_TV"]
+    for switch in SWITCHES[name]:
+        less = {"params": params, "cfg": cfg}
+        if hasattr(cfg, switch):
+            assert getattr(cfg, switch) is not None
+            less["cfg"] = dataclasses.replace(cfg, **{switch: None})
+        else:
+            part = params if hasattr(params, switch) else params.blocks
+            assert getattr(part, switch) is not None
+            part = dataclasses.replace(part, **{switch: None})
+            is_block = hasattr(part, "q_LDHC")
+            less["params"] = (
+                dataclasses.replace(params, blocks=part) if is_block else part
+            )
+        got = our_taps(less["params"], less["cfg"], token_T)["logits_TV"]
+        assert np.abs(got - logits_TV).max() > 1e-2, switch
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_tap_equals_transformers_live(variant: str, monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(sys, "path", [str(GOLDENS), *sys.path])
-    from make_llama import taps  # pyright: ignore[reportMissingImports]
-    from transformers import LlamaForCausalLM
+    from make_families import taps  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         GOLDENS / variant, attn_implementation="eager"
-    )
+    ).eval()
     token_T = np.array([5, 3, 3, 9, 11, 2, 7, 1, 30])
     params, cfg = load_hf(GOLDENS / variant)
     theirs = taps(model, torch.tensor(token_T))

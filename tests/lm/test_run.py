@@ -35,7 +35,8 @@ def test_a_token_changes_nothing_before_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["clt", *(pytest.param(m, marks=pytest.mark.slow) for m in MODELS[1:])]
+    "name",
+    ["clt", "gemma3", *(pytest.param(m, marks=pytest.mark.slow) for m in MODELS[1:])],
 )
 def test_one_position_at_a_time_equals_all_at_once(name: str) -> None:
     """The rest of a prompt, run behind the keys and values of its start."""
