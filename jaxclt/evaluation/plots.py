@@ -15,12 +15,14 @@ Row = dict[str, Any]
 
 def _figure(n: int) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4.2 * n, 3.6), layout="constrained")
     axes = figure.subplots(1, n, squeeze=False)[0]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure, list(axes)
 
 
@@ -93,6 +95,8 @@ def draw_faithfulness(path: Path, rows: Sequence[Row]) -> None:
             continue
         for ax, what in zip(axes, ("cosine", "nmse"), strict=True):
             at = {int(d): v for d, v in found[what].items()}
+            if what == "nmse":
+                at.pop(0, None)  # nothing yet, and the axis is logarithmic
             ax.plot(list(at), list(at.values()), label=_name(row), lw=1.4)
     axes[0].set(title="cosine of responses", xlabel="layers behind", ylim=(-0.05, 1.05))
     axes[1].set(title="NMSE of responses", xlabel="layers behind")
