@@ -15,12 +15,19 @@ from jaxclt.io.names import GEMMA, QWEN, tensor_name
 from jaxclt.io.tokenizer import load_tokenizer
 from jaxclt.io.weights_gguf import load_gguf
 from jaxclt.io.weights_hf import load_hf
+from jaxclt.lm.config import RopeScaling
+from jaxclt.lm.layers import rotary_frequencies
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 ROWS = {"qwen2": QWEN, "qwen3": QWEN, "gemma2": GEMMA, "gemma3": GEMMA}
 
 
-def convert(name: str, path: Path, left_out: tuple[str, ...] = ()) -> Path:
+def convert(
+    name: str,
+    path: Path,
+    left_out: tuple[str, ...] = (),
+    rope_factors: np.ndarray | None = None,
+) -> Path:
     """As llama.cpp converts it: rows of heads as they are, Gemma's gains plus one."""
     _, cfg = load_hf(GOLDENS / f"family_{name}")
     writer = gguf.GGUFWriter(path, name)
@@ -42,6 +49,8 @@ def convert(name: str, path: Path, left_out: tuple[str, ...] = ()) -> Path:
     if name == "gemma2":
         writer.add_attn_logit_softcapping(2.0)
         writer.add_final_logit_softcapping(3.0)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors)
     stored = load_file(GOLDENS / f"family_{name}" / "model.safetensors")
     for row in ROWS[name]:
         for i in range(cfg.n_layers if row.per_layer else 1):
@@ -78,6 +87,27 @@ def test_a_converted_model_is_the_same(name: str, tmp_path: Path):
 def test_what_an_architecture_needs_is_asked_for(tmp_path: Path):
     with pytest.raises(InputError, match=r"gemma2.attention.sliding_window is missing"):
         load_gguf(convert("gemma2", tmp_path / "m.gguf", ("window",)))
+
+
+def test_llama3_frequencies_written_out(tmp_path: Path):
+    """llama.cpp writes a divisor for every pair of channels instead of the rule."""
+    scaling = RopeScaling(kind="llama3", factor=4.0, n_ctx=40)
+    plain_J = rotary_frequencies(12, 10_000.0)
+    factor_J = plain_J / rotary_frequencies(12, 10_000.0, scaling)
+    assert factor_J[0] == 1
+    assert 1 < factor_J[1] < factor_J[-1] == pytest.approx(4)
+    written = RopeScaling(kind="factors", factors=tuple(factor_J.tolist()))
+    np.testing.assert_allclose(
+        rotary_frequencies(12, 10_000.0, written),
+        rotary_frequencies(12, 10_000.0, scaling),
+    )
+    factors = factor_J.astype(np.float32)
+    path = convert("qwen3", tmp_path / "m.gguf", rope_factors=factors[:3])
+    assert load_gguf(path)[1].rope_scaling == RopeScaling(
+        kind="factors", factors=tuple(factors[:3].tolist())
+    )
+    with pytest.raises(InputError, match="6 rope factors for heads of d_head=6"):
+        load_gguf(convert("qwen3", tmp_path / "n.gguf", rope_factors=factors))
 
 
 # -- SentencePiece ---------------------------------------------------------------------

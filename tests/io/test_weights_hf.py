@@ -227,6 +227,7 @@ def test_caps_may_be_off():
         ("gemma3", {"layer_types": ["full_attention"]}, "layer_types must list 3"),
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types is not supp"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "no sliding_window in"),
+        ("gemma3", {"layer_types": 3}, "layer_types must be a list"),
         ("gemma2", {"sliding_window": "4"}, "sliding_window must be an integer"),
         ("gemma2", {"sliding_window": 0}, "window=0 must be above 0"),
         ("gemma2", {"final_logit_softcapping": -1.0}, "final_logit_softcapping must"),
