@@ -154,6 +154,8 @@ class FetchConfig:
     """Name of the model."""
     list: bool = False
     """List the known names."""
+    accept_terms: bool = False
+    """I have read and accept the terms of the model (see --list)."""
     json: bool = False
     """Print the result as JSON on stdout."""
     debug: bool = False
@@ -431,13 +433,16 @@ def _fetch(config: FetchConfig, say: Console) -> None:
 
     if config.list or not config.name:
         known = dict.fromkeys(MODELS, "bundled, Apache-2.0")
-        known |= {name: model.licence for name, model in KNOWN_MODELS.items()}
+        known |= {
+            name: f"{model.licence}, {model.terms}" if model.terms else model.licence
+            for name, model in KNOWN_MODELS.items()
+        }
         if config.json:
             print(json.dumps(known))  # noqa: T201
         for name, licence in known.items():
             Console().print(f"{name}  ({licence})", markup=False)
         return
-    path = fetch(config.name, progress=_line(say))
+    path = fetch(config.name, progress=_line(say), accept_terms=config.accept_terms)
     if config.json:
         print(json.dumps({"name": config.name, "path": str(path)}))  # noqa: T201
     else:

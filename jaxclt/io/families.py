@@ -194,6 +194,10 @@ def _windows(
         local = tuple(i >= first for i in range(n_layers))
     elif local is None:
         period = whole(hf, "sliding_window_pattern", family.period)
+        if period < 1:
+            raise InputError(
+                f"config.json: sliding_window_pattern must be positive, not {period}"
+            )
         local = tuple((i + 1) % period != 0 for i in range(n_layers))
     return window, local
 
@@ -203,6 +207,8 @@ def _layer_types(hf: dict[str, Any], n_layers: int) -> tuple[bool, ...] | None:
     kinds = hf.get("layer_types")
     if kinds is None:
         return None
+    if not isinstance(kinds, list):
+        raise InputError("config.json: layer_types must be a list")
     unknown = [kind for kind in kinds if kind not in _KINDS]
     if len(kinds) != n_layers or unknown:
         raise InputError(

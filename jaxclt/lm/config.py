@@ -19,17 +19,19 @@ class RopeScaling:
 
     `linear` divides all by `factor`. `llama3` leaves those that turn at least
     `high_freq_factor` times in `n_ctx` tokens, divides those that turn at most
-    `low_freq_factor` times, and goes from one to the other in between.
+    `low_freq_factor` times, and goes from one to the other in between. `factors`
+    divides each by its own.
 
     Raises:
       InputError: for factors that cannot be.
     """
 
-    kind: Literal["linear", "llama3"]
-    factor: float
+    kind: Literal["linear", "llama3", "factors"]
+    factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     n_ctx: int = 8192  # of the model before it was extended
+    factors: tuple[float, ...] = ()  # one for each pair of channels
 
     def __post_init__(self) -> None:
         if self.factor < 1:
@@ -41,6 +43,8 @@ class RopeScaling:
                 "model config: rope low_freq_factor must be above 0 and below "
                 f"high_freq_factor={self.high_freq_factor}"
             )
+        if any(not factor > 0 for factor in self.factors):
+            raise InputError("model config: rope factors must be above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,13 @@ class LMConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"model config: {name}={value} must be above 0")
+        scaling = self.rope_scaling
+        n_factors = len(scaling.factors) if scaling else 0
+        if scaling and scaling.kind == "factors" and n_factors != self.d_head // 2:
+            raise InputError(
+                f"model config: {n_factors} rope factors for heads of "
+                f"d_head={self.d_head}, which need half as many"
+            )
         if self.d_head % 2:
             raise InputError(
                 f"model config: d_head={self.d_head} must be even for rotary embeddings"

@@ -52,6 +52,8 @@ def rotary_frequencies(
         return freq_J
     if scaling.kind == "linear":
         return freq_J / scaling.factor
+    if scaling.kind == "factors":
+        return freq_J / np.asarray(scaling.factors)
     turns_J = scaling.n_ctx * freq_J / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept_J = np.clip((turns_J - low) / (high - low), 0, 1)

