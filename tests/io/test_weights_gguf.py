@@ -186,8 +186,8 @@ def test_missing_unknown_and_not_finite(tmp_path):
         "blk.0.attn_q_norm.weight does not belong": lambda ts: ts.update(
             {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}
         ),
-        "scaled rotary": lambda ts: ts.update(
-            {"rope_freqs.weight": np.ones(8, np.float32)}
+        "7 rope factors for heads of d_head=16": lambda ts: ts.update(
+            {"rope_freqs.weight": np.ones(7, np.float32)}
         ),
         "blk.0.ffn_up.weight contains NaN": spoil,
         r"output_norm.weight has shape \(4,\)": lambda ts: ts.update(
