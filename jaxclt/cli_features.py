@@ -67,8 +67,8 @@ class FeaturesConfig:
 
 def run_features(config: FeaturesConfig, say: Console, bar: Bar) -> None:
     """Gather, write, print."""
-    from jaxclt.dashboards.labels import automatic_labels
     from jaxclt.evaluation.http_client import Client
+    from jaxclt.evaluation.labels import automatic_labels
     from jaxclt.feature_dashboards import feature_dashboards
     from jaxclt.io.atomic import atomic_path
     from jaxclt.io.dictionary import LABELS, load_dictionary

@@ -27,6 +27,8 @@ def _figure(n: int) -> tuple[Any, list[Any]]:
 
 
 def _save(figure: Any, axes: Sequence[Any], path: Path) -> None:
+    if not any(ax.has_data() for ax in axes):
+        return  # the measure was not asked for
     axes[0].legend(fontsize=7)
     with atomic_path(path) as file:
         figure.savefig(file, format="png", dpi=130)

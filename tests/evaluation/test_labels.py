@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from jaxclt import cli
-from jaxclt.dashboards.labels import LONGEST, MARK, parse_label
+from jaxclt.evaluation.labels import LONGEST, MARK, parse_label
 from jaxclt.io.dictionary import LABELS, read_labels
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 from fake_chat import FakeChat, reply
 from tiny_run import GOLDEN, MODEL, write_text
