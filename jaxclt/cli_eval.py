@@ -64,6 +64,10 @@ class EvalConfig:
     judge: str = "baseline"
     """Who sorts: baseline (a naive Bayes, offline), local:M (a model, by probability),
     http://HOST/v1#MODEL (OpenAI-compatible; key in OPENAI_API_KEY), or none."""
+    judge_budget: int | None = None
+    """Tokens after which an address is asked nothing more; run again to go on."""
+    judge_per_minute: float | None = None
+    """Requests to an address per minute at most."""
     concepts: Path | None = None
     """Sentence pairs of the Contrastive Eval instead of the built-in ones."""
     sort: int = 200
@@ -117,7 +121,12 @@ def run_eval(config: EvalConfig, say: Console, bar: Bar) -> None:
     dictionaries = [load_dictionary(name, model) for name in config.dictionary]
     judge = None
     if config.judge != "none":
-        judge = read_judge(config.judge, cache_dir=config.out / "judge")
+        judge = read_judge(
+            config.judge,
+            cache_dir=config.out / "judge",
+            max_tokens_total=config.judge_budget,
+            requests_per_minute=config.judge_per_minute,
+        )
     text = read_eval_text(model, data, tokens=config.tokens, context=config.context)
     with Stages(say, bar, unit="done/s") as stages:
         rows, raw = evaluate(

@@ -65,6 +65,16 @@ Part = tuple[dict[str, Any], list[dict[str, Any]]]  # the row's share, raw rows
 BATCH_BYTES = 1 << 28  # of dense activations of all layers
 SEARCHED = 512  # windows at most in which prompts are looked for
 
+# What each measure depends on: another setting does not undo it.
+_OPTIONS = {
+    "reconstruction": ("tokens", "seed"),
+    "agreement": ("agreement_tokens", "seed"),
+    "layers": ("layer_tokens",),
+    "graphs": ("max_features", "tolerance", "seed"),
+    "faithfulness": ("max_features", "tolerance", "perturbed", "seed"),
+    "judged": ("sort", "contrastive", "seed"),
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalOptions:
@@ -236,12 +246,14 @@ class _One:
         self, name: str, measure: Callable[[], Part], depends: str
     ) -> tuple[dict[str, Any], list[dict[str, Any]], float]:
         """A measure from its file if that is of exactly this, else measured."""
+        settings = dataclasses.asdict(self.options)
+        prompts = [x if isinstance(x, str) else list(x) for x in self.prompts]
         identity = json.dumps(
             [
                 *(self.model.hash, self.dictionary.hash, self.dictionary.name),
                 *(self.text.digest, name, depends, __version__),
-                dataclasses.asdict(self.options),
-                [x if isinstance(x, str) else list(x) for x in self.prompts],
+                [settings[option] for option in _OPTIONS[name]],
+                prompts if "max_features" in _OPTIONS[name] else None,
             ]
         )
         digest = hashlib.sha256(identity.encode()).hexdigest()[:24]
@@ -256,7 +268,9 @@ class _One:
         row, raw = measure()
         took = round(time.perf_counter() - start, 1)
         row, raw = _plain(row), _plain(raw)
-        if file is not None:
+        # What a judge was not asked yet is asked by the next run; its log has the rest.
+        open_ = any(score["not_asked"] for score in row.get("judged", {}).values())
+        if file is not None and not open_:
             with atomic_path(file) as temporary:
                 kept = {"row": row, "raw": raw, "seconds": took, "measure": name}
                 temporary.write_text(json.dumps(kept, allow_nan=False), "utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from jaxclt import evaluate as shell
 from jaxclt.errors import InputError
 from jaxclt.evaluate import EvalOptions, choose_prompts, evaluate
 from jaxclt.evaluation.claims import check_claims
+from jaxclt.evaluation.judges import Answer
 from jaxclt.evaluation.prompts import read_eval_text
 from jaxclt.evaluation.report import cells, markdown, write_evaluation
 
@@ -145,6 +147,46 @@ def test_an_interrupted_evaluation_goes_on(
         {k: v for k, v in row.items() if k not in drop} for row in (again[0], rows[0])
     )
     assert one == other
+
+
+class HalfJudge:
+    """Answers so many trials, then its budget is spent."""
+
+    name = "half"
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self.asked = budget, 0
+
+    def judge(self, trials):
+        for i, trial in enumerate(trials):
+            if self.asked == self.budget:
+                yield i, Answer(choice=None, not_asked="the budget is spent")
+                continue
+            self.asked += 1
+            yield i, Answer(choice=trial.answer)
+
+
+def test_a_spent_budget_is_gone_on_from(model, dictionary, text, tmp_path: Path):
+    options = dataclasses.replace(
+        OPTIONS, graphs=0, layer_tokens=0, baselines=(), sort=20, contrastive=0
+    )
+
+    def run(judge: HalfJudge):
+        rows, _ = evaluate(
+            model, [dictionary], text, options=options, judge=judge, out=tmp_path
+        )
+        return rows[0]["judged"]["sort"]
+
+    first, second = HalfJudge(5), HalfJudge(1000)
+    found = run(first)
+    assert (found["n"], found["not_asked"]) == (5, 15)
+    found = run(second)
+    assert (found["n"], found["not_asked"], found["accuracy"]) == (20, 0, 1.0)
+    every = HalfJudge(1000)
+    assert run(every)["n"] == 20
+    assert every.asked == 0
+    logged = list((tmp_path / "judged").rglob("sort.jsonl"))
+    assert len(logged) == 1
 
 
 def test_claims_are_about_paired_differences(done):
