@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ablations
 import dictionaries
 import global_circuit
 import jax
@@ -43,7 +44,7 @@ from jaxclt.io.model import Model
 from jaxclt.types import Supernode
 
 CASE, DONOR = (36, 59), (36, 58)
-N_GRAPHS, N_PATCHES, SEED = 40, 200, 7
+N_GRAPHS, N_PATCHES, N_ABLATED, SEED = 40, 200, 150, 7
 
 
 def timed(clock: dict[str, float], name: str, work: Any) -> Any:
@@ -210,8 +211,14 @@ def study_one(
         f"{name} global circuit",
         lambda: global_circuit.links(model, found, a_LNF, labels),
     )
+    ranked = timed(
+        clock,
+        f"{name} rankings against ablations",
+        lambda: ablations.precision(model, found, a_LNF, n=N_ABLATED, seed=SEED),
+    )
     return {
         "circuit": circuit,
+        "ranked": ranked,
         "dictionary": dataclasses.replace(found, name=f"addition-{name}"),
         "right": right,
         "labels": labels,
@@ -265,6 +272,7 @@ def main() -> None:
     for name, one in found.items():
         text += f"\n{name.upper()}:\n\n{label_lines(families[name.upper()])}"
         text += f"\n```\n{one['links']}\n```\n\n{global_circuit.lines(one['circuit'])}"
+        text += f"\n{ablations.table(one['ranked'])}"
     text += f"\n{patch_table(patches)}\n{suppress_lines(patches)}"
     write(work / "table.md", text)
     result = {"right": right, "labels": families, "patches": patches, "seconds": clock}
