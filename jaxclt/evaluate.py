@@ -45,6 +45,7 @@ from jaxclt.evaluation.reconstruction import (
     reconstructed,
 )
 from jaxclt.graph.attribute import AttributeConfig
+from jaxclt.graph.graph import Graph
 from jaxclt.intervene import Subject
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.model import Model
@@ -228,6 +229,7 @@ class _One:
         self.on_stage = on_stage
         self.key = jax.random.key(options.seed)
         self._sub: Substitute | None = None
+        self._held: dict[int, Graph] = {}
 
     @property
     def sub(self) -> Substitute:
@@ -314,8 +316,8 @@ class _One:
         else:
             shape |= {"kind": "clt" if cfg.span > 1 else "plt", "span": cfg.span}
             shape["features"] = cfg.n_features
-            reach = decoder_reach(getattr(self.dictionary, "params"))  # noqa: B009
-            shape["decoder_reach"] = reach
+            assert self.sub.clt is not None
+            shape["decoder_reach"] = decoder_reach(self.sub.clt)
         return {"dictionary": self.dictionary.name, **shape, "intervals": {}}
 
     # -- measures ----------------------------------------------------------------------
@@ -433,28 +435,34 @@ class _One:
     def graphs(self) -> Part:
         """Scores of the graphs of all prompts."""
         lines, told = [], self.told("graphs")
-        for i, prompt in enumerate(self.prompts):
-            lines.append(graph_row(self._traced(prompt)))
+        for i in range(len(self.prompts)):
+            lines.append(graph_row(self._traced(i)))
             told(i + 1, len(self.prompts))
         return graph_means(lines, self.key), lines
 
-    def _traced(self, prompt: str | Sequence[int]) -> Any:
-        return trace_prompt(
+    def _traced(self, i: int) -> Graph:
+        """The graph of a prompt; those that are perturbed too are made once."""
+        if i in self._held:
+            return self._held[i]
+        graph = trace_prompt(
             self.model,
             self.dictionary,
-            prompt,
+            self.prompts[i],
             config=AttributeConfig(
                 max_features=self.options.max_features,
                 tolerance=self.options.tolerance,
             ),
         ).graph
+        if i < self.options.perturbed:
+            self._held[i] = graph
+        return graph
 
     def faithfulness(self) -> Part:
         """How perturbations spread, by layers between."""
         lines, told = [], self.told("perturbations")
-        chosen = self.prompts[: self.options.perturbed]
-        for i, prompt in enumerate(chosen):
-            subject = Subject.of(self.model, self.dictionary, self._traced(prompt))
+        n = min(self.options.perturbed, len(self.prompts))
+        for i in range(n):
+            subject = Subject.of(self.model, self.dictionary, self._traced(i))
             tables, layers = faithfulness(
                 subject,
                 jax.random.fold_in(self.key, i),
@@ -463,7 +471,7 @@ class _One:
                 live=False,
             )
             lines.append({"layers": layers, "tables": tables})
-            told(i + 1, len(chosen))
+            told(i + 1, n)
         return {"faithfulness": by_distance(lines)}, lines
 
     def judged(self, judge: Judge, pairs: Sequence[ConceptPair]) -> Part:

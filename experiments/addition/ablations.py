@@ -16,8 +16,8 @@ import jax
 import numpy as np
 import study
 import task
+from global_circuit import weights_at_equals
 
-import jaxclt
 from jaxclt.clt.active import StoreDictionary
 from jaxclt.io.model import Model
 from jaxclt.validation.stats import mean_interval, spearman
@@ -80,18 +80,7 @@ def precision(
     """Precision at 10 and rank correlation of each ranking, by layer of the target."""
     count_LF = (a_LNF > 0).sum(1)
     rows = np.argwhere(count_LF >= OFTEN)
-    token_NT, last_N = task.all_tokens()
-    weights = jaxclt.global_weights(
-        model,
-        dictionary,
-        jaxclt.coactivation(
-            model,
-            dictionary,
-            token_NT,
-            features=rows,
-            mask=np.arange(token_NT.shape[1])[None] == last_N[:, None],
-        ),
-    )
+    weights = weights_at_equals(model, dictionary, rows)
     key = jax.random.key(seed)
     target_U2 = np.concatenate(
         [

@@ -20,6 +20,21 @@ PICKS = (("lookup table", 1), ("ends in", 1), ("sum in range", 2))
 PER_KIND = 3  # targets of each
 
 
+def weights_at_equals(
+    model: Model, dictionary: StoreDictionary, rows: np.ndarray
+) -> jaxclt.GlobalWeights:
+    """Weights between features (layer, feature) by the `=` of all sums."""
+    token_NT, last_N = task.all_tokens()
+    stats = jaxclt.coactivation(
+        model,
+        dictionary,
+        token_NT,
+        features=rows,
+        mask=np.arange(token_NT.shape[1])[None] == last_N[:, None],
+    )
+    return jaxclt.global_weights(model, dictionary, stats)
+
+
 def links(
     model: Model,
     dictionary: StoreDictionary,
@@ -31,18 +46,7 @@ def links(
     """The k strongest inputs of the best labelled features, by TWERA and by V."""
     rows = np.argwhere((a_LNF > 0).sum(1) >= LEAST)
     active = set(map(tuple, rows.tolist()))
-    token_NT, last_N = task.all_tokens()
-    weights = jaxclt.global_weights(
-        model,
-        dictionary,
-        jaxclt.coactivation(
-            model,
-            dictionary,
-            token_NT,
-            features=rows,
-            mask=np.arange(token_NT.shape[1])[None] == last_N[:, None],
-        ),
-    )
+    weights = weights_at_equals(model, dictionary, rows)
     found = []
     for family, layer in PICKS:
         best = sorted(

@@ -66,14 +66,13 @@ def _compare(
     params: LMParams,
     sub: Substitute,
     token_WS: Array,
-    layer_L: Array | None,
     cfg: LMConfig,
     keep_first: bool,
 ) -> tuple[Array, Array, Array, Array]:
     def one(token_S: Array) -> tuple[Array, Array, Array, Array]:
         true_SV = forward(params, token_S, cfg=cfg)
         found_SV = substitute_logits(
-            params, sub, token_S, cfg=cfg, keep_first=keep_first, layer_L=layer_L
+            params, sub, token_S, cfg=cfg, keep_first=keep_first
         )
         kl_S = divergence(true_SV, found_SV)
         confidence_S = jax.nn.softmax(true_SV).max(-1)
@@ -98,7 +97,6 @@ def compare(
     *,
     cfg: LMConfig,
     keep_first: bool = True,
-    layer_L: np.ndarray | None = None,
     on_windows: Callable[[int, int], None] = lambda done, total: None,
 ) -> Compared:
     """Run model and replacement on windows, a few at a time.
@@ -109,14 +107,12 @@ def compare(
       token_WS: windows, padded with -1 behind the text.
       cfg: model shape.
       keep_first: the true MLPs stay at the first position.
-      layer_L: bool, which MLPs are replaced; None for all.
       on_windows: progress, (windows done, of).
     """
-    chosen = None if layer_L is None else jnp.asarray(layer_L)
     rows = []
     W = len(token_WS)
     for part_WS in _chunks(token_WS):
-        found = _compare(params, sub, jnp.asarray(part_WS), chosen, cfg, keep_first)
+        found = _compare(params, sub, jnp.asarray(part_WS), cfg, keep_first)
         rows.append([np.asarray(x) for x in found])
         on_windows(min(W, len(rows) * len(part_WS)), W)
     model_WS, found_WS, kl_WS, confidence_WS = (

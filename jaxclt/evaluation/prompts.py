@@ -8,6 +8,7 @@ predicted with a loss above 0.2 (appendix R): what is obvious needs no circuit.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -50,7 +51,9 @@ class EvalText:
     @property
     def digest(self) -> str:
         """Tells texts apart."""
-        return self.windows.digest + f"{int(self.ask_WS.sum())}{self.prompts}"
+        found = hashlib.sha256(self.windows.digest.encode())
+        found.update(self.ask_WS.tobytes() + self.next_WS.tobytes())
+        return found.hexdigest()
 
     def take(self, n: int) -> EvalText:
         """The first n windows."""
