@@ -289,7 +289,15 @@ class _Gathering:
                 lambda x: np.array(x, np.float64) if _plain(x) else x, more
             )
             return
-        self.total = jax.tree.map(_added, self.total, more)
+        for name, value in more.items():
+            if not isinstance(value, tuple):
+                self.total[name] = _added(self.total[name], value)
+                continue
+            # Matrix by matrix: two copies of all sparse ones may not fit.
+            tiles = list(self.total.pop(name))
+            for i, tile in enumerate(value):
+                tiles[i] = _added(tiles[i], tile)
+            self.total[name] = tuple(tiles)
 
 
 def _plain(x: Any) -> bool:

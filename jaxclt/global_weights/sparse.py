@@ -21,9 +21,9 @@ from jaxclt.global_weights.statistics import (
 )
 from jaxclt.types import LMParams
 
-__all__ = ["MOST_PAIRS", "check_size", "sparse_sums"]
+__all__ = ["MOST_BYTES", "check_size", "sparse_sums"]
 
-MOST_PAIRS = 2**26  # about 2.5 GB
+MOST_BYTES = 4 << 30
 
 
 @partial(jax.jit, static_argnames="plan")
@@ -93,9 +93,18 @@ def check_size(sums: Sums) -> None:
     Raises:
       InputError: if more pairs fire together than can be held.
     """
-    n = sum(tile.nnz for tile in sums["both"])
-    if n > MOST_PAIRS:
+    tiles = [
+        tile
+        for value in sums.values()
+        if isinstance(value, tuple)
+        for tile in value
+        if isinstance(tile, csr_array)
+    ]
+    size = sum(tile.data.nbytes + tile.indices.nbytes for tile in tiles)
+    if size > MOST_BYTES:
+        n = sum(tile.nnz for tile in sums["both"])
         raise InputError(
-            f"{n:,} pairs of features fire together, more than the {MOST_PAIRS:,} that "
-            "are held: choose a subset, for example --features top:4096"
+            f"{n:,} pairs of features fire together, whose sums take {size / 1e9:.1f} "
+            f"GB, more than the {MOST_BYTES / 1e9:.1f} GB that are held: choose a "
+            "subset, for example --features top:4096"
         )

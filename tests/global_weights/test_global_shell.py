@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import jaxclt
 from jaxclt import cli, global_circuit, global_text
 from jaxclt.errors import InputError
+from jaxclt.global_weights.sparse import check_size
 from jaxclt.global_weights.subset import Subset
 from jaxclt.io.model import Model
 
@@ -210,6 +212,15 @@ def test_all_features_are_held_sparsely(model: Model, dictionary):
     a, b = (x.strongest(3, ("twera",)) for x in pair)
     np.testing.assert_array_equal(a.target_feature_P, b.target_feature_P)
     np.testing.assert_allclose(a.twera_P, b.twera_P, rtol=1e-5)
+
+
+def test_too_many_pairs_are_refused(
+    model: Model, dictionary, monkeypatch: pytest.MonkeyPatch
+):
+    module = sys.modules[check_size.__module__]  # its package's name is a function's
+    monkeypatch.setattr(module, "MOST_BYTES", 100)
+    with pytest.raises(InputError, match="pairs of features fire together"):
+        jaxclt.coactivation(model, dictionary, WINDOWS, features="all", sparse=True)
 
 
 def test_inhibition_is_one_ablation_away(model: Model, dictionary):
