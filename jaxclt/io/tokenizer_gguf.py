@@ -1,18 +1,27 @@
 """Tokenizers rebuilt from GGUF metadata: byte-level BPE, and SentencePiece's BPE.
 
 A file holds vocabulary, merges or scores, and the name of a rule that cuts text before
-merging, of which llama.cpp knows what it is.
+merging, of which llama.cpp knows what it is. The merges of SentencePiece have to be
+found among its pieces, many seconds for Gemma's 262,144, so that what was built is kept
+in the user cache, by the hash of all that it was built from.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 from jaxclt.errors import InputError
+from jaxclt.io.atomic import atomic_path
+from jaxclt.io.fetch import cache_root
 from jaxclt.io.weights_gguf import GGUFFile
 
 __all__ = ["fast_tokenizer"]
 
+_BUILD = 1  # raised when what is built from the same metadata changes
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 _IDS = {
     "bos_token": "tokenizer.ggml.bos_token_id",
@@ -21,13 +30,13 @@ _IDS = {
     "unk_token": "tokenizer.ggml.unknown_token_id",
 }
 # Whether every digit is on its own, ahead of GPT-2's byte-level rule.
-_DIGITS_APART = {"gpt-2": False, "gpt2": False, "smollm": True}
+_DIGITS_APART = {"gpt-2": False, "gpt2": False, "smollm": True, "olmo": False}
+_COMPOSED = {"qwen2", "olmo"}  # text is brought to NFC first; GPT-NeoX's is "olmo"
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Rules of their own: the pattern, and whether text is brought to NFC first.
-_PATTERNS = {"qwen2": (_WORDS % "", True), "llama-bpe": (_WORDS % "{1,3}", False)}
+_PATTERNS = {"qwen2": _WORDS % "", "llama-bpe": _WORDS % "{1,3}"}  # of their own
 
 
 def fast_tokenizer(file: GGUFFile) -> tuple[Any, dict[str, str]]:
@@ -50,6 +59,8 @@ def fast_tokenizer(file: GGUFFile) -> tuple[Any, dict[str, str]]:
         tokens = list(meta["tokenizer.ggml.tokens"])
         types = list(meta["tokenizer.ggml.token_type"])
         special = _special(meta, tokens)
+        if kind == "llama" and (kept := _kept(meta)) is not None:
+            return kept, special
         make = _sentence_piece if kind == "llama" else _byte_level
         fast = make(meta, tokens, types)
         by_type = list(zip(tokens, types, strict=True))
@@ -58,7 +69,37 @@ def fast_tokenizer(file: GGUFFile) -> tuple[Any, dict[str, str]]:
         raise InputError(f"{file.path}: its tokenizer is damaged ({line})") from error
     _add(fast, by_type)
     _begin(fast, meta, special.get("bos_token"), tokens)
+    if kind == "llama":
+        _keep(fast, meta)
     return fast, special
+
+
+def _keep(fast: Any, meta: dict[str, Any]) -> None:
+    # A cache that cannot be written costs time, not the tokenizer.
+    with contextlib.suppress(InputError), atomic_path(_cache_path(meta)) as path:
+        fast.save(str(path), pretty=False)
+
+
+def _kept(meta: dict[str, Any]) -> Any | None:
+    """What an earlier run built from the same metadata."""
+    from tokenizers import Tokenizer
+
+    path = _cache_path(meta)
+    if not path.is_file():
+        return None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception:  # damaged: it is built and written again
+        return None
+
+
+def _cache_path(meta: dict[str, Any]) -> Path:
+    from tokenizers import __version__
+
+    told = {key: x for key, x in meta.items() if key.startswith("tokenizer.")}
+    text = json.dumps([_BUILD, __version__, sorted(told.items())])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return cache_root() / "tokenizers" / f"{digest}.json"
 
 
 def _add(fast: Any, by_type: list[tuple[str, int]]) -> None:
@@ -94,13 +135,13 @@ def _byte_level(meta: dict[str, Any], tokens: list[str], types: list[int]) -> An
     vocab = {token: i for i, token in enumerate(tokens)}
     fast = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     rule = meta["tokenizer.ggml.pre"]
-    pattern, composed = _PATTERNS.get(rule, (None, False))
+    pattern = _PATTERNS.get(rule)
     steps: list[Any] = [pre.ByteLevel(add_prefix_space=False, use_regex=not pattern)]
     if pattern:
         steps = [pre.Split(Regex(pattern), "isolated"), *steps]
     elif _DIGITS_APART[rule]:
         steps = [pre.Digits(individual_digits=True), *steps]
-    if composed:
+    if rule in _COMPOSED:
         fast.normalizer = normalizers.NFC()
     fast.pre_tokenizer = pre.Sequence(steps)
     fast.decoder = decoders.ByteLevel()
