@@ -19,7 +19,7 @@ from jaxclt.io.atomic import atomic_path
 from jaxclt.io.fetch import cache_root
 from jaxclt.io.weights_gguf import GGUFFile
 
-__all__ = ["fast_tokenizer"]
+__all__ = ["fast_tokenizer", "kept_tokenizer"]
 
 _BUILD = 1  # raised when what is built from the same metadata changes
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
@@ -59,8 +59,6 @@ def fast_tokenizer(file: GGUFFile) -> tuple[Any, dict[str, str]]:
         tokens = list(meta["tokenizer.ggml.tokens"])
         types = list(meta["tokenizer.ggml.token_type"])
         special = _special(meta, tokens)
-        if kind == "llama" and (kept := _kept(meta)) is not None:
-            return kept, special
         make = _sentence_piece if kind == "llama" else _byte_level
         fast = make(meta, tokens, types)
         by_type = list(zip(tokens, types, strict=True))
@@ -80,17 +78,20 @@ def _keep(fast: Any, meta: dict[str, Any]) -> None:
         fast.save(str(path), pretty=False)
 
 
-def _kept(meta: dict[str, Any]) -> Any | None:
-    """What an earlier run built from the same metadata."""
-    from tokenizers import Tokenizer
+def kept_tokenizer(file: GGUFFile) -> tuple[Path, dict[str, str]] | None:
+    """A tokenizer.json that `fast_tokenizer` built before, and the special tokens.
 
-    path = _cache_path(meta)
-    if not path.is_file():
+    It need not be whole: who reads it builds another one where it is not.
+    """
+    meta = file.meta
+    if meta.get("tokenizer.ggml.model") != "llama":
         return None
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception:  # damaged: it is built and written again
+        path = _cache_path(meta)
+        special = _special(meta, list(meta["tokenizer.ggml.tokens"]))
+    except (KeyError, IndexError, TypeError):  # `fast_tokenizer` says what is wrong
         return None
+    return (path, special) if path.is_file() else None
 
 
 def _cache_path(meta: dict[str, Any]) -> Path:
