@@ -225,6 +225,7 @@ def _vector(prompt: _Prompt, body: str) -> Targets:
         site,
         _position(prompt, -1 if pos is None else int(pos)),
         vec_KD,
+        cfg=prompt.model.cfg,
         const_K=const_K,
     )
 

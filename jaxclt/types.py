@@ -45,6 +45,10 @@ class Block:
 
     Norm gains are the effective multipliers. Projections map ``x @ W`` with input axes
     first. Biases, and norms that not every model has, are None where there are none.
+
+    A norm that has a bias is a LayerNorm and takes the mean off first; one without is
+    an RMSNorm. An MLP without a gate is ``act(x W_up) W_down``, one with
+    ``(act(x W_gate) * x W_up) W_down``.
     """
 
     norm_attn_LD: Array
@@ -53,9 +57,11 @@ class Block:
     v_LDGC: Array
     o_LHCD: Array
     norm_mlp_LD: Array
-    gate_LDI: Array
     up_LDI: Array
     down_LID: Array
+    gate_LDI: Array | None = None
+    norm_attn_bias_LD: Array | None = None
+    norm_mlp_bias_LD: Array | None = None
     q_bias_LHC: Array | None = None
     k_bias_LGC: Array | None = None
     v_bias_LGC: Array | None = None
@@ -78,6 +84,8 @@ class LMParams:
     embed_VD: Array
     blocks: Block
     norm_out_D: Array
+    norm_out_bias_D: Array | None = None
+    position_TD: Array | None = None  # learned positions, added to the embeddings
     unembed_DV: Array | None = None  # None: tied to embed_VD
     embed_scale: Array | None = None  # scalar: what enters layer 0 is times this
     logit_cap: Array | None = None  # scalar c: logits are c tanh(x / c)
@@ -127,9 +135,11 @@ class Recording:
     """One clean forward pass of the underlying model on one prompt."""
 
     token_T: Array  # int32
-    embed_TD: Array
+    embed_TD: Array  # of tokens, and of positions where these are learned
     resid_LTD: Array  # residual stream entering each layer
-    mid_LTD: Array  # residual stream after attention, where the MLP reads
+    # Residual stream where the MLP reads: after attention, or, in a model whose
+    # attention and MLP read the same, what enters the layer.
+    mid_LTD: Array
     write_LTD: Array  # what the true MLPs add to the stream
     out_TD: Array  # after the final norm; unembed() turns it into logits
     frozen: Frozen
@@ -176,7 +186,7 @@ class Targets:
     | layer | x | y |
     |---|---|---|
     | L | the output after the final norm, `Recording.out_TD` | nothing |
-    | l < L | the stream after attention, `Recording.mid_LTD` | its MLP's output |
+    | l < L | the stream where the MLP reads, `Recording.mid_LTD` | its output |
 
     Circuit Tracing (2025), section 3.1 and appendix F, has logits; the rest is in
     `jaxclt.graph.targets`, which makes them.

@@ -42,17 +42,20 @@ CASES = {
     "no_bias": {"seed": 5, "biases": False},
 }
 MODELS = ("clt", "span2", "no_bias")  # one case per model
-# Other families. Those without norms behind attention and MLPs have the same linear
-# maps as the first, so that the default suite leaves them to their taps.
+# Other families. Those without other norms or other blocks have the same linear maps as
+# the first, so that the default suite leaves them to their taps.
 FAMILY_CASES = {
     "gemma2": {"seed": 6, "family": "gemma2", "read": "mlp_in", "skip": True},
     "gemma3": {"seed": 7, "family": "gemma3", "tied": True},
     "llama3": {"seed": 8, "family": "llama3", "span": 2},
     "mistral": {"seed": 9, "family": "mistral", "biases": False},
     "qwen3": {"seed": 10, "family": "qwen3", "read": "normalized"},
+    "gpt2": {"seed": 11, "family": "gpt2", "read": "normalized", "tied": True},
+    "neox": {"seed": 12, "family": "neox", "read": "mlp_in", "skip": True},
 }
+OWN_MAPS = ("gemma2", "gemma3", "gpt2", "neox")
 FAMILIES = [
-    name if name.startswith("gemma") else pytest.param(name, marks=pytest.mark.slow)
+    name if name in OWN_MAPS else pytest.param(name, marks=pytest.mark.slow)
     for name in FAMILY_CASES
 ]
 # For costly tests: two cases in the default suite, the others with `-m slow`.

@@ -99,10 +99,10 @@ def test_every_form_is_what_its_builder_makes(probe: Path) -> None:
             dictionary(), *args, [1, n - 1, 5], cfg=model().cfg
         ),
         f"vector:out:{probe}": functional_targets(
-            *args, "out", n - 1, vec_D, const_K=3.0
+            *args, "out", n - 1, vec_D, cfg=model().cfg, const_K=3.0
         ),
         f"vector:resid_post:1@2:{probe}": functional_targets(
-            *args, "resid_post:1", 2, vec_D, const_K=3.0
+            *args, "resid_post:1", 2, vec_D, cfg=model().cfg, const_K=3.0
         ),
     }
     for text, want in pairs.items():

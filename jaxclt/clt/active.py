@@ -18,10 +18,11 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.activations import activate
-from jaxclt.clt.config import CLTConfig
-from jaxclt.clt.sites import read_diagonal
+from jaxclt.clt.config import CLTConfig, ReadSite
+from jaxclt.clt.sites import fold_reads, read_scale, read_site
 from jaxclt.clt.store import DictionaryStore, materialise
 from jaxclt.lm.config import LMConfig
+from jaxclt.lm.layers import Norm, mlp_norm
 from jaxclt.types import CLTParams, LMParams, Recording
 
 __all__ = [
@@ -40,7 +41,8 @@ class Active:
 
     Host arrays. Rows of the dictionary are held once, however often their feature
     fires: `row_A` is a feature's row in its layer's tables of U encoder and decoder
-    rows. With `read` the encoder row pulled back to the residual stream,
+    rows. Encoder rows are those of the residual stream: a norm that they read behind is
+    folded in, but for its denominator. With `read` such a row times that scale,
     ``preact = read · mid[layer, pos] + read_bias_A``, where the norm denominator (and a
     neuron's gate) are frozen.
     """
@@ -55,9 +57,9 @@ class Active:
     row_A: np.ndarray  # int32
     encoder: tuple[np.ndarray, ...]  # per layer [U, D]
     decoder: tuple[np.ndarray, ...]  # per layer [U, n_writes(l), D], unscaled
-    diagonal_LTD: np.ndarray  # encoders read mid * diagonal
-    write_bias_LD: np.ndarray  # decoder biases
-    skip_LDD: np.ndarray | None = None  # linear path, (mid * diagonal) @ skip
+    scale_LT: np.ndarray  # encoders read mid * scale
+    write_bias_LD: np.ndarray  # decoder biases, and the constant part of a skip
+    skip_LDD: np.ndarray | None = None  # linear path, (mid * scale) @ skip
 
     @property
     def n_layers(self) -> int:
@@ -69,19 +71,18 @@ class Active:
         """The linear path as `jaxclt.lm.frozen.replay` takes it."""
         if self.skip_LDD is None:
             return None
-        return jnp.asarray(self.diagonal_LTD), jnp.asarray(self.skip_LDD)
+        return jnp.asarray(self.scale_LT), jnp.asarray(self.skip_LDD)
 
     def reads(self, index: np.ndarray | None = None) -> np.ndarray:
         """What features (by slot, all if None) read of the residual stream, [n, D]."""
         index = np.arange(len(self.layer_A)) if index is None else index
-        read = np.empty((len(index), self.diagonal_LTD.shape[2]), self.value_A.dtype)
+        read = np.empty((len(index), self.write_bias_LD.shape[1]), self.value_A.dtype)
         layer_n = self.layer_A[index]
         for layer in np.unique(layer_n):
             here = layer_n == layer
             slot = index[here]
-            diagonal = self.diagonal_LTD[layer, self.pos_A[slot]]
-            gated = diagonal * self.gate_A[slot, None]
-            read[here] = self.encoder[layer][self.row_A[slot]] * gated
+            scale = self.scale_LT[layer, self.pos_A[slot]] * self.gate_A[slot]
+            read[here] = self.encoder[layer][self.row_A[slot]] * scale[:, None]
         return read
 
     def decoder_rows(self, slots: slice | np.ndarray, layer: int) -> np.ndarray:
@@ -159,15 +160,25 @@ def _encode_layer(
 class EncodedLayer(NamedTuple):
     """One layer of a dictionary on a recording; host arrays in the recording's dtype.
 
-    ``pre = (mid * diagonal) @ W_enc.T + b``.
+    ``pre = read @ W.T + b`` with `read` what the encoders read.
     """
 
     W_FD: np.ndarray
     b_F: np.ndarray
     theta_F: np.ndarray | None
-    diagonal_TD: np.ndarray
     pre_TF: np.ndarray
     a_TF: np.ndarray
+    scale_T: np.ndarray  # see `Active.scale_LT`
+    site: ReadSite
+    norm: Norm
+
+    def folded(self, feature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of some features at the residual stream, and their constants.
+
+        ``pre = scale * (row · mid) + constant``.
+        """
+        rows, const = fold_reads(self.site, self.norm, self.W_FD[feature])
+        return rows, self.b_F[feature] + const
 
 
 def encoded_layers(
@@ -180,26 +191,22 @@ def encoded_layers(
 
     Args:
       store: the dictionary.
-      params: the model (its norm gains, for dictionaries that read after the norm).
+      params: the model (its norms, for dictionaries that read behind them).
       recording: the clean pass.
     """
     cfg = store.cfg
     dtype = recording.mid_LTD.dtype
+    norms = mlp_norm(params.blocks)
     for layer in range(cfg.n_layers):
         enc = store.encoder(layer)
         W_FD = np.asarray(enc.W_enc_FD, dtype)
         b_F = np.asarray(enc.b_enc_F, dtype)
         theta_F = None if enc.theta_F is None else np.asarray(enc.theta_F, dtype)
-        diagonal_TD = np.asarray(
-            read_diagonal(
-                cfg.read,
-                recording.frozen.mlp_scale_LT[layer],
-                params.blocks.norm_mlp_LD[layer],
-            )
-        )
-        read_TD = recording.mid_LTD[layer] * diagonal_TD
+        norm, scale_T = norms.of_layer(layer), recording.frozen.mlp_scale_LT[layer]
+        read_TD = read_site(cfg.read, norm, recording.mid_LTD[layer], scale_T)
         pre_TF, a_TF = map(np.asarray, _encode_layer(W_FD, b_F, theta_F, read_TD, cfg))
-        yield EncodedLayer(W_FD, b_F, theta_F, diagonal_TD, pre_TF, a_TF)
+        scale_T = np.asarray(read_scale(cfg.read, scale_T))
+        yield EncodedLayer(W_FD, b_F, theta_F, pre_TF, a_TF, scale_T, cfg.read, norm)
 
 
 def active_features(
@@ -211,16 +218,18 @@ def active_features(
 
     Args:
       store: the dictionary.
-      params: the model (its norm gains, for dictionaries that read after the norm).
+      params: the model (its norms, for dictionaries that read behind them).
       recording: the clean pass.
     """
     cfg = store.cfg
     dtype = recording.mid_LTD.dtype
-    parts, encoder, decoder, diagonals = [], [], [], []
+    parts, encoder, decoder, scales = [], [], [], []
+    write_bias_LD, skips = np.array(store.b_dec(), dtype), []
     for layer, enc in enumerate(encoded_layers(store, params, recording)):
         pos, feature = np.nonzero(enc.a_TF)
         # A feature fires at several positions; its rows are read once.
         unique, row = np.unique(feature, return_inverse=True)
+        rows_UD, bias_U = enc.folded(unique)
         parts.append(
             (
                 np.full(len(pos), layer, np.int32),
@@ -228,18 +237,23 @@ def active_features(
                 feature.astype(np.int32),
                 enc.a_TF[pos, feature],
                 enc.pre_TF[pos, feature],
-                enc.b_F[feature],
+                bias_U[row],
                 row.astype(np.int32),
             )
         )
-        encoder.append(enc.W_FD[unique])
+        encoder.append(rows_UD)
         decoder.append(
             np.asarray(store.decoder_rows(layer, unique), dtype).reshape(
                 len(unique), cfg.n_writes(layer), cfg.d_model
             )
         )
-        diagonals.append(enc.diagonal_TD)
-    skips = [store.skip(layer) for layer in range(cfg.n_layers)]
+        scales.append(enc.scale_T)
+        skip_DD = store.skip(layer)
+        if skip_DD is not None:
+            skip_DD = np.asarray(skip_DD, dtype).T
+            columns_DD, const_D = fold_reads(cfg.read, enc.norm, skip_DD)
+            skips.append(columns_DD.T)
+            write_bias_LD[layer] += const_D
     fields = [np.concatenate(column) for column in zip(*parts, strict=True)]
     layer_A, pos_A, feature_A, value_A, preact_A, bias_A, row_A = fields
     return Active(
@@ -253,9 +267,7 @@ def active_features(
         row_A=row_A,
         encoder=tuple(encoder),
         decoder=tuple(decoder),
-        diagonal_LTD=np.stack(diagonals),
-        write_bias_LD=np.asarray(store.b_dec(), dtype),
-        skip_LDD=None
-        if skips[0] is None
-        else np.stack([np.asarray(s, dtype) for s in skips]),
+        scale_LT=np.stack(scales),
+        write_bias_LD=write_bias_LD,
+        skip_LDD=np.stack(skips) if skips else None,
     )

@@ -20,8 +20,9 @@ class CLTConfig:
     number of layers for a full CLT, 1 for a per-layer transcoder (PLT).
 
     `read` is the tensor the encoder reads (Circuit Tracing 2025, section 2.1):
-    ``resid_mid`` the residual stream after attention, ``normalized`` that stream
-    divided by its norm, ``mlp_in`` the same times the norm's gain (what the MLP sees).
+    ``resid_mid`` the residual stream where the MLP reads (after attention, unless both
+    stand side by side), ``normalized`` that stream divided by its norm (and a LayerNorm
+    takes its mean off), ``mlp_in`` with the norm's gain and bias, what the MLP sees.
 
     Raises:
       InputError: if a field is out of its range.

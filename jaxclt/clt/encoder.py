@@ -15,10 +15,11 @@ from jaxclt.clt.activations import activate
 from jaxclt.clt.active import Dictionary
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.neurons import NeuronDictionary, kept_neurons, neuron_values
-from jaxclt.clt.sites import read_diagonal
+from jaxclt.clt.sites import read_site
 from jaxclt.clt.store import DictionaryStore
 from jaxclt.errors import InputError
 from jaxclt.lm.config import LMConfig
+from jaxclt.lm.layers import mlp_norm
 from jaxclt.types import Block, LMParams
 
 __all__ = ["Encoder", "encoder_of"]
@@ -69,7 +70,7 @@ class Encoder:
         Args:
           p: one layer of the model's blocks.
           x: one layer of `per_layer`.
-          mid_TD: the residual stream after attention.
+          mid_TD: the residual stream where the MLP reads.
           scale_T: reciprocal denominator of the norm before the MLP.
         """
         if self.clt is None:
@@ -79,7 +80,7 @@ class Encoder:
         W_FD, b_F, theta_F = x
         assert W_FD is not None
         assert b_F is not None
-        read_TD = mid_TD * read_diagonal(self.clt.read, scale_T, p.norm_mlp_LD)
+        read_TD = read_site(self.clt.read, mlp_norm(p), mid_TD, scale_T)
         return activate(read_TD @ W_FD.T + b_F[None], theta_F, cfg=self.clt)
 
 

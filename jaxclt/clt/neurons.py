@@ -3,10 +3,14 @@
 A gated neuron's activation is ``act(gate) * up``: two linear pre-activations. The rule
 here (spec 6.6): the gate is frozen like an attention pattern, so a neuron's
 pre-activation is ``up`` times its frozen gate, linear in the stream, equal to its
-activation, and of either sign. With all neurons the dictionary is exact and every error
-node is zero; `neurons:k` keeps, per layer and position, the k with the largest written
-norm ``|a| * ||W_down||``, `neurons@x` those with at least x, and both leave the rest to
-the error node.
+activation, and of either sign. A neuron of an MLP without a gate is its own gate:
+``act(u) = (act(u) / u) u``, where the factor (0 or 1 of a ReLU, smooth of a GELU) is
+frozen. Its row then sums to its activation too, which is what total effects and paths
+count on; row shares are those of ``u``.
+
+With all neurons the dictionary is exact and every error node is zero; `neurons:k`
+keeps, per layer and position, the k with the largest written norm ``|a| * ||W_down||``,
+`neurons@x` those with at least x, and both leave the rest to the error node.
 
 Where the model normalises what its MLPs write, the frozen scale of that norm (of all
 neurons together, kept or not) is part of a neuron's gate and so of its activation, and
@@ -27,6 +31,7 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.active import Active
+from jaxclt.clt.sites import fold_reads
 from jaxclt.errors import InputError
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
@@ -107,11 +112,11 @@ def neuron_values(
 
     Args:
       p: one layer of the model's blocks.
-      mid_TD: the residual stream after attention.
+      mid_TD: the residual stream where the MLP reads.
       scale_T: reciprocal denominator of the norm before the MLP.
       cfg: model shape.
     """
-    normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
+    normed_TD = layers.normalise(mid_TD, scale_T, layers.mlp_norm(p))
     return read_neurons(p, normed_TD, cfg=cfg)
 
 
@@ -183,7 +188,7 @@ def active_neurons(
       threshold: least written norm of those that count.
     """
     least = None if threshold is None else jnp.asarray(threshold, params.embed_VD.dtype)
-    parts, encoder, decoder, diagonals = [], [], [], []
+    parts, encoder, decoder = [], [], []
     for layer in range(cfg.n_layers):
         p = jax.tree.map(lambda leaf: leaf[layer], params.blocks)  # noqa: B023
         scale_T = recording.frozen.mlp_scale_LT[layer]
@@ -192,7 +197,10 @@ def active_neurons(
         pos, index = np.nonzero(keep_TI)
         value, gate = value_TI[pos, index], gate_TI[pos, index]
         unique, row = np.unique(index, return_inverse=True)
-        bias = 0 if p.up_bias_LI is None else np.asarray(p.up_bias_LI)[index]
+        rows_UD = np.asarray(p.up_LDI).T[unique]
+        rows_UD, bias_U = fold_reads("mlp_in", layers.mlp_norm(p), rows_UD)
+        if p.up_bias_LI is not None:
+            bias_U = bias_U + np.asarray(p.up_bias_LI)[unique]
         parts.append(
             (
                 np.full(len(index), layer, np.int32),
@@ -200,13 +208,12 @@ def active_neurons(
                 index.astype(np.int32),
                 value,
                 gate,
-                (gate * bias).astype(value.dtype),
+                (gate * bias_U[row]).astype(value.dtype),
                 row.astype(np.int32),
             )
         )
-        encoder.append(np.asarray(p.up_LDI).T[unique])
+        encoder.append(rows_UD)
         decoder.append(np.asarray(layers.neuron_rows(p))[unique][:, None, :])
-        diagonals.append(np.asarray(scale_T)[:, None] * np.asarray(p.norm_mlp_LD)[None])
     fields = [np.concatenate(column) for column in zip(*parts, strict=True)]
     layer_A, pos_A, feature_A, value_A, gate_A, bias_A, row_A = fields
     down_bias_LD = params.blocks.down_bias_LD
@@ -221,7 +228,7 @@ def active_neurons(
         row_A=row_A,
         encoder=tuple(encoder),
         decoder=tuple(decoder),
-        diagonal_LTD=np.stack(diagonals),
+        scale_LT=np.asarray(recording.frozen.mlp_scale_LT),
         write_bias_LD=(
             np.zeros((cfg.n_layers, cfg.d_model), value_A.dtype)
             if down_bias_LD is None

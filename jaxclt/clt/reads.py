@@ -11,10 +11,11 @@ from jax import Array
 
 from jaxclt.clt.active import Dictionary
 from jaxclt.clt.neurons import NeuronDictionary, neuron_values
-from jaxclt.clt.sites import read_diagonal
+from jaxclt.clt.sites import fold_reads, read_scale
 from jaxclt.clt.store import DictionaryStore
 from jaxclt.errors import InputError
 from jaxclt.lm.config import LMConfig
+from jaxclt.lm.layers import mlp_norm
 from jaxclt.types import LMParams, Recording
 
 __all__ = ["FeatureReads", "feature_reads"]
@@ -35,7 +36,7 @@ def feature_reads(
     *,
     cfg: LMConfig,
 ) -> FeatureReads:
-    """What given features read of the residual stream after attention.
+    """What given features read of the residual stream where the MLP reads.
 
     Args:
       dictionary: a transcoder, or the model's neurons (their gates are frozen).
@@ -83,13 +84,13 @@ def _encoder(
 ) -> tuple[Array, Array]:
     enc = store.encoder(layer)
     dtype = recording.mid_LTD.dtype
-    diagonal_TD = read_diagonal(
-        store.cfg.read,
-        recording.frozen.mlp_scale_LT[layer],
-        params.blocks.norm_mlp_LD[layer],
+    row_1D = np.asarray(enc.W_enc_FD[feature], dtype)[None]
+    row_1D, const_1 = fold_reads(
+        store.cfg.read, mlp_norm(params.blocks).of_layer(layer), row_1D
     )
-    read_D = jnp.asarray(enc.W_enc_FD[feature], dtype) * diagonal_TD[pos]
-    return read_D, jnp.asarray(enc.b_enc_F[feature], dtype)
+    scale_T = read_scale(store.cfg.read, recording.frozen.mlp_scale_LT[layer])
+    bias = np.asarray(enc.b_enc_F[feature], dtype) + const_1[0]
+    return jnp.asarray(row_1D[0]) * scale_T[pos], jnp.asarray(bias)
 
 
 def _neuron(
@@ -104,7 +105,9 @@ def _neuron(
     scale_T = recording.frozen.mlp_scale_LT[layer, pos : pos + 1]
     mid_TD = recording.mid_LTD[layer, pos : pos + 1]
     gate = neuron_values(p, mid_TD, scale_T, cfg=cfg)[1][0, feature]
-    bias = jnp.zeros_like(gate)
+    row_1D = np.asarray(p.up_LDI[:, feature])[None]
+    row_1D, const_1 = fold_reads("mlp_in", mlp_norm(p), row_1D)
+    bias = jnp.asarray(const_1[0])
     if p.up_bias_LI is not None:
-        bias = gate * p.up_bias_LI[feature]
-    return p.up_LDI[:, feature] * p.norm_mlp_LD * scale_T[0] * gate, bias
+        bias = bias + p.up_bias_LI[feature]
+    return jnp.asarray(row_1D[0]) * (scale_T[0] * gate), gate * bias

@@ -1,32 +1,72 @@
 """Where an encoder reads: maps between the residual stream and the read tensor.
 
-With the norm denominator frozen, every read site is a diagonal map of the residual
-stream after attention: ``read = mid · scale[t] · gain[d]`` (spec 3.1). Graphs work at
-the residual stream, so encoder rows are pulled back through the same diagonal.
+With the norm denominator frozen, every read site is an affine map of the residual
+stream where the MLP reads: that stream itself, or what its norm makes of it (spec 3.1).
+Graphs work at the residual stream, so encoder rows are pulled back through the norm:
+its gain, and of a LayerNorm the removal of the mean, go into the row, its bias into the
+encoder's, and the denominator, which each token has of its own, stays outside.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxclt.clt.config import ReadSite
+from jaxclt.lm.layers import Norm, fold_norm, normalise
 
-__all__ = ["read_diagonal"]
+__all__ = ["fold_reads", "read_scale", "read_site"]
 
 
-def read_diagonal(site: ReadSite, scale_T: Array, gain_D: Array) -> Array:
-    """The diagonal [T, D] with ``read_TD = mid_TD * diagonal`` at one layer.
+def read_site(site: ReadSite, norm: Norm, mid_TD: Array, scale_T: Array) -> Array:
+    """What encoders read of the residual stream at one layer, [T, D].
 
     Args:
       site: where the dictionary reads.
-      scale_T: reciprocal denominator of the norm before the MLP.
-      gain_D: gain of that norm.
+      norm: before the MLP.
+      mid_TD: the residual stream where the MLP reads.
+      scale_T: reciprocal denominator of the norm.
     """
     match site:
         case "resid_mid":
-            return jnp.ones((scale_T.shape[0], gain_D.shape[0]), scale_T.dtype)
+            return mid_TD
         case "normalized":
-            return jnp.broadcast_to(scale_T[:, None], (len(scale_T), len(gain_D)))
+            plain = Norm(jnp.ones_like(norm.gain), norm.bias)
+            return normalise(mid_TD, scale_T, plain, biases=False)
         case "mlp_in":
-            return scale_T[:, None] * gain_D[None, :]
+            return normalise(mid_TD, scale_T, norm)
+
+
+def fold_reads(site: ReadSite, norm: Norm, W_FD: np.ndarray) -> tuple[Any, Any]:
+    """Rows that read `read_site` as rows that read the stream, and their constants.
+
+    ``W · read == scale * (W' · mid) + c`` with `read_scale`. On the host.
+
+    Args:
+      site: where the dictionary reads.
+      norm: before the MLP.
+      W_FD: the rows.
+
+    Returns:
+      W' [F, D] and c [F].
+    """
+    gain_D, bias_D = (None if x is None else np.asarray(x) for x in norm)
+    assert gain_D is not None
+    zero_F = np.zeros(len(W_FD), W_FD.dtype)
+    match site:
+        case "resid_mid":
+            return W_FD, zero_F
+        case "normalized":
+            plain = Norm(np.ones_like(gain_D), bias_D)  # pyright: ignore
+            return fold_norm(W_FD, plain), zero_F  # pyright: ignore
+        case "mlp_in":
+            const_F = zero_F if bias_D is None else W_FD @ bias_D
+            return fold_norm(W_FD, Norm(gain_D, bias_D)), const_F  # pyright: ignore
+
+
+def read_scale(site: ReadSite, scale_T: Array) -> Array:
+    """What folded rows are times: the reciprocal denominator, or one."""
+    return jnp.ones_like(scale_T) if site == "resid_mid" else scale_T

@@ -1,7 +1,8 @@
 """Global weights of one attention head: features feeding later positions through it.
 
 A path that passes exactly one head h of layer l: a source below l writes to the stream
-at position c', the head moves it to c, and a target of layer l or above reads it there.
+at position c', the head moves it to c, and a target of layer l or above reads it there
+(above, where attention and MLP stand side by side).
 
     V_h[t, s] = <sum of s's decoders below l -> gain, W_V, W_O of h, t's encoder>
     ind_h[t, s] = sum over c of  1(a_t(c)) q_t(c) m_s(c)
@@ -27,6 +28,7 @@ from jaxclt.clt.store import DictionaryStore
 from jaxclt.global_weights.weights import folded_encoder, summed_writes
 from jaxclt.lm.block import FrozenLayer, frozen_pattern
 from jaxclt.lm.config import LMConfig
+from jaxclt.lm.layers import attn_norm, fold_norm
 from jaxclt.types import Block, LMParams
 
 __all__ = ["Head", "head_block", "head_sums", "rows_by_layer"]
@@ -131,17 +133,17 @@ def head_block(
       store: the dictionary.
       params: the model.
       head: layer and head.
-      target: layer and feature indices [R]; zeros if below the head's layer.
+      target: layer and feature indices [R]; zeros if it does not see the head.
       source: layer and feature indices [N]; zeros unless below the head's layer.
       cfg: model shape.
     """
     (to, feature_R), (of, feature_N) = target, source
     layer, h = head
-    if not of < layer <= to:
+    if not of < layer <= to - cfg.parallel:
         return np.zeros((len(feature_R), len(feature_N)), params.embed_VD.dtype)
     p = params.blocks
     value_DC = p.v_LDGC[layer, :, h // cfg.n_queries_per_kv]
-    value_DC = value_DC * p.norm_attn_LD[layer][:, None]
+    value_DC = fold_norm(value_DC.T, attn_norm(p).of_layer(layer)).T
     out_CD = p.o_LHCD[layer, h]
     if p.post_attn_LD is not None:
         out_CD = out_CD * p.post_attn_LD[layer][None, :]

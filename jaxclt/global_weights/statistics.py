@@ -30,12 +30,13 @@ from scipy.sparse import csr_array
 
 from jaxclt.clt.activations import jumprelu, relu, topk
 from jaxclt.clt.config import CLTConfig
-from jaxclt.clt.sites import read_diagonal
+from jaxclt.clt.sites import read_site
 from jaxclt.clt.store import DictionaryStore
 from jaxclt.errors import InputError
 from jaxclt.global_weights.attention import Head, head_sums, rows_by_layer
 from jaxclt.global_weights.subset import Subset
 from jaxclt.lm.config import LMConfig
+from jaxclt.lm.layers import mlp_norm
 from jaxclt.lm.run import embed, native_mlp, run, unembed
 from jaxclt.types import LMParams
 
@@ -230,12 +231,10 @@ def watch(
     L, W, S, D = mid_LWSD.shape
     scale_LT = scale_LWS.reshape(L, W * S)
     mask_T = mask_WS.reshape(-1).astype(scale_LT.dtype)
-    pre, a = [], []
+    pre, a, norms = [], [], mlp_norm(params.blocks)
     for layer in range(L):
-        diagonal_TD = read_diagonal(
-            plan.clt.read, scale_LT[layer], params.blocks.norm_mlp_LD[layer]
-        )
-        read_TD = mid_LWSD[layer].reshape(W * S, D) * diagonal_TD
+        norm, mid_TD = norms.of_layer(layer), mid_LWSD[layer].reshape(W * S, D)
+        read_TD = read_site(plan.clt.read, norm, mid_TD, scale_LT[layer])
         with jax.named_scope("encode"):
             pre_UT = jnp.einsum("UD,TD->UT", enc.W[layer], read_TD)
         pre_UT = pre_UT + enc.b[layer][:, None]

@@ -3,9 +3,10 @@
     V[t, s] = <sum of s's decoders below t's layer, t's encoder>      l_s < l_t, else 0
 
 Circuit Tracing (2025), section 4; spec 4.1. An encoder that reads after the norm has
-its gain folded in; the denominator depends on the token and stays outside: a local
-residual-direct edge is activation x V x reciprocal denominator. A dictionary's linear
-skip is not part of V: with the norm between, it is not one map for all tokens.
+its gain folded in, and a LayerNorm's removal of the mean; the denominator depends on
+the token and stays outside: a local residual-direct edge is activation x V x reciprocal
+denominator. A dictionary's linear skip is not part of V: with the norm between, it is
+not one map for all tokens.
 
 Every decoder is read once; what is held is one layer's decoders, all encoders and one
 block of weights, never the square of all features.
@@ -23,10 +24,11 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.config import CLTConfig
-from jaxclt.clt.sites import read_diagonal
+from jaxclt.clt.sites import fold_reads
 from jaxclt.clt.store import DictionaryStore
 from jaxclt.global_weights.subset import Subset
-from jaxclt.lm.run import embed, readout
+from jaxclt.lm.layers import mlp_norm, normalise, out_norm
+from jaxclt.lm.run import readout, token_vectors
 from jaxclt.types import LMParams
 
 __all__ = [
@@ -51,20 +53,18 @@ def folded_encoder(
     layer: int,
     feature_R: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Encoder rows [R, D] at the residual stream, norm gain folded in.
+    """Encoder rows [R, D] at the residual stream, the norm but its scale folded in.
 
     Args:
       store: the dictionary.
-      params: the model, for its gains; their dtype is the result's.
+      params: the model, for its norms; their dtype is the result's.
       layer: of the features.
       feature_R: which; None for all.
     """
-    gain_D = params.blocks.norm_mlp_LD[layer]
-    one_1 = jnp.ones((1,), gain_D.dtype)
-    folded_D = read_diagonal(store.cfg.read, one_1, gain_D)[0]
+    norm = mlp_norm(params.blocks).of_layer(layer)
     W_FD = np.asarray(store.encoder(layer).W_enc_FD)
     W_RD = W_FD if feature_R is None else W_FD[feature_R]
-    return np.asarray(W_RD, gain_D.dtype) * np.asarray(folded_D)[None]
+    return fold_reads(store.cfg.read, norm, np.asarray(W_RD, norm.gain.dtype))[0]
 
 
 def writes_below(cfg: CLTConfig, source: int, target: int) -> int:
@@ -293,6 +293,9 @@ def embedding_weights(
 ) -> np.ndarray:
     """Virtual weights [R, Y] from token embeddings to features ("embedding weights").
 
+    Of the tokens alone: learned positions, which the embedding nodes of a graph hold as
+    well, are left out.
+
     Args:
       store: the dictionary.
       params: the model it reads.
@@ -302,14 +305,16 @@ def embedding_weights(
     """
     read_RD = jnp.asarray(folded_encoder(store, params, layer, feature_R))
     token_Y = np.arange(len(params.embed_VD)) if token_Y is None else token_Y
-    return np.asarray(block(read_RD, embed(params, jnp.asarray(token_Y))))
+    return np.asarray(block(read_RD, token_vectors(params, jnp.asarray(token_Y))))
 
 
 @jax.jit
 def written_logits(params: LMParams, written_ND: Array) -> Array:
     """Demeaned logits [N, V] of vectors in the stream, see `logit_weights`."""
     with jax.default_matmul_precision("highest"):
-        logit_NV = readout(params, written_ND * params.norm_out_D[None])
+        one_N = jnp.ones(len(written_ND), written_ND.dtype)
+        normed_ND = normalise(written_ND, one_N, out_norm(params), biases=False)
+        logit_NV = readout(params, normed_ND)
         return logit_NV - logit_NV.mean(1, keepdims=True)
 
 

@@ -62,8 +62,8 @@ class Items(NamedTuple):
 class RowTargets:
     """Directions to explain: where they read, and what.
 
-    ``layer`` < L reads the residual stream after attention of that layer; L reads the
-    stream after the last layer.
+    ``layer`` < L reads the residual stream where the MLP of that layer reads; L reads
+    the stream after the last layer.
     """
 
     layer_R: np.ndarray
@@ -108,7 +108,7 @@ def writers(active: Active) -> Items:
 
 
 def readers(rows: RowTargets, n_layers: int) -> Items:
-    """What targets read; site l < L is the stream after attention of layer l."""
+    """What targets read; site l < L is the stream where MLP l reads."""
     return Items(
         site_A=rows.layer_R,
         pos_A=rows.pos_R,

@@ -117,13 +117,14 @@ def _push_chunk(
             x_PBD, edge_ZPWB = state
             with jax.named_scope("push_attention"):
                 moved = attend(stream, layer, x_PBD, cfg=cfg, start=start, pull=False)
-            x_PBD = x_PBD + moved
-            edge_ZPWB = add_dots(bank, layer, x_PBD, edge_ZPWB, start=start)
+            behind_PBD = x_PBD + moved
+            mid_PBD = x_PBD if cfg.parallel else behind_PBD
+            edge_ZPWB = add_dots(bank, layer, mid_PBD, edge_ZPWB, start=start)
+            x_PBD = behind_PBD
             if stream.skip is not None:
-                diagonal_LTD, W_skip_LDD = stream.skip
-                at = (layer, start, jnp.zeros((), layer.dtype))
-                diagonal_PD = jax.lax.dynamic_slice(diagonal_LTD, at, (1, P, D))[0]
-                read_PBD = x_PBD * diagonal_PD[:, None, :]
+                scale_LT, W_skip_LDD = stream.skip
+                scale_P = jax.lax.dynamic_slice(scale_LT, (layer, start), (1, P))[0]
+                read_PBD = mid_PBD * scale_P[:, None, None]
                 x_PBD = x_PBD + jnp.einsum("PBD,DE->PBE", read_PBD, W_skip_LDD[layer])
             x_PBD = x_PBD.at[near_B, row_B].add(write_MBD[layer + 1])
             return x_PBD, edge_ZPWB

@@ -85,8 +85,9 @@ def _push(stream: FrozenStream, x: _Pushed, *, cfg: LMConfig, width: int) -> Arr
 
     def mix(p: Block, pattern_HTS: Array, scale_T: Array, resid_WBD: Array) -> Array:
         """Values through the pattern: see `layers.move`."""
-        normalise = jax.vmap(layers.normalise, (1, None, None), 1)
-        normed_WBD = normalise(resid_WBD, scale_T, p.norm_attn_LD)
+        normalise = partial(layers.normalise, biases=False)
+        normalise = jax.vmap(normalise, (1, None, None), 1)
+        normed_WBD = normalise(resid_WBD, scale_T, layers.attn_norm(p))
         v_WBGC = jnp.einsum("WBD,DGC->WBGC", normed_WBD, p.v_LDGC)
         pattern_GJTS = pattern_HTS.reshape(cfg.n_kv_heads, -1, W, W)
         mixed_TGJBC = jnp.einsum("GJTS,SBGC->TGJBC", pattern_GJTS, v_WBGC)
@@ -98,9 +99,11 @@ def _push(stream: FrozenStream, x: _Pushed, *, cfg: LMConfig, width: int) -> Arr
         pattern_HTS = window(pattern_HTS, (1, 2))
         mixed_WHBC = mix(p, pattern_HTS, window(scale_T, (0,)), resid_WBD)
         mixed_LWHBC = mixed_LWHBC.at[layer].set(mixed_WHBC)
+        before_WBD = resid_WBD
         resid_WBD = resid_WBD + jnp.einsum("WHBC,HCD->WBD", mixed_WHBC, p.o_LHCD)
         if skip is not None:
-            read_WBD = resid_WBD * window(skip[0], (0,))[:, None]
+            mid_WBD = before_WBD if cfg.parallel else resid_WBD
+            read_WBD = mid_WBD * window(skip[0], (0,))[:, None, None]
             resid_WBD = resid_WBD + jnp.einsum("WBD,DE->WBE", read_WBD, skip[1])
         write_BD = jnp.asarray(x.write_LBD)[layer]
         resid_WBD = resid_WBD.at[x.pos_B, source_B].add(write_BD)
@@ -208,12 +211,17 @@ def _query(read_RD: Array, o_HCD: Array) -> Array:
     return jnp.einsum("RD,HCD->RHC", read_RD, o_HCD)
 
 
-def _queries(active: Active, rows: RowTargets, o_LHCD: Array) -> Array:
-    """What every row reads of every head below it, [L, R, H, C], R padded."""
+def _queries(
+    active: Active, rows: RowTargets, o_LHCD: Array, *, cfg: LMConfig
+) -> Array:
+    """What every row reads of every head below it, [L, R, H, C], R padded.
+
+    Side by side with its MLP, a head writes where the MLP does.
+    """
     pad = ((0, bucket(len(rows.pos_R)) - len(rows.pos_R)), (0, 0))
     query = [
-        _query(np.pad(mid_RD, pad), o_LHCD[layer])
-        for layer, _, mid_RD in residual_reads(active, rows)
+        _query(np.pad(write_RD if cfg.parallel else mid_RD, pad), o_LHCD[layer])
+        for layer, write_RD, mid_RD in residual_reads(active, rows)
     ]
     return jnp.stack(query[::-1])
 
@@ -348,7 +356,7 @@ def _fill(
     used, used_E = np.unique(row_E, return_inverse=True)
     rows = rows.take(used)
     layer_E, pos_E = rows.layer_R[used_E], rows.pos_R[used_E]
-    query_LRHC = _queries(sources.active, rows, stream.blocks.o_LHCD)
+    query_LRHC = _queries(sources.active, rows, stream.blocks.o_LHCD, cfg=cfg)
     col, column_E = np.unique(col_E, return_inverse=True)
     chunk_of, place_of = np.zeros((2, len(col)), np.int64)
     chunks = list(_chunks(col, sources, stream.scale_LT.shape[1], _flops(cfg)))

@@ -123,13 +123,14 @@ def near_threshold(
         pos, feature = np.nonzero((below_TF >= 0) & (below_TF <= margin))
         near = _closest(below_TF[pos, feature], limit)
         pos, feature = pos[near], feature[near]
+        unique, row = np.unique(feature, return_inverse=True)
         here = Candidates(
             layer_U=np.full(len(pos), layer, np.int32),
             pos_U=pos.astype(np.int32),
             feature_U=feature.astype(np.int32),
             preact_U=enc.pre_TF[pos, feature],
             theta_U=theta_F[feature],
-            read_UD=enc.W_FD[feature] * enc.diagonal_TD[pos],
+            read_UD=enc.folded(unique)[0][row] * enc.scale_T[pos][:, None],
         )
         # Cut after every layer, so that few read vectors are held.
         found = here if found is None else _joined(found, here)

@@ -88,7 +88,7 @@ def crop(
         ),
     )
     active = dataclasses.replace(
-        active.where(active.pos_A < n), diagonal_LTD=active.diagonal_LTD[:, :n]
+        active.where(active.pos_A < n), scale_LT=active.scale_LT[:, :n]
     )
     return cropped, active
 
@@ -130,8 +130,8 @@ def residual_reads(
     for layer in reversed(range(active.n_layers)):
         write_RD, mid_RD = mid_RD, mid_RD.copy()
         if active.skip_LDD is not None:
-            diagonal_RD = active.diagonal_LTD[layer, rows.pos_R]
-            mid_RD += (write_RD @ active.skip_LDD[layer].T) * diagonal_RD
+            scale_R = active.scale_LT[layer, rows.pos_R]
+            mid_RD += (write_RD @ active.skip_LDD[layer].T) * scale_R[:, None]
         here = rows.layer_R == layer
         mid_RD[here] = rows.read_RD[here]
         yield layer, write_RD, mid_RD
@@ -212,7 +212,7 @@ def _direct_block(
         if layer == L:
             break
         if active.skip_LDD is not None:
-            read_ND = state_ND[has] * active.diagonal_LTD[layer, pos]
+            read_ND = state_ND[has] * active.scale_LT[layer, pos]
             state_ND[has] += read_ND @ active.skip_LDD[layer]
         for source in np.unique(active.layer_A[feature[: first_L[layer + 1]]]):
             if layer - source >= active.decoder[source].shape[1]:
@@ -282,8 +282,9 @@ def _pull_states(
         write_TQBD = g_TQBD
         if skip is not None:
             back_TQBD = jnp.einsum("TQBE,DE->TQBD", g_TQBD, skip[1])
-            g_TQBD = g_TQBD + back_TQBD * skip[0][:, None, None, :]
+            g_TQBD = g_TQBD + back_TQBD * skip[0][:, None, None, None]
         g_TQBD = inject(g_TQBD, layer)
+        behind_TQBD = write_TQBD if cfg.parallel else g_TQBD
 
         def pull(g_TBD: Array, gate_H: Array) -> Array:
             gated_HTS = pattern_HTS * gate_H[:, None, None]
@@ -291,7 +292,7 @@ def _pull_states(
             _, back = jax.vjp(jax.vmap(attention, in_axes=1, out_axes=1), g_TBD)
             return back(g_TBD)[0]
 
-        moved_TQBD = jnp.einsum("TqBD,qQ->TQBD", g_TQBD, into_QQ)
+        moved_TQBD = jnp.einsum("TqBD,qQ->TQBD", behind_TQBD, into_QQ)
         pulled_TQBD = jax.vmap(pull, (1, 0), 1)(moved_TQBD, gate_QH)
         return g_TQBD + pulled_TQBD, write_TQBD
 

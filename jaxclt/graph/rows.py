@@ -83,16 +83,18 @@ def _pull(
         edge_ZPWB = add_dots(bank, layer, g_PBD, edge_ZPWB, start=0, nothing=nothing)
         error_PB = jnp.einsum("PBD,PD->PB", g_PBD, error_LTD[layer, :P])
         error_LPB = error_LPB.at[layer].set(error_PB)
+        below_PBD = g_PBD
         if stream.skip is not None:
-            diagonal_LTD, W_skip_LDD = stream.skip
+            scale_LT, W_skip_LDD = stream.skip
             back_PBD = jnp.einsum("PBE,DE->PBD", g_PBD, W_skip_LDD[layer])
-            g_PBD = g_PBD + back_PBD * diagonal_LTD[layer, :P][:, None, :]
-        g_PBD = inject(g_PBD, layer)
+            below_PBD = g_PBD + back_PBD * scale_LT[layer, :P][:, None, None]
+        below_PBD = inject(below_PBD, layer)
         attention = partial(attend, stream, layer, cfg=cfg, start=0, pull=True)
         with jax.named_scope("pull_attention"):
             _, pull = jax.vjp(attention, g_PBD)
-            g_PBD = g_PBD + pull(g_PBD)[0]
-        return g_PBD, edge_ZPWB, error_LPB
+            # Side by side with attention, an MLP does not read what that writes.
+            pulled = pull(g_PBD if cfg.parallel else below_PBD)[0]
+        return below_PBD + pulled, edge_ZPWB, error_LPB
 
     top_read = jnp.max(layer_B)
     from_mid = top_read < L  # nothing has been injected above the first contraction

@@ -22,6 +22,7 @@ from jax import Array
 from jaxclt.lm.block import FrozenLayer, frozen_pattern
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import fold_post_attn
+from jaxclt.lm.layers import attn_norm, fold_norm
 from jaxclt.types import Block, LMParams, Recording
 
 __all__ = ["Stream", "attend", "make_stream"]
@@ -104,11 +105,12 @@ def _scaled(pattern_LHTS: Array, scale_LT: Array) -> Array:
 @partial(jax.jit, static_argnames=("cfg", "pull"))
 def _fold(blocks: Block, *, cfg: LMConfig, pull: bool) -> tuple[Array, Array]:
     L, _, C, D = blocks.o_LHCD.shape
-    value_LDGC = blocks.v_LDGC * blocks.norm_attn_LD[:, :, None, None]
+    fold = jax.vmap(jax.vmap(jax.vmap(fold_norm, (0, None)), (0, None)))
+    value_LGCD = fold(blocks.v_LDGC.transpose(0, 2, 3, 1), attn_norm(blocks))
     output_LGJCD = blocks.o_LHCD.reshape(L, cfg.n_kv_heads, -1, C, D)
     if pull:
-        return value_LDGC.transpose(0, 2, 3, 1), output_LGJCD.transpose(0, 4, 1, 2, 3)
-    return value_LDGC, output_LGJCD
+        return value_LGCD, output_LGJCD.transpose(0, 4, 1, 2, 3)
+    return value_LGCD.transpose(0, 3, 1, 2), output_LGJCD
 
 
 def attend(

@@ -10,12 +10,15 @@ The sites of `functional_targets`, each linear once patterns and norms are froze
 | site | what is read |
 |---|---|
 | out | the output after the final norm, which unembeds to logits |
-| resid_mid:l | the residual stream after attention of layer l |
-| normalized:l, mlp_in:l | the same after the MLP's norm, without and with its gain |
+| resid_mid:l | the residual stream where the MLP of layer l reads: after attention |
+| normalized:l, mlp_in:l | the same after the MLP's norm, without and with its weights |
 | mlp_out:l | what the MLP of layer l adds |
 | resid_post:l | the stream after layer l: resid_mid:l + mlp_out:l |
 | resid_pre:l | the stream entering layer l > 0: resid_post:l-1 |
-| attn_in:l | the same after the attention's norm and gain |
+| attn_in:l | the same after the attention's norm |
+
+Where attention and MLP stand side by side, resid_mid:l is resid_pre:l, and resid_post:l
+what the next layer reads; behind the last layer there is only `out`.
 
 Weights are what influence starts with: a token's probability; for all else 1 / K each,
 which `combine_targets` changes. They are never negative: what is given a negative
@@ -37,10 +40,11 @@ from numpy.typing import ArrayLike
 
 from jaxclt.clt.active import Active, Dictionary
 from jaxclt.clt.reads import feature_reads
-from jaxclt.clt.sites import read_diagonal
+from jaxclt.clt.sites import fold_reads
 from jaxclt.errors import InputError
 from jaxclt.graph.bank import RowTargets
 from jaxclt.lm.config import LMConfig
+from jaxclt.lm.layers import Norm, attn_norm, fold_norm, mlp_norm, out_norm
 from jaxclt.lm.run import unembed
 from jaxclt.types import LMParams, Reads, Recording, Targets
 
@@ -291,6 +295,7 @@ def functional_targets(
     pos: int,
     vec_KD: ArrayLike,
     *,
+    cfg: LMConfig,
     const_K: ArrayLike | None = None,
     labels: Sequence[str] | None = None,
 ) -> Targets:
@@ -302,6 +307,7 @@ def functional_targets(
       site: ``out`` or ``name:layer``, see the table of this module.
       pos: position in the recording; negative counts from its end.
       vec_KD: directions, [K, D] or [D].
+      cfg: model shape.
       const_K: added constants, for example a probe's bias.
       labels: names; the site by default.
 
@@ -309,7 +315,7 @@ def functional_targets(
       InputError: if the site, the position or a shape does not fit the model.
     """
     T, D = recording.embed_TD.shape
-    L, dtype = _n_layers(params), recording.out_TD.dtype
+    L, dtype = cfg.n_layers, recording.out_TD.dtype
     p = _position(pos, T)
     name, layer = _site(site, L)
     read_KD = np.atleast_2d(np.asarray(vec_KD, dtype))
@@ -317,26 +323,36 @@ def functional_targets(
         raise InputError(
             f"a target direction has shape {read_KD.shape[1:]}; this model needs ({D},)"
         )
+    if name in ("resid_pre", "attn_in") and layer == 0:
+        raise InputError(
+            f"target site {site}: what enters layer 0 is one embedding and has "
+            "no other inputs, name a later layer"
+        )
     write_KD = np.zeros_like(read_KD)
-    frozen, blocks = recording.frozen, params.blocks
+    const_K = np.zeros(len(read_KD)) if const_K is None else np.atleast_1d(const_K)
+    if name in ("normalized", "mlp_in", "attn_in"):
+        frozen, blocks = recording.frozen, params.blocks
+        before_attn = name == "attn_in"
+        norm = (attn_norm if before_attn else mlp_norm)(blocks).of_layer(layer)
+        scale_LT = frozen.attn_scale_LT if before_attn else frozen.mlp_scale_LT
+        read_KD, bias_K = fold_reads(
+            "normalized" if name == "normalized" else "mlp_in", norm, read_KD
+        )
+        read_KD = read_KD * np.asarray(scale_LT)[layer, p]
+        const_K = const_K + bias_K
     match name:
-        case "normalized" | "mlp_in":
-            scale_T, gain_D = frozen.mlp_scale_LT[layer], blocks.norm_mlp_LD[layer]
-            diagonal_TD = read_diagonal(name, scale_T[p : p + 1], gain_D)
-            read_KD = read_KD * np.asarray(diagonal_TD)
         case "mlp_out":
             read_KD, write_KD = write_KD, read_KD
+        case "resid_post" if cfg.parallel:
+            layer += 1
+            if layer == L:
+                raise InputError(
+                    f"target site {site}: attention and MLP of the last layer stand "
+                    "side by side and nothing but the output reads both, use out"
+                )
         case "resid_post":
             write_KD = read_KD
-        case "resid_pre" | "attn_in":
-            if layer == 0:
-                raise InputError(
-                    f"target site {site}: what enters layer 0 is one embedding and has "
-                    "no other inputs, name a later layer"
-                )
-            if name == "attn_in":
-                scale = np.asarray(frozen.attn_scale_LT)[layer, p]
-                read_KD = read_KD * np.asarray(blocks.norm_attn_LD)[layer] * scale
+        case "resid_pre" | "attn_in" if not cfg.parallel:
             write_KD, layer = read_KD, layer - 1
     return _targets(
         read_KD,
@@ -475,7 +491,8 @@ def target_reads(
       pos: position of all, or of each.
     """
     scale_K = np.asarray(recording.frozen.out_scale_T)[np.atleast_1d(pos)]
-    return np.asarray(vec_KD) * (np.asarray(params.norm_out_D)[None] * scale_K[:, None])
+    norm: Norm = jax.tree.map(np.asarray, out_norm(params))
+    return fold_norm(np.asarray(vec_KD), norm) * scale_K[:, None]  # pyright: ignore
 
 
 def target_rows(
@@ -494,7 +511,7 @@ def target_rows(
     if active.skip_LDD is not None:
         for k in np.flatnonzero(~is_out):
             back_D = active.skip_LDD[layer_K[k]] @ np.asarray(targets.write_KD)[k]
-            read_KD[k] += back_D * active.diagonal_LTD[layer_K[k], pos_K[k]]
+            read_KD[k] += back_D * active.scale_LT[layer_K[k], pos_K[k]]
     return RowTargets(layer_R=layer_K, pos_R=pos_K, read_RD=read_KD)
 
 

@@ -9,27 +9,35 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxclt.errors import InputError
-from jaxclt.io.names import GEMMA, LLAMA, QWEN, Layout, Row
-from jaxclt.lm.config import LMConfig, RopeScaling
+from jaxclt.io.config_fields import number, whole
+from jaxclt.io.names import GEMMA, GPT2, GPT_NEOX, LLAMA, QWEN, Layout, Row
+from jaxclt.io.rope import KINDS, read_rope
+from jaxclt.lm.config import LMConfig
 
-__all__ = ["FAMILIES", "Family", "describe_hf", "number", "shape_from_hf", "whole"]
+__all__ = ["FAMILIES", "Family", "describe_hf", "shape_from_hf"]
 
-_ACTS: dict[str, Literal["silu", "gelu_tanh"]] = {
+_ACTS: dict[str, Literal["silu", "gelu_tanh", "gelu", "relu"]] = {
     "silu": "silu",
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
 }
-_KINDS = {"full_attention": False, "sliding_attention": True}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """How one model_type's config.json is read.
+
+    `names` are fields that it calls otherwise than Llama does, `defaults` what it may
+    leave out.
 
     `windows` says which layers have the sliding window if `layer_types` does not:
     "all", those "behind" max_window_layers (where use_sliding_window is on), or all
@@ -37,6 +45,17 @@ class Family:
     """
 
     rows: tuple[Row, ...] = LLAMA
+    prefixes: tuple[tuple[str, str], ...] = ()  # see `Layout`, like the next
+    unread: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    demands: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # the only value of a field
+    mlp_ratio: int | None = None  # width of the MLP to that of the model, if not said
+    positions: bool = False  # learned ones, nothing turns
+    partial: bool = False  # a part of the channels may turn
+    parallel_field: str | None = None  # says whether attention and MLP read the same
     options: frozenset[str] = frozenset()  # leaves that all its models have
     flags: tuple[str, ...] = ()  # fields that switch options on
     act_field: str = "hidden_act"
@@ -53,7 +72,7 @@ class Family:
 
 
 _ATTN_CAP, _LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
-_GEMMA = {
+_GEMMA: dict[str, Any] = {
     "rows": GEMMA,
     "flags": ("attention_bias",),
     "act_field": "hidden_activation",
@@ -62,6 +81,15 @@ _GEMMA = {
     "query_scalar": True,
     "tied": True,
     "windows": "every",
+}
+_GELU = {"hidden_activation": "gelu_pytorch_tanh"}
+# transformers' defaults, which the text_config of a wrapper leaves out.
+_GEMMA3 = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131_072,
 }
 FAMILIES: dict[str, Family] = {
     "llama": Family(flags=("attention_bias", "mlp_bias")),
@@ -74,17 +102,96 @@ FAMILIES: dict[str, Family] = {
         windows="behind",
     ),
     "gemma2": Family(
-        **_GEMMA, period=2, cap_fields={_ATTN_CAP: 50.0, _LOGIT_CAP: 30.0}
+        **_GEMMA,
+        defaults=_GELU,
+        period=2,
+        cap_fields={_ATTN_CAP: 50.0, _LOGIT_CAP: 30.0},
     ),
     "gemma3_text": Family(
         **_GEMMA,
+        defaults=_GELU | _GEMMA3,
         options=frozenset({"qk_norm"}),
         period=6,
         cap_fields={_ATTN_CAP: None, _LOGIT_CAP: None},
         rope_theta=1_000_000.0,
         rope_local_theta=10_000.0,
     ),
+    "gpt2": Family(
+        rows=GPT2,
+        prefixes=(("transformer.", ""),),
+        unread=("*.attn.bias", "*.attn.masked_bias"),  # causal masks
+        names={
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "intermediate_size": "n_inner",
+            "max_position_embeddings": "n_positions",
+            "hidden_act": "activation_function",
+            "rms_norm_eps": "layer_norm_epsilon",
+        },
+        defaults={"hidden_act": "gelu_new", "rms_norm_eps": 1e-5},
+        demands={
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+        mlp_ratio=4,
+        positions=True,
+        tied=True,
+    ),
+    "gpt_neox": Family(
+        rows=GPT_NEOX,
+        prefixes=(("gpt_neox.", ""),),
+        unread=("*.attention.bias", "*.attention.masked_bias"),
+        names={
+            "rms_norm_eps": "layer_norm_eps",
+            "partial_rotary_factor": "rotary_pct",
+            "rope_theta": "rotary_emb_base",
+        },
+        defaults={
+            "hidden_act": "gelu",
+            "rms_norm_eps": 1e-5,
+            "partial_rotary_factor": 0.25,
+            "attention_bias": True,
+            "use_parallel_residual": True,
+        },
+        partial=True,
+        parallel_field="use_parallel_residual",
+        flags=("attention_bias",),
+    ),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapper:
+    """A model for more than text around one of a family: its text part is read."""
+
+    kind: str  # the family, unless the text's config says
+    prefixes: tuple[tuple[str, str], ...]
+    unread: tuple[str, ...]  # what is for other input than text
+    field: str = "text_config"
+
+
+WRAPPERS = {
+    "gemma3": Wrapper(
+        kind="gemma3_text",
+        prefixes=(
+            ("language_model.model.", "model."),
+            ("language_model.lm_head.", "lm_head."),
+            ("model.language_model.", "model."),
+        ),
+        unread=(
+            *("vision_tower.*", "model.vision_tower.*"),
+            *("multi_modal_projector.*", "model.multi_modal_projector.*"),
+        ),
+    ),
+}
+_EXPERTS = (
+    "its MLPs are mixtures of experts and its attention has sinks; a local replacement "
+    "model would have to freeze the router, which no graph could then explain"
+)
+_REFUSED = {"gpt_oss": _EXPERTS}
+_DEMANDS = {"use_bidirectional_attention": False}  # of all
 
 
 def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
@@ -94,12 +201,17 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
       InputError: for another model_type, activation, kind of rotary embedding or of
         attention than the supported ones, or a missing or impossible size.
     """
-    kind = hf.get("model_type")
-    family = FAMILIES.get(str(kind))
+    wrapper = WRAPPERS.get(str(hf.get("model_type")))
+    hf, family = _canonical(hf)
     if family is None:
+        kind = hf.get("model_type")
+        if kind in _REFUSED:
+            raise InputError(
+                f"config.json: model_type {kind!r} is not supported: {_REFUSED[kind]}"
+            )
         raise InputError(
             f"config.json: model_type {kind!r} is not supported; "
-            f"supported: {', '.join(FAMILIES)}"
+            f"supported: {', '.join((*FAMILIES, *WRAPPERS))}"
         )
     act = hf.get(family.act_field) or hf.get("hidden_act") or "silu"
     if act not in _ACTS:
@@ -107,10 +219,21 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
             f"config.json: {family.act_field} {act!r} is not supported; "
             f"supported: {', '.join(_ACTS)}"
         )
-    if hf.get("use_bidirectional_attention"):
-        raise InputError("config.json: use_bidirectional_attention is not supported")
+    for name, wanted in (_DEMANDS | {**family.demands}).items():
+        if (hf.get(name, wanted) or False) != wanted:
+            raise InputError(
+                f"config.json: {name} {hf[name]!r} is not supported; "
+                f"supported: {wanted}"
+            )
     shape = shape_from_hf(hf)
-    theta, local_theta, scaling = _rope(hf, family, shape.n_ctx)
+    rope = read_rope(
+        hf,
+        d_head=shape.d_head,
+        n_ctx=shape.n_ctx,
+        theta=family.rope_theta,
+        local_theta=family.rope_local_theta,
+        partial=family.partial,
+    )
     window, local = _windows(hf, family, shape.n_layers)
     caps = {
         name: None if hf.get(name, default) is None else number(hf, name, default)
@@ -119,13 +242,17 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
     query_scale = None
     if family.query_scalar:
         query_scale = number(hf, "query_pre_attn_scalar", 256.0) ** -0.5
+    if rope.score_factor != 1:
+        query_scale = (query_scale or shape.d_head**-0.5) * rope.score_factor
     cfg = dataclasses.replace(
         shape,
         norm_eps=number(hf, "rms_norm_eps", 1e-6),
         act=_ACTS[act],
-        rope_theta=theta,
-        rope_local_theta=local_theta,
-        rope_scaling=scaling,
+        parallel=bool(family.parallel_field and hf.get(family.parallel_field)),
+        d_rotary=0 if family.positions else rope.d_rotary,
+        rope_theta=rope.theta,
+        rope_local_theta=rope.local_theta,
+        rope_scaling=rope.scaling,
         window=window,
         query_scale=query_scale,
         attn_cap=caps.get(_ATTN_CAP),
@@ -136,6 +263,8 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
     layout = Layout(
         rows=family.rows,
         options=options,
+        prefixes=(wrapper or family).prefixes,
+        unread=(wrapper or family).unread,
         gain_offset=family.gain_offset,
         local=local,
         embed_scale=shape.d_model**0.5 if family.scales_embedding else None,
@@ -144,12 +273,31 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
     return cfg, layout
 
 
+def _canonical(hf: dict[str, Any]) -> tuple[dict[str, Any], Family | None]:
+    """A config with Llama's names of fields and its family's defaults."""
+    wrapper = WRAPPERS.get(str(hf.get("model_type")))
+    if wrapper is not None:
+        inner = hf.get(wrapper.field)
+        if not isinstance(inner, dict):
+            raise InputError(f"config.json: {wrapper.field} must be an object")
+        hf = {"model_type": wrapper.kind, **inner}
+    family = FAMILIES.get(str(hf.get("model_type")))
+    if family is None:
+        return hf, None
+    said = {name: hf[own] for name, own in family.names.items() if own in hf} | hf
+    # Null is what transformers writes for a default, but for a window it means none.
+    defaults = {k: v for k, v in family.defaults.items() if said.get(k) is None}
+    return said | defaults, family
+
+
 def shape_from_hf(hf: dict[str, Any]) -> LMConfig:
-    """Sizes alone, of any decoder whose config.json names them as Llama's does.
+    """Sizes alone, of any decoder of a family, or that names them as Llama does.
 
     Raises:
       InputError: for a missing or impossible size.
     """
+    hf, family = _canonical(hf)
+    ratio = family.mlp_ratio if family else None
     d_model = whole(hf, "hidden_size")
     n_heads = whole(hf, "num_attention_heads")
     return LMConfig(
@@ -158,7 +306,7 @@ def shape_from_hf(hf: dict[str, Any]) -> LMConfig:
         n_heads=n_heads,
         n_kv_heads=whole(hf, "num_key_value_heads", n_heads),
         d_head=whole(hf, "head_dim", d_model // max(n_heads, 1)),
-        d_mlp=whole(hf, "intermediate_size"),
+        d_mlp=whole(hf, "intermediate_size", ratio and ratio * d_model),
         d_vocab=whole(hf, "vocab_size"),
         n_ctx=whole(hf, "max_position_embeddings", 2048),
     )
@@ -209,101 +357,10 @@ def _layer_types(hf: dict[str, Any], n_layers: int) -> tuple[bool, ...] | None:
         return None
     if not isinstance(kinds, list):
         raise InputError("config.json: layer_types must be a list")
-    unknown = [kind for kind in kinds if kind not in _KINDS]
+    unknown = [kind for kind in kinds if kind not in KINDS]
     if len(kinds) != n_layers or unknown:
         raise InputError(
             f"config.json: layer_types must list {n_layers} of "
-            f"{', '.join(_KINDS)}, not {len(kinds)} with {unknown[:1]}"
+            f"{', '.join(KINDS)}, not {len(kinds)} with {unknown[:1]}"
         )
-    return tuple(_KINDS[kind] for kind in kinds)
-
-
-def _rope(
-    hf: dict[str, Any], family: Family, n_ctx: int
-) -> tuple[float, float | None, RopeScaling | None]:
-    """Bases of the rotary frequencies, for all and for local layers, and the scaling.
-
-    transformers 5 nests them in `rope_parameters`, older releases do not.
-    """
-    new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
-    for rope in (new, old):
-        if not isinstance(rope, dict):
-            raise InputError("config.json: rope parameters must be an object")
-    local_theta = family.rope_local_theta
-    if local_theta is not None:
-        nested = any(kind in new for kind in _KINDS)
-        local = (new.get("sliding_attention") or {}) if nested else {}
-        new = (new.get("full_attention") or {}) if nested else new
-        if _kind(local) != "default":
-            raise InputError(
-                "config.json: rope_parameters of sliding_attention must be of type "
-                f"'default', not {_kind(local)!r}"
-            )
-        local_theta = number({**hf, **local}, "rope_local_base_freq", local_theta)
-        local_theta = number(local, "rope_theta", local_theta)
-    for rope in (new, old):
-        if any(isinstance(value, dict) for value in rope.values()):
-            raise InputError(
-                "config.json: rotary embeddings of type one per kind of layer are not "
-                "supported for this model_type"
-            )
-    for rope in (new, old, hf):
-        if rope.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
-            raise InputError(
-                "config.json: partial_rotary_factor is not supported; "
-                "supported: rotary embeddings over the whole head"
-            )
-    theta = number({**hf, **new}, "rope_theta", family.rope_theta)
-    scaling = _scaling(old or new, n_ctx)
-    return theta, local_theta, scaling
-
-
-def _kind(rope: dict[str, Any]) -> Any:
-    return rope.get("rope_type", rope.get("type", "default"))
-
-
-def _scaling(rope: dict[str, Any], n_ctx: int) -> RopeScaling | None:
-    kind = _kind({k: v for k, v in rope.items() if v is not None})
-    if kind == "default":
-        return None
-    if kind not in ("linear", "llama3"):
-        raise InputError(
-            f"config.json: rotary embeddings of type {kind!r} are not supported; "
-            "supported: 'default', 'linear', 'llama3'"
-        )
-    factor = number(rope, "factor")
-    if kind == "linear":
-        return RopeScaling(kind=kind, factor=factor)
-    return RopeScaling(
-        kind=kind,
-        factor=factor,
-        low_freq_factor=number(rope, "low_freq_factor", 1.0),
-        high_freq_factor=number(rope, "high_freq_factor", 4.0),
-        n_ctx=whole(rope, "original_max_position_embeddings", n_ctx),
-    )
-
-
-def whole(hf: dict[str, Any], key: str, default: int | None = None) -> int:
-    """An integer field.
-
-    Raises:
-      InputError: if it is none, or missing without a default.
-    """
-    value = hf.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InputError(f"config.json: {key} must be an integer, not {value!r}")
-    return value
-
-
-def number(hf: dict[str, Any], key: str, default: float | None = None) -> float:
-    """A positive number, or the default where the field is missing or null.
-
-    Raises:
-      InputError: if it is something else.
-    """
-    value = hf.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise InputError(f"config.json: {key} must be a positive number, not {value!r}")
-    return float(value)
+    return tuple(KINDS[kind] for kind in kinds)

@@ -3,7 +3,8 @@
 A file stores a matrix as [out, in] and keeps heads and their channels in one axis; ours
 are input-first with separate axes. A row of the table says both: `stored` lists the
 axes in the file, one word each, where "HC" is one axis of length H * C; the suffix of
-the leaf says the order that is wanted.
+the leaf says the order that is wanted. Queries, keys and values may lie in one tensor:
+the axis "3" is then theirs, wherever it stands, and each takes its `part`.
 
 llama.cpp rotates neighbouring channels (2j, 2j + 1) while Hugging Face and this library
 rotate the halves (j, j + C/2), so GGUF files hold the rows of query and key heads
@@ -14,6 +15,7 @@ the order of halves.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,7 +28,8 @@ from jaxclt.errors import InputError
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import Block, LMParams
 
-__all__ = ["GEMMA", "LLAMA", "QWEN", "Layout", "Row", "Source", "from_leaf"]
+__all__ = ["GEMMA", "GPT2", "GPT_NEOX", "LLAMA", "QWEN", "Layout", "Row", "Source"]
+__all__ += ["from_leaf"]
 __all__ += ["read_params", "stored_shape", "tensor_name", "to_leaf"]
 
 Source = Literal["hf", "gguf"]
@@ -40,6 +43,8 @@ class Row:
     hf: str
     gguf: str
     stored: str
+    stored_gguf: str | None = None  # None: as elsewhere
+    part: int | None = None  # of the axis "3"
     option: str | None = None  # the leaf exists only where this option is on
     or_option: str | None = None  # or this
     rotary: bool = False  # GGUF interleaves the channels
@@ -49,6 +54,10 @@ class Row:
         """Axes of one layer of the leaf, in order."""
         return self.leaf.rpartition("_")[2].removeprefix("L")
 
+    def axes_in(self, source: Source) -> str:
+        """Axes of the stored tensor of one layer."""
+        return (source == "gguf" and self.stored_gguf) or self.stored
+
     def exists(self, options: Collection[str]) -> bool:
         """Whether a model with these options has the leaf."""
         return self.option is None or bool({self.option, self.or_option} & {*options})
@@ -56,12 +65,13 @@ class Row:
     @property
     def is_gain(self) -> bool:
         """Whether it is the gain of a norm."""
-        return "norm" in self.leaf or self.leaf.startswith("post_")
+        is_norm = "norm" in self.leaf and "bias" not in self.leaf
+        return is_norm or self.leaf.startswith("post_")
 
     @property
     def per_layer(self) -> bool:
         """Whether the leaf is stacked over layers (a field of Block)."""
-        return "{i}" in self.hf
+        return "{i}" in self.gguf
 
 
 def _layer(leaf: str, hf: str, gguf: str, stored: str, **kw) -> Row:
@@ -118,6 +128,100 @@ GEMMA: tuple[Row, ...] = (
 )
 
 
+def _norm(leaf: str, hf: str, gguf: str) -> tuple[Row, Row]:
+    """A LayerNorm."""
+    name, _, axes = leaf.rpartition("_")
+    return (
+        Row(leaf, f"{hf}.weight", f"{gguf}.weight", "D"),
+        Row(f"{name}_bias_{axes}", f"{hf}.bias", f"{gguf}.bias", "D"),
+    )
+
+
+def _linear(
+    leaf: str,
+    hf: str,
+    gguf: str,
+    stored: str,
+    *,
+    stored_gguf: str | None = None,
+    part: int | None = None,
+    bias_option: str | None = None,
+) -> tuple[Row, Row]:
+    """A projection, and its bias over the axes that the projection ends in."""
+    name, _, axes = leaf.rpartition("_")
+    into = "D" if axes[1] == "D" else axes[1:-1]  # what it reads
+    out = axes[1:].removeprefix(into)
+
+    def without(stored: str) -> str:
+        return next(word for word in stored.split() if out in word.replace("3", ""))
+
+    names = f"{hf}.weight", f"{gguf}.weight", stored
+    weight = Row(leaf, *names, stored_gguf=stored_gguf, part=part)
+    names = f"{hf}.bias", f"{gguf}.bias", without(stored)
+    plain = Row(
+        f"{name}_bias_L{out}",
+        *names,
+        stored_gguf=stored_gguf and without(stored_gguf),
+        part=part,
+        option=bias_option,
+    )
+    return weight, plain
+
+
+def _fused(
+    hf: str,
+    gguf: str,
+    stored: str,
+    stored_gguf: str,
+    bias_option: str | None = None,
+) -> tuple[Row, ...]:
+    """Queries, keys and values, and their biases, in one tensor each."""
+    rows: list[Row] = []
+    for part, leaf in enumerate(("q_LDHC", "k_LDGC", "v_LDGC")):
+        ours, ours_gguf = (x.replace("H", leaf[4]) for x in (stored, stored_gguf))
+        rows += _linear(
+            leaf,
+            hf,
+            gguf,
+            ours,
+            stored_gguf=ours_gguf,
+            part=part,
+            bias_option=bias_option,
+        )
+    return tuple(rows)
+
+
+# fmt: off
+GPT2: tuple[Row, ...] = (
+    Row("embed_VD", "wte.weight", "token_embd.weight", "V D"),
+    Row("position_TD", "wpe.weight", "position_embd.weight", "T D"),
+    *_norm("norm_out_D", "ln_f", "output_norm"),
+    Row("unembed_DV", "lm_head.weight", "output.weight", "V D", option="untied"),
+    *_norm("norm_attn_LD", "h.{i}.ln_1", "blk.{i}.attn_norm"),
+    *_fused("h.{i}.attn.c_attn", "blk.{i}.attn_qkv", "D 3HC", "3HC D"),
+    *_linear("o_LHCD", "h.{i}.attn.c_proj", "blk.{i}.attn_output", "HC D",
+             stored_gguf="D HC"),
+    *_norm("norm_mlp_LD", "h.{i}.ln_2", "blk.{i}.ffn_norm"),
+    *_linear("up_LDI", "h.{i}.mlp.c_fc", "blk.{i}.ffn_up", "D I", stored_gguf="I D"),
+    *_linear("down_LID", "h.{i}.mlp.c_proj", "blk.{i}.ffn_down", "I D",
+             stored_gguf="D I"),
+)
+GPT_NEOX: tuple[Row, ...] = (
+    Row("embed_VD", "embed_in.weight", "token_embd.weight", "V D"),
+    *_norm("norm_out_D", "final_layer_norm", "output_norm"),
+    Row("unembed_DV", "embed_out.weight", "output.weight", "V D", option="untied"),
+    *_norm("norm_attn_LD", "layers.{i}.input_layernorm", "blk.{i}.attn_norm"),
+    *_fused("layers.{i}.attention.query_key_value", "blk.{i}.attn_qkv", "H3C D",
+            "3HC D", bias_option=_ATTN["option"]),
+    *_linear("o_LHCD", "layers.{i}.attention.dense", "blk.{i}.attn_output", "D HC",
+             bias_option=_ATTN["option"]),
+    *_norm("norm_mlp_LD", "layers.{i}.post_attention_layernorm", "blk.{i}.ffn_norm"),
+    *_linear("up_LDI", "layers.{i}.mlp.dense_h_to_4h", "blk.{i}.ffn_up", "I D"),
+    *_linear("down_LID", "layers.{i}.mlp.dense_4h_to_h", "blk.{i}.ffn_down", "D I"),
+)
+# fmt: on
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """What the files of a model hold, and what they do not say of its weights."""
@@ -125,6 +229,8 @@ class Layout:
     rows: tuple[Row, ...] = LLAMA
     options: frozenset[str] = frozenset()  # which optional leaves exist
     gain_offset: float = 0.0  # files hold gains minus this
+    prefixes: tuple[tuple[str, str], ...] = ()  # of names in files, and in our table
+    unread: tuple[str, ...] = ()  # patterns of names that hold nothing for us
     local: tuple[bool, ...] | None = None  # `Block.local_L`
     embed_scale: float | None = None
     logit_cap: float | None = None
@@ -135,19 +241,22 @@ def tensor_name(row: Row, source: Source, layer: int = 0) -> str:
     return getattr(row, source).format(i=layer)
 
 
-def stored_shape(row: Row, cfg: LMConfig) -> tuple[int, ...]:
+def stored_shape(row: Row, cfg: LMConfig, source: Source = "hf") -> tuple[int, ...]:
     """Shape that the tensor of one layer has in files."""
-    size = _sizes(cfg)
-    return tuple(math.prod(size[x] for x in word) for word in row.stored.split())
+    size, words = _sizes(cfg), row.axes_in(source).split()
+    return tuple(math.prod(size[x] for x in word) for word in words)
 
 
 def to_leaf(w: np.ndarray, row: Row, cfg: LMConfig, source: Source) -> np.ndarray:
     """One stored tensor -> the leaf of one layer, axes as `row.axes`; a view if it can.
 
-    The shape of `w` is `stored_shape(row, cfg)`.
+    The shape of `w` is `stored_shape(row, cfg, source)`.
     """
-    size, letters = _sizes(cfg), row.stored.replace(" ", "")
+    size, letters = _sizes(cfg), row.axes_in(source).replace(" ", "")
     w = w.reshape([size[x] for x in letters])
+    if row.part is not None:
+        w = w.take(row.part, letters.index("3"))
+        letters = letters.replace("3", "")
     if source == "gguf" and row.rotary:
         w = _halves(w, letters.index("C"))
     return w.transpose([letters.index(x) for x in row.axes])
@@ -196,14 +305,7 @@ def read_params(
     ]
     _check_names({name for _, _, name in jobs}, shapes, where, ignore)
     # Before anything is allocated: a damaged config may ask for any amount.
-    for row, _, name in jobs:
-        wanted = stored_shape(row, cfg)
-        if shapes[name] != wanted:
-            raise InputError(
-                f"{where}: tensor {name} has shape {shapes[name]} instead of "
-                f"{wanted}, which the config asks for"
-            )
-
+    _check_shapes([(row, name) for row, _, name in jobs], shapes, cfg, source, where)
     size = _sizes(cfg)
     leaves = {
         row.leaf: np.empty(
@@ -212,19 +314,22 @@ def read_params(
         for row in rows
     }
 
-    def fill(job: tuple[Row, int, str]) -> None:
-        row, i, name = job
+    def fill(name: str) -> None:
         w = get(name)
         if not np.isfinite(w).all():
             raise InputError(f"{where}: tensor {name} contains NaN or infinity")
-        leaf = to_leaf(w, row, cfg, source)
-        if layout.gain_offset and row.is_gain:
-            leaf = leaf + np.float32(layout.gain_offset)
-        leaves[row.leaf][i if row.per_layer else ...] = leaf
+        for row, i in held_by[name]:
+            leaf = to_leaf(w, row, cfg, source)
+            if layout.gain_offset and row.is_gain:
+                leaf = leaf + np.float32(layout.gain_offset)
+            leaves[row.leaf][i if row.per_layer else ...] = leaf
 
+    held_by: dict[str, list[tuple[Row, int]]] = defaultdict(list)
+    for row, i, name in jobs:
+        held_by[name].append((row, i))
     # Most of the time is numpy on large arrays, which releases the interpreter lock.
     with ThreadPoolExecutor(4) as pool:
-        for _ in pool.map(fill, jobs):
+        for _ in pool.map(fill, held_by):
             pass
 
     # Popped as they go: two copies of a large model may not fit.
@@ -258,6 +363,22 @@ def _check_names(
             )
 
 
+def _check_shapes(
+    wanted: Collection[tuple[Row, str]],
+    shapes: Mapping[str, tuple[int, ...]],
+    cfg: LMConfig,
+    source: Source,
+    where: str,
+) -> None:
+    for row, name in wanted:
+        shape = stored_shape(row, cfg, source)
+        if shapes[name] != shape:
+            raise InputError(
+                f"{where}: tensor {name} has shape {shapes[name]} instead of "
+                f"{shape}, which the config asks for"
+            )
+
+
 def _sizes(cfg: LMConfig) -> dict[str, int]:
     return {
         "D": cfg.d_model,
@@ -266,6 +387,8 @@ def _sizes(cfg: LMConfig) -> dict[str, int]:
         "C": cfg.d_head,
         "I": cfg.d_mlp,
         "V": cfg.d_vocab,
+        "T": cfg.n_ctx,
+        "3": 3,
     }
 
 

@@ -8,6 +8,7 @@ transformers is imported when a tokenizer is loaded, not with this module.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxclt.errors import InputError
-from jaxclt.io.tokenizer_gguf import fast_tokenizer
+from jaxclt.io.tokenizer_gguf import fast_tokenizer, kept_tokenizer
 from jaxclt.io.weights_gguf import GGUFFile, open_gguf
 from jaxclt.io.weights_safetensors import read_json
 
@@ -161,9 +162,15 @@ def _from_directory(folder: Path) -> Any:
 
 
 def _from_gguf(file: GGUFFile) -> Any:
-    """Rebuilt from a GGUF file's metadata."""
+    """Rebuilt from a GGUF file's metadata, or read if that was done before."""
+    make = _transformers().PreTrainedTokenizerFast
+    if (kept := kept_tokenizer(file)) is not None:
+        path, special = kept
+        # By its file: transformers would copy a large object by way of its JSON.
+        with contextlib.suppress(Exception):  # damaged: built and written again
+            return make(tokenizer_file=str(path), **special)
     fast, special = fast_tokenizer(file)
-    return _transformers().PreTrainedTokenizerFast(tokenizer_object=fast, **special)
+    return make(tokenizer_object=fast, **special)
 
 
 def _text(token: Any) -> str:

@@ -1,18 +1,27 @@
 """Tokenizers rebuilt from GGUF metadata: byte-level BPE, and SentencePiece's BPE.
 
 A file holds vocabulary, merges or scores, and the name of a rule that cuts text before
-merging, of which llama.cpp knows what it is.
+merging, of which llama.cpp knows what it is. The merges of SentencePiece have to be
+found among its pieces, many seconds for Gemma's 262,144, so that what was built is kept
+in the user cache, by the hash of all that it was built from.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 from jaxclt.errors import InputError
+from jaxclt.io.atomic import atomic_path
+from jaxclt.io.fetch import cache_root
 from jaxclt.io.weights_gguf import GGUFFile
 
-__all__ = ["fast_tokenizer"]
+__all__ = ["fast_tokenizer", "kept_tokenizer"]
 
+_BUILD = 1  # raised when what is built from the same metadata changes
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 _IDS = {
     "bos_token": "tokenizer.ggml.bos_token_id",
@@ -21,13 +30,13 @@ _IDS = {
     "unk_token": "tokenizer.ggml.unknown_token_id",
 }
 # Whether every digit is on its own, ahead of GPT-2's byte-level rule.
-_DIGITS_APART = {"gpt-2": False, "gpt2": False, "smollm": True}
+_DIGITS_APART = {"gpt-2": False, "gpt2": False, "smollm": True, "olmo": False}
+_COMPOSED = {"qwen2", "olmo"}  # text is brought to NFC first; GPT-NeoX's is "olmo"
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Rules of their own: the pattern, and whether text is brought to NFC first.
-_PATTERNS = {"qwen2": (_WORDS % "", True), "llama-bpe": (_WORDS % "{1,3}", False)}
+_PATTERNS = {"qwen2": _WORDS % "", "llama-bpe": _WORDS % "{1,3}"}  # of their own
 
 
 def fast_tokenizer(file: GGUFFile) -> tuple[Any, dict[str, str]]:
@@ -58,7 +67,40 @@ def fast_tokenizer(file: GGUFFile) -> tuple[Any, dict[str, str]]:
         raise InputError(f"{file.path}: its tokenizer is damaged ({line})") from error
     _add(fast, by_type)
     _begin(fast, meta, special.get("bos_token"), tokens)
+    if kind == "llama":
+        _keep(fast, meta)
     return fast, special
+
+
+def _keep(fast: Any, meta: dict[str, Any]) -> None:
+    # A cache that cannot be written costs time, not the tokenizer.
+    with contextlib.suppress(InputError), atomic_path(_cache_path(meta)) as path:
+        fast.save(str(path), pretty=False)
+
+
+def kept_tokenizer(file: GGUFFile) -> tuple[Path, dict[str, str]] | None:
+    """A tokenizer.json that `fast_tokenizer` built before, and the special tokens.
+
+    It need not be whole: who reads it builds another one where it is not.
+    """
+    meta = file.meta
+    if meta.get("tokenizer.ggml.model") != "llama":
+        return None
+    try:
+        path = _cache_path(meta)
+        special = _special(meta, list(meta["tokenizer.ggml.tokens"]))
+    except (KeyError, IndexError, TypeError):  # `fast_tokenizer` says what is wrong
+        return None
+    return (path, special) if path.is_file() else None
+
+
+def _cache_path(meta: dict[str, Any]) -> Path:
+    from tokenizers import __version__
+
+    told = {key: x for key, x in meta.items() if key.startswith("tokenizer.")}
+    text = json.dumps([_BUILD, __version__, sorted(told.items())])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return cache_root() / "tokenizers" / f"{digest}.json"
 
 
 def _add(fast: Any, by_type: list[tuple[str, int]]) -> None:
@@ -94,13 +136,13 @@ def _byte_level(meta: dict[str, Any], tokens: list[str], types: list[int]) -> An
     vocab = {token: i for i, token in enumerate(tokens)}
     fast = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     rule = meta["tokenizer.ggml.pre"]
-    pattern, composed = _PATTERNS.get(rule, (None, False))
+    pattern = _PATTERNS.get(rule)
     steps: list[Any] = [pre.ByteLevel(add_prefix_space=False, use_regex=not pattern)]
     if pattern:
         steps = [pre.Split(Regex(pattern), "isolated"), *steps]
     elif _DIGITS_APART[rule]:
         steps = [pre.Digits(individual_digits=True), *steps]
-    if composed:
+    if rule in _COMPOSED:
         fast.normalizer = normalizers.NFC()
     fast.pre_tokenizer = pre.Sequence(steps)
     fast.decoder = decoders.ByteLevel()

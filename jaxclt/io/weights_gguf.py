@@ -20,7 +20,17 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 
 from jaxclt.errors import InputError
-from jaxclt.io.names import GEMMA, LLAMA, QWEN, Layout, Row, read_params, tensor_name
+from jaxclt.io.names import (
+    GEMMA,
+    GPT2,
+    GPT_NEOX,
+    LLAMA,
+    QWEN,
+    Layout,
+    Row,
+    read_params,
+    tensor_name,
+)
 from jaxclt.lm.config import LMConfig, RopeScaling
 from jaxclt.types import LMParams
 
@@ -34,7 +44,11 @@ class Architecture:
 
     rows: tuple[Row, ...] = LLAMA
     options: frozenset[str] = frozenset()  # leaves that all its models have
-    act: Literal["silu", "gelu_tanh"] = "silu"
+    act: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    layer_norm: bool = False
+    positions: bool = False  # learned ones, nothing turns
+    partial: bool = False  # a part of the channels may turn
+    parallel: bool = False  # unless the file says
     scales_embedding: bool = False  # by the root of the width
     capped: bool = False  # attention scores and logits
     period: int = 0  # all but every so manieth layer are local; 0: all alike
@@ -63,6 +77,11 @@ ARCHITECTURES = {
         period=6,
         rope_local_theta=10_000.0,
         wide_queries=62,
+    ),
+    "gpt2": Architecture(rows=GPT2, act="gelu_tanh", layer_norm=True, positions=True),
+    # llama.cpp runs the tanh form; the models were trained with this one.
+    "gptneox": Architecture(
+        rows=GPT_NEOX, act="gelu", layer_norm=True, partial=True, parallel=True
     ),
 }
 _VERSIONS = (2, 3)
@@ -180,7 +199,13 @@ def config_from_gguf(file: GGUFFile) -> LMConfig:
     d_model, n_layers = get("embedding_length", int), get("block_count", int)
     n_heads = get("attention.head_count", int)
     d_head = get("attention.key_length", int, d_model // max(n_heads, 1))
-    for key in ("rope.dimension_count", "attention.value_length"):
+    d_rotary = 0 if arch.positions else None
+    whole_head = ["attention.value_length"]
+    if arch.partial:
+        d_rotary = get("rope.dimension_count", int, d_head)
+    else:
+        whole_head.append("rope.dimension_count")
+    for key in whole_head:
         if get(key, int, d_head) != d_head:
             raise InputError(
                 f"{file.path}: {name}.{key} differs from the head size {d_head}, "
@@ -192,6 +217,8 @@ def config_from_gguf(file: GGUFFile) -> LMConfig:
     if local_theta is not None:
         local_theta = get("rope.freq_base_swa", float, local_theta)
     wide = n_layers == arch.wide_queries
+    norm = "layer_norm" if arch.layer_norm else "layer_norm_rms"
+    parallel = file.meta.get(f"{name}.use_parallel_residual", arch.parallel)
     return LMConfig(
         n_layers=n_layers,
         d_model=d_model,
@@ -201,7 +228,9 @@ def config_from_gguf(file: GGUFFile) -> LMConfig:
         d_mlp=get("feed_forward_length", int),
         d_vocab=file.tensors["token_embd.weight"].shape[0],
         n_ctx=get("context_length", int),
-        norm_eps=get("attention.layer_norm_rms_epsilon", float, 1e-5),
+        norm_eps=get(f"attention.{norm}_epsilon", float, 1e-5),
+        parallel=bool(parallel),
+        d_rotary=d_rotary,
         rope_theta=get("rope.freq_base", float, 10_000.0),
         rope_local_theta=local_theta,
         rope_scaling=_scaling(file, name),

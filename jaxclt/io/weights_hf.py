@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.numpy import save_file
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.families import describe_hf, shape_from_hf
-from jaxclt.io.names import LLAMA, from_leaf, read_params, tensor_name
+from jaxclt.io.names import LLAMA, Layout, from_leaf, read_params, tensor_name
 from jaxclt.io.weights_safetensors import open_weights, read_json
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import LMParams
@@ -41,7 +42,7 @@ def config_to_hf(cfg: LMConfig, params: LMParams) -> dict[str, Any]:
     """
     _demand_llama(cfg, params)
     has = _options(params)
-    acts = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+    acts = {"gelu_tanh": "gelu_pytorch_tanh"}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -54,7 +55,7 @@ def config_to_hf(cfg: LMConfig, params: LMParams) -> dict[str, Any]:
         "vocab_size": cfg.d_vocab,
         "max_position_embeddings": cfg.n_ctx,
         "rms_norm_eps": cfg.norm_eps,
-        "hidden_act": acts[cfg.act],
+        "hidden_act": acts.get(cfg.act, cfg.act),
         # transformers 5 reads the first, older releases the second.
         "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
         "rope_theta": cfg.rope_theta,
@@ -78,14 +79,17 @@ def load_hf(directory: str | os.PathLike[str]) -> tuple[LMParams, LMConfig]:
     except InputError as error:
         raise InputError(f"{root}: {error}") from error
     weights = open_weights(root)
+    stored = {_our_name(name, layout): name for name in weights.shapes}
+    if len(stored) < len(weights.shapes):
+        raise InputError(f"{root}: a tensor is there twice, under two names")
     params = read_params(
-        weights.get,
-        weights.shapes,
+        lambda name: weights.get(stored[name]),
+        {ours: weights.shapes[name] for ours, name in stored.items()},
         cfg,
         layout=layout,
         source="hf",
         where=str(root),
-        ignore=lambda name: _redundant(name, tied="untied" not in layout.options),
+        ignore=lambda name: _redundant(name, layout),
     )
     return params, cfg
 
@@ -116,9 +120,20 @@ def save_hf(params: LMParams, cfg: LMConfig, directory: str | os.PathLike[str]) 
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _redundant(name: str, *, tied: bool) -> bool:
+def _our_name(name: str, layout: Layout) -> str:
+    """A tensor's name as our table has it."""
+    for theirs, ours in layout.prefixes:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def _redundant(name: str, layout: Layout) -> bool:
     """Tensors that carry nothing: a second copy of the embedding, or constants."""
-    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+    tied = {row.hf for row in layout.rows if row.leaf == "unembed_DV"}
+    if name in tied - {row.hf for row in layout.rows if row.exists(layout.options)}:
+        return True
+    return any(fnmatchcase(name, x) for x in ("*rotary_emb.inv_freq", *layout.unread))
 
 
 def _options(params: LMParams) -> set[str]:
@@ -149,8 +164,10 @@ def _demand_llama(cfg: LMConfig, params: LMParams) -> None:
     odd += [
         field.name
         for field in dataclasses.fields(cfg)
-        if field.name in _NOT_LLAMA and getattr(cfg, field.name) is not None
+        if field.name in _NOT_LLAMA and getattr(cfg, field.name) != field.default
     ]
+    if params.blocks.gate_LDI is None:
+        odd.append("an MLP without a gate")
     if odd:
         raise InputError(
             f"the llama layout cannot say {', '.join(odd)}; only models like Llama "
@@ -159,3 +176,4 @@ def _demand_llama(cfg: LMConfig, params: LMParams) -> None:
 
 
 _NOT_LLAMA = {"rope_scaling", "rope_local_theta", "window", "query_scale", "attn_cap"}
+_NOT_LLAMA |= {"d_rotary", "parallel"}

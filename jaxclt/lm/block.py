@@ -41,7 +41,7 @@ class Taps(NamedTuple):
     """What one block saw, wrote and normalised by."""
 
     resid_TD: Array  # entering the block
-    mid_TD: Array  # after attention
+    mid_TD: Array  # where the MLP reads: after attention, or `resid_TD` if parallel
     write_TD: Array  # what was added at the MLP's place
     pattern_HTS: Array | None  # None: not asked for
     attn_scale_T: Array
@@ -62,7 +62,7 @@ def block(
     past: Past | None = None,
     start: Array | int = 0,
 ) -> tuple[Array, Taps]:
-    """Attention, then whatever `write` puts at the MLP's place.
+    """Attention, and behind or beside it whatever `write` puts at the MLP's place.
 
     Args:
       p: weights of one layer (leaves without the leading L).
@@ -70,7 +70,8 @@ def block(
       write: (mid_TD, mlp_scale_T) -> write_TD, the MLP or its replacement.
       cfg: model shape.
       frozen: clean pattern and scales; None computes them from the stream.
-      biases: False drops attention biases, which makes a frozen block linear.
+      biases: False drops the biases of attention and of norms, which makes a frozen
+        block linear.
       keep_patterns: False leaves the attention pattern out of the taps.
       past: keys and values of earlier positions, with room for these rows.
       start: position of the first row.
@@ -83,11 +84,13 @@ def block(
     def hold(clean: Array | None, live: Callable[[], Array]) -> Array:
         return live() if clean is None else clean
 
+    def scale(x_TD: Array, norm: layers.Norm) -> Array:
+        return layers.norm_scale(x_TD, norm, eps=cfg.norm_eps)
+
     with jax.named_scope("attention"):
-        attn_scale_T = hold(
-            held.attn_scale_T, lambda: layers.rms_scale(resid_TD, eps=cfg.norm_eps)
-        )
-        normed_TD = layers.normalise(resid_TD, attn_scale_T, p.norm_attn_LD)
+        norm = layers.attn_norm(p)
+        attn_scale_T = hold(held.attn_scale_T, lambda: scale(resid_TD, norm))
+        normed_TD = layers.normalise(resid_TD, attn_scale_T, norm, biases=biases)
         if past is not None:
             past = _remember(p, past, normed_TD, start, cfg=cfg, biases=biases)
         key_SGC, value_SGC = (None, None) if past is None else past
@@ -102,16 +105,15 @@ def block(
         )
         post_scale_T = None
         if p.post_attn_LD is not None:
+            post_norm = layers.Norm(p.post_attn_LD)
             post_scale_T = hold(
-                held.post_attn_scale_T,
-                lambda: layers.rms_scale(moved_TD, eps=cfg.norm_eps),
+                held.post_attn_scale_T, lambda: scale(moved_TD, post_norm)
             )
-            moved_TD = layers.normalise(moved_TD, post_scale_T, p.post_attn_LD)
-        mid_TD = resid_TD + moved_TD
+            moved_TD = layers.normalise(moved_TD, post_scale_T, post_norm)
+        behind_TD = resid_TD + moved_TD
+        mid_TD = resid_TD if cfg.parallel else behind_TD
     with jax.named_scope("mlp"):
-        mlp_scale_T = hold(
-            held.mlp_scale_T, lambda: layers.rms_scale(mid_TD, eps=cfg.norm_eps)
-        )
+        mlp_scale_T = hold(held.mlp_scale_T, lambda: scale(mid_TD, layers.mlp_norm(p)))
         write_TD = write(mid_TD, mlp_scale_T)
     taps = Taps(
         resid_TD,
@@ -123,7 +125,7 @@ def block(
         past,
         post_scale_T,
     )
-    return mid_TD + write_TD, taps
+    return behind_TD + write_TD, taps
 
 
 def _remember(
@@ -153,5 +155,6 @@ def frozen_pattern(p: Block, frozen: FrozenLayer, *, cfg: LMConfig) -> Array | N
     if frozen.clean_TD is None or frozen.pattern_HTS is not None:
         return frozen.pattern_HTS
     assert frozen.attn_scale_T is not None, "a pattern comes from the clean norm"
-    normed_TD = layers.normalise(frozen.clean_TD, frozen.attn_scale_T, p.norm_attn_LD)
+    norm = layers.attn_norm(p)
+    normed_TD = layers.normalise(frozen.clean_TD, frozen.attn_scale_T, norm)
     return layers.attention_pattern(p, normed_TD, cfg=cfg)

@@ -29,7 +29,7 @@ def past_of(params: LMParams, taps: Taps, *, cfg: LMConfig, room: int) -> Past:
     """
 
     def one(p: Block, resid_TD: Array, scale_T: Array) -> Past:
-        normed_TD = layers.normalise(resid_TD, scale_T, p.norm_attn_LD)
+        normed_TD = layers.normalise(resid_TD, scale_T, layers.attn_norm(p))
         return Past(layers.keys(p, normed_TD, cfg=cfg), layers.values(p, normed_TD))
 
     past = jax.vmap(one)(params.blocks, taps.resid_TD, taps.attn_scale_T)
@@ -59,7 +59,7 @@ def sample_text(
         token, past = state
         done = run(
             params,
-            embed(params, token[None]),
+            embed(params, token[None], start=at),
             native_mlp(cfg),
             cfg=cfg,
             past=past,

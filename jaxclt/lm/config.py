@@ -70,7 +70,9 @@ class LMConfig:
     n_ctx: int  # longest prompt in tokens
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
-    act: Literal["silu", "gelu_tanh"] = "silu"  # of the MLP's gate
+    act: Literal["silu", "gelu_tanh", "gelu", "relu"] = "silu"  # of the MLP
+    parallel: bool = False  # the MLP reads what attention reads, not behind it
+    d_rotary: int | None = None  # first channels of a head that turn; None: all
     rope_scaling: RopeScaling | None = None
     rope_local_theta: float | None = None  # base of local layers, not scaled
     window: int | None = None  # positions seen, the query's own included
@@ -91,17 +93,30 @@ class LMConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"model config: {name}={value} must be above 0")
+        turning = self.n_turning
+        if self.d_rotary is not None and not 0 <= turning <= self.d_head:
+            raise InputError(
+                f"model config: d_rotary={turning} must lie in 0..{self.d_head}, the "
+                "channels of a head"
+            )
         scaling = self.rope_scaling
         n_factors = len(scaling.factors) if scaling else 0
-        if scaling and scaling.kind == "factors" and n_factors != self.d_head // 2:
+        if scaling and scaling.kind == "factors" and n_factors != turning // 2:
+            name = "d_head" if self.d_rotary is None else "d_rotary"
             raise InputError(
                 f"model config: {n_factors} rope factors for heads of "
-                f"d_head={self.d_head}, which need half as many"
+                f"{name}={turning}, which need half as many"
             )
-        if self.d_head % 2:
+        if turning % 2:
+            name = "d_head" if self.d_rotary is None else "d_rotary"
             raise InputError(
-                f"model config: d_head={self.d_head} must be even for rotary embeddings"
+                f"model config: {name}={turning} must be even for rotary embeddings"
             )
+
+    @property
+    def n_turning(self) -> int:
+        """Channels of a head that rotary embeddings turn, the first ones."""
+        return self.d_head if self.d_rotary is None else self.d_rotary
 
     @property
     def n_queries_per_kv(self) -> int:

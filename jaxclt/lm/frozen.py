@@ -30,7 +30,8 @@ def frozen_attention(
 
     A norm behind the attention must be folded in, see `fold_post_attn`.
     """
-    normed_TD = layers.normalise(resid_TD, scale_T, p.norm_attn_LD)
+    norm = layers.attn_norm(p)
+    normed_TD = layers.normalise(resid_TD, scale_T, norm, biases=False)
     return layers.move(p, pattern_HTS, normed_TD, cfg=cfg, biases=False)
 
 
@@ -69,12 +70,12 @@ def replay(
       frozen: patterns and scales of the clean pass.
       sources: embeddings, and everything written at the MLPs' places except the skip.
       cfg: model shape.
-      skip: (diagonal_LTD, W_skip_LDD) of a dictionary with a linear path: it writes
-        ``(mid * diagonal) @ W_skip`` from the stream itself.
-      biases: False drops the attention biases.
+      skip: (scale_LT, W_skip_LDD) of a dictionary with a linear path, a norm before it
+        folded in: it writes ``(mid * scale) @ W_skip`` from the stream itself.
+      biases: False drops the biases of attention and of norms.
 
     Returns:
-      The residual stream after attention at every layer, and the normed output.
+      The residual stream where encoders read at every layer, and the normed output.
     """
 
     def given(
@@ -83,8 +84,8 @@ def replay(
         del scale_T, p
         write_TD, layer_skip = x
         if layer_skip is not None:
-            diagonal_TD, W_skip_DD = layer_skip
-            write_TD = write_TD + (mid_TD * diagonal_TD) @ W_skip_DD
+            scale_T, W_skip_DD = layer_skip
+            write_TD = write_TD + (mid_TD * scale_T[:, None]) @ W_skip_DD
         return carry, write_TD
 
     done = run(
@@ -124,7 +125,8 @@ def bias_reads(
     Args:
       params: model weights.
       frozen: patterns and scales of the clean pass.
-      write_bias_LTD: constants at the MLPs' places (decoder biases).
+      write_bias_LTD: constants at the MLPs' places (decoder biases, and what a skip
+        makes of the bias of a norm).
       cfg: model shape.
       skip: as in `replay`.
     """

@@ -7,6 +7,7 @@ the same functions serve the live model and the frozen one.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,33 +15,84 @@ import numpy as np
 from jax import Array
 
 from jaxclt.lm.config import LMConfig, RopeScaling
-from jaxclt.types import Block
+from jaxclt.types import Block, LMParams
 
 __all__ = [
+    "Norm",
     "activate_gate",
     "attention_pattern",
+    "attn_norm",
+    "fold_norm",
     "gate_and_up",
     "keys",
     "mlp",
     "mlp_and_scale",
+    "mlp_norm",
     "move",
     "neuron_rows",
+    "norm_scale",
     "normalise",
-    "rms_scale",
+    "out_norm",
     "rotary_frequencies",
     "rotate",
     "values",
 ]
 
 
-def rms_scale(x_TD: Array, *, eps: float) -> Array:
-    """Reciprocal root mean square of each row, [T]."""
+class Norm(NamedTuple):
+    """The weights of a norm; one with a bias is a LayerNorm, see `Block`."""
+
+    gain: Array
+    bias: Array | None = None
+
+    def of_layer(self, layer: Array | int) -> Norm:
+        """One of several, stacked."""
+        return Norm(*(None if x is None else x[layer] for x in self))  # pyright: ignore
+
+
+def attn_norm(p: Block) -> Norm:
+    """The norm before attention; of all layers if `p` has all."""
+    return Norm(p.norm_attn_LD, p.norm_attn_bias_LD)
+
+
+def mlp_norm(p: Block) -> Norm:
+    """The norm before the MLP; of all layers if `p` has all."""
+    return Norm(p.norm_mlp_LD, p.norm_mlp_bias_LD)
+
+
+def out_norm(params: LMParams) -> Norm:
+    """The norm before the unembedding."""
+    return Norm(params.norm_out_D, params.norm_out_bias_D)
+
+
+def centre(x_TD: Array, norm: Norm) -> Array:
+    """Rows without their mean if the norm is a LayerNorm; a symmetric map."""
+    return x_TD if norm.bias is None else x_TD - x_TD.mean(-1, keepdims=True)
+
+
+def norm_scale(x_TD: Array, norm: Norm, *, eps: float) -> Array:
+    """Reciprocal denominator [T]: root mean square of each row, or its deviation."""
+    x_TD = centre(x_TD, norm)
     return jax.lax.rsqrt(jnp.mean(x_TD * x_TD, axis=-1) + eps)
 
 
-def normalise(x_TD: Array, scale_T: Array, gain_D: Array) -> Array:
-    """``x · scale · gain``: linear in x once the scale is frozen."""
-    return x_TD * scale_T[:, None] * gain_D[None, :]
+def normalise(x_TD: Array, scale_T: Array, norm: Norm, *, biases: bool = True) -> Array:
+    """``x · scale · gain``, linear in x once the scale is frozen.
+
+    Of a LayerNorm, x without its mean, which is linear too, and a bias.
+    """
+    out_TD = centre(x_TD, norm) * scale_T[:, None] * norm.gain[None, :]
+    if biases and norm.bias is not None:
+        out_TD = out_TD + norm.bias[None, :]
+    return out_TD
+
+
+def fold_norm(read_XD: Array, norm: Norm) -> Array:
+    """What vectors that read behind a norm read ahead of it, but for the scale.
+
+    ``fold_norm(v) · x · scale == v · normalise(x)`` without the bias. Numpy arrays too.
+    """
+    return centre(read_XD * norm.gain, norm)
 
 
 def rotary_frequencies(
@@ -61,26 +113,30 @@ def rotary_frequencies(
 
 
 def _frequencies(p: Block, cfg: LMConfig, dtype: jnp.dtype) -> Array:
-    """Rotary frequencies [C / 2] of one layer."""
-    every_J = rotary_frequencies(cfg.d_head, cfg.rope_theta, cfg.rope_scaling)
+    """Rotary frequencies of one layer, of each pair of channels that turns."""
+    every_J = rotary_frequencies(cfg.n_turning, cfg.rope_theta, cfg.rope_scaling)
     if p.local_L is None or cfg.rope_local_theta is None:
         return jnp.asarray(every_J, dtype)
-    local_J = rotary_frequencies(cfg.d_head, cfg.rope_local_theta)
+    local_J = rotary_frequencies(cfg.n_turning, cfg.rope_local_theta)
     local_J, every_J = jnp.asarray(local_J, dtype), jnp.asarray(every_J, dtype)
     return jnp.where(p.local_L, local_J, every_J)
 
 
 def rotate(x_THC: Array, freq_J: Array, *, start: Array | int = 0) -> Array:
-    """Rotary embedding by halves: channel c turns with channel c + C/2.
+    """Rotary embedding by halves: channel j turns with channel j + J, others stay.
 
     The first row stands at position `start` of the prompt.
     """
+    if len(freq_J) == 0:
+        return x_THC
+    x_THC, stay_THC = jnp.split(x_THC, [2 * len(freq_J)], axis=-1)
     dtype = freq_J.dtype
     pos_T = jnp.arange(len(x_THC), dtype=dtype) + jnp.asarray(start, dtype)
     angle_TJ = pos_T[:, None] * freq_J[None, :]
     cos, sin = (f(angle_TJ)[:, None, :].astype(x_THC.dtype) for f in (jnp.cos, jnp.sin))
     left, right = jnp.split(x_THC, 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
+    turned = left * cos - right * sin, right * cos + left * sin
+    return jnp.concatenate([*turned, stay_THC], -1)
 
 
 def _turned(
@@ -93,7 +149,7 @@ def _turned(
 ) -> Array:
     """Queries or keys, normalised where the model does so, at their positions."""
     if gain_C is not None:
-        scale_TH = rms_scale(x_THC, eps=cfg.norm_eps)
+        scale_TH = norm_scale(x_THC, Norm(gain_C), eps=cfg.norm_eps)
         x_THC = x_THC * scale_TH[..., None] * gain_C[None, None, :]
     # Angles of late positions are large: half precision would not tell them apart.
     dtype = x_THC.dtype if x_THC.dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
@@ -190,28 +246,48 @@ def move(
     return out_TD
 
 
-def activate_gate(x: Array, *, cfg: LMConfig) -> Array:
-    """The MLP's gate nonlinearity."""
-    return jax.nn.silu(x) if cfg.act == "silu" else jax.nn.gelu(x, approximate=True)
+def activate_gate(x: Array, *, cfg: LMConfig, own: bool = False) -> Array:
+    """The MLP's gate nonlinearity; with `own` that of a neuron that gates itself.
+
+    Every activation here is ``act(x) = own(x) x`` with a smooth or a 0-1 factor.
+    """
+    if not own:
+        return x * activate_gate(x, cfg=cfg, own=True)
+    match cfg.act:
+        case "silu":
+            return jax.nn.sigmoid(x)
+        case "gelu_tanh":
+            inner = math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))
+            return 0.5 * (1 + jnp.tanh(inner))
+        case "gelu":
+            return 0.5 * jax.lax.erfc(x * -math.sqrt(0.5))
+        case "relu":
+            return (x > 0).astype(x.dtype)
 
 
 def gate_and_up(p: Block, normed_TD: Array, *, cfg: LMConfig) -> tuple[Array, Array]:
-    """The two factors of a gated MLP's neurons, [T, I] each: act(x W_gate), x W_up."""
-    gate_TI = normed_TD @ p.gate_LDI
+    """The two factors of an MLP's neurons, [T, I] each: act(x W_gate) and x W_up.
+
+    A neuron of an MLP without a gate is its own: ``act(u) = (act(u) / u) u``.
+    """
     up_TI = normed_TD @ p.up_LDI
-    if p.gate_bias_LI is not None:
-        gate_TI = gate_TI + p.gate_bias_LI[None]
     if p.up_bias_LI is not None:
         up_TI = up_TI + p.up_bias_LI[None]
+    if p.gate_LDI is None:
+        return activate_gate(up_TI, cfg=cfg, own=True), up_TI
+    gate_TI = normed_TD @ p.gate_LDI
+    if p.gate_bias_LI is not None:
+        gate_TI = gate_TI + p.gate_bias_LI[None]
     return activate_gate(gate_TI, cfg=cfg), up_TI
 
 
 def mlp_and_scale(
     p: Block, normed_TD: Array, *, cfg: LMConfig, scale_T: Array | None = None
 ) -> tuple[Array, Array | None]:
-    """What a gated MLP adds to the stream [T, D], and the scale of the norm behind it.
+    """What the MLP adds to the stream [T, D], and the scale of the norm behind it.
 
-    ``(act(x W_gate) * x W_up) W_down``, then that norm, if the model has one.
+    ``(act(x W_gate) * x W_up) W_down`` or, without a gate, ``act(x W_up) W_down``, then
+    that norm, if the model has one.
 
     Args:
       p: weights of one layer.
@@ -225,9 +301,10 @@ def mlp_and_scale(
         out_TD = out_TD + p.down_bias_LD[None]
     if p.post_mlp_LD is None:
         return out_TD, None
+    norm = Norm(p.post_mlp_LD)
     if scale_T is None:
-        scale_T = rms_scale(out_TD, eps=cfg.norm_eps)
-    return normalise(out_TD, scale_T, p.post_mlp_LD), scale_T
+        scale_T = norm_scale(out_TD, norm, eps=cfg.norm_eps)
+    return normalise(out_TD, scale_T, norm), scale_T
 
 
 def mlp(

@@ -27,6 +27,9 @@ def init(
     local: tuple[bool, ...] | None = None,
     embed_scale: float | None = None,
     logit_cap: float | None = None,
+    layer_norm: bool = False,
+    gated: bool = True,
+    positions: bool = False,
 ) -> LMParams:
     """Random weights: normal with variance 1 / fan-in, gains around 1.
 
@@ -41,13 +44,17 @@ def init(
       local: `Block.local_L`.
       embed_scale: `LMParams.embed_scale`.
       logit_cap: `LMParams.logit_cap`.
+      layer_norm: LayerNorms, with biases, instead of RMSNorms.
+      gated: give the MLPs a gate.
+      positions: learned ones.
     """
     L, D, H, G, C = cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
-    I, V = cfg.d_mlp, cfg.d_vocab
+    I, V, T = cfg.d_mlp, cfg.d_vocab, cfg.n_ctx
     n_weights = (2 * V + 2 * L * (H + G) * C + 3 * L * I + 6 * L + 1) * D
     n_biases = L * ((H + 2 * G) * C + 2 * (I + D))
     # One long draw, cut into leaves: a sampler per shape would compile per shape.
     n_more = 2 * L * (C * qk_norm + D * post_norms)
+    n_more += (2 * L + 1) * D * layer_norm + T * D * positions
     flat = jax.random.normal(key, (n_weights + n_biases + n_more,), dtype)
     used = 0
 
@@ -72,14 +79,14 @@ def init(
         v_LDGC=normal(L, D, G, C, fan_in=D),
         o_LHCD=normal(L, H, C, D, fan_in=H * C),
         norm_mlp_LD=gain(L, D),
-        gate_LDI=normal(L, D, I, fan_in=D),
+        gate_LDI=normal(L, D, I, fan_in=D) if gated else None,
         up_LDI=normal(L, D, I, fan_in=D),
         down_LID=normal(L, I, D, fan_in=I),
         q_bias_LHC=bias(L, H, C),
         k_bias_LGC=bias(L, G, C),
         v_bias_LGC=bias(L, G, C),
         o_bias_LD=bias(L, D),
-        gate_bias_LI=bias(L, I),
+        gate_bias_LI=bias(L, I) if gated else None,
         up_bias_LI=bias(L, I),
         down_bias_LD=bias(L, D) if not post_norms else None,
     )
@@ -98,8 +105,15 @@ def init(
         post_attn_LD=gain(L, D) if post_norms else None,
         post_mlp_LD=gain(L, D) if post_norms else None,
         local_L=None if local is None else jnp.asarray(local, bool),
+        norm_attn_bias_LD=0.3 * draw((L, D)) if layer_norm else None,
+        norm_mlp_bias_LD=0.3 * draw((L, D)) if layer_norm else None,
     )
-    return dataclasses.replace(params, blocks=blocks)
+    return dataclasses.replace(
+        params,
+        blocks=blocks,
+        norm_out_bias_D=0.3 * draw((D,)) if layer_norm else None,
+        position_TD=normal(T, D, fan_in=1) if positions else None,
+    )
 
 
 def abstract(

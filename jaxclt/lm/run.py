@@ -23,6 +23,7 @@ __all__ = [
     "readout",
     "record",
     "run",
+    "token_vectors",
     "unembed",
 ]
 
@@ -75,7 +76,7 @@ def run(
       per_layer: the policy's data, leaves with a leading L.
       frozen: hold these patterns and scales instead of computing them; a `Held` may
         hold some of them only.
-      biases: False drops attention biases (for the linear map).
+      biases: False drops the biases of attention and of norms (for the linear map).
       keep_patterns: False leaves attention patterns out of the taps.
       past: keys and values of earlier positions, leaves with a leading L; the taps
         then have them with these rows.
@@ -121,11 +122,11 @@ def run(
     (resid_TD, carry), taps = jax.lax.scan(
         step, (embed_TD, carry), (params.blocks, per_layer, held, past)
     )
-    clean_T = None if frozen is None else frozen.out_scale_T
-    scale_T = (
-        layers.rms_scale(resid_TD, eps=cfg.norm_eps) if clean_T is None else clean_T
-    )
-    out_TD = layers.normalise(resid_TD, scale_T, params.norm_out_D)
+    norm = layers.out_norm(params)
+    scale_T = None if frozen is None else frozen.out_scale_T
+    if scale_T is None:
+        scale_T = layers.norm_scale(resid_TD, norm, eps=cfg.norm_eps)
+    out_TD = layers.normalise(resid_TD, scale_T, norm, biases=biases)
     return Run(carry, taps, out_TD, scale_T)
 
 
@@ -136,14 +137,28 @@ def native_mlp(cfg: LMConfig) -> WritePolicy:
         carry: Any, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[Any, Array]:
         del x
-        normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
+        normed_TD = layers.normalise(mid_TD, scale_T, layers.mlp_norm(p))
         return carry, layers.mlp(p, normed_TD, cfg=cfg)
 
     return write
 
 
-def embed(params: LMParams, token_T: Array) -> Array:
-    """Token embeddings [T, D] as they enter layer 0, the embedding nodes' vectors."""
+def embed(params: LMParams, token_T: Array, *, start: Array | int = 0) -> Array:
+    """What enters layer 0 [T, D], the embedding nodes' vectors.
+
+    Token embeddings, and with them those of positions where a model has learned these:
+    an embedding node is a token at its place. The first token stands at `start`.
+    """
+    embed_TD = token_vectors(params, token_T)
+    if params.position_TD is None:
+        return embed_TD
+    pos_T = start + jnp.arange(len(token_T), dtype=jnp.int32)
+    # A padded prompt may be longer than the model's context.
+    return embed_TD + params.position_TD.at[pos_T].get(mode="clip")
+
+
+def token_vectors(params: LMParams, token_T: Array) -> Array:
+    """Embeddings [T, D] of tokens wherever they stand."""
     embed_TD = params.embed_VD[token_T]
     return embed_TD if params.embed_scale is None else embed_TD * params.embed_scale
 
@@ -188,7 +203,7 @@ def record(
     def write(
         carry: Any, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[Any, Array]:
-        normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
+        normed_TD = layers.normalise(mid_TD, scale_T, layers.mlp_norm(p))
         write_TD, post_T = layers.mlp_and_scale(p, normed_TD, cfg=cfg)
         return carry if post_T is None else carry.at[x].set(post_T), write_TD
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from jaxclt.clt.sites import read_diagonal
+from jaxclt.clt.sites import read_site
+from jaxclt.lm.layers import mlp_norm
 from jaxclt.lm.run import Run, cap_logits, readout
 from jaxclt.patching.features import Features, activation
 from jaxclt.patching.modes import Patchable
@@ -54,11 +57,10 @@ def clean_effect(model: Patchable, ask: Ask) -> Effect:
 
 def watch_values(model: Patchable, done: Run, watch: Features) -> Array:
     """Activations [W] of watched features in a run."""
-    diagonal_LTD = jax.vmap(read_diagonal, in_axes=(None, 0, 0))(
-        model.clt_cfg.read, done.taps.mlp_scale_T, model.params.blocks.norm_mlp_LD
+    read_LTD = jax.vmap(partial(read_site, model.clt_cfg.read))(
+        mlp_norm(model.params.blocks), done.taps.mid_TD, done.taps.mlp_scale_T
     )
-    at = (watch.layer_E, watch.pos_E)
-    read_WD = done.taps.mid_TD[at] * diagonal_LTD[at]
+    read_WD = read_LTD[watch.layer_E, watch.pos_E]
     return activation(watch, read_WD, cfg=model.cfg)
 
 

@@ -2,7 +2,8 @@
 
 The same struct serves the features that are edited and those whose activations are
 watched. Transcoder features and neurons differ in one thing: a neuron's activation is
-its gate times what it reads, so it brings a second row.
+its gate times what it reads, so it brings a second row. (That of an MLP
+without a gate gates itself: the second row is the first.)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jaxclt.clt.activations import activate
 from jaxclt.clt.active import Dictionary, StoreDictionary
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.neurons import NeuronDictionary
-from jaxclt.clt.sites import read_diagonal
+from jaxclt.clt.sites import read_site
 from jaxclt.errors import InputError
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
@@ -47,6 +48,7 @@ class Features:
     gate_ED: Array | None = None
     gate_bias_E: Array | None = None
     post_E: Array | None = None  # recorded scale of a norm behind the MLP
+    own_gate: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def span(self) -> int:
@@ -61,7 +63,7 @@ def activation(features: Features, read_ED: Array, *, cfg: LMConfig) -> Array:
         fires_E = pre_E > features.theta_E
         return jnp.where(fires_E, pre_E, jnp.zeros((), pre_E.dtype))
     gate_E = (features.gate_ED * read_ED).sum(-1) + features.gate_bias_E
-    a_E = layers.activate_gate(gate_E, cfg=cfg) * pre_E
+    a_E = layers.activate_gate(gate_E, cfg=cfg, own=features.own_gate) * pre_E
     return a_E if features.post_E is None else a_E * features.post_E
 
 
@@ -113,18 +115,18 @@ def gather_features(
     encoder_ED, decoder_EMD = np.zeros((E, D), dtype), np.zeros((E, M, D), dtype)
     bias_E, theta_E, value_E = (np.zeros(E, dtype) for _ in range(3))
     neurons = isinstance(dictionary, NeuronDictionary)
+    own_gate = neurons and params.blocks.gate_LDI is None
     gate_ED, gate_bias_E = np.zeros((E, D), dtype), np.zeros(E, dtype)
     for layer in np.unique(layer_E):
         here = np.flatnonzero(layer_E == layer)
         unique, row = np.unique(feature_E[here], return_inverse=True)
-        diagonal_TD = np.asarray(
-            read_diagonal(
-                clt_cfg.read,
-                recording.frozen.mlp_scale_LT[layer],
-                params.blocks.norm_mlp_LD[layer],
-            )
+        read_TD = read_site(
+            clt_cfg.read,
+            layers.mlp_norm(params.blocks).of_layer(layer),
+            recording.mid_LTD[layer],
+            recording.frozen.mlp_scale_LT[layer],
         )
-        read_ED = (np.asarray(recording.mid_LTD[layer]) * diagonal_TD)[pos_E[here]]
+        read_ED = np.asarray(read_TD)[pos_E[here]]
         if neurons:
             p = jax.tree.map(lambda leaf: leaf[layer], params.blocks)  # noqa: B023
             rows = _neuron_rows(p, unique)
@@ -134,7 +136,8 @@ def gather_features(
             bias_E[here], gate_bias_E[here] = (bias_U[row] for bias_U in rows[3:])
             gate_E = (gate_ED[here] * read_ED).sum(-1) + gate_bias_E[here]
             pre_E = (encoder_ED[here] * read_ED).sum(-1) + bias_E[here]
-            value_E[here] = np.asarray(layers.activate_gate(gate_E, cfg=cfg)) * pre_E
+            gate_E = layers.activate_gate(jnp.asarray(gate_E), cfg=cfg, own=own_gate)
+            value_E[here] = np.asarray(gate_E) * pre_E
             theta_E[here] = -np.inf
             continue
         assert isinstance(dictionary, StoreDictionary)
@@ -170,15 +173,15 @@ def gather_features(
         if post_LT is not None:
             made["post_E"] = np.asarray(post_LT)[layer_E, pos_E]
             made["value_E"] = value_E * made["post_E"]
-    return Features(**{name: jnp.asarray(x) for name, x in made.items()})
+    return Features(**jax.tree.map(jnp.asarray, made), own_gate=own_gate)
 
 
 def _neuron_rows(p: Block, unit_U: np.ndarray) -> tuple[np.ndarray, ...]:
     """Up, gate and written rows [U, D] of one layer's neurons, and two biases [U]."""
+    gate = p.gate_LDI, p.gate_bias_LI
+    gate_DI, gate_bias_I = (p.up_LDI, p.up_bias_LI) if gate[0] is None else gate
+    assert gate_DI is not None
     zero_I = jnp.zeros(p.down_LID.shape[:1], p.down_LID.dtype)
-    biases = (
-        zero_I if bias_I is None else bias_I
-        for bias_I in (p.up_bias_LI, p.gate_bias_LI)
-    )
-    rows = (p.up_LDI.T, p.gate_LDI.T, layers.neuron_rows(p), *biases)
+    biases = (zero_I if x is None else x for x in (p.up_bias_LI, gate_bias_I))
+    rows = (p.up_LDI.T, gate_DI.T, layers.neuron_rows(p), *biases)
     return tuple(np.asarray(x)[unit_U] for x in rows)

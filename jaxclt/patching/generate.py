@@ -83,7 +83,7 @@ def continue_prompt(
 
         again = run(
             model.params,
-            embed(model.params, token[None]),
+            embed(model.params, token[None], start=t),
             policy,
             cfg=model.cfg,
             carry=None if here is None else jnp.zeros_like(here.factor_E),

@@ -16,7 +16,8 @@ All three run the one model of `jaxclt.lm.run` with other writes at the MLPs' pl
   what the later writes add (section H). For a per-layer transcoder it is plain
   steering.
 
-A neuron (dictionary `neurons:k`) has the activation ``act(gate) * up``. Patching it
+A neuron (dictionary `neurons:k`) has the activation ``act(gate) * up``, or without a
+gate ``act(up)``, which is ``(act(up) / up) * up``: its own gate. Patching it
 means: its whole written contribution ``activation * W_down`` is changed. Constrained
 and additive patches need no more, and an additive ablation removes the neuron from the
 running model. In the local replacement model (`iterative`) the kept neurons respond and
@@ -41,7 +42,7 @@ from jax import Array
 
 from jaxclt.clt.activations import activate
 from jaxclt.clt.config import CLTConfig
-from jaxclt.clt.sites import read_diagonal
+from jaxclt.clt.sites import read_site
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import Run, run
@@ -103,7 +104,10 @@ class Patchable:
 
 @struct.dataclass
 class Nudge:
-    """A vector added to the stream after attention of one layer."""
+    """A vector added to the stream where the MLP of one layer reads.
+
+    That is after its attention, or, where both stand side by side, ahead of the layer.
+    """
 
     layer: Array  # int32 scalar
     delta_TD: Array
@@ -271,7 +275,9 @@ def iterative(
     ) -> tuple[Array, Array]:
         index, live, local, write_TD, clean_mid_TD, clean_scale_T, *more = x
         skip_DD, table, post_T = more
-        mid_TD, scale_T, push_TD = _nudged(model, nudge, index, mid_TD, scale_T, hold)
+        mid_TD, scale_T, push_TD = _nudged(
+            model, nudge, index, mid_TD, scale_T, p, hold
+        )
         inside = (first <= index) & (index <= last)
         read_TD = read(model, mid_TD, scale_T, p)
 
@@ -306,7 +312,7 @@ def iterative(
     )  # fmt: skip
     return run(
         model.params,
-        rec.embed_TD,
+        _entering(model, nudge),
         policy,
         cfg=model.cfg,
         carry=jnp.zeros((M, T, D), rec.embed_TD.dtype),
@@ -329,14 +335,16 @@ def underlying(model: Patchable, nudge: Nudge, *, hold: Held) -> Run:
         carry: None, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[None, Array]:
         index, write_TD, post_T = x
-        mid_TD, scale_T, push_TD = _nudged(model, nudge, index, mid_TD, scale_T, hold)
+        mid_TD, scale_T, push_TD = _nudged(
+            model, nudge, index, mid_TD, scale_T, p, hold
+        )
         live = index >= nudge.layer
         real_TD = _real(model, live, write_TD, mid_TD, scale_T, p, post_T)
         return carry, real_TD + push_TD
 
     return run(
         model.params,
-        rec.embed_TD,
+        _entering(model, nudge),
         policy,
         cfg=model.cfg,
         per_layer=(
@@ -404,7 +412,7 @@ def encode(
 
 def read(model: Patchable, mid_TD: Array, scale_T: Array, p: Block) -> Array:
     """What the dictionary reads of the stream."""
-    return mid_TD * read_diagonal(model.clt_cfg.read, scale_T, p.norm_mlp_LD)
+    return read_site(model.clt_cfg.read, layers.mlp_norm(p), mid_TD, scale_T)
 
 
 def _real(
@@ -419,7 +427,7 @@ def _real(
     """The model's own MLP, or the recorded output where the stream is clean."""
 
     def mlp() -> Array:
-        normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
+        normed_TD = layers.normalise(mid_TD, scale_T, layers.mlp_norm(p))
         return layers.mlp(p, normed_TD, cfg=model.cfg, scale_T=post_T)
 
     return jax.lax.cond(live, mlp, lambda: write_TD)
@@ -450,21 +458,33 @@ def _by_place(
     return jnp.where(index < first, before_TD, out_TD)
 
 
+def _entering(model: Patchable, nudge: Nudge | None) -> Array:
+    """The embeddings, nudged if that is where the nudge goes."""
+    embed_TD = model.recording.embed_TD
+    if nudge is None or not model.cfg.parallel:
+        return embed_TD
+    return embed_TD + jnp.where(nudge.layer == 0, nudge.delta_TD, 0)
+
+
 def _nudged(
     model: Patchable,
     nudge: Nudge | None,
     index: Array,
     mid_TD: Array,
     scale_T: Array,
+    p: Block,
     hold: Held,
 ) -> tuple[Array, Array, Array]:
     """The stream after the nudge, its norm, and what the nudge adds to the output."""
     if nudge is None:
         return mid_TD, scale_T, jnp.zeros((), mid_TD.dtype)
-    push_TD = jnp.where(
-        index == nudge.layer, nudge.delta_TD, jnp.zeros((), mid_TD.dtype)
-    )
+    # Ahead of a layer is behind the one before.
+    layer = nudge.layer - 1 if model.cfg.parallel else nudge.layer
+    push_TD = jnp.where(index == layer, nudge.delta_TD, jnp.zeros((), mid_TD.dtype))
+    if model.cfg.parallel:
+        return mid_TD, scale_T, push_TD
     mid_TD = mid_TD + push_TD
     if hold.mlp_scale_LT is None:
-        scale_T = layers.rms_scale(mid_TD, eps=model.cfg.norm_eps)
+        norm = layers.mlp_norm(p)
+        scale_T = layers.norm_scale(mid_TD, norm, eps=model.cfg.norm_eps)
     return mid_TD, scale_T, push_TD

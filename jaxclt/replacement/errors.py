@@ -15,7 +15,7 @@ def reconstruct(active: Active, mid_LTD: np.ndarray) -> np.ndarray:
 
     Args:
       active: the active features.
-      mid_LTD: the residual stream after attention (only a skip needs it).
+      mid_LTD: the residual stream where the MLPs read (only a skip needs it).
     """
     L, T, D = mid_LTD.shape
     write_LTD = np.repeat(active.write_bias_LD[:, None, :], T, axis=1)
@@ -28,7 +28,7 @@ def reconstruct(active: Active, mid_LTD: np.ndarray) -> np.ndarray:
         written_TMD = (value_TU @ rows_UMD.reshape(U, n * D)).reshape(T, n, D)
         write_LTD[layer : layer + n] += written_TMD.transpose(1, 0, 2)
     if active.skip_LDD is not None:
-        write_LTD += (mid_LTD * active.diagonal_LTD) @ active.skip_LDD
+        write_LTD += (mid_LTD * active.scale_LT[:, :, None]) @ active.skip_LDD
     return write_LTD
 
 

@@ -12,18 +12,21 @@ features re-encoded.
 
 from __future__ import annotations
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
 from jaxclt.clt.activations import activate
 from jaxclt.clt.config import CLTConfig
-from jaxclt.clt.model import decode, encode
-from jaxclt.clt.sites import read_diagonal
+from jaxclt.clt.model import decode, encode, preactivate
+from jaxclt.clt.sites import read_site
 from jaxclt.lm.config import LMConfig
-from jaxclt.lm.frozen import replay
+from jaxclt.lm.layers import mlp_norm
 from jaxclt.lm.run import run
-from jaxclt.types import Block, CLTParams, Frozen, LMParams, Recording, Sources
+from jaxclt.types import Block, CLTParams, Frozen, LMParams, Recording
 
 __all__ = ["LocalReplacement", "LocalRun", "local_replacement", "run_local"]
 
@@ -37,9 +40,12 @@ class LocalReplacement:
     frozen: Frozen
     embed_TD: Array  # clean sources
     error_LTD: Array
-    diagonal_LTD: Array  # read_LTD = mid_LTD * diagonal_LTD
     cfg: LMConfig = struct.field(pytree_node=False)
     clt_cfg: CLTConfig = struct.field(pytree_node=False)
+
+    def reads(self, mid_LTD: Array) -> Array:
+        """What the encoders read of the stream, norm denominators frozen."""
+        return _reads(self.clt_cfg, self.params, self.frozen, mid_LTD)
 
 
 @struct.dataclass
@@ -61,15 +67,7 @@ def local_replacement(
     clt_cfg: CLTConfig,
 ) -> LocalReplacement:
     """Freeze a recording and take up what the dictionary misses in error nodes."""
-    diagonal_LTD = jnp.stack(
-        [
-            read_diagonal(clt_cfg.read, scale_T, gain_D)
-            for scale_T, gain_D in zip(
-                recording.frozen.mlp_scale_LT, params.blocks.norm_mlp_LD, strict=True
-            )
-        ]
-    )
-    read_LTD = recording.mid_LTD * diagonal_LTD
+    read_LTD = _reads(clt_cfg, params, recording.frozen, recording.mid_LTD)
     a_LTF = encode(clt, read_LTD, cfg=clt_cfg)
     return LocalReplacement(
         params=params,
@@ -77,10 +75,16 @@ def local_replacement(
         frozen=recording.frozen,
         embed_TD=recording.embed_TD,
         error_LTD=recording.write_LTD - decode(clt, a_LTF, read_LTD),
-        diagonal_LTD=diagonal_LTD,
         cfg=cfg,
         clt_cfg=clt_cfg,
     )
+
+
+def _reads(
+    clt_cfg: CLTConfig, params: LMParams, frozen: Frozen, mid_LTD: Array
+) -> Array:
+    read = jax.vmap(partial(read_site, clt_cfg.read))
+    return read(mlp_norm(params.blocks), mid_LTD, frozen.mlp_scale_LT)
 
 
 def run_local(
@@ -104,22 +108,31 @@ def run_local(
     clt = lrm.clt
     if a_LTF is None:
         a_LTF = _reencode(lrm, embed_TD, error_LTD)
-    skip = None
-    if clt.W_skip_LDD is not None:
-        skip = (lrm.diagonal_LTD, clt.W_skip_LDD)
     without_skip = CLTParams(clt.W_enc_LFD, clt.b_enc_LF, clt.W_dec, clt.b_dec_LD)
-    reads = replay(
+
+    def given(
+        carry: None, mid_TD: Array, scale_T: Array, p: Block, x: tuple
+    ) -> tuple[None, Array]:
+        write_TD, skip_DD = x
+        if skip_DD is not None:
+            read_TD = read_site(lrm.clt_cfg.read, mlp_norm(p), mid_TD, scale_T)
+            write_TD = write_TD + read_TD @ skip_DD
+        return carry, write_TD
+
+    done = run(
         lrm.params,
-        lrm.frozen,
-        Sources(embed_TD=embed_TD, write_LTD=decode(without_skip, a_LTF) + error_LTD),
+        embed_TD,
+        given,
         cfg=lrm.cfg,
-        skip=skip,
+        per_layer=(decode(without_skip, a_LTF) + error_LTD, clt.W_skip_LDD),
+        frozen=lrm.frozen,
     )
-    read_LTD = reads.mid_LTD * lrm.diagonal_LTD
-    pre_LTF = jnp.einsum("LTD,LFD->LTF", read_LTD, clt.W_enc_LFD)
-    pre_LTF = pre_LTF + clt.b_enc_LF[:, None, :]
+    mid_LTD = done.taps.mid_TD
     return LocalRun(
-        mid_LTD=reads.mid_LTD, pre_LTF=pre_LTF, a_LTF=a_LTF, out_TD=reads.out_TD
+        mid_LTD=mid_LTD,
+        pre_LTF=preactivate(clt, lrm.reads(mid_LTD)),
+        a_LTF=a_LTF,
+        out_TD=done.out_TD,
     )
 
 
@@ -139,9 +152,8 @@ def _reencode(lrm: LocalReplacement, embed_TD: Array, error_LTD: Array) -> Array
     def policy(
         carry: Array, mid_TD: Array, scale_T: Array, p: Block, x: tuple
     ) -> tuple[Array, Array]:
-        del scale_T, p
-        W_FD, b_F, theta_F, dec_FMD, b_dec_D, skip_DD, diagonal_TD, error_TD = x
-        read_TD = mid_TD * diagonal_TD
+        W_FD, b_F, theta_F, dec_FMD, b_dec_D, skip_DD, error_TD = x
+        read_TD = read_site(lrm.clt_cfg.read, mlp_norm(p), mid_TD, scale_T)
         a_TF = activate(read_TD @ W_FD.T + b_F[None], theta_F, cfg=lrm.clt_cfg)
         carry = carry + jnp.einsum("TF,FMD->MTD", a_TF, dec_FMD)
         write_TD = carry[0] + b_dec_D[None] + error_TD
@@ -151,7 +163,7 @@ def _reencode(lrm: LocalReplacement, embed_TD: Array, error_LTD: Array) -> Array
 
     per_layer = (
         clt.W_enc_LFD, clt.b_enc_LF, clt.theta_LF, dec_LFMD, clt.b_dec_LD,
-        clt.W_skip_LDD, lrm.diagonal_LTD, error_LTD,
+        clt.W_skip_LDD, error_LTD,
     )  # fmt: skip
     done = run(
         lrm.params,
@@ -162,4 +174,4 @@ def _reencode(lrm: LocalReplacement, embed_TD: Array, error_LTD: Array) -> Array
         per_layer=per_layer,
         frozen=lrm.frozen,
     )
-    return encode(clt, done.taps.mid_TD * lrm.diagonal_LTD, cfg=lrm.clt_cfg)
+    return encode(clt, lrm.reads(done.taps.mid_TD), cfg=lrm.clt_cfg)

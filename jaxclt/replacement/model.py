@@ -21,7 +21,7 @@ from jaxclt.clt.activations import activate
 from jaxclt.clt.active import Dictionary
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.neurons import NeuronDictionary, kept_neurons, neuron_values
-from jaxclt.clt.sites import read_diagonal
+from jaxclt.clt.sites import read_site
 from jaxclt.errors import InputError
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
@@ -71,7 +71,7 @@ def replacement_logits(
         carry: Array, mid_TD: Array, scale_T: Array, p: Block, x: tuple
     ) -> tuple[Array, Array]:
         W_FD, b_F, theta_F, dec_FMD, b_dec_D, skip_DD = x
-        read_TD = mid_TD * read_diagonal(clt_cfg.read, scale_T, p.norm_mlp_LD)
+        read_TD = read_site(clt_cfg.read, layers.mlp_norm(p), mid_TD, scale_T)
         a_TF = activate(read_TD @ W_FD.T + b_F[None], theta_F, cfg=clt_cfg)
         carry = carry + jnp.einsum("TF,FMD->MTD", a_TF, dec_FMD)
         write_TD = carry[0] + b_dec_D[None]
@@ -162,7 +162,8 @@ def _replaced(
     """Logits of a run with a policy, the true MLPs where they stay."""
 
     def true(p: Block, mid_TD: Array, scale_T: Array) -> Array:
-        return layers.mlp(p, layers.normalise(mid_TD, scale_T, p.norm_mlp_LD), cfg=cfg)
+        normed_TD = layers.normalise(mid_TD, scale_T, layers.mlp_norm(p))
+        return layers.mlp(p, normed_TD, cfg=cfg)
 
     def write(
         carry: Any, mid_TD: Array, scale_T: Array, p: Block, x: tuple

@@ -29,7 +29,7 @@ from jax import Array
 
 from jaxclt.clt.active import Dictionary, StoreDictionary
 from jaxclt.clt.model import encode
-from jaxclt.clt.sites import read_diagonal
+from jaxclt.clt.sites import read_site
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.graph import Graph, GraphMeta
 from jaxclt.graph.scores import scores
@@ -147,15 +147,15 @@ def _activations(
         clt, clt_cfg = dictionary.params, dictionary.cfg
 
         def features(mid_LTD: Array, scale_LT: Array) -> Array:
-            site = partial(read_diagonal, clt_cfg.read)
-            diagonal_LTD = jax.vmap(site)(scale_LT, params.blocks.norm_mlp_LD)
-            return encode(clt, mid_LTD * diagonal_LTD, cfg=clt_cfg)
+            read = jax.vmap(partial(read_site, clt_cfg.read))
+            norms = layers.mlp_norm(params.blocks)
+            return encode(clt, read(norms, mid_LTD, scale_LT), cfg=clt_cfg)
 
         dense = features
     else:
 
         def neurons(p: Block, mid_TD: Array, scale_T: Array) -> Array:
-            normed_TD = layers.normalise(mid_TD, scale_T, p.norm_mlp_LD)
+            normed_TD = layers.normalise(mid_TD, scale_T, layers.mlp_norm(p))
             gate_TI, up_TI = layers.gate_and_up(p, normed_TD, cfg=cfg)
             return gate_TI * up_TI
 
@@ -174,6 +174,7 @@ def case_graph(planted: Planted, dictionary: Dictionary, case: Case) -> Graph:
         "out",
         -1,
         np.asarray(params.unembed_DV)[:, list(case.answer.values())].T,
+        cfg=cfg,
         labels=list(case.answer),
     )
     tokens = tuple(f"t{i}" for i in case.token_T)

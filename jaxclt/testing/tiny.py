@@ -132,10 +132,18 @@ FAMILIES: dict[str, TinyFamily] = {
             "embed_scale": 4.0,
         },
     ),
+    "gpt2": TinyFamily(
+        {"act": "gelu_tanh", "d_rotary": 0},
+        {"layer_norm": True, "gated": False, "positions": True},
+    ),
+    "neox": TinyFamily(
+        {"act": "gelu", "d_rotary": 2, "parallel": True},
+        {"layer_norm": True, "gated": False},
+    ),
 }
 
 _STATIC = ("cfg", "dtype", "tied", "biases", "qk_norm", "post_norms", "local")
-_STATIC += ("embed_scale", "logit_cap")
+_STATIC += ("embed_scale", "logit_cap", "layer_norm", "gated", "positions")
 _init_lm = jax.jit(lm_params.init, static_argnames=_STATIC)
 _init_clt = jax.jit(clt_params.init, static_argnames=("cfg", "dtype", "biases", "skip"))
 

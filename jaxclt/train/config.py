@@ -77,7 +77,7 @@ class TrainConfig:
     theta: float = 0.03
     """Initial JumpReLU threshold."""
     read: ReadSite = "resid_mid"
-    """What encoders read: the stream after attention, that divided by its norm, or
+    """What encoders read: the stream ahead of the MLP, that divided by its norm, or
     what the MLP reads."""
 
     tokens: int = 100_000_000

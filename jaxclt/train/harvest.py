@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxclt.clt.config import ReadSite
-from jaxclt.clt.sites import read_diagonal
+from jaxclt.clt.sites import read_site
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import record
@@ -24,10 +24,12 @@ def taps(
 ) -> tuple[Array, Array]:
     """Reads and writes [L, S, D] of one window."""
     recording = record(params, token_S, cfg=cfg)
-    diagonal_LSD = jax.vmap(partial(read_diagonal, site))(
-        recording.frozen.mlp_scale_LT, params.blocks.norm_mlp_LD
+    read_LSD = jax.vmap(partial(read_site, site))(
+        layers.mlp_norm(params.blocks),
+        recording.mid_LTD,
+        recording.frozen.mlp_scale_LT,
     )
-    return recording.mid_LTD * diagonal_LSD, recording.write_LTD
+    return read_LSD, recording.write_LTD
 
 
 @partial(jax.jit, static_argnames=("cfg", "site", "dtype"))
@@ -91,21 +93,23 @@ def mlp_response(
       site: where encoders read.
     """
 
-    def one(p, gain_D, read_mean_D, read_scale, write_scale, x_TD, v_TD):
+    def one(p, read_mean_D, read_scale, write_scale, x_TD, v_TD):
+        norm = layers.mlp_norm(p)
+
         def mlp(x_TD: Array) -> Array:
             raw_TD = x_TD * read_scale + read_mean_D[None]
             if site == "resid_mid":
-                scale_T = layers.rms_scale(raw_TD, eps=cfg.norm_eps)
-                raw_TD = layers.normalise(raw_TD, scale_T, gain_D)
+                scale_T = layers.norm_scale(raw_TD, norm, eps=cfg.norm_eps)
+                raw_TD = layers.normalise(raw_TD, scale_T, norm)
             elif site == "normalized":
-                raw_TD = raw_TD * gain_D[None]
+                raw_TD = raw_TD * norm.gain[None]
+                raw_TD = raw_TD if norm.bias is None else raw_TD + norm.bias[None]
             return layers.mlp(p, raw_TD, cfg=cfg) / write_scale
 
         return jax.jvp(mlp, (x_TD,), (v_TD,))[1]
 
     return jax.vmap(one)(
         params.blocks,
-        params.blocks.norm_mlp_LD,
         scales.read_mean_LD,
         scales.read_scale_L,
         scales.write_scale_L,

@@ -1,8 +1,8 @@
 """Does the replacement model respond to a perturbation as the model does?
 
-Circuit Tracing (2025), sections 5.3 and G.3. A vector is added to the stream after
-attention at one layer and position, in the local replacement model and in the model;
-with delta the perturbed minus the clean stream at a later layer,
+Circuit Tracing (2025), sections 5.3 and G.3. A vector is added to the stream where
+the MLP of a layer reads, at one position, in the local replacement model and in the
+model; with delta the perturbed minus the clean stream at a later layer,
 
     cosine = <delta, delta'> / (|delta| |delta'|)
     nmse   = |delta - delta'|^2 / |delta'|^2
@@ -26,6 +26,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from jaxclt.lm.run import Run
 from jaxclt.patching.batch import Local
 from jaxclt.patching.edits import Edits
 from jaxclt.patching.modes import (
@@ -117,13 +118,19 @@ def agreement(
         nudge=nudge,
     )
     zero = jnp.zeros((), rec.mid_LTD.dtype)
-    local_LTD = done.taps.mid_TD - rec.mid_LTD
-    local_LTD = local_LTD + jnp.where(at_L, nudge.delta_TD[None], zero)
+
+    def change(run: Run, nudge: Nudge) -> Array:
+        """Of the stream where MLPs read; after attention taps are ahead of a nudge."""
+        moved_LTD = run.taps.mid_TD - rec.mid_LTD
+        if model.cfg.parallel:
+            return moved_LTD
+        return moved_LTD + jnp.where(at_L, nudge.delta_TD[None], zero)
+
+    local_LTD = change(done, nudge)
     # The model gets what the replacement model's stream holds at the layer.
     given = Nudge(layer=nudge.layer, delta_TD=local_LTD[nudge.layer])
     real = underlying(model, given, hold=hold_of(rec))
-    real_LTD = real.taps.mid_TD - rec.mid_LTD
-    real_LTD = real_LTD + jnp.where(at_L, given.delta_TD[None], zero)
+    real_LTD = change(real, given)
     behind_T = jnp.arange(len(rec.token_T), dtype=jnp.int32) >= perturbation.pos
     found = compare(
         jnp.where(behind_T[None, :, None], local_LTD, zero),

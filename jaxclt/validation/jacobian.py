@@ -51,9 +51,13 @@ def jacobian_agreement(
     def one(x: Any) -> Agreement:
         p, table, skip_DD, clean_TD, clean_T, post_T = x
 
+        norm = layers.mlp_norm(p)
+
         def scale(mid_TD: Array) -> Array:
             live = norms == "live"
-            return layers.rms_scale(mid_TD, eps=cfg.norm_eps) if live else clean_T
+            return (
+                layers.norm_scale(mid_TD, norm, eps=cfg.norm_eps) if live else clean_T
+            )
 
         def replaced(mid_TD: Array) -> Array:
             read_TD = read(model, mid_TD, scale(mid_TD), p)
@@ -64,7 +68,7 @@ def jacobian_agreement(
             return out_TD if skip_DD is None else out_TD + read_TD @ skip_DD
 
         def real(mid_TD: Array) -> Array:
-            normed_TD = layers.normalise(mid_TD, scale(mid_TD), p.norm_mlp_LD)
+            normed_TD = layers.normalise(mid_TD, scale(mid_TD), norm)
             held_T = None if norms == "live" else post_T
             return layers.mlp(p, normed_TD, cfg=cfg, scale_T=held_T)
 

@@ -14,9 +14,10 @@ from jaxclt.clt.activations import jumprelu, relu, topk
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.model import decode, encode, to_source_major, to_target_major
 from jaxclt.clt.params import check
-from jaxclt.clt.sites import read_diagonal
+from jaxclt.clt.sites import fold_reads, read_scale, read_site
 from jaxclt.errors import InputError
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
+from jaxclt.lm.layers import Norm
 from jaxclt.replacement.errors import error_nodes, reconstruct
 from jaxclt.testing import Tiny
 
@@ -154,15 +155,24 @@ def test_source_and_target_major_are_inverse() -> None:
 
 
 @pytest.mark.parametrize("site", ["resid_mid", "normalized", "mlp_in"])
-def test_read_sites_are_diagonals(site: str) -> None:
-    scale_T, gain_D = np.arange(1.0, 4), np.arange(1.0, 3) + 0.5
+@pytest.mark.parametrize("bias", [False, True])
+def test_read_sites_and_their_rows_at_the_stream(site: str, bias: bool) -> None:
+    """A norm with a bias takes the mean off; rows with it folded in read the same."""
+    drawn_XD = np.asarray(jax.random.normal(jax.random.key(0), (8, 4), jnp.float64))
+    mid_TD, W_FD = drawn_XD[:3], drawn_XD[3:]
+    scale_T, gain_D, bias_D = np.arange(1.0, 4), np.arange(1.0, 5), np.arange(4.0)
+    norm = Norm(jnp.asarray(gain_D), jnp.asarray(bias_D) if bias else None)
+    normal_TD = (mid_TD - bias * mid_TD.mean(1, keepdims=True)) * scale_T[:, None]
     want = {
-        "resid_mid": np.ones((3, 2)),
-        "normalized": scale_T[:, None] * np.ones((3, 2)),
-        "mlp_in": np.outer(scale_T, gain_D),
+        "resid_mid": mid_TD,
+        "normalized": normal_TD,
+        "mlp_in": normal_TD * gain_D + bias * bias_D,
     }[site]
-    got = read_diagonal(site, jnp.asarray(scale_T), jnp.asarray(gain_D))
-    np.testing.assert_array_equal(got, want)
+    got = read_site(site, norm, jnp.asarray(mid_TD), jnp.asarray(scale_T))
+    np.testing.assert_allclose(got, want, rtol=1e-14)
+    rows_FD, const_F = fold_reads(site, norm, W_FD)
+    pre_TF = read_scale(site, jnp.asarray(scale_T))[:, None] * (mid_TD @ rows_FD.T)
+    np.testing.assert_allclose(pre_TF + const_F[None], want @ W_FD.T, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

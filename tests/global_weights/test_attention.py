@@ -83,7 +83,7 @@ def whole_block(name: str, head: tuple[int, int]) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plt", "clt", "topk", "gemma3"])
+@pytest.mark.parametrize("name", ["plt", "clt", "topk", "gemma3", "gpt2", "neox"])
 def test_heads_sum_to_the_one_hop_edges_of_the_graphs(name: str):
     """n ERA of all heads together == the edges with exactly one hop (T-W4, T-H2)."""
     t, found, chosen = case(name), sums(name), subset(name)

@@ -89,7 +89,7 @@ def test_era_and_twera_by_their_formulas(name: str):
         assert (np.sign(tiles("twera")) == np.sign(V))[fired & (V != 0)].all()
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", [*FEW, "neox"])
 def test_norm_aware_era_is_the_sum_of_the_graphs_direct_edges(name: str):
     """T-W4: n ERA_norm == residual-direct edges summed over the graphs of all prompts.
 

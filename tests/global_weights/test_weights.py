@@ -72,7 +72,7 @@ def test_weights_are_linear_in_the_decoders(name: str):
         )
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", [*FEW, "gpt2", "neox"])
 def test_local_direct_edges_are_value_times_weight_times_norm(name: str):
     """T-V3: what `provenance` calls residual-direct, with the skip left out (T-H5)."""
     t = case(name)

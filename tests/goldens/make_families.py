@@ -3,18 +3,15 @@
 Run with an environment that has torch and transformers; writes family_<variant>/ beside
 this file: config.json, model.safetensors and taps.npz (float32, no pickles).
 
-    python tests/goldens/make_families.py
-
-taps.npz as in make_llama.py, with write_LTD what the MLP adds to the stream: behind a
-norm where the model has one there.
+    python tests/goldens/make_families.py [variant ...]
 """
 
-import json
+import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from golden_models import randomise, write_golden
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 HERE = Path(__file__).parent
 T = 9
@@ -76,83 +73,82 @@ VARIANTS = {
             },
         ),
     ),
+    "gpt2": ("gpt2", dict(intermediate_size=None, num_key_value_heads=None)),
+    "neox": (
+        "gpt_neox",
+        dict(
+            num_attention_heads=2,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=500.0, partial_rotary_factor=0.5
+            ),
+        ),
+    ),
+    # Everything that the first leaves at its default.
+    "neox_serial": (
+        "gpt_neox",
+        dict(
+            num_attention_heads=2,
+            use_parallel_residual=False,
+            attention_bias=False,
+            hidden_act="relu",
+            tie_word_embeddings=True,
+            rope_parameters=dict(
+                rope_type="linear",
+                rope_theta=500.0,
+                factor=2.0,
+                partial_rotary_factor=0.25,
+            ),
+        ),
+    ),
+    "qwen3_yarn": (
+        "qwen3",
+        dict(
+            head_dim=16,
+            rope_parameters=dict(
+                rope_type="yarn",
+                rope_theta=10_000.0,
+                factor=4.0,
+                beta_fast=2.0,
+                original_max_position_embeddings=16,
+            ),
+        ),
+    ),
+    # A model for images too, of which the text part is read.
+    "gemma3_images": ("gemma3", dict(head_dim=6, sliding_window=3)),
 }
+VISION = dict(
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=8,
+    patch_size=4,
+)
 
 
 def build(variant: str, seed: int) -> torch.nn.Module:
-    """A model whose patterns are far from uniform and whose gains are not one."""
+    """A random model of a family."""
     torch.manual_seed(seed)
     kind, options = VARIANTS[variant]
-    config = AutoConfig.for_model(kind, **{**COMMON, **options})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    model = model.float().eval()
-    offset = 1.0 if kind.startswith("gemma") else 0.0
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "norm" in name:
-                p.uniform_(0.5 - offset, 1.8 - offset)
-            else:
-                p.normal_(0.0, 0.3)
-    return model
-
-
-@torch.no_grad()
-def taps(model: torch.nn.Module, token_T: torch.Tensor) -> dict[str, np.ndarray]:
-    resid, mid, write, final, entering = [], [], [], [], []
-
-    def before(found: list) -> object:
-        return lambda _, args: found.append(args[0][0])
-
-    def after(found: list) -> object:
-        return lambda _, args, out: found.append(out[0])
-
-    handles = []
-    for layer in model.model.layers:
-        sandwich = hasattr(layer, "pre_feedforward_layernorm")
-        ahead = (
-            layer.pre_feedforward_layernorm
-            if sandwich
-            else layer.post_attention_layernorm
-        )
-        behind = layer.post_feedforward_layernorm if sandwich else layer.mlp
-        handles += [
-            layer.input_layernorm.register_forward_pre_hook(before(resid)),
-            ahead.register_forward_pre_hook(before(mid)),
-            behind.register_forward_hook(after(write)),
-        ]
-    handles += [
-        model.model.embed_tokens.register_forward_hook(after(entering)),
-        model.model.norm.register_forward_hook(after(final)),
-    ]
-    out = model(token_T[None], output_attentions=True, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    found = {
-        "embed_TD": entering[0],
-        "resid_LTD": torch.stack(resid),
-        "mid_LTD": torch.stack(mid),
-        "write_LTD": torch.stack(write),
-        "pattern_LHTS": torch.stack([a[0] for a in out.attentions]),
-        "out_TD": final[0],
-        "logits_TV": out.logits[0],
-    }
-    arrays = {name: x.numpy().astype(np.float32) for name, x in found.items()}
-    return {"token_T": token_T.numpy().astype(np.int32), **arrays}
+    if kind == "gemma3":
+        options = {"text_config": {**COMMON, **options}, "vision_config": VISION}
+        config = AutoConfig.for_model(kind, **options, mm_tokens_per_image=4)
+        model_class = AutoModelForImageTextToText
+    else:
+        config = AutoConfig.for_model(kind, **{**COMMON, **options})
+        model_class = AutoModelForCausalLM
+    model = model_class.from_config(config, attn_implementation="eager")
+    return randomise(model, gain_offset=1.0 if kind.startswith("gemma") else 0.0)
 
 
 def main() -> None:
     torch.set_num_threads(1)
     for seed, variant in enumerate(VARIANTS):
-        folder = HERE / f"family_{variant}"
+        if sys.argv[1:] and variant not in sys.argv[1:]:
+            continue
         model = build(variant, seed)
         token_T = torch.randint(0, COMMON["vocab_size"], (T,))
-        found = taps(model, token_T)
-        model.save_pretrained(folder, safe_serialization=True)
-        (folder / "generation_config.json").unlink(missing_ok=True)
-        np.savez(folder / "taps.npz", allow_pickle=False, **found)
-        sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
-        top = found["pattern_LHTS"].max(-1).mean()
-        print(variant, json.dumps(sizes), f"mean of the largest attention {top:.2f}")  # noqa: T201
+        write_golden(HERE / f"family_{variant}", model, token_T)
 
 
 if __name__ == "__main__":

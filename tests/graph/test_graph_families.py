@@ -37,6 +37,7 @@ from jaxclt.types import Reads, Sources
 pytestmark = pytest.mark.usefixtures("x64")
 
 NORMS_BEHIND = ["gemma2", "gemma3"]
+GPT2 = pytest.param("gpt2", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -117,7 +118,7 @@ def test_pushing_equals_pulling(name: str) -> None:
     close(case(name).graph(config).edge_RN, case_graph(name).edge_RN, 1e-13)
 
 
-@pytest.mark.parametrize("name", NORMS_BEHIND)
+@pytest.mark.parametrize("name", [*NORMS_BEHIND, "neox"])
 def test_patterns_computed_again_give_the_same_graph(name: str) -> None:
     t = case(name)
     again = jax.jit(
@@ -128,7 +129,7 @@ def test_patterns_computed_again_give_the_same_graph(name: str) -> None:
     close(got.edge_RN, case_graph(name).edge_RN, 1e-12)
 
 
-@pytest.mark.parametrize("name", NORMS_BEHIND)
+@pytest.mark.parametrize("name", [*NORMS_BEHIND, "neox", GPT2])
 def test_parts_of_edges_sum_to_the_edges(name: str) -> None:
     """T-H1 to T-H4: direct and by heads, by hops, and cut at a layer."""
     t, active = case(name), case_active(name)
@@ -161,9 +162,12 @@ def neuron_graph(name: str, k: int | None) -> tuple[Graph, np.ndarray]:
     return graph, error_nodes(active, t.recording)
 
 
-@pytest.mark.parametrize("name", NORMS_BEHIND)
-def test_neurons_are_exact_behind_a_norm(name: str) -> None:
-    """All of them leave no error; rows sum to up times the gate and the scale."""
+@pytest.mark.parametrize("name", [*NORMS_BEHIND, "neox", GPT2])
+def test_neurons_are_exact(name: str) -> None:
+    """All of them leave no error; rows sum to up times the gate and any scale behind.
+
+    Without a gate that is the activation, written ``(act(u) / u) u``.
+    """
     t = case(name)
     size = np.abs(np.asarray(t.recording.write_LTD)).max()
     every = NeuronDictionary().active(t.params, t.recording, t.cfg)
@@ -174,7 +178,7 @@ def test_neurons_are_exact_behind_a_norm(name: str) -> None:
     close(graph.readout_R[: graph.n_features], graph.value_A, 1e-12)
 
 
-@pytest.mark.parametrize("name", NORMS_BEHIND)
+@pytest.mark.parametrize("name", [*NORMS_BEHIND, "neox", GPT2])
 def test_neurons_with_their_errors_are_the_model(name: str) -> None:
     """T-RM3, and T-RM1 with all neurons."""
     t, error_LTD = case(name), neuron_graph(name, 5)[1]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import case, case_active, case_local, case_lrm, close
+from jax import Array
 
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.errors import InputError
@@ -36,7 +37,7 @@ from jaxclt.types import Targets
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-NAMES = ("clt", "plt", "skip", "topk")
+NAMES = ("clt", "plt", "skip", "topk", "neox")
 LAYER, POS = 2, 3  # of four layers and six positions
 INACTIVE = {name: (1, 4) for name in NAMES}  # layer, position
 
@@ -49,19 +50,42 @@ def held(t: Tiny, run: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What each site holds [..., D] at (LAYER, POS), from a run; leading axes kept."""
     frozen, blocks = t.recording.frozen, t.params.blocks
     mid, write = run["mid"][..., LAYER, POS, :], run["write"][..., LAYER, POS, :]
-    pre = (run["mid"] + run["write"])[..., LAYER - 1, POS, :]
+    pre = leaving(t, run, LAYER - 1)[..., POS, :]
     scale = np.asarray(frozen.mlp_scale_LT)[LAYER, POS]
     attn_scale = np.asarray(frozen.attn_scale_LT)[LAYER, POS]
+
+    def centred(x: np.ndarray) -> np.ndarray:
+        layer_norm = blocks.norm_mlp_bias_LD is not None
+        return x - layer_norm * x.mean(-1, keepdims=True)
+
+    def weighed(x: np.ndarray, gain_LD: Array, bias_LD: Array | None) -> np.ndarray:
+        out = centred(x) * np.asarray(gain_LD)[LAYER]
+        return out if bias_LD is None else out + np.asarray(bias_LD)[LAYER]
+
     return {
         "out": run["out"][..., POS, :],
         "resid_mid": mid,
-        "normalized": mid * scale,
-        "mlp_in": mid * scale * np.asarray(blocks.norm_mlp_LD)[LAYER],
+        "normalized": centred(mid) * scale,
+        "mlp_in": weighed(mid * scale, blocks.norm_mlp_LD, blocks.norm_mlp_bias_LD),
         "mlp_out": write,
-        "resid_post": mid + write,
+        "resid_post": leaving(t, run, LAYER)[..., POS, :],
         "resid_pre": pre,
-        "attn_in": pre * attn_scale * np.asarray(blocks.norm_attn_LD)[LAYER],
+        "attn_in": weighed(
+            pre * attn_scale, blocks.norm_attn_LD, blocks.norm_attn_bias_LD
+        ),
     }
+
+
+def leaving(t: Tiny, run: dict[str, np.ndarray], layer: int) -> np.ndarray:
+    """The stream behind a layer, [..., T, D]."""
+    if t.cfg.parallel:
+        return run["mid"][..., layer + 1, :, :]
+    return (run["mid"] + run["write"])[..., layer, :, :]
+
+
+def last_leaving(t: Tiny) -> int:
+    """The last layer behind which the stream can be read."""
+    return t.cfg.n_layers - 1 - t.cfg.parallel
 
 
 def site(name: str) -> str:
@@ -88,7 +112,9 @@ def all_targets(name: str) -> Targets:
     token = jnp.array([3, 17], jnp.int32)
     D = t.cfg.d_model
     parts = [
-        functional_targets(*args, site(s), POS, vector(i, (2, D)), const_K=[0.7, -2.0])
+        functional_targets(
+            *args, site(s), POS, vector(i, (2, D)), cfg=t.cfg, const_K=[0.7, -2.0]
+        )
         for i, s in enumerate(SITES)
     ]
     parts += [
@@ -103,8 +129,10 @@ def all_targets(name: str) -> Targets:
             [active_place(name), inactive_place(name)],
             cfg=t.cfg,
         ),
-        functional_targets(*args, f"resid_post:{t.cfg.n_layers - 1}", -1, np.ones(D)),
-        functional_targets(*args, "mlp_out:0", 0, np.ones(D)),
+        functional_targets(
+            *args, f"resid_post:{last_leaving(t)}", -1, np.ones(D), cfg=t.cfg
+        ),
+        functional_targets(*args, "mlp_out:0", 0, np.ones(D), cfg=t.cfg),
     ]
     weights = [(-1.0) ** i * (i + 1) for i in range(len(parts))]
     return combine_targets(parts, weights)
@@ -144,7 +172,7 @@ def exact_runs(name: str, factor: float) -> dict[str, np.ndarray]:
             write[:, source + offset] += a[:, source] @ W_FMD[:, offset]
     mid = np.asarray(done.mid_LTD)
     if t.clt.W_skip_LDD is not None:
-        write += (mid * np.asarray(lrm.diagonal_LTD)) @ np.asarray(t.clt.W_skip_LDD)
+        write += np.asarray(jax.vmap(lrm.reads)(mid)) @ np.asarray(t.clt.W_skip_LDD)
     return {"mid": mid, "write": write, "out": np.asarray(done.out_TD)} | {
         "pre": np.asarray(done.pre_LTF)
     }
@@ -163,7 +191,6 @@ def wanted_readouts(name: str, run: dict[str, np.ndarray]) -> np.ndarray:
     ]
     top = np.argsort(-prob_TV[-1], kind="stable")[:3]
     centred = logit - (logit * prob_TV).sum(-1, keepdims=True)
-    last = t.cfg.n_layers - 1
     parts += [
         demeaned[..., -1, top],
         demeaned[..., POS, [3, 17]],
@@ -177,7 +204,7 @@ def wanted_readouts(name: str, run: dict[str, np.ndarray]) -> np.ndarray:
             ],
             -1,
         ),
-        (run["mid"] + run["write"])[..., last, -1, :].sum(-1, keepdims=True),
+        leaving(t, run, last_leaving(t))[..., -1, :].sum(-1, keepdims=True),
         run["write"][..., 0, 0, :].sum(-1, keepdims=True),
     ]
     signed = [part * (-1.0) ** i for i, part in enumerate(parts)]
@@ -200,7 +227,7 @@ def test_rows_of_every_kind_sum_to_the_functional(name: str) -> None:
     close(graph.readout_R[graph.target_rows], wanted_readouts(name, clean), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["clt", "skip"])
+@pytest.mark.parametrize("name", ["clt", "skip", "neox"])
 def test_an_edge_into_any_functional_predicts_a_change_of_any_size(name: str) -> None:
     """T-E3: every feature, error and embedding times -7, every target."""
     graph = graph_of(name)
@@ -220,7 +247,7 @@ def test_the_bias_of_a_target_is_the_run_without_sources(name: str) -> None:
     mid = np.asarray(run.mid_LTD)
     write = np.repeat(np.asarray(t.clt.b_dec_LD)[:, None], mid.shape[1], 1)
     if t.clt.W_skip_LDD is not None:
-        write += (mid * np.asarray(lrm.diagonal_LTD)) @ np.asarray(t.clt.W_skip_LDD)
+        write += np.asarray(lrm.reads(mid)) @ np.asarray(t.clt.W_skip_LDD)
     done = {"mid": mid, "write": write, "out": np.asarray(run.out_TD)}
     want = wanted_readouts(name, done | {"pre": np.asarray(run.pre_LTF)})
     close(graph_of(name).bias_R[graph_of(name).target_rows], want, 1e-12)
@@ -297,7 +324,9 @@ def test_rows_sum_with_few_features_and_after_pruning(convention: str) -> None:
 def test_weights_are_shares_and_their_signs_turn_targets_round() -> None:
     """Influence counts sizes, effects have the sign: -2 f is 2 (-f)."""
     t = case("clt")
-    one = functional_targets(t.params, t.recording, "resid_mid:1", 2, vector(1, (16,)))
+    one = functional_targets(
+        t.params, t.recording, "resid_mid:1", 2, vector(1, (16,)), cfg=t.cfg
+    )
     two = salient_targets(t.params, t.recording.out_TD[-1])
     both = combine_targets([one, two], [-1.0, 3.0])
     close(both.weight_K[0], np.float64(0.25))
@@ -318,7 +347,7 @@ def test_weights_are_shares_and_their_signs_turn_targets_round() -> None:
 def test_influence_is_the_weighted_sum_over_the_targets() -> None:
     t = case("clt")
     parts = [
-        functional_targets(t.params, t.recording, s, POS, vector(7, (16,)))
+        functional_targets(t.params, t.recording, s, POS, vector(7, (16,)), cfg=t.cfg)
         for s in ("resid_pre:1", "out")
     ]
     alone = [dataclasses.replace(t, targets=part).graph() for part in parts]
@@ -342,7 +371,18 @@ def test_padding_does_not_move_targets() -> None:
 
 
 def functional(*args: object, **more: object) -> Callable[[Tiny], object]:
-    return lambda t: functional_targets(t.params, t.recording, *args, **more)  # pyright: ignore
+    return lambda t: functional_targets(
+        t.params,
+        t.recording,
+        *args,  # pyright: ignore
+        cfg=t.cfg,
+        **more,  # pyright: ignore
+    )
+
+
+def behind_the_last(_: Tiny) -> object:
+    """Where attention and MLP stand side by side."""
+    return functional("resid_post:3", 0, ONES)(case("neox"))
 
 
 def features(*place: int) -> Callable[[Tiny], object]:
@@ -367,6 +407,7 @@ ONES = np.ones(16)
         (functional("out:3", 0, ONES), "unknown: write out, or one of"),
         (functional("resid_mid:4", 0, ONES), "the model has layers 0 to 3"),
         (functional("attn_in:0", 0, ONES), "name a later layer"),
+        (behind_the_last, "nothing but the output reads both, use out"),
         (functional("out", 6, ONES), "the prompt has 6 tokens"),
         (functional("out", -7, ONES), "the prompt has 6 tokens"),
         (functional("out", 0, np.ones(15)), "this model needs"),

@@ -11,15 +11,39 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxclt.errors import InputError
-from jaxclt.io.names import GEMMA, QWEN, tensor_name
+from jaxclt.io import tokenizer_gguf
+from jaxclt.io.names import GEMMA, GPT2, GPT_NEOX, QWEN, tensor_name
 from jaxclt.io.tokenizer import load_tokenizer
 from jaxclt.io.weights_gguf import load_gguf
 from jaxclt.io.weights_hf import load_hf
-from jaxclt.lm.config import RopeScaling
+from jaxclt.lm.config import LMConfig, RopeScaling
 from jaxclt.lm.layers import rotary_frequencies
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-ROWS = {"qwen2": QWEN, "qwen3": QWEN, "gemma2": GEMMA, "gemma3": GEMMA}
+ROWS = {
+    "qwen2": QWEN,
+    "qwen3": QWEN,
+    "gemma2": GEMMA,
+    "gemma3": GEMMA,
+    "gpt2": GPT2,
+    "gptneox": GPT_NEOX,
+}
+FOLDERS = {"gptneox": "family_neox"}  # all others by their own name
+LAYER_NORMS = ("gpt2", "gptneox")
+
+
+def folder(name: str) -> Path:
+    return GOLDENS / FOLDERS.get(name, f"family_{name}")
+
+
+def as_llama_cpp_has_it(name: str, w: np.ndarray, cfg: LMConfig) -> np.ndarray:
+    """GPT-2's projections turned, NeoX's queries, keys and values apart."""
+    if any(f".c_{x}.weight" in name for x in ("attn", "proj", "fc")):
+        return w.T
+    if ".query_key_value." in name:
+        heads = w.reshape(cfg.n_heads, 3, cfg.d_head, *w.shape[1:])
+        return heads.swapaxes(0, 1).reshape(w.shape)
+    return w
 
 
 def convert(
@@ -29,7 +53,7 @@ def convert(
     rope_factors: np.ndarray | None = None,
 ) -> Path:
     """As llama.cpp converts it: rows of heads as they are, Gemma's gains plus one."""
-    _, cfg = load_hf(GOLDENS / f"family_{name}")
+    _, cfg = load_hf(folder(name))
     writer = gguf.GGUFWriter(path, name)
     writer.add_block_count(cfg.n_layers)
     writer.add_context_length(cfg.n_ctx)
@@ -40,7 +64,13 @@ def convert(
     writer.add_key_length(cfg.d_head)
     writer.add_value_length(cfg.d_head)
     writer.add_rope_freq_base(cfg.rope_theta)
-    writer.add_layer_norm_rms_eps(cfg.norm_eps)
+    if name in LAYER_NORMS:
+        writer.add_layer_norm_eps(cfg.norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(cfg.norm_eps)
+    if name == "gptneox":
+        writer.add_rope_dimension_count(cfg.n_turning)
+        writer.add_parallel_residual(cfg.parallel)
     if "window" not in left_out and cfg.window is not None:
         writer.add_sliding_window(cfg.window)
     if cfg.rope_scaling is not None:
@@ -51,13 +81,18 @@ def convert(
         writer.add_final_logit_softcapping(3.0)
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", rope_factors)
-    stored = load_file(GOLDENS / f"family_{name}" / "model.safetensors")
+    stored = load_file(folder(name) / "model.safetensors")
+    written = set()
     for row in ROWS[name]:
         for i in range(cfg.n_layers if row.per_layer else 1):
-            w = stored.get(tensor_name(row, "hf", i))
-            if w is not None:
+            theirs, ours = tensor_name(row, "hf", i), tensor_name(row, "gguf", i)
+            found = [w for x, w in stored.items() if x.partition(".")[2] == theirs]
+            w = stored.get(theirs, *found)
+            if w is not None and ours not in written:
                 w = w + np.float32(row.is_gain and name.startswith("gemma"))
-                writer.add_tensor(tensor_name(row, "gguf", i), np.ascontiguousarray(w))
+                w = as_llama_cpp_has_it(theirs, w, cfg)
+                writer.add_tensor(ours, np.ascontiguousarray(w))
+                written.add(ours)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -67,12 +102,13 @@ def convert(
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_converted_model_is_the_same(name: str, tmp_path: Path):
-    want, cfg = load_hf(GOLDENS / f"family_{name}")
+    want, cfg = load_hf(folder(name))
     got, got_cfg = load_gguf(convert(name, tmp_path / "m.gguf"))
     # llama.cpp knows which layers are local, and how Gemma 3 turns them.
     local = {"gemma2": [True, False, True], "gemma3": [True] * 3}.get(name)
     assert (None if local is None else got.blocks.local_L.tolist()) == local
-    for leaf in ("act", "window", "attn_cap", "rope_theta", "rope_scaling", "d_head"):
+    leaves = "act window attn_cap rope_theta rope_scaling d_head norm_eps d_rotary"
+    for leaf in (*leaves.split(), "parallel"):
         assert getattr(got_cfg, leaf) == getattr(cfg, leaf), leaf
     assert got_cfg.rope_local_theta == (10_000.0 if name == "gemma3" else None)
     wanted, found = (
@@ -131,6 +167,38 @@ def write_sentence_piece(path: Path, *, prefix: bool) -> Path:
     writer.write_kv_data_to_file()
     writer.close()
     return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request) -> Path:
+    if "parity" not in request.keywords:
+        monkeypatch.setenv("JAXCLT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_built_tokenizer_is_kept(tmp_path: Path, own_cache: Path, monkeypatch):
+    """By what it is built from; another file with the same pieces takes it as well."""
+    file = write_sentence_piece(tmp_path / "m.gguf", prefix=False)
+    want = load_tokenizer(file).encode("abb bé a")
+    (kept,) = (own_cache / "tokenizers").iterdir()
+
+    def build(*_: object) -> None:
+        raise AssertionError("it is in the cache")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer_gguf, "_sentence_piece", build)
+        assert load_tokenizer(file).encode("abb bé a") == want
+        with pytest.raises(InputError, match="it is in the cache"):  # another one
+            load_tokenizer(write_sentence_piece(tmp_path / "n.gguf", prefix=True))
+    kept.write_text("{")  # damaged: built and written again
+    assert load_tokenizer(file).encode("abb bé a") == want
+    assert len(kept.read_text()) > 1000
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path, own_cache):
+    own_cache.write_text("a file where the folder should be")
+    file = write_sentence_piece(tmp_path / "m.gguf", prefix=False)
+    assert load_tokenizer(file).encode("ab", "never")
 
 
 @pytest.mark.parametrize("prefix", [False, True])

@@ -159,14 +159,14 @@ def test_rope_of_both_generations():
     [
         ({"model_type": "bert"}, "model_type 'bert' is not supported; supported: llam"),
         ({"model_type": None}, "model_type None is not supported"),
-        ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported: silu"),
+        ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; supported: silu"),
         ({"hidden_size": None}, "hidden_size must be an integer, not None"),
         ({"hidden_size": "32"}, "hidden_size must be an integer, not '32'"),
         ({"num_attention_heads": 0}, "n_heads must be at least 1"),
         ({"num_key_value_heads": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
         ({"rms_norm_eps": "x"}, "rms_norm_eps must be a positive number"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "'dynamic' are not suppo"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' are not supported"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope' are not supp"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor must be a positive"),
         ({"rope_parameters": {"full": {"rope_theta": 1}}}, "one per kind of layer"),
         ({"rope_parameters": 7}, "must be an object"),
@@ -385,3 +385,97 @@ def test_some_biases_only_cannot_be_saved(tmp_path):
     with pytest.raises(InputError, match=r"attention_bias: .* all of these biases"):
         save_hf(dataclasses.replace(params, blocks=blocks), CFG, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_old_files_of_gpt2_and_neox():
+    """What they leave out, null, or call otherwise."""
+    cfg = config_from_hf(
+        {
+            "model_type": "gpt2",
+            "n_embd": 12,
+            "n_head": 2,
+            "n_layer": 3,
+            "n_positions": 20,
+            "n_inner": None,
+            "vocab_size": 9,
+        }
+    )
+    assert (cfg.d_mlp, cfg.n_ctx, cfg.act, cfg.d_rotary) == (48, 20, "gelu_tanh", 0)
+    assert (cfg.norm_eps, cfg.parallel) == (1e-5, False)
+    old = {
+        "model_type": "gpt_neox",
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "intermediate_size": 40,
+        "vocab_size": 9,
+        "layer_norm_eps": 1e-6,
+        "rotary_emb_base": 500,
+        "rotary_pct": 0.5,
+    }
+    cfg = config_from_hf(old)
+    assert (cfg.d_rotary, cfg.rope_theta, cfg.norm_eps) == (8, 500.0, 1e-6)
+    assert (cfg.parallel, cfg.act) == (True, "gelu")
+    cfg = config_from_hf(old | {"use_parallel_residual": False, "rotary_pct": 1.0})
+    assert (cfg.d_rotary, cfg.parallel) == (16, False)
+
+
+def test_gpt2_without_a_prefix_and_with_its_masks(tmp_path):
+    """As the first files of GPT-2 on the hub are."""
+    from safetensors.numpy import load_file, save_file
+
+    want, cfg = load_hf(GOLDENS / "family_gpt2")
+    stored = load_file(GOLDENS / "family_gpt2" / "model.safetensors")
+    bare = {name.removeprefix("transformer."): w for name, w in stored.items()}
+    bare |= {f"h.{i}.attn.bias": np.ones((1, 1, 4, 4), np.uint8) for i in range(3)}
+    bare["lm_head.weight"] = bare["wte.weight"].copy()
+    save_file(bare, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(family("gpt2")))
+    got, got_cfg = load_hf(tmp_path)
+    assert got_cfg == cfg
+    assert_same(got, want)
+    twice = bare | {"transformer.wte.weight": bare["wte.weight"].copy()}
+    save_file(twice, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="there twice, under two names"):
+        load_hf(tmp_path)
+    with pytest.raises(InputError, match=r"llama layout cannot say .*without a gate"):
+        save_hf(want, cfg, tmp_path)
+
+
+def test_a_text_config_may_be_nearly_empty():
+    """That of gemma-3-4b-it says only what differs from transformers' defaults."""
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    cfg = config_from_hf({"model_type": "gemma3", "text_config": text})
+    assert (cfg.n_heads, cfg.n_kv_heads, cfg.d_head) == (8, 4, 256)
+    assert (cfg.d_vocab, cfg.window, cfg.act) == (262_208, 1024, "gelu_tanh")
+    assert (cfg.rope_theta, cfg.rope_local_theta) == (1e6, 1e4)
+    with pytest.raises(InputError, match="text_config must be an object"):
+        config_from_hf({"model_type": "gemma3"})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx True"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights False is not"),
+        ("gpt2", {"activation_function": "mish"}, "'mish' is not supported"),
+        ("neox", {"rope_parameters": {"partial_rotary_factor": 0.4}}, "must be even"),
+        ("neox", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "is above 1"),
+        (
+            "qwen3_yarn",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 0.5}},
+            "rope factor=0.5 is below 1",
+        ),
+        ("gpt2", {"model_type": "gpt_oss"}, "'gpt_oss' is not supported: its MLPs are"),
+    ],
+)
+def test_config_errors_of_more_families(name, change, message):
+    with pytest.raises(InputError, match=message):
+        config_from_hf(family(name) | change)

@@ -12,7 +12,7 @@ import pytest
 from cases import FAMILY_CASES, MODELS, case, case_active, close
 
 from jaxclt.lm.frozen import bias_reads, frozen_reads, replay
-from jaxclt.lm.layers import mlp, normalise
+from jaxclt.lm.layers import mlp, mlp_norm, normalise
 from jaxclt.lm.run import run
 from jaxclt.types import Block, Reads, Sources
 
@@ -39,14 +39,15 @@ def test_replay_of_the_recorded_writes_is_the_recording(name: str) -> None:
 def test_replay_through_a_skip_is_the_recording() -> None:
     """What the skip writes is computed from the stream, the rest is given."""
     t = case("skip")
-    diagonal_LTD, W_skip_LDD = case_active("skip").skip
-    skip_LTD = np.asarray(t.recording.mid_LTD * diagonal_LTD) @ np.asarray(W_skip_LDD)
+    scale_LT, W_skip_LDD = case_active("skip").skip
+    read_LTD = np.asarray(t.recording.mid_LTD * scale_LT[:, :, None])
+    skip_LTD = read_LTD @ np.asarray(W_skip_LDD)
     assert np.abs(skip_LTD).max() > 0.1
     given = dataclasses.replace(
         clean_sources("skip"), write_LTD=t.recording.write_LTD - skip_LTD
     )
     reads = replay_jit(
-        t.params, t.recording.frozen, given, cfg=t.cfg, skip=(diagonal_LTD, W_skip_LDD)
+        t.params, t.recording.frozen, given, cfg=t.cfg, skip=(scale_LT, W_skip_LDD)
     )
     close(reads.mid_LTD, t.recording.mid_LTD, 1e-14)
     close(reads.out_TD, t.recording.out_TD, 1e-14)
@@ -114,7 +115,7 @@ def test_jax_refuses_to_transpose_the_live_model() -> None:
             carry: None, mid_TD: jax.Array, scale_T: jax.Array, p: Block, x: None
         ) -> tuple[None, jax.Array]:
             del x
-            normed_TD = normalise(mid_TD, scale_T, p.norm_mlp_LD)
+            normed_TD = normalise(mid_TD, scale_T, mlp_norm(p))
             return carry, mlp(p, normed_TD, cfg=t.cfg)
 
         return run(t.params, embed_TD, native, cfg=t.cfg).out_TD

@@ -40,6 +40,11 @@ SWITCHES = {
         "post_mlp_LD",
     ],
     "gemma3": ["rope_scaling", "rope_local_theta", "window", "q_norm_LC"],
+    "gpt2": ["norm_mlp_bias_LD", "position_TD"],
+    "neox": ["d_rotary", "parallel", "norm_out_bias_D"],
+    "neox_serial": ["rope_scaling"],
+    "qwen3_yarn": ["rope_scaling", "query_scale"],
+    "gemma3_images": ["local_L"],
 }
 VARIANTS = (*LLAMA, *(f"family_{name}" for name in SWITCHES))
 
@@ -85,7 +90,8 @@ def test_the_goldens_see_every_switch(name: str):
         less = {"params": params, "cfg": cfg}
         if hasattr(cfg, switch):
             assert getattr(cfg, switch) is not None
-            less["cfg"] = dataclasses.replace(cfg, **{switch: None})
+            off = False if switch == "parallel" else None
+            less["cfg"] = dataclasses.replace(cfg, **{switch: off})
         else:
             part = params if hasattr(params, switch) else params.blocks
             assert getattr(part, switch) is not None
@@ -103,10 +109,12 @@ def test_the_goldens_see_every_switch(name: str):
 def test_every_tap_equals_transformers_live(variant: str, monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(sys, "path", [str(GOLDENS), *sys.path])
-    from make_families import taps  # pyright: ignore[reportMissingImports]
-    from transformers import AutoModelForCausalLM
+    from golden_models import taps  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    model = AutoModelForCausalLM.from_pretrained(
+    text = not variant.endswith("images")
+    model_class = AutoModelForCausalLM if text else AutoModelForImageTextToText
+    model = model_class.from_pretrained(
         GOLDENS / variant, attn_implementation="eager"
     ).eval()
     token_T = np.array([5, 3, 3, 9, 11, 2, 7, 1, 30])

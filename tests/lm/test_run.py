@@ -36,7 +36,13 @@ def test_a_token_changes_nothing_before_it() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["clt", "gemma3", *(pytest.param(m, marks=pytest.mark.slow) for m in MODELS[1:])],
+    [
+        "clt",
+        "gemma3",
+        "gpt2",
+        "neox",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in MODELS[1:]),
+    ],
 )
 def test_one_position_at_a_time_equals_all_at_once(name: str) -> None:
     """The rest of a prompt, run behind the keys and values of its start."""
@@ -44,7 +50,7 @@ def test_one_position_at_a_time_equals_all_at_once(name: str) -> None:
 
     @jax.jit
     def piece(token_T: Array, past: Past | None, start: Array):
-        entering = embed(t.params, token_T)
+        entering = embed(t.params, token_T, start=start)
         mlp = native_mlp(t.cfg)
         return run(t.params, entering, mlp, cfg=t.cfg, past=past, start=start)
 

@@ -25,6 +25,7 @@ from jaxclt.patching.modes import Patchable
 pytestmark = pytest.mark.usefixtures("x64")
 
 NORMS_BEHIND = ("gemma2", "gemma3")  # attention and MLPs
+GPT2 = pytest.param("gpt2", marks=pytest.mark.slow)
 
 L = 4
 
@@ -108,7 +109,8 @@ def clean_stream(name: str) -> np.ndarray:
         if name not in ("clt", "skip")
     ]
     + [(name, "constrained") for name in ("clt", "skip")]
-    + [(name, "additive") for name in ("clt", "plt", *NORMS_BEHIND)],
+    + [(name, "additive") for name in ("clt", "plt", *NORMS_BEHIND)]
+    + [("neox", mode) for mode in ("constrained", "iterative", "additive")],
 )
 def test_a_factor_of_one_changes_nothing(name: str, mode: str):
     """T-C1, T-IT1 for several ranges; T-R1: the divergence is zero."""
@@ -124,7 +126,7 @@ def test_a_factor_of_one_changes_nothing(name: str, mode: str):
         )
 
 
-@pytest.mark.parametrize("name", [*FEW, *NORMS_BEHIND])
+@pytest.mark.parametrize("name", [*FEW, *NORMS_BEHIND, "neox", GPT2])
 def test_constrained_patch_moves_features_by_their_edges(name: str):
     """T-C2: range up to the layer below the target, patterns and norms frozen."""
     t, a, graph = case(name), case_active(name), case_graph(name)
@@ -205,7 +207,7 @@ def test_iterative_in_one_layer_is_constrained(name: str):
     close(one.out_TD, patched(name, {s: -1.0}, (1, 1)).out_TD, 1e-13)
 
 
-@pytest.mark.parametrize("name", [*CASES, "gemma3"])
+@pytest.mark.parametrize("name", [*CASES, "gemma3", "neox", GPT2])
 @pytest.mark.parametrize("gates", ["live", "frozen"])
 def test_the_slope_of_iterative_patching_is_the_total_effect(name: str, gates: str):
     """T-IT3: range all, norms frozen; gates live or not, none flips that close by."""
@@ -305,7 +307,7 @@ def neuron_patch(
     )
 
 
-@pytest.mark.parametrize("name", ["clt", *NORMS_BEHIND])
+@pytest.mark.parametrize("name", ["clt", *NORMS_BEHIND, "neox", GPT2])
 def test_a_neuron_with_its_gate_frozen_has_the_graphs_total_effect(name: str):
     """T-IT3 for `neurons:k`: affine, so at any size."""
     _, _, graph = neurons(6, name)
@@ -317,7 +319,7 @@ def test_a_neuron_with_its_gate_frozen_has_the_graphs_total_effect(name: str):
     close(got - graph.readout_R[graph.target_rows], want, 1e-11)
 
 
-@pytest.mark.parametrize("name", ["clt", *NORMS_BEHIND])
+@pytest.mark.parametrize("name", ["clt", *NORMS_BEHIND, "neox", GPT2])
 def test_with_all_neurons_and_live_gates_the_replacement_is_the_model(name: str):
     """Iterative with live gates equals the additive ablation exactly, with live norms
     as well where none is behind the MLPs: that one is part of a neuron."""
@@ -332,10 +334,11 @@ def test_with_all_neurons_and_live_gates_the_replacement_is_the_model(name: str)
     assert float(real.kl) > 1e-6
 
 
-def test_generation_token_by_token_is_the_patch_of_the_whole_text():
+@pytest.mark.parametrize("name", ["clt", "gpt2"])
+def test_generation_token_by_token_is_the_patch_of_the_whole_text(name: str):
     """T-R1: keys and values of patched positions stand in for the positions."""
-    t, a, n = case("clt"), case_active("clt"), 5
-    s, T = source("clt"), len(t.token_T)
+    t, a, n = case(name), case_active(name), 5
+    s, T = source(name), len(t.token_T)
     layer, feature = int(a.layer_A[s]), int(a.feature_A[s])
     how = How(mode="additive", freeze_pattern=False)
     range_2 = jnp.asarray((0, L - 1), jnp.int32)
@@ -344,11 +347,11 @@ def test_generation_token_by_token_is_the_patch_of_the_whole_text():
         changes = [(layer, p, feature, 0.0, 40.0) for p in positions]
         return make_edits(changes, t.dictionary, t.params, recording, cfg=t.cfg)
 
-    done = run_jit(model("clt"), edits(range(2, T), t.recording), range_2, None, how)
+    done = run_jit(model(name), edits(range(2, T), t.recording), range_2, None, how)
     later = edits(range(T, T + n), t.recording)
     rest = (range_2, jax.random.key(0), jnp.float32(0))
-    new = continue_prompt(model("clt"), done, later, *rest, n_new=n)
-    clean = continue_prompt(model("clt"), done, None, *rest, n_new=n)
+    new = continue_prompt(model(name), done, later, *rest, n_new=n)
+    clean = continue_prompt(model(name), done, None, *rest, n_new=n)
     assert new[0] == clean[0]
     assert new.tolist() != clean.tolist()
 

@@ -402,14 +402,14 @@ def test_the_mlps_response_is_its_derivative(windows: Windows, site):
 
     l = 2
     p = jax.tree.map(lambda leaf: leaf[l], model.params.blocks)
-    gain = p.norm_mlp_LD
+    norm = layers.mlp_norm(p)
 
     def mlp(raw):
         if site == "resid_mid":
-            scale = layers.rms_scale(raw, eps=model.cfg.norm_eps)
-            raw = layers.normalise(raw, scale, gain)
+            scale = layers.norm_scale(raw, norm, eps=model.cfg.norm_eps)
+            raw = layers.normalise(raw, scale, norm)
         elif site == "normalized":
-            raw = raw * gain[None]
+            raw = raw * norm.gain[None]
         return layers.mlp(p, raw, cfg=model.cfg)
 
     h = 1e-2

@@ -43,12 +43,14 @@ def test_each_encoder_reads_the_replacements_own_stream(case):
     a = []
     for l in range(cfg.n_layers):
         block = jax.tree.map(lambda x: x[l], p.blocks)  # noqa: B023
-        scale = layers.rms_scale(resid, eps=cfg.norm_eps)
-        normed = layers.normalise(resid, scale, block.norm_attn_LD)
+        norm = layers.attn_norm(block)
+        scale = layers.norm_scale(resid, norm, eps=cfg.norm_eps)
+        normed = layers.normalise(resid, scale, norm)
         pattern = layers.attention_pattern(block, normed, cfg=cfg)
         mid = resid + layers.move(block, pattern, normed, cfg=cfg, biases=True)
-        scale = layers.rms_scale(mid, eps=cfg.norm_eps)
-        read = layers.normalise(mid, scale, block.norm_mlp_LD)
+        norm = layers.mlp_norm(block)
+        scale = layers.norm_scale(mid, norm, eps=cfg.norm_eps)
+        read = layers.normalise(mid, scale, norm)
         pre = read @ clt.W_enc_LFD[l].T + clt.b_enc_LF[l][None]
         a.append(activate(pre, clt.theta_LF[l], cfg=case.clt_cfg))
         write = clt.b_dec_LD[l][None] + sum(
@@ -56,8 +58,8 @@ def test_each_encoder_reads_the_replacements_own_stream(case):
         )
         true = layers.mlp(block, read, cfg=cfg)
         resid = mid + write.at[0].set(true[0])
-    scale = layers.rms_scale(resid, eps=cfg.norm_eps)
-    want = layers.normalise(resid, scale, p.norm_out_D) @ p.unembed_DV
+    scale = layers.norm_scale(resid, layers.out_norm(p), eps=cfg.norm_eps)
+    want = layers.normalise(resid, scale, layers.out_norm(p)) @ p.unembed_DV
     got = replacement_logits(p, clt, case.token_T, cfg=cfg, clt_cfg=case.clt_cfg)
     np.testing.assert_allclose(got, want, atol=1e-12)
     # the first position keeps its MLPs and sees only itself: the model's own logits
@@ -143,8 +145,9 @@ def test_one_layer_can_be_replaced(case, kind):
     resid_TD = case.recording.mid_LTD[-1] + case.recording.write_LTD[-1] - error_TD
     from jaxclt.lm import layers
 
-    scale_T = layers.rms_scale(resid_TD, eps=case.cfg.norm_eps)
-    out_TD = layers.normalise(resid_TD, scale_T, case.params.norm_out_D)
+    norm = layers.out_norm(case.params)
+    scale_T = layers.norm_scale(resid_TD, norm, eps=case.cfg.norm_eps)
+    out_TD = layers.normalise(resid_TD, scale_T, norm)
     last = at(keep_first=False, layer_L=jnp.arange(L) == L - 1)
     np.testing.assert_allclose(last, out_TD @ case.params.unembed_DV, atol=1e-12)
 

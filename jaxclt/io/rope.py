@@ -1,0 +1,174 @@
+"""Rotary embeddings as a config.json says them: bases, scalings, how much turns.
+
+transformers 5 nests them in `rope_parameters`, older releases do not.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxclt.errors import InputError
+from jaxclt.io.config_fields import number, whole
+from jaxclt.lm.config import RopeScaling
+from jaxclt.lm.layers import rotary_frequencies
+
+__all__ = ["KINDS", "Rope", "read_rope"]
+
+KINDS = {"full_attention": False, "sliding_attention": True}  # is it local?
+
+
+class Rope(NamedTuple):
+    """Fields of `LMConfig`."""
+
+    theta: float
+    local_theta: float | None
+    scaling: RopeScaling | None
+    d_rotary: int | None
+    score_factor: float  # what attention scores are times
+
+
+def read_rope(
+    hf: dict[str, Any],
+    *,
+    d_head: int,
+    n_ctx: int,
+    theta: float,
+    local_theta: float | None,
+    partial: bool,
+) -> Rope:
+    """Rotary embeddings of a model.
+
+    Args:
+      hf: the config.
+      d_head: channels of a head.
+      n_ctx: longest prompt.
+      theta: base, unless the config says.
+      local_theta: that of local layers; None: they have no other.
+      partial: whether the family can turn a part of the channels only.
+
+    Raises:
+      InputError: for another type than the supported ones, or an impossible number.
+    """
+    new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    for rope in (new, old):
+        if not isinstance(rope, dict):
+            raise InputError("config.json: rope parameters must be an object")
+    if local_theta is not None:
+        nested = any(kind in new for kind in KINDS)
+        local = (new.get("sliding_attention") or {}) if nested else {}
+        new = (new.get("full_attention") or {}) if nested else new
+        if _kind(local) != "default":
+            raise InputError(
+                "config.json: rope_parameters of sliding_attention must be of type "
+                f"'default', not {_kind(local)!r}"
+            )
+        local_theta = number({**hf, **local}, "rope_local_base_freq", local_theta)
+        local_theta = number(local, "rope_theta", local_theta)
+    for rope in (new, old):
+        if any(isinstance(value, dict) for value in rope.values()):
+            raise InputError(
+                "config.json: rotary embeddings of type one per kind of layer are not "
+                "supported for this model_type"
+            )
+    d_rotary = None
+    share = _share(hf, old, new)
+    if partial:
+        d_rotary = int(d_head * share)
+    elif share != 1:
+        raise InputError(
+            "config.json: partial_rotary_factor is not supported for this model_type; "
+            "supported: rotary embeddings over the whole head"
+        )
+    theta = number({**hf, **new}, "rope_theta", theta)
+    turning = d_head if d_rotary is None else d_rotary
+    scaling, factor = _scaling(old or new, theta, turning, n_ctx)
+    return Rope(theta, local_theta, scaling, d_rotary, factor)
+
+
+def _share(*said: dict[str, Any]) -> float:
+    """Share of a head's channels that turn; what is said last counts."""
+    share = 1.0
+    for rope in said:
+        share = number(rope, "partial_rotary_factor", share)
+    if share > 1:
+        raise InputError(f"config.json: partial_rotary_factor={share} is above 1")
+    return share
+
+
+def _kind(rope: dict[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _scaling(
+    rope: dict[str, Any], theta: float, turning: int, n_ctx: int
+) -> tuple[RopeScaling | None, float]:
+    """How frequencies are scaled, and what attention scores are times."""
+    kind = _kind({k: v for k, v in rope.items() if v is not None})
+    if kind == "default":
+        return None, 1.0
+    if kind not in ("linear", "llama3", "yarn"):
+        raise InputError(
+            f"config.json: rotary embeddings of type {kind!r} are not supported; "
+            "supported: 'default', 'linear', 'llama3', 'yarn'"
+        )
+    if kind == "yarn":
+        return _yarn(rope, theta, turning, n_ctx)
+    factor = number(rope, "factor")
+    if kind == "linear":
+        return RopeScaling(kind=kind, factor=factor), 1.0
+    llama3 = RopeScaling(
+        kind=kind,
+        factor=factor,
+        low_freq_factor=number(rope, "low_freq_factor", 1.0),
+        high_freq_factor=number(rope, "high_freq_factor", 4.0),
+        n_ctx=whole(rope, "original_max_position_embeddings", n_ctx),
+    )
+    return llama3, 1.0
+
+
+def _yarn(
+    rope: dict[str, Any], theta: float, turning: int, n_ctx: int
+) -> tuple[RopeScaling, float]:
+    """YaRN (arXiv 2309.00071): a divisor for every pair, and warmer attention.
+
+    Pairs that turn often in the original context keep their frequency, those that turn
+    seldom are divided by the factor, along a ramp between. Cosines and sines of queries
+    and of keys are times one number, and scores therefore times its square.
+    """
+    if turning < 2 or theta <= 1:
+        raise InputError("config.json: rope type 'yarn' needs channels that turn")
+    original = whole(rope, "original_max_position_embeddings", n_ctx)
+    factor = number(rope, "factor", n_ctx / original)
+    if factor < 1:
+        raise InputError(f"config.json: rope factor={factor} is below 1")
+
+    def pair(turns: float) -> float:
+        """Twice the index of the pair that turns so often, a real number."""
+        times = math.log(original / (turns * 2 * math.pi))
+        return turning * times / (2 * math.log(theta))
+
+    low = pair(number(rope, "beta_fast", 32.0))
+    high = pair(number(rope, "beta_slow", 1.0))
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, turning - 1)
+    high += 0.001 * (low == high)
+    ramp_J = np.clip((np.arange(turning // 2) - low) / (high - low), 0, 1)
+    plain_J = rotary_frequencies(turning, theta)
+    scaled_J = plain_J / factor * ramp_J + plain_J * (1 - ramp_J)
+    factors = tuple((plain_J / scaled_J).tolist())
+
+    def warmth(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        default = warmth(number(rope, "mscale")) / warmth(
+            number(rope, "mscale_all_dim")
+        )
+    else:
+        default = warmth(1.0)
+    times = number(rope, "attention_factor", default)
+    return RopeScaling(kind="factors", factors=factors), times**2
