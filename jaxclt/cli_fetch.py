@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+
+if TYPE_CHECKING:
+    from jaxclt.io.published import Pair
 
 __all__ = ["FetchConfig", "run_fetch"]
 
@@ -51,7 +52,7 @@ def run_fetch(config: FetchConfig, say: Console) -> None:
 def _list(as_json: bool) -> None:
     from jaxclt.io.bundled import MODELS
     from jaxclt.io.fetch import KNOWN_MODELS
-    from jaxclt.io.published import Pair, pairs
+    from jaxclt.io.published import pairs
 
     known: dict[str, Any] = dict.fromkeys(MODELS, "bundled, Apache-2.0")
     known |= {
@@ -66,19 +67,19 @@ def _list(as_json: bool) -> None:
     for name, licence in known.items():
         console.print(f"{name}  ({licence})", markup=False)
 
-    def cells(pair: Pair) -> tuple[str, ...]:
-        size = "" if pair.size_gb is None else f"{pair.size_gb:g}"
-        features = "" if pair.features is None else f"{pair.features:,}"
-        return pair.kind, features, size, pair.licence, pair.note
-
-    table = Table(title="published dictionaries: --model M --dictionary D")
-    for name in ("--model", "--dictionary"):
-        table.add_column(name, overflow="fold")
-    for name in ("kind", "features", "GB", "licence", "note"):
-        table.add_column(
-            name, justify="right" if name in ("features", "GB") else "left"
-        )
+    console.print("\npublished dictionaries, below the model of each:", style="bold")
+    model = ""
     for pair in pairs():
-        row = (pair.model, pair.dictionary, *cells(pair))
-        table.add_row(*map(Text, row))
-    console.print(table)
+        if pair.model != model:
+            model = pair.model
+            console.print(model, style="bold", markup=False)
+        console.print(f"  {_row(pair)}", markup=False, soft_wrap=True, highlight=False)
+
+
+def _row(pair: Pair) -> str:
+    """One line of the list."""
+    size = [pair.kind, pair.layout]
+    size += [] if pair.features is None else [f"{pair.features:,} features"]
+    size += [] if pair.size_gb is None else [f"{pair.size_gb:g} GB"]
+    said = [", ".join(size), f"licence: {pair.licence}", pair.note]
+    return f"{pair.dictionary}  ({'; '.join(filter(None, said))})"
