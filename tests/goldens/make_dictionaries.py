@@ -342,6 +342,38 @@ def llamascopium(folder: Path, act: str = "jumprelu") -> None:
     save(folder, x, a.detach().permute(1, 0, 2), torch.stack(out).detach())
 
 
+# -- decode-clt ------------------------------------------------------------------------
+
+
+def decode_clt(folder: Path, tying: str = "none") -> None:
+    import torch
+    from clt.config import CLTConfig
+    from clt.models.clt import CrossLayerTranscoder
+    from safetensors.torch import save_file
+
+    r = Random(10)
+    cfg = CLTConfig(
+        num_features=F, num_layers=L, d_model=D, model_name="tests/tiny",
+        activation_fn="jumprelu", decoder_tying=tying,
+        tl_input_template="blocks.{}.ln2.hook_normalized",
+        tl_output_template="blocks.{}.hook_mlp_out",
+    )  # fmt: skip
+    coder = CrossLayerTranscoder(cfg, None, device=torch.device("cpu"))
+    state = {
+        k: torch.tensor(r(*x.shape, scale=0.5 if "threshold" in k else 1.0))
+        for k, x in coder.state_dict().items()
+    }
+    coder.load_state_dict(state)
+    # as CheckpointManager and the trainer do
+    save_file(coder.state_dict(), folder / "clt_checkpoint_latest.safetensors")
+    cfg.to_json(str(folder / "cfg.json"))
+    x = torch.tensor(r(L, T, D))
+    a = {i: coder.encode(x[i], i) for i in range(L)}
+    y = [coder.decode(a, i) for i in range(L)]
+    stacked = torch.stack([a[i] for i in range(L)])
+    save(folder, x, stacked.detach(), torch.stack(y).detach())
+
+
 # -- crosslayer-transcoder -------------------------------------------------------------
 
 
@@ -414,6 +446,9 @@ CASES: dict[str, Callable[[Path], None]] = {
     ),
     "llamascopium": llamascopium,
     "llamascopium_topk": lambda folder: llamascopium(folder, "topk"),
+    "decode_clt": decode_clt,
+    "decode_clt_source": lambda folder: decode_clt(folder, "per_source"),
+    "decode_clt_target": lambda folder: decode_clt(folder, "per_target"),
     "crosslayer": crosslayer,
 }
 

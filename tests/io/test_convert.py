@@ -33,6 +33,7 @@ WAYS = {
     "clt_training": (),
     "llamascopium": ("circuit-tracer", "gemma-scope-2"),
     "llamascopium_topk": (),
+    "decode_clt": ("circuit-tracer", "gemma-scope-2"),
     "crosslayer": ("circuit-tracer", "gemma-scope-2"),
 }
 LOSSY = {

@@ -42,12 +42,15 @@ CASES = {
     "clt_training_per_layer": ("sparsify", 3, "relu_topk", "mlp_in", "mlp"),
     "llamascopium": ("llamascopium", 3, "jumprelu", "resid_mid", "stream"),
     "llamascopium_topk": ("llamascopium", 3, "relu_topk", "resid_mid", "stream"),
+    "decode_clt": ("decode-clt", 3, "jumprelu", "normalized", "stream"),
+    "decode_clt_source": ("decode-clt", 3, "jumprelu", "normalized", "stream"),
+    "decode_clt_target": ("decode-clt", 3, "jumprelu", "normalized", "stream"),
     "crosslayer": ("crosslayer-transcoder", 3, "jumprelu", "resid_mid", "stream"),
 }
 # one of each kind of file, for what is done to all
 KINDS = [
     *("gemma_scope", "gemma_scope_2", "saelens", "sparsify", "clt_training"),
-    *("llamascopium", "crosslayer"),
+    *("llamascopium", "crosslayer", "decode_clt"),
 ]
 
 
@@ -385,6 +388,12 @@ def edit(file: Path, **changes: object) -> None:
             "Samplewise",
         ),
         ("crosslayer", {"model__init_args": None}, "init_args"),
+        ("decode_clt", {"normalization_method": "mean_std"}, "normalization_method"),
+        ("decode_clt", {"activation_fn": "batchtopk"}, "activation_fn"),
+        ("decode_clt", {"skip_connection": True}, "skip_connection"),
+        ("decode_clt", {"decoder_tying": "per_source"}, "no tensor"),
+        ("decode_clt", {"num_layers": 1 << 39}, "holds fewer"),
+        ("decode_clt", {"tl_input_template": "blocks.{}.hook_resid_pre"}, "tl_input"),
         ("gemma_scope_2", {"model_kind": "cross_layer_transcoder"}, "axes"),
         ("gemma_scope_2", {"transcoders": "layer_0"}, "list of files"),
         ("topk", {"k": None}, "k"),

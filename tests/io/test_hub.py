@@ -106,7 +106,11 @@ def test_names_of_places(name: str, parts: tuple | None):
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma_scope", "saelens", "sparsify", "llamascopium", "crosslayer", "topk"]
+    "name",
+    [
+        *("gemma_scope", "saelens", "sparsify", "llamascopium", "crosslayer", "topk"),
+        "decode_clt",
+    ],
 )
 @pytest.mark.parametrize("folder", ["", "some/where"])
 def test_only_what_a_format_needs_is_fetched(fake: FakeHub, name: str, folder: str):

@@ -55,9 +55,10 @@ class Fold(NamedTuple):
     The coder reads ``(x - read_mean) * read_gain / read_std``. What it writes to its
     j-th layer is times ``write_gain[j]``, and a feature's row besides times
     ``row_gain[j]`` [F].
-    Thresholds are stored as they are or as logarithms; with `theta_floor` activations
-    are clipped there besides; with `by_norm` the gate looks at pre-activations times
-    the norm of all that the feature writes, in the coder's own units.
+    Thresholds are stored as they are or as logarithms; what equals one passes with
+    `inclusive`; with `theta_floor` activations are clipped there besides; with
+    `by_norm` the gate looks at pre-activations times the norm of all that the feature
+    writes, in the coder's own units.
     """
 
     read_gain: Gain = 1.0
@@ -66,6 +67,7 @@ class Fold(NamedTuple):
     write_gain: tuple[Gain, ...] = ()
     row_gain: tuple[Piece, ...] = ()
     log_theta: bool = False
+    inclusive: bool = False
     theta_floor: float | None = None
     by_norm: bool = False
 
@@ -120,6 +122,8 @@ class FileStore:
                 W_FD, b_F = _wide(W_FD) * norm_F[:, None], _wide(b_F) * norm_F
             else:
                 theta_F = _wide(theta_F) / norm_F
+        if theta_F is not None and fold.inclusive:
+            theta_F = np.nextafter(theta_F, theta_F.dtype.type(-np.inf))
         if theta_F is not None and fold.theta_floor is not None:
             theta_F = np.maximum(theta_F, theta_F.dtype.type(fold.theta_floor))
         return EncoderLayer(W_FD, b_F, theta_F)

@@ -14,7 +14,13 @@ from jaxclt.io.circuit_tracer_read import (
     open_circuit_tracer,
     read_yaml,
 )
-from jaxclt.io.formats import crosslayer, llamascopium, saelens, sparsify
+from jaxclt.io.formats import (
+    crosslayer,
+    decode_clt,
+    llamascopium,
+    saelens,
+    sparsify,
+)
 from jaxclt.io.formats.pieces import FileStore
 from jaxclt.io.tensors import is_pickle, pickle_message, refuse_pickles
 from jaxclt.io.weights_safetensors import read_json
@@ -41,6 +47,7 @@ FORMATS: dict[str, Format] = {
     "llamascopium": Format(
         llamascopium.is_llamascopium, llamascopium.open_llamascopium
     ),
+    "decode-clt": Format(decode_clt.is_decode_clt, decode_clt.open_decode_clt),
     "sparsify": Format(sparsify.is_sparsify, sparsify.open_sparsify),
     "saelens": Format(saelens.is_saelens, saelens.open_saelens),
 }
@@ -98,7 +105,7 @@ def weight_files(folder: Path, names: Sequence[str]) -> list[str]:
         wanted = [
             f"{start}{name}".removeprefix("./")
             for start in beside
-            for name in (saelens.WEIGHTS, sparsify.WEIGHTS)
+            for name in (saelens.WEIGHTS, sparsify.WEIGHTS, decode_clt.WEIGHTS)
         ]
     return described + [x for x in wanted if x in names]
 
