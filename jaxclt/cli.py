@@ -39,10 +39,12 @@ from jaxclt.cli_causal import (
     run_validate,
     validate_opened,
 )
+from jaxclt.cli_convert import ConvertConfig, run_convert
 from jaxclt.cli_demo import DemoConfig, run_demo_command
 from jaxclt.cli_eval import EvalConfig, run_eval
 from jaxclt.cli_explain import ExplainConfig, run_explain
 from jaxclt.cli_features import FeaturesConfig, run_features
+from jaxclt.cli_fetch import FetchConfig, run_fetch
 from jaxclt.cli_globals import GlobalsConfig, run_globals
 from jaxclt.cli_serve import ServeConfig, run_serve
 from jaxclt.errors import InputError
@@ -63,7 +65,8 @@ class _Attribution:
     model: Annotated[str, tyro.conf.arg(metavar="M")]
     """Known name (see `jaxclt fetch --list`), local directory, GGUF file or hub id."""
     dictionary: Annotated[str, tyro.conf.arg(metavar="D")]
-    """neurons:k, local directory in circuit-tracer's format, or hub id."""
+    """neurons:k, local directory (circuit-tracer, GemmaScope, SAELens, sparsify and
+    more formats), or hub id organisation/name[//folder][@revision]."""
     max_features: int = 8192
     """Most feature nodes; the most influential ones are taken."""
     tolerance: float = 0.02
@@ -147,22 +150,6 @@ class SweepConfig(_Attribution):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FetchConfig:
-    """Get a known model into the user cache, checksum verified."""
-
-    name: tyro.conf.Positional[str] = ""
-    """Name of the model."""
-    list: bool = False
-    """List the known names."""
-    accept_terms: bool = False
-    """I have read and accept the terms of the model (see --list)."""
-    json: bool = False
-    """Print the result as JSON on stdout."""
-    debug: bool = False
-    """Show tracebacks."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ViewConfig:
     """Write the page of a traced prompt again: with other thresholds, with what
     validate found, beside another graph."""
@@ -198,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         | Annotated[TraceConfig, tyro.conf.subcommand("trace")]
         | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
         | Annotated[FetchConfig, tyro.conf.subcommand("fetch")]
+        | Annotated[ConvertConfig, tyro.conf.subcommand("convert")]
         | Annotated[ViewConfig, tyro.conf.subcommand("view")]
         | Annotated[ServeConfig, tyro.conf.subcommand("serve")]
         | Annotated[ExplainConfig, tyro.conf.subcommand("explain")]
@@ -216,7 +204,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         DemoConfig: lambda config, say: run_demo_command(config, say, _progress),
         TraceConfig: _trace,
         SweepConfig: _sweep,
-        FetchConfig: _fetch,
+        FetchConfig: run_fetch,
+        ConvertConfig: lambda config, say: run_convert(config, say, _progress),
         ViewConfig: _view,
         ServeConfig: run_serve,
         ExplainConfig: run_explain,
@@ -425,28 +414,6 @@ def _prepare(
         devices=config.devices,
     )
     return model, dictionary, attribution, time.perf_counter() - started
-
-
-def _fetch(config: FetchConfig, say: Console) -> None:
-    from jaxclt.io.bundled import MODELS
-    from jaxclt.io.fetch import KNOWN_MODELS, fetch
-
-    if config.list or not config.name:
-        known = dict.fromkeys(MODELS, "bundled, Apache-2.0")
-        known |= {
-            name: f"{model.licence}, {model.terms}" if model.terms else model.licence
-            for name, model in KNOWN_MODELS.items()
-        }
-        if config.json:
-            print(json.dumps(known))  # noqa: T201
-        for name, licence in known.items():
-            Console().print(f"{name}  ({licence})", markup=False)
-        return
-    path = fetch(config.name, progress=_line(say), accept_terms=config.accept_terms)
-    if config.json:
-        print(json.dumps({"name": config.name, "path": str(path)}))  # noqa: T201
-    else:
-        Console().print(str(path), markup=False, soft_wrap=True)
 
 
 def _view(config: ViewConfig, say: Console) -> None:

@@ -7,9 +7,10 @@ from typing import Literal
 
 from jaxclt.errors import InputError
 
-__all__ = ["CLTConfig", "ReadSite"]
+__all__ = ["Activation", "CLTConfig", "ReadSite"]
 
 ReadSite = Literal["resid_mid", "normalized", "mlp_in"]
+Activation = Literal["relu", "jumprelu", "topk", "relu_topk", "groupmax"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,9 @@ class CLTConfig:
     stand side by side), ``normalized`` that stream divided by its norm (and a LayerNorm
     takes its mean off), ``mlp_in`` with the norm's gain and bias, what the MLP sees.
 
+    `activation` is one of `jaxclt.clt.activations`; ``relu_topk`` keeps the k largest
+    of what a ReLU lets through, ``groupmax`` the largest of each of k groups.
+
     Raises:
       InputError: if a field is out of its range.
     """
@@ -32,8 +36,8 @@ class CLTConfig:
     d_model: int
     n_features: int  # per layer
     span: int
-    activation: Literal["relu", "jumprelu", "topk"] = "jumprelu"
-    k: int | None = None  # features kept per layer and position, for topk
+    activation: Activation = "jumprelu"
+    k: int | None = None  # features kept per layer and position, where some compete
     read: ReadSite = "resid_mid"
 
     def __post_init__(self) -> None:
@@ -41,13 +45,26 @@ class CLTConfig:
             raise InputError(
                 f"dictionary config: span={self.span} must lie in 1..{self.n_layers}"
             )
-        if self.activation == "topk" and not (
-            self.k and 1 <= self.k <= self.n_features
-        ):
+        if self.competes and not (self.k and 1 <= self.k <= self.n_features):
             raise InputError(
-                f"dictionary config: topk needs 1 <= k <= {self.n_features}, not "
-                f"{self.k}"
+                f"dictionary config: {self.activation} needs 1 <= k <= "
+                f"{self.n_features}, not {self.k}"
             )
+        if self.activation == "groupmax" and self.n_features % (self.k or 1):
+            raise InputError(
+                f"dictionary config: groupmax needs k={self.k} equal groups of "
+                f"{self.n_features} features"
+            )
+
+    @property
+    def competes(self) -> bool:
+        """Whether the other features of a layer decide if one is active."""
+        return self.activation in ("topk", "relu_topk", "groupmax")
+
+    @property
+    def signed(self) -> bool:
+        """Whether activations may be negative whatever the weights."""
+        return self.activation == "topk"
 
     def n_writes(self, layer: int) -> int:
         """How many MLP outputs a feature of `layer` writes."""

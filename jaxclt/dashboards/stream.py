@@ -251,7 +251,7 @@ def gather_examples(
 
 def is_signed(encoder: Encoder) -> bool:
     """Whether a dictionary has activations below zero."""
-    if encoder.clt is None or encoder.clt.activation == "topk":
+    if encoder.clt is None or encoder.clt.signed:
         return True
     theta_LF: Array | None = encoder.theta_LF
     return theta_LF is not None and bool((np.asarray(theta_LF) < 0).any())
@@ -297,7 +297,7 @@ def _places(encoder: Encoder, subset: Subset | None) -> _Places:
 
 def _narrow(encoder: Encoder, pick_LN: np.ndarray | None) -> tuple[Encoder, bool]:
     """An encoder of some features only, where they do not compete with others."""
-    if encoder.clt is None or encoder.clt.activation == "topk" or pick_LN is None:
+    if encoder.clt is None or encoder.clt.competes or pick_LN is None:
         return encoder, False
     layer_L1 = np.arange(len(pick_LN))[:, None]
     names = ("W_LFD", "b_LF", "theta_LF")

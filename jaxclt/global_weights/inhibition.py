@@ -39,7 +39,7 @@ def thresholds(
     Raises:
       InputError: for TopK, whose features have none of their own.
     """
-    if store.cfg.activation == "topk":
+    if store.cfg.competes:
         raise InputError(
             "features of a TopK dictionary have no thresholds of their own: inhibition "
             "needs ReLU or JumpReLU"

@@ -28,7 +28,7 @@ import numpy as np
 from jax import Array
 from scipy.sparse import csr_array
 
-from jaxclt.clt.activations import jumprelu, relu, topk
+from jaxclt.clt.activations import activate, jumprelu, relu
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.sites import read_site
 from jaxclt.clt.store import DictionaryStore
@@ -170,7 +170,7 @@ def encoders(store: DictionaryStore, params: LMParams, subset: Subset) -> Encode
     W, b, theta, pick = [], [], [], []
     for layer in range(cfg.n_layers):
         enc, chosen = store.encoder(layer), subset.features(layer)
-        rows = np.arange(cfg.n_features) if cfg.activation == "topk" else chosen
+        rows = np.arange(cfg.n_features) if cfg.competes else chosen
         W.append(jnp.asarray(enc.W_enc_FD[rows], dtype))
         b.append(jnp.asarray(enc.b_enc_F[rows], dtype))
         if enc.theta_F is not None:
@@ -180,7 +180,7 @@ def encoders(store: DictionaryStore, params: LMParams, subset: Subset) -> Encode
         tuple(W),
         tuple(b),
         tuple(theta) if theta and cfg.activation == "jumprelu" else None,
-        tuple(pick) if cfg.activation == "topk" else None,
+        tuple(pick) if cfg.competes else None,
     )
 
 
@@ -238,10 +238,9 @@ def watch(
         with jax.named_scope("encode"):
             pre_UT = jnp.einsum("UD,TD->UT", enc.W[layer], read_TD)
         pre_UT = pre_UT + enc.b[layer][:, None]
-        if plan.clt.activation == "topk":
-            assert plan.clt.k is not None
+        if plan.clt.competes:
             assert enc.pick is not None
-            a_UT = topk(pre_UT.T, plan.clt.k).T[enc.pick[layer]]
+            a_UT = activate(pre_UT.T, None, cfg=plan.clt).T[enc.pick[layer]]
             pre_UT = pre_UT[enc.pick[layer]]
         elif enc.theta is None:
             a_UT = relu(pre_UT)

@@ -111,7 +111,7 @@ def near_threshold(
     """
     if not margin >= 0:
         raise InputError(f"margin {margin}: give a number that is not negative")
-    if store.cfg.activation == "topk":
+    if store.cfg.competes:
         raise InputError(
             "a topk dictionary has no thresholds: what is released depends on all of "
             "its features, use a relu or jumprelu dictionary"

@@ -1,4 +1,4 @@
-"""Reading a dictionary in circuit-tracer's format, lazily.
+"""Reading what a config.yaml of circuit-tracer describes, lazily.
 
 Opening reads headers only; weights are mapped and copied out layer by layer or decoder
 row by decoder row, so a dictionary larger than memory can be traced.
@@ -6,100 +6,50 @@ row by decoder row, so a dictionary larger than memory can be traced.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from jaxclt.clt.config import CLTConfig
-from jaxclt.clt.store import DictionaryStore, EncoderLayer, materialise
 from jaxclt.errors import InputError
 from jaxclt.io.circuit_tracer_format import (
     CLT,
     LAYOUTS,
-    PICKLES,
-    PLT,
     READ_OF_HOOK,
-    WRITE_HOOKS,
+    WRITE_OF_HOOK,
     Layout,
 )
-from jaxclt.io.digest import digest_ends
-from jaxclt.io.tensors import TensorFile, open_tensors, pickle_message
-from jaxclt.lm.config import LMConfig
-from jaxclt.types import CLTParams
+from jaxclt.io.formats.pieces import (
+    FileStore,
+    LayerFiles,
+    Piece,
+    check_tensors,
+    stored_shape,
+)
+from jaxclt.io.hub import fetch_listed
+from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
 
-__all__ = [
-    "CircuitTracerDir",
-    "check",
-    "dictionary_hash",
-    "load_params",
-    "open_dictionary",
-]
+__all__ = ["CONFIG", "is_circuit_tracer", "open_circuit_tracer", "read_yaml"]
 
-
-@dataclasses.dataclass(frozen=True)
-class CircuitTracerDir:
-    """A dictionary directory, opened but not read: a `DictionaryStore`.
-
-    Weights come in the dtype they are stored in. Every read raises InputError on values
-    that are not finite.
-    """
-
-    path: Path
-    cfg: CLTConfig
-    model_name: str | None  # the model it was trained on, as its config says
-    scan: str | None  # the name of its feature examples in circuit-tracer's interface
-    layout: Layout
-    encoder_files: tuple[TensorFile, ...]
-    decoder_files: tuple[TensorFile, ...]
-
-    def encoder(self, layer: int) -> EncoderLayer:
-        """All encoder rows of one layer: [F, D], [F] and thresholds [F] or None."""
-        file, names = self.encoder_files[layer], self.layout
-        has_theta = self.cfg.activation == "jumprelu"
-        return EncoderLayer(
-            file.read(names.W_enc.format(layer)),
-            file.read(names.b_enc.format(layer)),
-            file.read(names.theta.format(layer)) if has_theta else None,
-        )
-
-    def decoder_rows(self, layer: int, feature_A: np.ndarray) -> np.ndarray:
-        """Decoder rows [A, n_writes(layer), D] of the given features."""
-        return self._decoder(layer, np.asarray(feature_A))
-
-    def decoder(self, layer: int) -> np.ndarray:
-        """The whole decoder [F, n_writes(layer), D] of one layer."""
-        return self._decoder(layer, None)
-
-    def _decoder(self, layer: int, rows: np.ndarray | None) -> np.ndarray:
-        W = self.decoder_files[layer].read(self.layout.W_dec.format(layer), rows)
-        shape = (len(W), self.cfg.n_writes(layer), self.cfg.d_model)
-        return W.reshape(shape)  # a PLT stores [F, D]
-
-    def b_dec(self) -> np.ndarray:
-        """Decoder biases [L, D]."""
-        name = self.layout.b_dec
-        return np.stack(
-            [f.read(name.format(i)) for i, f in enumerate(self.encoder_files)]
-        )
-
-    def skip(self, layer: int) -> np.ndarray | None:
-        """Linear path [D, D], used as ``read @ skip``, or None."""
-        file, name = self.encoder_files[layer], self.layout.W_skip
-        if name is None or name not in file.tensors:
-            return None
-        return file.read(name).T
+CONFIG = "config.yaml"
 
 
-def open_dictionary(path: str | Path) -> CircuitTracerDir:
-    """Open a dictionary in circuit-tracer's format without reading its weights.
+def is_circuit_tracer(path: Path) -> bool:
+    """Whether a directory has a config.yaml that is not of another format."""
+    return (path / CONFIG).is_file()
+
+
+def open_circuit_tracer(
+    path: Path, supplement: Mapping[str, Any] | None = None
+) -> FileStore:
+    """Open a dictionary that a config.yaml describes without reading its weights.
 
     Args:
       path: the directory that holds config.yaml.
+      supplement: what config.yaml should say but does not.
 
     Returns:
       A lazy store; its span is what the decoder shapes say.
@@ -107,82 +57,55 @@ def open_dictionary(path: str | Path) -> CircuitTracerDir:
     Raises:
       InputError: if a file is missing, truncated, a pickle, or of the wrong shape.
     """
-    path = Path(path)
-    config = _read_config(path)
-    layout = LAYOUTS[config["model_kind"]]
-    encoder_files, decoder_files = _open_layers(path, layout, config)
+    config = _read_config(path, supplement or {})
+    layout, encoder_files, decoder_files = _open_layers(path, config)
     cfg = _infer_config(path, config, layout, encoder_files, decoder_files)
-    store = CircuitTracerDir(
+    _check_layers(cfg, layout, encoder_files, decoder_files)
+    layers = [
+        _layer(cfg, layout, layer, encoder_files[layer], decoder_files[layer])
+        for layer in range(cfg.n_layers)
+    ]
+    return FileStore(
         path=path,
         cfg=cfg,
-        model_name=config.get("model_name"),
-        scan=config.get("scan"),
-        layout=layout,
-        encoder_files=encoder_files,
-        decoder_files=decoder_files,
+        format=layout.format,
+        layers=tuple(layers),
+        files={
+            CONFIG: path / CONFIG,
+            **_named(path, (*encoder_files, *decoder_files)),
+        },
+        write=WRITE_OF_HOOK[config["feature_output_hook"]],
+        model_name=_text(path, config, "model_name"),
+        scan=_text(path, config, "scan"),
     )
-    _check_tensors(store)
-    return store
 
 
-def load_params(path: str | Path) -> tuple[CLTParams, CLTConfig]:
-    """Read a whole dictionary into memory.
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
 
     Raises:
-      InputError: as `open_dictionary`, and if a weight is not finite.
+      InputError: if it is missing or holds anything else.
     """
-    store = open_dictionary(path)
-    return materialise(store), store.cfg
-
-
-def check(store: DictionaryStore, lm_cfg: LMConfig) -> None:
-    """Raise InputError unless the dictionary fits the model."""
-    cfg = store.cfg
-    trained_on = getattr(store, "model_name", None)
-    hint = f" (it names {trained_on})" if trained_on else ""
-    for what, ours, theirs in (
-        ("layers", cfg.n_layers, lm_cfg.n_layers),
-        ("residual dimensions", cfg.d_model, lm_cfg.d_model),
-    ):
-        if ours != theirs:
-            raise InputError(
-                f"the dictionary has {ours} {what}, the model {theirs}; give the model "
-                f"the dictionary was trained on{hint} or another dictionary"
-            )
-
-
-def dictionary_hash(store: CircuitTracerDir) -> str:
-    """Hex hash of names, sizes and the first and last megabyte of every file.
-
-    Cheap for dictionaries of many gigabytes; it tells dictionaries apart but does not
-    prove that all bytes are the same.
-    """
-    paths = {f.path for f in (*store.encoder_files, *store.decoder_files)}
-    paths.add(store.path / "config.yaml")
-    return digest_ends({p.relative_to(store.path).as_posix(): p for p in paths})
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """config.yaml as a mapping whose kind and hooks are known."""
-    if path.suffix in PICKLES:
-        raise InputError(pickle_message(path))
-    file = path / "config.yaml"
-    if not file.is_file():
-        _refuse_pickles(path)
-        raise InputError(
-            f"{path} is not a dictionary: a directory with config.yaml is needed"
-        )
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror or error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         raise InputError(f"{file} is not valid YAML; correct or replace it") from error
     if not isinstance(config, dict):
         raise InputError(f"{file} must be a mapping of names to values")
+    return config
+
+
+def _read_config(path: Path, supplement: Mapping[str, Any]) -> dict[str, Any]:
+    """config.yaml as a mapping whose kind and hooks are known."""
+    file = path / CONFIG
+    config = {**supplement, **read_yaml(file)}
     for key, known in (
-        ("model_kind", tuple(LAYOUTS)),
+        ("model_kind", tuple(dict.fromkeys(x.model_kind for x in LAYOUTS))),
         ("feature_input_hook", tuple(READ_OF_HOOK)),
-        ("feature_output_hook", WRITE_HOOKS),
-        ("activation", ("relu", "topk", None)),
+        ("feature_output_hook", tuple(WRITE_OF_HOOK)),
+        ("activation", ("relu", "jump_relu", "jumprelu", "topk", None)),
     ):
         if config.get(key) not in known:
             names = ", ".join(filter(None, known))
@@ -191,47 +114,76 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _refuse_pickles(path: Path) -> None:
-    """Say so if pickles are what a directory offers in place of safetensors."""
-    for file in sorted(path.iterdir()) if path.is_dir() else []:
-        if file.suffix in PICKLES:
-            raise InputError(pickle_message(file))
+def _text(path: Path, config: Mapping[str, Any], key: str) -> str | None:
+    value = config.get(key)
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{path / CONFIG}: {key} must be a text, not {value!r}")
+    return value
 
 
 def _open_layers(
-    path: Path, layout: Layout, config: Mapping[str, Any]
-) -> tuple[tuple[TensorFile, ...], tuple[TensorFile, ...]]:
-    """Open the encoder and decoder file of every layer."""
+    path: Path, config: Mapping[str, Any]
+) -> tuple[Layout, tuple[TensorFile, ...], tuple[TensorFile, ...]]:
+    """The layout of the files, and the encoder and decoder file of every layer."""
+    candidates = [x for x in LAYOUTS if x.model_kind == config["model_kind"]]
     if config.get("transcoders") is not None:
-        if config["model_kind"] == CLT:
-            raise InputError(
-                f"{path}/config.yaml: a `transcoders` list needs model_kind {PLT}"
-            )
         entries = config["transcoders"]
         if not isinstance(entries, list) or not entries:
-            raise InputError(f"{path}/config.yaml: transcoders must be a list of files")
-        files = tuple(open_tensors(_local(path, entry)) for entry in entries)
-        return files, files
-    n_layers = _count_layers(path, layout.encoder_file)
+            raise InputError(f"{path / CONFIG}: transcoders must be a list of files")
+        files = tuple(open_tensors(_entry(path, entry)) for entry in entries)
+        return _recognise(candidates, files[0]), files, files
+    native = candidates[0]
+    n_layers = _count_layers(path, native.encoder_file)
     encoder = tuple(
-        open_tensors(path / layout.encoder_file.format(i)) for i in range(n_layers)
+        open_tensors(path / native.encoder_file.format(i)) for i in range(n_layers)
     )
-    if layout.decoder_file == layout.encoder_file:
-        return encoder, encoder
-    return encoder, tuple(
-        open_tensors(path / layout.decoder_file.format(i)) for i in range(n_layers)
+    if native.decoder_file == native.encoder_file:
+        return native, encoder, encoder
+    decoder = tuple(
+        open_tensors(path / native.decoder_file.format(i)) for i in range(n_layers)
+    )
+    return native, encoder, decoder
+
+
+def _recognise(candidates: list[Layout], file: TensorFile) -> Layout:
+    """The layout by what the first file is: its kind, and the name of its encoder.
+
+    A CLT whose layers are in two files each cannot be listed.
+    """
+    for layout in candidates:
+        one_file = layout.encoder_file == layout.decoder_file
+        fits = file.path.suffix == layout.suffix and layout.W_enc in file.tensors
+        if one_file and fits:
+            return layout
+    names = dict.fromkeys(x.W_enc.format(0) for x in candidates)
+    raise InputError(
+        f"{file.path} has no tensor {' or '.join(names)}; convert or replace it"
     )
 
 
-def _local(path: Path, entry: Any) -> Path:
-    """Resolve an entry of `transcoders`, which must lie inside the dictionary."""
-    file = Path(str(entry))
-    if "://" in str(entry) or file.is_absolute() or ".." in file.parts:
+def _entry(path: Path, entry: Any) -> Path:
+    """The file of an entry of `transcoders`: inside the directory, or on the hub."""
+    text = str(entry)
+    if text.startswith("hf://"):
+        return fetch_listed(text)
+    file = Path(text)
+    if "://" in text or file.is_absolute() or ".." in file.parts or "\0" in text:
         raise InputError(
-            f"{path}/config.yaml: transcoders entry {entry} must be a file inside the "
-            "directory; download it there and name it by its relative path"
+            f"{path / CONFIG}: transcoders entry {text!r} must be a file inside the "
+            "directory or hf://organisation/name/file; download it there and name it "
+            "by its relative path"
         )
     return path / file
+
+
+def _named(path: Path, files: tuple[TensorFile, ...]) -> dict[str, Path]:
+    """Files by their names inside the directory; of others, by all that names them."""
+    return {
+        f.path.relative_to(path).as_posix()
+        if f.path.is_relative_to(path)
+        else "/".join(f.path.parts[-4:]): f.path
+        for f in files
+    }
 
 
 def _count_layers(path: Path, template: str) -> int:
@@ -239,7 +191,7 @@ def _count_layers(path: Path, template: str) -> int:
     pattern = re.compile(re.escape(template).replace(r"\{\}", r"(\d+)"))
     found = [int(m[1]) for p in path.iterdir() if (m := pattern.fullmatch(p.name))]
     if not found:
-        _refuse_pickles(path)
+        refuse_pickles(path)
         raise InputError(f"{path} holds no {template.format('*')}; is it complete?")
     missing = sorted(set(range(len(found))) - set(found))
     if missing:  # said before a stray large number makes us count up to it
@@ -258,9 +210,10 @@ def _infer_config(
     decoder_files: tuple[TensorFile, ...],
 ) -> CLTConfig:
     """The shape and conventions, from the first layer's tensors."""
-    n_features, d_model = _shape(encoder_files[0], layout.W_enc.format(0), 2)
-    is_clt = config["model_kind"] == CLT
-    decoder = _shape(decoder_files[0], layout.W_dec.format(0), 3 if is_clt else 2)
+    sizes = stored_shape(encoder_files[0], layout.W_enc.format(0), 2)
+    n_features, d_model = sizes if layout.enc_axes == "FD" else sizes[::-1]
+    is_clt = layout.model_kind == CLT
+    decoder = stored_shape(decoder_files[0], layout.W_dec.format(0), 3 if is_clt else 2)
     span, n_layers = (decoder[1] if is_clt else 1), len(encoder_files)
     if span > n_layers:
         raise InputError(
@@ -271,8 +224,13 @@ def _infer_config(
     has_theta = layout.theta.format(0) in encoder_files[0].tensors
     topk = config.get("activation") == "topk"
     k = config.get("k") if topk else None
-    if k is not None and not isinstance(k, int):
-        raise InputError(f"{path}/config.yaml: k must be a whole number, not {k!r}")
+    if k is not None and (not isinstance(k, int) or isinstance(k, bool)):
+        raise InputError(f"{path / CONFIG}: k must be a whole number, not {k!r}")
+    if topk and has_theta:
+        raise InputError(
+            f"{path / CONFIG}: activation is topk but the files hold thresholds; "
+            "remove one of them"
+        )
     return CLTConfig(
         n_layers=n_layers,
         d_model=d_model,
@@ -284,64 +242,73 @@ def _infer_config(
     )
 
 
-def _shape(file: TensorFile, name: str, ndim: int) -> tuple[int, ...]:
-    if name not in file.tensors:
-        raise InputError(f"{file.path} has no tensor {name}; convert or replace it")
-    shape = file.tensors[name].shape
-    if len(shape) != ndim:
-        raise InputError(
-            f"{file.path}: {name} has shape {shape}, but {ndim} axes are needed; "
-            "convert or replace it"
-        )
-    return shape
-
-
-def _check_tensors(store: CircuitTracerDir) -> None:
-    """Every layer has exactly the tensors of the format, with the config's shapes."""
-    for layer in range(store.cfg.n_layers):
-        encoder, decoder = _wanted_shapes(store, layer)
-        if store.layout.decoder_file == store.layout.encoder_file:
-            _check_file(store.encoder_files[layer], encoder | decoder)
-        else:
-            _check_file(store.encoder_files[layer], encoder)
-            _check_file(store.decoder_files[layer], decoder)
-
-
 _Shapes = dict[str, tuple[int, ...]]
 
 
-def _wanted_shapes(store: CircuitTracerDir, layer: int) -> tuple[_Shapes, _Shapes]:
+def _check_layers(
+    cfg: CLTConfig,
+    layout: Layout,
+    encoder_files: tuple[TensorFile, ...],
+    decoder_files: tuple[TensorFile, ...],
+) -> None:
+    """Every layer has exactly the tensors of the format, with the config's shapes."""
+    first = encoder_files[0].tensors  # all layers have the optional ones, or none
+    for layer in range(cfg.n_layers):
+        encoder, decoder = _wanted(cfg, layout, layer, first)
+        if layout.decoder_file == layout.encoder_file:
+            check_tensors(encoder_files[layer], encoder | decoder)
+        else:
+            check_tensors(encoder_files[layer], encoder)
+            check_tensors(decoder_files[layer], decoder)
+
+
+def _wanted(
+    cfg: CLTConfig, layout: Layout, layer: int, first: Mapping[str, Any]
+) -> tuple[_Shapes, _Shapes]:
     """Shapes by tensor name: what belongs to the encoder, and the decoder."""
-    cfg, names = store.cfg, store.layout
-    F, D, M = cfg.n_features, cfg.d_model, cfg.n_writes(layer)
-    encoder: _Shapes = {names.W_enc: (F, D), names.b_enc: (F,), names.b_dec: (D,)}
-    optional: _Shapes = {names.theta: (F,)}
-    if names.W_skip is not None:
-        optional[names.W_skip] = (D, D)
-    first = store.encoder_files[0].tensors  # all layers have them, or none
+    F, D = cfg.n_features, cfg.d_model
+    encoder: _Shapes = {
+        layout.W_enc: (F, D) if layout.enc_axes == "FD" else (D, F),
+        layout.b_enc: (F,),
+        layout.b_dec: (D,),
+    }
+    optional: _Shapes = {layout.theta: (F,)}
+    if layout.W_skip is not None:
+        optional[layout.W_skip] = (D, D)
     encoder |= {k: v for k, v in optional.items() if k.format(0) in first}
-    decoder: _Shapes = {names.W_dec: (F, D) if names is LAYOUTS[PLT] else (F, M, D)}
+    decoder: tuple[int, ...] = {
+        "own": (F, D),
+        "later": (F, cfg.n_writes(layer), D),
+        "all": (F, cfg.n_layers, D),
+    }[layout.writes]
     return (
         {k.format(layer): v for k, v in encoder.items()},
-        {k.format(layer): v for k, v in decoder.items()},
+        {layout.W_dec.format(layer): decoder},
     )
 
 
-def _check_file(file: TensorFile, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    for name, shape in wanted.items():
-        if name not in file.tensors:
-            raise InputError(
-                f"{file.path} has no tensor {name}; copy or fetch the dictionary again"
-            )
-        if file.tensors[name].shape != shape:
-            raise InputError(
-                f"{file.path}: {name} has shape {file.tensors[name].shape}, the rest "
-                f"of the dictionary needs {shape}; fetch or convert it again"
-            )
-    # a tensor we do not know may change what the dictionary means: never ignore it
-    unknown = sorted(set(file.tensors) - set(wanted))
-    if unknown:
-        raise InputError(
-            f"{file.path} holds {unknown[0]!r}, which this format does not have or "
-            "layer 0 lacks; remove or convert it"
-        )
+def _layer(
+    cfg: CLTConfig,
+    layout: Layout,
+    layer: int,
+    encoder: TensorFile,
+    decoder: TensorFile,
+) -> LayerFiles:
+    def piece(name: str | None, **how: Any) -> Piece | None:
+        stored = (name or "").format(layer)
+        return Piece(encoder, stored, **how) if stored in encoder.tensors else None
+
+    W_enc = piece(layout.W_enc, transposed=layout.enc_axes == "DF")
+    b_dec = piece(layout.b_dec)
+    assert W_enc is not None
+    assert b_dec is not None
+    skip = piece(layout.W_skip, transposed=layout.skip_axes == "oi")
+    pick = (slice(None), slice(layer, None)) if layout.writes == "all" else ()
+    return LayerFiles(
+        W_enc=W_enc,
+        b_enc=piece(layout.b_enc),
+        decoder=(Piece(decoder, layout.W_dec.format(layer), pick),),
+        b_dec=((b_dec, 1.0),),
+        theta=piece(layout.theta),
+        skip=None if skip is None else (skip, 1.0),
+    )

@@ -8,30 +8,34 @@ import re
 from pathlib import Path
 
 from jaxclt.clt.active import Dictionary, StoreDictionary
+from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.neurons import parse_neurons
+from jaxclt.clt.store import DictionaryStore, materialise
 from jaxclt.errors import InputError
 from jaxclt.io.bundled import DICTIONARIES, bundled
-from jaxclt.io.circuit_tracer_read import (
-    CircuitTracerDir,
-    check,
-    dictionary_hash,
-    load_params,
-    open_dictionary,
-)
 from jaxclt.io.circuit_tracer_write import save_dictionary
-from jaxclt.io.hub import download, parse_hub_id
+from jaxclt.io.formats.pieces import FileStore
+from jaxclt.io.formats.table import (
+    FORMATS,
+    LABELS,
+    config_files,
+    open_files,
+    weight_files,
+)
+from jaxclt.io.hub import download_dictionary, parse_hub_ref
 from jaxclt.io.model import Model
+from jaxclt.io.published import supplement
 from jaxclt.io.weights_safetensors import read_json
-
-LABELS = "labels.json"
+from jaxclt.lm.config import LMConfig
+from jaxclt.types import CLTParams
 
 __all__ = [
     "LABELS",
-    "CircuitTracerDir",
+    "FileStore",
     "check",
-    "dictionary_hash",
     "load_dictionary",
     "load_params",
+    "locate_dictionary",
     "open_dictionary",
     "read_labels",
     "save_dictionary",
@@ -43,8 +47,9 @@ def load_dictionary(name_or_path: str | os.PathLike[str], model: Model) -> Dicti
 
     Args:
       name_or_path: `neurons`, `neurons:k`, `neurons@x`, a bundled one (see
-        `jaxclt.io.bundled`), a directory in circuit-tracer's format (or one that holds
-        such a directory as `dictionary`), or a hub id `organisation/name[@revision]`.
+        `jaxclt.io.bundled`), a directory in one of the formats of
+        `jaxclt.io.formats.table` (or one that holds such a directory as `dictionary`),
+        or a hub id ``organisation/name[//folder][@revision]``.
       model: the model it reads.
 
     Raises:
@@ -54,22 +59,90 @@ def load_dictionary(name_or_path: str | os.PathLike[str], model: Model) -> Dicti
     neurons = parse_neurons(name)
     if neurons is not None:
         return dataclasses.replace(neurons, hash=model.hash)
+    store = open_dictionary(name)
+    check(store, model.cfg, post_norm=model.params.blocks.post_mlp_LD is not None)
+    return StoreDictionary(
+        store, name=name, hash=store.digest(), labels=read_labels(store.path)
+    )
+
+
+def locate_dictionary(name: str) -> Path:
+    """The directory that a bundled name, a path or a hub id stands for.
+
+    What is not here yet is fetched from the hub: what the format needs, no more.
+
+    Raises:
+      InputError: if there is none of the name, or it cannot be had.
+    """
     path = bundled(name) or Path(name).expanduser()
     if not path.exists():
-        if parse_hub_id(name) is None:
+        if parse_hub_ref(name) is None:
             raise InputError(
                 f"no dictionary {name!r}: give neurons:k, {', '.join(DICTIONARIES)}, a "
-                "directory that holds a "
-                "config.yaml in circuit-tracer's format, or a hub id organisation/name"
+                f"directory in one of the formats {', '.join(FORMATS)}, or a hub id "
+                "organisation/name[//folder][@revision] (`jaxclt fetch --list` names "
+                "some)"
             )
-        path = download(name, "dictionary", allow=["config.yaml", "*.safetensors"])
-    if (path / "dictionary").is_dir() and not (path / "config.yaml").exists():
-        path = path / "dictionary"
+        path = download_dictionary(name, config_files, weight_files)
+    inside = path / "dictionary"
+    return inside if inside.is_dir() and not (path / "config.yaml").exists() else path
+
+
+def open_dictionary(name_or_path: str | os.PathLike[str]) -> FileStore:
+    """Open a dictionary without reading its weights.
+
+    Args:
+      name_or_path: as for `load_dictionary`, but not neurons.
+
+    Returns:
+      A lazy store.
+
+    Raises:
+      InputError: if a file is missing, truncated, a pickle, of the wrong shape, or asks
+        for what cannot be represented.
+    """
+    name = os.fspath(name_or_path)
+    if isinstance(name_or_path, os.PathLike):
+        return open_files(Path(name))
+    return open_files(locate_dictionary(name), supplement(name))
+
+
+def load_params(path: str | Path) -> tuple[CLTParams, CLTConfig]:
+    """Read a whole dictionary into memory.
+
+    Raises:
+      InputError: as `open_dictionary`, and if a weight is not finite.
+    """
     store = open_dictionary(path)
-    check(store, model.cfg)
-    return StoreDictionary(
-        store, name=name, hash=dictionary_hash(store), labels=read_labels(path)
-    )
+    return materialise(store), store.cfg
+
+
+def check(store: DictionaryStore, lm_cfg: LMConfig, *, post_norm: bool = False) -> None:
+    """Raise InputError unless the dictionary fits the model.
+
+    Args:
+      store: the dictionary.
+      lm_cfg: the model.
+      post_norm: the model normalises what its MLPs write.
+    """
+    cfg = store.cfg
+    trained_on = getattr(store, "model_name", None)
+    hint = f" (it names {trained_on})" if trained_on else ""
+    for what, ours, theirs in (
+        ("layers", cfg.n_layers, lm_cfg.n_layers),
+        ("residual dimensions", cfg.d_model, lm_cfg.d_model),
+    ):
+        if ours != theirs:
+            raise InputError(
+                f"the dictionary has {ours} {what}, the model {theirs}; give the model "
+                f"the dictionary was trained on{hint} or another dictionary"
+            )
+    if post_norm and getattr(store, "write", "stream") == "mlp":
+        raise InputError(
+            "the dictionary reconstructs what the MLPs write ahead of the norm behind "
+            "them (feature_output_hook mlp.hook_out), whose denominator is another at "
+            "each token: give one that writes hook_mlp_out"
+        )
 
 
 def read_labels(folder: Path) -> dict[tuple[int, int], str]:

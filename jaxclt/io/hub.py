@@ -1,23 +1,59 @@
-"""Models and dictionaries by hub id, `organisation/name[@revision]`."""
+"""Files of the model hub: by repository, folder and revision, and no more than needed.
+
+A name is ``organisation/name``, with ``//folder`` (or ``/folder``) inside it and
+``@revision`` behind it where there is one.
+"""
 
 from __future__ import annotations
 
+import fnmatch
 import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, urlsplit
 
 from jaxclt.errors import InputError
 
-__all__ = ["download", "parse_hub_id"]
+__all__ = ["HubRef", "download", "download_dictionary", "fetch_listed"]
+__all__ += ["parse_hub_id", "parse_hub_ref"]
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<rev>[\w./-]+))?")
+_PART = r"[\w.-]+"
+_HUB_REF = re.compile(
+    rf"(?P<repo>{_PART}/{_PART})(?P<folder>(//?{_PART})*)/?(@(?P<rev>[\w./-]+))?"
+)
+_TIMEOUT_S = 10
+
+
+class HubRef(NamedTuple):
+    """A place on the hub."""
+
+    repo: str
+    folder: str  # "" for the whole repository
+    revision: str | None
+
+    def inside(self, name: str) -> str:
+        """Name in the repository of a file of the folder."""
+        return f"{self.folder}/{name}" if self.folder else name
+
+
+def parse_hub_ref(name: str) -> HubRef | None:
+    """The place that a name stands for, or None if it is no name of one."""
+    found = _HUB_REF.fullmatch(name)
+    if found is None or name[0] in ".~":
+        return None
+    parts = [part for part in found["folder"].split("/") if part]
+    if any(not part.strip(".") for part in (*parts, *found["repo"].split("/"))):
+        return None  # a dot or two is a path
+    return HubRef(found["repo"], "/".join(parts), found["rev"])
 
 
 def parse_hub_id(name: str) -> tuple[str, str | None] | None:
-    """(repository, revision) of a hub id, or None if `name` is not one."""
-    found = _HUB_ID.fullmatch(name)
-    if found is None or name[0] in ".~":
-        return None
-    return found["repo"], found["rev"]
+    """(repository, revision) of a hub id without a folder, or None."""
+    found = parse_hub_ref(name)
+    return None if found is None or found.folder else (found.repo, found.revision)
 
 
 def download(
@@ -32,24 +68,238 @@ def download(
       ignore: patterns of files to leave.
 
     Raises:
-      InputError: if there is no such repository or the hub cannot be reached.
+      InputError: if there is no such repository or revision, if it may not be read, if
+        the hub cannot be reached, or if the files do not fit on the disk.
     """
+
+    def wanted(names: Sequence[str]) -> list[str]:
+        def match(name: str, patterns: list[str]) -> bool:
+            return any(fnmatch.fnmatch(name, x) for x in patterns)
+
+        kept = [x for x in names if match(x, allow)]
+        return [x for x in kept if not match(x, ignore or [])]
+
+    ref = parse_hub_ref(name)
+    if ref is None or ref.folder:
+        raise InputError(f"{name!r} is no hub id: write organisation/name[@revision]")
+    return _fetch(ref, what, wanted)
+
+
+def download_dictionary(
+    name: str,
+    configs: Callable[[Sequence[str]], list[str]],
+    weights: Callable[[Path, Sequence[str]], list[str]],
+) -> Path:
+    """Fetch a dictionary: the files that describe it first, then what they ask for.
+
+    Args:
+      name: hub id, may name a folder.
+      configs: from the names of all files in that folder to those that describe it.
+      weights: from the local folder, which has these, and all names, to the others.
+
+    Raises:
+      InputError: as `download`.
+    """
+    ref = parse_hub_ref(name)
+    if ref is None:
+        raise InputError(
+            f"{name!r} is no hub id: write organisation/name[//folder][@revision]"
+        )
+    listed: list[str] = []
+
+    def first(names: Sequence[str]) -> list[str]:
+        listed.extend(names)
+        return configs(names)
+
+    folder = _fetch(ref, "dictionary", first)
+    # what an earlier call fetched is all that can be had when the hub is out of reach
+    names = listed or _local_names(folder)
+    return _fetch(ref, "dictionary", lambda _: weights(folder, names))
+
+
+def fetch_listed(uri: str) -> Path:
+    """The file of a ``hf://organisation/name/file[?revision=..]``, fetched if absent.
+
+    Raises:
+      InputError: if it is not of that form, and as `download`.
+    """
+    at = urlsplit(uri)
+    revision = parse_qs(at.query).get("revision", [None])[0]
+    ref = parse_hub_ref(f"{at.netloc}{at.path}" + (f"@{revision}" if revision else ""))
+    if at.scheme != "hf" or ref is None or not ref.folder:
+        raise InputError(
+            f"{uri!r} names no file: write hf://organisation/name/file[?revision=..]"
+        )
+    folder, _, file = ref.folder.rpartition("/")
+    return _fetch(ref._replace(folder=folder), "dictionary", lambda _: [file]) / file
+
+
+def _local_names(folder: Path) -> list[str]:
+    files = [x for x in folder.rglob("*") if x.is_file()]
+    return [x.relative_to(folder).as_posix() for x in files]
+
+
+def _fetch(
+    ref: HubRef, what: str, wanted: Callable[[Sequence[str]], list[str]]
+) -> Path:
+    """Files of a folder of a repository, by a choice among its names; local folder."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        with _explained(ref, what):
+            # The short question first: a download would retry for minutes without
+            # network, and it knows neither names nor sizes.
+            info = HfApi().model_info(
+                ref.repo,
+                revision=ref.revision,
+                timeout=_TIMEOUT_S,
+                files_metadata=True,
+            )
+    except _UnreachableError as error:
+        return _cached(ref, error, wanted)
+    start = f"{ref.folder}/" if ref.folder else ""
+    sizes = {
+        x.rfilename[len(start) :]: x.size or 0
+        for x in info.siblings or ()
+        if x.rfilename.startswith(start)
+    }
+    if not sizes:
+        raise InputError(
+            f"{ref.repo} has no folder {ref.folder!r}; look at "
+            f"https://huggingface.co/{ref.repo}/tree/{ref.revision or 'main'}"
+        )
+    chosen = wanted(list(sizes))
+    if not chosen:
+        raise InputError(
+            f"{_name(ref)} holds no {what} in a known format; give another repository, "
+            "or a folder of it as organisation/name//folder"
+        )
+    _check_space(ref, {ref.inside(x): sizes.get(x, 0) for x in chosen}, info.sha)
+    with _reachable(), _explained(ref, what):
+        root = snapshot_download(
+            ref.repo,
+            revision=info.sha or ref.revision,
+            allow_patterns=[_literal(ref.inside(x)) for x in chosen],
+        )
+    return Path(root) / ref.folder if ref.folder else Path(root)
+
+
+def _literal(name: str) -> str:
+    """A pattern that matches one name."""
+    return re.sub(r"([\[*?])", r"[\1]", name)
+
+
+def _cached(
+    ref: HubRef, error: Exception, wanted: Callable[[Sequence[str]], list[str]]
+) -> Path:
+    """What an earlier download left, where the hub cannot be reached now."""
     from huggingface_hub import snapshot_download
 
-    parsed = parse_hub_id(name)
-    if parsed is None:
-        raise InputError(f"{name!r} is no hub id: write organisation/name[@revision]")
     try:
-        folder = snapshot_download(
-            parsed[0],
-            revision=parsed[1],
-            allow_patterns=allow,
-            ignore_patterns=ignore,
+        root = Path(
+            snapshot_download(ref.repo, revision=ref.revision, local_files_only=True)
         )
-    except Exception as error:  # whatever its HTTP library of the day raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception:  # whatever it says, there is nothing
+        root = None
+    folder = root / ref.folder if root else None
+    names = _local_names(folder) if folder and folder.is_dir() else []
+    if folder is None or not names or not set(wanted(names)) <= set(names):
+        raise InputError(str(error)) from error
+    return folder
+
+
+def _check_space(ref: HubRef, sizes: Mapping[str, int], sha: str | None) -> None:
+    """Raise InputError unless what is still to be fetched fits on the cache's disk."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    needed = sum(
+        size
+        for name, size in sizes.items()
+        if not isinstance(try_to_load_from_cache(ref.repo, name, revision=sha), str)
+    )
+    place = Path(HF_HUB_CACHE)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
         raise InputError(
-            f"no file or directory {name!r}, and the hub has no such {what} or cannot "
-            f"be reached ({reason})"
+            f"{_name(ref)} needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are "
+            f"free at {place}; make room, or set HF_HOME to a larger disk"
+        )
+
+
+def _name(ref: HubRef) -> str:
+    folder = f"//{ref.folder}" if ref.folder else ""
+    return f"{ref.repo}{folder}" + (f"@{ref.revision}" if ref.revision else "")
+
+
+class _UnreachableError(Exception):
+    """The hub did not answer; an earlier download may do."""
+
+
+@contextmanager
+def _explained(ref: HubRef, what: str) -> Iterator[None]:
+    """Turn what the hub's library raises into one line that says what to do."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    page = f"https://huggingface.co/{ref.repo}"
+    try:
+        yield
+    except InputError:
+        raise
+    except GatedRepoError as error:
+        how = "the account of your token has not accepted its terms"
+        if not get_token():
+            how = "no token is set: log in with `hf auth login` or set HF_TOKEN"
+        raise InputError(
+            f"{ref.repo} is gated: accept its terms at {page} first ({how})"
         ) from error
-    return Path(folder)
+    except RevisionNotFoundError as error:
+        raise InputError(
+            f"{ref.repo} has no revision {ref.revision!r}; see {page}/commits/main"
+        ) from error
+    except RepositoryNotFoundError as error:
+        hint = "" if get_token() else " or, if it is private, set HF_TOKEN"
+        raise InputError(
+            f"the hub has no {what} {ref.repo!r} (and there is no such file or "
+            f"directory): check the name{hint}"
+        ) from error
+    except HFValidationError as error:
+        raise InputError(f"{_name(ref)} is no hub id ({_line(error)})") from error
+    except HfHubHTTPError as error:
+        status: Any = getattr(error.response, "status_code", None)
+        if status in (401, 403):
+            raise InputError(
+                f"{ref.repo} may not be read: give a token that may, with "
+                "`hf auth login` or HF_TOKEN"
+            ) from error
+        raise _unreachable(ref, what, error) from error
+    except Exception as error:  # whatever its HTTP library of the day raises
+        raise _unreachable(ref, what, error) from error
+
+
+def _unreachable(ref: HubRef, what: str, error: Exception) -> _UnreachableError:
+    return _UnreachableError(
+        f"no file or directory {_name(ref)!r}, and the hub cannot be reached for a "
+        f"{what} of that name ({_line(error)}): connect to it, or give a local path"
+    )
+
+
+@contextmanager
+def _reachable() -> Iterator[None]:
+    try:
+        yield
+    except _UnreachableError as error:
+        raise InputError(str(error)) from error
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,24 +1,32 @@
-"""Safetensors files read in place: headers parsed, tensors mapped, rows copied out.
+"""Safetensors and npz files read in place: headers parsed, tensors mapped.
 
 The headers are parsed here because numpy, unlike safetensors' own reader, then sees
-bfloat16 and touches no page that was not asked for.
+bfloat16 and touches no page that was not asked for; and because numpy's own reader of
+npz files copies every member as a whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxclt.errors import InputError
-from jaxclt.io.circuit_tracer_format import PICKLES
 
-__all__ = ["TensorFile", "check_finite", "open_tensors", "pickle_message"]
+__all__ = ["PICKLES", "TensorFile", "check_finite", "is_pickle", "open_tensors"]
+__all__ += ["pickle_message", "refuse_pickles"]
+
+PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".dcp"}
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -26,12 +34,26 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": jnp.dtype("bfloat16"),
 }
+_NPY_DTYPES = {x.str: x for x in map(np.dtype, ("<f8", "<f4", "<f2"))}
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '(?P<dtype>[^']{1,16})', 'fortran_order': (?P<fortran>True|False), "
+    rb"'shape': \((?P<shape>[0-9, ]*)\), *\} *\n"
+)
+# No deflated byte stands for more: a header that claims so is damaged, or a bomb.
+_MOST_DEFLATED = 1032
 
 
 class _Tensor(NamedTuple):
     dtype: np.dtype
     shape: tuple[int, ...]
-    offset: int  # from the start of the file
+    offset: int  # from the start of the file, or of the inflated member
+    member: str | None = None  # of an archive, where it cannot be mapped
+    fortran: bool = False  # the first axis is the fastest
+
+    @property
+    def size(self) -> int:
+        """Bytes of all values."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class TensorFile(NamedTuple):
@@ -41,9 +63,21 @@ class TensorFile(NamedTuple):
     tensors: Mapping[str, _Tensor]
 
     def map(self, name: str) -> np.ndarray:
-        """Read-only view of a tensor; only the pages that are used get read."""
+        """Read-only view of a tensor; only the pages that are used get read.
+
+        A member of an archive that is compressed is read as a whole.
+        """
         t = self.tensors[name]
-        return np.memmap(self.path, t.dtype, "r", t.offset, t.shape)
+        order = "F" if t.fortran else "C"
+        if t.member is None:
+            return np.memmap(self.path, t.dtype, "r", t.offset, t.shape, order)
+        with _blame(self.path), zipfile.ZipFile(self.path) as archive:
+            raw = archive.read(t.member)
+        if len(raw) != t.offset + t.size:
+            raise InputError(f"{self.path}: {name} is damaged; copy or fetch it again")
+        return np.frombuffer(raw, t.dtype, offset=t.offset).reshape(
+            t.shape, order=order
+        )
 
     def read(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
         """A finite copy of a tensor, or of some of its rows."""
@@ -61,11 +95,20 @@ def check_finite(x: np.ndarray, where: str) -> None:
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Parse a safetensors header and check it against the file's size."""
-    if path.suffix in PICKLES:
+    """Parse the header of a safetensors or npz file and check it against the size.
+
+    Raises:
+      InputError: if the file is missing, truncated, damaged, a pickle, or holds
+        anything but floating point numbers.
+    """
+    if is_pickle(path):
         raise InputError(pickle_message(path))
     if not path.is_file():
         raise InputError(f"{path} is missing; copy or fetch the dictionary again")
+    return _open_npz(path) if path.suffix == ".npz" else _open_safetensors(path)
+
+
+def _open_safetensors(path: Path) -> TensorFile:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -89,27 +132,141 @@ def open_tensors(path: Path) -> TensorFile:
         raise InputError(
             f"{path} has a broken safetensors header; copy or fetch it again"
         ) from error
-    end = max((_end(t) for t in tensors.values()), default=8 + length)
+    end = _tiled(path, tensors.values(), 8 + length)
     if end > size:
         raise InputError(
             f"{path} is truncated: {size} bytes of {end}; copy or fetch it again"
+        )
+    if end < size:
+        raise InputError(
+            f"{path} holds {size - end} bytes that its header does not name; copy or "
+            "fetch it again"
         )
     return TensorFile(path, tensors)
 
 
 def _tensor(entry: Mapping[str, Any], base: int) -> _Tensor:
-    begin, end = entry["data_offsets"]
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(map(int, entry["shape"]))
-    t = _Tensor(dtype, shape, base + int(begin))
-    if min(shape, default=1) < 1 or begin < 0 or _end(t) != base + end:
+    begin, end = map(_whole, entry["data_offsets"])
+    t = _Tensor(
+        _DTYPES[entry["dtype"]], tuple(map(_whole, entry["shape"])), base + begin
+    )
+    if min(t.shape, default=1) < 1 or begin + t.size != end:
         raise ValueError(entry)
     return t
 
 
-def _end(t: _Tensor) -> int:
-    return t.offset + math.prod(t.shape) * t.dtype.itemsize
+def _whole(x: Any) -> int:
+    # 2.9 and "2" are no sizes, and True is no 1
+    if type(x) is not int or not 0 <= x < 1 << 60:
+        raise ValueError(x)
+    return x
+
+
+def _tiled(path: Path, tensors: Iterable[_Tensor], start: int) -> int:
+    """Where the last tensor ends; tensors may leave no gap and may not overlap."""
+    for t in sorted(tensors, key=lambda t: t.offset):
+        if t.offset != start:
+            raise InputError(
+                f"{path} has a broken safetensors header (tensors overlap or leave "
+                "gaps); copy or fetch it again"
+            )
+        start += t.size
+    return start
+
+
+def _open_npz(path: Path) -> TensorFile:
+    with _blame(path), zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        tensors = {}
+        for info in archive.infolist():
+            name = info.filename.removesuffix(".npy")
+            if name == info.filename or name in tensors:
+                raise InputError(
+                    f"{path}: {info.filename!r} is no array; give a file that "
+                    "numpy.savez wrote"
+                )
+            with archive.open(info) as member:
+                t = _npy_header(path, name, member)
+            if t.offset + t.size != info.file_size:
+                raise ValueError(info)
+            if info.compress_type == zipfile.ZIP_STORED:
+                begin = _data_of(file, info)
+                if begin + info.file_size > path.stat().st_size:
+                    raise ValueError(info)
+                t = t._replace(offset=begin + t.offset)
+            elif info.file_size > _MOST_DEFLATED * info.compress_size + 64:
+                raise ValueError(info)
+            else:
+                t = t._replace(member=info.filename)
+            tensors[name] = t
+    return TensorFile(path, tensors)
+
+
+def _npy_header(path: Path, name: str, member: IO[bytes]) -> _Tensor:
+    start = member.read(8)
+    width = {b"\x01\x00": 2, b"\x02\x00": 4, b"\x03\x00": 4}.get(start[6:], 0)
+    length = int.from_bytes(member.read(width), "little")
+    if start[:6] != b"\x93NUMPY" or not 0 < length < 1 << 12:
+        raise ValueError(start)
+    found = _NPY_HEADER.fullmatch(member.read(length))
+    if found is None:
+        raise ValueError(name)
+    dtype = found["dtype"].decode("ascii")
+    if dtype not in _NPY_DTYPES:
+        raise InputError(
+            f"{path}: {name!r} has dtype {dtype!r}; convert it to one of "
+            f"{', '.join(_NPY_DTYPES)}"
+        )
+    shape = tuple(_whole(int(x)) for x in found["shape"].split(b",") if x.strip())
+    if min(shape, default=1) < 1:
+        raise ValueError(shape)
+    fortran = found["fortran"] == b"True"
+    return _Tensor(_NPY_DTYPES[dtype], shape, 8 + width + length, fortran=fortran)
+
+
+def _data_of(file: IO[bytes], info: zipfile.ZipInfo) -> int:
+    """Where the bytes of a member that is stored as it is begin."""
+    file.seek(info.header_offset)
+    local = file.read(30)
+    if len(local) < 30 or local[:4] != b"PK\x03\x04":
+        raise ValueError(info)
+    name, extra = struct.unpack("<HH", local[26:30])
+    return info.header_offset + 30 + name + extra
+
+
+_DAMAGE = (
+    *(zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError),
+    *(OSError, OverflowError, IndexError, KeyError, zlib.error, struct.error),
+)
+
+
+@contextlib.contextmanager
+def _blame(path: Path) -> Iterator[None]:
+    """Turn whatever zipfile raises on damaged archives into one line."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise InputError(
+            f"{path} is truncated or not an npz file; copy or fetch it again"
+        ) from error
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file's name says that it is a pickle."""
+    return path.suffix in PICKLES
 
 
 def pickle_message(path: Path) -> str:
     """What to say to somebody who offers a pickle."""
     return f"{path} is a pickle, which is never loaded; convert it to safetensors"
+
+
+def refuse_pickles(path: Path) -> None:
+    """Say so if pickles are what a file or a directory offers in place of safetensors.
+
+    Raises:
+      InputError: naming the pickle.
+    """
+    inside = sorted(path.rglob("*")) if path.is_dir() else []
+    for file in (path, *inside):
+        if is_pickle(file):
+            raise InputError(pickle_message(file))

@@ -147,7 +147,7 @@ def gather_features(
         n = clt_cfg.n_writes(int(layer))
         rows = np.asarray(dictionary.store.decoder_rows(int(layer), unique), dtype)
         decoder_EMD[here, :n] = rows.reshape(len(unique), n, D)[row]
-        if clt_cfg.activation == "topk":
+        if clt_cfg.competes:
             pre_EF = read_ED @ np.asarray(enc.W_enc_FD, dtype).T
             pre_EF = pre_EF + np.asarray(enc.b_enc_F, dtype)[None]
             a_EF = np.asarray(activate(jnp.asarray(pre_EF), None, cfg=clt_cfg))

@@ -541,7 +541,14 @@ class _Run:
 
     def _export(self, raw: CLTParams, cfg: CLTConfig, folder: Path) -> dict[str, Any]:
         """Write a dictionary in raw units; measure its replacement model and graphs."""
-        save_dictionary(raw, cfg, folder, model_name=self.model.name)
+        behind_norm = self.model.params.blocks.post_mlp_LD is not None
+        save_dictionary(
+            raw,
+            cfg,
+            folder,
+            model_name=self.model.name,
+            write="stream" if behind_norm else None,
+        )
         held_WS = self.windows.held_WS[: self.config.agreement_windows]
         found: dict[str, Any] = {}
         if len(held_WS):

@@ -229,12 +229,12 @@ def test_decoder_rows_do_not_read_the_decoder(tmp_path: Path):
 def test_the_hash_tells_dictionaries_apart_and_ignores_their_place(
     clt_dir: Path, tmp_path: Path
 ):
-    first = dictionary.dictionary_hash(dictionary.open_dictionary(clt_dir))
+    first = dictionary.open_dictionary(clt_dir).digest()
     copy = Path(shutil.copytree(clt_dir, tmp_path / "copy"))
-    assert dictionary.dictionary_hash(dictionary.open_dictionary(copy)) == first
+    assert dictionary.open_dictionary(copy).digest() == first
     b_dec = safetensors.numpy.load_file(copy / "W_enc_2.safetensors")["b_dec_2"]
     edit_tensors(copy / "W_enc_2.safetensors", b_dec_2=b_dec + 1)
-    assert dictionary.dictionary_hash(dictionary.open_dictionary(copy)) != first
+    assert dictionary.open_dictionary(copy).digest() != first
 
 
 @pytest.mark.parametrize(("n_layers", "d_model"), [(4, 6), (3, 8)])
@@ -351,7 +351,8 @@ def test_wrong_tensors_are_refused(clt_dir: Path, file: str, changes: dict, matc
         ({"activation": "gelu"}, "activation"),
         ({"activation": "topk"}, "topk"),
         ({"activation": "topk", "k": "4"}, "k must be a whole number"),
-        ({"transcoders": ["layer_0.safetensors"]}, "model_kind"),
+        ({"transcoders": ["layer_0.safetensors"]}, "missing"),
+        ({"model_name": ["tiny"]}, "model_name must be a text"),
         ({"model_kind": "transcoder_set"}, "layer_"),
     ],
 )
@@ -369,7 +370,8 @@ def test_a_config_that_is_no_mapping_is_refused(clt_dir: Path, text: str):
 @pytest.mark.parametrize(
     ("entry", "match"),
     [
-        ("hf://org/repo/layer_0.safetensors", "download it"),
+        ("https://org/repo/layer_0.safetensors", "download it"),
+        ("hf://org/layer_0.safetensors", "names no file"),
         ("/etc/passwd", "inside the directory"),
         ("../clt/W_enc_0.safetensors", "inside the directory"),
         ("layer_9.safetensors", "missing"),

@@ -1,0 +1,1 @@
+"""Dictionaries in other tools' layouts: one table of formats, one lazy store."""

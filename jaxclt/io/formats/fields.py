@@ -1,0 +1,114 @@
+"""What the configs of other tools say: hook names, and fields that must have a value.
+
+Other tools' options are data here. A field that a table does not know may change what a
+dictionary means, so it is refused unless it is switched off.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxclt.clt.config import ReadSite
+from jaxclt.errors import InputError
+from jaxclt.io.formats.pieces import WriteSite
+
+__all__ = ["READS", "WRITES", "check_fields", "contiguous", "of_layer", "whole"]
+
+# Names of TransformerLens behind blocks.N, and of modules behind model.layers.N.
+READS: dict[str, ReadSite] = {
+    "hook_resid_mid": "resid_mid",
+    "ln2.hook_normalized": "normalized",
+    "mlp.hook_in": "mlp_in",
+    "mlp.input": "mlp_in",
+    "pre_feedforward_layernorm.input": "resid_mid",
+    "pre_feedforward_layernorm.output": "mlp_in",
+}
+WRITES: dict[str, WriteSite] = {
+    "hook_mlp_out": "stream",
+    "mlp.hook_out": "mlp",
+    "mlp.output": "mlp",
+    "post_feedforward_layernorm.output": "stream",
+}
+_HOOK = re.compile(r"(?:blocks|model\.layers)\.(\d{1,4})\.(.+)")
+_OFF = (None, False, 0, "", "none", [], {})
+
+
+def of_layer(
+    where: Path, field: str, hook: Any, known: Iterable[str]
+) -> tuple[int, str]:
+    """Layer and name of a hook point such as ``blocks.3.hook_mlp_out``.
+
+    Raises:
+      InputError: if it is none of the known ones.
+    """
+    found = _HOOK.fullmatch(hook) if isinstance(hook, str) else None
+    if found is None or found[2] not in known:
+        raise InputError(
+            f"{where}: {field} is {hook!r}, but dictionaries of MLPs read and write "
+            f"blocks.N.HOOK with HOOK one of {', '.join(known)}"
+        )
+    return int(found[1]), found[2]
+
+
+def check_fields(
+    where: Path,
+    config: Mapping[str, Any],
+    allowed: Mapping[str, tuple[Any, ...] | None],
+) -> None:
+    """Every field of a config has a value that can be represented.
+
+    Args:
+      where: file, for the message.
+      config: what it holds.
+      allowed: values by field; None for a field that does not matter here.
+
+    Raises:
+      InputError: naming the field.
+    """
+    for name, value in config.items():
+        values = allowed.get(name, _OFF)
+        if values is None or any(
+            value == x and isinstance(value, bool) == isinstance(x, bool)
+            for x in values
+        ):
+            continue
+        if name in allowed:
+            names = ", ".join(map(repr, values))
+            raise InputError(
+                f"{where}: {name} is {value!r}, which cannot be represented here; it "
+                f"must be one of {names}"
+            )
+        raise InputError(
+            f"{where}: {name} is {value!r}, a field that this format is not known to "
+            "have; switch it off or convert the dictionary"
+        )
+
+
+def whole(where: Path, config: Mapping[str, Any], name: str, least: int = 1) -> int:
+    """A field that must be a whole number.
+
+    Raises:
+      InputError: if it is missing or anything else.
+    """
+    value = config.get(name)
+    if type(value) is not int or not least <= value < 1 << 40:
+        raise InputError(
+            f"{where}: {name} must be a whole number from {least}, not {value!r}"
+        )
+    return value
+
+
+def contiguous(path: Path, layers: Iterable[int]) -> None:
+    """Layers 0, 1, ... are all there, once each.
+
+    Raises:
+      InputError: naming one that is missing or there twice.
+    """
+    found = sorted(layers)
+    for i, layer in enumerate(found):
+        if layer != i:
+            what = f"layer {i} is missing" if layer > i else f"layer {layer} is twice"
+            raise InputError(f"{path}: {what}; a dictionary covers every layer once")
