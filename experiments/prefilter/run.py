@@ -39,7 +39,7 @@ CHOICES = {
     "rows": "`trace --max-features`: by the influence found so far, no shortlist",
     "best": "the most influential ones of the full graph (no choice can keep more)",
 }
-SHARES = (0.1, 0.25, 0.5, 0.75)
+SHARES = (0.1, 0.25, 0.5, 0.6, 0.75)
 
 
 def guesses(graph: Graph, links: Links) -> dict[str, np.ndarray]:
