@@ -63,7 +63,8 @@ def fold_reads(site: ReadSite, norm: Norm, W_FD: np.ndarray) -> tuple[Any, Any]:
             plain = Norm(np.ones_like(gain_D), bias_D)  # pyright: ignore
             return fold_norm(W_FD, plain), zero_F  # pyright: ignore
         case "mlp_in":
-            const_F = zero_F if bias_D is None else W_FD @ bias_D
+            # numpy multiplies bfloat16 matrices to float32.
+            const_F = zero_F if bias_D is None else (W_FD @ bias_D).astype(W_FD.dtype)
             return fold_norm(W_FD, Norm(gain_D, bias_D)), const_F  # pyright: ignore
 
 

@@ -75,9 +75,14 @@ def attribute_recording(
       timing: filled in if given.
 
     Raises:
-      InputError: if an error node is not finite (NaN weights), or a target does not
-        fit the model or the prompt.
+      InputError: if the model is in half precision, an error node is not finite (NaN
+        weights), or a target does not fit the model or the prompt.
     """
+    if params.embed_VD.dtype.itemsize < 4:
+        raise InputError(
+            f"attribution needs float32, the model is {params.embed_VD.dtype}: load it "
+            "with --dtype float32, whatever its files hold"
+        )
     config = config or AttributeConfig()
     timing = timing or Timing()
     start = time.perf_counter()

@@ -105,8 +105,9 @@ def _scaled(pattern_LHTS: Array, scale_LT: Array) -> Array:
 @partial(jax.jit, static_argnames=("cfg", "pull"))
 def _fold(blocks: Block, *, cfg: LMConfig, pull: bool) -> tuple[Array, Array]:
     L, _, C, D = blocks.o_LHCD.shape
-    fold = jax.vmap(jax.vmap(jax.vmap(fold_norm, (0, None)), (0, None)))
-    value_LGCD = fold(blocks.v_LDGC.transpose(0, 2, 3, 1), attn_norm(blocks))
+    value_LGCD = jax.vmap(fold_norm)(
+        blocks.v_LDGC.transpose(0, 2, 3, 1), attn_norm(blocks)
+    )
     output_LGJCD = blocks.o_LHCD.reshape(L, cfg.n_kv_heads, -1, C, D)
     if pull:
         return value_LGCD, output_LGJCD.transpose(0, 4, 1, 2, 3)

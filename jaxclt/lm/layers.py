@@ -92,7 +92,8 @@ def fold_norm(read_XD: Array, norm: Norm) -> Array:
 
     ``fold_norm(v) · x · scale == v · normalise(x)`` without the bias. Numpy arrays too.
     """
-    return centre(read_XD * norm.gain, norm)
+    gain_1D = norm.gain.reshape((1,) * (read_XD.ndim - 1) + norm.gain.shape)
+    return centre(read_XD * gain_1D, norm)
 
 
 def rotary_frequencies(

@@ -22,6 +22,7 @@ from cases import (
 )
 
 from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.errors import InputError
 from jaxclt.graph import provenance
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.certificate import certificate
@@ -196,3 +197,13 @@ def test_the_certificate_is_small_in_float32(name: str) -> None:
     graph = tiny(dtype=jnp.float32, **FAMILY_CASES[name]).graph()
     assert graph.edge_RN.dtype == np.float32
     assert certificate(graph).max_relative_row_error < 1e-5
+
+
+def test_half_precision_is_refused() -> None:
+    """Rows would not sum to anything: a recording in bfloat16 has three digits."""
+    t = case("gpt2")
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), t.params)
+    with pytest.raises(InputError, match="needs float32, the model is bfloat16"):
+        attribute_recording(
+            half, t.recording, t.active, t.targets, cfg=t.cfg, meta=t.meta
+        )
