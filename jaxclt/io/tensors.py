@@ -265,7 +265,8 @@ def refuse_pickles(path: Path) -> None:
     Raises:
       InputError: naming the pickle.
     """
-    inside = sorted(path.rglob("*")) if path.is_dir() else []
+    # no deeper than formats go: the directory may be anybody's home
+    inside = sorted((*path.glob("*"), *path.glob("*/*"))) if path.is_dir() else []
     for file in (path, *inside):
         if is_pickle(file):
             raise InputError(pickle_message(file))
