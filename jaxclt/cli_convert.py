@@ -24,10 +24,10 @@ class ConvertConfig:
     Refuses if anything would be lost, unless --lossy names it.
     """
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """Directory in any known format, a bundled name, or a hub id
     organisation/name[//folder][@revision]."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Directory to create."""
     to: Annotated[
         Literal[
@@ -60,7 +60,7 @@ def run_convert(config: ConvertConfig, say: Console, bar: Bar) -> None:
         "from": report["from"],
         "to": report["to"],
         "layers": f"{report['layers']}, {report['features']:,} features each",
-        "size": f"{report['bytes'] / 1e9:.3f} GB",
+        "size": f"{report['bytes'] / 1e6:,.1f} MB",
     }
     rows |= {f"lost: {name}": why for name, why in report["lost"].items()}
     for name, value in rows.items():

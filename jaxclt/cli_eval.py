@@ -32,7 +32,7 @@ class EvalConfig:
     """Known name (see `jaxclt fetch --list`), local directory, GGUF file or hub id."""
     dictionary: Annotated[tuple[str, ...], tyro.conf.arg(metavar="D")]
     """One or more: neurons:k, neurons@x (written norm at least x), bundled name, local
-    directory in circuit-tracer's format, or hub id."""
+    directory in a known format, or hub id."""
     data: str = ""
     """Held-out text, as for `jaxclt train --data`; or a .jsonl file of prompts, lines
     {"prompt": ..., "answer": ...}. The bundled model brings its own."""

@@ -30,7 +30,7 @@ class FeaturesConfig:
     model: Annotated[str, tyro.conf.arg(metavar="M")]
     """Known name (see `jaxclt fetch --list`), local directory, GGUF file or hub id."""
     dictionary: Annotated[str, tyro.conf.arg(metavar="D")]
-    """Local directory in circuit-tracer's format, or hub id; or neurons, neurons:K,
+    """Local directory in a known format, or hub id; or neurons, neurons:K,
     neurons@X."""
     data: str
     """Text file, or folder of .txt, .md, .rst, .utf8 and .jsonl files; or a dataset on

@@ -35,7 +35,7 @@ class GlobalsConfig:
     model: Annotated[str, tyro.conf.arg(metavar="M")]
     """Known name (see `jaxclt fetch --list`), local directory, GGUF file or hub id."""
     dictionary: Annotated[str, tyro.conf.arg(metavar="D")]
-    """Local directory in circuit-tracer's format, or hub id; not neurons."""
+    """Local directory in a known format, or hub id; not neurons."""
     data: str = ""
     """Text file, or folder of .txt, .md, .rst, .utf8 and .jsonl files; or a dataset on
     the hub, hub:NAME[@REVISION][?config=..&split=..&text=..]."""

@@ -174,11 +174,13 @@ def _fetch(
             f"{_name(ref)} holds no {what} in a known format; give another repository, "
             "or a folder of it as organisation/name//folder"
         )
-    _check_space(ref, {ref.inside(x): sizes.get(x, 0) for x in chosen}, info.sha)
+    _check_space(ref, {ref.inside(x): sizes.get(x, 0) for x in chosen})
     with _reachable(), _explained(ref, what):
         root = snapshot_download(
             ref.repo,
-            revision=info.sha or ref.revision,
+            # not the commit found above: its name would not be in the cache, and the
+            # files could not be found there without a network
+            revision=ref.revision,
             allow_patterns=[_literal(ref.inside(x)) for x in chosen],
         )
     return Path(root) / ref.folder if ref.folder else Path(root)
@@ -208,7 +210,7 @@ def _cached(
     return folder
 
 
-def _check_space(ref: HubRef, sizes: Mapping[str, int], sha: str | None) -> None:
+def _check_space(ref: HubRef, sizes: Mapping[str, int]) -> None:
     """Raise InputError unless what is still to be fetched fits on the cache's disk."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -216,7 +218,9 @@ def _check_space(ref: HubRef, sizes: Mapping[str, int], sha: str | None) -> None
     needed = sum(
         size
         for name, size in sizes.items()
-        if not isinstance(try_to_load_from_cache(ref.repo, name, revision=sha), str)
+        if not isinstance(
+            try_to_load_from_cache(ref.repo, name, revision=ref.revision), str
+        )
     )
     place = Path(HF_HUB_CACHE)
     while not place.exists():

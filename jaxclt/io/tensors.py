@@ -79,10 +79,9 @@ class TensorFile(NamedTuple):
             t.shape, order=order
         )
 
-    def read(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
-        """A finite copy of a tensor, or of some of its rows."""
-        view = self.map(name)
-        out = np.array(view if rows is None else view[rows])
+    def read(self, name: str) -> np.ndarray:
+        """A finite copy of a tensor."""
+        out = np.array(self.map(name))
         check_finite(out, f"{self.path}: {name}")
         return out
 
@@ -266,7 +265,8 @@ def refuse_pickles(path: Path) -> None:
     Raises:
       InputError: naming the pickle.
     """
-    inside = sorted(path.rglob("*")) if path.is_dir() else []
+    # no deeper than formats go: the directory may be anybody's home
+    inside = sorted((*path.glob("*"), *path.glob("*/*"))) if path.is_dir() else []
     for file in (path, *inside):
         if is_pickle(file):
             raise InputError(pickle_message(file))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cases import CASES, case, case_active, close
 
-from jaxclt.clt.activations import jumprelu, relu, topk
+from jaxclt.clt.activations import activate, jumprelu, relu, topk
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.model import decode, encode, to_source_major, to_target_major
 from jaxclt.clt.params import check
@@ -59,6 +59,27 @@ def test_jumprelu_is_strict() -> None:
 def test_topk_keeps_exactly_k_with_their_sign() -> None:
     pre = jnp.array([[3.0, -1.0, -2.0, -5.0], [1.0, 4.0, 2.0, 3.0]])
     np.testing.assert_array_equal(topk(pre, 2), [[3, -1, 0, 0], [0, 4, 0, 3]])
+
+
+@pytest.mark.parametrize(
+    ("activation", "want"),
+    [
+        ("topk", [[3, -1, 0, 0], [0, 4, 0, 3]]),
+        ("relu_topk", [[3, 0, 0, 0], [0, 4, 0, 3]]),
+        ("groupmax", [[3, 0, 0, 0], [0, 4, 0, 3]]),
+    ],
+)
+def test_competing_features(activation: str, want: list) -> None:
+    pre = jnp.array([[3.0, -1.0, -2.0, -5.0], [1.0, 4.0, 2.0, 3.0]])
+    cfg = CLTConfig(
+        n_layers=1, d_model=2, n_features=4, span=1, k=2,
+        activation=activation,  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
+    assert cfg.competes
+    np.testing.assert_array_equal(activate(pre, None, cfg=cfg), want)
+    # a tie: one of a group, the first
+    tie = activate(jnp.array([[2.0, 2.0, 1.0, 1.0]]), None, cfg=cfg)
+    assert int((tie != 0).sum()) == 2
 
 
 @pytest.mark.parametrize("name", CASES)

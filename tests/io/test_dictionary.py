@@ -179,6 +179,15 @@ def test_the_skip_is_transposed_between_the_file_and_memory(plt_dir: Path):
     np.testing.assert_array_equal(params.W_skip_LDD[1], stored.T)
 
 
+def test_the_skip_of_a_clt_is_stored_as_it_is_used(clt_dir: Path):
+    """As circuit-tracer's repository writes it since version 0.5.0: read @ W_skip."""
+    W = np.sin(np.arange(108, dtype="f")).reshape(3, 6, 6)
+    for i in range(3):
+        edit_tensors(clt_dir / f"W_enc_{i}.safetensors", **{f"W_skip_{i}": W[i]})
+    params, _ = dictionary.load_params(clt_dir)
+    np.testing.assert_array_equal(params.W_skip_LDD, W)
+
+
 def test_half_precision_is_read_in_the_dtype_it_is_stored_in(clt_dir: Path):
     file = clt_dir / "W_dec_0.safetensors"
     W = safetensors.numpy.load_file(file)["W_dec_0"].astype(jnp.dtype("bfloat16"))

@@ -128,6 +128,14 @@ def test_only_what_a_format_needs_is_fetched(fake: FakeHub, name: str, folder: s
     np.testing.assert_array_equal(store.decoder(1), local.decoder(1))
 
 
+def test_a_run_of_sparsify_is_fetched_beside_the_config_of_its_trainer(fake: FakeHub):
+    place = fake.add("a/b", FORMATS / "sparsify")
+    (place / "config.json").write_text('{"batch_size": 32}')
+    (place / "optimizer.pt").write_bytes(b"x")
+    store = dictionary.open_dictionary("a/b")
+    assert set(fake.fetched) == {"config.json", *store.files}
+
+
 def test_listed_files_of_other_repositories_are_fetched(fake: FakeHub):
     """As in the published sets of GemmaScope: config.yaml here, weights there."""
     fake.add("google/scope", FORMATS / "gemma_scope")
@@ -216,6 +224,11 @@ def test_folders_and_repositories_without_a_dictionary(fake: FakeHub):
     with pytest.raises(InputError, match=r"no dictionary in a known format.*//folder"):
         dictionary.open_dictionary("a/b")
     assert fake.fetched == []
+    model = fake.add("a/model", FORMATS / "topk")
+    (model / "config.yaml").rename(model / "config.json")
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(InputError, match="no dictionary in a known format"):
+        dictionary.open_dictionary("a/model")
 
 
 @pytest.mark.parametrize("name", ["neuronz", "a/b c", "/nowhere"])

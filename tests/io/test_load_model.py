@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -47,18 +48,30 @@ def test_known_name_is_fetched(saved, monkeypatch):
 def test_hub_id(saved, monkeypatch):
     import huggingface_hub
 
-    asked = []
+    asked, taken = [], set()
+    names = [x.name for x in saved.iterdir()]
 
-    def download(repo, *, revision, allow_patterns, ignore_patterns):
+    class Hub:
+        def model_info(self, repo, **how):
+            if repo == "a/absent":
+                raise OSError("Name or service not known")
+            found = (*names, "pytorch_model.bin", "original/consolidated.safetensors")
+            siblings = [SimpleNamespace(rfilename=x, size=1) for x in found]
+            return SimpleNamespace(siblings=siblings, sha="0" * 40)
+
+    def download(repo, *, revision, allow_patterns=(), local_files_only=False):
+        if local_files_only:
+            raise OSError("nothing cached")
         asked.append((repo, revision))
-        if repo == "a/absent":
-            raise OSError("Name or service not known")
+        taken.update(allow_patterns)
         return str(saved)
 
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     load_model("org/tiny")
     load_model("org/tiny@v1.0")
     assert asked == [("org/tiny", None), ("org/tiny", "v1.0")]
+    assert taken == set(names)
     with pytest.raises(InputError, match="no file or directory 'a/absent', and the hu"):
         load_model("a/absent")
 

@@ -41,7 +41,8 @@ class Piece(NamedTuple):
         """
         view = self.file.map(self.name)[self.pick]
         view = view.T if self.transposed else view
-        out = np.array(view if rows is None else view[rows])
+        # rows are picked into a copy, which needs no other
+        out = np.array(view) if rows is None else np.asarray(view[rows])
         check_finite(out, f"{self.file.path}: {self.name}")
         return out
 

@@ -103,7 +103,13 @@ def open_sparsify(path: Path) -> FileStore:
     coders = _coders(path)
     F, D = stored_shape(coders[0].file, "encoder.weight", 2)
     first = coders[0].config
-    for coder in coders:
+    for layer, coder in enumerate(coders):
+        targets = coder.config.get("n_targets") or 1
+        if type(targets) is not int or not 1 <= targets <= len(coders) - layer:
+            raise InputError(
+                f"{coder.where}: n_targets is {targets!r}, but there are "
+                f"{len(coders) - layer} layers from this one on"
+            )
         _check_coder(coder, first, F, D)
     cfg = CLTConfig(
         n_layers=len(coders),
@@ -165,8 +171,6 @@ def _check_coder(
                 f"{coder.where}: {name} is {config.get(name)!r}, in layer 0 it is "
                 f"{first.get(name)!r}; layers must agree"
             )
-    if config.get("n_targets"):
-        whole(coder.where, config, "n_targets")
     wanted, optional = _shapes(coder, F, D)
     check_tensors(coder.file, wanted, optional)
     # Added to whatever is active: no linear decoder does that.

@@ -23,7 +23,6 @@ from jaxclt.io.formats import (
 )
 from jaxclt.io.formats.pieces import FileStore
 from jaxclt.io.tensors import is_pickle, pickle_message, refuse_pickles
-from jaxclt.io.weights_safetensors import read_json
 
 __all__ = ["FORMATS", "LABELS", "Format", "config_files", "open_files", "weight_files"]
 
@@ -81,33 +80,36 @@ def open_files(path: Path, supplement: Mapping[str, Any] | None = None) -> FileS
 
 def config_files(names: Sequence[str]) -> list[str]:
     """Which of a folder's files describe a dictionary; none if there is no such."""
-    for one in (CONFIG, llamascopium.CONFIG):
-        if one in names:
-            return [x for x in (one, LABELS) if x in names]
-    depth = {x: x.count("/") for x in names if Path(x).name == saelens.CONFIG}
-    return [x for x, n in depth.items() if n <= 2] + [x for x in names if x == LABELS]
+    if CONFIG in names:
+        return [x for x in (CONFIG, LABELS) if x in names]
+    # a run of sparsify has both, and only the latter describe it
+    found = [x for x in names if x == llamascopium.CONFIG]
+    found += [x for x in names if Path(x).name == saelens.CONFIG and x.count("/") <= 2]
+    return found + [x for x in names if x == LABELS and found]
 
 
 def weight_files(folder: Path, names: Sequence[str]) -> list[str]:
     """Which files the description in a folder asks for, itself included.
 
+    Returns:
+      Names; none if there are no weights in a known format.
+
     Raises:
       InputError: if the description cannot be read.
     """
-    described = config_files(names)
+    described, wanted = config_files(names), []
     if CONFIG in described:
         wanted = _of_yaml(read_yaml(folder / CONFIG), names)
-    elif llamascopium.CONFIG in described:
-        is_one = "sae_type" in read_json(folder / llamascopium.CONFIG)
-        wanted = [x for x in llamascopium.WEIGHTS if x in names][:is_one]
+    elif llamascopium.is_llamascopium(folder):
+        wanted = [x for x in llamascopium.WEIGHTS if x in names][:1]
     else:
-        beside = {f"{Path(x).parent}/" for x in described}
-        wanted = [
-            f"{start}{name}".removeprefix("./")
-            for start in beside
-            for name in (saelens.WEIGHTS, sparsify.WEIGHTS, decode_clt.WEIGHTS)
-        ]
-    return described + [x for x in wanted if x in names]
+        for config in (x for x in described if Path(x).name == saelens.CONFIG):
+            beside = config.removesuffix(saelens.CONFIG)
+            kinds = (saelens.WEIGHTS, sparsify.WEIGHTS, decode_clt.WEIGHTS)
+            wanted += [f"{beside}{name}" for name in kinds]
+    listed = CONFIG in described  # what it lists may all lie elsewhere
+    kept = [x for x in wanted if x in names]
+    return described + kept if kept or listed else []
 
 
 def _of_yaml(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
