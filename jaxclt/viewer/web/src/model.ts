@@ -105,7 +105,7 @@ export class Model {
   byFlow(all: boolean): Int32Array {
     const { flow } = this, wanted = all ? flow.length : Math.min(flow.length, FEW_LINKS);
     if (!this.strongest || this.strongest.length < wanted) {
-      const least = wanted < flow.length ? flow.slice().sort()[flow.length - wanted] as number : -1;
+      const least = wanted < flow.length ? nearKth(flow, wanted) : -1;
       const chosen: number[] = [];
       for (let e = 0; e < flow.length; e++) if ((flow[e] as number) >= least) chosen.push(e);
       this.strongest = Int32Array.from(chosen).sort((a, b) => (flow[b] as number) - (flow[a] as number));
@@ -155,6 +155,16 @@ export class Model {
   searchText(n: GraphNode): string {
     return `${this.label(n)} ${n.id} L${n.layer} ${this.tokens[n.pos] ?? ""}`.toLowerCase();
   }
+}
+
+/** A number that at least k of these, which are not negative, reach, and few more: by the
+ * upper half of their bits, which are in the order of the numbers. */
+function nearKth(values: Float32Array, k: number): number {
+  const bits = new Uint32Array(values.buffer, values.byteOffset, values.length), count = new Uint32Array(1 << 16);
+  for (const b of bits) count[b >>> 16] = (count[b >>> 16] as number) + 1;
+  let bucket = count.length, left = k;
+  while (bucket > 0 && left > 0) left -= count[--bucket] as number;
+  return new Float32Array(new Uint32Array([bucket << 16]).buffer)[0] as number;
 }
 
 /** Links by one of their ends, in one array. */

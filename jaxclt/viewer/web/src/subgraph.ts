@@ -4,9 +4,9 @@ import dagre from "@dagrejs/dagre";
 import type { App } from "./app";
 import { readSupernodes } from "./document";
 import { $, clip, count, editText, el, percent, plural, svg, visible } from "./dom";
-import { type Card, type CardLink, mergeLinks } from "./supernodes";
+import { CARD, type Card, type CardLink, mergeLinks } from "./supernodes";
 
-const WIDTH = 150, HEIGHT = 46, LEAST_SHARE = 0.01, MOST_LINKS = 150;
+const [WIDTH, HEIGHT] = CARD, LEAST_SHARE = 0.01, MOST_LINKS = 150;
 
 export class Subgraph {
   private readonly box = $("subgraph");
@@ -23,7 +23,7 @@ export class Subgraph {
     $("suggest").addEventListener("click", () => this.suggest());
     $("group").addEventListener("click", () => app.groupMarked());
     $("unpinall").addEventListener("click", () => { app.clearPins(); $("graph").focus(); });
-    $("arrange").addEventListener("click", () => { app.positions.clear(); this.own = false; this.show(); });
+    $("arrange").addEventListener("click", () => { app.positions.clear(); this.own = false; this.show(); app.changed("layout"); });
     $("subin").addEventListener("click", () => this.zoom(1.25));
     $("subout").addEventListener("click", () => this.zoom(0.8));
     this.box.addEventListener("wheel", (e) => {
@@ -82,6 +82,7 @@ export class Subgraph {
       const { x, y } = g.node(card.id);
       return [card.id, this.app.positions.get(card.id) ?? [x ?? 0, y ?? 0]];
     }));
+    this.app.placed = this.at;
   }
 
   private draw(): void {
@@ -124,7 +125,7 @@ export class Subgraph {
       else if (e.key === "Enter") open();
       else if (e.key === "Delete") { if (group) app.ungroup(group); else if (first) app.togglePin(first); }
       else if (e.key === "F2" && group) this.rename(made, group);
-      else if (step) this.move(card, step[0], step[1]);
+      else if (step) { this.move(card, step[0], step[1]); app.changed("layout"); }
       else return;
       e.preventDefault();
     });
@@ -155,7 +156,7 @@ export class Subgraph {
       this.move(card, (e.clientX - last.x) / this.k, (e.clientY - last.y) / this.k);
       last = { x: e.clientX, y: e.clientY };
     });
-    made.addEventListener("pointerup", () => { last = null; });
+    made.addEventListener("pointerup", () => { last = null; if (far) this.app.changed("layout"); });
     made.addEventListener("click", (e) => { if (!far && e.detail > 0) click(e); });
   }
 
