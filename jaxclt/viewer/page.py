@@ -83,13 +83,14 @@ def page(
 
 
 def _columns(doc: dict[str, Any]) -> dict[str, Any]:
-    """The document with its links as columns of numbers: a tenth of the text.
+    """The document with its links as columns of numbers: a tenth of their text.
 
     ``source`` and ``target`` are node numbers of ``width`` bytes, ``weight`` are
     float32 (``single``) where these say the same decimals, else float64: little-endian
-    bytes in base64, which a page reads ten times as fast as digits. What links carry
-    beside comes as ``extra``, pairs of number and object. A document that does not fit
-    is embedded as it is: the page reads both.
+    bytes in base64, which the page need not parse. What links carry beside comes as
+    ``extra``, pairs of number and object. A document that does not fit is embedded as
+    it is: the page reads both. Nodes stay objects: the browser's parser makes ten
+    thousand of them in 18 ms, a script out of columns in 120.
     """
     links = (doc.get("links") or [])[:MAX_LINKS]
     number: dict[str, int] = {}

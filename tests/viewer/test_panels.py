@@ -172,7 +172,7 @@ def test_activations_below_zero_are_shaded_otherwise(open_page, doc):
         "list => list.map(e => { const s = getComputedStyle(e);"
         "return [e.className, s.backgroundColor, s.textDecorationLine, e.title]; })"
     )
-    assert [s[0].split()[-1] if s[0] else "" for s in styles] == ["", "up", "down", ""]
+    assert [s[0] for s in styles] == ["", "centre up much", "down much", ""]
     assert styles[1][1] != styles[2][1] != styles[0][1]
     assert styles[2][2] == "underline"
     assert styles[2][3] == "activation −4"

@@ -125,6 +125,7 @@ export function readDocument(raw: unknown): GraphDocument {
   if (!Array.isArray(doc.nodes)) throw new Error("this JSON is no attribution graph: it has no list “nodes”");
   if (!doc.links) throw new Error("this JSON is no attribution graph: it has no “links”");
   const notes: string[] = [];
+  const written = doc.nodes.map((n) => asText(asObject(n).node_id ?? asObject(n).nodeId));
   const { nodes, numbers } = readNodes(doc.nodes, notes);
   const links = Array.isArray(doc.links) ? readLinks(doc.links, nodes, numbers, notes) : unpack(doc.links as PackedColumns);
   const { metadata, qParams, nodes: _n, links: _l, jaxclt, ...rest } = doc;
@@ -145,7 +146,7 @@ export function readDocument(raw: unknown): GraphDocument {
       return same?.length === 1 ? nodes[same[0] ?? 0]?.node_id ?? id : id;
     }),
     nodes,
-    written: doc.nodes.map((n) => asText(asObject(n).node_id ?? asObject(n).nodeId)),
+    written,
     links,
     jaxclt: asObject(jaxclt),
     rest,
@@ -164,13 +165,11 @@ function readNodes(list: unknown[], notes: string[]): { nodes: RawNode[]; number
     const raw = asObject(item);
     const written = asText(raw.node_id ?? raw.nodeId);
     const pos = Number(raw.ctx_idx);
-    const node: RawNode = {
-      ...raw,
-      node_id: written,
-      ctx_idx: Number.isInteger(pos) && pos >= 0 ? pos : 0,
-      layer: typeof raw.layer === "number" ? raw.layer : asText(raw.layer),
-      feature_type: asText(raw.feature_type),
-    };
+    const node = raw as RawNode; // parsed for this page alone: changed in place
+    node.node_id = written;
+    node.ctx_idx = Number.isInteger(pos) && pos >= 0 ? pos : 0;
+    node.layer = typeof raw.layer === "number" ? raw.layer : asText(raw.layer);
+    node.feature_type = asText(raw.feature_type);
     if (node.feature_type === "mlp reconstruction error" && /^0_\d+_\d+$/.test(written) && Number(node.layer) >= 0) {
       node.node_id = `${node.layer}_-1_${node.ctx_idx}`;
       renamed += 1;

@@ -85,7 +85,7 @@ export class Features {
     const sizes = f.quantiles.flatMap((q) => q.examples.flatMap((e) => e.acts)).map(Math.abs);
     const high = Math.max(Math.abs(f.high ?? 0), Math.abs(f.low ?? 0)) || sizes.reduce((m, v) => Math.max(m, v), 1e-9);
     if (f.quantiles.some((q) => q.examples.some((e) => e.acts.some((v) => v < 0)))) {
-      body.append(el("p", "note shades", el("span", "up", "above zero"), " ", el("span", "down", "below zero")));
+      body.append(el("p", "note shades", el("span", "up", "above zero"), " ", el("span", "down much", "below zero")));
     }
     for (const [i, q] of f.quantiles.entries()) {
       const list = el("ol", "examples", ...q.examples.slice(0, i === 0 ? 20 : FEW_EXAMPLES).map((e) => el("li", "", example(e, high))));
@@ -103,8 +103,9 @@ function example(e: Example, high: number): HTMLElement {
   for (let t = first; t < Math.min(e.tokens.length, e.centre + AFTER); t++) {
     const act = e.acts[t] ?? 0, token = el("span", t === e.centre ? "centre" : "", visible(e.tokens[t] ?? ""));
     if (act !== 0) {
-      token.classList.add(act > 0 ? "up" : "down");
-      token.style.setProperty("--shade", (0.08 + 0.42 * Math.min(1, Math.abs(act) / high)).toFixed(2));
+      const size = Math.min(1, Math.abs(act) / high);
+      token.classList.add(act > 0 ? "up" : "down", size > 0.1 ? "much" : "little"); // dense features underline every word else
+      token.style.setProperty("--shade", (0.08 + 0.42 * size).toFixed(2));
       token.title = `activation ${short(act)}`;
     }
     line.append(token);

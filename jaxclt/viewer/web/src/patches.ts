@@ -6,9 +6,9 @@ import { type Json, asObject, asText } from "./document";
 import { $, button, clip, el, inPath, isNumber, percent, plural, short, spaced, visible } from "./dom";
 
 const MODES = [
-  ["constrained", "Constrained: MLPs of the layers clamped"],
-  ["iterative", "Iterative: the replacement model goes on"],
-  ["additive", "Additive: MLPs respond"],
+  ["constrained", "constrained: MLPs are clamped"],
+  ["iterative", "iterative: replacement model"],
+  ["additive", "additive: MLPs respond"],
 ] as const;
 const MOST = 100; // that the server accepts as a factor
 const MOST_NAME = 300;
@@ -49,18 +49,19 @@ export class Patches {
       button("Close", "plain", () => { this.app.openPatch(null); $("sidebody").focus(); }));
     const status = el("p", this.wrong ? "note bad" : "note", this.said);
     status.setAttribute("role", "status");
-    this.box.replaceChildren(title, this.controls(of), status, ...this.results(of));
+    const command = el("code", "command", this.command(of)), results = this.results(of);
+    this.box.replaceChildren(title, this.controls(of, command), status, ...(results.length ? results : [el("p", "note", "Not patched yet.")]));
+    if (!this.app.serve?.patch) this.box.append(...this.toRun(command));
     if (focused) (this.box.querySelector<HTMLElement>(".go:not(:disabled)") ?? this.box).focus();
   }
 
-  private controls(of: PatchOf): HTMLElement {
+  private controls(of: PatchOf, command: HTMLElement): HTMLElement {
     const form = el("form", "patchform"), scale = el("input"), mode = el("select", "plain");
     scale.type = "number";
     scale.step = "any";
     scale.min = String(-MOST);
     scale.max = String(MOST);
     scale.value = this.scale;
-    const command = el("code", "command", this.command(of));
     scale.addEventListener("input", () => { this.scale = scale.value; command.textContent = this.command(of); });
     for (const [value, says] of MODES) mode.append(Object.assign(el("option", "", says), { value }));
     mode.value = this.mode;
@@ -73,16 +74,19 @@ export class Patches {
       const run = el("button", "plain go", this.running ? "Running…" : "Run");
       run.disabled = this.running;
       form.append(run);
-      return form;
     }
+    return form;
+  }
+
+  /** For who has no server with a model: the command, to copy. */
+  private toRun(command: HTMLElement): HTMLElement[] {
     command.tabIndex = 0;
     const copy = button("Copy", "plain", () => { void this.copy(command); });
     copy.setAttribute("aria-label", "Copy the command");
     const why = this.app.serve
       ? "The server was started without a model (--model M --dictionary D). Run this in its folder, then load the page again:"
       : "This page cannot run the model. Run this, then open the page again:";
-    form.append(el("p", "note", why), el("div", "run", command, copy));
-    return form;
+    return [el("p", "note", why), el("div", "run", command, copy)];
   }
 
   /** What to type for the same patch. */
@@ -147,7 +151,7 @@ export class Patches {
       if (asText(g.name) !== of.name || Number(g.members) !== of.ids.length) continue;
       parts.push(el("p", "note", `Validation ablated it: the first target's logit was to change by ${number(g.predicted)} and changed by ${number(g.measured)}; KL ${number(g.kl)} nats.`));
     }
-    return parts.length ? parts : [el("p", "note", "Not patched yet.")];
+    return parts;
   }
 }
 

@@ -41,7 +41,7 @@ export function mergeLinks(model: Model, cards: Card[]): CardLink[] {
 
 // ---- where cards lie, in the words of circuit-tracer's viewer -------------------------------
 
-export const CARD = [150, 46] as const; // width, height
+export const CARD = [176, 46] as const; // width, height
 const PANEL = [1400, 700] as const; // what its thousandths are of when they become pixels here
 
 type Places = Map<string, [number, number]>;
