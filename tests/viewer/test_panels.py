@@ -93,7 +93,10 @@ def test_dividers_move_by_pointer_and_keys_and_stay(open_page, doc, which):
     now = float(line.get_attribute("aria-valuenow"))
     least, most = (float(line.get_attribute(f"aria-value{e}")) for e in ("min", "max"))
     assert least < now < most
-    tab.wait_for_function(f"() => location.hash.includes('{which}=')")
+    tab.wait_for_function(
+        "w => location.hash.includes(w + '=' + __jaxclt.app.panels[w].toFixed(1))",
+        arg=which,
+    )
     tab = open_page(page(doc), hash=tab.evaluate("location.hash"))
     assert tab.locator(f"#{which}").bounding_box()[key] == pytest.approx(size, abs=2)
     tab.locator(f"#divide-{which}").dblclick()
@@ -119,7 +122,10 @@ def test_places_of_cards_are_kept_in_the_address_and_the_file(open_page, doc):
     for _ in range(3):
         tab.keyboard.press("ArrowRight")
     moved = places(tab)
-    tab.wait_for_function("() => location.hash.includes('cards=')")
+    tab.wait_for_function(
+        "() => new URLSearchParams(location.hash.slice(1)).get('cards') === "
+        "JSON.stringify(__jaxclt.document().qParams.cards)"
+    )
     hash = tab.evaluate("location.hash")
     exported = tab.evaluate("__jaxclt.document()")
     validate(exported)
