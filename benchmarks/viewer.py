@@ -188,7 +188,7 @@ def measure_peer(
                 busy = next(m["value"] for m in metrics if m["name"] == "TaskDuration")
                 name = "interactive, main thread's CPU"
                 found.setdefault(name, []).append(1e3 * busy)
-                for name, event in (("hover", "mouseover"), ("select", "click")):
+                for name, event in (("hover", "mousemove"), ("select", "click")):
                     script, frame = tab.evaluate(PEER_POINT, event)
                     found.setdefault(f"{name}, script", []).append(script)
                     found.setdefault(f"{name}, frame shown", []).append(frame)

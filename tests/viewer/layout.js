@@ -9,7 +9,7 @@
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node = walker.nextNode(); node; node = walker.nextNode()) {
     const parent = node.parentElement;
-    if (!node.data.trim() || !parent.checkVisibility() || parent.closest(".sr, script, style, option, svg")) continue;
+    if (!node.data.trim() || !parent.checkVisibility() || parent.closest(".sr, script, style, option, svg:not(.lines)")) continue;
     const range = document.createRange();
     range.selectNodeContents(node);
     const panel = parent.closest("header, section, #notice, #tip");

@@ -206,7 +206,9 @@ export class Subgraph {
         const bezier = (a: number, b: number, c: number, d: number) => (1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * b + 3 * (1 - t) * t ** 2 * c + t ** 3 * d;
         return [bezier(x0, x0, x1, x1), bezier(start, start - bend, end + bend, end)] as const;
       });
-      const [x, y] = spots.find((spot) => taken.every(([bx, by, w, h]) => Math.abs(bx - spot[0]) > w + half || Math.abs(by - spot[1]) > h + 7)) ?? spots[0] as readonly [number, number];
+      const free = spots.find((spot) => taken.every(([bx, by, w, h]) => Math.abs(bx - spot[0]) > w + half || Math.abs(by - spot[1]) > h + 7));
+      if (!free) continue; // the side panel says it too
+      const [x, y] = free;
       taken.push([x, y, half, 7]);
       const text = svg("text", { x, y: y + 4 });
       text.textContent = words;
