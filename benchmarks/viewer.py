@@ -15,7 +15,8 @@ The issue asks for less than 1.5 s and 50 ms. Run:
 
 Needs playwright and a chromium; takes about a minute. Beside it circuit-tracer's own
 viewer on the same graph, from its own server (see `_viewer_peer`), with its Python and
-a folder where ``npm i d3@7.9.0 d3-jetpack@2.3.0 d3-collection@1.0.7 dagre@0.8.5 pako@2.1.0`` was run:
+a folder where npm installed ``d3@7.9.0 d3-jetpack@2.3.0 d3-collection@1.0.7
+dagre@0.8.5 pako@2.1.0``:
 
     python benchmarks/viewer.py --peer-python ct/bin/python --peer-libs node_modules
 """
