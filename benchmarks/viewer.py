@@ -13,7 +13,12 @@ The issue asks for less than 1.5 s and 50 ms. Run:
 
     python benchmarks/viewer.py [--nodes 10000] [--links 200000] [--tries 5]
 
-Needs playwright and a chromium; takes about a minute.
+Needs playwright and a chromium; takes about a minute. Beside it circuit-tracer's own
+viewer on the same graph, from its own server (see `_viewer_peer`), with its Python and
+a folder where npm installed ``d3@7.9.0 d3-jetpack@2.3.0 d3-collection@1.0.7
+dagre@0.8.5 pako@2.1.0``:
+
+    python benchmarks/viewer.py --peer-python ct/bin/python --peer-libs node_modules
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from _viewer_peer import DRAWN, PEER_POINT, answer_from, peer_server, write_peer_data
 
 from jaxclt.viewer.page import page
 
@@ -158,18 +164,59 @@ def measure(html: str, tries: int) -> dict[str, float]:
     return {name: round(statistics.median(times), 1) for name, times in found.items()}
 
 
+def measure_peer(
+    doc: dict, python: Path, modules: Path, tries: int
+) -> dict[str, float]:
+    """The same of circuit-tracer's viewer; medians in milliseconds."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as play:
+        write_peer_data(Path(folder), doc)
+        browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
+        with peer_server(python, Path(folder)) as origin:
+            for _ in range(tries):
+                tab = browser.new_page(viewport={"width": 1280, "height": 800})
+                tab.set_default_timeout(180_000)
+                answer_from(tab, modules, origin)
+                devtools = tab.context.new_cdp_session(tab)
+                devtools.send("Performance.enable", {"timeDomain": "threadTicks"})
+                tab.goto(f"{origin}/index.html")
+                free = tab.evaluate(DRAWN, len(doc["nodes"]))
+                found.setdefault("interactive", []).append(free)
+                metrics = devtools.send("Performance.getMetrics")["metrics"]
+                busy = next(m["value"] for m in metrics if m["name"] == "TaskDuration")
+                name = "interactive, main thread's CPU"
+                found.setdefault(name, []).append(1e3 * busy)
+                for name, event in (("hover", "mousemove"), ("select", "click")):
+                    script, frame = tab.evaluate(PEER_POINT, event)
+                    found.setdefault(f"{name}, script", []).append(script)
+                    found.setdefault(f"{name}, frame shown", []).append(frame)
+                tab.close()
+        browser.close()
+    return {name: round(statistics.median(times), 1) for name, times in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nodes", type=int, default=10_000)
     parser.add_argument("--links", type=int, default=200_000)
     parser.add_argument("--tries", type=int, default=5)
+    parser.add_argument("--peer-python", type=Path, help="that has circuit-tracer")
+    parser.add_argument("--peer-libs", type=Path, help="node_modules, see above")
     config = parser.parse_args()
-    html = page(synthetic(config.nodes, config.links))
+    doc = synthetic(config.nodes, config.links)
+    html = page(doc)
+    peer = None
+    if config.peer_python and config.peer_libs:
+        peer = measure_peer(doc, config.peer_python, config.peer_libs, config.tries)
     result = {
         "nodes": config.nodes,
         "links": config.links,
         "page_mb": round(len(html) / 1e6, 1),
         "ms": measure(html, config.tries),
+        "circuit_tracer_ms": peer,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "load": round(os.getloadavg()[0], 1),
     }

@@ -56,7 +56,10 @@ class _Reopen:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PatchConfig(_Reopen):
-    """Change features of a traced prompt and see what the model answers."""
+    """Change features of a traced prompt and see what the model answers.
+
+    The result is kept in the directory's patches.json and shown on its page.
+    """
 
     feature: tuple[str, ...] = ()
     """LAYER:POS:FEATURE; POS from 0, negative from the end, or a slice a..b (b not
@@ -115,6 +118,7 @@ def run_patch(config: PatchConfig, say: Console, bar: Bar) -> None:
     del bar
     opened = _reopen(config, say)
     from jaxclt import intervene
+    from jaxclt.patch_log import patch_record
     from jaxclt.patching.edits import Edit
 
     edits = [Edit(layer=l, pos=p, feature=f, **edits_of) for l, p, f in places]
@@ -155,6 +159,8 @@ def run_patch(config: PatchConfig, say: Console, bar: Bar) -> None:
     plot = config.plot or config.directory / "patch.png"
     draw_patch(plot, curve, result, out.get("sweep_end"))
     out["plot"] = str(plot)
+    names = [*config.group, *config.feature]
+    _keep(config.directory, opened, patch_record(result, names, edits_of))
     if config.generate:
         out["generated"] = intervene.generate_patched(
             subject,
@@ -171,6 +177,17 @@ def run_patch(config: PatchConfig, say: Console, bar: Bar) -> None:
         print(json.dumps(out))  # noqa: T201
         return
     _show_patch(result, out)
+
+
+def _keep(directory: Path, opened: Reopened, record: dict[str, Any]) -> None:
+    """Into the directory's patches and its page."""
+    from jaxclt.pages import write_page
+    from jaxclt.patch_log import keep_patch
+
+    meta = opened.graph.meta
+    keep_patch(directory, record, prompt=meta.prompt, dictionary=meta.dictionary)
+    if (directory / "graph.json").is_file():
+        write_page(directory)
 
 
 def _show_patch(result: PatchResult, out: dict[str, Any]) -> None:

@@ -1,35 +1,38 @@
 """`jaxclt serve`: the pages of a folder of graphs on 127.0.0.1, and what readers save.
 
 The server hands out four kinds of things: the list, a page, a graph's JSON, a feature's
-JSON; and takes one: labels, pins and groups for a graph.json. Every path is resolved
-(links included) and must lie in the folder. Requests must name this host, so that no
-other site's name can be pointed here, and what changes a file must come from its own
-pages.
+JSON; and takes two: labels, pins and groups for a graph.json, and, if the command named
+a model, features to patch (`jaxclt.serve_patch`). Every path is resolved (links
+included) and must lie in the folder. Requests must name this host, so that no other
+site's name can be pointed here, and what changes a file must come from its own pages.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import re
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from typing import Annotated, Any
+from urllib.parse import unquote, urlsplit
 
 import tyro
 from rich.console import Console
 
 from jaxclt.dashboards.files import INDEX, FeatureFiles, uncantor
 from jaxclt.errors import InputError
+from jaxclt.graph_list import graphs_in, list_page
+from jaxclt.serve_patch import BUSY, FILES, Patcher
 
 __all__ = ["ServeConfig", "make_server", "run_serve", "save_view"]
 
 MAX_BODY = 1 << 20  # of what is saved
+MAX_PATCH = 1 << 16  # of what is to be patched
 MAX_LABEL = 2000
+MAX_PLACE = 1e6  # of a card, px
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -49,6 +52,10 @@ class ServeConfig:
     """Port; 0 takes a free one."""
     host: str = "127.0.0.1"
     """Address to listen at. Whoever reaches it can read the graphs and save labels."""
+    model: Annotated[str | None, tyro.conf.arg(metavar="M")] = None
+    """With it, pages can patch graphs of this model; needs --dictionary."""
+    dictionary: Annotated[str | None, tyro.conf.arg(metavar="D")] = None
+    """The traced dictionary, for patches."""
     json: bool = False
     """Print the address as JSON on stdout."""
     debug: bool = False
@@ -57,7 +64,17 @@ class ServeConfig:
 
 def run_serve(config: ServeConfig, say: Console) -> None:
     """Serve until interrupted."""
-    server = make_server(config.directory, host=config.host, port=config.port)
+    if (config.model is None) != (config.dictionary is None):
+        raise InputError("patches need both --model and --dictionary: give both")
+    patcher = None
+    if config.model is not None and config.dictionary is not None:
+        from jaxclt.cli_causal import use_compilation_cache
+
+        use_compilation_cache()
+        patcher = Patcher(config.model, config.dictionary)
+    server = make_server(
+        config.directory, host=config.host, port=config.port, patcher=patcher
+    )
     host, port = server.server_address[:2]
     url = f"http://{host}:{port}/"
     if config.host not in _LOCAL:
@@ -71,9 +88,19 @@ def run_serve(config: ServeConfig, say: Console) -> None:
 
 
 def make_server(
-    directory: Path, *, host: str = "127.0.0.1", port: int = 0
+    directory: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    patcher: Patcher | None = None,
 ) -> ThreadingHTTPServer:
     """A server that is not running yet.
+
+    Args:
+      directory: whose graphs it shows.
+      host: where it listens.
+      port: 0 takes a free one.
+      patcher: runs patches; without one they are refused.
 
     Raises:
       InputError: if the folder is not there or the address is taken.
@@ -81,7 +108,7 @@ def make_server(
     root = Path(directory).resolve()
     if not root.is_dir():
         raise InputError(f"{directory} is no folder: give one that trace wrote to")
-    handler = partial(_Handler, root=root, host=host)
+    handler = partial(_Handler, root=root, host=host, patcher=patcher)
     try:
         return ThreadingHTTPServer((host, port), handler)
     except (OSError, OverflowError) as error:
@@ -102,8 +129,10 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "jaxclt", ""
     timeout = 30
 
-    def __init__(self, *args: Any, root: Path, host: str) -> None:
-        self.root, self.host = root, host
+    def __init__(
+        self, *args: Any, root: Path, host: str, patcher: Patcher | None
+    ) -> None:
+        self.root, self.host, self.patcher = root, host, patcher
         super().__init__(*args)
 
     def do_GET(self) -> None:
@@ -115,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(self._get)
 
     def do_POST(self) -> None:
-        """Save what a reader made."""
+        """Save what a reader made, or run a patch."""
         self._answer(self._post)
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -137,9 +166,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _get(self, path: str) -> tuple[str, bytes]:
         if path == "/":
-            return "text/html", _list_page(self.root).encode()
+            return "text/html", list_page(self.root).encode()
         if path == "/api/graphs":
-            return "application/json", json.dumps(_graphs(self.root)).encode()
+            return "application/json", json.dumps(graphs_in(self.root)).encode()
         for prefix, answer in (
             ("/view/", self._page),
             ("/api/graph/", self._graph),
@@ -150,10 +179,16 @@ class _Handler(BaseHTTPRequestHandler):
         raise _RefusedError(404, "no such page")
 
     def _page(self, name: str) -> tuple[str, bytes]:
-        from jaxclt.pages import directory_page, read_graph
+        from jaxclt.pages import PATCHES, directory_page, read_graph
 
         file = self._file(name)
-        serve = {"path": name, "graphs": _graphs(self.root)}
+        for beside in ("report.json", "validation.json", PATCHES):
+            self._inside(file.parent / beside)  # a link to elsewhere is not followed
+        serve = {
+            "path": name,
+            "graphs": graphs_in(self.root),
+            "patch": self.patcher is not None and self._traced(file) is not None,
+        }
         doc = read_graph(file)
         return "text/html", directory_page(file.parent, doc=doc, serve=serve).encode()
 
@@ -175,27 +210,60 @@ class _Handler(BaseHTTPRequestHandler):
         return "application/json", json.dumps(record).encode()
 
     def _post(self, path: str) -> tuple[str, bytes]:
-        name = path.removeprefix("/api/save/")
-        if name == path:
-            raise _RefusedError(404, "no such page")
+        for prefix, answer, most in (
+            ("/api/save/", self._save, MAX_BODY),
+            ("/api/patch/", self._patch, MAX_PATCH),
+        ):
+            if path.startswith(prefix):
+                name = path.removeprefix(prefix)
+                return "application/json", answer(name, self._body(most))
+        raise _RefusedError(404, "no such page")
+
+    def _body(self, most: int) -> Any:
+        """The JSON that a page of this server sent."""
         origin = self.headers.get("Origin")
         if origin != f"http://{self.headers.get('Host')}":
-            raise _RefusedError(403, "only pages of this server may save")
+            raise _RefusedError(403, "only pages of this server may save or patch")
         if self.headers.get_content_type() != "application/json":
             raise _RefusedError(415, "send application/json")
-        file = self._file(name)
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch(r"\d{1,12}", length) or "Transfer-Encoding" in self.headers:
             raise _RefusedError(411, "say how long the body is")
-        if int(length) > MAX_BODY:
-            raise _RefusedError(413, f"more than {MAX_BODY} bytes")
+        if int(length) > most:
+            raise _RefusedError(413, f"more than {most} bytes")
         try:
-            change = json.loads(self.rfile.read(int(length)))
+            return json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as error:
             raise _RefusedError(400, "the body is no JSON") from error
+
+    def _save(self, name: str, change: Any) -> bytes:
+        file = self._file(name)
         with _SAVING:
             save_view(file, change)
-        return "application/json", b'{"saved": true}'
+        return b'{"saved": true}'
+
+    def _patch(self, name: str, change: Any) -> bytes:
+        if self.patcher is None:
+            raise _RefusedError(404, "start jaxclt serve with --model and --dictionary")
+        directory = self._traced(self._file(name))
+        if directory is None:
+            raise _RefusedError(404, "no trace lies beside this graph: trace it again")
+        try:
+            record = self.patcher.patch(directory, change)
+        except (RuntimeError, MemoryError) as error:  # too large for the device
+            raise _RefusedError(500, f"the patch failed: {error!s:.300}") from error
+        if record is None:
+            raise _RefusedError(409, BUSY)
+        return json.dumps(record, allow_nan=False).encode()
+
+    def _traced(self, graph: Path) -> Path | None:
+        """The directory that trace wrote with a graph.json, all of it in the folder."""
+        from jaxclt.pages import PATCHES
+
+        beside = [graph.parent / name for name in (*FILES, PATCHES)]
+        inside = all(p.resolve().is_relative_to(self.root) for p in beside)
+        whole = graph.name == "graph.json" and all(p.is_file() for p in beside[:2])
+        return graph.parent if inside and whole else None
 
     def _file(self, name: str) -> Path:
         """The graph.json (or other graph file) that a name in a path stands for."""
@@ -270,9 +338,10 @@ def save_view(file: Path, change: Any) -> None:
         if node is None or node["feature_type"] == "logit":
             raise InputError(f"no node {node_id!r} that can have a label")
         node["clerp"] = label
-    known = ("pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos")
+    known = ("pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos", "cards")
     doc["qParams"] |= {key: view[key] for key in known if key in view}
     _check_groups(doc["qParams"], set(node_by_id))
+    _check_cards(doc["qParams"].get("cards", []))
     validate(doc)
     with atomic_path(file) as temporary:
         temporary.write_text(json.dumps(doc, ensure_ascii=False), encoding="utf-8")
@@ -292,67 +361,13 @@ def _check_groups(view: dict[str, Any], ids: set[str]) -> None:
         raise InputError("pinnedIds and supernodes name nodes that are not there")
 
 
-def _graphs(root: Path) -> list[dict[str, str]]:
-    """Every graph in the folder: its path as addresses name it, slug and prompt."""
-    found = []
-    for file in sorted(root.rglob("*.json")):
-        beside = file.with_name("graph.json")
-        hidden = any(p.startswith(".") for p in file.relative_to(root).parts)
-        if hidden or (file != beside and beside.is_file()):
-            continue
-        if not file.is_file() or not file.resolve().is_relative_to(root):
-            continue
-        meta = _metadata(file)
-        if meta is not None:
-            place = file.parent if file == beside and file.parent != root else file
-            path = place.relative_to(root).as_posix()
-            found.append({"path": path, **meta})
-    return found
-
-
-def _metadata(file: Path) -> dict[str, str] | None:
-    """Slug and prompt, from the start of the file: graphs may be large."""
-    with file.open(encoding="utf-8", errors="replace") as stream:
-        head = stream.read(1 << 16)
-    match = re.match(r'\s*\{\s*"metadata"\s*:\s*', head)
-    if match is None:
-        return None
-    try:
-        meta, _ = json.JSONDecoder().raw_decode(head, match.end())
-    except (ValueError, RecursionError):
-        meta = {}
-    return {
-        "slug": str(meta.get("slug") or file.stem),
-        "prompt": str(meta.get("prompt") or ""),
-    }
-
-
-def _list_page(root: Path) -> str:
-    rows = "".join(
-        f'<li><a href="/view/{quote(g["path"])}">'
-        f"{html.escape(g['prompt'] or g['slug'])}</a>"
-        f"<span>{html.escape(g['path'])}</span></li>"
-        for g in _graphs(root)
+def _check_cards(cards: Any) -> None:
+    good = isinstance(cards, list) and all(
+        isinstance(card, list)
+        and len(card) == 3
+        and isinstance(card[0], str)
+        and all(type(x) in (int, float) and abs(x) <= MAX_PLACE for x in card[1:])
+        for card in cards
     )
-    body = f"<ul>{rows}</ul>" if rows else "<p>No graphs yet: trace a prompt.</p>"
-    return _LIST.replace("<!--LIST-->", body)
-
-
-_LIST = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Attribution graphs</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
-<style>
-:root { --ink: #1b2026; --muted: #59636e; --line: #dde1e6; --accent: #6d3be0; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e7eaee; --muted: #9da8b4; --line: #313841; --accent: #b695ff; }
-}
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 860px;
-  margin: 40px auto; padding: 0 20px; }
-h1 { font-size: 20px; }
-ul { list-style: none; padding: 0; }
-li { border-bottom: 1px solid var(--line); padding: 10px 0; }
-a { color: var(--accent); font-weight: 600; overflow-wrap: anywhere; }
-span { display: block; color: var(--muted); font-size: 13px; overflow-wrap: anywhere; }
-</style></head><body><main><h1>Attribution graphs</h1><!--LIST--></main></body></html>
-"""
+    if not good:
+        raise InputError("cards must be [card id, x, y] with numbers that fit a screen")

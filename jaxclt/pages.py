@@ -21,6 +21,7 @@ from jaxclt.viewer.graph_json import validate
 from jaxclt.viewer.page import page
 
 __all__ = [
+    "PATCHES",
     "carry_over",
     "directory_page",
     "grouped_ids",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 FEATURES = "features"  # folder of feature files beside graph.json
+PATCHES = "patches.json"  # what patches did, see `jaxclt.patch_log`
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -52,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_graph(path: Path) -> dict[str, Any]:
-    """A checked graph document.
+    """A checked graph document, of any tool that writes this format.
 
     Raises:
         InputError: there is none, or it is not one.
@@ -60,7 +62,7 @@ def read_graph(path: Path) -> dict[str, Any]:
     doc = read_json(path)
     if doc is None:
         raise InputError(f"no {path.name} in {path.parent}: trace a prompt into it")
-    validate(doc)
+    validate(doc, shared_ids=True)
     return doc
 
 
@@ -74,7 +76,8 @@ def directory_page(
     """The page of a traced prompt with all that lies beside its graph.
 
     Args:
-        directory: with graph.json, and report.json, validation.json, features/ if any.
+        directory: with graph.json, and report.json, validation.json, patches.json,
+            features/ if any.
         doc: the graph to show instead of graph.json, pruned in another way perhaps.
         compare: a second graph document.
         serve: see `jaxclt.viewer.page.page`; features are then asked for one by one.
@@ -91,6 +94,7 @@ def directory_page(
         # Scores of another pruning than trace's come with the document.
         None if "certificate" in own else _beside(directory, "report.json", doc),
         validation=_beside(directory, "validation.json", doc),
+        patches=(_beside(directory, PATCHES, doc) or {}).get("patches"),
         other=compare,
         serve=serve,
     )

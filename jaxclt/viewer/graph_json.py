@@ -150,10 +150,15 @@ def _brief(x: float) -> float:
     return float(f"{x:.4g}")
 
 
-def validate(doc: Any) -> None:
+def validate(doc: Any, *, shared_ids: bool = False) -> None:
     """Check a graph document against ``graph.schema.json`` and what it cannot say.
 
     Beyond the schema: numbers are finite, node ids unique, links between listed nodes.
+
+    Args:
+        doc: parsed JSON.
+        shared_ids: let nodes share an id, as errors and features of layer 0 do in files
+            of circuit-tracer up to 0.5.0; the page tells them apart.
 
     Raises:
         InputError: names the first offending value's path, as ``$.nodes[3].layer``.
@@ -173,7 +178,7 @@ def validate(doc: Any) -> None:
         raise _bad("$" + "".join(steps), error.message)
     ids: set[str] = set()
     for i, node in enumerate(doc["nodes"]):
-        if node["node_id"] in ids:
+        if node["node_id"] in ids and not shared_ids:
             raise _bad(f"$.nodes[{i}].node_id", f"{node['node_id']!r} is used twice")
         ids.add(node["node_id"])
         for key, value in node.items():

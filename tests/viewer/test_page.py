@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import dataclasses
 import json
@@ -66,10 +67,21 @@ def data_of(html: str) -> dict:
     if isinstance(links, dict):
         ids = [n["node_id"] for n in data["graph"]["nodes"]]
         extra = dict(map(tuple, links["extra"]))
+        end, number = f"<u{links['width']}", "<f4" if links["single"] else "<f8"
+
+        def read(name: str, kind: str) -> np.ndarray:
+            return np.frombuffer(base64.b64decode(links[name]), kind)
+
+        weight = read("weight", number)
         data["graph"]["links"] = [
             {"source": ids[s], "target": ids[t], "weight": w, **extra.get(i, {})}
             for i, (s, t, w) in enumerate(
-                zip(links["source"], links["target"], links["weight"], strict=True)
+                zip(
+                    read("source", end),
+                    read("target", end),
+                    [float(str(w)) for w in weight],
+                    strict=True,
+                )
             )
         ]
     return data
@@ -637,6 +649,22 @@ def test_one_layer_and_no_links_still_draw(open_page):
     assert "nodes" in tab.text_content("#count")
 
 
+def patched(doc: dict, ids: list[str] | None = None) -> dict:
+    """What `jaxclt.patch_log` keeps of a patch."""
+    return {
+        "name": "two <b>",
+        "change": {"scale": 0.0},
+        "nodes": ids or ids_of(doc, FEATURE)[:2],
+        "mode": "constrained",
+        "layers": [0, 2],
+        "kl": 0.25,
+        "targets": [{"token": " on<i>", "p_before": 0.75, "p_after": 0.125}],
+        "top_before": [[" on<i>", 0.75], [" at", 0.1]],
+        "top_after": [[" at", 0.5], [" on<i>", 0.125]],
+        "warning": None,
+    }
+
+
 AXE = Path(__file__).parents[2] / "jaxclt/viewer/web/node_modules/axe-core/axe.min.js"
 
 
@@ -648,12 +676,14 @@ def test_axe_finds_nothing_serious(open_page, doc, scheme):
     doc["qParams"]["supernodes"] = [["two", *ids_of(doc, FEATURE)[:2]]]
     layer, number, _ = ids_of(doc, FEATURE)[4].split("_")
     doc["jaxclt"]["features"] = {f"{layer}_{number}": feature_file(0)}
-    tab = open_page(page(doc, REPORT, validation=VALIDATION, other=doc), scheme=scheme)
+    parts = {"validation": VALIDATION, "patches": [patched(doc)], "other": doc}
+    tab = open_page(page(doc, REPORT, **parts), scheme=scheme)
     tab.add_script_tag(content=AXE.read_text(encoding="utf-8"))
     for state in (
         "0",
         f"__jaxclt.select({ids_of(doc, FEATURE)[4]!r})",
         "__jaxclt.app.selectGroup(__jaxclt.app.groups[0])",
+        "__jaxclt.app.openPatch({name: 'g', ids: __jaxclt.app.groups[0].ids})",
         "__jaxclt.app.showTab('evidence')",
         "(__jaxclt.app.showTab('help'), __jaxclt.app.showView('table'))",
         "__jaxclt.app.showView('compare')",

@@ -88,8 +88,11 @@ def server(root: Path):
 
 @pytest.fixture
 def ask(server):
-    """A request; returns status, headers and text."""
-    port = server.server_address[1]
+    return talk(server.server_address[1])
+
+
+def talk(port: int):
+    """A function that sends a request; returns status, headers and text."""
     here = f"127.0.0.1:{port}"
 
     def ask(path: str, *, method: str = "GET", body=None, **headers: str):
@@ -183,13 +186,19 @@ def test_what_is_saved_is_in_the_file_and_its_page(ask, root):
     a, b = (n["node_id"] for n in doc["nodes"][:2])
     change = {
         "labels": {a: "<b>mine</b>"},
-        "qParams": {"pinnedIds": [a, b], "supernodes": [["both", a, b]], "evil": 1},
+        "qParams": {
+            "pinnedIds": [a, b],
+            "supernodes": [["both", a, b]],
+            "cards": [[f"+{a}", 12, -3.5]],
+            "evil": 1,
+        },
     }
     assert save(ask, "/api/save/cat", change)[0] == 200
     saved = read_graph(file)
     assert saved["nodes"][0]["clerp"] == "<b>mine</b>"
     assert saved["qParams"]["supernodes"] == [["both", a, b]]
     assert "evil" not in saved["qParams"]
+    assert saved["qParams"]["cards"] == [[f"+{a}", 12, -3.5]]
     assert saved["links"] == doc["links"]
     assert not [f for f in file.parent.iterdir() if f.name.startswith(".graph")]
     assert "\\u003cb\\u003emine" in directory_page(file.parent)
@@ -212,6 +221,10 @@ def test_what_is_saved_is_in_the_file_and_its_page(ask, root):
         (b'{"qParams": {"supernodes": [["empty"]]}}', 422),
         (b'{"qParams": {"supernodes": {"a": 1}}}', 422),
         (b'{"qParams": {"linkType": "all"}}', 422),
+        (b'{"qParams": {"cards": [["E_10_0", 1]]}}', 422),
+        (b'{"qParams": {"cards": [["E_10_0", 1, "2"]]}}', 422),
+        (b'{"qParams": {"cards": [["E_10_0", 1, 1e999]]}}', 422),
+        (b'{"qParams": {"cards": {"E_10_0": [1, 2]}}}', 422),
     ],
 )
 def test_what_does_not_fit_is_not_saved(ask, root, body, status):

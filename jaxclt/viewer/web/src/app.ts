@@ -3,17 +3,24 @@
 import { type GraphDocument, type Json, type Payload, type Serve, type Supernode, readDocument } from "./document";
 import { isFixed } from "./layout";
 import { type GraphNode, Model } from "./model";
-import type { Card } from "./supernodes";
+import { type Card, fromPlaces } from "./supernodes";
 
-export type Part = "graph" | "model" | "side" | "pins" | "labels" | "filter" | "view" | "compare";
+export type Part = "graph" | "model" | "side" | "pins" | "labels" | "filter" | "view" | "compare" | "patches" | "layout";
 export type ViewName = "graph" | "table" | "compare";
 export type Tab = "node" | "evidence" | "help";
+
+/** Shares of the page, in percent, that the reader gave to panels. */
+export interface Panels { side: number | null; lower: number | null }
+
+/** What a patch changes. */
+export interface PatchOf { name: string; ids: string[] }
 
 export class App {
   model: Model;
   other: Model | null;
   report: Json;
   validation: Json | null;
+  patches: Json[]; // what patches of the model did, newest first
   readonly serve: Serve | null;
   allLinks: number;
   notes: string[];
@@ -24,6 +31,9 @@ export class App {
   groups: Supernode[] = [];
   readonly marked = new Set<string>(); // cards chosen to be grouped
   readonly positions = new Map<string, [number, number]>(); // of dragged cards
+  placed = new Map<string, [number, number]>(); // of all cards, where they are shown
+  patchOf: PatchOf | null = null; // the patch panel is open for it
+  panels: Panels = { side: null, lower: null };
   path: number[] = [];
   threshold = 1;
   highest = 1; // where the slider ends
@@ -40,6 +50,7 @@ export class App {
     this.other = payload.other ? new Model(readDocument(payload.other)) : null;
     this.report = payload.report ?? {};
     this.validation = payload.validation;
+    this.patches = payload.patches ?? [];
     this.allLinks = payload.allLinks;
     this.notes = doc.notes;
     this.model = new Model(doc);
@@ -57,6 +68,7 @@ export class App {
     this.model = new Model(doc);
     this.report = (doc.jaxclt.scores ?? {}) as Json;
     this.validation = null;
+    this.patches = [];
     this.allLinks = this.model.source.length;
     this.notes = doc.notes;
     this.reset(doc);
@@ -70,11 +82,19 @@ export class App {
     this.threshold = Math.min(view.threshold ?? this.highest, this.highest);
     this.selected = this.model.byId.get(view.clicked) ?? null;
     this.group = null;
+    this.patchOf = null;
     this.path = [];
     this.marked.clear();
-    this.positions.clear();
     for (const [key, label] of view.clerps) this.readLabel(key, label);
     this.setPins(view.pinned, view.supernodes);
+    this.place(view.cards, view.places);
+  }
+
+  /** Put cards where a file or an address says they were. */
+  place(cards: [string, number, number][], places: number[] = []): void {
+    this.positions.clear();
+    for (const [id, x, y] of cards) this.positions.set(id, [x, y]);
+    if (!cards.length) for (const [id, at] of fromPlaces(this.model, this.cards(), places)) this.positions.set(id, at);
   }
 
   /** circuit-tracer keys labels by the feature number, Neuronpedia by layer_feature_pos. */
@@ -112,6 +132,7 @@ export class App {
     this.group = null;
     this.path = [];
     if (n) this.tab = "node";
+    if (this.patchOf && n?.kind === "feature") this.patchOf = { name: this.model.label(n), ids: [n.id] };
     this.changed("graph", "side");
   }
 
@@ -120,7 +141,18 @@ export class App {
     this.group = group;
     this.path = [];
     if (group) this.tab = "node";
+    if (this.patchOf && group) this.patchOf = { name: group.label, ids: this.features(group.ids) };
     this.changed("graph", "side");
+  }
+
+  /** Those of some nodes that a patch can change. */
+  features(ids: string[]): string[] { return ids.filter((id) => this.model.byId.get(id)?.kind === "feature"); }
+
+  /** Open the patch panel, or close it. */
+  openPatch(of: PatchOf | null): void {
+    this.patchOf = of && { name: of.name, ids: this.features(of.ids) };
+    if (!this.patchOf?.ids.length) this.patchOf = null;
+    this.changed("patches");
   }
 
   showPath(links: number[]): void { this.path = links; this.changed("graph"); }
@@ -150,6 +182,7 @@ export class App {
     this.pinned = [];
     this.groups = [];
     this.group = null;
+    this.patchOf = null;
     this.marked.clear();
     this.positions.clear();
     this.changed("graph", "side", "pins");
@@ -186,6 +219,7 @@ export class App {
 
   rename(group: Supernode, label: string): void {
     group.label = label;
+    if (this.patchOf && this.group === group) this.patchOf = { ...this.patchOf, name: label };
     this.changed("side", "pins");
   }
 

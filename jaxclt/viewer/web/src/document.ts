@@ -12,9 +12,19 @@ export interface RawNode extends Json {
 
 /** Links as columns; what few links carry beside their weight lies in `extra`. */
 export interface Columns {
-  source: number[];
-  target: number[];
-  weight: number[];
+  source: Uint16Array | Uint32Array | number[];
+  target: Uint16Array | Uint32Array | number[];
+  weight: Float32Array | Float64Array | number[];
+  extra: [number, Json][];
+}
+
+/** The same as `page()` embeds them: numbers of `width` bytes, in base64. */
+interface PackedColumns {
+  width: 2 | 4;
+  single: boolean; // float32, which stands for its shortest decimal
+  source: string;
+  target: string;
+  weight: string;
   extra: [number, Json][];
 }
 
@@ -29,12 +39,15 @@ export interface View {
   supernodes: Supernode[];
   clerps: [string, string][];
   threshold: number | null;
+  cards: [string, number, number][]; // where the reader put them
+  places: number[]; // sg_pos of other viewers: x y of each card, thousandths of a panel
 }
 
 export interface GraphDocument {
   metadata: Json & { prompt: string; prompt_tokens: string[]; slug: string; scan: string };
   view: View;
   nodes: RawNode[];
+  written: string[]; // their ids in the file
   links: Columns;
   jaxclt: Json;
   rest: Json; // other top-level keys, kept for export
@@ -46,6 +59,7 @@ export interface Payload {
   graph: Json;
   report: Json | null;
   validation: Json | null;
+  patches: Json[] | null;
   allLinks: number;
   serve: Serve | null;
   other: Json | null; // a second graph to compare with
@@ -53,6 +67,7 @@ export interface Payload {
 
 export interface Serve {
   path: string; // of this graph
+  patch: boolean; // whether the server can run the model
   graphs: { path: string; slug: string; prompt: string }[];
 }
 
@@ -89,6 +104,18 @@ export function readView(raw: unknown): View {
     clerps: asList(q.clerps).flatMap((pair) =>
       Array.isArray(pair) && pair.length === 2 ? [[asText(pair[0]), asText(pair[1])] as [string, string]] : []),
     threshold: Number.isFinite(threshold) ? threshold : null,
+    cards: asList(q.cards).flatMap((c) =>
+      Array.isArray(c) && c.length === 3 && c.slice(1).every((x) => Number.isFinite(Number(x))) && c[1] !== null && c[2] !== null
+        ? [[asText(c[0]), Number(c[1]), Number(c[2])] as [string, number, number]] : []),
+    places: asText(q.sg_pos).split(/[\s,]+/).filter(Boolean).map(Number).filter(Number.isFinite),
+  };
+}
+
+/** A view whose ids are those of the file, in the ids of the nodes as read. */
+function inNewIds(view: View, name: (id: string) => string): View {
+  return {
+    ...view, clicked: name(view.clicked), pinned: view.pinned.map(name),
+    supernodes: view.supernodes.map((s) => ({ label: s.label, ids: s.ids.map(name) })),
   };
 }
 
@@ -98,8 +125,9 @@ export function readDocument(raw: unknown): GraphDocument {
   if (!Array.isArray(doc.nodes)) throw new Error("this JSON is no attribution graph: it has no list “nodes”");
   if (!doc.links) throw new Error("this JSON is no attribution graph: it has no “links”");
   const notes: string[] = [];
+  const written = doc.nodes.map((n) => asText(asObject(n).node_id ?? asObject(n).nodeId));
   const { nodes, numbers } = readNodes(doc.nodes, notes);
-  const links = Array.isArray(doc.links) ? readLinks(doc.links, nodes, numbers, notes) : (doc.links as Columns);
+  const links = Array.isArray(doc.links) ? readLinks(doc.links, nodes, numbers, notes) : unpack(doc.links as PackedColumns);
   const { metadata, qParams, nodes: _n, links: _l, jaxclt, ...rest } = doc;
   const meta = asObject(metadata);
   const positions = nodes.reduce((most, n) => Math.max(most, n.ctx_idx + 1), 0);
@@ -113,8 +141,12 @@ export function readDocument(raw: unknown): GraphDocument {
       slug: asText(meta.slug) || "graph",
       scan: asText(meta.scan) || "model",
     },
-    view: readView(qParams),
+    view: inNewIds(readView(qParams), (id) => {
+      const same = numbers.get(id);
+      return same?.length === 1 ? nodes[same[0] ?? 0]?.node_id ?? id : id;
+    }),
     nodes,
+    written,
     links,
     jaxclt: asObject(jaxclt),
     rest,
@@ -133,13 +165,11 @@ function readNodes(list: unknown[], notes: string[]): { nodes: RawNode[]; number
     const raw = asObject(item);
     const written = asText(raw.node_id ?? raw.nodeId);
     const pos = Number(raw.ctx_idx);
-    const node: RawNode = {
-      ...raw,
-      node_id: written,
-      ctx_idx: Number.isInteger(pos) && pos >= 0 ? pos : 0,
-      layer: typeof raw.layer === "number" ? raw.layer : asText(raw.layer),
-      feature_type: asText(raw.feature_type),
-    };
+    const node = raw as RawNode; // parsed for this page alone: changed in place
+    node.node_id = written;
+    node.ctx_idx = Number.isInteger(pos) && pos >= 0 ? pos : 0;
+    node.layer = typeof raw.layer === "number" ? raw.layer : asText(raw.layer);
+    node.feature_type = asText(raw.feature_type);
     if (node.feature_type === "mlp reconstruction error" && /^0_\d+_\d+$/.test(written) && Number(node.layer) >= 0) {
       node.node_id = `${node.layer}_-1_${node.ctx_idx}`;
       renamed += 1;
@@ -155,13 +185,40 @@ function readNodes(list: unknown[], notes: string[]): { nodes: RawNode[]; number
   return { nodes, numbers };
 }
 
+function unpack(packed: PackedColumns): Columns {
+  const ends = (text: string) => (packed.width === 2 ? new Uint16Array(bytes(text)) : new Uint32Array(bytes(text)));
+  const weight = bytes(packed.weight);
+  return {
+    source: ends(packed.source), target: ends(packed.target),
+    weight: packed.single ? new Float32Array(weight) : new Float64Array(weight), extra: packed.extra,
+  };
+}
+
+function bytes(text: string): ArrayBuffer {
+  const { fromBase64 } = Uint8Array as unknown as { fromBase64?: (text: string) => Uint8Array<ArrayBuffer> };
+  if (fromBase64) return fromBase64.call(Uint8Array, text).buffer;
+  const raw = atob(text), read = new Uint8Array(raw.length);
+  for (let i = 0; i < raw.length; i++) read[i] = raw.charCodeAt(i);
+  return read.buffer;
+}
+
+/** The decimal that a float32 stands for in a file. */
+export function shortest(x: number): number {
+  for (let digits = 1; digits < 9; digits++) {
+    const said = Number(x.toPrecision(digits));
+    if (Math.fround(said) === x) return said;
+  }
+  return Number(x.toPrecision(9));
+}
+
 function readLinks(
   list: unknown[], nodes: RawNode[], numbers: Map<string, number[]>, notes: string[],
 ): Columns {
-  const columns: Columns = { source: [], target: [], weight: [], extra: [] };
+  const sources: number[] = [], targets: number[] = [], weights: number[] = [], extra: [number, Json][] = [];
   const height = nodes.map((n) => (n.feature_type === "embedding" ? -1 : n.feature_type === "logit" ? 1e9 : Number(n.layer)));
   let dropped = 0, guessed = 0;
-  for (const item of list) {
+  const order = new FileOrder(list, numbers);
+  for (const [at, item] of list.entries()) {
     const { source, target, weight, ...more } = asObject(item);
     const from = numbers.get(asText(source)), to = numbers.get(asText(target));
     const value = Number(weight);
@@ -169,16 +226,53 @@ function readLinks(
     let a = from[0] ?? 0;
     const b = to.length === 1 ? to[0] ?? 0 : to.find((i) => nodes[i]?.feature_type !== "mlp reconstruction error") ?? 0;
     if (from.length > 1) {
-      const fit = from.filter((i) => (height[i] ?? 0) < (height[b] ?? 0));
+      const below = from.filter((i) => (height[i] ?? 0) < (height[b] ?? 0));
+      const fit = below.length > 1 ? order.between(below, at, targets[targets.length - 1] === b ? sources[sources.length - 1] : undefined) : below;
       if (fit.length !== 1) guessed += 1;
-      a = fit[0] ?? a;
+      a = fit[0] ?? below[0] ?? a;
     }
-    if (Object.keys(more).length) columns.extra.push([columns.source.length, more]);
-    columns.source.push(a);
-    columns.target.push(b);
-    columns.weight.push(value);
+    if (Object.keys(more).length) extra.push([sources.length, more]);
+    sources.push(a);
+    targets.push(b);
+    weights.push(value);
   }
   if (dropped) notes.push(`${dropped} links name no node of the file or have no weight, and are left out`);
   if (guessed) notes.push(`${guessed} links start at an id that a feature and an error share: the feature was taken`);
-  return columns;
+  return { source: sources, target: targets, weight: weights, extra };
+}
+
+/** circuit-tracer writes the links of a target one after the other, their sources in the
+ * order of the nodes: where two nodes have one id, their neighbours tell which is meant. */
+class FileOrder {
+  private known: boolean | null = null;
+
+  constructor(private readonly list: unknown[], private readonly numbers: Map<string, number[]>) {}
+
+  /** The only node that a link's source can be, or -1. */
+  private sure(at: number): number {
+    const from = this.numbers.get(asText(asObject(this.list[at]).source));
+    return from?.length === 1 ? from[0] ?? -1 : -1;
+  }
+  private target(at: number): string { return asText(asObject(this.list[at]).target); }
+
+  private ascending(): boolean {
+    if (this.known === null) {
+      this.known = true;
+      for (let i = 1, last = this.sure(0); i < this.list.length && this.known; i++) {
+        const here = this.sure(i), same = this.target(i) === this.target(i - 1);
+        if (same && here >= 0 && here <= last) this.known = false;
+        last = here < 0 && same ? last : here;
+      }
+    }
+    return this.known;
+  }
+
+  /** Those of the candidates that fit after `before` and ahead of the link's followers. */
+  between(candidates: number[], at: number, before: number | undefined): number[] {
+    if (!this.ascending()) return candidates;
+    let next = at + 1, until = -1;
+    while (next < this.list.length && this.target(next) === this.target(at) && (until = this.sure(next)) < 0) next += 1;
+    const same = next < this.list.length && this.target(next) === this.target(at);
+    return candidates.filter((i) => (before === undefined || i > before) && (!same || i < until));
+  }
 }

@@ -59,7 +59,8 @@ export function editText(
 }
 
 export const isNumber = (x: unknown): x is number => typeof x === "number" && Number.isFinite(x);
-export const count = (n: number): string => n.toLocaleString("en-US");
+/** With commas between thousands; toLocaleString would load its tables first. */
+export const count = (n: number): string => String(n).replace(/\B(?=(\d{3})+$)/g, ",");
 export const plural = (n: number, what: string): string => `${count(n)} ${what}${n === 1 ? "" : "s"}`;
 
 export function percent(x: number): string {

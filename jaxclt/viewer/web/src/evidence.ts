@@ -2,7 +2,8 @@
 
 import type { App } from "./app";
 import { type Json, asObject, asText } from "./document";
-import { button, clip, el, isNumber, percent, svg, visible } from "./dom";
+import { button, clip, el, isNumber, percent, spaced, svg, visible } from "./dom";
+import { changeText, patchOfRecord } from "./patches";
 
 const number = (x: unknown): number | null => (isNumber(x) ? x : null);
 const two = (x: unknown): string => (isNumber(x) ? x.toFixed(2).replace("-", "−") : "–");
@@ -36,10 +37,26 @@ export function evidence(app: App): HTMLElement[] {
   const parts: HTMLElement[] = [el("div", "head", el("div", "", el("h2", "", "How far to trust this graph")))];
   if (scores.length) parts.push(cards);
   else parts.push(el("p", "note", "The file has no scores."));
+  if (app.patches.length) parts.push(el("h3", "", `Patches (${app.patches.length})`), patchList(app));
   parts.push(el("h3", "", "Validation"));
   if (app.validation) parts.push(...validation(app, app.validation));
   else parts.push(el("p", "note", "No patches were run. “jaxclt validate DIR” compares the graph's predictions with patches of the model."));
   return parts;
+}
+
+/** What was patched: target before and after; pressed, the rest is shown beside the subgraph. */
+function patchList(app: App): HTMLElement {
+  const list = el("ul", "links");
+  list.setAttribute("aria-label", "Patches");
+  for (const record of app.patches) {
+    const first = asObject(Array.isArray(record.targets) ? record.targets[0] : null), of = patchOfRecord(record);
+    const row = button("", "surprise", () => app.openPatch(of));
+    const p = (x: unknown) => (isNumber(x) ? percent(x) : "–");
+    row.append(el("span", "name", clip(of.name, 80), "  ", el("i", "", `${changeText(record)}, ${asText(record.mode)}`)),
+      el("span", "raw", `${spaced(asText(first.token))} ${p(first.p_before)} → ${p(first.p_after)}`));
+    list.append(el("li", "", row));
+  }
+  return list;
 }
 
 function grid(head: string[], rows: string[][], caption: string): HTMLElement {

@@ -22,8 +22,8 @@ function readFeature(raw: Json): Feature {
     name: asText(q.quantile_name),
     examples: (Array.isArray(q.examples) ? q.examples : []).map(asObject).map((e) => {
       const tokens = texts(e.tokens), acts = numbers(e.tokens_acts_list);
-      const most = acts.indexOf(Math.max(...acts, 0));
-      return { tokens, acts, centre: isNumber(e.train_token_ind) ? e.train_token_ind : Math.max(most, 0) };
+      const most = acts.reduce((m, v, t) => (Math.abs(v) > Math.abs(acts[m] ?? 0) ? t : m), 0);
+      return { tokens, acts, centre: isNumber(e.train_token_ind) ? e.train_token_ind : most };
     }),
   }));
   const number = (x: unknown) => (isNumber(x) ? x : null);
@@ -82,7 +82,11 @@ export class Features {
     logits("Bottom logits", f.bottom);
     if (f.frequency !== null) body.append(el("p", "note", `Active on ${percent(f.frequency)} of tokens.`));
     if (f.histogram.length) body.append(histogram(f, n.activation));
-    const high = f.high ?? Math.max(...f.quantiles.flatMap((q) => q.examples.flatMap((e) => e.acts)), 1e-9);
+    const sizes = f.quantiles.flatMap((q) => q.examples.flatMap((e) => e.acts)).map(Math.abs);
+    const high = Math.max(Math.abs(f.high ?? 0), Math.abs(f.low ?? 0)) || sizes.reduce((m, v) => Math.max(m, v), 1e-9);
+    if (f.quantiles.some((q) => q.examples.some((e) => e.acts.some((v) => v < 0)))) {
+      body.append(el("p", "note shades", el("span", "up", "above zero"), " ", el("span", "down much", "below zero")));
+    }
     for (const [i, q] of f.quantiles.entries()) {
       const list = el("ol", "examples", ...q.examples.slice(0, i === 0 ? 20 : FEW_EXAMPLES).map((e) => el("li", "", example(e, high))));
       const box = el("details", "", el("summary", "", `${q.name || "Examples"} (${count(q.examples.length)})`), list);
@@ -93,12 +97,15 @@ export class Features {
   }
 }
 
+/** Tokens shaded by the size of their activation; those below zero in another colour, and underlined. */
 function example(e: Example, high: number): HTMLElement {
   const first = Math.max(0, e.centre - BEFORE), line = el("span", "example", first > 0 ? "…" : "");
   for (let t = first; t < Math.min(e.tokens.length, e.centre + AFTER); t++) {
     const act = e.acts[t] ?? 0, token = el("span", t === e.centre ? "centre" : "", visible(e.tokens[t] ?? ""));
-    if (act > 0) {
-      token.style.backgroundColor = `rgb(from var(--accent) r g b / ${(0.08 + 0.42 * Math.min(1, act / high)).toFixed(2)})`;
+    if (act !== 0) {
+      const size = Math.min(1, Math.abs(act) / high);
+      token.classList.add(act > 0 ? "up" : "down", size > 0.1 ? "much" : "little"); // dense features underline every word else
+      token.style.setProperty("--shade", (0.08 + 0.42 * size).toFixed(2));
       token.title = `activation ${short(act)}`;
     }
     line.append(token);
@@ -114,7 +121,8 @@ function histogram(f: Feature, here: number | null): HTMLElement {
     const h = (Math.max(v, 0) / most) * (H - 4);
     picture.append(svg("rect", { x: i * bar, y: H - h, width: Math.max(bar - 0.5, 0.5), height: h, class: "column" }));
   });
-  const low = f.low ?? 0, high = f.high ?? 0;
+  const low = f.low ?? 0, high = f.high ?? 0, zero = (-low / (high - low)) * W;
+  if (low < 0 && high > 0) picture.append(svg("line", { x1: zero, x2: zero, y1: 0, y2: H, class: "zero" }));
   if (here !== null && high > low) {
     const x = Math.min(1, Math.max(0, (here - low) / (high - low))) * W;
     picture.append(svg("line", { x1: x, x2: x, y1: 0, y2: H, class: "here" }));

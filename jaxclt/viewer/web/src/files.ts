@@ -47,6 +47,7 @@ function open(app: App, features: Features, raw: unknown, compare: boolean): voi
   } else if (doc.qParams && !doc.nodes) { // a view alone
     const view = readView(doc.qParams);
     app.setPins(view.pinned, view.supernodes);
+    app.place(view.cards, view.places);
     app.select(app.model.byId.get(view.clicked) ?? null);
     app.changed("graph", "pins");
   } else {

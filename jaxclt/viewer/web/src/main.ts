@@ -5,10 +5,12 @@ import { Compare } from "./compare";
 import type { Payload } from "./document";
 import { $, count, el, percent, plural, visible } from "./dom";
 import { scoreList } from "./evidence";
+import { Divider } from "./divider";
 import { Features } from "./features";
 import { exportAs, fetchOther, openFiles, save, tell } from "./files";
 import type { GraphNode } from "./model";
 import { showSide } from "./panel";
+import { Patches } from "./patches";
 import { Picture, say } from "./picture";
 import { fromHash, toDocument, toHash } from "./state";
 import { Subgraph } from "./subgraph";
@@ -24,7 +26,10 @@ fromHash(app, location.hash);
 const features = new Features(app);
 const picture = new Picture(app, $("graph"), { model: () => app.model, mark: () => null, says: true, choose: (n) => app.select(n) });
 const subgraph = new Subgraph(app);
+const patches = new Patches(app);
 const compare = new Compare(app);
+const main = document.querySelector("main") as HTMLElement, left = document.querySelector(".left") as HTMLElement;
+const dividers = [new Divider(app, "side", main), new Divider(app, "lower", left)];
 const slider = $<HTMLInputElement>("slider"), errors = $<HTMLInputElement>("errors"), search = $<HTMLInputElement>("search");
 
 function header(): void {
@@ -71,7 +76,7 @@ function showView(): void {
     $(`view-${view}`).setAttribute("aria-pressed", String(app.view === view));
     $(view === "graph" ? "graphview" : view).hidden = app.view !== view;
   }
-  $("lower").hidden = app.view === "compare";
+  $("lower").hidden = $("divide-lower").hidden = app.view === "compare";
   if (app.view === "graph") picture.resize();
   if (app.view === "compare") compare.show();
 }
@@ -92,10 +97,12 @@ app.listen((changed: ReadonlySet<Part>) => {
   if (any("model")) { header(); controls(); features.embedded(); }
   if (any("model", "compare")) compare.reset();
   if (any("pins", "model", "labels") || (any("side") && app.pinned.length)) subgraph.show();
+  if (any("patches", "side", "pins", "model")) patches.show();
+  if (any("layout", "model")) for (const divider of dividers) divider.apply();
   if (any("view", "model", "compare")) showView();
   if (any("graph", "pins", "labels", "filter")) { if (app.view === "compare") compare.redraw(); else picture.draw(); }
   if (any("filter", "graph", "pins")) counts();
-  if (any("side", "labels")) showSide(app, features);
+  if (any("side", "labels") || (any("patches") && app.tab === "evidence")) showSide(app, features);
   if (any("filter")) controls();
   if (app.view === "table" && any("graph", "filter", "view", "labels")) showTable(app);
   if (any("graph") && app.view === "graph") {
@@ -157,7 +164,7 @@ if (app.serve) {
 $("notice").addEventListener("click", () => tell(""));
 
 document.addEventListener("keydown", (e) => {
-  const typing = e.target instanceof HTMLInputElement && ["search", "text"].includes(e.target.type);
+  const typing = e.target instanceof HTMLInputElement && ["search", "text", "number"].includes(e.target.type);
   if (e.ctrlKey || e.metaKey || e.altKey) return;
   if (e.key === "Escape" && e.target === search && search.value) { search.value = ""; app.filter({ query: "" }); return; }
   if (e.key === "Escape" && app.path.length) app.showPath([]);
@@ -167,12 +174,12 @@ document.addEventListener("keydown", (e) => {
   if (e.key === "?") app.showTab("help");
   if (e.key === "g") app.groupMarked();
 });
-new ResizeObserver(() => { if (app.view === "graph") picture.resize(); }).observe($("graph"));
+new ResizeObserver(() => { if (app.view === "graph" && !picture.fits()) picture.resize(); }).observe($("graph"));
 new ResizeObserver(() => { if (app.view === "compare") compare.show(); }).observe($("compare"));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { picture.restyle(); compare.restyle(); });
 window.addEventListener("hashchange", () => {
   fromHash(app, location.hash);
-  app.changed("graph", "side", "pins", "labels", "filter", "view");
+  app.changed("graph", "side", "pins", "labels", "filter", "view", "layout");
 });
 
 header();

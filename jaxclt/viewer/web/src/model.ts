@@ -50,6 +50,7 @@ export class Model {
   readonly ranked: GraphNode[]; // most influential first
   readonly nRanked: number;
   readonly nLayers: number;
+  private readonly anyGiven: boolean;
   readonly labels = new Map<string, string>(); // by key, edited here
   private readonly ins: Adjacency;
   private readonly outs: Adjacency;
@@ -59,15 +60,16 @@ export class Model {
     this.doc = doc;
     this.tokens = doc.metadata.prompt_tokens;
     this.nodes = doc.nodes.map((raw, index) => readNode(raw, index, this.tokens));
+    this.anyGiven = this.nodes.some((n) => n.given !== "");
     this.byId = new Map(this.nodes.map((n) => [n.id, n]));
     const plain = this.nodes.filter((n) => n.kind === "feature" || n.kind === "error");
     const highest = plain.reduce((m, n) => Math.max(m, n.layer + 1), 1);
     this.nLayers = this.nodes.reduce((m, n) => (n.kind === "logit" ? Math.max(m, n.layer - 1) : m), highest);
     for (const n of this.nodes) n.band = n.kind === "embedding" ? 0 : n.kind === "logit" ? this.nLayers + 1 : n.layer + 1;
 
-    this.source = Int32Array.from(doc.links.source);
-    this.target = Int32Array.from(doc.links.target);
-    this.weight = Float64Array.from(doc.links.weight);
+    this.source = new Int32Array(doc.links.source);
+    this.target = new Int32Array(doc.links.target);
+    this.weight = new Float64Array(doc.links.weight);
     this.extra = new Map(doc.links.extra);
     const E = this.source.length;
     this.share = new Float32Array(E);
@@ -105,7 +107,7 @@ export class Model {
   byFlow(all: boolean): Int32Array {
     const { flow } = this, wanted = all ? flow.length : Math.min(flow.length, FEW_LINKS);
     if (!this.strongest || this.strongest.length < wanted) {
-      const least = wanted < flow.length ? flow.slice().sort()[flow.length - wanted] as number : -1;
+      const least = wanted < flow.length ? nearKth(flow, wanted) : -1;
       const chosen: number[] = [];
       for (let e = 0; e < flow.length; e++) if ((flow[e] as number) >= least) chosen.push(e);
       this.strongest = Int32Array.from(chosen).sort((a, b) => (flow[b] as number) - (flow[a] as number));
@@ -122,6 +124,8 @@ export class Model {
     return direct === null && attention === null && !heads.length ? null : { direct, attention, heads };
   }
 
+  /** Whether any feature has a label. */
+  get anyNamed(): boolean { return this.anyGiven || this.labels.size > 0; }
   named(n: GraphNode): string { return this.labels.get(n.key) ?? n.given; }
 
   label(n: GraphNode): string {
@@ -157,6 +161,19 @@ export class Model {
   }
 }
 
+/** A number that at least k of these, which are not negative, reach, and few more: by the
+ * upper half of their bits, which are in the order of the numbers. */
+function nearKth(values: Float32Array, k: number): number {
+  const bits = new Uint32Array(values.buffer, values.byteOffset, values.length), count = new Uint32Array(1 << 16);
+  for (let i = 0; i < bits.length; i++) {
+    const b = (bits[i] as number) >>> 16;
+    count[b] = (count[b] as number) + 1;
+  }
+  let bucket = count.length, left = k;
+  while (bucket > 0 && left > 0) left -= count[--bucket] as number;
+  return new Float32Array(new Uint32Array([bucket << 16]).buffer)[0] as number;
+}
+
 /** Links by one of their ends, in one array. */
 class Adjacency {
   private readonly start: Int32Array;
@@ -165,7 +182,10 @@ class Adjacency {
 
   constructor(end: Int32Array, nNodes: number, private readonly share: Float32Array) {
     this.start = new Int32Array(nNodes + 1);
-    for (const i of end) this.start[i + 1] = (this.start[i + 1] as number) + 1;
+    for (let e = 0; e < end.length; e++) {
+      const i = (end[e] as number) + 1;
+      this.start[i] = (this.start[i] as number) + 1;
+    }
     for (let i = 0; i < nNodes; i++) this.start[i + 1] = (this.start[i + 1] as number) + (this.start[i] as number);
     const next = this.start.slice();
     this.list = new Int32Array(end.length);
@@ -220,14 +240,14 @@ function outputToken(clerp: string): string {
 
 /** The feature's number in its layer: from the id, or out of the cantor pair. */
 function featureNumber(raw: Json, layer: number): string {
-  const parts = asText(raw.node_id).split("_");
-  if (parts.length === 3 && Number(parts[0]) === layer && /^\d+$/.test(parts[1] ?? "")) return parts[1] ?? "";
+  const id = asText(raw.node_id), first = id.indexOf("_"), last = id.lastIndexOf("_"), own = id.slice(first + 1, last);
+  if (first > 0 && last > first && Number(id.slice(0, first)) === layer && /^\d+$/.test(own)) return own;
   const z = Number(raw.feature);
   if (Number.isInteger(z) && z >= 0) {
     const w = Math.floor((Math.sqrt(8 * z + 1) - 1) / 2), second = z - (w * (w + 1)) / 2;
     return w - second === layer ? String(second) : String(z);
   }
-  return asText(raw.node_id);
+  return id;
 }
 
 /** cantor(layer, index), how Anthropic-format files number a feature. */

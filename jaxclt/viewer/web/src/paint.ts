@@ -216,11 +216,11 @@ function names(pen: Pen, s: Scene, near: Map<number, number>, onPath: Set<number
   if (s.moving) return;
   const wanted = onPath.size ? [...onPath].map((i) => model.nodes[i] as GraphNode)
     : selected ? [selected, ...[...near].sort((a, b) => b[1] - a[1]).slice(0, 12).map(([i]) => model.nodes[i] as GraphNode)]
-    : model.ranked.filter((n) => model.named(n) !== "");
+    : model.anyNamed ? model.ranked.filter((n) => model.named(n) !== "") : [];
   const lit = onPath.size ? onPath : selected ? new Set([selected.index, ...near.keys()]) : null;
-  const taken: Box[] = model.nodes.filter((n) => s.shows(n) && (!lit || lit.has(n.index))).map((n) => {
-    const { x, y, r } = place(s, n);
-    return { x0: x - r, y0: y - r, x1: x + r, y1: y + r };
+  const taken: Box[] = model.nodes.filter((n) => s.shows(n) && (!lit || lit.has(n.index) || s.pinned(n))).map((n) => {
+    const { x, y, r } = place(s, n), ring = r + (s.pinned(n) ? 3 : 0);
+    return { x0: x - ring, y0: y - ring, x1: x + ring, y1: y + ring };
   });
   const free = (box: Box) => box.x0 >= GUTTER && box.x1 < s.width - 4 && box.y0 > 0 && box.y1 < s.height - FOOT
     && !taken.some((b) => b.x0 < box.x1 && box.x0 < b.x1 && b.y0 < box.y1 && box.y0 < b.y1);
@@ -270,7 +270,9 @@ function frame(pen: Pen, s: Scene, bandY: (b: number) => number): void {
     const on = s.selected?.pos === t;
     pen.font = (on ? "bold " : "") + theme.font;
     pen.fillStyle = on ? theme.ink : theme.muted;
-    pen.fillText(fit(pen, spaced(model.tokens[t] ?? ""), wide - 6), left + wide / 2, bottom + FOOT / 2 + 1);
+    const text = fit(pen, spaced(model.tokens[t] ?? ""), wide - 6), middle = left + wide / 2, half = pen.measureText(text).width / 2;
+    if (middle - half < GUTTER - 6 || middle + half > s.width) return; // half a word would be read as another
+    pen.fillText(text, middle, bottom + FOOT / 2 + 1);
   });
   pen.restore();
 }

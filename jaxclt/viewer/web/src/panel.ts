@@ -1,6 +1,6 @@
 // The side: what is selected, with its inputs and outputs.
 
-import type { App } from "./app";
+import type { App, PatchOf } from "./app";
 import type { Supernode } from "./document";
 import { $, button, clip, count, editText, el, percent, plural, quoted, short, signed, spaced, visible } from "./dom";
 import { evidence } from "./evidence";
@@ -71,6 +71,7 @@ function nodePanel(app: App, features: Features, n: GraphNode): HTMLElement[] {
   if (n.kind === "feature") {
     actions.append(button("Label", "plain", () => editText(title, model.named(n), "Label of this feature", (text) => app.setLabel(n, text))));
   }
+  if (n.kind === "feature") actions.append(patchButton(app, { name: model.label(n), ids: [n.id] }));
   actions.append(button("Clear", "plain", () => { app.select(null); $("graph").focus(); }));
   const facts = el("dl", "facts");
   if (n.activation !== null) facts.append(fact("Activation", short(n.activation)));
@@ -189,6 +190,7 @@ function groupPanel(app: App, group: Supernode): HTMLElement[] {
   const actions = el("div", "actions",
     button("Rename", "plain", () => editText(title, group.label, "Name of this supernode", (text) => app.rename(group, text))),
     button("Ungroup", "plain", () => app.ungroup(group)),
+    ...(app.features(group.ids).length ? [patchButton(app, { name: group.label, ids: group.ids })] : []),
     button("Clear", "plain", () => app.selectGroup(null)));
   const members = el("ul", "links");
   members.setAttribute("aria-label", "Members");
@@ -220,6 +222,12 @@ function groupPanel(app: App, group: Supernode): HTMLElement[] {
   return parts;
 }
 
+function patchButton(app: App, of: PatchOf): HTMLElement {
+  const made = button("Patch", "plain", () => { app.openPatch(of); $("patched").focus(); });
+  made.title = "What the model answers when these features are changed";
+  return made;
+}
+
 function help(): HTMLElement[] {
   const keys: [string, string][] = [
     ["← →", "next node of the layer"], ["↑ ↓", "layer above or below"], ["[ ]", "next node by influence"],
@@ -231,6 +239,7 @@ function help(): HTMLElement[] {
   return [
     el("div", "head", el("div", "", el("h2", "", "Keys and pointer"))), list,
     el("p", "note", "Wheel or drag moves the graph, Ctrl + wheel or pinch zooms. Click selects, Shift + click pins. In the subgraph, Shift + click (or Space) marks cards, which Group then joins; cards can be dragged."),
-    el("p", "note", "The address of this page holds what is selected, pinned, grouped and labelled: copy it to share a view. Save keeps it in the graph's JSON."),
+    el("p", "note", "Patch, on a feature or a supernode, changes its features in the model and shows what the model answers then: run by a server that was started with a model, otherwise by the command it shows. Lines between panels can be dragged, or moved with arrow keys; double-click resets them."),
+    el("p", "note", "The address of this page holds what is selected, pinned, grouped, labelled and where cards lie: copy it to share a view. Save keeps it in the graph's JSON."),
   ];
 }

@@ -55,6 +55,7 @@ export class Picture {
     const width = this.box.clientWidth, height = this.box.clientHeight, model = this.own.model();
     if (!width || !height) return;
     const fresh = this.model !== model || !this.layout;
+    if (this.fits()) { this.draw(); return; }
     const middle = this.layout && { x: (this.width / 2 - this.camera.x) / this.camera.k / this.layout.width };
     this.width = width;
     this.height = height;
@@ -78,6 +79,11 @@ export class Picture {
     this.draw();
   }
 
+  /** Whether the layout is of this graph and this size. */
+  fits(): boolean {
+    return this.layout !== null && this.model === this.own.model() && this.width === this.box.clientWidth && this.height === this.box.clientHeight;
+  }
+
   restyle(): void { this.theme = readTheme(); this.draw(); }
 
   private pen(canvas: HTMLCanvasElement): CanvasRenderingContext2D {
@@ -87,14 +93,20 @@ export class Picture {
     return pen;
   }
 
+  /** With the next frame, once, however many changes ask for it before. */
   draw(): void {
+    if (!this.pending) this.pending = requestAnimationFrame(() => { this.pending = 0; this.drawNow(); });
+  }
+
+  private drawNow(): void {
+    if (!this.box.clientWidth) return; // out of sight
     if (!this.layout || this.model !== this.own.model()) { this.resize(); return; }
     paint(this.pen(this.back), this.scene());
     this.drawOver();
   }
 
   private drawOver(): void {
-    if (!this.layout) return;
+    if (!this.layout || this.model !== this.own.model()) return;
     const focused = document.activeElement === this.box;
     paintOver(this.pen(this.front), this.scene(), this.hover, focused ? this.cursor : null, this.alike(this.hover));
   }
@@ -110,7 +122,7 @@ export class Picture {
 
   private later(): void {
     this.moving = true;
-    if (!this.pending) this.pending = requestAnimationFrame(() => { this.pending = 0; this.draw(); });
+    this.draw();
     clearTimeout(this.settle);
     this.settle = window.setTimeout(() => { this.moving = false; this.draw(); }, 140);
   }
@@ -173,6 +185,7 @@ export class Picture {
   at(x: number, y: number): GraphNode | null {
     const scene = this.scene();
     let best: GraphNode | null = null, distance = REACH ** 2;
+    if (this.model !== scene.model) return null; // not laid out yet
     if (y > this.height - FOOT || x < GUTTER - 6) return null;
     for (const n of scene.model.nodes) {
       const p = place(scene, n), d = (p.x - x) ** 2 + (p.y - y) ** 2;

@@ -1,7 +1,8 @@
 // A view in the address and in the file, in the words other viewers use too.
 
 import type { App, Tab, ViewName } from "./app";
-import { type Json, asText, readView } from "./document";
+import { type Json, asText, readView, shortest } from "./document";
+import { toPlaces } from "./supernodes";
 
 /** The address's hash: only what differs from a fresh page. */
 export function toHash(app: App): string {
@@ -13,10 +14,23 @@ export function toHash(app: App): string {
   if (app.model.labels.size) q.set("clerps", JSON.stringify([...app.model.labels]));
   if (app.threshold < app.highest) q.set("pruningThreshold", String(app.threshold));
   if (!app.errors) q.set("errors", "0");
+  if (app.positions.size) q.set("cards", JSON.stringify(cardsOf(app)));
   if (app.view !== "graph") q.set("view", app.view);
   if (app.tab !== "node") q.set("tab", app.tab);
+  for (const name of ["side", "lower"] as const) {
+    const share = app.panels[name];
+    if (share !== null) q.set(name, share.toFixed(1));
+  }
   return q.toString();
 }
+
+function cardsOf(app: App): [string, number, number][] {
+  return app.cards().flatMap(({ id }) => {
+    const at = app.positions.get(id);
+    return at ? [[id, Math.round(at[0]), Math.round(at[1])] as [string, number, number]] : [];
+  });
+}
+
 
 export function fromHash(app: App, hash: string): void {
   const q = new URLSearchParams(hash.replace(/^#/, ""));
@@ -26,26 +40,38 @@ export function fromHash(app: App, hash: string): void {
   app.setPins(view.pinned, view.supernodes);
   app.selected = app.model.byId.get(view.clicked) ?? null;
   app.threshold = Math.min(view.threshold ?? app.highest, app.highest);
+  app.place(view.cards);
+  for (const name of ["side", "lower"] as const) {
+    const share = Number(q.get(name) ?? NaN);
+    app.panels[name] = Number.isFinite(share) ? share : null;
+  }
   app.errors = q.get("errors") !== "0";
   if (["table", "compare"].includes(q.get("view") ?? "")) app.view = q.get("view") as ViewName;
   if (["evidence", "help"].includes(q.get("tab") ?? "")) app.tab = q.get("tab") as Tab;
 }
 
-/** What the server writes into the graph's file. */
+/** What the server writes into the graph's file, with the ids that the file has. */
 export function toSave(app: App): Json {
+  const written = (id: string) => app.model.doc.written[app.model.byId.get(id)?.index ?? -1] ?? id;
+  return state(app, written);
+}
+
+function state(app: App, name: (id: string) => string): { labels: Json; qParams: Json } {
   const labels: Record<string, string> = {};
   for (const n of app.model.nodes) {
     const label = n.kind === "feature" ? app.model.labels.get(n.key) : undefined;
-    if (label !== undefined) labels[n.id] = label;
+    if (label !== undefined) labels[name(n.id)] = label;
   }
   return {
     labels,
     qParams: {
-      pinnedIds: app.pinned,
-      supernodes: app.groups.map((g) => [g.label, ...g.ids]),
+      pinnedIds: app.pinned.map(name),
+      supernodes: app.groups.map((g) => [g.label, ...g.ids.map(name)]),
       linkType: "both",
-      clickedId: app.selected?.id ?? "",
-      sg_pos: "",
+      clickedId: app.selected ? name(app.selected.id) : "",
+      // Other viewers lay out for themselves while nothing was dragged.
+      sg_pos: app.positions.size ? toPlaces(app.model, app.cards(), app.placed) : "",
+      ...(app.positions.size ? { cards: cardsOf(app) } : {}),
     },
   };
 }
@@ -53,11 +79,11 @@ export function toSave(app: App): Json {
 /** The graph with the reader's labels and groups, as circuit-tracer and Neuronpedia
  * read it. */
 export function toDocument(app: App): Json {
-  const { model } = app, { doc } = model, name = (text: string) => text.replace(/[^a-zA-Z0-9_.-]+/g, "-") || "graph";
-  const extra = new Map(doc.links.extra);
+  const { model } = app, { doc } = model, slug = (text: string) => text.replace(/[^a-zA-Z0-9_.-]+/g, "-") || "graph";
+  const extra = new Map(doc.links.extra), single = doc.links.weight instanceof Float32Array;
   return {
-    metadata: { ...doc.metadata, slug: name(doc.metadata.slug), scan: name(doc.metadata.scan) },
-    qParams: toSave(app).qParams,
+    metadata: { ...doc.metadata, slug: slug(doc.metadata.slug), scan: slug(doc.metadata.scan) },
+    qParams: state(app, (id) => id).qParams,
     nodes: model.nodes.map((n) => {
       const raw = doc.nodes[n.index] as Json, clerp = asText(raw.clerp);
       const output = /^Output "[\s\S]*" \(p=/.test(clerp) ? clerp : `Output "${n.token.replaceAll('"', "”")}" (p=${n.prob.toFixed(3)})`;
@@ -66,7 +92,7 @@ export function toDocument(app: App): Json {
         clerp: n.kind === "logit" ? output : n.kind === "feature" ? model.named(n) : clerp,
       };
     }),
-    links: doc.links.weight.map((weight, e) => ({ source: model.from(e).id, target: model.to(e).id, weight, ...extra.get(e) })),
+    links: Array.from(doc.links.weight, (weight, e) => ({ source: model.from(e).id, target: model.to(e).id, weight: single ? shortest(weight) : weight, ...extra.get(e) })),
     jaxclt: doc.jaxclt,
     ...doc.rest,
   };

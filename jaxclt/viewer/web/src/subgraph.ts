@@ -4,9 +4,10 @@ import dagre from "@dagrejs/dagre";
 import type { App } from "./app";
 import { readSupernodes } from "./document";
 import { $, clip, count, editText, el, percent, plural, svg, visible } from "./dom";
-import { type Card, type CardLink, mergeLinks } from "./supernodes";
+import { CARD, type Card, type CardLink, mergeLinks } from "./supernodes";
 
-const WIDTH = 150, HEIGHT = 46, LEAST_SHARE = 0.01, MOST_LINKS = 150;
+const [WIDTH, HEIGHT] = CARD, LEAST_SHARE = 0.01, MOST_LINKS = 150;
+const LEGIBLE = 0.75; // smaller cards are no longer read
 
 export class Subgraph {
   private readonly box = $("subgraph");
@@ -23,7 +24,7 @@ export class Subgraph {
     $("suggest").addEventListener("click", () => this.suggest());
     $("group").addEventListener("click", () => app.groupMarked());
     $("unpinall").addEventListener("click", () => { app.clearPins(); $("graph").focus(); });
-    $("arrange").addEventListener("click", () => { app.positions.clear(); this.own = false; this.show(); });
+    $("arrange").addEventListener("click", () => { app.positions.clear(); this.own = false; this.show(); app.changed("layout"); });
     $("subin").addEventListener("click", () => this.zoom(1.25));
     $("subout").addEventListener("click", () => this.zoom(0.8));
     this.box.addEventListener("wheel", (e) => {
@@ -70,7 +71,7 @@ export class Subgraph {
 
   private arrange(): void {
     const g = new dagre.graphlib.Graph();
-    g.setGraph({ rankdir: "BT", nodesep: 26, ranksep: 44, marginx: 8, marginy: 8 });
+    g.setGraph({ rankdir: "BT", nodesep: 14, ranksep: 30, marginx: 8, marginy: 8 });
     g.setDefaultEdgeLabel(() => ({}));
     for (const card of this.cards) g.setNode(card.id, { width: WIDTH, height: HEIGHT });
     for (const l of this.links) {
@@ -82,6 +83,7 @@ export class Subgraph {
       const { x, y } = g.node(card.id);
       return [card.id, this.app.positions.get(card.id) ?? [x ?? 0, y ?? 0]];
     }));
+    this.app.placed = this.at;
   }
 
   private draw(): void {
@@ -124,7 +126,7 @@ export class Subgraph {
       else if (e.key === "Enter") open();
       else if (e.key === "Delete") { if (group) app.ungroup(group); else if (first) app.togglePin(first); }
       else if (e.key === "F2" && group) this.rename(made, group);
-      else if (step) this.move(card, step[0], step[1]);
+      else if (step) { this.move(card, step[0], step[1]); app.changed("layout"); }
       else return;
       e.preventDefault();
     });
@@ -155,7 +157,7 @@ export class Subgraph {
       this.move(card, (e.clientX - last.x) / this.k, (e.clientY - last.y) / this.k);
       last = { x: e.clientX, y: e.clientY };
     });
-    made.addEventListener("pointerup", () => { last = null; });
+    made.addEventListener("pointerup", () => { last = null; if (far) this.app.changed("layout"); });
     made.addEventListener("click", (e) => { if (!far && e.detail > 0) click(e); });
   }
 
@@ -186,6 +188,7 @@ export class Subgraph {
       card.style.top = `${y - HEIGHT / 2}px`;
     }
     const drawn: SVGElement[] = [];
+    const taken = [...this.at.values()].map(([x, y]) => [x, y, WIDTH / 2, HEIGHT / 2] as [number, number, number, number]); // middles and half sizes
     const any = this.cards.some((c) => this.chosen(c));
     for (const l of this.links.slice().reverse()) {
       const a = this.cards[l.source] as Card, b = this.cards[l.target] as Card, size = Math.abs(l.share);
@@ -195,11 +198,20 @@ export class Subgraph {
       drawn.push(svg("path", {
         d: `M${x0} ${start}C${x0} ${start - bend} ${x1} ${end + bend} ${x1} ${end}`,
         class: l.share < 0 ? "neg" : "pos", "stroke-width": (1 + 7 * size).toFixed(2),
-        opacity: any && !mine ? 0.15 : Math.min(1, 0.45 + size).toFixed(2),
+        opacity: any && !mine ? 0.3 : Math.min(1, 0.45 + size).toFixed(2),
       }));
       if (!mine) continue;
-      const text = svg("text", { x: x0 + (x1 - x0) * 0.7, y: start + (end - start) * 0.7 });
-      text.textContent = (l.share < 0 ? "−" : "") + percent(size);
+      const words = (l.share < 0 ? "−" : "") + percent(size), half = 3.2 * words.length;
+      const spots = [0.5, 0.35, 0.65, 0.2, 0.8].map((t) => {
+        const bezier = (a: number, b: number, c: number, d: number) => (1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * b + 3 * (1 - t) * t ** 2 * c + t ** 3 * d;
+        return [bezier(x0, x0, x1, x1), bezier(start, start - bend, end + bend, end)] as const;
+      });
+      const free = spots.find((spot) => taken.every(([bx, by, w, h]) => Math.abs(bx - spot[0]) > w + half || Math.abs(by - spot[1]) > h + 7));
+      if (!free) continue; // the side panel says it too
+      const [x, y] = free;
+      taken.push([x, y, half, 7]);
+      const text = svg("text", { x, y: y + 4 });
+      text.textContent = words;
       drawn.push(text);
     }
     lines.replaceChildren(...drawn.filter((s) => s.tagName === "path"), ...drawn.filter((s) => s.tagName === "text"));
@@ -218,9 +230,15 @@ export class Subgraph {
     if (!this.cards.length || !this.box.clientWidth) return;
     const xs = [...this.at.values()].map(([x]) => x), ys = [...this.at.values()].map(([, y]) => y);
     const w = Math.max(...xs) - Math.min(...xs) + WIDTH + 24, h = Math.max(...ys) - Math.min(...ys) + HEIGHT + 16;
-    this.k = Math.max(0.15, Math.min(1, this.box.clientWidth / w, this.box.clientHeight / h));
-    this.x = this.box.clientWidth / 2 - ((Math.min(...xs) + Math.max(...xs)) / 2) * this.k;
-    this.y = this.box.clientHeight / 2 - ((Math.min(...ys) + Math.max(...ys)) / 2) * this.k;
+    this.k = Math.max(LEGIBLE, Math.min(1, this.box.clientWidth / w, this.box.clientHeight / h));
+    // What does not fit is panned to; the chosen card stays in sight.
+    const chosen = this.cards.find((c) => this.chosen(c)), at = chosen && this.at.get(chosen.id);
+    const start = (room: number, least: number, most: number, half: number, want: number | undefined) => {
+      const middle = room / 2 - ((least + most) / 2) * this.k, spare = Math.max(0, (most - least + 2 * half) * this.k - room) / 2;
+      return want === undefined ? middle : Math.max(middle - spare, Math.min(middle + spare, room / 2 - want * this.k));
+    };
+    this.x = start(this.box.clientWidth, Math.min(...xs), Math.max(...xs), WIDTH / 2 + 12, at?.[0]);
+    this.y = start(this.box.clientHeight, Math.min(...ys), Math.max(...ys), HEIGHT / 2 + 8, at?.[1]);
     this.transform();
   }
 

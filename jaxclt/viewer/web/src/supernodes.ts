@@ -38,3 +38,40 @@ export function mergeLinks(model: Model, cards: Card[]): CardLink[] {
   });
   return merged.sort((a, b) => Math.abs(b.share) - Math.abs(a.share));
 }
+
+// ---- where cards lie, in the words of circuit-tracer's viewer -------------------------------
+
+export const CARD = [176, 46] as const; // width, height
+const PANEL = [1400, 700] as const; // what its thousandths are of when they become pixels here
+
+type Places = Map<string, [number, number]>;
+
+/** Its order: by the sorted letters of the members' feature numbers, ties as in the file,
+ * supernodes last (d3.sort on a string sorts its letters). */
+function inFileOrder(model: Model, cards: Card[]): Card[] {
+  const key = (card: Card) => [...card.members.map((n) => String(model.doc.nodes[n.index]?.feature)).join(" ")].sort().join();
+  const first = (card: Card) => (card.group ? Infinity : card.members[0]?.index ?? 0);
+  return cards.map((card) => ({ card, key: key(card), first: first(card) }))
+    .sort((a, b) => (a.key < b.key ? -1 : a.key > b.key ? 1 : a.first - b.first || 0)).map(({ card }) => card);
+}
+
+/** sg_pos: x y of every card's corner, in thousandths of the panel that holds them all. */
+export function toPlaces(model: Model, cards: Card[], at: Places): string {
+  const corners = inFileOrder(model, cards).map((card) => {
+    const [x, y] = at.get(card.id) ?? [0, 0];
+    return [x - CARD[0] / 2, y - CARD[1] / 2] as const;
+  });
+  const least = [0, 1].map((i) => Math.min(...corners.map((c) => c[i] as number)));
+  const size = [0, 1].map((i) => Math.max(...corners.map((c) => c[i] as number)) - (least[i] as number) + (CARD[i] as number));
+  return corners.flatMap((c) => c.map((v, i) => Math.round((1000 * (v - (least[i] as number))) / (size[i] as number)))).join(" ");
+}
+
+/** The same read; nothing where the numbers are not as many as the cards need. */
+export function fromPlaces(model: Model, cards: Card[], places: number[]): Places {
+  const found: Places = new Map();
+  if (places.length !== 2 * cards.length) return found;
+  inFileOrder(model, cards).forEach((card, i) => found.set(card.id, [
+    ((places[2 * i] as number) * PANEL[0]) / 1000 + CARD[0] / 2, ((places[2 * i + 1] as number) * PANEL[1]) / 1000 + CARD[1] / 2,
+  ]));
+  return found;
+}

@@ -1,0 +1,74 @@
+"""``patches.json``: what patches of a traced prompt did, kept beside its graph.
+
+`jaxclt patch` and the server write it, the page shows it. A patch that was made before
+takes the place of the older one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxclt.intervene import PatchResult
+from jaxclt.io.atomic import atomic_path
+from jaxclt.pages import PATCHES, read_json
+from jaxclt.viewer.graph_json import finite
+
+__all__ = ["MOST", "keep_patch", "patch_record"]
+
+MOST = 100  # older ones are forgotten
+
+
+def patch_record(
+    result: PatchResult, names: Sequence[str], change: dict[str, float]
+) -> dict[str, Any]:
+    """What the page shows of a patch: the result, and what was changed how.
+
+    Args:
+      result: of `jaxclt.intervene.patch`.
+      names: of what was changed, groups or features.
+      change: the operation, ``{"scale": 0.0}``.
+    """
+    out = finite(result.to_json())
+    ids = [f"{e['layer']}_{e['feature']}_{e['pos']}" for e in out["edits"]]
+    return {"name": ", ".join(names), "change": change, "nodes": ids, **out}
+
+
+def keep_patch(
+    directory: Path, record: dict[str, Any], *, prompt: str, dictionary: str
+) -> None:
+    """Put a record first in the directory's ``patches.json``.
+
+    Records of another prompt or dictionary, which an earlier trace left, go.
+
+    Args:
+      directory: written by `trace`.
+      record: from `patch_record`.
+      prompt: of the graph.
+      dictionary: of the graph.
+
+    Raises:
+      InputError: if the file is there and no JSON, or cannot be written.
+    """
+    path = directory / PATCHES
+    about = {"prompt": prompt, "dictionary": dictionary}
+    before = read_json(path) or {}
+    same = all(before.get(key) == value for key, value in about.items())
+    older = before.get("patches") if same else None
+    kept = [
+        p
+        for p in (older if isinstance(older, list) else [])
+        if isinstance(p, dict) and _made_of(p) != _made_of(record)
+    ]
+    text = json.dumps({**about, "patches": [record, *kept][:MOST]}, allow_nan=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _made_of(record: dict[str, Any]) -> str:
+    keys = ("nodes", "change", "mode", "layers", "options")
+    said = {key: record.get(key) for key in keys}
+    said["nodes"] = sorted(map(str, said["nodes"] or ()))
+    return json.dumps(said, sort_keys=True)
