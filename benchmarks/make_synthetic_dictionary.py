@@ -50,6 +50,7 @@ def synthetic_dictionary(
     active_per_token: float,
     seed: int,
     read: ReadSite = "resid_mid",
+    first_LD: Array | None = None,
 ) -> tuple[CLTParams, CLTConfig]:
     """Random dictionary with a given mean of active features per token and layer.
 
@@ -66,6 +67,9 @@ def synthetic_dictionary(
       active_per_token: wanted mean of active features per token and layer.
       seed: of the random directions.
       read: where the dictionary reads, for its config.
+      first_LD: what is read at the first position, if features shall be blind to it:
+        random ones are half of them active on its massive activations, trained ones
+        are not.
 
     Returns:
       Weights in float32 and their config.
@@ -83,7 +87,7 @@ def synthetic_dictionary(
     )
     k_enc, k_dec = jax.random.split(jax.random.key(seed))
     read_LTD, write_LTD = jnp.float32(read_LTD), jnp.float32(write_LTD)
-    W_enc_LFD, b_enc_LF = _encoder(k_enc, read_LTD, n_features)
+    W_enc_LFD, b_enc_LF = _encoder(k_enc, read_LTD, n_features, first_LD)
     pre_LTF = jnp.einsum("LTD,LFD->LTF", read_LTD, W_enc_LFD) + b_enc_LF[:, None]
     cut_L = jnp.quantile(
         pre_LTF.reshape(L, -1), 1 - active_per_token / n_features, axis=1
@@ -101,11 +105,18 @@ def synthetic_dictionary(
     return params, cfg
 
 
-def _encoder(key: Array, read_LTD: Array, n_features: int) -> tuple[Array, Array]:
+def _encoder(
+    key: Array, read_LTD: Array, n_features: int, first_LD: Array | None
+) -> tuple[Array, Array]:
     """Rows [L, F, D] and biases [L, F]: centred pre-activations of unit spread."""
     L, _, D = read_LTD.shape
     mean_LD = read_LTD.mean(1)
     unit_LFD = jax.random.normal(key, (L, n_features, D))
+    if first_LD is not None:
+        away_LD = first_LD - mean_LD
+        away_LD /= jnp.linalg.norm(away_LD, axis=-1, keepdims=True)
+        along_LF = jnp.einsum("LFD,LD->LF", unit_LFD, away_LD)
+        unit_LFD -= along_LF[..., None] * away_LD[:, None]
     unit_LFD /= jnp.linalg.norm(unit_LFD, axis=-1, keepdims=True)
     pre_LTF = jnp.einsum("LTD,LFD->LTF", read_LTD - mean_LD[:, None], unit_LFD)
     W_enc_LFD = unit_LFD / pre_LTF.std((1, 2))[:, None, None]
@@ -133,8 +144,11 @@ def _decoders(
     return tuple(decoder(layer) for layer in range(cfg.n_layers))
 
 
-def record_reads(model_name: str, texts: tuple[str, ...]) -> tuple[Array, Array]:
-    """Reads and writes [L, T, D] of a model on some texts, first positions left out."""
+def record_reads(model_name: str, texts: tuple[str, ...]) -> tuple[Array, Array, Array]:
+    """Reads and writes [L, T, D] of a model on some texts, first positions left out.
+
+    The last is what is read at the first position, [L, D].
+    """
     model = load_model(model_name)
     reads, writes = [], []
     for text in texts:
@@ -142,14 +156,16 @@ def record_reads(model_name: str, texts: tuple[str, ...]) -> tuple[Array, Array]
         done = record(model.params, token_T, cfg=model.cfg)
         reads.append(done.mid_LTD[:, 1:])
         writes.append(done.write_LTD[:, 1:])
-    return jnp.concatenate(reads, 1), jnp.concatenate(writes, 1)
+        first_LD = done.mid_LTD[:, 0]
+    return jnp.concatenate(reads, 1), jnp.concatenate(writes, 1), first_LD
 
 
-def load_reads(path: Path) -> tuple[Array, Array]:
-    """read_LTD and write_LTD of an npz, first position left out."""
+def load_reads(path: Path) -> tuple[Array, Array, Array]:
+    """The same of an npz with read_LTD and write_LTD."""
     with np.load(path, allow_pickle=False) as file:
         read_LTD, write_LTD = file["read_LTD"], file["write_LTD"]
-    return jnp.asarray(read_LTD[:, 1:]), jnp.asarray(write_LTD[:, 1:])
+    read_LTD, write_LTD = jnp.asarray(read_LTD), jnp.asarray(write_LTD)
+    return read_LTD[:, 1:], write_LTD[:, 1:], read_LTD[:, 0]
 
 
 def main() -> None:
@@ -164,9 +180,12 @@ def main() -> None:
         "--active", type=float, default=31.0, help="per token and layer"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--blind-first", action="store_true", help="no feature reads the first position"
+    )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    read_LTD, write_LTD = (
+    read_LTD, write_LTD, first_LD = (
         load_reads(args.reads)
         if args.reads
         else record_reads(args.model, tuple(args.text or TEXTS))
@@ -178,6 +197,7 @@ def main() -> None:
         kind=args.kind,
         active_per_token=args.active,
         seed=args.seed,
+        first_LD=first_LD if args.blind_first else None,
     )
     save_dictionary(params, cfg, args.out, model_name=str(args.model or args.reads))
     sys.stdout.write(

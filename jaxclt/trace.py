@@ -207,7 +207,7 @@ def trace_prompt(
             top = chosen
             if given:
                 top = _next_tokens(model, recording, len(ids), chosen)
-            active = dictionary.active(model.params, recording, model.cfg)
+            active = dictionary.active(model.params, recording, model.cfg, len(ids))
         if given:
             listed = list(texts) if isinstance(texts, Sequence) else _digest(chosen)
             same["targets"] = listed
@@ -243,7 +243,7 @@ def trace_prompt(
         graph=graph,
         timing=clock,
         identity=same,
-        n_active=int((active.pos_A < len(ids)).sum()),
+        n_active=len(active.layer_A),
         work=spent.work,
         top_tokens=tuple(
             (label, round(float(p), 6))
@@ -294,8 +294,7 @@ def plan_trace(
     config = config or AttributeConfig()
     ids = prompt_tokens(model, prompt, bos)
     recording = _recorded(model, ids, config)
-    active = dictionary.active(model.params, recording, model.cfg)
-    active = active.where(active.pos_A < len(ids))
+    active = dictionary.active(model.params, recording, model.cfg, len(ids))
     plan = plan_attribution(
         active,
         10,

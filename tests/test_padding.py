@@ -56,6 +56,22 @@ def test_padded_equals_unpadded(model: Model, dictionary: Dictionary):
             )
 
 
+def test_rows_of_padding_are_not_read(model: Model, dictionary: Dictionary):
+    token_T = jnp.arange(3, 11, dtype=jnp.int32)
+    recording = record_prompt(model.params, token_T, model.cfg)
+    every = dictionary.active(model.params, recording, model.cfg)
+    few = dictionary.active(model.params, recording, model.cfg, 3)
+    keep_A = every.pos_A < 3
+    assert keep_A.any()
+    for name in ("layer_A", "pos_A", "feature_A", "value_A"):
+        found, want = getattr(few, name), getattr(every, name)[keep_A]
+        np.testing.assert_array_equal(found, want)
+    for layer, rows_UMD in enumerate(few.decoder):
+        here = (every.layer_A == layer) & keep_A
+        assert len(rows_UMD) == len(np.unique(every.feature_A[here]))
+    assert sum(map(len, few.decoder)) < sum(map(len, every.decoder))
+
+
 @pytest.mark.parametrize("direction", ["pull", "push"])
 def test_prompts_of_one_bucket_compile_once(
     model: Model, dictionary: Dictionary, direction: str

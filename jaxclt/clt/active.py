@@ -119,8 +119,14 @@ class Dictionary(Protocol):
         """What features stand for, by (layer, feature), as far as anybody said."""
         ...
 
-    def active(self, params: LMParams, recording: Recording, cfg: LMConfig) -> Active:
-        """The features active on a recorded prompt."""
+    def active(
+        self,
+        params: LMParams,
+        recording: Recording,
+        cfg: LMConfig,
+        n_tokens: int | None = None,
+    ) -> Active:
+        """The features active on a recorded prompt of `n_tokens` (None: all)."""
         ...
 
 
@@ -143,10 +149,16 @@ class StoreDictionary:
         """All weights, in memory."""
         return materialise(self.store)
 
-    def active(self, params: LMParams, recording: Recording, cfg: LMConfig) -> Active:
-        """The features active on a recorded prompt."""
+    def active(
+        self,
+        params: LMParams,
+        recording: Recording,
+        cfg: LMConfig,
+        n_tokens: int | None = None,
+    ) -> Active:
+        """The features active on a recorded prompt of `n_tokens` (None: all)."""
         del cfg
-        return active_features(self.store, params, recording)
+        return active_features(self.store, params, recording, n_tokens)
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -210,7 +222,10 @@ def encoded_layers(
 
 
 def active_features(
-    store: DictionaryStore, params: LMParams, recording: Recording
+    store: DictionaryStore,
+    params: LMParams,
+    recording: Recording,
+    n_tokens: int | None = None,
 ) -> Active:
     """Encode a recording and gather the rows of the features that fired.
 
@@ -220,13 +235,15 @@ def active_features(
       store: the dictionary.
       params: the model (its norms, for dictionaries that read behind them).
       recording: the clean pass.
+      n_tokens: length of the prompt, if the recording is padded beyond it: what fires
+        behind would cost rows that nobody asks for.
     """
     cfg = store.cfg
     dtype = recording.mid_LTD.dtype
     parts, encoder, decoder, scales = [], [], [], []
     write_bias_LD, skips = np.array(store.b_dec(), dtype), []
     for layer, enc in enumerate(encoded_layers(store, params, recording)):
-        pos, feature = np.nonzero(enc.a_TF)
+        pos, feature = np.nonzero(enc.a_TF[:n_tokens])
         # A feature fires at several positions; its rows are read once.
         unique, row = np.unique(feature, return_inverse=True)
         rows_UD, bias_U = enc.folded(unique)

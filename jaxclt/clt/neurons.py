@@ -67,10 +67,21 @@ class NeuronDictionary:
         """Neurons have none."""
         return {}
 
-    def active(self, params: LMParams, recording: Recording, cfg: LMConfig) -> Active:
-        """The strongest neurons of every layer and position."""
+    def active(
+        self,
+        params: LMParams,
+        recording: Recording,
+        cfg: LMConfig,
+        n_tokens: int | None = None,
+    ) -> Active:
+        """The strongest neurons of every layer and position below `n_tokens`."""
         return active_neurons(
-            params, recording, cfg=cfg, k=self.k, threshold=self.threshold
+            params,
+            recording,
+            cfg=cfg,
+            k=self.k,
+            threshold=self.threshold,
+            n_tokens=n_tokens,
         )
 
 
@@ -177,6 +188,7 @@ def active_neurons(
     cfg: LMConfig,
     k: int | None,
     threshold: float | None = None,
+    n_tokens: int | None = None,
 ) -> Active:
     """The strongest neurons as active features of a span-1 dictionary.
 
@@ -186,6 +198,7 @@ def active_neurons(
       cfg: model shape.
       k: neurons per layer and position; None for no such limit.
       threshold: least written norm of those that count.
+      n_tokens: positions from there on have none; None for all.
     """
     least = None if threshold is None else jnp.asarray(threshold, params.embed_VD.dtype)
     parts, encoder, decoder = [], [], []
@@ -194,7 +207,7 @@ def active_neurons(
         scale_T = recording.frozen.mlp_scale_LT[layer]
         found = _found(p, recording.mid_LTD[layer], scale_T, least, cfg, k)
         value_TI, gate_TI, keep_TI = map(np.asarray, found)
-        pos, index = np.nonzero(keep_TI)
+        pos, index = np.nonzero(keep_TI[:n_tokens])
         value, gate = value_TI[pos, index], gate_TI[pos, index]
         unique, row = np.unique(index, return_inverse=True)
         rows_UD = np.asarray(p.up_LDI).T[unique]
