@@ -51,7 +51,8 @@ class ServeConfig:
     port: int = 8032
     """Port; 0 takes a free one."""
     host: str = "127.0.0.1"
-    """Address to listen at. Whoever reaches it can read the graphs and save labels."""
+    """Address to listen at. Whoever reaches it can read the graphs, save labels and,
+    with --model, run patches."""
     model: Annotated[str | None, tyro.conf.arg(metavar="M")] = None
     """With it, pages can patch graphs of this model; needs --dictionary."""
     dictionary: Annotated[str | None, tyro.conf.arg(metavar="D")] = None

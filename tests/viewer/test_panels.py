@@ -184,3 +184,16 @@ def test_activations_below_zero_are_shaded_otherwise(open_page, doc):
     assert styles[2][3] == "activation −4"
     assert "below zero" in tab.text_content(".shades")
     assert tab.locator(".histogram .zero").count() == 1
+
+
+def test_a_browser_without_base64_of_its_own_reads_the_links(open_page, doc):
+    tab = open_page(page(doc))
+    weights = "[...__jaxclt.app.model.weight]"
+    other = tab.context.new_page()
+    try:
+        other.add_init_script("delete Uint8Array.fromBase64")
+        other.goto(tab.url)
+        assert other.evaluate("Uint8Array.fromBase64") is None
+        assert other.evaluate(weights) == tab.evaluate(weights)
+    finally:
+        other.close()
