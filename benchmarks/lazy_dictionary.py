@@ -1,7 +1,7 @@
 """A dictionary three times larger than the memory allowed, traced through lazy rows.
 
     python benchmarks/make_synthetic_dictionary.py --model smollm2-135m --kind clt \
-        --features 6144 --blind-first --out /tmp/large
+        --features 6144 --active 16 --blind-first --out /tmp/large
     python benchmarks/lazy_dictionary.py --dictionary /tmp/large \
         --append benchmarks/RESULTS.md
     python benchmarks/lazy_dictionary.py --smoke
