@@ -179,6 +179,36 @@ def test_the_skip_is_transposed_between_the_file_and_memory(plt_dir: Path):
     np.testing.assert_array_equal(params.W_skip_LDD[1], stored.T)
 
 
+@pytest.mark.parametrize(
+    ("read", "write", "hook"),
+    [
+        ("mlp_in", None, "mlp.hook_out"),
+        ("mlp_in", "stream", "hook_mlp_out"),
+        ("resid_mid", None, "hook_mlp_out"),
+        ("normalized", "mlp", "mlp.hook_out"),
+    ],
+)
+def test_what_is_written_is_said(tmp_path: Path, read, write, hook: str):
+    """Behind a norm of the model's, or ahead of it: they are told apart on loading."""
+    cfg = dataclasses.replace(CONFIGS["plt"], read=read)
+    dictionary.save_dictionary(
+        arbitrary_params(cfg), cfg, tmp_path, model_name="tiny", write=write
+    )
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert config["feature_output_hook"] == hook
+    store = dictionary.open_dictionary(tmp_path)
+    assert store.write == ("stream" if hook == "hook_mlp_out" else "mlp")
+    model = LMConfig(
+        n_layers=3, d_model=6, n_heads=2, n_kv_heads=1, d_head=4, d_mlp=8, d_vocab=11,
+        n_ctx=16,
+    )  # fmt: skip
+    if store.write == "stream":
+        dictionary.check(store, model, post_norm=True)
+    else:
+        with pytest.raises(InputError, match="ahead of the norm"):
+            dictionary.check(store, model, post_norm=True)
+
+
 def test_the_skip_of_a_clt_is_stored_as_it_is_used(clt_dir: Path):
     """As circuit-tracer's repository writes it since version 0.5.0: read @ W_skip."""
     W = np.sin(np.arange(108, dtype="f")).reshape(3, 6, 6)
