@@ -74,16 +74,18 @@ class Reconstruction:
     def fvu_L(self, draw_W: np.ndarray | None = None) -> np.ndarray:  # noqa: N802
         """``Σ|y - ŷ|² / Σ|y - mean y|²`` by layer, of all windows or those drawn."""
         draw_W = np.arange(len(self.token_W)) if draw_W is None else draw_W
+        return self.error_LW[:, draw_W].sum(1) / self._spread_L(draw_W)
+
+    def _spread_L(self, draw_W: np.ndarray) -> np.ndarray:  # noqa: N802
+        """``Σ|y - mean y|²`` by layer."""
         mean_LD = self.write_LWD[:, draw_W].sum(1) / self.token_W[draw_W].sum()
         square_L = self.square_LW[:, draw_W].sum(1)
-        variance_L = square_L - self.token_W[draw_W].sum() * (mean_LD**2).sum(1)
-        return self.error_LW[:, draw_W].sum(1) / variance_L
+        return square_L - self.token_W[draw_W].sum() * (mean_LD**2).sum(1)
 
     def fvu_W(self) -> np.ndarray:  # noqa: N802
         """What each window adds to the FVU, times W: its mean is the FVU."""
-        error_LW = self.error_LW
-        total_L = error_LW.sum(1) / self.fvu_L()
-        return len(self.token_W) * (error_LW / total_L[:, None]).mean(0)
+        spread_L = self._spread_L(np.arange(len(self.token_W)))
+        return len(self.token_W) * (self.error_LW / spread_L[:, None]).mean(0)
 
     def l0(self, draw_W: np.ndarray | None = None) -> float:
         """Active features of a token, summed over layers."""

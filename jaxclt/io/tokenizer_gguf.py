@@ -31,7 +31,7 @@ _IDS = {
 }
 # Whether every digit is on its own, ahead of GPT-2's byte-level rule.
 _DIGITS_APART = {"gpt-2": False, "gpt2": False, "smollm": True, "olmo": False}
-_COMPOSED = {"qwen2", "olmo"}  # text is brought to NFC first; GPT-NeoX's is "olmo"
+_COMPOSED = {"qwen2", "olmo"}  # text is brought to NFC first
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -240,3 +240,58 @@ def test_gemma_continues_as_its_makers_model_does():
     prob_V = np.asarray(jax.nn.softmax(logit_TV[-1]))
     assert model.tokenizer.decode([int(prob_V.argmax())]) == " basketball"
     assert prob_V.max() == pytest.approx(0.611, abs=2e-3)
+
+
+@pytest.mark.parity
+def test_gemma_has_the_logits_of_transformers():
+    """The weights of the file, given back in the layout of Hugging Face."""
+    torch = pytest.importorskip("torch")
+    import jax.numpy as jnp
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from jaxclt.io.model import load_model
+    from jaxclt.io.names import from_leaf
+    from jaxclt.lm.run import forward
+
+    ours = load_model("gemma-3-270m")
+    cfg, local_L = ours.cfg, ours.params.blocks.local_L
+    assert local_L is not None
+    kinds = ["full_attention", "sliding_attention"]
+    bases = [cfg.rope_theta, cfg.rope_local_theta]
+    config = AutoConfig.for_model(
+        "gemma3_text",
+        vocab_size=cfg.d_vocab,
+        hidden_size=cfg.d_model,
+        intermediate_size=cfg.d_mlp,
+        num_hidden_layers=cfg.n_layers,
+        num_attention_heads=cfg.n_heads,
+        num_key_value_heads=cfg.n_kv_heads,
+        head_dim=cfg.d_head,
+        sliding_window=cfg.window,
+        rms_norm_eps=cfg.norm_eps,
+        layer_types=[kinds[is_local] for is_local in local_L.tolist()],
+        rope_parameters={
+            kind: {"rope_type": "default", "rope_theta": base}
+            for kind, base in zip(kinds, bases, strict=True)
+        },
+    )
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    weights = {}
+    for row in GEMMA:
+        leaf = getattr(ours.params.blocks if row.per_layer else ours.params, row.leaf)
+        if leaf is None:
+            continue
+        whole = np.asarray(leaf)
+        for i, one in enumerate(whole if row.per_layer else whole[None]):
+            w = from_leaf(one, row, cfg) - np.float32(row.is_gain)
+            weights[tensor_name(row, "hf", i)] = torch.tensor(np.ascontiguousarray(w))
+    missing, unknown = theirs.load_state_dict(weights, strict=False)
+    assert (missing, unknown) == (["lm_head.weight"], [])  # tied
+    run = jax.jit(forward, static_argnames="cfg")
+    ids = ours.tokenizer.encode("Fact: Michael Jordan plays the sport of")
+    got_TV = run(ours.params, jnp.asarray(ids, jnp.int32), cfg=cfg)
+    with torch.no_grad():
+        want_TV = theirs.float().eval()(torch.tensor([ids])).logits[0].numpy()
+    np.testing.assert_allclose(
+        got_TV, want_TV, rtol=0, atol=1e-5 * np.abs(want_TV).max()
+    )
