@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxclt.graph.bank import Bank
+from jaxclt.graph.stream import causal_share
 from jaxclt.lm.config import LMConfig
 
 __all__ = ["Chunk", "Plan", "chunk_flops", "make_plan"]
@@ -114,7 +115,8 @@ def chunk_flops(
       skip: whether it passes the dictionary's linear path.
     """
     heads, kv_heads = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
-    layer = cfg.d_model * (heads + kv_heads) + n_positions * heads
+    seen = causal_share(n_positions) * n_positions
+    layer = cfg.d_model * (heads + kv_heads) + seen * heads
     if skip:
         layer += cfg.d_model**2
     moved = len(layers) * layer * n_positions

@@ -25,7 +25,7 @@ from jaxclt.lm.frozen import fold_post_attn
 from jaxclt.lm.layers import attn_norm, fold_norm
 from jaxclt.types import Block, LMParams, Recording
 
-__all__ = ["Stream", "attend", "make_stream"]
+__all__ = ["Stream", "attend", "causal_share", "make_stream"]
 
 
 class Stream(NamedTuple):
@@ -141,12 +141,38 @@ def attend(
     v_SBGC = jnp.einsum(to_value, x_PBD, value)
     # One plain matmul per group: a batched one first moves its operands to G-major.
     moved = [
-        jnp.einsum("JTS,SBC->TBJC", pattern_JTS, v_SB1C[:, :, 0])
+        _moved(pattern_JTS, v_SB1C[:, :, 0])
         for pattern_JTS, v_SB1C in zip(
             pattern_GJTS, jnp.split(v_SBGC, cfg.n_kv_heads, axis=2), strict=True
         )
     ]
     return jnp.einsum(from_heads, jnp.stack(moved, axis=2), output)
+
+
+_BLOCK = 256  # positions; smaller matmuls would run slower than they save
+
+
+def _ends(P: int) -> list[int]:
+    """Where blocks of so many positions end."""
+    n = max(P // _BLOCK, 1)
+    return [P * (i + 1) // n for i in range(n)]
+
+
+def causal_share(P: int) -> float:
+    """Share of a full pattern of P positions that `attend` multiplies with."""
+    ends = _ends(P)
+    starts = [0, *ends[:-1]]
+    return sum((b - a) * b for a, b in zip(starts, ends, strict=True)) / P**2
+
+
+def _moved(pattern_JTS: Array, v_SBC: Array) -> Array:
+    """Values through a causal pattern [T, B, J, C], mostly without its zero half."""
+    ends = _ends(len(v_SBC))
+    blocks = [
+        jnp.einsum("JTS,SBC->TBJC", pattern_JTS[:, a:b, :b], v_SBC[:b])
+        for a, b in zip([0, *ends[:-1]], ends, strict=True)
+    ]
+    return jnp.concatenate(blocks)
 
 
 def _pattern(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import FEW, case, case_active, case_graph, close
 from jax.sharding import Mesh
 
 from jaxclt.errors import InputError
-from jaxclt.graph import compute
+from jaxclt.graph import compute, stream
 from jaxclt.graph.attribute import AttributeConfig, Timing, attribute_recording
 from jaxclt.graph.bank import RowTargets, pack, writers
 from jaxclt.graph.certificate import certificate
@@ -45,6 +46,24 @@ def test_pulling_targets_equals_pushing_sources(name: str) -> None:
     same(push, pull)
     for graph in (pull, push):
         assert certificate(graph).max_relative_row_error < 5e-15
+
+
+@pytest.mark.parametrize("P", [1, 5, 12, 13])
+def test_blocks_of_a_causal_pattern_are_the_pattern(
+    P: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways, and the share of the products that is counted."""
+    monkeypatch.setattr(stream, "_BLOCK", 4)
+    key = jax.random.key(P)
+    pattern_JTS = jnp.tril(jax.random.normal(key, (3, P, P)))
+    v_SBC = jax.random.normal(key, (P, 2, 5))
+    whole, back = jax.vjp(lambda v: jnp.einsum("JTS,SBC->TBJC", pattern_JTS, v), v_SBC)
+    parts, back_parts = jax.vjp(lambda v: stream._moved(pattern_JTS, v), v_SBC)
+    close(parts, whole, 1e-14)
+    close(back_parts(whole)[0], back(whole)[0], 1e-14)
+    assert stream.causal_share(P) == pytest.approx(
+        {1: 1, 5: 1, 12: 2 / 3}.get(P, 0.66), abs=0.01
+    )
 
 
 @pytest.mark.parametrize("direction", ["pull", "push"])
