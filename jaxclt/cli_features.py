@@ -77,7 +77,7 @@ def run_features(config: FeaturesConfig, say: Console, bar: Bar) -> None:
 
     if config.tokens < 1:
         raise InputError(f"--tokens {config.tokens}: give at least 1")
-    check_writable(config.out)
+    check_writable(config.out, spare_graph=True)
     client = None
     if config.labels:
         url, _, name = config.labels.partition("#")

@@ -349,8 +349,16 @@ def write_trace(
     return report
 
 
-def check_writable(out: str | os.PathLike[str]) -> None:
-    """Raise InputError now if `out` cannot be written later."""
+def check_writable(out: str | os.PathLike[str], *, spare_graph: bool = False) -> None:
+    """Raise InputError now if `out` cannot be written later.
+
+    Or, with `spare_graph`, if it holds a trace, whose report would be replaced.
+    """
+    if spare_graph and (Path(out) / "graph.npz").exists():
+        raise InputError(
+            f"{out} holds a traced graph, whose report.json would be replaced: give "
+            "another --out"
+        )
     probe = Path(out) / ".jaxclt"
     with atomic_path(probe):
         pass

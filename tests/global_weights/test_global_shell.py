@@ -319,6 +319,13 @@ def run(*args: object) -> int:
 def test_the_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     base = ("globals", "--model", MODEL, "--dictionary", DICTIONARY)
     args = (*base, "--data", text, "--tokens", 1500, "--context", 48, "--top", 3)
+    traced = tmp_path / "traced"
+    traced.mkdir()
+    (traced / "graph.npz").touch()
+    for command in (args, ("features", *args[1:-2])):
+        assert run(*command, "--out", traced) == 2
+        assert "holds a traced graph" in " ".join(capsys.readouterr().err.split())
+    assert [p.name for p in traced.iterdir()] == ["graph.npz"]
     out = tmp_path / "globals"
     assert run(*args, "--out", out, "--features", "top:50") == 0
     said = capsys.readouterr()

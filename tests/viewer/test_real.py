@@ -1,10 +1,11 @@
 """Every part of the page on a really traced graph: JAXCLT_TRACED=DIR pytest ...
 
-DIR is made by (features/ may be a link to what `jaxclt features` wrote):
+DIR is made by (a larger graph has more links than a page holds, and other marks):
 
     jaxclt trace "The Eiffel Tower is in the city of" --model smollm2-135m \
-        --dictionary neurons:32 --heads 5000 --validate --out DIR
-    jaxclt features --model smollm2-135m --dictionary neurons --data TEXT --out DIR
+        --dictionary neurons:32 --max-features 512 --heads 2000 --validate --out DIR
+    jaxclt features --model smollm2-135m --dictionary neurons --data TEXT --out OTHER
+    ln -s OTHER/features DIR/features
 """
 
 from __future__ import annotations
