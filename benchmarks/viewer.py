@@ -31,6 +31,7 @@ import shutil
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -135,6 +136,38 @@ POINT = """async (event) => {
 }"""
 
 
+def clock(
+    tab: Any,
+    address: str,
+    free: str,
+    argument: Any,
+    hover: tuple[str, str],
+    found: dict[str, list[float]],
+) -> None:
+    """Open a page, then hover and select; milliseconds are added to `found`.
+
+    Args:
+      tab: a new one.
+      address: of the page.
+      free: script that says when it was interactive.
+      argument: of that script.
+      hover: script that points at nodes, and the event it hovers with.
+      found: times by what they are of.
+    """
+    devtools = tab.context.new_cdp_session(tab)
+    devtools.send("Performance.enable", {"timeDomain": "threadTicks"})
+    tab.goto(address)
+    found.setdefault("interactive", []).append(tab.evaluate(free, argument))
+    metrics = devtools.send("Performance.getMetrics")["metrics"]
+    busy = next(m["value"] for m in metrics if m["name"] == "TaskDuration")
+    found.setdefault("interactive, main thread's CPU", []).append(1e3 * busy)
+    point, over = hover
+    for name, event in (("hover", over), ("select", "click")):
+        script, frame = tab.evaluate(point, event)
+        found.setdefault(f"{name}, script", []).append(script)
+        found.setdefault(f"{name}, frame shown", []).append(frame)
+
+
 def measure(html: str, tries: int) -> dict[str, float]:
     """Medians in milliseconds."""
     from playwright.sync_api import sync_playwright
@@ -147,18 +180,8 @@ def measure(html: str, tries: int) -> dict[str, float]:
         browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
         for _ in range(tries):
             tab = browser.new_page(viewport={"width": 1280, "height": 800})
-            devtools = tab.context.new_cdp_session(tab)
-            devtools.send("Performance.enable", {"timeDomain": "threadTicks"})
-            tab.goto(path.as_uri())
-            free = tab.evaluate(f"{FRAMES}.then(() => performance.now())")
-            found.setdefault("interactive", []).append(free)
-            metrics = devtools.send("Performance.getMetrics")["metrics"]
-            busy = next(m["value"] for m in metrics if m["name"] == "TaskDuration")
-            found.setdefault("interactive, main thread's CPU", []).append(1e3 * busy)
-            for name, event in (("hover", "pointermove"), ("select", "click")):
-                script, frame = tab.evaluate(POINT, event)
-                found.setdefault(f"{name}, script", []).append(script)
-                found.setdefault(f"{name}, frame shown", []).append(frame)
+            free = f"{FRAMES}.then(() => performance.now())"
+            clock(tab, path.as_uri(), free, None, (POINT, "pointermove"), found)
             tab.close()
         browser.close()
     return {name: round(statistics.median(times), 1) for name, times in found.items()}
@@ -180,19 +203,8 @@ def measure_peer(
                 tab = browser.new_page(viewport={"width": 1280, "height": 800})
                 tab.set_default_timeout(180_000)
                 answer_from(tab, modules, origin)
-                devtools = tab.context.new_cdp_session(tab)
-                devtools.send("Performance.enable", {"timeDomain": "threadTicks"})
-                tab.goto(f"{origin}/index.html")
-                free = tab.evaluate(DRAWN, len(doc["nodes"]))
-                found.setdefault("interactive", []).append(free)
-                metrics = devtools.send("Performance.getMetrics")["metrics"]
-                busy = next(m["value"] for m in metrics if m["name"] == "TaskDuration")
-                name = "interactive, main thread's CPU"
-                found.setdefault(name, []).append(1e3 * busy)
-                for name, event in (("hover", "mousemove"), ("select", "click")):
-                    script, frame = tab.evaluate(PEER_POINT, event)
-                    found.setdefault(f"{name}, script", []).append(script)
-                    found.setdefault(f"{name}, frame shown", []).append(frame)
+                address, n = f"{origin}/index.html", len(doc["nodes"])
+                clock(tab, address, DRAWN, n, (PEER_POINT, "mousemove"), found)
                 tab.close()
         browser.close()
     return {name: round(statistics.median(times), 1) for name, times in found.items()}

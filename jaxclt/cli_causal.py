@@ -184,8 +184,7 @@ def _keep(directory: Path, opened: Reopened, record: dict[str, Any]) -> None:
     from jaxclt.pages import write_page
     from jaxclt.patch_log import keep_patch
 
-    meta = opened.graph.meta
-    keep_patch(directory, record, prompt=meta.prompt, dictionary=meta.dictionary)
+    keep_patch(directory, record, opened.graph.meta)
     if (directory / "graph.json").is_file():
         write_page(directory)
 

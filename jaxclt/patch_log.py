@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxclt.graph.graph import GraphMeta
 from jaxclt.intervene import PatchResult
 from jaxclt.io.atomic import atomic_path
 from jaxclt.pages import PATCHES, read_json
@@ -36,9 +37,7 @@ def patch_record(
     return {"name": ", ".join(names), "change": change, "nodes": ids, **out}
 
 
-def keep_patch(
-    directory: Path, record: dict[str, Any], *, prompt: str, dictionary: str
-) -> None:
+def keep_patch(directory: Path, record: dict[str, Any], meta: GraphMeta) -> None:
     """Put a record first in the directory's ``patches.json``.
 
     Records of another prompt or dictionary, which an earlier trace left, go.
@@ -46,14 +45,13 @@ def keep_patch(
     Args:
       directory: written by `trace`.
       record: from `patch_record`.
-      prompt: of the graph.
-      dictionary: of the graph.
+      meta: of the graph.
 
     Raises:
       InputError: if the file is there and no JSON, or cannot be written.
     """
     path = directory / PATCHES
-    about = {"prompt": prompt, "dictionary": dictionary}
+    about = {"prompt": meta.prompt, "dictionary": meta.dictionary}
     before = read_json(path) or {}
     same = all(before.get(key) == value for key, value in about.items())
     older = before.get("patches") if same else None

@@ -74,10 +74,7 @@ class Patcher:
                 subject=subject,
             )
             record = patch_record(result, [name], {"scale": scale})
-            meta = subject.graph.meta
-            keep_patch(
-                directory, record, prompt=meta.prompt, dictionary=meta.dictionary
-            )
+            keep_patch(directory, record, subject.graph.meta)
             return record
         finally:
             self._running.release()
