@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jaxclt.cli_progress import lines, progress
+from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ __all__ = [
     "run_validate",
     "validate_opened",
 ]
-
-Bar = Callable[[Console, str, str], AbstractContextManager[Callable[[int, int], None]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,14 +105,13 @@ class ValidateConfig(_Reopen):
     """Of the random features, perturbations and bootstrap."""
 
 
-def run_patch(config: PatchConfig, say: Console, bar: Bar) -> None:
+def run_patch(config: PatchConfig, say: Console) -> None:
     """Reopen, patch, print."""
     layers = _layers(config.layers)
     edits_of = _operation(config)
     if not config.feature and not config.group:
         raise InputError("nothing to patch: give --feature LAYER:POS:FEATURE")
     places = [parse_feature(text) for text in config.feature]
-    del bar
     opened = _reopen(config, say)
     from jaxclt import intervene
     from jaxclt.patch_log import patch_record
@@ -231,7 +227,7 @@ def _show_patch(result: PatchResult, out: dict[str, Any]) -> None:
     console.print(f"plot: {out['plot']}", markup=False, soft_wrap=True)
 
 
-def run_validate(config: ValidateConfig, say: Console, bar: Bar) -> None:
+def run_validate(config: ValidateConfig, say: Console) -> None:
     """Reopen, validate, print."""
     if config.n_features < 3:
         raise InputError(f"--n-features {config.n_features}: give at least 3")
@@ -240,7 +236,6 @@ def run_validate(config: ValidateConfig, say: Console, bar: Bar) -> None:
         opened,
         config.directory,
         say,
-        bar,
         n_features=config.n_features,
         seed=config.seed,
         groups=_supernodes(config, opened),
@@ -256,7 +251,6 @@ def validate_opened(
     opened: Reopened,
     directory: Path,
     say: Console,
-    bar: Bar,
     *,
     n_features: int = 100,
     seed: int = 0,
@@ -269,7 +263,7 @@ def validate_opened(
 
     started = time.perf_counter()
     subject = intervene.Subject.of(opened.model, opened.dictionary, opened.graph)
-    with bar(say, "validating", "patches/s") as on_done:
+    with progress(say, "validating", "patches/s") as on_done:
         report = validate_graph(
             subject,
             ValidateOptions(n_features=n_features, seed=seed),
@@ -348,21 +342,8 @@ def _reopen(config: _Reopen, say: Console) -> Reopened:
         config.directory,
         model=config.model,
         dictionary=config.dictionary,
-        progress=lambda text: say.print(text, markup=False, soft_wrap=True),
+        progress=lines(say),
     )
-
-
-def use_compilation_cache() -> None:
-    """The second patch of a shape starts without compiling."""
-    import jax
-
-    from jaxclt.io.fetch import cache_root
-
-    jax.config.update(
-        "jax_compilation_cache_dir",
-        os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache_root() / "xla")),
-    )
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _supernodes(config: _Reopen, opened: Reopened) -> list[Supernode]:

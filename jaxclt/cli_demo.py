@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxclt.cli_causal import Bar, use_compilation_cache
+from jaxclt.cli_progress import lines, progress
+from jaxclt.compiled import use_compilation_cache
 
 if TYPE_CHECKING:
     from jaxclt.demo import DemoResult
@@ -39,7 +41,7 @@ class DemoConfig:
     """Show tracebacks."""
 
 
-def run_demo_command(config: DemoConfig, say: Console, bar: Bar) -> None:
+def run_demo_command(config: DemoConfig, say: Console) -> None:
     """Run the demo and show what came out."""
     started = time.perf_counter()
     use_compilation_cache()
@@ -47,8 +49,8 @@ def run_demo_command(config: DemoConfig, say: Console, bar: Bar) -> None:
 
     found = run_demo(
         config.out,
-        say=lambda text: say.print(text, markup=False, soft_wrap=True),
-        progress=lambda what, unit: bar(say, what, unit),
+        say=lines(say),
+        progress=partial(progress, say),
     )
     seconds = time.perf_counter() - started
     if config.json:

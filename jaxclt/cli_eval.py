@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxclt.cli_causal import use_compilation_cache
-from jaxclt.cli_progress import Bar, Stages
+from jaxclt.cli_progress import Stages, lines
+from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError
 
 __all__ = ["EvalConfig", "run_eval"]
@@ -82,7 +82,7 @@ class EvalConfig:
     """Show tracebacks."""
 
 
-def run_eval(config: EvalConfig, say: Console, bar: Bar) -> None:
+def run_eval(config: EvalConfig, say: Console) -> None:
     """Measure, write, print."""
     import jax
 
@@ -116,7 +116,7 @@ def run_eval(config: EvalConfig, say: Console, bar: Bar) -> None:
     started = time.perf_counter()
     model = load_model(
         config.model,
-        progress=lambda text: say.print(text, markup=False, soft_wrap=True),
+        progress=lines(say),
     )
     dictionaries = [load_dictionary(name, model) for name in config.dictionary]
     judge = None
@@ -128,7 +128,7 @@ def run_eval(config: EvalConfig, say: Console, bar: Bar) -> None:
             requests_per_minute=config.judge_per_minute,
         )
     text = read_eval_text(model, data, tokens=config.tokens, context=config.context)
-    with Stages(say, bar, unit="done/s") as stages:
+    with Stages(say, unit="done/s") as stages:
         rows, raw = evaluate(
             model,
             dictionaries,

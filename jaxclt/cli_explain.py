@@ -9,6 +9,10 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from jaxclt.cli_progress import lines
+from jaxclt.compiled import use_compilation_cache
+from jaxclt.errors import InputError
+
 __all__ = ["ExplainConfig", "run_explain"]
 
 
@@ -44,7 +48,6 @@ class ExplainConfig:
 def run_explain(config: ExplainConfig, say: Console) -> None:
     """Print the parts of the edge."""
     from jaxclt import provenance
-    from jaxclt.errors import InputError
     from jaxclt.graph.explain import edge_parts
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.graph_file import load_graph
@@ -55,9 +58,10 @@ def run_explain(config: ExplainConfig, say: Console) -> None:
     graph = load_graph(config.directory / "graph.npz")
     parts = edge_parts(graph, config.source, config.target)
     if config.hops:
+        use_compilation_cache()
         model = load_model(
             config.model or graph.meta.model,
-            progress=lambda text: say.print(text, markup=False, soft_wrap=True),
+            progress=lines(say),
         )
         name = config.dictionary or graph.meta.dictionary
         parts = provenance.edge_parts_with_model(

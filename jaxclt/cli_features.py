@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxclt.cli_causal import use_compilation_cache
-from jaxclt.cli_progress import Bar, Stages
+from jaxclt.cli_progress import Stages, lines
+from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError
 
 __all__ = ["FeaturesConfig", "run_features"]
@@ -65,7 +65,7 @@ class FeaturesConfig:
     """Show tracebacks."""
 
 
-def run_features(config: FeaturesConfig, say: Console, bar: Bar) -> None:
+def run_features(config: FeaturesConfig, say: Console) -> None:
     """Gather, write, print."""
     from jaxclt.evaluation.http_client import Client
     from jaxclt.evaluation.labels import automatic_labels
@@ -90,10 +90,10 @@ def run_features(config: FeaturesConfig, say: Console, bar: Bar) -> None:
     use_compilation_cache()
     model = load_model(
         config.model,
-        progress=lambda text: say.print(text, markup=False, soft_wrap=True),
+        progress=lines(say),
     )
     dictionary = load_dictionary(config.dictionary, model)
-    with Stages(say, bar, units={"files": "layers/s", "labels": "labels/s"}) as stages:
+    with Stages(say, units={"files": "layers/s", "labels": "labels/s"}) as stages:
         report, examples = feature_dashboards(
             model,
             dictionary,

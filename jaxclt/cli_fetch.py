@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import tyro
 from rich.console import Console
 
+from jaxclt.cli_progress import lines
+
 if TYPE_CHECKING:
     from jaxclt.io.published import Pair
 
@@ -40,7 +42,7 @@ def run_fetch(config: FetchConfig, say: Console) -> None:
         return
     path = fetch(
         config.name,
-        progress=lambda text: say.print(text, markup=False, soft_wrap=True),
+        progress=lines(say),
         accept_terms=config.accept_terms,
     )
     if config.json:

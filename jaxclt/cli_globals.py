@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxclt.cli_causal import use_compilation_cache
-from jaxclt.cli_progress import Bar, Stages
+from jaxclt.cli_progress import Stages, lines, progress
+from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class GlobalsConfig:
     """Show tracebacks."""
 
 
-def run_globals(config: GlobalsConfig, say: Console, bar: Bar) -> None:
+def run_globals(config: GlobalsConfig, say: Console) -> None:
     """Gather, rank, write, print."""
     from jaxclt import global_circuit, global_views
     from jaxclt.global_weights.statistics import merge
@@ -88,7 +88,7 @@ def run_globals(config: GlobalsConfig, say: Console, bar: Bar) -> None:
     use_compilation_cache()
     model = load_model(
         config.model,
-        progress=lambda text: say.print(text, markup=False, soft_wrap=True),
+        progress=lines(say),
     )
     dictionary = load_dictionary(config.dictionary, model)
     started = time.perf_counter()
@@ -102,7 +102,7 @@ def run_globals(config: GlobalsConfig, say: Console, bar: Bar) -> None:
                 )
         statistics = merge(*(found for found, _ in parts))
     else:
-        with Stages(say, bar) as stages:
+        with Stages(say) as stages:
             statistics = global_circuit.coactivation(
                 model,
                 dictionary,
@@ -119,7 +119,7 @@ def run_globals(config: GlobalsConfig, say: Console, bar: Bar) -> None:
     weights = global_circuit.global_weights(
         model, dictionary, statistics, kind=config.by
     )
-    with bar(say, "tokens of features", "layers/s") as on_layer:
+    with progress(say, "tokens of features", "layers/s") as on_layer:
         found = global_views.write_globals(
             model,
             dictionary,

@@ -1,16 +1,62 @@
-"""Progress of work that has several stages, for the commands."""
+"""What commands say on stderr while they work: lines, and bars with rate and ETA."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
-__all__ = ["Bar", "Stages"]
+__all__ = ["Stages", "lines", "progress"]
 
-Bar = Callable[[Console, str, str], AbstractContextManager[Callable[[int, int], None]]]
+
+def lines(say: Console) -> Callable[[str], None]:
+    """A function that says a line as it is."""
+    return lambda text: say.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(
+    say: Console, what: str, unit: str
+) -> Iterator[Callable[[int, int], None]]:
+    """A bar of (done, total), with rate and ETA."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(unit),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=say, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class _Rate(ProgressColumn):
+    """How many per second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        """Rate once it is known."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.3g} {self.unit}" if speed else "")
 
 
 class Stages:
@@ -18,7 +64,6 @@ class Stages:
 
     Args:
       say: where to.
-      bar: opens a bar of a name and a unit.
       unit: of the rates.
       units: of stages that have another one.
     """
@@ -26,11 +71,10 @@ class Stages:
     def __init__(
         self,
         say: Console,
-        bar: Bar,
         unit: str = "tokens/s",
         units: Mapping[str, str] | None = None,
     ) -> None:
-        self.say, self.bar, self.unit = say, bar, unit
+        self.say, self.unit = say, unit
         self.units, self.stack = units or {}, ExitStack()
         self.name, self.update = "", lambda done, total: None
 
@@ -45,6 +89,6 @@ class Stages:
         if what != self.name:
             self.stack.close()
             unit = self.units.get(what, self.unit)
-            entered = self.bar(self.say, what, unit)
+            entered = progress(self.say, what, unit)
             self.name, self.update = what, self.stack.enter_context(entered)
         self.update(done, total)

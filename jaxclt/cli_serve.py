@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 import tyro
 from rich.console import Console
 
+from jaxclt.compiled import use_compilation_cache
 from jaxclt.dashboards.files import INDEX, FeatureFiles, uncantor
 from jaxclt.errors import InputError
 from jaxclt.graph_list import graphs_in, list_page
@@ -69,8 +70,6 @@ def run_serve(config: ServeConfig, say: Console) -> None:
         raise InputError("patches need both --model and --dictionary: give both")
     patcher = None
     if config.model is not None and config.dictionary is not None:
-        from jaxclt.cli_causal import use_compilation_cache
-
         use_compilation_cache()
         patcher = Patcher(config.model, config.dictionary)
     server = make_server(

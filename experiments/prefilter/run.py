@@ -21,8 +21,8 @@ import jax
 import numpy as np
 
 import jaxclt
-from jaxclt.cli_causal import use_compilation_cache
 from jaxclt.clt.active import Active
+from jaxclt.compiled import use_compilation_cache
 from jaxclt.global_weights.ranking import Links
 from jaxclt.global_weights.shortlist import Shortlist
 from jaxclt.graph.attribute import AttributeConfig

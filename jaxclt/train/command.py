@@ -20,6 +20,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from jaxclt.cli_progress import lines
+from jaxclt.compiled import use_compilation_cache
 from jaxclt.train.config import PRESETS, TrainConfig, preset
 
 if TYPE_CHECKING:
@@ -100,11 +102,9 @@ def run_train(command: TrainCommand, say: Console) -> None:
     processes.start(command.processes)
     sizes = sharding.parse_mesh(command.mesh)
 
-    def line(text: str) -> None:
-        say.print(text, markup=False, soft_wrap=True)
-
+    use_compilation_cache()
     config = command.config()
-    model = load_model(command.model, progress=line)
+    model = load_model(command.model, progress=lines(say))
     if command.dry_run:
         found = dryrun.estimate(config, model.cfg, sizes)
         if command.json:
@@ -171,7 +171,4 @@ def _progress(say: Console, n_steps: int) -> Iterator[Listener]:
                 state=state,
             )
 
-        def line(text: str) -> None:
-            say.print(text, markup=False, soft_wrap=True)
-
-        yield Listener(stage=stage, step=step, line=line)
+        yield Listener(stage=stage, step=step, line=lines(say))
