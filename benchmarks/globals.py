@@ -186,7 +186,7 @@ def statistics_rows(
 
 def whole(model: Any, dictionary: Any, args: Any, features: str) -> list[str]:
     """The command's loop, its memory, and a resumed run."""
-    from jaxclt import global_circuit, global_views
+    from jaxclt import global_circuit, global_gather, global_views
 
     state = args.out / "state"
     shutil.rmtree(state, ignore_errors=True)
@@ -199,7 +199,7 @@ def whole(model: Any, dictionary: Any, args: Any, features: str) -> list[str]:
             seen.append((time.perf_counter(), done))
 
     started = time.perf_counter()
-    found = global_circuit.coactivation(
+    found = global_gather.coactivation(
         model,
         dictionary,
         str(args.data),
@@ -212,7 +212,7 @@ def whole(model: Any, dictionary: Any, args: Any, features: str) -> list[str]:
     seconds = time.perf_counter() - started
     peak = peak_rss_gib()
     again, resumed, _ = timed(
-        lambda: global_circuit.coactivation(
+        lambda: global_gather.coactivation(
             model,
             dictionary,
             str(args.data),

@@ -16,7 +16,8 @@ Where things are, in the order a prompt passes through them:
 | `jaxclt.replacement` | replacement models and error nodes |
 | `jaxclt.graph` | targets, edges, influence, pruning, scores, certificate |
 | `jaxclt.windows` | windows of tokens that passes over text run on |
-| `jaxclt.global_text`, `jaxclt.global_circuit` | the shell of global weights |
+| `jaxclt.global_text`, `jaxclt.global_gather` | co-activation over text |
+| `jaxclt.global_circuit` | the shell of global weights |
 | `jaxclt.global_views` | their files, page and neighbourhoods |
 | `jaxclt.global_weights` | virtual weights, co-activation, ERA, TWERA |
 | `jaxclt.intervene` | the shell of patching: a traced prompt is changed |
@@ -34,13 +35,13 @@ from jaxclt.api import Page, attribute, explain, influence, prune, show
 from jaxclt.errors import InputError
 from jaxclt.global_circuit import (
     Inhibitors,
-    coactivation,
     global_inhibition,
     global_weights,
     head_inputs,
     strongest_virtual,
     virtual_weights,
 )
+from jaxclt.global_gather import coactivation
 from jaxclt.global_views import neighbourhood, write_globals
 from jaxclt.global_weights.ranking import GlobalWeights, Links
 from jaxclt.global_weights.statistics import Coactivation

@@ -70,7 +70,7 @@ class GlobalsConfig:
 
 def run_globals(config: GlobalsConfig, say: Console) -> None:
     """Gather, rank, write, print."""
-    from jaxclt import global_circuit, global_views
+    from jaxclt import global_circuit, global_gather, global_views
     from jaxclt.global_weights.statistics import merge
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.global_file import load_statistics
@@ -103,7 +103,7 @@ def run_globals(config: GlobalsConfig, say: Console) -> None:
         statistics = merge(*(found for found, _ in parts))
     else:
         with Stages(say) as stages:
-            statistics = global_circuit.coactivation(
+            statistics = global_gather.coactivation(
                 model,
                 dictionary,
                 config.data,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -22,7 +21,7 @@ from jaxclt.global_weights.weights import (
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import LMParams
 
-__all__ = ["build", "head_inputs", "virtual_blocks"]
+__all__ = ["build", "head_weights", "virtual_blocks"]
 
 
 def build(
@@ -80,7 +79,7 @@ def build(
     )
 
 
-def head_inputs(
+def head_weights(
     store: DictionaryStore,
     params: LMParams,
     statistics: Coactivation,
@@ -89,10 +88,8 @@ def head_inputs(
     feature: int,
     *,
     cfg: LMConfig,
-    k: int = 10,
-    by: Literal["virtual", "era", "twera"] = "twera",
-) -> list[dict[str, Any]]:
-    """The strongest sources of a feature through one attention head, from anywhere.
+) -> dict[str, np.ndarray]:
+    """Weights [N] into a feature through one head, of all features below the head.
 
     Norm-aware: n ERA is the sum of the graphs' edges through this head alone.
 
@@ -104,11 +101,9 @@ def head_inputs(
       layer: of the target, at or above the head's.
       feature: its index.
       cfg: model shape.
-      k: how many at most.
-      by: what to rank by.
 
     Returns:
-      ``layer feature virtual era twera`` of each source, strongest first.
+      ``virtual era twera``, the sources in the order of the subset.
 
     Raises:
       InputError: if the head was not gathered, or the target lies below it.
@@ -118,8 +113,6 @@ def head_inputs(
         raise InputError(
             f"head {head[0]}:{head[1]} was not gathered: name it in `heads`"
         )
-    if by not in ("virtual", "era", "twera"):
-        raise InputError(f"kind {by!r}: choose one of virtual, era, twera")
     slot, first = subset.slot(layer, feature), subset.starts[head[0]]
     if slot < first:
         raise InputError(
@@ -135,21 +128,12 @@ def head_inputs(
     ]
     virtual_N = np.concatenate(weight) if weight else np.zeros(0)
     total = float(sums["sum_U"][slot])
-    act_N = sums["head_act"][at][slot - first]
-    value = {
+    ind_N, act_N = (sums[name][at][slot - first] for name in ("head_ind", "head_act"))
+    return {
         "virtual": virtual_N,
-        "era": sums["head_ind"][at][slot - first]
-        / max(statistics.n_tokens, 1)
-        * virtual_N,
+        "era": ind_N / max(statistics.n_tokens, 1) * virtual_N,
         "twera": act_N * virtual_N / total if total else np.zeros_like(act_N),
     }
-    order = np.argsort(-np.abs(value[by]), kind="stable")[:k]
-    return [
-        {"layer": int(subset.layer_U[i]), "feature": int(subset.feature_U[i])}
-        | {name: float(x_N[i]) for name, x_N in value.items()}
-        for i in order
-        if value[by][i] != 0
-    ]
 
 
 Blocks = Iterator[tuple[int, int, np.ndarray]]

@@ -33,6 +33,7 @@ __all__ = [
     "Links",
     "TokenLinks",
     "interference",
+    "largest",
     "largest_pairs",
 ]
 
@@ -111,39 +112,41 @@ class GlobalWeights:
         """The features."""
         return self.statistics.subset
 
-    def factor(self, kind: Kind, layer: int, row: slice = slice(None)) -> Matrix | None:
-        """What multiplies V of one target layer's rows to give `kind`, None for 1.
+    def _use(self, kind: Kind, layer: int) -> tuple[Matrix | None, np.ndarray]:
+        """How text uses one target layer's weights: sums, and a factor of each row.
 
-        For ``coactivation``, the value itself.
+        V is multiplied by their product to give `kind`; for ``coactivation`` that is
+        the value itself. Without sums, for ``virtual``, V stays as it is.
         """
         if kind not in KINDS:
             raise InputError(f"kind {kind!r}: choose one of {', '.join(KINDS)}")
         sums, n = self.statistics.sums, max(self.statistics.n_tokens, 1)
+        here = self.subset.of_layer(layer)
+        mean_R = np.full(here.stop - here.start, 1 / n)
         if kind == "virtual":
-            return None
+            return None, mean_R
         if kind == "coactivation":
-            return sums["both"][layer][row] * (1 / n)
+            return sums["both"][layer], mean_R
         if not self.statistics.scaled:
             kind = {"era_norm": "era", "twera_norm": "twera"}.get(kind, kind)  # pyright: ignore
         if kind.startswith("era"):
-            return sums[kind.replace("era", "ind")][layer][row] * (1 / n)
-        act = sums[kind.replace("twera", "act")][layer][row]
-        total_R = sums["sum_U"][self.subset.of_layer(layer)][row]
+            return sums[kind.replace("era", "ind")][layer], mean_R
+        total_R = sums["sum_U"][here]
         share_R = np.divide(1, total_R, out=np.zeros_like(total_R), where=total_R != 0)
-        if isinstance(act, csr_array):
-            scaled = act.copy()
-            scaled.data *= np.repeat(share_R, np.diff(act.indptr))
-            return scaled
-        return act * share_R[:, None]
+        return sums[kind.replace("twera", "act")][layer], share_R
 
     def tile(self, kind: Kind, layer: int, row: slice = slice(None)) -> Matrix:
         """Weights of one kind into a layer's features, [targets, sources below]."""
-        V, factor = self.virtual[layer][row], self.factor(kind, layer, row)
-        if factor is None or kind == "coactivation":
-            return V if factor is None else factor
-        if isinstance(factor, csr_array):
-            return csr_array(factor.multiply(V))
-        return factor * V
+        V, (sums, factor_R) = self.virtual[layer][row], self._use(kind, layer)
+        if sums is None:
+            return V
+        used, factor_R = sums[row], factor_R[row]
+        if isinstance(used, csr_array):
+            used = used.copy()
+            used.data *= np.repeat(factor_R, np.diff(used.indptr))
+            return used if kind == "coactivation" else csr_array(used.multiply(V))
+        used = used * factor_R[:, None]
+        return used if kind == "coactivation" else used * V
 
     def inputs(
         self, layer: int, feature: int, k: int = 10, *, by: Kind | None = None
@@ -162,7 +165,7 @@ class GlobalWeights:
         slot = self.subset.slot(layer, feature)
         row = slot - self.subset.of_layer(layer).start
         value_N = _dense(self.tile(by or self.kind, layer, slice(row, row + 1)))[0]
-        source = _largest(value_N, k)
+        source = largest(value_N, k)
         return self.links(np.full_like(source, slot), source)
 
     def outputs(
@@ -174,9 +177,10 @@ class GlobalWeights:
         for above in range(layer + 1, self.subset.n_layers):
             here = self.subset.of_layer(above)
             if here.stop > here.start:
-                column = _column(self, by or self.kind, above, slot)
-                value_U[here] = column
-        target = _largest(value_U, k)
+                row = np.arange(here.stop - here.start)
+                column = np.full_like(row, slot)
+                value_U[here] = self._entries(by or self.kind, above, row, column)
+        target = largest(value_U, k)
         return self.links(target, np.full_like(target, slot))
 
     def links(self, target_P: np.ndarray, source_P: np.ndarray) -> Links:
@@ -187,10 +191,8 @@ class GlobalWeights:
         for layer in np.unique(layer_P):
             at = np.flatnonzero(layer_P == layer)
             row = target_P[at] - subset.of_layer(int(layer)).start
-            V = _at(self.virtual[layer], row, source_P[at])
             for kind in KINDS:
-                part = self._factor_at(kind, int(layer), row, source_P[at])
-                value[kind][at] = part if kind == "coactivation" else V * part
+                value[kind][at] = self._entries(kind, int(layer), row, source_P[at])
         return Links(
             source_layer_P=subset.layer_U[source_P],
             source_feature_P=subset.feature_U[source_P],
@@ -199,21 +201,17 @@ class GlobalWeights:
             **{f"{kind}_P": value[kind] for kind in KINDS},
         )
 
-    def _factor_at(
+    def _entries(
         self, kind: Kind, layer: int, row: np.ndarray, column: np.ndarray
     ) -> np.ndarray:
-        sums, n = self.statistics.sums, max(self.statistics.n_tokens, 1)
-        if kind == "virtual":
-            return np.ones(len(row))
+        """Some entries of `tile`, float64."""
+        sums, factor_R = self._use(kind, layer)
+        if sums is None:
+            return _at(self.virtual[layer], row, column)
+        used = _at(sums, row, column) * factor_R[row]
         if kind == "coactivation":
-            return _at(sums["both"][layer], row, column) / n
-        if not self.statistics.scaled:
-            kind = {"era_norm": "era", "twera_norm": "twera"}.get(kind, kind)  # pyright: ignore
-        if kind.startswith("era"):
-            return _at(sums[kind.replace("era", "ind")][layer], row, column) / n
-        act = _at(sums[kind.replace("twera", "act")][layer], row, column)
-        total = sums["sum_U"][self.subset.of_layer(layer)][row]
-        return np.divide(act, total, out=np.zeros_like(act), where=total != 0)
+            return used
+        return used * _at(self.virtual[layer], row, column)
 
     def strongest(
         self, k: int, kinds: Sequence[Kind] = ("virtual", "era", "twera")
@@ -308,7 +306,7 @@ class GlobalWeights:
         era_Y, twera_Y = era_Y * virtual_Y, twera_Y * virtual_Y
         value = {"virtual": virtual_Y, "era": era_Y, "twera": twera_Y}
         value["coactivation"] = share_Y
-        order = _largest(value[(by or self.kind).removesuffix("_norm")], k)
+        order = largest(value[(by or self.kind).removesuffix("_norm")], k)
         columns = (token_Y, virtual_Y, era_Y, twera_Y, share_Y)
         return TokenLinks(*(column[order] for column in columns))
 
@@ -326,19 +324,8 @@ def _at(x: Matrix, row: np.ndarray, column: np.ndarray) -> np.ndarray:
     return np.asarray(x[row, column], np.float64)
 
 
-def _column(weights: GlobalWeights, kind: Kind, layer: int, slot: int) -> np.ndarray:
-    """One source's weights into the features of a layer, [targets]."""
-    here = weights.subset.of_layer(layer)
-    row = np.arange(here.stop - here.start)
-    column = np.full_like(row, slot)
-    part = weights._factor_at(kind, layer, row, column)
-    if kind == "coactivation":
-        return part
-    return _at(weights.virtual[layer], row, column) * part
-
-
-def _largest(value_N: np.ndarray, k: int) -> np.ndarray:
-    """Where the k largest sizes are, descending; zeros are left out."""
+def largest(value_N: np.ndarray, k: int) -> np.ndarray:
+    """Where the k largest sizes of a vector are, descending; zeros are left out."""
     size_N = np.abs(value_N)
     if k < len(size_N):
         some = np.argpartition(-size_N, k)[:k]

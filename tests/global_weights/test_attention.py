@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +25,9 @@ from global_cases import (
 )
 
 from jaxclt.errors import InputError
+from jaxclt.global_circuit import head_inputs
 from jaxclt.global_weights.attention import head_block, head_sums
-from jaxclt.global_weights.build import head_inputs
+from jaxclt.global_weights.build import head_weights
 from jaxclt.graph import provenance
 from jaxclt.replacement.errors import error_nodes
 
@@ -133,16 +136,21 @@ def test_sums_of_one_head_by_a_loop():
     total_F = a_UWS.sum((1, 2))[3 * F :]
     feature = int((total_F > 0).argmax())
     era_N = ind[F + feature] * V_FN[feature] / some().sum()
-    rows = head_inputs(*args, HEADS[0], 3, feature, cfg=t.cfg, k=4, by="era")
+    value = head_weights(*args, HEADS[0], 3, feature, cfg=t.cfg)
+    close(value["era"], era_N)
+    twera_N = act[F + feature] * V_FN[feature] / total_F[feature]
+    close(value["twera"], twera_N)
+    # the shell's part: the strongest of them, by their names
+    model: Any = SimpleNamespace(params=t.params, cfg=t.cfg)
+    whole = (model, t.dictionary, found)
+    rows = head_inputs(*whole, HEADS[0], 3, feature, k=4, by="era")
     order = np.argsort(-np.abs(era_N), kind="stable")[:4]
     assert [row["layer"] * F + row["feature"] for row in rows] == order.tolist()
-    close(np.asarray([row["era"] for row in rows]), era_N[order])
-    twera_N = act[F + feature] * V_FN[feature] / total_F[feature]
     close(np.asarray([row["twera"] for row in rows]), twera_N[order])
     with pytest.raises(InputError, match="head 1:1 was not gathered"):
-        head_inputs(*args, (1, 1), 3, feature, cfg=t.cfg)
+        head_inputs(*whole, (1, 1), 3, feature)
     with pytest.raises(InputError, match="lies below head 2:1"):
-        head_inputs(*args, HEADS[0], 1, feature, cfg=t.cfg)
+        head_inputs(*whole, HEADS[0], 1, feature)
 
 
 def test_block_of_a_head_by_hand():

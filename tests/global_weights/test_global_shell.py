@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxclt
-from jaxclt import cli, global_circuit, global_text
+from jaxclt import cli, global_gather, global_text
 from jaxclt.errors import InputError
 from jaxclt.global_weights.sparse import check_size
 from jaxclt.global_weights.subset import Subset
@@ -46,8 +46,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several batches and flushes of a few windows."""
-    monkeypatch.setattr(global_circuit, "BATCH_TOKENS", 144)
-    monkeypatch.setattr(global_circuit, "FLUSH_TOKENS", 300)
+    monkeypatch.setattr(global_gather, "BATCH_TOKENS", 144)
+    monkeypatch.setattr(global_gather, "FLUSH_TOKENS", 300)
 
 
 WINDOWS = [[5, 9, 30, 12, 60, 7], [70, 9, 9, 44, 13, 8], [3, 4, 5, 6, 7, 8]]
@@ -164,7 +164,7 @@ def test_interrupted_runs_go_on_and_shards_merge(
     args = {"features": "top:50", "tokens": 1500, "context": 48}
     whole = jaxclt.coactivation(model, dictionary, text, **args)
     assert 1500 <= whole.n_tokens < 1550
-    monkeypatch.setattr(global_circuit, "SAVE_S", 0.0)
+    monkeypatch.setattr(global_gather, "SAVE_S", 0.0)
 
     def stop(what: str, done: int, total: int) -> None:
         if what == "statistics" and done > 600:
