@@ -371,15 +371,15 @@ class _One:
 
         row: dict[str, Any] = {"intervals": {}}
         lines = [{"window": w} for w in range(W)]
-        for i, (name, keep_first) in enumerate((("", True), ("_strict", False))):
-            found = compare(
-                self.model.params,
-                self.sub,
-                text.windows.token_WS,
-                cfg=self.model.cfg,
-                keep_first=keep_first,
-                on_windows=lambda done, n, i=i: told(i * n + done, 2 * n),
-            )
+        both = compare(
+            self.model.params,
+            self.sub,
+            text.windows.token_WS,
+            cfg=self.model.cfg,
+            keep_first=(True, False),
+            on_windows=told,
+        )
+        for name, found in zip(("", "_strict"), both, strict=True):
             unsure_WS = unsure(found.model_WS, found.confidence_WS, text.next_WS)
             for kind, ask_WS in (
                 ("", text.ask_WS),
@@ -387,7 +387,7 @@ class _One:
             ):
                 self._count(found, ask_WS, name + kind, row, lines)
             known_WS = text.ask_WS & (text.next_WS >= 0)
-            if known_WS.any() and keep_first:
+            if known_WS.any() and not name:
                 right = (found.found_WS == text.next_WS)[known_WS]
                 row["accuracy"] = float(right.mean())
                 model_right = (found.model_WS == text.next_WS)[known_WS]

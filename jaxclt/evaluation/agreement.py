@@ -67,16 +67,18 @@ def _compare(
     sub: Substitute,
     token_WS: Array,
     cfg: LMConfig,
-    keep_first: bool,
-) -> tuple[Array, Array, Array, Array]:
-    def one(token_S: Array) -> tuple[Array, Array, Array, Array]:
+    keep_first: tuple[bool, ...],
+) -> list[tuple[Array, Array, Array, Array]]:
+    def one(token_S: Array) -> list[tuple[Array, Array, Array, Array]]:
         true_SV = forward(params, token_S, cfg=cfg)
-        found_SV = substitute_logits(
-            params, sub, token_S, cfg=cfg, keep_first=keep_first
-        )
-        kl_S = divergence(true_SV, found_SV)
+        said_S = true_SV.argmax(-1)
         confidence_S = jax.nn.softmax(true_SV).max(-1)
-        return true_SV.argmax(-1), found_SV.argmax(-1), kl_S, confidence_S
+        rows = []
+        for keep in keep_first:
+            found_SV = substitute_logits(params, sub, token_S, cfg=cfg, keep_first=keep)
+            kl_S = divergence(true_SV, found_SV)
+            rows.append((said_S, found_SV.argmax(-1), kl_S, confidence_S))
+        return rows
 
     return jax.vmap(one)(jnp.maximum(token_WS, 0))
 
@@ -96,9 +98,9 @@ def compare(
     token_WS: np.ndarray,
     *,
     cfg: LMConfig,
-    keep_first: bool = True,
+    keep_first: tuple[bool, ...] = (True,),
     on_windows: Callable[[int, int], None] = lambda done, total: None,
-) -> Compared:
+) -> list[Compared]:
     """Run model and replacement on windows, a few at a time.
 
     Args:
@@ -106,19 +108,24 @@ def compare(
       sub: from `jaxclt.replacement.model.substitute_of`.
       token_WS: windows, padded with -1 behind the text.
       cfg: model shape.
-      keep_first: the true MLPs stay at the first position.
+      keep_first: whether the true MLPs stay at the first position; for each entry a
+        replacement model is run, the model itself once for all.
       on_windows: progress, (windows done, of).
+
+    Returns:
+      One for each entry of `keep_first`.
     """
-    rows = []
+    chunks = []
     W = len(token_WS)
     for part_WS in _chunks(token_WS):
         found = _compare(params, sub, jnp.asarray(part_WS), cfg, keep_first)
-        rows.append([np.asarray(x) for x in found])
-        on_windows(min(W, len(rows) * len(part_WS)), W)
-    model_WS, found_WS, kl_WS, confidence_WS = (
-        np.concatenate(x)[:W] for x in zip(*rows, strict=True)
-    )
-    return Compared(model_WS, found_WS, kl_WS.astype(np.float64), confidence_WS)
+        chunks.append(jax.tree.map(np.asarray, found))
+        on_windows(min(W, len(chunks) * len(part_WS)), W)
+    whole = jax.tree.map(lambda *x: np.concatenate(x)[:W], *chunks)
+    return [
+        Compared(model_WS, found_WS, kl_WS.astype(np.float64), confidence_WS)
+        for model_WS, found_WS, kl_WS, confidence_WS in whole
+    ]
 
 
 _logits = jax.jit(
@@ -227,7 +234,7 @@ def agreement(
       cfg: model shape.
       keep_first: the true MLPs stay at the first position.
     """
-    found = compare(params, sub, token_WS, cfg=cfg, keep_first=keep_first)
+    (found,) = compare(params, sub, token_WS, cfg=cfg, keep_first=(keep_first,))
     return {
         "top1": float(found.same_WS[valid_WS].mean()),
         "kl": float(found.kl_WS[valid_WS].mean()),

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from tiny_run import GOLDEN, MODEL, write_text
 
 from jaxclt import cli
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-from tiny_run import GOLDEN, MODEL, write_text
 
 
 def run(*args: object) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_run import tiny_model, write_text
 
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.errors import InputError
@@ -21,9 +21,6 @@ from jaxclt.evaluation.prompts import (
     unsure,
 )
 from jaxclt.lm.run import record
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-from tiny_run import tiny_model, write_text
 
 
 def test_each_rule_of_the_filter_leaves_out():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from tiny_run import GOLDEN, tiny_model, write_text
 
 import jaxclt
 from jaxclt import evaluate as shell
@@ -19,9 +19,6 @@ from jaxclt.evaluation.claims import check_claims
 from jaxclt.evaluation.judges import Answer
 from jaxclt.evaluation.prompts import read_eval_text
 from jaxclt.evaluation.report import cells, markdown, write_evaluation
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-from tiny_run import GOLDEN, tiny_model, write_text
 
 OPTIONS = EvalOptions(
     tokens=120,

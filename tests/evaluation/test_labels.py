@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from fake_chat import FakeChat, reply
+from tiny_run import GOLDEN, MODEL, write_text
 
 from jaxclt import cli
 from jaxclt.evaluation.labels import LONGEST, MARK, parse_label
 from jaxclt.io.dictionary import LABELS, read_labels
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-from fake_chat import FakeChat, reply
-from tiny_run import GOLDEN, MODEL, write_text
 
 
 def test_only_the_last_label_line_counts():

@@ -301,7 +301,7 @@ for activation, l0 in (("jumprelu", 0.0), ("batch_topk", 6.0)):
 
 @pytest.mark.slow
 def test_sharded_equals_unsharded_on_eight_devices(text: Path, tmp_path: Path):
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", EIGHT, here, str(text), str(tmp_path)],
         capture_output=True,

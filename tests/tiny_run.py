@@ -9,7 +9,7 @@ from pathlib import Path
 from jaxclt.io.model import Model, load_model
 from jaxclt.train.config import TrainConfig
 
-GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
+GOLDEN = Path(__file__).parent / "goldens" / "circuit_tracer_clt"
 MODEL = GOLDEN / "model"
 
 
