@@ -75,7 +75,7 @@ class PatchConfig(_Reopen):
     layers: str | None = None
     """First and last layer of the range a:b, both included; by default from the first
     edited layer to two behind the last one (constrained: as far as the dictionary
-    writes; additive: all)."""
+    writes, and the model's last MLP is left to answer; additive: all)."""
     sweep_end: bool = False
     """Also patch with every end layer of the range."""
     freeze_patterns: bool = True

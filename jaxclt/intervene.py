@@ -351,8 +351,8 @@ def patch(
       edits: made together.
       mode: `constrained`, `iterative` or `additive`, see `jaxclt.patching.modes`.
       layers: first and last layer of the range, included; None: from the first edited
-        layer to two behind the last one (constrained: as far as the dictionary writes;
-        additive: all).
+        layer to two behind the last one (constrained: as far as the dictionary writes,
+        and the model's last MLP is left to answer; additive: all).
       freeze_pattern: keep the clean attention patterns.
       freeze_norm: keep the clean norm denominators.
       gates: of the local replacement model; None: live, for neurons frozen.

@@ -182,15 +182,22 @@ def default_range(
     """First and last layer of a patch for which the user gave none.
 
     From the first edited layer to two layers behind the last edited one (Circuit
-    Tracing 2025, section G.2). Constrained patches end where the dictionary's writes
-    end: what a per-layer transcoder writes is all in its own layer, and a longer range
-    would only shut out the model's answer. The additive mode takes all layers.
+    Tracing 2025, section G.2). The additive mode takes all layers.
+
+    Constrained patches end where the dictionary's writes end: what a per-layer
+    transcoder writes is all in its own layer, and a longer range would only shut out
+    the model's answer. For the same reason they leave the model's last MLP to answer
+    unless it is edited itself: once it is clamped too, nothing of the model responds
+    but attention, and the patch returns the graph's own edges to the targets (T-C3),
+    whatever the model would have done.
     """
     if mode == "additive":
         return 0, n_layers - 1
-    behind = 2 if mode == "iterative" else min(span, 3) - 1
-    last = int(layer_E.max()) + behind
-    return int(layer_E.min()), min(last, n_layers - 1)
+    edited = int(layer_E.max())
+    last = min(edited + 2, n_layers - 1)
+    if mode == "constrained":
+        last = max(edited, min(edited + span - 1, last, n_layers - 2))
+    return int(layer_E.min()), last
 
 
 def patch_one(

@@ -18,7 +18,9 @@ from jaxclt.graph.graph import Graph
 from jaxclt.intervene import Subject
 from jaxclt.io.model import Model
 from jaxclt.lm.run import forward
+from jaxclt.patching.batch import default_range
 from jaxclt.patching.edits import Edit, expand_edits
+from jaxclt.patching.modes import Mode
 from jaxclt.types import Supernode
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
@@ -97,6 +99,26 @@ def test_what_cannot_be_done_is_said_in_one_line(make: Any, message: str):
     with pytest.raises(jaxclt.InputError, match=message) as stop:
         make()
     assert "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "span", "mode", "found"),
+    [
+        ([2], 30, "constrained", (2, 4)),
+        ([2], 2, "constrained", (2, 3)),
+        ([2], 1, "constrained", (2, 2)),
+        ([2, 27], 30, "constrained", (2, 28)),  # of 0 to 29: the last one answers
+        ([28], 30, "constrained", (28, 28)),
+        ([29], 30, "constrained", (29, 29)),
+        ([2, 28], 30, "iterative", (2, 29)),
+        ([2], 30, "additive", (0, 29)),
+    ],
+)
+def test_the_range_of_a_patch_that_names_none(
+    layers: list[int], span: int, mode: Mode, found: tuple[int, int]
+) -> None:
+    layer_E = np.array(layers)
+    assert default_range(layer_E, span=span, n_layers=30, mode=mode) == found
 
 
 def test_scaling_a_silent_feature_is_refused_and_setting_it_is_not():

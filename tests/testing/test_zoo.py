@@ -12,7 +12,9 @@ import pytest
 
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.graph.certificate import certificate
-from jaxclt.lm.run import forward
+from jaxclt.lm.run import forward, unembed
+from jaxclt.patching.batch import How, default_range, make_patchable, patch_one
+from jaxclt.patching.edits import make_edits
 from jaxclt.testing import Planted, absolute, induction, true_dictionary, two_hop
 from jaxclt.testing.learned import learn
 from jaxclt.testing.recovery import case_graph, hidden, match, record_prompt, recover
@@ -177,3 +179,25 @@ def test_sparsity_makes_a_clt_skip_the_second_hop() -> None:
     assert skipped.swap > 0.9
     assert kept.shortcut < 0.01
     assert kept.swap < 0.6
+
+
+def test_a_patch_lets_the_second_hop_answer() -> None:
+    """Without a layer range: taking b away takes c away, as the model itself says.
+
+    A range that holds the last MLP too would leave the answer as it is: the first hop
+    writes nothing to it.
+    """
+    planted = member("two_hop")
+    dictionary, case = true_dictionary(planted, span=2), planted.cases[1]
+    rec = record_prompt(planted.params, case.token_T, planted.cfg)
+    model = make_patchable(dictionary, planted.params, rec, planted.cfg)
+    first_hop = [(0, 0, 1, 0.0, 0.0)]  # layer, position, feature; its value is 0
+    edits = make_edits(first_hop, dictionary, planted.params, rec, cfg=planted.cfg)
+
+    def answer(layers: tuple[int, int]) -> float:
+        done = patch_one(model, edits, jnp.asarray(layers, jnp.int32), None, how=How())
+        return float(unembed(planted.params, done.out_TD[-1])[case.answer["answer"]])
+
+    edited = {"layer_E": np.array([0]), "span": 2, "n_layers": 2}
+    assert answer(default_range(**edited, mode="constrained")) == near(0, abs=1e-3)
+    assert answer((0, 1)) == near(LOGIT, abs=1e-3)
