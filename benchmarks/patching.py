@@ -103,10 +103,10 @@ def main() -> None:
     import jax
 
     import jaxclt
-    from jaxclt.intervene import Subject
     from jaxclt.patching.batch import default_range, patch_many
     from jaxclt.patching.edits import batch_edits
     from jaxclt.patching.effects import measure_effect
+    from jaxclt.subject import Subject
 
     model = jaxclt.load_model(args.model)
     dictionary = jaxclt.load_dictionary(args.dictionary, model)

@@ -19,7 +19,8 @@ from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError
 
 if TYPE_CHECKING:
-    from jaxclt.intervene import PatchResult, Reopened
+    from jaxclt.intervene import PatchResult
+    from jaxclt.subject import Reopened
     from jaxclt.types import Supernode
 
 __all__ = [
@@ -116,15 +117,16 @@ def run_patch(config: PatchConfig, say: Console) -> None:
     from jaxclt import intervene
     from jaxclt.patch_log import patch_record
     from jaxclt.patching.edits import Edit
+    from jaxclt.subject import Subject
 
     edits = [Edit(layer=l, pos=p, feature=f, **edits_of) for l, p, f in places]
-    groups = {g.name: g for g in _supernodes(config, opened)}
+    groups = {g.name: g for g in _supernodes(config, opened)} if config.group else {}
     for name in config.group:
         if name not in groups:
             known = ", ".join(map(repr, groups)) or "there are none"
             raise InputError(f"no supernode {name!r}: choose one of {known}")
         edits.append(Edit(supernode=groups[name], **edits_of))
-    subject = intervene.Subject.of(opened.model, opened.dictionary, opened.graph)
+    subject = Subject.of(opened.model, opened.dictionary, opened.graph)
     gates = None if config.gates == "auto" else config.gates
     how = subject.how(
         config.mode,
@@ -257,12 +259,13 @@ def validate_opened(
     groups: list[Supernode] | None = None,
 ) -> dict[str, Any]:
     """Validate a graph whose model is loaded; shared with `trace --validate`."""
-    from jaxclt import intervene
     from jaxclt.pages import write_page
+    from jaxclt.subject import Subject
     from jaxclt.validate import ValidateOptions, validate_graph, write_validation
+    from jaxclt.validation.words import left_out
 
     started = time.perf_counter()
-    subject = intervene.Subject.of(opened.model, opened.dictionary, opened.graph)
+    subject = Subject.of(opened.model, opened.dictionary, opened.graph)
     with progress(say, "validating", "patches/s") as on_done:
         report = validate_graph(
             subject,
@@ -270,6 +273,8 @@ def validate_opened(
             groups=groups,
             on_done=on_done,
         )
+    for said in left_out(report):
+        say.print(f"jaxclt: warning: {said}", markup=False, soft_wrap=True)
     report["seconds"] = round(time.perf_counter() - started, 2)
     write_validation(report, directory)
     if (directory / "graph.json").is_file():
@@ -336,7 +341,7 @@ def _reopen(config: _Reopen, say: Console) -> Reopened:
         )
     check_writable(config.directory)
     use_compilation_cache()
-    from jaxclt.intervene import reopen
+    from jaxclt.subject import reopen
 
     return reopen(
         config.directory,
@@ -348,29 +353,9 @@ def _reopen(config: _Reopen, say: Console) -> Reopened:
 
 def _supernodes(config: _Reopen, opened: Reopened) -> list[Supernode]:
     """Groups from a file, else those saved in the directory's graph.json."""
-    from jaxclt.types import Supernode
+    from jaxclt.supernode_file import read_supernodes
 
     path = config.supernodes or config.directory / "graph.json"
     if config.supernodes is None and not path.is_file():
         return []
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(raw, dict):
-            raw = raw.get("qParams", {}).get("supernodes", [])
-        found = []
-        for name, *members in raw:
-            nodes = []
-            for member in members:
-                # embeddings and logits may be members too; they have no activation
-                if match := re.fullmatch(r"(\d+)_(\d+)_(\d+)", str(member)):
-                    layer, feature, pos = map(int, match.groups())
-                    if layer < opened.graph.n_layers:
-                        nodes.append((layer, pos, feature))
-            if nodes:
-                found.append(Supernode(str(name), tuple(nodes)))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} holds no supernodes ({type(error).__name__}): write "
-            '[["name", "layer_feature_pos", ...], ...]'
-        ) from error
-    return found
+    return read_supernodes(path, opened.graph)

@@ -153,7 +153,7 @@ def run_trace(config: TraceConfig, say: Console) -> None:
     )
     checked: dict[str, Any] = {}
     if config.validate:
-        from jaxclt.intervene import Reopened
+        from jaxclt.subject import Reopened
 
         opened = Reopened(
             model=model, dictionary=dictionary, graph=traced.graph, report=report

@@ -22,13 +22,14 @@ from jaxclt.clt.active import Active, Dictionary
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.supernodes import SupernodeGraph, supernode_graph
-from jaxclt.intervene import PatchResult, Subject, patch
+from jaxclt.intervene import PatchResult, patch
 from jaxclt.io.bundled import bundled
 from jaxclt.io.dictionary import load_dictionary
 from jaxclt.io.model import Model, load_model
 from jaxclt.io.weights_safetensors import read_json
 from jaxclt.pages import write_page
 from jaxclt.patching.edits import Edit
+from jaxclt.subject import Subject
 from jaxclt.trace import (
     check_writable,
     prompt_tokens,

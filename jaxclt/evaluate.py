@@ -46,12 +46,12 @@ from jaxclt.evaluation.reconstruction import (
 )
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.graph import Graph
-from jaxclt.intervene import Subject
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.model import Model
 from jaxclt.lm.layers import neuron_rows
 from jaxclt.perturb import by_distance, faithfulness
 from jaxclt.replacement.model import Substitute, substitute_of
+from jaxclt.subject import Subject
 from jaxclt.trace import trace_prompt
 from jaxclt.train.harvest import harvest
 from jaxclt.validation.stats import ratio_interval

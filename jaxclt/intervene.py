@@ -1,53 +1,37 @@
-"""The shell of patching: a traced prompt becomes a model again, and is changed.
+"""The shell of patching: a traced prompt is changed, and the answer measured.
 
-directory --reopen--> model, dictionary, graph --Subject--> recording --patch--> result
+Subject (`jaxclt.subject`) --patch--> PatchResult; --scale_curve, sweep_end--> series;
+  --generate_patched--> text
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import Active, Dictionary
-from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.clt.active import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
-from jaxclt.io.dictionary import load_dictionary
-from jaxclt.io.graph_file import load_graph
-from jaxclt.io.model import Model, load_model
-from jaxclt.patching.batch import (
-    How,
-    Local,
-    default_range,
-    make_local,
-    make_patchable,
-    patch_many,
-    patch_one,
-)
-from jaxclt.patching.edits import Edit, Edits, batch_edits, expand_edits, make_edits
-from jaxclt.patching.effects import Ask, Effect, clean_effect, measure_effect
-from jaxclt.patching.features import Features, gather_features
+from jaxclt.graph.supernodes import with_features
+from jaxclt.io.model import Model
+from jaxclt.patching.batch import How, patch_one
+from jaxclt.patching.edits import Edit, Edits
+from jaxclt.patching.effects import Effect, clean_effect
 from jaxclt.patching.generate import continue_prompt
-from jaxclt.patching.modes import Gates, Mode, Patchable
-from jaxclt.trace import record_prompt
+from jaxclt.patching.modes import Gates, Mode
+from jaxclt.subject import Subject
 
 __all__ = [
     "PatchResult",
-    "Reopened",
-    "Subject",
     "generate_patched",
     "patch",
-    "reopen",
     "scale_curve",
     "sweep_end",
 ]
@@ -59,252 +43,6 @@ DOUBLE = (
     "respond to the first write and the later writes are added as well; use "
     "constrained or iterative for a causal claim"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reopened:
-    """What `trace` worked with, loaded again."""
-
-    model: Model
-    dictionary: Dictionary
-    graph: Graph
-    report: dict[str, Any]
-
-
-def reopen(
-    directory: str | os.PathLike[str],
-    *,
-    model: str | None = None,
-    dictionary: str | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> Reopened:
-    """Load the model and the dictionary that a directory was traced with.
-
-    Args:
-      directory: written by `trace`.
-      model: where the model is now, if it has moved.
-      dictionary: where the dictionary is now.
-      progress: called with one line per stage of a download.
-
-    Raises:
-      InputError: if the directory is no trace, or the weights found are others.
-    """
-    folder = Path(directory)
-    graph = load_graph(folder / "graph.npz")
-    try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        dtype = report["environment"].get("dtype", "float32")
-        traced = report["identity"]["hashes"]
-        names = (model or report["model"], dictionary or report["dictionary"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{folder / 'report.json'} is not a report of trace "
-            f"({type(error).__name__}); trace the prompt again"
-        ) from error
-    loaded = load_model(names[0], dtype=dtype, progress=progress)
-    _same("model", names[0], loaded.hash, traced.get("model"))
-    opened = load_dictionary(names[1], loaded)
-    _same("dictionary", names[1], opened.hash, traced.get("dictionary"))
-    return Reopened(model=loaded, dictionary=opened, graph=graph, report=report)
-
-
-def _same(what: str, name: str, found: str, traced: str | None) -> None:
-    if found != traced:
-        raise InputError(
-            f"the {what} {name!r} is not the one that was traced (hash "
-            f"{found[:12]} instead of {str(traced)[:12]}): give the traced one with "
-            f"--{what}, or trace again"
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A traced prompt, recorded again and ready to be changed."""
-
-    model: Model
-    dictionary: Dictionary
-    graph: Graph
-    patchable: Patchable
-
-    @classmethod
-    def of(cls, model: Model, dictionary: Dictionary, graph: Graph) -> Subject:
-        """Record the graph's prompt.
-
-        Raises:
-          InputError: if the graph belongs to another model or dictionary.
-        """
-        hashes = graph.meta.hashes
-        if hashes:
-            _same("model", model.name, model.hash, hashes.get("model"))
-            _same(
-                "dictionary", dictionary.name, dictionary.hash, hashes.get("dictionary")
-            )
-        token_T = jnp.asarray(graph.token_T)
-        with jax.default_matmul_precision("highest"):
-            recording = record_prompt(model.params, token_T, model.cfg)
-        return cls(
-            model=model,
-            dictionary=dictionary,
-            graph=graph,
-            patchable=make_patchable(dictionary, model.params, recording, model.cfg),
-        )
-
-    @functools.cached_property
-    def active(self) -> Active:
-        """The active features; for `neurons:k` the kept ones."""
-        return self.dictionary.active(
-            self.model.params, self.patchable.recording, self.model.cfg
-        )
-
-    @functools.cached_property
-    def local(self) -> Local:
-        """The local replacement model's tables."""
-        return self.local_with(None)
-
-    def local_with(self, also: np.ndarray | None) -> Local:
-        """Tables that also hold some (layer, feature) rows."""
-        return make_local(self.dictionary, self.patchable, self.active, also=also)
-
-    @functools.cached_property
-    def targets(self) -> np.ndarray:
-        """Indices of the graph's targets that are tokens (custom directions are not).
-
-        Raises:
-          InputError: if there is none.
-        """
-        found = np.flatnonzero(self.graph.target_token_K >= 0)
-        if not len(found):
-            raise InputError(
-                "all targets of the graph are custom directions, but patches are "
-                "measured on tokens: trace with token targets"
-            )
-        return found
-
-    @property
-    def n_tokens(self) -> int:
-        """T."""
-        return self.graph.n_tokens
-
-    def watch(self, nodes: np.ndarray) -> Features:
-        """Rows of the graph's features by slot."""
-        g = self.graph
-        node_W3 = np.stack([g.layer_A, g.pos_A, g.feature_A], 1)[nodes]
-        return self.gather(node_W3)
-
-    def gather(self, node_E3: np.ndarray) -> Features:
-        """Rows of any features."""
-        return gather_features(
-            self.dictionary,
-            self.model.params,
-            self.patchable.recording,
-            node_E3,
-            cfg=self.model.cfg,
-        )
-
-    def ask(self, watch: Features | None = None, *, n_top: int = 0) -> Ask:
-        """What to measure: the graph's target tokens at the last position."""
-        return Ask(
-            token_K=jnp.asarray(self.graph.target_token_K[self.targets]),
-            last=jnp.asarray(self.n_tokens - 1, jnp.int32),
-            watch=watch,
-            n_top=n_top,
-        )
-
-    def edits(self, single: Sequence[tuple], *, silent: bool = False) -> Edits:
-        """The pytree of single changes (layer, position, feature, factor, offset)."""
-        return make_edits(
-            single,
-            self.dictionary,
-            self.model.params,
-            self.patchable.recording,
-            cfg=self.model.cfg,
-            silent=silent,
-        )
-
-    def how(
-        self,
-        mode: Mode = "constrained",
-        *,
-        freeze_pattern: bool = True,
-        freeze_norm: bool = False,
-        gates: Gates | None = None,
-    ) -> How:
-        """Semantics; neurons keep their gates unless asked, as in the graph."""
-        neurons = isinstance(self.dictionary, NeuronDictionary)
-        return How(
-            mode=mode,
-            freeze_pattern=freeze_pattern,
-            freeze_norm=freeze_norm,
-            gates=gates or ("frozen" if neurons else "live"),
-        )
-
-    def effects(
-        self,
-        many: Sequence[Sequence[tuple]],
-        layers: Sequence[tuple[int, int]],
-        how: How,
-        ask: Ask,
-        *,
-        chunk: int | None = None,
-        on_done: Callable[[int, int], None] = lambda done, total: None,
-    ) -> Effect:
-        """Separate patches (each some single changes), measured; numpy, leading B."""
-        flat = [change for one in many for change in one]
-        whole = self.edits(flat, silent=True)
-        ends = np.cumsum([len(one) for one in many])
-        parts = [
-            jax.tree.map(lambda x, a=a, b=b: np.asarray(x)[a:b], whole)
-            for a, b in zip([0, *ends[:-1]], ends, strict=True)
-        ]
-        edits = batch_edits(parts)
-        local = slot_BE = None
-        if how.mode == "iterative":
-            local = self.local
-            pair_N2 = np.array([(c[0], c[2]) for c in flat])
-            if any(f not in local.feature_LU[l] for l, f in pair_N2):
-                local = self.local_with(pair_N2)
-            slot_BE = np.zeros(edits.factor_E.shape, np.int32)
-            sizes = np.diff(ends, prepend=0)[:, None]
-            filled = np.arange(slot_BE.shape[1])[None] < sizes
-            slot_BE[filled] = local.slots(*pair_N2.T)
-        with jax.default_matmul_precision("highest"):
-            return patch_many(
-                self.patchable,
-                edits,
-                np.asarray(layers, np.int32).reshape(-1, 2),
-                how=how,
-                measure=measure_effect,
-                ask=ask,
-                local=local,
-                slot_BE=slot_BE,
-                chunk=chunk,
-                on_done=on_done,
-            )
-
-    def check_range(
-        self, layers: tuple[int, int] | None, layer_E: np.ndarray, mode: Mode
-    ) -> tuple[int, int]:
-        """The layer range of a patch.
-
-        Raises:
-          InputError: for an empty range, or one outside the model.
-        """
-        L = self.model.cfg.n_layers
-        if layers is None:
-            span = self.patchable.clt_cfg.span
-            return default_range(layer_E, span=span, n_layers=L, mode=mode)
-        first, last = layers
-        if first > last:
-            raise InputError(
-                f"layers {first}:{last} are an empty range: both ends are included, "
-                "give the smaller one first"
-            )
-        if first < 0 or last >= L:
-            raise InputError(
-                f"layers {first}:{last} are not in the model: it has layers 0 to "
-                f"{L - 1}, both ends are included"
-            )
-        return first, last
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -363,7 +101,7 @@ def patch(
       InputError: for edits or layers that do not fit the prompt or the dictionary.
     """
     subject = subject or Subject.of(model, dictionary, graph)
-    single = expand_edits(edits, n_tokens=subject.n_tokens)
+    single = subject.single(edits)
     made = subject.edits(single)
     layer_E = np.array([change[0] for change in single])
     layers = subject.check_range(layers, layer_E, mode)
@@ -376,7 +114,8 @@ def patch(
     after = jax.tree.map(lambda x: np.asarray(x)[0], done)
     with jax.default_matmul_precision("highest"):
         before = jax.tree.map(np.asarray, clean_effect(subject.patchable, ask))
-    return _result(subject, single, made, layers, how, nodes, before, after)
+    found = _result(subject, single, made, layers, how, nodes, before, after)
+    return dataclasses.replace(found, warning=_warning(subject, edits, how))
 
 
 def _downstream(
@@ -425,7 +164,6 @@ def _result(
             "before": float(was[0] - was[1]),
             "after": float(now[0] - now[1]),
         }
-    cross_layer = subject.patchable.clt_cfg.span > 1
     assert before.watch_W is not None
     assert after.watch_W is not None
     watched = zip(nodes, before.watch_W, after.watch_W, strict=True)
@@ -461,8 +199,22 @@ def _result(
             for a, was, now in watched
         ],
         options=dataclasses.asdict(how),
-        warning=DOUBLE if how.mode == "additive" and cross_layer else None,
     )
+
+
+def _warning(subject: Subject, edits: Sequence[Edit], how: How) -> str | None:
+    """What a reader of the result should know."""
+    said = []
+    for group in (edit.supernode for edit in edits if edit.supernode is not None):
+        named = with_features(subject.graph, group).nodes
+        if rest := [node for node in named if isinstance(node, str)]:
+            said.append(
+                f"supernode {group.name!r}: only features are patched, "
+                f"{', '.join(rest)} stay as they are"
+            )
+    if how.mode == "additive" and subject.patchable.clt_cfg.span > 1:
+        said.append(DOUBLE)
+    return "; ".join(said) or None
 
 
 def sweep_end(
@@ -477,7 +229,7 @@ def sweep_end(
       {last_layers, kl, probability [per end layer][per target], strongest: the end
       layer with the lowest probability of the first target}.
     """
-    single = expand_edits(edits, n_tokens=subject.n_tokens)
+    single = subject.single(edits)
     subject.edits(single)
     layer_E = np.array([change[0] for change in single])
     start = int(layer_E.min()) if first is None else first
@@ -509,7 +261,7 @@ def scale_curve(
     Returns:
       {scale, kl, probability [per scale][per target]}.
     """
-    single = expand_edits(edits, n_tokens=subject.n_tokens)
+    single = subject.single(edits)
     subject.edits(single)
     layer_E = np.array([change[0] for change in single])
     layers = subject.check_range(layers, layer_E, how.mode)
@@ -549,7 +301,7 @@ def generate_patched(
         )
     if not (math.isfinite(temperature) and temperature >= 0):
         raise InputError(f"temperature {temperature}: give a number of at least 0")
-    single = expand_edits(edits, n_tokens=T, n_later=n_new)
+    single = subject.single(edits, n_later=n_new)
     prompt = [change for change in single if change[1] < T]
     edited_now = bool(prompt)
     later = [change for change in single if change[1] >= T]

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from jaxclt.clt.neurons import NeuronDictionary
-from jaxclt.intervene import Subject
 from jaxclt.patching.modes import Gates
+from jaxclt.subject import Subject
 from jaxclt.validation.faithfulness import (
     Perturbation,
     nudged,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jaxclt.errors import InputError
 
 if TYPE_CHECKING:
-    from jaxclt.intervene import Subject
+    from jaxclt.subject import Subject
 
 __all__ = ["BUSY", "FILES", "MAX_NODES", "MAX_SCALE", "Patcher"]
 
@@ -81,7 +81,7 @@ class Patcher:
 
     def _of(self, directory: Path) -> Subject:
         """The recorded prompt of a directory, again only if its graph is another."""
-        from jaxclt.intervene import Subject, reopen
+        from jaxclt.subject import Subject, reopen
 
         state = (directory / FILES[0]).stat()
         stamp = (str(directory), state.st_mtime_ns, state.st_size)

@@ -24,12 +24,13 @@ import numpy as np
 
 from jaxclt.errors import InputError
 from jaxclt.graph.effects import solve_total_effect
-from jaxclt.intervene import Subject
+from jaxclt.graph.supernodes import with_features
 from jaxclt.io.atomic import atomic_path
 from jaxclt.patching.batch import How, chunk_size, default_range
 from jaxclt.patching.effects import Effect, clean_effect
 from jaxclt.patching.modes import Mode
 from jaxclt.perturb import faithfulness, variants
+from jaxclt.subject import Subject
 from jaxclt.types import Supernode
 from jaxclt.validation import plots
 from jaxclt.validation.jacobian import jacobian_agreement
@@ -56,7 +57,7 @@ class ValidateOptions:
     small: float = 0.8  # factor of the small patch
     n_replacement: int = 16  # patched in the replacement model alone
     n_watched: int = 60  # features whose activations are watched
-    n_groups: int = 8
+    n_groups: int = 8  # features at several positions, if no supernodes are given
     n_layers: int = 8  # perturbed layers
     n_perturbed: int = 3  # perturbations of a kind and layer
     size: float = 0.1  # of a perturbation, share of the feature's activation
@@ -70,6 +71,7 @@ class _Chosen:
     node_B: np.ndarray  # slots: the most influential, then the control set
     control_B: np.ndarray  # bool
     group: list[tuple[str, np.ndarray]]
+    left_out: dict[str, list[str]]  # members of supernodes that are no features here
 
 
 def validate_graph(
@@ -84,8 +86,9 @@ def validate_graph(
     Args:
       subject: the traced prompt, recorded again.
       options: how much to patch.
-      groups: supernodes; None or empty takes features that are active at several
-        positions, each with all its positions.
+      groups: supernodes, of which the features that are nodes of the graph are ablated
+        together; None or empty takes features that are active at several positions,
+        each with all its positions.
       on_done: progress, (patches done, patches planned).
 
     Raises:
@@ -188,26 +191,34 @@ def _choose(
     shuffled = np.asarray(jax.random.permutation(key, len(rest)))
     control = rest[shuffled[: options.n_features]]
     node_B = np.concatenate([top, control])
+    group, left_out = _groups(subject, options, groups)
     return _Chosen(
         node_B=node_B,
         control_B=np.arange(len(node_B)) >= len(top),
-        group=_groups(subject, options, groups),
+        group=group,
+        left_out=left_out,
     )
 
 
 def _groups(
     subject: Subject, options: ValidateOptions, groups: Sequence[Supernode] | None
-) -> list[tuple[str, np.ndarray]]:
+) -> tuple[list[tuple[str, np.ndarray]], dict[str, list[str]]]:
+    """Names and slots of what is ablated together; members of groups left out."""
     graph = subject.graph
     place = zip(graph.layer_A, graph.pos_A, graph.feature_A, strict=True)
     slot = {tuple(map(int, p)): a for a, p in enumerate(place)}
     if groups:
-        found = []
+        found, left_out = [], {}
         for group in groups:
-            members = [slot[node] for node in group.features if node in slot]
-            if members:
-                found.append((group.name, np.unique(members)))
-        return found[: options.n_groups]
+            nodes = with_features(graph, group).nodes
+            members = np.unique([slot[n] for n in nodes if n in slot]).astype(int)
+            if len(members):
+                found.append((group.name, members))
+            if rest := [n for n in nodes if n not in slot]:
+                left_out[group.name] = [
+                    n if isinstance(n, str) else ":".join(map(str, n)) for n in rest
+                ]
+        return found, left_out
     score_A = graph.influence_N[graph.feature_cols]
     same: dict[tuple[int, int], list[int]] = {}
     for (layer, _, feature), a in slot.items():
@@ -215,10 +226,11 @@ def _groups(
             same.setdefault((layer, feature), []).append(a)
     several = [(score_A[a].sum(), name, a) for name, a in same.items() if len(a) > 1]
     several.sort(key=lambda item: (-item[0], item[1]))
-    return [
+    found = [
         (f"feature {feature} of layer {layer} at all positions", np.array(a))
         for _, (layer, feature), a in several[: options.n_groups]
     ]
+    return found, {}
 
 
 def _small(options: ValidateOptions, chosen: _Chosen) -> np.ndarray:
@@ -430,8 +442,9 @@ def _supernodes(
     subject: Subject, chosen: _Chosen, effect_KA: np.ndarray, counter: _Counter
 ) -> dict[str, Any]:
     """Supernodes: predicted and measured change of the first target under ablation."""
+    left_out = {"left_out": chosen.left_out}
     if not chosen.group:
-        return {"spearman": None, "n": 0, "groups": []}
+        return {"spearman": None, "n": 0, "groups": []} | left_out
     graph = subject.graph
     clean_K = _clean(subject)
     members = [group for _, group in chosen.group]
@@ -453,7 +466,7 @@ def _supernodes(
         "spearman": _number(spearman(predicted, measured)),
         "n": len(groups),
         "groups": groups,
-    }
+    } | left_out
 
 
 def _failures(

@@ -16,6 +16,7 @@ import jaxclt
 from jaxclt import cli
 from jaxclt.clt.active import Dictionary
 from jaxclt.errors import InputError
+from jaxclt.graph.graph import VIRTUAL_TOKEN
 from jaxclt.graph.targets import (
     combine_targets,
     difference_targets,
@@ -30,7 +31,7 @@ from jaxclt.io.model import Model
 from jaxclt.target_text import read_targets
 from jaxclt.trace import prompt_tokens, record_prompt
 from jaxclt.types import LMParams, Recording, Targets
-from jaxclt.viewer.graph_json import VIRTUAL_TOKEN, validate
+from jaxclt.viewer.graph_json import validate
 
 GOLDEN = Path(__file__).parent / "goldens" / "circuit_tracer_clt"
 PROMPT = str(np.load(GOLDEN / "graph.npz")["prompt"])

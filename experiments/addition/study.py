@@ -20,11 +20,11 @@ from jaxclt.clt.model import encode
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.targets import token_targets
-from jaxclt.intervene import Subject
 from jaxclt.io.model import Model
 from jaxclt.patching.effects import clean_effect
 from jaxclt.patching.modes import Mode
 from jaxclt.replacement.model import substitute_logits, substitute_of
+from jaxclt.subject import Subject
 from jaxclt.train.harvest import harvest
 from jaxclt.types import LMParams, Recording, Targets
 from jaxclt.validation.stats import spearman, wilson

@@ -21,7 +21,11 @@ from scipy.sparse import csr_array
 from jaxclt.graph.blocks import row_strength
 from jaxclt.graph.head_table import HeadLoads
 
-__all__ = ["Graph", "GraphMeta", "Pruning"]
+__all__ = ["VIRTUAL_TOKEN", "Graph", "GraphMeta", "Pruning"]
+
+# Custom directions have no vocabulary entry. Readers of graph.json want a non-negative
+# integer in the node id, so they are numbered from here, above every real vocabulary.
+VIRTUAL_TOKEN = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +132,23 @@ class Graph:
         at_end_K = self.target_pos_K == self.n_tokens - 1
         at_end_K &= self.target_layer_K == self.n_layers
         return at_end_K & (self.target_token_K >= 0)
+
+    @property
+    def target_id_K(self) -> np.ndarray:  # noqa: N802  as named in graph.json
+        """What tells targets at one position apart in graph.json, [K] int.
+
+        The token, or for a direction, and for a token that was there before,
+        `VIRTUAL_TOKEN` + k.
+        """
+        id_K, seen = VIRTUAL_TOKEN + np.arange(self.n_targets), set()
+        at_K = zip(
+            self.target_token_K.tolist(), self.target_pos_K.tolist(), strict=True
+        )
+        for k, (token, pos) in enumerate(at_K):
+            if token >= 0 and (token, pos) not in seen:
+                id_K[k] = token
+            seen.add((token, pos))
+        return id_K
 
     @property
     def edge_direct_RN(self) -> np.ndarray | None:  # noqa: N802  as in graph.npz

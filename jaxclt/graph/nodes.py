@@ -88,7 +88,8 @@ def _find(graph: Graph, name: str, kind: str, part: dict[str, str]) -> int:
     if kind == "target" and at["target"] < graph.n_targets:
         return N + at["target"]
     if kind == "vocabulary" and at["layer"] == L + 1:
-        found = np.flatnonzero(graph.target_token_K == at["feature"])
+        same_K = graph.target_id_K == at["feature"]
+        found = np.flatnonzero(same_K & (graph.target_pos_K == at["pos"]))
         if len(found):
             return N + int(found[0])
     if "pos" in at and at["pos"] < T:

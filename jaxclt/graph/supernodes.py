@@ -208,6 +208,29 @@ def suggest_supernodes(
     return _named(graph, [kept_B[i : i + 1] for i in range(len(kept_B))], single)
 
 
+def with_features(graph: Graph, group: Supernode) -> Supernode:
+    """The supernode with features that it names as (layer, position, feature).
+
+    What stays a name has no activation: errors, tokens and targets.
+
+    Args:
+      graph: whose nodes are named.
+      group: of features and names.
+
+    Raises:
+      InputError: for a name that the graph does not have.
+    """
+    nodes: list[tuple[int, int, int] | str] = []
+    for node in group.nodes:
+        at = find_node(graph, node) if isinstance(node, str) else -1
+        if 0 <= at < graph.n_features:
+            place = (graph.layer_A[at], graph.pos_A[at], graph.feature_A[at])
+            nodes.append((int(place[0]), int(place[1]), int(place[2])))
+        else:
+            nodes.append(node)
+    return dataclasses.replace(group, nodes=tuple(nodes))
+
+
 # -- groups ----------------------------------------------------------------------------
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["markdown", "verdict"]
+from jaxclt.graph.nodes import quoted
+
+__all__ = ["left_out", "markdown", "verdict"]
 
 GOOD, FAIR = 0.7, 0.4  # rank correlations; the paper's pairwise one is 0.72
 
@@ -175,7 +177,7 @@ def _influence(report: dict[str, Any]) -> list[str]:
 
 def _groups(report: dict[str, Any]) -> list[str]:
     found = report["supernodes"]
-    if not found["groups"]:
+    if not found["groups"] and not found["left_out"]:
         return []
     lines = [
         "## Supernodes",
@@ -189,7 +191,17 @@ def _groups(report: dict[str, Any]) -> list[str]:
         name = str(g["name"]).replace("|", "/").replace("\n", " ")
         numbers = (_show(g[k], 3) for k in ("predicted", "measured", "kl"))
         lines.append(f"| {name} | {g['members']} | {' | '.join(numbers)} |")
-    return [*lines, ""]
+    lines.append("")
+    return lines + [f"{said}\n" for said in left_out(report)]
+
+
+def left_out(report: dict[str, Any]) -> list[str]:
+    """A line for each supernode some of whose members were not ablated."""
+    return [
+        f"Supernode {quoted(name)}, not ablated, as no feature of this graph: "
+        f"{quoted(', '.join(members))[1:-1]}"
+        for name, members in report["supernodes"]["left_out"].items()
+    ]
 
 
 def _faithful(report: dict[str, Any]) -> list[str]:

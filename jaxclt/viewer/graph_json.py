@@ -32,11 +32,7 @@ import orjson
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
 
-__all__ = ["VIRTUAL_TOKEN", "finite", "graph_json", "validate"]
-
-# Custom directions have no vocabulary entry. Readers want a non-negative integer in
-# the node id, so they are numbered from here, above every real vocabulary.
-VIRTUAL_TOKEN = 1 << 24
+__all__ = ["finite", "graph_json", "validate"]
 
 _MAX_MESSAGE = 240
 _MAX_PARTS = 10_000  # strongest links that say how they travelled, to bound the file
@@ -326,10 +322,7 @@ def _nodes(graph: Graph, shown: np.ndarray) -> dict[int, dict[str, Any]]:
 
 
 def _logit(graph: Graph, k: int, abs_input: float | None) -> dict[str, Any]:
-    vocab, pos = int(graph.target_token_K[k]), int(graph.target_pos_K[k])
-    earlier = zip(graph.target_token_K[:k], graph.target_pos_K[:k], strict=True)
-    if vocab < 0 or (vocab, pos) in earlier:
-        vocab = VIRTUAL_TOKEN + k
+    vocab, pos = int(graph.target_id_K[k]), int(graph.target_pos_K[k])
     prob = float(graph.target_prob_K[k])
     prob = prob if math.isfinite(prob) else 0.0
     layer = graph.n_layers + 1

@@ -15,13 +15,14 @@ import pytest
 import jaxclt
 from jaxclt import intervene
 from jaxclt.graph.graph import Graph
-from jaxclt.intervene import Subject
 from jaxclt.io.model import Model
 from jaxclt.lm.run import forward
 from jaxclt.patching.batch import default_range
 from jaxclt.patching.edits import Edit, expand_edits
 from jaxclt.patching.modes import Mode
+from jaxclt.subject import Subject
 from jaxclt.types import Supernode
+from jaxclt.validate import ValidateOptions, _groups
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
 PROMPT = str(np.load(GOLDEN / "graph.npz")["prompt"])
@@ -175,6 +176,37 @@ def test_the_result_says_what_changed():
     loud = jaxclt.patch(*parts(), [edit(node)], mode="additive")
     assert loud.warning is not None
     assert "twice" in loud.warning
+
+
+def test_a_supernode_may_name_its_features():
+    """As (layer, pos, feature) or by name; what has no activation is told."""
+    node, how = strongest()[0], subject().how()
+    named = Supernode("g", (":".join(map(str, node)), "embed 1"))
+    one, other = (
+        Edit(supernode=g, scale=0.0) for g in (Supernode("g", (node,)), named)
+    )
+    plain, found = (
+        jaxclt.patch(*parts(), [e], subject=subject()) for e in (one, other)
+    )
+    assert found.kl == plain.kl > 0
+    assert plain.warning is None
+    assert "'g': only features are patched, embed 1 stay" in (found.warning or "")
+    curve = intervene.scale_curve(subject(), [other], how=how, scales=[0.0])
+    assert curve["kl"][0] == pytest.approx(plain.kl, rel=1e-4)
+    with pytest.raises(jaxclt.InputError, match="no node"):
+        jaxclt.patch(*parts(), [Edit(supernode=Supernode("g", ("1:1:9999",)), scale=0)])
+
+
+def test_validation_says_which_members_it_leaves_out():
+    node = strongest()[0]
+    groups = [
+        Supernode("g", (node, "embed 1", (1, 1, 39))),
+        Supernode("e", ("embed 2",)),
+    ]
+    found, left_out = _groups(subject(), ValidateOptions(), groups)
+    assert [name for name, _ in found] == ["g"]
+    assert len(found[0][1]) == 1
+    assert left_out == {"g": ["embed 1", "1:1:39"], "e": ["embed 2"]}
 
 
 def test_a_factor_of_one_and_the_curve_pass_through_the_clean_model():

@@ -140,6 +140,37 @@ def test_groups_come_from_a_file_of_the_viewer(
     assert "no supernode 'other'" in capsys.readouterr().err
 
 
+def test_members_without_an_activation_are_named_not_dropped(
+    traced: Path, node: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    layer, pos, feature = node.split(":")
+    file = tmp_path / "groups.json"
+    own, token = (
+        f"{layer}_{feature}_{pos}",
+        json.loads((traced / "graph.json").read_text("utf-8"))["nodes"],
+    )
+    embedding = next(n["node_id"] for n in token if n["feature_type"] == "embedding")
+    groups = ("--supernodes", file, "--json", "--group", "mine")
+    file.write_text(json.dumps([["mine", own, embedding]]))
+    assert run("patch", traced, *groups) == 0
+    said = capsys.readouterr()
+    assert f"{embedding} stay as they are" in said.err
+    assert embedding in json.loads(said.out)["warning"]
+    file.write_text(json.dumps([["mine", embedding]]))
+    assert run("patch", traced, *groups) == 2
+    assert "has no features" in capsys.readouterr().err
+    file.write_text(json.dumps([["mine", own, "Paris?"]]))
+    assert run("patch", traced, *groups) == 2
+    said = capsys.readouterr().err
+    assert "supernode 'mine': no node \"Paris?\" in this graph" in said
+    assert said.count("\n") == 1
+    # as other viewers save them: text in a graph.json
+    file.write_text(
+        json.dumps({"qParams": {"supernodes": json.dumps([["mine", own]])}})
+    )
+    assert run("patch", traced, *groups) == 0
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from jaxclt.errors import InputError
-from jaxclt.graph.graph import Graph, GraphMeta, Pruning
-from jaxclt.viewer.graph_json import VIRTUAL_TOKEN, finite, graph_json, validate
+from jaxclt.graph.graph import VIRTUAL_TOKEN, Graph, GraphMeta, Pruning
+from jaxclt.graph.nodes import find_node
+from jaxclt.viewer.graph_json import finite, graph_json, validate
 
 HOSTILE = (
     "</script><img src=x onerror=alert(1)>",
@@ -300,6 +301,8 @@ def test_a_target_that_is_no_next_token_is_an_output_that_says_so() -> None:
         "readout": pytest.approx(graph.readout_R[graph.n_features], rel=1e-6),
     }
     assert [n["node_id"] for n in tokens] == ["4_7_3", f"4_{VIRTUAL_TOKEN + 2}_3"]
+    ids, N = [n["node_id"] for n in (feature, *tokens)], graph.edge_RN.shape[1]
+    assert [find_node(graph, i) for i in ids] == [N, N + 1, N + 2]
     assert not any("target" in n for n in tokens)
     chosen = dataclasses.replace(graph.meta, weights="chosen")
     doc = graph_json(dataclasses.replace(graph, meta=chosen), slug="cat")

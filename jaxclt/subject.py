@@ -1,0 +1,305 @@
+"""A traced prompt becomes a model again, ready to be changed.
+
+directory --reopen--> model, dictionary, graph --Subject.of--> recording
+  --Subject.effects--> measured patches
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxclt.clt.active import Active, Dictionary
+from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.errors import InputError
+from jaxclt.graph.graph import Graph
+from jaxclt.graph.supernodes import with_features
+from jaxclt.io.dictionary import load_dictionary
+from jaxclt.io.graph_file import load_graph
+from jaxclt.io.model import Model, load_model
+from jaxclt.patching.batch import (
+    How,
+    Local,
+    default_range,
+    make_local,
+    make_patchable,
+    patch_many,
+)
+from jaxclt.patching.edits import Edit, Edits, batch_edits, expand_edits, make_edits
+from jaxclt.patching.effects import Ask, Effect, measure_effect
+from jaxclt.patching.features import Features, gather_features
+from jaxclt.patching.modes import Gates, Mode, Patchable
+from jaxclt.trace import record_prompt
+
+__all__ = ["Reopened", "Subject", "reopen"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reopened:
+    """What `trace` worked with, loaded again."""
+
+    model: Model
+    dictionary: Dictionary
+    graph: Graph
+    report: dict[str, Any]
+
+
+def reopen(
+    directory: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    dictionary: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Reopened:
+    """Load the model and the dictionary that a directory was traced with.
+
+    Args:
+      directory: written by `trace`.
+      model: where the model is now, if it has moved.
+      dictionary: where the dictionary is now.
+      progress: called with one line per stage of a download.
+
+    Raises:
+      InputError: if the directory is no trace, or the weights found are others.
+    """
+    folder = Path(directory)
+    graph = load_graph(folder / "graph.npz")
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        dtype = report["environment"].get("dtype", "float32")
+        traced = report["identity"]["hashes"]
+        names = (model or report["model"], dictionary or report["dictionary"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder / 'report.json'} is not a report of trace "
+            f"({type(error).__name__}); trace the prompt again"
+        ) from error
+    loaded = load_model(names[0], dtype=dtype, progress=progress)
+    _same("model", names[0], loaded.hash, traced.get("model"))
+    opened = load_dictionary(names[1], loaded)
+    _same("dictionary", names[1], opened.hash, traced.get("dictionary"))
+    return Reopened(model=loaded, dictionary=opened, graph=graph, report=report)
+
+
+def _same(what: str, name: str, found: str, traced: str | None) -> None:
+    if found != traced:
+        raise InputError(
+            f"the {what} {name!r} is not the one that was traced (hash "
+            f"{found[:12]} instead of {str(traced)[:12]}): give the traced one with "
+            f"--{what}, or trace again"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A traced prompt, recorded again and ready to be changed."""
+
+    model: Model
+    dictionary: Dictionary
+    graph: Graph
+    patchable: Patchable
+
+    @classmethod
+    def of(cls, model: Model, dictionary: Dictionary, graph: Graph) -> Subject:
+        """Record the graph's prompt.
+
+        Raises:
+          InputError: if the graph belongs to another model or dictionary.
+        """
+        hashes = graph.meta.hashes
+        if hashes:
+            _same("model", model.name, model.hash, hashes.get("model"))
+            _same(
+                "dictionary", dictionary.name, dictionary.hash, hashes.get("dictionary")
+            )
+        token_T = jnp.asarray(graph.token_T)
+        with jax.default_matmul_precision("highest"):
+            recording = record_prompt(model.params, token_T, model.cfg)
+        return cls(
+            model=model,
+            dictionary=dictionary,
+            graph=graph,
+            patchable=make_patchable(dictionary, model.params, recording, model.cfg),
+        )
+
+    @functools.cached_property
+    def active(self) -> Active:
+        """The active features; for `neurons:k` the kept ones."""
+        return self.dictionary.active(
+            self.model.params, self.patchable.recording, self.model.cfg
+        )
+
+    @functools.cached_property
+    def local(self) -> Local:
+        """The local replacement model's tables."""
+        return self.local_with(None)
+
+    def local_with(self, also: np.ndarray | None) -> Local:
+        """Tables that also hold some (layer, feature) rows."""
+        return make_local(self.dictionary, self.patchable, self.active, also=also)
+
+    @functools.cached_property
+    def targets(self) -> np.ndarray:
+        """Indices of the graph's targets that are tokens (custom directions are not).
+
+        Raises:
+          InputError: if there is none.
+        """
+        found = np.flatnonzero(self.graph.target_token_K >= 0)
+        if not len(found):
+            raise InputError(
+                "all targets of the graph are custom directions, but patches are "
+                "measured on tokens: trace with token targets"
+            )
+        return found
+
+    @property
+    def n_tokens(self) -> int:
+        """T."""
+        return self.graph.n_tokens
+
+    def watch(self, nodes: np.ndarray) -> Features:
+        """Rows of the graph's features by slot."""
+        g = self.graph
+        node_W3 = np.stack([g.layer_A, g.pos_A, g.feature_A], 1)[nodes]
+        return self.gather(node_W3)
+
+    def gather(self, node_E3: np.ndarray) -> Features:
+        """Rows of any features."""
+        return gather_features(
+            self.dictionary,
+            self.model.params,
+            self.patchable.recording,
+            node_E3,
+            cfg=self.model.cfg,
+        )
+
+    def ask(self, watch: Features | None = None, *, n_top: int = 0) -> Ask:
+        """What to measure: the graph's target tokens at the last position."""
+        return Ask(
+            token_K=jnp.asarray(self.graph.target_token_K[self.targets]),
+            last=jnp.asarray(self.n_tokens - 1, jnp.int32),
+            watch=watch,
+            n_top=n_top,
+        )
+
+    def single(self, edits: Sequence[Edit], *, n_later: int = 0) -> list[tuple]:
+        """Single changes, as `expand_edits` gives them; named features found by name.
+
+        Raises:
+          InputError: as `expand_edits`, or for a name that the graph does not have.
+        """
+        found = [
+            edit
+            if edit.supernode is None
+            else dataclasses.replace(
+                edit, supernode=with_features(self.graph, edit.supernode)
+            )
+            for edit in edits
+        ]
+        return expand_edits(found, n_tokens=self.n_tokens, n_later=n_later)
+
+    def edits(self, single: Sequence[tuple], *, silent: bool = False) -> Edits:
+        """The pytree of single changes (layer, position, feature, factor, offset)."""
+        return make_edits(
+            single,
+            self.dictionary,
+            self.model.params,
+            self.patchable.recording,
+            cfg=self.model.cfg,
+            silent=silent,
+        )
+
+    def how(
+        self,
+        mode: Mode = "constrained",
+        *,
+        freeze_pattern: bool = True,
+        freeze_norm: bool = False,
+        gates: Gates | None = None,
+    ) -> How:
+        """Semantics; neurons keep their gates unless asked, as in the graph."""
+        neurons = isinstance(self.dictionary, NeuronDictionary)
+        return How(
+            mode=mode,
+            freeze_pattern=freeze_pattern,
+            freeze_norm=freeze_norm,
+            gates=gates or ("frozen" if neurons else "live"),
+        )
+
+    def effects(
+        self,
+        many: Sequence[Sequence[tuple]],
+        layers: Sequence[tuple[int, int]],
+        how: How,
+        ask: Ask,
+        *,
+        chunk: int | None = None,
+        on_done: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Effect:
+        """Separate patches (each some single changes), measured; numpy, leading B."""
+        flat = [change for one in many for change in one]
+        whole = self.edits(flat, silent=True)
+        ends = np.cumsum([len(one) for one in many])
+        parts = [
+            jax.tree.map(lambda x, a=a, b=b: np.asarray(x)[a:b], whole)
+            for a, b in zip([0, *ends[:-1]], ends, strict=True)
+        ]
+        edits = batch_edits(parts)
+        local = slot_BE = None
+        if how.mode == "iterative":
+            local = self.local
+            pair_N2 = np.array([(c[0], c[2]) for c in flat])
+            if any(f not in local.feature_LU[l] for l, f in pair_N2):
+                local = self.local_with(pair_N2)
+            slot_BE = np.zeros(edits.factor_E.shape, np.int32)
+            sizes = np.diff(ends, prepend=0)[:, None]
+            filled = np.arange(slot_BE.shape[1])[None] < sizes
+            slot_BE[filled] = local.slots(*pair_N2.T)
+        with jax.default_matmul_precision("highest"):
+            return patch_many(
+                self.patchable,
+                edits,
+                np.asarray(layers, np.int32).reshape(-1, 2),
+                how=how,
+                measure=measure_effect,
+                ask=ask,
+                local=local,
+                slot_BE=slot_BE,
+                chunk=chunk,
+                on_done=on_done,
+            )
+
+    def check_range(
+        self, layers: tuple[int, int] | None, layer_E: np.ndarray, mode: Mode
+    ) -> tuple[int, int]:
+        """The layer range of a patch.
+
+        Raises:
+          InputError: for an empty range, or one outside the model.
+        """
+        L = self.model.cfg.n_layers
+        if layers is None:
+            span = self.patchable.clt_cfg.span
+            return default_range(layer_E, span=span, n_layers=L, mode=mode)
+        first, last = layers
+        if first > last:
+            raise InputError(
+                f"layers {first}:{last} are an empty range: both ends are included, "
+                "give the smaller one first"
+            )
+        if first < 0 or last >= L:
+            raise InputError(
+                f"layers {first}:{last} are not in the model: it has layers 0 to "
+                f"{L - 1}, both ends are included"
+            )
+        return first, last
