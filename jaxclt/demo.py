@@ -27,7 +27,6 @@ from jaxclt.io.bundled import bundled
 from jaxclt.io.dictionary import load_dictionary
 from jaxclt.io.model import Model, load_model
 from jaxclt.io.weights_safetensors import read_json
-from jaxclt.pages import write_page
 from jaxclt.patching.edits import Edit
 from jaxclt.subject import Subject
 from jaxclt.trace import (
@@ -191,9 +190,9 @@ def run_demo(
     swapped = patch(model, dictionary, graph, edits, layers=layers, subject=subject)
     with progress("validating", "patches/s") as on_done:
         validation = validate_graph(subject, VALIDATION, on_done=on_done)
-    report = write_trace(traced, out, supernodes=groups)
     write_validation(validation, out)
-    write_page(out)  # again, with the validation
+    # last: its page shows what lies beside it
+    report = write_trace(traced, out, supernodes=groups)
     return DemoResult(
         report=report, supernodes=small, swapped=swapped, validation=validation
     )

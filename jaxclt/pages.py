@@ -28,6 +28,7 @@ __all__ = [
     "read_graph",
     "read_json",
     "with_features",
+    "with_saved_view",
     "with_suggestions",
     "write_page",
 ]
@@ -178,6 +179,20 @@ def carry_over(doc: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     ]
     own = {**(saved.get("jaxclt") or {}), **(doc.get("jaxclt") or {})}
     return {**doc, "nodes": nodes, "qParams": saved["qParams"], "jaxclt": own}
+
+
+def with_saved_view(doc: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """A fresh document with what a reader saved in the one that it replaces.
+
+    Only if that is of the same prompt, model and dictionary, and whole.
+    """
+    try:
+        saved = read_graph(directory / "graph.json")
+    except InputError:
+        return doc
+    what = ("prompt_tokens", "scan", "transcoder_list")
+    same = all(saved["metadata"].get(key) == doc["metadata"][key] for key in what)
+    return carry_over(doc, saved) if same else doc
 
 
 def _beside(directory: Path, name: str, doc: dict[str, Any]) -> dict[str, Any] | None:

@@ -51,12 +51,11 @@ from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import record
-from jaxclt.pages import grouped_ids
+from jaxclt.pages import grouped_ids, with_saved_view, write_page
 from jaxclt.shapes import bucket
 from jaxclt.target_text import read_targets
 from jaxclt.types import LMParams, Recording, Supernode, Targets
 from jaxclt.viewer.graph_json import graph_json, validate
-from jaxclt.viewer.page import page
 
 __all__ = [
     "TargetChoice",
@@ -316,7 +315,9 @@ def write_trace(
 ) -> dict[str, Any]:
     """Write graph.npz, report.json, graph.json and index.html; return the report.
 
-    Files are written one by one, each atomically, the page last.
+    Files are written one by one, each atomically, the page last. It shows what lies
+    beside it of the same prompt and dictionary: validation, patches, features. What a
+    reader saved there (labels, pins, groups) is kept.
 
     Args:
       traced: from `trace_prompt`.
@@ -334,9 +335,10 @@ def write_trace(
     graph = traced.graph
     report = _report(traced) | {"environment": _environment() | (environment or {})}
     doc = graph_json(graph, slug=out.name or "graph", scores=report["scores"])
-    groups = grouped_ids(doc, supernodes)
-    pinned = [i for _, *ids in groups for i in ids]
-    doc["qParams"] |= {"supernodes": groups, "pinnedIds": pinned}
+    doc = with_saved_view(doc, out)
+    if groups := grouped_ids(doc, supernodes):
+        pinned = [i for _, *ids in groups for i in ids]
+        doc["qParams"] |= {"supernodes": groups, "pinnedIds": pinned}
     validate(doc)
     small = save == "pruned" or (save == "auto" and _bytes(graph) > FULL_GRAPH_BYTES)
     save_graph(out / "graph.npz", restrict(graph) if small else graph)
@@ -345,7 +347,7 @@ def write_trace(
     report["graph"]["saved"] = "pruned" if small else "full"
     report["timing_s"]["write"] = round(time.perf_counter() - started, 3)
     _write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
-    _write_text(out / "index.html", page(doc, report))
+    write_page(out, doc=doc)
     return report
 
 
