@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -104,7 +105,8 @@ class _Attribution:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TraceConfig(_Attribution):
-    """Attribution graph of one prompt, written to a directory with a viewer page."""
+    """Attribution graph of one prompt, written to a directory with a viewer page.
+    Ctrl-C writes it with the features attributed so far, all else as unexplored."""
 
     prompt: tyro.conf.Positional[str]
     """Text whose next token is explained."""
@@ -246,7 +248,7 @@ def _trace(config: TraceConfig, say: Console) -> None:
     if config.prefilter is not None:
         size = config.prefilter_size or 2 * config.max_features
         prefilter = load_globals(config.prefilter), size
-    with _progress(say, "attributing", "rows/s") as on_rows:
+    with _progress(say, "attributing", "rows/s") as on_rows, _stoppable(say) as stop:
         traced = trace.trace_prompt(
             model,
             dictionary,
@@ -255,6 +257,7 @@ def _trace(config: TraceConfig, say: Console) -> None:
             bos=config.bos,
             prefilter=prefilter,
             on_rows=on_rows,
+            stop=stop,
             config=attribution,
         )
     traced.timing["load"] = loaded
@@ -471,6 +474,25 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
+def _stoppable(say: Console) -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, once; the second time it interrupts."""
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        say.print("keeping what is done so far; Ctrl-C again to leave without it")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def _progress(
     say: Console, what: str, unit: str
 ) -> Iterator[Callable[[int, int], None]]:
@@ -508,13 +530,15 @@ def _summary(report: dict[str, Any]) -> Table:
     full, kept = report["scores"]["full"], report["scores"]["pruned"]
     graph, proof = report["graph"], report["certificate"]
 
+    stopped = ", stopped before the rest" if report["work"].get("stopped") else ""
+
     def pair(score: str) -> str:
         return f"{full[score]:.3f} (shown {kept[score]:.3f})"
 
     for name, value in {
         "top tokens": top,
         "features": f"{graph['features_attributed']:,} of {graph['features_active']:,} "
-        "active",
+        f"active{stopped}",
         "unexplored influence": _unexplored(graph["unexplored_influence"], full),
         "shown": f"{graph['kept_nodes']:,} nodes, {graph['kept_edges']:,} edges",
         "replacement score": pair("replacement"),
