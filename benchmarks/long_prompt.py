@@ -15,6 +15,7 @@ import argparse
 import datetime
 import itertools
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,11 @@ def main() -> None:
     )
     hardware = hardware_line()
 
+    begun = time.monotonic()
+
     def progress(done: int, total: int) -> None:
-        print(f"{done} of {total} rows", file=sys.stderr)
+        minutes = (time.monotonic() - begun) / 60
+        print(f"{minutes:6.1f} min: {done} of {total} rows", file=sys.stderr)
 
     prompt = prompt_of(model.tokenizer, min(args.tokens, model.cfg.n_ctx), text)
     traced = trace_prompt(model, dictionary, prompt, config=config, on_rows=progress)

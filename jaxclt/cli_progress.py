@@ -1,7 +1,8 @@
-"""What commands say on stderr while they work: lines, and bars with rate and ETA."""
+"""What commands say on stderr while they work: lines, bars with rate and ETA, a stop."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-__all__ = ["Stages", "lines", "progress"]
+__all__ = ["Stages", "lines", "progress", "stoppable"]
 
 
 def lines(say: Console) -> Callable[[str], None]:
@@ -44,6 +45,25 @@ def progress(
     with Progress(*columns, console=say, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def stoppable(say: Console) -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, once; the second time it interrupts."""
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        say.print("keeping what is done so far; Ctrl-C again to leave without it")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Rate(ProgressColumn):

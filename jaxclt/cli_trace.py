@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxclt.cli_causal import validate_opened
-from jaxclt.cli_progress import lines, progress
+from jaxclt.cli_progress import lines, progress, stoppable
 from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError
 
@@ -73,7 +73,8 @@ class _Attribution:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TraceConfig(_Attribution):
-    """Attribution graph of one prompt, written to a directory with a viewer page."""
+    """Attribution graph of one prompt, written to a directory with a viewer page.
+    Ctrl-C writes it with the features attributed so far, all else as unexplored."""
 
     prompt: tyro.conf.Positional[str]
     """Text whose next token is explained."""
@@ -136,7 +137,7 @@ def run_trace(config: TraceConfig, say: Console) -> None:
     if config.prefilter is not None:
         size = config.prefilter_size or 2 * config.max_features
         prefilter = load_globals(config.prefilter), size
-    with progress(say, "attributing", "rows/s") as on_rows:
+    with progress(say, "attributing", "rows/s") as on_rows, stoppable(say) as stop:
         traced = trace.trace_prompt(
             model,
             dictionary,
@@ -145,6 +146,7 @@ def run_trace(config: TraceConfig, say: Console) -> None:
             bos=config.bos,
             prefilter=prefilter,
             on_rows=on_rows,
+            stop=stop,
             config=attribution,
         )
     traced.timing["load"] = loaded
@@ -318,13 +320,15 @@ def _summary(report: dict[str, Any]) -> Table:
     full, kept = report["scores"]["full"], report["scores"]["pruned"]
     graph, proof = report["graph"], report["certificate"]
 
+    stopped = ", stopped before the rest" if report["work"].get("stopped") else ""
+
     def pair(score: str) -> str:
         return f"{full[score]:.3f} (shown {kept[score]:.3f})"
 
     for name, value in {
         "top tokens": top,
         "features": f"{graph['features_attributed']:,} of {graph['features_active']:,} "
-        "active",
+        f"active{stopped}",
         "unexplored influence": _unexplored(graph["unexplored_influence"], full),
         "shown": f"{graph['kept_nodes']:,} nodes, {graph['kept_edges']:,} edges",
         "replacement score": pair("replacement"),

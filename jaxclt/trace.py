@@ -165,6 +165,7 @@ def trace_prompt(
     bos: Bos = "auto",
     prefilter: tuple[SavedGlobals, int] | None = None,
     on_rows: Callable[[int, int], None] = lambda done, total: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Traced:
     """Trace one prompt.
 
@@ -178,8 +179,10 @@ def trace_prompt(
       prefilter: global weights of the dictionary and how many features they are to
         shortlist; only those may be nodes, see `jaxclt.global_weights.shortlist`.
       on_rows: progress, (rows done, rows planned).
+      stop: once true, come to an end, see `jaxclt.graph.attribute_recording`.
 
     Raises:
+      KeyboardInterrupt: if stopped where nothing could be kept.
       InputError: for a prompt, target or dictionary that does not fit the model.
     """
     config = config or AttributeConfig()
@@ -234,8 +237,11 @@ def trace_prompt(
             n_tokens=len(ids),
             shortlist=shortlist,
             on_rows=on_rows,
+            stop=stop,
             timing=spent,
         )
+    if "stopped" in spent.work:
+        same["stopped"] = int(graph.attributed_R.sum()) - graph.n_targets
     clock |= {s: getattr(spent, s) for s in _STAGES}
     clock["compile"] = compiled[0]
     return Traced(

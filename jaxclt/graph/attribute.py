@@ -16,12 +16,13 @@ import numpy as np
 
 from jaxclt.clt.active import Active
 from jaxclt.errors import InputError
-from jaxclt.graph.compute import Chooser, Computed, Prompt, compute_edges
+from jaxclt.graph.compute import compute_edges
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.head_table import add_rows, only_columns
 from jaxclt.graph.heads import head_loadings, strongest_kept
 from jaxclt.graph.influence import solve_influence
+from jaxclt.graph.prompt import Chooser, Computed, Prompt
 from jaxclt.graph.provenance import direct_edges
 from jaxclt.graph.prune import prune
 from jaxclt.graph.scores import shares_total
@@ -57,6 +58,7 @@ def attribute_recording(
     n_tokens: int | None = None,
     shortlist: Chooser | None = None,
     on_rows: Callable[[int, int], None] = lambda done, total: None,
+    stop: Callable[[], bool] = lambda: False,
     timing: Timing | None = None,
 ) -> Graph:
     """The attribution graph of a recorded prompt.
@@ -72,9 +74,13 @@ def attribute_recording(
       n_tokens: length of the prompt if the recording is padded beyond it.
       shortlist: chooses the features that may be nodes; None for all.
       on_rows: progress, called with (rows done, rows planned).
+      stop: asked after every chunk of rows; once true, the graph is of the features
+        attributed so far, everything else counted as unexplored.
       timing: filled in if given.
 
     Raises:
+      KeyboardInterrupt: if stopped where there is no graph yet: before the first
+        features' rows, or when sources are pushed forward.
       InputError: if the model is in half precision, an error node is not finite (NaN
         weights), or a target does not fit the model or the prompt.
     """
@@ -111,6 +117,7 @@ def attribute_recording(
             config=config,
             n_tokens=n_tokens,
             shortlist=shortlist,
+            stop=stop,
         )
         found = compute_edges(prompt, on_rows)
         timing.work = found.work

@@ -172,7 +172,7 @@ def edge_columns(
       bank: packed `readers` of the targets.
       out_RN: zeroed host array [R, N], filled in place.
       cfg: model shape.
-      plan: bands and chunk capacity, of reach T - position.
+      plan: bands and chunk capacities, of reach T - position.
       mesh: devices to split chunks over, one axis `rows`.
       skip: linear path of the dictionary.
       on_columns: called with the number of columns just finished.
@@ -191,13 +191,13 @@ def edge_columns(
 
     def start(chunk: Chunk) -> Array:
         index_B, P = chunk.index_B, chunk.n_positions
-        pad = plan.capacity - len(index_B)
+        pad = chunk.capacity - len(index_B)
         return _push_chunk(
             held,
             jnp.asarray(site_N[index_B].min(), jnp.int32),
             jnp.asarray(max(T - P, 0), jnp.int32),
             jnp.asarray(np.pad(pos_N[index_B], (0, pad), mode="edge"), jnp.int32),
-            jnp.asarray(columns.write(index_B, plan.capacity)),
+            jnp.asarray(columns.write(index_B, chunk.capacity)),
             cfg=cfg,
             P=P,
             n_blocks=bank.n_blocks,
@@ -239,7 +239,7 @@ def push_flops(
             cfg,
             bank,
             chunk.n_positions,
-            plan.capacity,
+            chunk.capacity,
             range(first, L),
             range(first, L + 1),
             skip=skip,

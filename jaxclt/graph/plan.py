@@ -30,14 +30,20 @@ class Chunk(NamedTuple):
 
     index_B: np.ndarray
     n_positions: int  # nothing beyond is touched
+    capacity: int  # of the program: as many, or a few more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How travellers are cut into chunks; every band is one compiled program."""
+    """How travellers are cut into chunks, a compiled program per band and capacity."""
 
     band_end: tuple[int, ...]  # bands of reach (previous end, end]
-    capacity: int  # travellers of a chunk, the last of a band padded
+    capacities: tuple[int, ...]  # of chunks, descending; what is left over is padded
+
+    @property
+    def capacity(self) -> int:
+        """Most travellers of a chunk."""
+        return self.capacities[0]
 
     def chunks(self, levels_R: np.ndarray, reach_R: np.ndarray) -> list[Chunk]:
         """Chunks narrow in reach, then in the number of layers they pass.
@@ -50,11 +56,16 @@ class Plan:
         for start, end in zip((0, *self.band_end[:-1]), self.band_end, strict=True):
             rows = np.flatnonzero((reach_R > start) & (reach_R <= end))
             rows = rows[np.argsort(-levels_R[rows], kind="stable")]
-            chunks += [
-                Chunk(rows[i : i + self.capacity], end)
-                for i in range(0, len(rows), self.capacity)
-            ]
+            while len(rows):
+                capacity = self._next(len(rows))
+                chunks.append(Chunk(rows[:capacity], end, capacity))
+                rows = rows[capacity:]
         return chunks
+
+    def _next(self, n: int) -> int:
+        """Capacity of the next chunk of n: the largest that they nearly fill."""
+        nearly = (c for c in self.capacities if n >= _NEARLY * c)
+        return next(nearly, self.capacities[-1])
 
 
 def make_plan(
@@ -66,7 +77,7 @@ def make_plan(
     chunk_size: int = 128,
     n_devices: int = 1,
 ) -> Plan:
-    """Choose bands of reach and the chunk capacity.
+    """Choose bands of reach and the capacities of chunks.
 
     More bands waste less work and compile more programs. The choice depends on sizes
     only, so that prompts of one bucket share their programs.
@@ -86,11 +97,22 @@ def make_plan(
     # Equal bands touch the fewest positions when every reach is as frequent.
     ends = np.ceil(np.arange(1, n_bands + 1) * n_positions / n_bands).astype(int)
     share = chunk_size if n_rows > 256 else min(chunk_size, 32)
-    return Plan(band_end=tuple(ends.tolist()), capacity=share * n_devices)
+    shares = [share]
+    # Every band ends in a chunk that is padded, on average with half of one.
+    while shares[-1] > 8 and (
+        shares[-1] / 2 * flops_per_position * n_positions > _FLOPS_WORTH_PROGRAM
+    ):
+        shares.append(max(shares[-1] // 4, 8))
+    return Plan(
+        band_end=tuple(ends.tolist()),
+        capacities=tuple(share * n_devices for share in shares),
+    )
 
 
 # Below this, compiling more programs takes longer than they save.
 _FLOPS_WORTH_BANDS = 2e11
+_FLOPS_WORTH_PROGRAM = 5e11
+_NEARLY = 0.75  # full: one padded chunk is faster than several small ones
 
 
 def chunk_flops(

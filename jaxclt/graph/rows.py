@@ -242,7 +242,7 @@ def make_puller(
       active: source features.
       error_LTD: error vectors.
       cfg: model shape.
-      plan: bands and chunk capacity.
+      plan: bands and chunk capacities.
       n_tokens: length of the prompt; the recording may be longer.
       mesh: devices to split chunks over, one axis `rows`.
       bank: packed `writers` of `active`, if already at hand.
@@ -263,9 +263,9 @@ def make_puller(
     )
 
 
-def _padded_rows(puller: Puller, targets: RowTargets, index_B: np.ndarray) -> _Rows:
-    part = targets.take(index_B)
-    pad = puller.plan.capacity - len(index_B)
+def _padded_rows(targets: RowTargets, chunk: Chunk) -> _Rows:
+    part = targets.take(chunk.index_B)
+    pad = chunk.capacity - len(chunk.index_B)
     return _Rows(
         jnp.asarray(np.pad(part.layer_R, (0, pad), constant_values=-1)),
         jnp.asarray(np.pad(part.pos_R, (0, pad))),
@@ -282,7 +282,8 @@ def edge_rows(
     rest_R: np.ndarray | None = None,
     rest_abs_R: np.ndarray | None = None,
     on_rows: Callable[[int], None] = lambda n: None,
-) -> None:
+    stop: Callable[[], bool] = lambda: False,
+) -> np.ndarray:
     """Write the direct effects of the sources on every target into `out_RN`.
 
     Args:
@@ -294,7 +295,12 @@ def edge_rows(
       rest_R: filled with the sum of the other features' edges, if given.
       rest_abs_R: the same without sign.
       on_rows: called with the number of rows just finished.
+      stop: asked before each chunk; once true, no other is started.
+
+    Returns:
+      Which targets were reached, bool [R].
     """
+    reached_R = np.zeros(len(targets.pos_R), bool)
     all_kept = pool_A is None
     pool = np.arange(puller.n_features) if pool_A is None else pool_A
     near, device_places = {}, {}
@@ -313,7 +319,7 @@ def edge_rows(
     def start(chunk: Chunk) -> _Read:
         return _pull_chunk(
             puller.held,
-            _padded_rows(puller, targets, chunk.index_B),
+            _padded_rows(targets, chunk),
             device_places[chunk.n_positions],
             cfg=puller.cfg,
             P=chunk.n_positions,
@@ -322,7 +328,7 @@ def edge_rows(
             mesh=puller.mesh,
         )
 
-    for chunk, read in pipelined(puller.chunks(targets), start):
+    for chunk, read in pipelined(puller.chunks(targets), start, stop):
         columns, place = near[chunk.n_positions]
         place = place if all_kept else columns
         _write_rows(chunk, read, columns, place, len(pool), puller.n_tokens, out_RN)
@@ -331,18 +337,24 @@ def edge_rows(
             rest_R[chunk.index_B] = np.asarray(read.rest_B)[:n]
         if rest_abs_R is not None:
             rest_abs_R[chunk.index_B] = np.asarray(read.rest_abs_B)[:n]
+        reached_R[chunk.index_B] = True
         on_rows(n)
+    return reached_R
 
 
 _Result = TypeVar("_Result")
 
 
 def pipelined(
-    chunks: list[Chunk], start: Callable[[Chunk], _Result]
+    chunks: list[Chunk],
+    start: Callable[[Chunk], _Result],
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Chunk, _Result]]:
     """Results one chunk late: the device works on while the host unpacks."""
     pending = None
     for chunk in chunks:
+        if stop():
+            break
         started = chunk, start(chunk)
         if pending is not None:
             yield pending
@@ -372,7 +384,13 @@ def _write_rows(
 
 
 def visits(
-    puller: Puller, targets: RowTargets, visit_R: np.ndarray, is_node_LT: np.ndarray
+    puller: Puller,
+    targets: RowTargets,
+    visit_R: np.ndarray,
+    is_node_LT: np.ndarray,
+    *,
+    on_rows: Callable[[int], None] = lambda n: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
     """Influence that targets pass on to every feature, without holding their rows, [A].
 
@@ -381,6 +399,8 @@ def visits(
       targets: R directions.
       visit_R: influence that has arrived at each.
       is_node_LT: which errors count as inputs.
+      on_rows: called with the number of targets just finished.
+      stop: asked before each chunk; once true, the others pass nothing on.
     """
     bank, total_A = puller.bank, np.zeros(len(puller.bank.pos_A))
     dtype = targets.read_RD.dtype
@@ -391,11 +411,11 @@ def visits(
     )
 
     def start(chunk: Chunk) -> Array:
-        pad = puller.plan.capacity - len(chunk.index_B)
+        pad = chunk.capacity - len(chunk.index_B)
         visit_B = np.pad(visit_R[chunk.index_B], (0, pad)).astype(dtype)
         return _visit_chunk(
             puller.held,
-            _padded_rows(puller, targets, chunk.index_B),
+            _padded_rows(targets, chunk),
             jnp.asarray(visit_B),
             jnp.asarray(is_node_LT[:, : chunk.n_positions]),
             cfg=puller.cfg,
@@ -405,10 +425,11 @@ def visits(
             mesh=puller.mesh,
         )
 
-    for chunk, passed in pipelined(puller.chunks(targets), start):
+    for chunk, passed in pipelined(puller.chunks(targets), start, stop):
         place = bank.place(every, 0, chunk.n_positions)
         flat = np.asarray(passed).sum(0).ravel()
         total_A += np.where(place >= 0, flat[place], 0)
+        on_rows(len(chunk.index_B))
     return total_A
 
 
@@ -423,7 +444,7 @@ def pull_flops(
             cfg,
             bank,
             chunk.n_positions,
-            plan.capacity,
+            chunk.capacity,
             range(min(read, cfg.n_layers - 1) + 1),
             range(read),  # what is written at the layer it reads comes after it
             skip=skip,

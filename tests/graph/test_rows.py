@@ -20,6 +20,8 @@ from cases import (
     close,
     run_local_jit,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.certificate import certificate
@@ -259,7 +261,7 @@ def test_bands_touch_the_fewest_positions(n_bands: int | None) -> None:
         range(len(pos_R))
     )
     for chunk in chunks:
-        assert len(chunk.index_B) <= plan.capacity
+        assert len(chunk.index_B) <= chunk.capacity <= plan.capacity
         assert pos_R[chunk.index_B].max() < chunk.n_positions
         assert (np.diff(layer_R[chunk.index_B]) <= 0).all()
 
@@ -270,6 +272,28 @@ def test_bands_touch_the_fewest_positions(n_bands: int | None) -> None:
     assert touched(plan.band_end) == min(touched((*c, T)) for c in cuts)
     if n_bands is not None:
         assert len(plan.band_end) == n_bands
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 300)), max_size=400))
+def test_long_prompts_pad_few_rows(travellers: list[tuple[int, int]]) -> None:
+    """Every target once; a chunk is at least three quarters full, or the smallest."""
+    levels_R, reach_R = np.array(travellers, int).reshape(-1, 2).T
+    plan = make_plan(2000, n_positions=300, flops_per_position=1e9, chunk_size=128)
+    assert plan.capacities == (128, 32, 8)
+    assert make_plan(2000, n_positions=9, flops_per_position=1e6).capacities == (128,)
+    chunks = plan.chunks(levels_R, reach_R)
+    index = [i for chunk in chunks for i in chunk.index_B]
+    assert sorted(index) == list(range(len(travellers)))
+    smallest = 0
+    for chunk in chunks:
+        assert (reach_R[chunk.index_B] <= chunk.n_positions).all()
+        assert chunk.capacity in plan.capacities
+        assert len(chunk.index_B) <= chunk.capacity
+        full = len(chunk.index_B) >= 0.75 * chunk.capacity
+        assert full or chunk.capacity == 8
+        smallest += not full
+    assert smallest <= len(plan.band_end)
 
 
 # -- the certificate -------------------------------------------------------------------

@@ -1,0 +1,145 @@
+"""What the edges of one prompt are computed from, and what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxclt.clt.active import Active
+from jaxclt.graph.bank import RowTargets
+from jaxclt.graph.blocks import submatrix
+from jaxclt.graph.config import AttributeConfig
+from jaxclt.graph.targets import target_rows, written_edges
+from jaxclt.lm.config import LMConfig
+from jaxclt.types import LMParams, Recording, Targets
+
+__all__ = ["Chooser", "Computed", "Prompt", "counted", "cut_columns", "row_totals"]
+
+
+# Slots of the features to look at, ascending, from the active ones and the influence
+# that arrives at them from the targets directly.
+Chooser = Callable[[Active, np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Everything the rows of one prompt are made of."""
+
+    params: LMParams
+    recording: Recording
+    active: Active
+    error_LTD: np.ndarray
+    targets: Targets
+    cfg: LMConfig
+    config: AttributeConfig
+    n_tokens: int
+    shortlist: Chooser | None = None
+    stop: Callable[[], bool] = lambda: False  # asked often; true: come to an end
+
+    @property
+    def n_selected(self) -> int:
+        """Most features that get a row."""
+        A, cap = len(self.active.layer_A), self.config.max_features
+        return A if cap is None else min(A, cap)
+
+    @property
+    def n_targets(self) -> int:
+        """K."""
+        return len(self.targets.token_K)
+
+    def ignored_errors(self) -> np.ndarray:
+        """Errors, layer-major, that are no nodes: of that tool's first position."""
+        every = np.arange(self.cfg.n_layers * self.n_tokens)
+        ct = self.config.convention == "circuit-tracer"
+        return every[:: self.n_tokens] if ct else every[:0]
+
+    def target_weights(self) -> np.ndarray:
+        """What influence starts with at each target; sums to 1."""
+        weight_K = np.asarray(self.targets.weight_K, np.float64)
+        return weight_K / weight_K.sum()
+
+    def target_rows(self) -> RowTargets:
+        """Directions of the targets."""
+        return target_rows(self.params, self.recording, self.active, self.targets)
+
+    def written(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Targets that read an MLP's output, with the edges to what writes it."""
+        for k in np.flatnonzero(np.asarray(self.targets.write_KD).any(1)).tolist():
+            edge_N = written_edges(
+                self.active, self.error_LTD, self.targets, k, n_tokens=self.n_tokens
+            )
+            yield k, edge_N
+
+    def feature_rows(self, feature: np.ndarray) -> RowTargets:
+        """Directions of some features."""
+        a = self.active
+        return RowTargets(
+            layer_R=a.layer_A[feature],
+            pos_R=a.pos_A[feature],
+            read_RD=a.reads(feature),
+        )
+
+    def all_rows(self) -> RowTargets:
+        """Directions of all features, then of the targets."""
+        features = self.feature_rows(np.arange(len(self.active.layer_A)))
+        return features.followed_by(self.target_rows())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Computed:
+    """Rows of selected features, then of the targets."""
+
+    selected: np.ndarray  # active features, ascending
+    edge_RN: np.ndarray  # columns: selected features, errors, embeddings
+    rest_R: np.ndarray  # what is no column, summed
+    rest_abs_R: np.ndarray
+    work: dict[str, Any]
+
+
+def counted(report: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    """A progress callback for parts, from one for the whole."""
+    done = 0
+
+    def count(n: int) -> None:
+        nonlocal done
+        done += n
+        report(done, total)
+
+    return count
+
+
+def row_totals(edge_RN: np.ndarray, ignored: np.ndarray) -> np.ndarray:
+    """Sum of the absolute edges of every row, without some columns."""
+    # In blocks: the matrix may be large, and so would its absolute value.
+    blocks = np.array_split(edge_RN, max(1, len(edge_RN) // 256))
+    total_R = np.concatenate([np.abs(block).sum(1) for block in blocks])
+    return total_R - np.abs(edge_RN[:, ignored]).sum(1)
+
+
+def cut_columns(
+    edge_RN: np.ndarray,
+    n_features: int,
+    selected: np.ndarray,
+    ignored: np.ndarray,
+    rest_R: np.ndarray,
+    rest_abs_R: np.ndarray,
+) -> np.ndarray:
+    """Columns of the selected features; those left out are added to the rests.
+
+    Ignored errors stay columns of the layout, empty, so that offsets are plain.
+    """
+    out = np.ones(n_features, bool)
+    out[selected] = False
+    for left_out in (np.flatnonzero(out), ignored):
+        dropped = edge_RN[:, left_out]
+        rest_R += dropped.sum(1)
+        rest_abs_R += np.abs(dropped).sum(1)
+    edge_RN[:, ignored] = 0
+    if len(selected) == n_features:
+        return edge_RN
+    other = np.arange(n_features, edge_RN.shape[1])
+    columns = np.concatenate([selected, other])
+    return submatrix(edge_RN, np.arange(len(edge_RN)), columns)

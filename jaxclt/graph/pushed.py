@@ -1,0 +1,107 @@
+"""All edges of a prompt at once, from the sources' side.
+
+Every column, then the rows and columns of the most influential features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxclt.graph.bank import Bank, RowTargets, pack, readers
+from jaxclt.graph.columns import Columns, edge_columns
+from jaxclt.graph.explore import arrived_influence, next_features
+from jaxclt.graph.plan import Plan
+from jaxclt.graph.prompt import Computed, Prompt, counted, cut_columns, row_totals
+
+__all__ = ["PushSide", "push_all", "push_side"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PushSide:
+    """All sources, all targets."""
+
+    columns: Columns
+    rows: RowTargets
+    bank: Bank  # of the rows
+
+
+def push_side(p: Prompt) -> PushSide:
+    """Sources and targets of a prompt, packed."""
+    rows = p.all_rows()
+    return PushSide(
+        columns=Columns(
+            active=p.active,
+            error_LTD=p.error_LTD[:, : p.n_tokens],
+            embed_TD=np.asarray(p.recording.embed_TD)[: p.n_tokens],
+        ),
+        rows=rows,
+        bank=pack(readers(rows, p.cfg.n_layers), len(p.recording.token_T)),
+    )
+
+
+def push_all(
+    p: Prompt,
+    push: PushSide,
+    plan: Plan,
+    mesh: Mesh,
+    work: dict[str, Any],
+    on_rows: Callable[[int, int], None],
+) -> Computed:
+    """Every edge, then the rows and columns of the most influential features."""
+    A, N = len(p.active.layer_A), len(push.columns.sites)
+    edge_RN = np.zeros((len(push.rows.pos_R), N), p.error_LTD.dtype)
+    edge_columns(
+        p.params,
+        p.recording,
+        push.columns,
+        push.rows,
+        push.bank,
+        edge_RN,
+        cfg=p.cfg,
+        plan=plan,
+        mesh=mesh,
+        skip=p.active.skip,
+        on_columns=counted(_or_stopped(p, on_rows), N),
+    )
+    for k, edge_N in p.written():
+        edge_RN[A + k] += edge_N
+    ignored = A + p.ignored_errors()
+    selected = np.arange(A)
+    if p.n_selected < A:
+        visit_A = arrived_influence(
+            edge_RN,
+            row_totals(edge_RN, ignored),
+            np.concatenate([np.arange(A), -1 - np.arange(p.n_targets)]),
+            p.target_weights(),
+            p.active.layer_A,
+        )
+        selected, _ = next_features(visit_A, np.ones(A, bool), p.n_selected)
+        edge_RN = edge_RN[np.concatenate([selected, np.arange(A, len(edge_RN))])]
+    rest_R = np.zeros(len(edge_RN))
+    rest_abs_R = rest_R.copy()
+    edge_RN = cut_columns(edge_RN, A, selected, ignored, rest_R, rest_abs_R)
+    return Computed(
+        selected=selected,
+        edge_RN=edge_RN,
+        rest_R=rest_R,
+        rest_abs_R=rest_abs_R,
+        work=work,
+    )
+
+
+def _or_stopped(
+    p: Prompt, report: Callable[[int, int], None]
+) -> Callable[[int, int], None]:
+    """The same report, where a stop leaves nothing: a graph needs all columns."""
+
+    def checked(done: int, total: int) -> None:
+        report(done, total)
+        if p.stop() and done < total:
+            raise KeyboardInterrupt
+
+    return checked
