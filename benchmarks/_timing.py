@@ -5,8 +5,10 @@ Nothing here imports jax before it is needed: the peer's environment has none.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import dataclasses
+import datetime
 import hashlib
 import json
 import os
@@ -241,6 +243,26 @@ def git_sha() -> str:
     changed = "".join(texts).encode()
     digest = f"+{hashlib.sha256(changed).hexdigest()[:6]}" if changed else ""
     return (commit or "unknown") + digest
+
+
+def command_line(doc: str | None) -> argparse.ArgumentParser:
+    """A script's parser, with what all of them take."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--append", type=Path, help="a RESULTS.md to put the result in")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, seconds")
+    return parser
+
+
+def title(name: str) -> str:
+    """Heading of a section of results."""
+    return f"## {name}, {datetime.datetime.now(tz=datetime.UTC).date()}, {git_sha()}"
+
+
+def publish(text: str, append: Path | None) -> None:
+    """Print a section, and put it on top of the results if there is a file for it."""
+    print(f"\n{text}")
+    if append:
+        put_on_top(append, text)
 
 
 def put_on_top(path: Path, text: str) -> None:

@@ -13,8 +13,6 @@ compared with those of dense activations, window by window.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import statistics
 import tempfile
 from pathlib import Path
@@ -22,14 +20,15 @@ from typing import Any
 
 import numpy as np
 from _timing import (
-    git_sha,
+    command_line,
     hardware_line,
     load_average,
     peak_rss_gib,
-    put_on_top,
+    publish,
     reset_peak_rss,
     rss_gib,
     timed,
+    title,
 )
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests/goldens/circuit_tracer_clt"
@@ -141,7 +140,7 @@ def rows(model: Any, encoder: Any, windows: Any, args: Any) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dictionary", default="neurons")
     parser.add_argument("--data", type=Path)
@@ -149,8 +148,6 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="of a batch")
     parser.add_argument("--batches", type=int, default=4, help="of a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--append", type=Path, help="put the section on top of this")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model")
     args = parser.parse_args()
     if args.smoke:
         args.model, args.dictionary = str(GOLDEN / "model"), str(GOLDEN / "dictionary")
@@ -174,8 +171,7 @@ def main() -> None:
     hardware, loads = hardware_line(), [load_average()]
     print(hardware, flush=True)
     check(model, encoder, windows.take(slice(0, 3)))
-    today = datetime.datetime.now(tz=datetime.UTC).date()
-    text = [f"## features, {today}, {git_sha()}", "", "HARDWARE", ""]
+    text = [title("features"), "", "HARDWARE", ""]
     text += [
         f"{Path(args.model).name}, {dictionary.name}: {encoder.n_layers} x "
         f"{encoder.n_features:,} features; {n} windows of {args.context} tokens in "
@@ -188,8 +184,7 @@ def main() -> None:
     ]
     loads.append(load_average())
     text[2] = f"{hardware}; during the run {min(loads)} to {max(loads)}."
-    if args.append:
-        put_on_top(args.append, "\n".join(text))
+    publish("\n".join(text), args.append)
 
 
 if __name__ == "__main__":

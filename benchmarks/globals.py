@@ -18,8 +18,6 @@
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import shutil
 import statistics
 import time
@@ -28,14 +26,15 @@ from typing import Any
 
 import numpy as np
 from _timing import (
-    git_sha,
+    command_line,
     hardware_line,
     load_average,
     peak_rss_gib,
-    put_on_top,
+    publish,
     reset_peak_rss,
     rss_gib,
     timed,
+    title,
 )
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests/goldens/circuit_tracer_clt"
@@ -253,7 +252,7 @@ def whole(model: Any, dictionary: Any, args: Any, features: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dictionary", type=Path)
     parser.add_argument("--data", type=Path)
@@ -264,11 +263,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--top", type=int, default=16)
     parser.add_argument("--layers", type=int, help="of the virtual weights; the last")
-    parser.add_argument("--append", type=Path, help="put the section on top of this")
     parser.add_argument(
         "--parts", nargs="+", default=["virtual", "statistics", "command"]
     )
-    parser.add_argument("--smoke", action="store_true", help="a tiny model")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.smoke:
@@ -287,8 +284,7 @@ def main() -> None:
     layers = args.layers or cfg.n_layers
     hardware, loads = hardware_line(), [load_average()]
     print(hardware, flush=True)
-    today = datetime.datetime.now(tz=datetime.UTC).date()
-    text = [f"## globals, {today}, {git_sha()}", "", "HARDWARE", ""]
+    text = [title("globals"), "", "HARDWARE", ""]
     text += [
         f"{Path(args.model).name}, a synthetic dictionary of {cfg.n_layers} x "
         f"{cfg.n_features:,} features that reads {cfg.read}, float32.",
@@ -330,9 +326,7 @@ def main() -> None:
         loads.append(load_average())
     text[2] = f"{hardware}; during the run {min(loads)} to {max(loads)}."
     section = "\n".join(text)
-    print("\n" + section)
-    if args.append:
-        put_on_top(args.append, section)
+    publish(section, args.append)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ table with the exponent of each curve, fitted to its upper half on a log scale.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import subprocess
 import sys
@@ -23,11 +22,12 @@ from typing import Any
 
 import numpy as np
 from _timing import (
-    git_sha,
+    command_line,
     hardware_line,
     load_average,
     peak_rss_gib,
-    put_on_top,
+    publish,
+    title,
 )
 
 AXES = {
@@ -146,9 +146,8 @@ def plot(points: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def section(points: dict[str, list[dict[str, Any]]], loads: list[float]) -> str:
-    today = datetime.datetime.now(tz=datetime.UTC).date()
     lines = [
-        f"## growth, {today}, {git_sha()}",
+        title("growth"),
         "",
         f"{hardware_line()}; during the run {min(loads)} to {max(loads)}.",
         "",
@@ -180,12 +179,10 @@ def section(points: dict[str, list[dict[str, Any]]], loads: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("--out", type=Path, default=Path("growth"))
-    parser.add_argument("--append", type=Path, help="put the section on top of this")
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=list(AXES))
     parser.add_argument("--at-most", type=float, default=np.inf, help="largest size")
-    parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -213,9 +210,7 @@ def main() -> None:
             kept.write_text(json.dumps(points, indent=1))
     plot(points, args.out / "growth.png")
     text = section(points, loads)
-    print(text)
-    if args.append:
-        put_on_top(args.append, text)
+    publish(text, args.append)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import statistics
 import subprocess
@@ -28,7 +27,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from _timing import git_sha, hardware_line, load_average, put_on_top, repeat
+from _timing import (
+    command_line,
+    hardware_line,
+    load_average,
+    publish,
+    repeat,
+    title,
+)
 
 THRESHOLDS = (0.8, 0.98)  # of nodes and edges
 
@@ -234,7 +240,7 @@ def differences(
 def section(graph: Any, our: dict, found: dict, peer: dict | None, same: str) -> str:
     """What goes into RESULTS.md."""
     lines = [
-        f"## influence_prune, {datetime.date.today().isoformat()}, {git_sha()}",
+        title("influence_prune"),
         "",
         f"{hardware_line()}.",
         "",
@@ -267,12 +273,10 @@ def section(graph: Any, our: dict, found: dict, peer: dict | None, same: str) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("--nodes", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--peer-python", help="python that has circuit-tracer")
-    parser.add_argument("--append", type=Path, help="a RESULTS.md")
-    parser.add_argument("--smoke", action="store_true", help="small graph, seconds")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -288,9 +292,7 @@ def main() -> None:
         peer, answer = peer_process(args, graph)
         same = differences(graph, found, answer)
     text = section(graph, our, found, peer, same)
-    print(text)
-    if args.append:
-        put_on_top(args.append, text)
+    publish(text, args.append)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ what the system's file cache happens to hold.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import resource
@@ -26,7 +25,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _timing import git_sha, hardware_line, peak_rss_gib, put_on_top, rss_gib
+from _timing import (
+    command_line,
+    hardware_line,
+    peak_rss_gib,
+    publish,
+    rss_gib,
+    title,
+)
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests/goldens/circuit_tracer_clt"
 PROMPT = "The Eiffel Tower is in the city of"
@@ -98,14 +104,12 @@ def run(args: argparse.Namespace, *more: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dictionary", type=Path)
     parser.add_argument("--max-features", type=int, default=2048)
     parser.add_argument("--memory", type=float, help="GB the trace may plan with")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--append", type=Path, help="a RESULTS.md")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--lazy", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=int, default=0, help=argparse.SUPPRESS)
@@ -121,9 +125,8 @@ def main() -> None:
     memory = run(args)
     for a, b in zip(lazy["edges"], memory["edges"], strict=True):
         assert abs(a - b) <= 1e-5 * abs(memory["edges"][0]), (a, b)
-    today = datetime.datetime.now(tz=datetime.UTC).date()
     lines = [
-        f"## lazy_dictionary, {today}, {git_sha()}",
+        title("lazy_dictionary"),
         "",
         f"{lazy['hardware']}.",
         "",
@@ -147,9 +150,7 @@ def main() -> None:
         "includes pages of mapped files, which the system takes back when it must.",
     ]
     section = "\n".join(lines) + "\n"
-    sys.stdout.write(section)
-    if args.append:
-        put_on_top(args.append, section)
+    publish(section, args.append)
 
 
 if __name__ == "__main__":

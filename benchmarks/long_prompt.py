@@ -12,14 +12,13 @@ explains.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from _timing import git_sha, hardware_line, peak_rss_gib, put_on_top
+from _timing import command_line, hardware_line, peak_rss_gib, publish, title
 
 HERE = Path(__file__).resolve().parent
 SMOKE_MODEL = HERE.parent / "tests/goldens/circuit_tracer_clt/model"
@@ -38,12 +37,11 @@ def prompt_of(tokenizer: Any, n_tokens: int, text: str) -> str:
 
 def section(traced: Any, error: float, args: argparse.Namespace, hardware: str) -> str:
     work, timing = traced.work, traced.timing
-    today = datetime.datetime.now(tz=datetime.UTC).date()
     memory = work["memory_gb"].items()
     parts = ", ".join(f"{name} {gb:.2f}" for name, gb in memory if gb >= 0.01)
     planned = sum(work["memory_gb"].values())
     lines = [
-        f"## long_prompt, {today}, {git_sha()}",
+        title("long_prompt"),
         "",
         f"{hardware}.",
         "",
@@ -62,14 +60,12 @@ def section(traced: Any, error: float, args: argparse.Namespace, hardware: str) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dictionary", default="neurons:32")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--features", type=int, default=128)
     parser.add_argument("--memory", type=float, default=12.0, help="GB")
-    parser.add_argument("--append", type=Path, help="a RESULTS.md")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model")
     args = parser.parse_args()
     if args.smoke:
         args.model, args.dictionary = str(SMOKE_MODEL), "neurons"
@@ -98,11 +94,10 @@ def main() -> None:
     traced = trace_prompt(model, dictionary, prompt, config=config, on_rows=progress)
     error = jaxclt.certificate(traced.graph).max_relative_row_error
     text = section(traced, error, args, hardware)
-    print(text)
-    if peak_rss_gib() * 2**30 / 1e9 > args.memory or error > 1e-4:
+    good = peak_rss_gib() * 2**30 / 1e9 <= args.memory and error <= 1e-4
+    publish(text, args.append if good else None)
+    if not good:
         sys.exit("more memory than allowed, or rows that do not sum up")
-    if args.append:
-        put_on_top(args.append, text)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,13 @@ threads. Compilation is not in the times: the calls that are checked come first.
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _timing import git_sha, hardware_line, put_on_top, timed
+from _timing import command_line, hardware_line, publish, timed, title
 
 HERE = Path(__file__).resolve().parent
 SMOKE_MODEL = HERE.parent / "tests/goldens/circuit_tracer_clt/model"
@@ -60,10 +59,9 @@ def compare(
 
 def section(rows: list[str], hardware: str, args: argparse.Namespace) -> str:
     """The results as a section of RESULTS.md."""
-    today = datetime.datetime.now(tz=datetime.UTC).date()
     scaled = "" if args.single == args.n else f", scaled from {args.single}"
     lines = [
-        f"## patching, {today}, {git_sha()}",
+        title("patching"),
         "",
         f"{hardware}.",
         "",
@@ -80,7 +78,7 @@ def section(rows: list[str], hardware: str, args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dictionary", default="neurons:32")
     parser.add_argument("--prompt", default=PROMPT)
@@ -92,8 +90,6 @@ def main() -> None:
     parser.add_argument(
         "--modes", nargs="*", default=["constrained", "additive", "iterative"]
     )
-    parser.add_argument("--append", type=Path, help="put the section on top of this")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model")
     args = parser.parse_args()
     if args.smoke:
         args.model, args.dictionary = str(SMOKE_MODEL), "neurons"
@@ -166,9 +162,7 @@ def main() -> None:
         )
 
     text = section([row for mode in args.modes for row in run(mode)], hardware, args)
-    print("\n" + text)
-    if args.append:
-        put_on_top(args.append, text)
+    publish(text, args.append)
 
 
 if __name__ == "__main__":

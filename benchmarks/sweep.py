@@ -18,7 +18,6 @@ the shell, twice with one cache: start to exit of a graph with few rows.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _timing import git_sha, hardware_line, peak_rss_gib, put_on_top
+from _timing import command_line, hardware_line, peak_rss_gib, publish, title
 
 HERE = Path(__file__).resolve().parent
 SMOKE_MODEL = HERE.parent / "tests/goldens/circuit_tracer_clt/model"
@@ -133,11 +132,10 @@ def section(
     job: dict[str, Any],
     hardware: str,
 ) -> str:
-    today = datetime.datetime.now(tz=datetime.UTC).date()
     lengths = found["sweep"]["lengths"]
     n = len(lengths)
     lines = [
-        f"## sweep, {today}, {git_sha()}",
+        title("sweep"),
         "",
         f"{hardware}.",
         "",
@@ -174,13 +172,11 @@ def section(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dictionary", default="neurons:32")
     parser.add_argument("--prompts", type=Path, default=HERE / "prompts.txt")
     parser.add_argument("--features", type=int, default=256)
-    parser.add_argument("--append", type=Path, help="a RESULTS.md")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -211,9 +207,7 @@ def main() -> None:
         same = check_equal(found)
         again = starts(job, Path(folder) / "cache")
     text = section(found, again, same, job, hardware)
-    print(text)
-    if args.append:
-        put_on_top(args.append, text)
+    publish(text, args.append)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ Prompts already in OUT/rows.jsonl are not traced again.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import datetime
 import json
 import statistics
 import sys
@@ -28,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _timing import git_sha, hardware_line, put_on_top
+from _timing import command_line, hardware_line, publish, title
 
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.explore import next_features
@@ -182,7 +180,7 @@ def section(lines: list[dict[str, Any]], model: str, dictionary: str) -> str:
     tokens = [line["tokens"] for line in lines]
     features = [line["features"] for line in lines]
     text = [
-        f"## tolerance_rows, {datetime.date.today().isoformat()}, {git_sha()}",
+        title("tolerance_rows"),
         "",
         f"{hardware_line()}. No time is measured here.",
         "",
@@ -225,13 +223,11 @@ def section(lines: list[dict[str, Any]], model: str, dictionary: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dictionary", default="neurons:32")
     parser.add_argument("--prompts", type=Path, default=HERE / "prompts.txt")
     parser.add_argument("--out", type=Path, default=Path("out/tolerance_rows"))
-    parser.add_argument("--append", type=Path, help="a RESULTS.md")
-    parser.add_argument("--smoke", action="store_true", help="tiny model, seconds")
     args = parser.parse_args()
     prompts = args.prompts.read_text(encoding="utf-8").split("\n")[:-1]
     if args.smoke:
@@ -253,11 +249,10 @@ def main() -> None:
             print(f"{prompt!r}: {line['rows']} of {line['features']} rows", flush=True)
     lines = [done[prompt] for prompt in prompts]
     text = section(lines, args.model, args.dictionary)
-    print(text)
-    if not all(line["at_2%"]["holds"] for line in lines):
+    good = all(line["at_2%"]["holds"] for line in lines)
+    publish(text, args.append if good else None)
+    if not good:
         sys.exit("a bound does not hold")
-    if args.append:
-        put_on_top(args.append, text)
 
 
 if __name__ == "__main__":

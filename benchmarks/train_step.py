@@ -19,7 +19,6 @@ not part of it. Four parts (`--parts`):
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import os
@@ -35,15 +34,18 @@ import numpy as np
 from _timing import (
     Steps,
     StepsOf,
+    command_line,
     git_sha,
     hardware_line,
     library_root,
     load_average,
     peak_rss_gib,
+    publish,
     release_freed,
     reset_peak_rss,
     rss_gib,
     timed,
+    title,
 )
 
 from jaxclt.train import dryrun
@@ -522,7 +524,7 @@ def memory_lines(cases: list[dict[str, Any]]) -> list[str]:
 def section(found: dict[str, Any], args: argparse.Namespace) -> str:
     loads = found["loads"]
     lines = [
-        f"## train_step, {datetime.date.today().isoformat()}, {git_sha()}",
+        title("train_step"),
         "",
         f"{hardware_line()}; during the run {min(loads)} to {max(loads)}, and "
         f"{found['stolen']:.0%} of the CPU time went to other machines of the host.",
@@ -541,18 +543,11 @@ def section(found: dict[str, Any], args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def append(path: Path, text: str) -> None:
-    """Put a section under the file's header, before older ones."""
-    old = path.read_text() if path.is_file() else "# Results\n\nNewest first.\n"
-    header, mark, rest = old.partition("\n## ")
-    path.write_text(f"{header.rstrip()}\n\n{text}{mark}{rest}")
-
-
 # -- command line ----------------------------------------------------------------------
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("--peer-python", help="python that has decode-clt")
     parser.add_argument("--variants", nargs="+", default=["shipped", "reference"],
                         choices=("shipped", "reference"))  # fmt: skip
@@ -563,8 +558,6 @@ def arguments() -> argparse.Namespace:
                         metavar=("L", "F", "D", "T"))  # fmt: skip
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("out/train_step"))
-    parser.add_argument("--append", type=Path, help="a RESULTS.md")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, seconds")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.smoke:
@@ -654,13 +647,11 @@ def main() -> None:
     found = run_parts(args)
     (args.out / "results.json").write_text(json.dumps(found, indent=1))
     text = section(found, args)
-    print(f"\n{text}")
-    if git_sha() != found["git"]:
+    same = git_sha() == found["git"]
+    publish(text, args.append if same else None)
+    if not same:
         print("the code changed during the run: these times are of no one version")
-        if not args.smoke:
-            sys.exit(1)
-    if args.append:
-        append(args.append, text)
+        sys.exit(0 if args.smoke else 1)
 
 
 if __name__ == "__main__":

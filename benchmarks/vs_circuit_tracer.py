@@ -39,13 +39,14 @@ import jax.numpy as jnp
 import numpy as np
 from _timing import (
     Times,
+    command_line,
     git_sha,
     hardware_line,
     library_root,
     load_average,
     matmul_peak,
     peak_rss_gib,
-    put_on_top,
+    publish,
 )
 from make_synthetic_dictionary import TEXTS, synthetic_dictionary
 
@@ -530,7 +531,7 @@ def section(cases: list[dict[str, Any]]) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("--peer-python", help="python that has circuit-tracer")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--kinds", nargs="+", choices=("clt", "plt"))
@@ -549,8 +550,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, help="of the peer")
     parser.add_argument("--out", type=Path, default=Path("out/vs_circuit_tracer"))
     parser.add_argument("--work", type=Path, help="weights and answers; OUT/work")
-    parser.add_argument("--append", type=Path, help="a RESULTS.md")
-    parser.add_argument("--smoke", action="store_true", help="tiny model, seconds")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.kinds = args.kinds or ["clt", "plt"]
@@ -595,13 +594,11 @@ def main() -> None:
         cases += run_kind(args, kind, files[kind], common)
         (args.out / "results.json").write_text(json.dumps(cases, indent=1))
     text = section(cases)
-    print(f"\n{text}")
-    if git_sha() != common["git"]:
+    same = git_sha() == common["git"]
+    publish(text, args.append if same else None)
+    if not same:
         print("the code changed during the run: these times are of no one version")
-        if not args.smoke:
-            sys.exit(1)
-    if args.append:
-        put_on_top(args.append, text)
+        sys.exit(0 if args.smoke else 1)
 
 
 if __name__ == "__main__":

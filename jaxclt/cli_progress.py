@@ -1,4 +1,4 @@
-"""What commands say on stderr while they work: lines, bars with rate and ETA, a stop."""
+"""What commands say on stderr while they work: lines, bars with rate and ETA."""
 
 from __future__ import annotations
 
