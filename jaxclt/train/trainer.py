@@ -29,40 +29,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.config import CLTConfig
 from jaxclt.errors import InputError
-from jaxclt.evaluation.agreement import agreement
-from jaxclt.evaluation.reconstruction import decoder_reach
 from jaxclt.io.atomic import atomic_path
-from jaxclt.io.dictionary import save_dictionary
 from jaxclt.io.model import Model
-from jaxclt.replacement.model import Substitute
 from jaxclt.train import card, checkpoint, processes, sharding
-from jaxclt.train.chunks import Chunks, Position, rows_of
+from jaxclt.train.chunks import Chunks, Position
 from jaxclt.train.config import TrainConfig
-from jaxclt.train.evaluate import graph_scores, reconstruction
-from jaxclt.train.export import calibrate, threshold_form
-from jaxclt.train.finetune import finetune_kl
 from jaxclt.train.harvest import mlp_response
 from jaxclt.train.hub_text import PREFIX
-from jaxclt.train.normalise import Scales, fold
+from jaxclt.train.normalise import Scales
 from jaxclt.train.objectives import Batch, load_objective
+from jaxclt.train.outcome import Outcome
 from jaxclt.train.params import Spec, init
-from jaxclt.train.sample import sample_windows
+from jaxclt.train.prepare import (
+    claim_directory,
+    identity,
+    run_windows,
+    write_json,
+)
 from jaxclt.train.schedules import learning_rate
 from jaxclt.train.step import TrainState, init_state, make_step, optimiser
-from jaxclt.train.text import (
-    Windows,
-    cut_windows,
-    read_documents,
-    split_documents,
-)
+from jaxclt.train.text import Windows
 from jaxclt.train.tracking import Tracker, require
-from jaxclt.types import CLTParams
 
 __all__ = ["DivergedError", "Listener", "train"]
-
-CALIBRATION_TOKENS = 4096
 
 
 class DivergedError(InputError):
@@ -171,7 +161,7 @@ class _Run:
         self.tx = optimiser(rate)
         self.step_fn = make_step(self.objective, self.spec, self.tx, self.recipe)
         if processes.is_first():
-            self._check_directory()
+            claim_directory(out, self.identity())
             self._windows()
         processes.wait("windows")
         self.windows = self._windows()
@@ -187,8 +177,9 @@ class _Run:
         )
         self.scales = self._scales()
         self.clock = _Clock()
-        self._held: tuple[np.ndarray, np.ndarray] | None = None
-        self._calibration: np.ndarray | None = None
+        self.outcome = Outcome(
+            model, config, self.spec, self.windows, self.chunks, self.scales, out
+        )
         self.last_good: Path | None = None
         self.tracker: Tracker | None = None
 
@@ -196,115 +187,12 @@ class _Run:
 
     def identity(self) -> dict[str, Any]:
         """What the same command would give again."""
-        ours = dataclasses.asdict(self.config)
-        # What may change between two parts of a run without changing its weights.
-        for name in ("log_every", "eval_every", "checkpoint_every", "prompts"):
-            ours.pop(name)
-        for name in ("agreement_windows", "graph_features"):
-            ours.pop(name)
-        for name in ("kl_steps", "kl_lr", "kl_windows"):
-            ours.pop(name)
-        return {
-            "config": json.loads(json.dumps(ours)),
-            "model": self.model.hash,
-            "data": self.data,
-        }
-
-    def _check_directory(self) -> None:
-        file = self.out / "run.json"
-        ours = self.identity()
-        if not file.is_file():
-            if self.out.is_dir() and any(self.out.iterdir()):
-                raise InputError(
-                    f"--out {self.out} is not empty and holds no run: give another "
-                    "directory"
-                )
-            _write_json(file, ours)
-            return
-        theirs = json.loads(file.read_text("utf-8"))
-        for name, value in ours["config"].items():
-            old = theirs["config"].get(name)
-            if old != value:
-                flag = name.replace("_", "-")
-                raise InputError(
-                    f"--out {self.out} holds a run with --{flag} {old}, not {value}: "
-                    "give the same flags to go on, or another directory"
-                )
-        for name in ("model", "data"):
-            if theirs[name] != ours[name]:
-                raise InputError(
-                    f"--out {self.out} holds a run of another {name}: give another "
-                    "directory"
-                )
+        return identity(self.config, self.model, self.data)
 
     def _windows(self) -> Windows:
         if self.given is not None:
             return self.given
-        file = self.out / "windows.npz"
-        special = frozenset(self.model.tokenizer.special_ids)
-        if file.is_file():
-            with np.load(file, allow_pickle=False) as found:
-                return Windows(
-                    train_WS=found["train_WS"],
-                    held_WS=found["held_WS"],
-                    special=special,
-                    digest=str(found["digest"]),
-                )
-        windows = self._sampled() if self.data == "model" else self._read()
-        with atomic_path(file) as temporary, temporary.open("wb") as stream:
-            np.savez(
-                stream,
-                train_WS=windows.train_WS,
-                held_WS=windows.held_WS,
-                digest=np.asarray(windows.digest),
-            )
-        return windows
-
-    def _tokens_needed(self) -> int:
-        config = self.config
-        distinct = max(math.ceil(config.tokens / config.reuse), config.norm_tokens)
-        return distinct + config.chunk_tokens
-
-    def _read(self) -> Windows:
-        """Windows of text from files or the hub."""
-        config, needed = self.config, self._tokens_needed()
-        held = None
-        if config.heldout:
-            held = read_documents(config.heldout, tokens=config.heldout_tokens)
-        else:
-            needed = math.ceil(needed / (1 - config.heldout_share))
-        train_docs, held_docs = split_documents(
-            read_documents(self.data, tokens=needed), held, config.heldout_share
-        )
-        return cut_windows(
-            train_docs,
-            held_docs,
-            self.model.tokenizer,
-            size=config.context,
-            train_tokens=self._tokens_needed(),
-            held_tokens=config.heldout_tokens,
-            on_tokens=lambda done, total: self.say.stage("tokens", done, total),
-        )
-
-    def _sampled(self) -> Windows:
-        """Windows that the model wrote itself."""
-        config = self.config
-        if config.heldout:
-            raise InputError(
-                "--data model holds out samples of its own: leave --heldout away"
-            )
-        return sample_windows(
-            self.model.params,
-            self.model.tokenizer,
-            cfg=self.model.cfg,
-            size=config.context,
-            train_tokens=self._tokens_needed(),
-            held_tokens=config.heldout_tokens,
-            per_call=config.windows_per_call,
-            seed=config.seed,
-            partial_file=self.out / "samples.npz",
-            on_tokens=lambda done, total: self.say.stage("sampling", done, total),
-        )
+        return run_windows(self.config, self.model, self.data, self.out, self.say.stage)
 
     def _scales(self) -> Scales:
         """What earlier processes of this run normalised by, or measured now."""
@@ -370,7 +258,7 @@ class _Run:
         config, n_steps = self.config, self.config.n_steps
         step, state, at = self._start()
         if at.chunk == 0 and self.spec.k is not None:
-            self._calibration_rows()  # while they are in memory
+            self.outcome.calibration_rows()  # while they are in memory
         first, began = step, time.perf_counter()
         logged, busy = step, 0.0  # at the last line of the log
         record: dict[str, Any] = {"step": step}
@@ -407,7 +295,7 @@ class _Run:
         if not processes.is_first():
             return final
         if config.kl_steps:
-            final["finetuned"] = self._finetune(params)
+            final["finetuned"] = self.outcome.finetune(params, self.say.stage)
         self.chunks.close()
         return self._write_card(final, seconds, step - first)
 
@@ -481,53 +369,13 @@ class _Run:
         if self.tracker is not None:
             self.tracker.log(record)
 
-    # -- evaluation and export ---------------------------------------------------------
-
-    def _held_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        if self._held is None:
-            rows = rows_of(
-                self.model.params,
-                self.windows.held_WS,
-                self.windows,
-                self.scales,
-                cfg=self.model.cfg,
-                config=self.config.chunk_config(),
-                dtype="float32",
-            )
-            read, write = zip(*rows, strict=True)
-            n = self.config.heldout_tokens
-            self._held = (
-                np.concatenate(read, 1)[:, :n],
-                np.concatenate(write, 1)[:, :n],
-            )
-        return self._held
-
-    def _dictionary(self, params: Any) -> tuple[CLTParams, CLTConfig]:
-        """The dictionary of weights on the host, in normalised units."""
-        theta_L = None
-        params = jax.tree.map(jnp.asarray, params)
-        if self.spec.k is not None:
-            theta_L = calibrate(params, self._calibration_rows(), self.spec.k)
-        return threshold_form(params, self.spec, theta_L)
-
-    def _calibration_rows(self) -> np.ndarray:
-        """What encoders read on training text; the same rows every time."""
-        if self._calibration is None:
-            read_LND, _ = self.chunks.rows(0, 0, CALIBRATION_TOKENS)
-            self._calibration = np.asarray(read_LND)
-        return self._calibration
-
     def _log_eval(self, step: int, state: TrainState) -> dict[str, Any]:
         with _spent(self.clock, "evaluate"):
             params = processes.to_host(state.params)  # all processes hold a part
             found: dict[str, Any] = {}
             if processes.is_first():
                 self.say.line(f"evaluating after step {step}")
-                clt, cfg = self._dictionary(params)
-                found = reconstruction(clt, cfg, *self._held_rows())
-                found["decoder_reach"] = decoder_reach(clt)
-                raw = fold(clt, self.scales)
-                found |= self._export(raw, cfg, self.out / "dictionary")
+                found = self.outcome.evaluate(params)
         record = {
             "kind": "eval",
             "step": step,
@@ -538,69 +386,6 @@ class _Run:
             self._append(record)
             self.say.line(card.one_line(record))
         return record
-
-    def _export(self, raw: CLTParams, cfg: CLTConfig, folder: Path) -> dict[str, Any]:
-        """Write a dictionary in raw units; measure its replacement model and graphs."""
-        behind_norm = self.model.params.blocks.post_mlp_LD is not None
-        save_dictionary(
-            raw,
-            cfg,
-            folder,
-            model_name=self.model.name,
-            write="stream" if behind_norm else None,
-        )
-        held_WS = self.windows.held_WS[: self.config.agreement_windows]
-        found: dict[str, Any] = {}
-        if len(held_WS):
-            found = agreement(
-                self.model.params,
-                Substitute(clt=raw, clt_cfg=cfg),
-                held_WS,
-                self.windows.valid(held_WS),
-                cfg=self.model.cfg,
-                keep_first=not self.windows.first,
-            )
-        if self.config.graph_features and self.config.prompts:
-            found["graphs"] = graph_scores(
-                self.model,
-                raw,
-                cfg,
-                self.config.prompts,
-                max_features=self.config.graph_features,
-            )
-        return found
-
-    def _finetune(self, params: Any) -> dict[str, Any]:
-        """A copy of the dictionary after `--kl-steps`, and the same measurements."""
-        config = self.config
-        clt, cfg = self._dictionary(params)
-
-        def heard(step: int, kl: float) -> None:
-            del kl
-            self.say.stage("fine-tuning", step + 1, config.kl_steps)
-
-        raw, history = finetune_kl(
-            self.model.params,
-            fold(clt, self.scales),
-            self.windows,
-            cfg=self.model.cfg,
-            clt_cfg=cfg,
-            n_steps=config.kl_steps,
-            windows_per_step=config.kl_windows,
-            lr=config.kl_lr,
-            on_step=heard,
-        )
-        read_LTD, write_LTD = (np.array(x) for x in self._held_rows())
-        s = jax.tree.map(np.asarray, self.scales)
-        read_LTD *= s.read_scale_L[:, None, None]
-        read_LTD += s.read_mean_LD[:, None]
-        write_LTD *= s.write_scale_L[:, None, None]
-        write_LTD += s.write_mean_LD[:, None]
-        found: dict[str, Any] = reconstruction(raw, cfg, read_LTD, write_LTD)
-        found |= self._export(raw, cfg, self.out / "finetuned" / "dictionary")
-        found = {"kl_steps": config.kl_steps, "train_kl": history, **found}
-        _write_json(self.out / "finetuned" / "metrics.json", found)
-        return found
 
     def _write_card(
         self, final: dict[str, Any], seconds: float, steps: int
@@ -616,7 +401,7 @@ class _Run:
             | {"total": round(seconds, 1)},
             steps_timed=steps,
         )
-        _write_json(self.out / "card.json", made)
+        write_json(self.out / "card.json", made)
         with atomic_path(self.out / "README.md") as temporary:
             temporary.write_text(card.readme(made), "utf-8")
         card.plot(self.out / "metrics.jsonl", self.out / "curves.png")
@@ -643,8 +428,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
         return math.inf
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1), "utf-8")

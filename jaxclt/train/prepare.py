@@ -1,0 +1,184 @@
+"""What a run begins with: a directory that is its own, and its windows of tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxclt.errors import InputError
+from jaxclt.io.atomic import atomic_path
+from jaxclt.io.model import Model
+from jaxclt.train.config import TrainConfig
+from jaxclt.train.sample import sample_windows
+from jaxclt.train.text import Windows, cut_windows, read_documents, split_documents
+
+__all__ = ["claim_directory", "identity", "run_windows", "write_json"]
+
+# What may change between two parts of a run without changing its weights.
+_FREE = (
+    *("log_every", "eval_every", "checkpoint_every", "prompts"),
+    *("agreement_windows", "graph_features", "kl_steps", "kl_lr", "kl_windows"),
+)
+
+
+def identity(config: TrainConfig, model: Model, data: str) -> dict[str, Any]:
+    """What the same command would give again."""
+    ours = dataclasses.asdict(config)
+    for name in _FREE:
+        ours.pop(name)
+    return {
+        "config": json.loads(json.dumps(ours)),
+        "model": model.hash,
+        "data": data,
+    }
+
+
+def claim_directory(out: Path, ours: dict[str, Any]) -> None:
+    """Make the directory that of this run, or see that it is.
+
+    Args:
+      out: directory.
+      ours: from `identity`.
+
+    Raises:
+      InputError: if it holds anything else.
+    """
+    file = out / "run.json"
+    if not file.is_file():
+        if out.is_dir() and any(out.iterdir()):
+            raise InputError(
+                f"--out {out} is not empty and holds no run: give another directory"
+            )
+        write_json(file, ours)
+        return
+    try:
+        theirs = json.loads(file.read_text("utf-8"))
+        config, rest = theirs["config"], {k: theirs[k] for k in ("model", "data")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file} is damaged ({type(error).__name__}): give another --out"
+        ) from error
+    for name, value in ours["config"].items():
+        if config.get(name) != value:
+            flag = name.replace("_", "-")
+            raise InputError(
+                f"--out {out} holds a run with --{flag} {config.get(name)}, not "
+                f"{value}: give the same flags to go on, or another directory"
+            )
+    for name, value in rest.items():
+        if value != ours[name]:
+            raise InputError(
+                f"--out {out} holds a run of another {name}: give another directory"
+            )
+
+
+def run_windows(
+    config: TrainConfig,
+    model: Model,
+    data: str,
+    out: Path,
+    stage: Callable[[str, int, int], None],
+) -> Windows:
+    """The windows of a run, those of ``windows.npz`` if it has been there before.
+
+    Args:
+      config: how many tokens, how they are cut, what is held out.
+      model: whose tokens.
+      data: text source, or ``model``.
+      out: directory of the run.
+      stage: progress, (what, done, of).
+
+    Raises:
+      InputError: if there is no text, or too little.
+    """
+    file = out / "windows.npz"
+    special = frozenset(model.tokenizer.special_ids)
+    if file.is_file():
+        with np.load(file, allow_pickle=False) as found:
+            return Windows(
+                train_WS=found["train_WS"],
+                held_WS=found["held_WS"],
+                special=special,
+                digest=str(found["digest"]),
+            )
+    make = _sampled if data == "model" else _read
+    windows = make(config, model, data, out, stage)
+    with atomic_path(file) as temporary, temporary.open("wb") as stream:
+        np.savez(
+            stream,
+            train_WS=windows.train_WS,
+            held_WS=windows.held_WS,
+            digest=np.asarray(windows.digest),
+        )
+    return windows
+
+
+def _tokens_needed(config: TrainConfig) -> int:
+    distinct = max(math.ceil(config.tokens / config.reuse), config.norm_tokens)
+    return distinct + config.chunk_tokens
+
+
+def _read(
+    config: TrainConfig,
+    model: Model,
+    data: str,
+    out: Path,
+    stage: Callable[[str, int, int], None],
+) -> Windows:
+    """Windows of text from files or the hub."""
+    del out
+    needed, held = _tokens_needed(config), None
+    if config.heldout:
+        held = read_documents(config.heldout, tokens=config.heldout_tokens)
+    else:
+        needed = math.ceil(needed / (1 - config.heldout_share))
+    train_docs, held_docs = split_documents(
+        read_documents(data, tokens=needed), held, config.heldout_share
+    )
+    return cut_windows(
+        train_docs,
+        held_docs,
+        model.tokenizer,
+        size=config.context,
+        train_tokens=_tokens_needed(config),
+        held_tokens=config.heldout_tokens,
+        on_tokens=lambda done, total: stage("tokens", done, total),
+    )
+
+
+def _sampled(
+    config: TrainConfig,
+    model: Model,
+    data: str,
+    out: Path,
+    stage: Callable[[str, int, int], None],
+) -> Windows:
+    """Windows that the model wrote itself."""
+    if config.heldout:
+        raise InputError(
+            f"--data {data} holds out samples of its own: leave --heldout away"
+        )
+    return sample_windows(
+        model.params,
+        model.tokenizer,
+        cfg=model.cfg,
+        size=config.context,
+        train_tokens=_tokens_needed(config),
+        held_tokens=config.heldout_tokens,
+        per_call=config.windows_per_call,
+        seed=config.seed,
+        partial_file=out / "samples.npz",
+        on_tokens=lambda done, total: stage("sampling", done, total),
+    )
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1), "utf-8")
