@@ -1,100 +1,36 @@
 """The shell of evaluation: dictionaries of one model, side by side.
 
-dictionaries, held-out text, prompts --measures of jaxclt.evaluation--> a row each
+dictionaries, held-out text, prompts --jaxclt.evaluation.measures--> a row each
   --jaxclt.evaluation.report--> eval.json, rows.jsonl, table.md, plots
 
-Every measure of every dictionary is kept in a file of its own as soon as it is there,
-with what it depends on: an interrupted evaluation goes on where it was, and another
-dictionary is added at its own cost.
+Another dictionary is added at its own cost: what was measured is kept.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import math
-import re
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxclt import __version__
 from jaxclt.clt.active import Dictionary
-from jaxclt.clt.encoder import encoder_of
 from jaxclt.clt.neurons import NeuronDictionary
-from jaxclt.dashboards.examples import Examples
-from jaxclt.dashboards.stream import gather_examples
 from jaxclt.errors import InputError
-from jaxclt.evaluation.agreement import Compared, compare, compare_layers, predict
+from jaxclt.evaluation.agreement import predict
 from jaxclt.evaluation.baselines import neuron_thresholds
-from jaxclt.evaluation.concepts import ConceptPair, load_pairs, readable
-from jaxclt.evaluation.graphs import graph_means, graph_row
+from jaxclt.evaluation.concepts import ConceptPair, load_pairs
 from jaxclt.evaluation.judges import Judge
-from jaxclt.evaluation.judging import interpretability
-from jaxclt.evaluation.prompts import EvalText, graph_filter, pick_prompts, unsure
-from jaxclt.evaluation.reconstruction import (
-    Reconstruction,
-    decoder_reach,
-    read_site,
-    reconstructed,
-)
-from jaxclt.graph.attribute import AttributeConfig
-from jaxclt.graph.graph import Graph
-from jaxclt.io.atomic import atomic_path
+from jaxclt.evaluation.measures import EvalOptions, Measures, Stage
+from jaxclt.evaluation.prompts import EvalText, graph_filter, pick_prompts
 from jaxclt.io.model import Model
-from jaxclt.lm.layers import neuron_rows
-from jaxclt.perturb import by_distance, faithfulness
-from jaxclt.replacement.model import Substitute, substitute_of
-from jaxclt.subject import Subject
-from jaxclt.trace import trace_prompt
-from jaxclt.train.harvest import harvest
-from jaxclt.validation.stats import ratio_interval
-from jaxclt.windows import batches
 
 __all__ = ["EvalOptions", "Prompts", "choose_prompts", "evaluate"]
 
 Prompts = Sequence[str | Sequence[int]]
-Stage = Callable[[str, int, int], None]
-Part = tuple[dict[str, Any], list[dict[str, Any]]]  # the row's share, raw rows
 
-BATCH_BYTES = 1 << 28  # of dense activations of all layers
 SEARCHED = 512  # windows at most in which prompts are looked for
-
-# What each measure depends on: another setting does not undo it.
-_OPTIONS = {
-    "reconstruction": ("tokens", "seed"),
-    "agreement": ("agreement_tokens", "seed"),
-    "layers": ("layer_tokens",),
-    "graphs": ("max_features", "tolerance", "seed"),
-    "faithfulness": ("max_features", "tolerance", "perturbed", "seed"),
-    "judged": ("sort", "contrastive", "seed"),
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalOptions:
-    """How much to measure."""
-
-    tokens: int = 8_192  # reconstruction, and what features are judged by
-    agreement_tokens: int = 2_048  # replacement model
-    layer_tokens: int = 128  # the same for each layer by itself; 0: not
-    graphs: int = 16  # prompts
-    filter: Literal["auto", "paper", "none"] = "auto"  # of prompts out of text
-    lengths: tuple[int, int] = (8, 16)  # tokens of a prompt out of text
-    max_features: int = 512  # of a graph
-    tolerance: float = 0.02
-    perturbed: int = 3  # prompts on which perturbations are followed
-    sort: int = 200  # trials
-    contrastive: int = 200
-    # Thresholded neurons with so many times the transcoders' active features.
-    baselines: tuple[float, ...] = (1.0, 4.0)
-    seed: int = 0
 
 
 def evaluate(
@@ -137,7 +73,9 @@ def evaluate(
     raw: list[dict[str, Any]] = []
 
     def add(dictionary: Dictionary) -> None:
-        one = _One(model, dictionary, text, list(prompts or ()), options, out, on_stage)
+        one = Measures(
+            model, dictionary, text, list(prompts or ()), options, out, on_stage
+        )
         row, lines = one.row(judge, load_pairs() if pairs is None else pairs)
         rows.append(row)
         raw.extend(lines)
@@ -209,329 +147,3 @@ def choose_prompts(
             "--prompts FILE, or --filter none"
         )
     return found
-
-
-class _One:
-    """One dictionary, and where its measures are kept."""
-
-    def __init__(
-        self,
-        model: Model,
-        dictionary: Dictionary,
-        text: EvalText,
-        prompts: list[str | Sequence[int]],
-        options: EvalOptions,
-        out: Path | None,
-        on_stage: Stage,
-    ) -> None:
-        self.model, self.dictionary, self.text = model, dictionary, text
-        self.prompts, self.options, self.out = prompts, options, out
-        self.on_stage = on_stage
-        self.key = jax.random.key(options.seed)
-        self._sub: Substitute | None = None
-        self._held: dict[int, Graph] = {}
-
-    @property
-    def sub(self) -> Substitute:
-        """The dictionary in memory, read when it is first needed."""
-        if self._sub is None:
-            self._sub = substitute_of(self.dictionary, self.model.params)
-        return self._sub
-
-    def told(self, what: str) -> Callable[[int, int], None]:
-        """Progress of one measure."""
-        return lambda done, total: self.on_stage(
-            f"{self.dictionary.name}: {what}", done, total
-        )
-
-    def kept(
-        self, name: str, measure: Callable[[], Part], depends: str
-    ) -> tuple[dict[str, Any], list[dict[str, Any]], float]:
-        """A measure from its file if that is of exactly this, else measured."""
-        settings = dataclasses.asdict(self.options)
-        prompts = [x if isinstance(x, str) else list(x) for x in self.prompts]
-        identity = json.dumps(
-            [
-                *(self.model.hash, self.dictionary.hash, self.dictionary.name),
-                *(self.text.digest, name, depends, __version__),
-                [settings[option] for option in _OPTIONS[name]],
-                prompts if "max_features" in _OPTIONS[name] else None,
-            ]
-        )
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:24]
-        file = None if self.out is None else self.out / "parts" / f"{digest}.json"
-        if file is not None and file.is_file():
-            try:
-                old = json.loads(file.read_text("utf-8"))
-                return old["row"], old["raw"], old["seconds"]
-            except (ValueError, KeyError):
-                pass  # a damaged file is measured again
-        start = time.perf_counter()
-        row, raw = measure()
-        took = round(time.perf_counter() - start, 1)
-        row, raw = _plain(row), _plain(raw)
-        # What a judge was not asked yet is asked by the next run; its log has the rest.
-        open_ = any(score["not_asked"] for score in row.get("judged", {}).values())
-        if file is not None and not open_:
-            with atomic_path(file) as temporary:
-                kept = {"row": row, "raw": raw, "seconds": took, "measure": name}
-                temporary.write_text(json.dumps(kept, allow_nan=False), "utf-8")
-        return row, raw, took
-
-    def row(
-        self, judge: Judge | None, pairs: Sequence[ConceptPair]
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """All measures that are asked for."""
-        stages: dict[str, Callable[[], Part]] = {
-            "reconstruction": self.reconstruction,
-            "agreement": self.agreement,
-        }
-        if self.options.layer_tokens:
-            stages["layers"] = self.layers
-        if self.prompts:
-            stages["graphs"] = self.graphs
-        if self.prompts and self.options.perturbed:
-            stages["faithfulness"] = self.faithfulness
-        depends = ""
-        if judge is not None:
-            stages["judged"] = lambda: self.judged(judge, pairs)
-            depends = f"{judge.name} {pairs}"
-        row, lines, seconds = self.described(), [], {}
-        for name, measure in stages.items():
-            found, raw, seconds[name] = self.kept(
-                name, measure, depends if name == "judged" else ""
-            )
-            intervals = row["intervals"] | found.pop("intervals", {})
-            row |= found | {"intervals": intervals}
-            head = {"dictionary": self.dictionary.name, "measure": name}
-            lines += [head | line for line in raw]
-        return row | {"seconds": seconds}, lines
-
-    def described(self) -> dict[str, Any]:
-        """What a dictionary is."""
-        cfg = getattr(self.dictionary, "cfg", None)
-        shape: dict[str, Any] = {"kind": "neurons", "span": 1}
-        if cfg is None:
-            shape["features"] = self.model.cfg.d_mlp
-        else:
-            shape |= {"kind": "clt" if cfg.span > 1 else "plt", "span": cfg.span}
-            shape["features"] = cfg.n_features
-            assert self.sub.clt is not None
-            shape["decoder_reach"] = decoder_reach(self.sub.clt)
-        return {"dictionary": self.dictionary.name, **shape, "intervals": {}}
-
-    # -- measures ----------------------------------------------------------------------
-
-    def reconstruction(self) -> Part:
-        """FVU, L0, silent and dense features."""
-        model, windows = self.model, self.text.windows
-        per_token = 4 * model.cfg.n_layers * self._n_features()
-        n_tokens = max(windows.token_WS.shape[1], BATCH_BYTES // per_token)
-        told, parts = self.told("reconstruction"), []
-        for token_WS, mask_WS, done in batches(windows, 0, min(n_tokens, 2048)):
-            read_LTD, write_LTD, _ = harvest(
-                model.params,
-                jnp.asarray(token_WS),
-                None,
-                cfg=model.cfg,
-                site=read_site(self.sub),
-            )
-            found = reconstructed(
-                self.sub,
-                read_LTD,
-                write_LTD,
-                mask_WS.reshape(-1),
-                n_groups=len(token_WS),
-                params=model.params,
-                cfg=model.cfg,
-            )
-            parts.append(found)
-            told(int(windows.mask_WS[:done].sum()), windows.n_tokens)
-        found = Reconstruction.joined(parts).where_tokens()
-        W = len(found.token_W)
-        draw = np.asarray(jax.random.randint(self.key, (200, W), 0, W))
-        fvu = [float(found.fvu_L(d).mean()) for d in draw] if W > 1 else []
-        l0 = [found.l0(d) for d in draw] if W > 1 else []
-        lines = [{"window": w, "fvu": x} for w, x in enumerate(found.fvu_W())]
-        intervals = {"fvu": _quantiles(fvu), "l0": _quantiles(l0)}
-        return found.summary() | {"intervals": intervals}, lines
-
-    def _n_features(self) -> int:
-        cfg = self.sub.clt_cfg
-        return self.model.cfg.d_mlp if cfg is None else cfg.n_features
-
-    def agreement(self) -> Part:
-        """The replacement model, with the first position's MLPs and without."""
-        text = self.text
-        asked_W = np.cumsum(text.ask_WS.sum(1))
-        text = text.take(
-            int(np.searchsorted(asked_W, self.options.agreement_tokens)) + 1
-        )
-        W, told = len(text.windows.token_WS), self.told("replacement model")
-
-        row: dict[str, Any] = {"intervals": {}}
-        lines = [{"window": w} for w in range(W)]
-        both = compare(
-            self.model.params,
-            self.sub,
-            text.windows.token_WS,
-            cfg=self.model.cfg,
-            keep_first=(True, False),
-            on_windows=told,
-        )
-        for name, found in zip(("", "_strict"), both, strict=True):
-            unsure_WS = unsure(found.model_WS, found.confidence_WS, text.next_WS)
-            for kind, ask_WS in (
-                ("", text.ask_WS),
-                ("_filtered", text.ask_WS & unsure_WS),
-            ):
-                self._count(found, ask_WS, name + kind, row, lines)
-            known_WS = text.ask_WS & (text.next_WS >= 0)
-            if known_WS.any() and not name:
-                right = (found.found_WS == text.next_WS)[known_WS]
-                row["accuracy"] = float(right.mean())
-                model_right = (found.model_WS == text.next_WS)[known_WS]
-                row["model_accuracy"] = float(model_right.mean())
-        return row, lines
-
-    def _count(
-        self,
-        found: Compared,
-        ask_WS: np.ndarray,
-        name: str,
-        row: dict[str, Any],
-        lines: list[dict[str, Any]],
-    ) -> None:
-        """Means and intervals over windows of one set of positions."""
-        n_W = ask_WS.sum(1)
-        row[f"n{name}"] = int(n_W.sum())
-        for what, value_WS in (("top1", found.same_WS), ("kl", found.kl_WS)):
-            sum_W = np.where(ask_WS, value_WS, 0).sum(1)
-            key = what + name
-            row[key] = float(sum_W.sum() / n_W.sum()) if n_W.sum() else math.nan
-            row["intervals"][key] = ratio_interval(sum_W, n_W, self.key)
-            for line, value in zip(lines, sum_W, strict=True):
-                line[key] = float(value)
-        for line, n in zip(lines, n_W, strict=True):
-            line[f"n{name}"] = int(n)
-
-    def layers(self) -> Part:
-        """The model with one layer replaced at a time."""
-        asked_W = np.cumsum(self.text.ask_WS.sum(1))
-        wanted = self.options.layer_tokens
-        text = self.text.take(max(1, int(np.searchsorted(asked_W, wanted, "right"))))
-        same_LWS, kl_LWS = compare_layers(
-            self.model.params,
-            self.sub,
-            text.windows.token_WS,
-            cfg=self.model.cfg,
-            on_layer=self.told("layer by layer"),
-        )
-        return {
-            "layer_kl_L": kl_LWS[:, text.ask_WS].mean(1),
-            "layer_top1_L": same_LWS[:, text.ask_WS].mean(1),
-        }, []
-
-    def graphs(self) -> Part:
-        """Scores of the graphs of all prompts."""
-        lines, told = [], self.told("graphs")
-        for i in range(len(self.prompts)):
-            lines.append(graph_row(self._traced(i)))
-            told(i + 1, len(self.prompts))
-        return graph_means(lines, self.key), lines
-
-    def _traced(self, i: int) -> Graph:
-        """The graph of a prompt; those that are perturbed too are made once."""
-        if i in self._held:
-            return self._held[i]
-        graph = trace_prompt(
-            self.model,
-            self.dictionary,
-            self.prompts[i],
-            config=AttributeConfig(
-                max_features=self.options.max_features,
-                tolerance=self.options.tolerance,
-            ),
-        ).graph
-        if i < self.options.perturbed:
-            self._held[i] = graph
-        return graph
-
-    def faithfulness(self) -> Part:
-        """How perturbations spread, by layers between."""
-        lines, told = [], self.told("perturbations")
-        n = min(self.options.perturbed, len(self.prompts))
-        for i in range(n):
-            subject = Subject.of(self.model, self.dictionary, self._traced(i))
-            tables, layers = faithfulness(
-                subject,
-                jax.random.fold_in(self.key, i),
-                n_layers=5,
-                n_perturbed=2,
-                live=False,
-            )
-            lines.append({"layers": layers, "tables": tables})
-            told(i + 1, n)
-        return {"faithfulness": by_distance(lines)}, lines
-
-    def judged(self, judge: Judge, pairs: Sequence[ConceptPair]) -> Part:
-        """Sort and Contrastive Evals; the trials are logged in ``judged/``."""
-        model, options = self.model, self.options
-        encoder = encoder_of(self.dictionary, model.params, model.cfg)
-        examples = gather_examples(
-            model.params,
-            encoder,
-            self.text.windows,
-            on_tokens=self.told("examples of features"),
-        )
-        folder = re.sub(r"[^A-Za-z0-9@.-]+", "-", self.dictionary.name).strip("-.")
-        scores = interpretability(
-            examples,
-            encoder,
-            model,
-            judge,
-            n_sort=options.sort,
-            n_contrastive=options.contrastive,
-            pairs=readable(self.model, pairs),
-            seed=options.seed,
-            log_dir=None if self.out is None else self.out / "judged" / folder,
-            directions_UD=self._directions(examples),
-            on_trial=lambda name, done, n: self.told(f"{name} trials")(done, n),
-        )
-        row: dict[str, Any] = {"judge": scores.pop("judge"), "judged": scores}
-        row["intervals"] = {}
-        for name, score in scores.items():
-            row[name] = score["accuracy"]
-            row["intervals"][name] = score["interval"]
-        return row, []
-
-    def _directions(self, examples: Examples) -> np.ndarray:
-        """What each feature writes to its own layer's MLP output, [U, D]."""
-        clt, layer_U = self.sub.clt, examples.layer_U
-        decoders = (
-            jax.vmap(neuron_rows)(self.model.params.blocks)
-            if clt is None
-            else [W_FMD[:, 0] for W_FMD in clt.W_dec]
-        )
-        parts = [
-            np.asarray(decoders[layer])[examples.feature_U[layer_U == layer]]
-            for layer in np.unique(layer_U)
-        ]
-        return np.concatenate(parts)
-
-
-def _quantiles(x: Sequence[float]) -> list[float]:
-    return np.quantile(x, [0.025, 0.975]).tolist() if x else [math.nan] * 2
-
-
-def _plain(x: Any) -> Any:
-    """For JSON, which has neither nan nor numpy."""
-    if isinstance(x, dict):
-        return {str(k): _plain(v) for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return [_plain(v) for v in x]
-    if isinstance(x, np.ndarray | np.generic):
-        return _plain(x.tolist())
-    if isinstance(x, float) and not math.isfinite(x):
-        return None
-    return x

@@ -12,9 +12,9 @@ import pytest
 from tiny_run import GOLDEN, tiny_model, write_text
 
 import jaxclt
-from jaxclt import evaluate as shell
 from jaxclt.errors import InputError
 from jaxclt.evaluate import EvalOptions, choose_prompts, evaluate
+from jaxclt.evaluation import measures
 from jaxclt.evaluation.claims import check_claims
 from jaxclt.evaluation.judges import Answer
 from jaxclt.evaluation.prompts import read_eval_text
@@ -113,7 +113,7 @@ def test_what_is_there_is_not_measured_again(
         raise AssertionError("measured again")
 
     for name in ("compare", "compare_layers", "harvest", "trace_prompt"):
-        monkeypatch.setattr(shell, name, never)
+        monkeypatch.setattr(measures, name, never)
     again, lines = evaluate(model, every, text, options=OPTIONS, out=out)
     assert again == rows
     assert lines == raw

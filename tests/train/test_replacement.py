@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxclt.evaluation.agreement as comparing
 from jaxclt.clt.neurons import parse_neurons
 from jaxclt.evaluation.agreement import agreement
 from jaxclt.evaluation.reconstruction import Reconstruction, reconstructed
@@ -190,6 +191,26 @@ def test_reconstruction_is_that_of_the_error_nodes(case, kind):
         assert found.summary()["fvu"] < 1e-20
     every = np.arange(4)
     np.testing.assert_allclose(found.fvu_L(every), found.fvu_L())
+
+
+def test_two_replacements_share_one_pass_of_the_model(case, monkeypatch):
+    passes = []
+
+    def counted(*args, **more):
+        passes.append(1)
+        return forward(*args, **more)
+
+    monkeypatch.setattr(comparing, "forward", counted)
+    token_WS = np.asarray(case.token_T)[None]
+    sub = Substitute(clt=case.clt, clt_cfg=case.clt_cfg)
+    args = (case.params, sub, token_WS)
+    both = comparing.compare(*args, cfg=case.cfg, keep_first=(True, False))
+    assert len(passes) == 1
+    for keep, found in zip((True, False), both, strict=True):
+        (alone,) = comparing.compare(*args, cfg=case.cfg, keep_first=(keep,))
+        np.testing.assert_array_equal(found.model_WS, alone.model_WS)
+        np.testing.assert_allclose(found.kl_WS, alone.kl_WS, atol=1e-12)
+    assert both[0].kl_WS[0, 0] < 1e-12 < both[1].kl_WS[0, 0]
 
 
 def test_agreement_counts_valid_positions(case):
