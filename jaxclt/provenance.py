@@ -21,7 +21,8 @@ from jaxclt.graph.graph import Graph
 from jaxclt.graph.heads import head_loadings
 from jaxclt.graph.inhibition import Inhibition, find_inhibition
 from jaxclt.graph.provenance import crop, graph_active, hop_spectrum
-from jaxclt.graph.targets import target_reads, token_targets
+from jaxclt.graph.target_reads import target_reads
+from jaxclt.graph.targets import token_targets
 from jaxclt.io.model import Model
 from jaxclt.replacement.errors import error_nodes
 from jaxclt.shapes import bucket

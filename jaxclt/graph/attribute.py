@@ -26,7 +26,8 @@ from jaxclt.graph.prompt import Chooser, Computed, Prompt
 from jaxclt.graph.provenance import direct_edges
 from jaxclt.graph.prune import prune
 from jaxclt.graph.scores import shares_total
-from jaxclt.graph.targets import place_targets, target_bias, target_readouts
+from jaxclt.graph.target_reads import target_bias, target_readouts
+from jaxclt.graph.targets import place_targets
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import bias_reads
 from jaxclt.replacement.errors import error_nodes

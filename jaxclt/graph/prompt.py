@@ -12,7 +12,7 @@ from jaxclt.clt.active import Active
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.blocks import submatrix
 from jaxclt.graph.config import AttributeConfig
-from jaxclt.graph.targets import target_rows, written_edges
+from jaxclt.graph.target_reads import target_rows, written_edges
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import LMParams, Recording, Targets
 

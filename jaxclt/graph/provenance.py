@@ -32,7 +32,7 @@ from jaxclt.clt.active import Active
 from jaxclt.errors import InputError
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.targets import target_reads
+from jaxclt.graph.target_reads import target_reads
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import fold_post_attn, frozen_attention
 from jaxclt.types import Block, Frozen, LMParams, Recording
