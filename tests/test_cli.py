@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxclt import cli
+from jaxclt import cli, cli_trace
 from jaxclt.graph import compute
 from jaxclt.io.graph_file import load_graph
 from jaxclt.viewer.graph_json import validate
@@ -122,7 +122,7 @@ def test_ctrl_c_keeps_what_is_done(
 
         yield on_rows
 
-    monkeypatch.setattr(cli, "_progress", pressing)
+    monkeypatch.setattr(cli_trace, "progress", pressing)
     monkeypatch.setattr(compute, "push_flops", lambda *_, **__: np.inf)
     before = signal.getsignal(signal.SIGINT)
     out = tmp_path / "g"
