@@ -91,6 +91,8 @@ class _Attribution:
     """Most memory to use, GB; what is free if not given. Graphs are fitted to it."""
     devices: int | None = None
     """How many accelerators share the rows of a graph; all if not given."""
+    shard: int | None = None
+    """Split the model's weights over this many devices, where one cannot hold them."""
     json: bool = False
     """Print the result as JSON on stdout."""
     debug: bool = False
@@ -399,7 +401,9 @@ def _prepare(
     )
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     started = time.perf_counter()
-    model = load_model(config.model, dtype=config.dtype, progress=_line(say))
+    model = load_model(
+        config.model, dtype=config.dtype, mesh=config.shard, progress=_line(say)
+    )
     dictionary = load_dictionary(config.dictionary, model)
     attribution = AttributeConfig(
         max_features=config.max_features,

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from io_models import CFG, assert_same, random_params
 
 from jaxclt.errors import InputError
+from jaxclt.io.gguf_file import open_gguf
 from jaxclt.io.names import LLAMA, from_leaf, tensor_name
-from jaxclt.io.weights_gguf import load_gguf, open_gguf
+from jaxclt.io.weights_gguf import load_gguf
 
 
 def permute(w, n_head):
