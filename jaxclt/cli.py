@@ -404,7 +404,7 @@ def _prepare(
     model = load_model(
         config.model, dtype=config.dtype, mesh=config.shard, progress=_line(say)
     )
-    dictionary = load_dictionary(config.dictionary, model)
+    dictionary = load_dictionary(config.dictionary, model, progress=_line(say))
     attribution = AttributeConfig(
         max_features=config.max_features,
         # That tool leaves out what is not explored: no bound could be stated.
