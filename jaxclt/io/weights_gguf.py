@@ -22,6 +22,7 @@ from jaxclt.io.names import (
     tensor_name,
 )
 from jaxclt.io.read_params import read_params
+from jaxclt.io.rope import yarn, yarn_warmth
 from jaxclt.lm.config import LMConfig, RopeScaling
 from jaxclt.types import LMParams
 
@@ -82,8 +83,8 @@ def config_from_gguf(file: GGUFFile) -> LMConfig:
 
     Raises:
       InputError: for another architecture, rotary embeddings that are scaled in
-        another way than linearly or by factors, experts, or a missing or impossible
-        size.
+        another way than linearly, by YaRN or by factors, experts, or a missing or
+        impossible size.
     """
     name, arch = _architecture(file)
     if file.meta.get(f"{name}.expert_count", 0):
@@ -112,7 +113,15 @@ def config_from_gguf(file: GGUFFile) -> LMConfig:
         window = get("attention.sliding_window", int)
     if local_theta is not None:
         local_theta = get("rope.freq_base_swa", float, local_theta)
-    wide = n_layers == arch.wide_queries
+    theta = get("rope.freq_base", float, 10_000.0)
+    n_ctx = get("context_length", int)
+    turning = d_head if d_rotary is None else d_rotary
+    scaling, warmer = _scaling(file, name, theta, turning, n_ctx)
+    query_scale = None
+    if n_layers == arch.wide_queries:
+        query_scale = (d_model / n_heads) ** -0.5
+    if warmer != 1:
+        query_scale = (query_scale or d_head**-0.5) * warmer
     norm = "layer_norm" if arch.layer_norm else "layer_norm_rms"
     parallel = file.meta.get(f"{name}.use_parallel_residual", arch.parallel)
     return LMConfig(
@@ -123,16 +132,16 @@ def config_from_gguf(file: GGUFFile) -> LMConfig:
         d_head=d_head,
         d_mlp=get("feed_forward_length", int),
         d_vocab=file.tensors["token_embd.weight"].shape[0],
-        n_ctx=get("context_length", int),
+        n_ctx=n_ctx,
         norm_eps=get(f"attention.{norm}_epsilon", float, 1e-5),
         parallel=bool(parallel),
         d_rotary=d_rotary,
-        rope_theta=get("rope.freq_base", float, 10_000.0),
+        rope_theta=theta,
         rope_local_theta=local_theta,
-        rope_scaling=_scaling(file, name),
+        rope_scaling=scaling,
         act=arch.act,
         window=window,
-        query_scale=(d_model / n_heads) ** -0.5 if wide else None,
+        query_scale=query_scale,
         attn_cap=get("attn_logit_softcapping", float) if arch.capped else None,
     )
 
@@ -147,21 +156,52 @@ def _architecture(file: GGUFFile) -> tuple[str, Architecture]:
     return name, ARCHITECTURES[name]
 
 
-def _scaling(file: GGUFFile, name: str) -> RopeScaling | None:
+def _scaling(
+    file: GGUFFile, name: str, theta: float, turning: int, n_ctx: int
+) -> tuple[RopeScaling | None, float]:
+    """How frequencies are scaled, and what attention scores are times."""
     kind = file.meta.get(f"{name}.rope.scaling.type", "none")
     each = _ROPE_FACTORS in file.tensors  # Llama 3's, written out
-    if kind not in ("none", "linear") or (each and kind != "none"):
+    if kind not in ("none", "linear", "yarn") or (each and kind != "none"):
         raise InputError(
             f"{file.path}: scaled rotary embeddings of type {kind!r} are not "
-            "supported; supported: 'linear', and factors of their own"
+            "supported; supported: 'linear', 'yarn', and factors of their own"
         )
     if each:
         factors = file.get(_ROPE_FACTORS).ravel().tolist()
-        return RopeScaling(kind="factors", factors=tuple(factors))
+        return RopeScaling(kind="factors", factors=tuple(factors)), 1.0
     if kind == "none":
-        return None
-    factor = _getter(file, name)("rope.scaling.factor", float)
-    return RopeScaling(kind="linear", factor=factor)
+        return None, 1.0
+    get = _getter(file, name)
+    factor = get("rope.scaling.factor", float)
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=factor), 1.0
+    # Releases of llama.cpp do different things with these.
+    for key, plain in _YARN_PLAIN.items():
+        value = file.meta.get(f"{name}.rope.scaling.{key}")
+        if value not in (None, *plain):
+            raise InputError(
+                f"{file.path}: metadata {name}.rope.scaling.{key} is {value!r}, which "
+                f"is not supported; supported: {plain[0]}"
+            )
+    scaling = yarn(
+        theta,
+        turning,
+        get("rope.scaling.original_context_length", int, n_ctx),
+        factor,
+        beta_fast=get("rope.scaling.yarn_beta_fast", float, 32.0),
+        beta_slow=get("rope.scaling.yarn_beta_slow", float, 1.0),
+        where=str(file.path),
+    )
+    times = get("rope.scaling.attn_factor", float, 1.0) * yarn_warmth(factor)
+    return scaling, times**2
+
+
+_YARN_PLAIN = {
+    "yarn_ext_factor": (1.0, -1.0),  # below 0 is not set
+    "yarn_attn_factor": (1.0,),
+    "yarn_log_multiplier": (0.0,),
+}
 
 
 def params_from_gguf(

@@ -158,7 +158,7 @@ def test_damaged_header_never_raises_anything_else(tmp_path_factory, data):
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
-        ([("add_rope_scaling_type", gguf.RopeScalingType.YARN)], "scaled rotary"),
+        ([("add_rope_scaling_type", gguf.RopeScalingType.LONGROPE)], "scaled rotary"),
         ([("add_expert_count", 4)], "mixtures of experts"),
     ],
 )
