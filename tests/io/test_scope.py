@@ -15,6 +15,7 @@ from fake_hub import FakeHub
 from jaxclt.errors import InputError
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.io import dictionary
+from jaxclt.io.convert import convert
 from jaxclt.trace import identity
 
 FORMATS = Path(__file__).resolve().parents[1] / "goldens" / "formats"
@@ -153,6 +154,13 @@ def test_files_that_may_be_residual_saes_are_refused(fake: FakeHub):
     store = dictionary.open_dictionary(f"{name}//width_4k")
     assert (store.cfg.read, store.write) == ("mlp_in", "mlp")
     assert "config.yaml" in store.files
+
+
+def test_what_was_taken_is_in_the_report_of_a_conversion(tmp_path: Path, fake: FakeHub):
+    shelve(fake.root / REPO)
+    source = f"{REPO}//width_16k/average_l0_70"
+    report = convert(source, tmp_path / "out", "circuit-tracer")
+    assert report["made_of"]["average_l0"] == [76, 95, 54]
 
 
 def test_it_opens_without_a_network_and_from_a_folder(fake: FakeHub, tmp_path: Path):
