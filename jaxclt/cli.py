@@ -309,7 +309,6 @@ def _dry_run_assumed(config: TraceConfig) -> None:
         assumed,
         config=how,
         budget=budget,
-        itemsize=2 if config.dtype == "bfloat16" else 4,
     )
     _show_plan(plan, assumed.tokens, n_active, budget, config)
 
