@@ -60,6 +60,8 @@ class _Attribution:
     """Most memory to use, GB; what is free if not given. Graphs are fitted to it."""
     devices: int | None = None
     """How many accelerators share the rows of a graph; all if not given."""
+    shard: int | None = None
+    """Split the model's weights over this many devices, where one cannot hold them."""
     json: bool = False
     """Print the result as JSON on stdout."""
     debug: bool = False
@@ -199,7 +201,6 @@ def _dry_run_assumed(config: TraceConfig) -> None:
         assumed,
         config=how,
         budget=budget,
-        itemsize=2 if config.dtype == "bfloat16" else 4,
     )
     _show_plan(plan, assumed.tokens, n_active, budget, config)
 
@@ -284,8 +285,10 @@ def _prepare(
     check_writable(config.out)
     use_compilation_cache()
     started = time.perf_counter()
-    model = load_model(config.model, dtype=config.dtype, progress=lines(say))
-    dictionary = load_dictionary(config.dictionary, model)
+    model = load_model(
+        config.model, dtype=config.dtype, mesh=config.shard, progress=lines(say)
+    )
+    dictionary = load_dictionary(config.dictionary, model, progress=lines(say))
     attribution = AttributeConfig(
         max_features=config.max_features,
         # That tool leaves out what is not explored: no bound could be stated.

@@ -13,7 +13,7 @@ from io_models import CFG, assert_same, random_params
 from safetensors.numpy import load_file, save_file
 
 from jaxclt.errors import InputError
-from jaxclt.io.names import LLAMA, from_leaf, to_leaf
+from jaxclt.io.names import LLAMA, find_part, from_leaf, to_leaf
 from jaxclt.io.weights_hf import config_from_hf, config_to_hf, load_hf, save_hf
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -97,8 +97,8 @@ def test_rows_invert(row):
     params = random_params(tied=False, bias=True)
     leaf = np.asarray(getattr(params.blocks if row.per_layer else params, row.leaf))
     leaf = leaf[0] if row.per_layer else leaf
-    there = from_leaf(leaf, row, CFG)
-    np.testing.assert_array_equal(to_leaf(there, row, CFG, "hf"), leaf)
+    there, part = from_leaf(leaf, row, CFG), find_part(row, CFG, "hf", {})
+    np.testing.assert_array_equal(to_leaf(there[part.stored], row, "hf", part), leaf)
 
 
 @pytest.mark.parametrize("variant", ["gqa_tied", "mha_bias", "wide_head"])
