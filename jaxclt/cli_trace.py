@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxclt.graph.memory import MemoryPlan
     from jaxclt.io.model import Model
 
-__all__ = ["SweepConfig", "TraceConfig", "run_sweep", "run_trace"]
+__all__ = ["SweepConfig", "TraceConfig", "heading", "run_sweep", "run_trace"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -316,9 +316,18 @@ def _unexplored(share: float | None, full: dict[str, float]) -> str:
     )
 
 
+_HEADING = 120  # characters
+
+
+def heading(prompt: str) -> str:
+    """A prompt on one line; of a long one its end, which the graph explains."""
+    line = prompt.replace("\n", "⏎")
+    return line if len(line) <= _HEADING else "…" + line[1 - _HEADING :]
+
+
 def _summary(report: dict[str, Any]) -> Table:
     """What a user wants to know first, as a table."""
-    table = Table(title=Text(report["prompt"]), show_header=False)
+    table = Table(title=Text(heading(report["prompt"])), show_header=False)
     top = ", ".join(f"{t!r} {p:.2f}" for t, p in report["top_tokens"][:3])
     full, kept = report["scores"]["full"], report["scores"]["pruned"]
     graph, proof = report["graph"], report["certificate"]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from jaxclt import cli, cli_trace
+from jaxclt.cli_trace import heading
 from jaxclt.graph import compute
 from jaxclt.io.graph_file import load_graph
 from jaxclt.viewer.graph_json import validate
@@ -70,6 +71,11 @@ def test_trace_writes_the_four_files_of_the_contract(traced: Path):
     validate(json.loads((traced / "graph.json").read_text()))
     page = (traced / "index.html").read_text("utf-8")
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+
+
+def test_the_heading_is_the_end_of_the_prompt():
+    assert heading("one\ntwo") == "one⏎two"
+    assert heading("word " * 2000 + "last") == "…" + ("word " * 40 + "last")[-119:]
 
 
 def test_npz_rows_sum_without_our_code(traced: Path):
