@@ -123,8 +123,15 @@ def run_patch(config: PatchConfig, say: Console) -> None:
     groups = {g.name: g for g in _supernodes(config, opened)} if config.group else {}
     for name in config.group:
         if name not in groups:
-            known = ", ".join(map(repr, groups)) or "there are none"
-            raise InputError(f"no supernode {name!r}: choose one of {known}")
+            known = ", ".join(map(repr, groups))
+            raise InputError(
+                f"no supernode {name!r}: "
+                + (
+                    f"choose one of {known}"
+                    if known
+                    else "none is saved, name features"
+                )
+            )
         edits.append(Edit(supernode=groups[name], **edits_of))
     subject = Subject.of(opened.model, opened.dictionary, opened.graph)
     gates = None if config.gates == "auto" else config.gates
