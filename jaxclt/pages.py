@@ -165,8 +165,13 @@ def grouped_ids(
 
 
 def carry_over(doc: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """A fresh document with the labels, pins and groups of a saved one."""
-    labels = {
+    """A fresh document with the labels, pins and groups of a saved one.
+
+    Labels of features that the fresh one does not show are kept under
+    ``jaxclt.labels_not_shown``, for a document that shows them again.
+    """
+    own = {**(saved.get("jaxclt") or {}), **(doc.get("jaxclt") or {})}
+    labels = dict(own.pop("labels_not_shown", {})) | {
         node["jsNodeId"]: node["clerp"]
         for node in saved["nodes"]
         if node["clerp"] and node["feature_type"] != "logit"
@@ -177,7 +182,9 @@ def carry_over(doc: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
         else node
         for node in doc["nodes"]
     ]
-    own = {**(saved.get("jaxclt") or {}), **(doc.get("jaxclt") or {})}
+    shown = {node["jsNodeId"] for node in nodes}
+    if rest := {key: text for key, text in labels.items() if key not in shown}:
+        own["labels_not_shown"] = rest
     return {**doc, "nodes": nodes, "qParams": saved["qParams"], "jaxclt": own}
 
 
