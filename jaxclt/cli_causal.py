@@ -266,7 +266,7 @@ def validate_opened(
     groups: list[Supernode] | None = None,
 ) -> dict[str, Any]:
     """Validate a graph whose model is loaded; shared with `trace --validate`."""
-    from jaxclt.pages import write_page
+    from jaxclt.pages import traced_digest, write_page
     from jaxclt.subject import Subject
     from jaxclt.validate import ValidateOptions, validate_graph, write_validation
     from jaxclt.validation.words import left_out
@@ -282,6 +282,7 @@ def validate_opened(
         )
     for said in left_out(report):
         say.print(f"jaxclt: warning: {said}", markup=False, soft_wrap=True)
+    report["traced"] = traced_digest(opened.report)
     report["seconds"] = round(time.perf_counter() - started, 2)
     write_validation(report, directory)
     if (directory / "graph.json").is_file():

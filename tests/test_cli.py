@@ -228,6 +228,13 @@ def test_given_targets_replace_the_top_tokens(tmp_path: Path, traced: Path):
     assert [text for text, _ in report["top_tokens"]] == [token]
 
 
+def test_view_without_the_features_named_says_so(
+    traced: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run("view", traced, "--features", traced / "nothing") == 2
+    assert "nothing is no folder" in capsys.readouterr().err
+
+
 def test_view_prunes_again(traced: Path, tmp_path: Path):
     page = tmp_path / "tight.html"
     assert run("view", traced, "--node-threshold", 0.3, "--out", page) == 0

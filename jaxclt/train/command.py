@@ -161,7 +161,8 @@ def _progress(say: Console, n_steps: int, *, alone: bool) -> Iterator[Listener]:
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=say, transient=True) as bar:
+    quiet = not say.is_terminal
+    with Progress(*columns, console=say, transient=True, disable=quiet) as bar:
         task = bar.add_task("starting", total=None, state="")
 
         def stage(what: str, done: int, total: int) -> None:
