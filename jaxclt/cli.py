@@ -26,8 +26,11 @@ from jaxclt.cli_serve import ServeConfig, run_serve
 from jaxclt.cli_trace import SweepConfig, TraceConfig, run_sweep, run_trace
 from jaxclt.cli_view import ViewConfig, run_view
 from jaxclt.errors import InputError
+from jaxclt.train.config import TrainConfig
 
 __all__ = ["main"]
+
+_RESUMES = (SweepConfig, EvalConfig, GlobalsConfig, FeaturesConfig, TrainConfig)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -80,5 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         say.print(f"jaxclt: {error}", markup=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        say.print("jaxclt: interrupted; what was there before is unchanged")
+        kept = "what was there before is unchanged"
+        if isinstance(config, _RESUMES):
+            kept = "the same command goes on from what is kept"
+        say.print(f"jaxclt: interrupted; {kept}")
         sys.exit(130)

@@ -123,8 +123,15 @@ def run_patch(config: PatchConfig, say: Console) -> None:
     groups = {g.name: g for g in _supernodes(config, opened)} if config.group else {}
     for name in config.group:
         if name not in groups:
-            known = ", ".join(map(repr, groups)) or "there are none"
-            raise InputError(f"no supernode {name!r}: choose one of {known}")
+            known = ", ".join(map(repr, groups))
+            raise InputError(
+                f"no supernode {name!r}: "
+                + (
+                    f"choose one of {known}"
+                    if known
+                    else "none is saved, name features"
+                )
+            )
         edits.append(Edit(supernode=groups[name], **edits_of))
     subject = Subject.of(opened.model, opened.dictionary, opened.graph)
     gates = None if config.gates == "auto" else config.gates
@@ -259,7 +266,7 @@ def validate_opened(
     groups: list[Supernode] | None = None,
 ) -> dict[str, Any]:
     """Validate a graph whose model is loaded; shared with `trace --validate`."""
-    from jaxclt.pages import write_page
+    from jaxclt.pages import traced_digest, write_page
     from jaxclt.subject import Subject
     from jaxclt.validate import ValidateOptions, validate_graph, write_validation
     from jaxclt.validation.words import left_out
@@ -275,6 +282,7 @@ def validate_opened(
         )
     for said in left_out(report):
         say.print(f"jaxclt: warning: {said}", markup=False, soft_wrap=True)
+    report["traced"] = traced_digest(opened.report)
     report["seconds"] = round(time.perf_counter() - started, 2)
     write_validation(report, directory)
     if (directory / "graph.json").is_file():

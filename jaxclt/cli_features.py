@@ -33,8 +33,9 @@ class FeaturesConfig:
     """Local directory in a known format, or hub id; or neurons, neurons:K,
     neurons@X."""
     data: str
-    """Text file, or folder of .txt, .md, .rst, .utf8 and .jsonl files; or a dataset on
-    the hub, hub:NAME[@REVISION][?config=..&split=..&text=..]."""
+    """Text file, or folder of .txt, .md, .rst, .utf8 and .jsonl files; a .jsonl file of
+    prompts, lines {"prompt": ...}; or a dataset on the hub,
+    hub:NAME[@REVISION][?config=..&split=..&text=..]."""
     out: Path
     """Directory to write to."""
     features: str = "all"
@@ -77,7 +78,7 @@ def run_features(config: FeaturesConfig, say: Console) -> None:
 
     if config.tokens < 1:
         raise InputError(f"--tokens {config.tokens}: give at least 1")
-    check_writable(config.out, spare_graph=True)
+    check_writable(config.out, makes="run.json")
     client = None
     if config.labels:
         url, _, name = config.labels.partition("#")

@@ -37,8 +37,9 @@ class GlobalsConfig:
     dictionary: Annotated[str, tyro.conf.arg(metavar="D")]
     """Local directory in a known format, or hub id; not neurons."""
     data: str = ""
-    """Text file, or folder of .txt, .md, .rst, .utf8 and .jsonl files; or a dataset on
-    the hub, hub:NAME[@REVISION][?config=..&split=..&text=..]."""
+    """Text file, or folder of .txt, .md, .rst, .utf8 and .jsonl files; a .jsonl file of
+    prompts, lines {"prompt": ...}; or a dataset on the hub,
+    hub:NAME[@REVISION][?config=..&split=..&text=..]."""
     out: Path
     """Directory to write to."""
     features: str = "top:4096"
@@ -84,7 +85,7 @@ def run_globals(config: GlobalsConfig, say: Console) -> None:
             raise InputError(f"--{name} {getattr(config, name)}: give at least 1")
     if bool(config.data) == bool(config.merge):
         raise InputError("give --data TEXT, or --merge with directories of shards")
-    check_writable(config.out, spare_graph=True)
+    check_writable(config.out, makes="statistics.npz")
     use_compilation_cache()
     model = load_model(
         config.model,

@@ -42,7 +42,9 @@ def progress(
         TextColumn("eta"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=say, transient=True) as bar:
+    # Where nobody watches a bar would leave an empty line.
+    quiet = not say.is_terminal
+    with Progress(*columns, console=say, transient=True, disable=quiet) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

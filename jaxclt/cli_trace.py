@@ -257,7 +257,7 @@ def run_sweep(config: SweepConfig, say: Console) -> None:
         )
     for line in index:
         if line["status"] == "failed":
-            say.print(f"{line['directory']}: {line['error']}", markup=False)
+            lines(say)(f"{line['directory']}: {line['error']}")
     if config.json:
         print(json.dumps(index))  # noqa: T201
         return
@@ -282,7 +282,9 @@ def _prepare(
         raise InputError(f"--memory {config.memory}: give GB above 0")
     if config.heads < 0:
         raise InputError(f"--heads {config.heads}: give 0 for none, or how many edges")
-    check_writable(config.out)
+    check_writable(
+        config.out, makes="graph.npz" if isinstance(config, TraceConfig) else ""
+    )
     use_compilation_cache()
     started = time.perf_counter()
     model = load_model(

@@ -9,6 +9,8 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from jaxclt.errors import InputError
+
 __all__ = ["ViewConfig", "run_view"]
 
 
@@ -60,6 +62,11 @@ def run_view(config: ViewConfig, say: Console) -> None:
     if saved is not None:
         doc = pages.carry_over(doc, pages.read_graph(config.directory / "graph.json"))
     if config.features is not None:
+        if not config.features.is_dir():
+            raise InputError(
+                f"--features {config.features} is no folder: give what `jaxclt "
+                "features` wrote, or a folder of feature files"
+            )
         doc = pages.with_features(doc, config.features)
     if config.suggest:
         doc = pages.with_suggestions(doc, graph)

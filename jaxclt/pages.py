@@ -6,6 +6,7 @@ What a reader saved (labels in the nodes, pins and supernodes in ``qParams``) li
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = [
     "grouped_ids",
     "read_graph",
     "read_json",
+    "traced_digest",
     "with_features",
     "with_saved_view",
     "with_suggestions",
@@ -94,7 +96,7 @@ def directory_page(
         doc,
         # Scores of another pruning than trace's come with the document.
         None if "certificate" in own else _beside(directory, "report.json", doc),
-        validation=_beside(directory, "validation.json", doc),
+        validation=_validation(directory, doc),
         patches=(_beside(directory, PATCHES, doc) or {}).get("patches"),
         other=compare,
         serve=serve,
@@ -165,8 +167,13 @@ def grouped_ids(
 
 
 def carry_over(doc: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """A fresh document with the labels, pins and groups of a saved one."""
-    labels = {
+    """A fresh document with the labels, pins and groups of a saved one.
+
+    Labels of features that the fresh one does not show are kept under
+    ``jaxclt.labels_not_shown``, for a document that shows them again.
+    """
+    own = {**(saved.get("jaxclt") or {}), **(doc.get("jaxclt") or {})}
+    labels = dict(own.pop("labels_not_shown", {})) | {
         node["jsNodeId"]: node["clerp"]
         for node in saved["nodes"]
         if node["clerp"] and node["feature_type"] != "logit"
@@ -177,7 +184,9 @@ def carry_over(doc: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
         else node
         for node in doc["nodes"]
     ]
-    own = {**(saved.get("jaxclt") or {}), **(doc.get("jaxclt") or {})}
+    shown = {node["jsNodeId"] for node in nodes}
+    if rest := {key: text for key, text in labels.items() if key not in shown}:
+        own["labels_not_shown"] = rest
     return {**doc, "nodes": nodes, "qParams": saved["qParams"], "jaxclt": own}
 
 
@@ -193,6 +202,21 @@ def with_saved_view(doc: dict[str, Any], directory: Path) -> dict[str, Any]:
     what = ("prompt_tokens", "scan", "transcoder_list")
     same = all(saved["metadata"].get(key) == doc["metadata"][key] for key in what)
     return carry_over(doc, saved) if same else doc
+
+
+def traced_digest(report: dict[str, Any]) -> str:
+    """What tells the graph of a report.json from one traced with other settings."""
+    same = json.dumps(report.get("identity"), sort_keys=True)
+    return hashlib.sha256(same.encode()).hexdigest()
+
+
+def _validation(directory: Path, doc: dict[str, Any]) -> dict[str, Any] | None:
+    """What validate found of this graph, not of one that was here before."""
+    found = _beside(directory, "validation.json", doc)
+    if found is None or "traced" not in found:
+        return found
+    report = read_json(directory / "report.json") or {}
+    return found if found["traced"] == traced_digest(report) else None
 
 
 def _beside(directory: Path, name: str, doc: dict[str, Any]) -> dict[str, Any] | None:

@@ -92,9 +92,10 @@ def sweep_prompts(
       InputError: if the directory cannot be written.
     """
     out, config = Path(out), config or AttributeConfig()
+    folders = [out / f"{i:05d}-{_slug(prompt)}" for i, prompt in enumerate(prompts)]
+    before = _index(out)  # of prompts that this run has not come to yet
     index = []
-    for i, prompt in enumerate(prompts):
-        folder = out / f"{i:05d}-{_slug(prompt)}"
+    for i, (prompt, folder) in enumerate(zip(prompts, folders, strict=True)):
         line: dict[str, Any] = {"prompt": prompt, "directory": folder.name}
         try:
             wanted = identity(model, dictionary, prompt, config, bos)
@@ -106,11 +107,24 @@ def sweep_prompts(
         except InputError as error:
             line |= {"status": "failed", "error": str(error)}
         index.append(line)
+        ahead = [before[f.name] for f in folders[i + 1 :] if f.name in before]
         with atomic_path(out / "index.jsonl") as temporary:
-            lines = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in index)
-            temporary.write_text(lines, encoding="utf-8")
+            rows = (json.dumps(x, ensure_ascii=False) + "\n" for x in index + ahead)
+            temporary.write_text("".join(rows), encoding="utf-8")
         on_prompt(i + 1, len(prompts))
     return index
+
+
+def _index(out: Path) -> dict[str, dict[str, Any]]:
+    """The lines of an earlier run by directory; those that cannot be read are left."""
+    found = {}
+    try:
+        for text in (out / "index.jsonl").read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            found[line["directory"]] = line
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return found
 
 
 def _finished(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:

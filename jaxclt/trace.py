@@ -70,6 +70,12 @@ __all__ = [
 ]
 
 _STAGES = ("attribute", "influence", "prune", "provenance")
+# What tells which command a directory is of.
+MAKES = {
+    "graph.npz": "a traced graph",
+    "statistics.npz": "global weights",
+    "run.json": "a run of features or train",
+}
 FULL_GRAPH_BYTES = 512 << 20  # larger graphs are saved pruned unless asked otherwise
 
 
@@ -359,16 +365,20 @@ def write_trace(
     return report
 
 
-def check_writable(out: str | os.PathLike[str], *, spare_graph: bool = False) -> None:
+def check_writable(out: str | os.PathLike[str], *, makes: str = "") -> None:
     """Raise InputError now if `out` cannot be written later.
 
-    Or, with `spare_graph`, if it holds a trace, whose report would be replaced.
+    Args:
+      out: directory.
+      makes: the file of `MAKES` that is to be written. What another command made has a
+        report and a page of the same names, which would be lost.
     """
-    if spare_graph and (Path(out) / "graph.npz").exists():
-        raise InputError(
-            f"{out} holds a traced graph, whose report.json would be replaced: give "
-            "another --out"
-        )
+    for name, what in MAKES.items():
+        if makes and name != makes and (Path(out) / name).exists():
+            raise InputError(
+                f"{out} holds {what}, whose report would be replaced: give another "
+                "--out"
+            )
     probe = Path(out) / ".jaxclt"
     with atomic_path(probe):
         pass

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from jaxclt.errors import InputError
 from jaxclt.io.model import Model
-from jaxclt.train.text import PAD, pack_windows, read_documents
+from jaxclt.train.text import PAD, SHORTEST, pack_windows, read_documents
 
-__all__ = ["BATCH_TOKENS", "Data", "Mask", "TokenWindows", "batches", "read_windows"]
+__all__ = [
+    "BATCH_TOKENS",
+    "Data",
+    "Mask",
+    "TokenWindows",
+    "batches",
+    "prompt_rows",
+    "read_windows",
+]
 
 Data = str | os.PathLike[str] | Iterable[str | Sequence[int] | np.ndarray]
 Mask = Literal["all"] | np.ndarray | Sequence[Any] | None
@@ -70,13 +80,14 @@ def read_windows(
 
     Args:
       model: from `load_model`.
-      data: where text is, as for `jaxclt train --data` (a file, a folder, ``hub:...``);
+      data: where text is, as for `jaxclt train --data` (a file, a folder, ``hub:...``),
+        or a .jsonl file of prompts, see `prompt_rows`, each a window of its own;
         or an iterable of windows: each a prompt (text) or token ids. All of them are
         taken.
       mask: which positions count. None: no padding, no special token, not the first of
         a window, where many models park attention. ``"all"``: all but padding. Or bool
         [S] for all windows, [W, S], or one row for each window (padding never counts).
-      tokens: positions that count to take from a text source.
+      tokens: positions that count to take from a text source or from prompts.
       context: positions of a window cut from a text source.
       shard: (i, n) takes every n-th window from the i-th on.
       on_tokens: progress of the tokenizer.
@@ -87,12 +98,20 @@ def read_windows(
     """
     if isinstance(data, TokenWindows):
         return data.take(slice(shard[0], None, shard[1]))
-    if isinstance(data, str | os.PathLike):
-        if tokens < 1:
-            raise InputError(f"--tokens {tokens}: give at least 1")
-        if context > model.cfg.n_ctx:
+    source = isinstance(data, str | os.PathLike)
+    if source and tokens < 1:
+        raise InputError(f"--tokens {tokens}: give at least 1")
+    if source and (rows := prompt_rows(data)) is not None:
+        token_WS = _padded(model, [prompt for prompt, _ in rows])
+        found = TokenWindows(token_WS, _mask(model, token_WS, mask)).first(tokens)
+    elif source:
+        n_ctx = model.cfg.n_ctx
+        if context > n_ctx:
             raise InputError(
-                f"--context {context}: the model takes at most {model.cfg.n_ctx}"
+                f"--context {context}: the model takes at most {n_ctx}"
+                if n_ctx > SHORTEST
+                else f"the model's context of {n_ctx} tokens is too short for windows "
+                'of text: give a .jsonl file of prompts, lines {"prompt": ...}'
             )
         documents = {
             hashlib.sha256(text.encode()).hexdigest(): text
@@ -113,6 +132,32 @@ def read_windows(
     if not found.n_tokens:
         raise InputError("no position of the data counts: give more text, or a mask")
     return found
+
+
+def prompt_rows(
+    data: str | os.PathLike[str],
+) -> list[tuple[str, str | None]] | None:
+    """Prompts and answers of a .jsonl of prompts; None if it is anything else."""
+    path = Path(data)
+    if path.suffix != ".jsonl" or not path.is_file():
+        return None
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row: Any = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path} line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict) or "prompt" not in row:
+            if rows:
+                raise InputError(f'{path} line {number}: write {{"prompt": ...}}')
+            return None
+        prompt, answer = row["prompt"], row.get("answer")
+        if not isinstance(prompt, str) or not isinstance(answer, str | None):
+            raise InputError(f"{path} line {number}: prompt and answer must be texts")
+        rows.append((prompt, answer))
+    return rows or None
 
 
 def _padded(

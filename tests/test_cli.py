@@ -78,6 +78,18 @@ def test_the_heading_is_the_end_of_the_prompt():
     assert heading("word " * 2000 + "last") == "…" + ("word " * 40 + "last")[-119:]
 
 
+def test_what_another_command_made_is_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name in ("statistics.npz", "run.json"):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).touch()
+        assert trace(out) == 2
+        assert "whose report would be replaced" in capsys.readouterr().err
+        assert [p.name for p in out.iterdir()] == [name]
+
+
 def test_npz_rows_sum_without_our_code(traced: Path):
     with np.load(traced / "graph.npz", allow_pickle=False) as graph:
         total = graph["edge_RN"].sum(1) + graph["bias_R"] + graph["rest_R"]
@@ -107,6 +119,32 @@ def test_json_report_on_stdout_and_nothing_else(
     report = json.loads(capsys.readouterr().out)
     assert report["dictionary"] == "neurons:3"
     assert report == json.loads((tmp_path / "g" / "report.json").read_text())
+
+
+def test_what_a_reader_saved_outlives_another_trace(tmp_path: Path):
+    """Of the same prompt; patches that lie there are on the new page too."""
+    out, file = tmp_path / "g", tmp_path / "g" / "graph.json"
+    options = ("--dictionary", "neurons:3")
+    assert trace(out, *options) == 0
+    doc = json.loads(file.read_text("utf-8"))
+    node = next(n for n in doc["nodes"] if n["activation"])
+    node["clerp"] = "mine"
+    doc["qParams"]["supernodes"] = [["pair", node["node_id"]]]
+    file.write_text(json.dumps(doc), "utf-8")
+    about = {"prompt": PROMPT, "dictionary": "neurons:3"}
+    patches = about | {"patches": [{"name": "done before"}]}
+    (out / "patches.json").write_text(json.dumps(patches))
+    assert trace(out, *options, "--node-threshold", 0.7) == 0
+    again = json.loads(file.read_text("utf-8"))
+    assert again["qParams"]["supernodes"] == doc["qParams"]["supernodes"]
+    assert "done before" in (out / "index.html").read_text("utf-8")
+    # its label, though fewer nodes were shown meanwhile
+    assert trace(out, *options) == 0
+    again = json.loads(file.read_text("utf-8"))["nodes"]
+    assert {n["node_id"]: n["clerp"] for n in again}[node["node_id"]] == "mine"
+    assert trace(out, *options, prompt="w3 w4") == 0
+    again = json.loads(file.read_text("utf-8"))
+    assert again["qParams"]["supernodes"] == []
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -197,6 +235,13 @@ def test_given_targets_replace_the_top_tokens(tmp_path: Path, traced: Path):
     assert trace(tmp_path / "g", "--targets", token) == 0
     report = json.loads((tmp_path / "g" / "report.json").read_text())
     assert [text for text, _ in report["top_tokens"]] == [token]
+
+
+def test_view_without_the_features_named_says_so(
+    traced: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run("view", traced, "--features", traced / "nothing") == 2
+    assert "nothing is no folder" in capsys.readouterr().err
 
 
 def test_view_prunes_again(traced: Path, tmp_path: Path):

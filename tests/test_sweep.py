@@ -72,6 +72,27 @@ def test_resumed_equals_uninterrupted(
                 assert ours == theirs, name
 
 
+def test_an_interrupted_repeat_keeps_the_whole_index(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = run(prompts, tmp_path / "out")
+    seen = []
+
+    def once(folder: Path, _: object) -> dict:
+        seen.append(folder.name)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        return {"scores": "of now"}
+
+    monkeypatch.setattr(sweep, "_finished", once)
+    with pytest.raises(SystemExit):
+        run(prompts, tmp_path / "out")
+    lines = (tmp_path / "out" / "index.jsonl").read_text().splitlines()
+    first, *rest = map(json.loads, lines)
+    assert first["scores"] == "of now"
+    assert rest == whole[1:]
+
+
 def test_other_settings_are_traced_again(prompts: Path, tmp_path: Path):
     prompts.write_text(PROMPTS[0])
     run(prompts, tmp_path / "out")

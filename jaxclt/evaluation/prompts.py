@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from jaxclt.errors import InputError
 from jaxclt.io.model import Model
 from jaxclt.train.text import PAD
-from jaxclt.windows import TokenWindows, read_windows
+from jaxclt.windows import TokenWindows, prompt_rows, read_windows
 
 __all__ = ["EvalText", "graph_filter", "pick_prompts", "read_eval_text", "unsure"]
 
@@ -86,7 +82,7 @@ def read_eval_text(
     Raises:
       InputError: if there is no text, or a line is not what it should be.
     """
-    rows = _prompt_rows(data)
+    rows = prompt_rows(data)
     if rows is None:
         every = read_windows(
             model, data, tokens=max(tokens, count_tokens), context=context
@@ -132,32 +128,6 @@ def _answer(model: Model, prompt: str, answer: str | None, last: int) -> int:
 
 def _counts(token_WS: np.ndarray, d_vocab: int) -> np.ndarray:
     return np.bincount(token_WS[token_WS != PAD], minlength=d_vocab)
-
-
-def _prompt_rows(
-    data: str | os.PathLike[str],
-) -> list[tuple[str, str | None]] | None:
-    """Prompts and answers of a .jsonl of prompts; None if it is anything else."""
-    path = Path(data)
-    if path.suffix != ".jsonl" or not path.is_file():
-        return None
-    rows = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row: Any = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path} line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict) or "prompt" not in row:
-            if rows:
-                raise InputError(f'{path} line {number}: write {{"prompt": ...}}')
-            return None
-        prompt, answer = row["prompt"], row.get("answer")
-        if not isinstance(prompt, str) or not isinstance(answer, str | None):
-            raise InputError(f"{path} line {number}: prompt and answer must be texts")
-        rows.append((prompt, answer))
-    return rows or None
 
 
 def unsure(

@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from jaxclt.cli_progress import lines
+from jaxclt.cli_progress import lines, stoppable
 from jaxclt.compiled import use_compilation_cache
 from jaxclt.train.config import PRESETS, TrainConfig, preset
 
@@ -32,7 +34,8 @@ __all__ = ["TrainCommand", "run_train", "train_defaults"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainCommand(TrainConfig):
-    """Train a cross-layer or per-layer transcoder; resumes from --out by itself."""
+    """Train a cross-layer or per-layer transcoder; resumes from --out by itself.
+    Ctrl-C ends it with a checkpoint."""
 
     model: Annotated[str, tyro.conf.arg(metavar="M")]
     """Known name (see `jaxclt fetch --list`), local directory, GGUF file or hub id."""
@@ -113,7 +116,7 @@ def run_train(command: TrainCommand, say: Console) -> None:
             for text in found.lines():
                 Console().print(text, markup=False, soft_wrap=True)
         return
-    with _progress(say, config.n_steps) as listener:
+    with _progress(say, config.n_steps, alone=not command.processes) as listener:
         card = train(
             model,
             command.data,
@@ -126,6 +129,14 @@ def run_train(command: TrainCommand, say: Console) -> None:
         )
     if not processes.is_first():
         return
+    if "metrics" not in card:
+        say.print(
+            f"jaxclt: stopped after step {card['step']} of {config.n_steps}, which is "
+            "kept: the same command goes on",
+            markup=False,
+            soft_wrap=True,
+        )
+        sys.exit(130)
     if command.json:
         print(json.dumps(card))  # noqa: T201
         return
@@ -139,8 +150,8 @@ def run_train(command: TrainCommand, say: Console) -> None:
 
 
 @contextlib.contextmanager
-def _progress(say: Console, n_steps: int) -> Iterator[Listener]:
-    """A bar with tokens/s, ETA, FVU, L0 and the dead share."""
+def _progress(say: Console, n_steps: int, *, alone: bool) -> Iterator[Listener]:
+    """A bar with tokens/s, ETA, FVU, L0 and the dead share; Ctrl-C stops if alone."""
     from jaxclt.train.trainer import Listener
 
     columns = (
@@ -150,7 +161,8 @@ def _progress(say: Console, n_steps: int) -> Iterator[Listener]:
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=say, transient=True) as bar:
+    quiet = not say.is_terminal
+    with Progress(*columns, console=say, transient=True, disable=quiet) as bar:
         task = bar.add_task("starting", total=None, state="")
 
         def stage(what: str, done: int, total: int) -> None:
@@ -171,4 +183,7 @@ def _progress(say: Console, n_steps: int) -> Iterator[Listener]:
                 state=state,
             )
 
-        yield Listener(stage=stage, step=step, line=lines(say))
+        heard = Listener(stage=stage, step=step, line=lines(say))
+        if alone:  # several processes would have to stop at the same step
+            heard = dataclasses.replace(heard, stoppable=partial(stoppable, say))
+        yield heard

@@ -22,6 +22,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,15 @@ class DivergedError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Listener:
-    """What the caller wants to hear of a run."""
+    """What the caller wants to hear of a run, and whether it is to stop."""
 
     stage: Callable[[str, int, int], None] = lambda what, done, total: None
     step: Callable[[dict[str, Any]], None] = lambda record: None
     line: Callable[[str], None] = lambda text: None
+    # Entered for the steps; once what it yields is true they end with a checkpoint.
+    stoppable: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: (
+        nullcontext(lambda: False)
+    )
 
 
 @dataclasses.dataclass
@@ -105,7 +110,7 @@ def train(
       stop_at: pause after this step with a checkpoint, as if interrupted there.
 
     Returns:
-      The card of the run, or the last record when it was paused.
+      The card of the run, or the last record when it was paused or stopped.
 
     Raises:
       InputError: for what cannot be trained, or when `out` holds another run.
@@ -263,30 +268,36 @@ class _Run:
         logged, busy = step, 0.0  # at the last line of the log
         record: dict[str, Any] = {"step": step}
         last_step = min(n_steps, stop_at or n_steps)
-        while step < last_step:
-            with _spent(self.clock, "data"):
-                batch, at = self._batch(state, at)
-            with _spent(self.clock, "step"):
-                state, metrics = self.step_fn(state, batch)
-                step += 1
+        with self.say.stoppable() as stopped:
+            while step < last_step:
+                with _spent(self.clock, "data"):
+                    batch, at = self._batch(state, at)
+                with _spent(self.clock, "step"):
+                    state, metrics = self.step_fn(state, batch)
+                    step += 1
+                    last_step = step if stopped() else last_step
+                    if step % config.log_every == 0 or step == last_step:
+                        jax.block_until_ready(metrics)
                 if step % config.log_every == 0 or step == last_step:
-                    jax.block_until_ready(metrics)
-            if step % config.log_every == 0 or step == last_step:
-                now = self.clock.data + self.clock.step
-                rate = (step - logged) * config.batch_tokens / max(now - busy, 1e-9)
-                logged, busy = step, now
-                record = self._log_step(step, metrics, rate)
-            if config.eval_every and step % config.eval_every == 0 and step < n_steps:
-                self._log_eval(step, state)
-            if step % config.checkpoint_every == 0 or step == last_step:
-                self._check_finite(step, processes.to_host(metrics))
-                with _spent(self.clock, "checkpoint"):
-                    self.last_good = checkpoint.save_checkpoint(
-                        self.out / "checkpoints",
-                        step,
-                        state,
-                        dataclasses.asdict(at),
-                    )
+                    now = self.clock.data + self.clock.step
+                    rate = (step - logged) * config.batch_tokens / max(now - busy, 1e-9)
+                    logged, busy = step, now
+                    record = self._log_step(step, metrics, rate)
+                if (
+                    config.eval_every
+                    and step % config.eval_every == 0
+                    and step < n_steps
+                ):
+                    self._log_eval(step, state)
+                if step % config.checkpoint_every == 0 or step == last_step:
+                    self._check_finite(step, processes.to_host(metrics))
+                    with _spent(self.clock, "checkpoint"):
+                        self.last_good = checkpoint.save_checkpoint(
+                            self.out / "checkpoints",
+                            step,
+                            state,
+                            dataclasses.asdict(at),
+                        )
         if step < n_steps:
             return record
         seconds = time.perf_counter() - began

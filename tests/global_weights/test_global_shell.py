@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import sys
@@ -51,6 +52,20 @@ def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 WINDOWS = [[5, 9, 30, 12, 60, 7], [70, 9, 9, 44, 13, 8], [3, 4, 5, 6, 7, 8]]
+
+
+def test_a_file_of_prompts_gives_a_window_each(model: Model, tmp_path: Path):
+    """Where the context is too short for windows of text, too."""
+    prompts, file = ["w3 w4 w9", "w5 w6", "w7 w8"], tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": x}) + "\n" for x in prompts))
+    found = jaxclt.read_windows(model, file)
+    np.testing.assert_array_equal(
+        found.token_WS, jaxclt.read_windows(model, prompts).token_WS
+    )
+    assert len(jaxclt.read_windows(model, file, tokens=3).token_WS) == 2
+    short = dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, n_ctx=16))
+    with pytest.raises(InputError, match=r"too short .* give a \.jsonl"):
+        jaxclt.read_windows(short, tmp_path / "text.txt")
 
 
 def test_windows_of_ids_text_and_masks(model: Model):

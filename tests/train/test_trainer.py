@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -145,6 +146,17 @@ def test_a_paused_and_damaged_run_ends_with_the_same_bits(
     steps = {r["step"]: r["loss"] for r in records(whole)}
     again = {r["step"]: r["loss"] for r in records(out)}
     assert {k: v for k, v in again.items() if k in steps} == steps
+
+
+def test_a_stop_is_a_checkpoint(text: Path, tmp_path: Path):
+    """As Ctrl-C asks for: after the step that it came in, wherever that is."""
+    asked = iter([False, False, True])
+    listener = Listener(stoppable=lambda: nullcontext(lambda: next(asked)))
+    out, config = tmp_path / "run", tiny_config(tokens=64 * 8, log_every=99)
+    found = train(tiny_model(), text, out, config, listener=listener)
+    assert found["step"] == 3
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["00000003"]
+    assert not (out / "card.json").exists()
 
 
 def test_another_recipe_does_not_resume(whole: Path, text: Path):

@@ -11,7 +11,7 @@ from test_page import FEATURE, REPORT, VALIDATION, data_of
 
 from jaxclt.api import show
 from jaxclt.errors import InputError
-from jaxclt.pages import carry_over, read_graph, write_page
+from jaxclt.pages import carry_over, read_graph, traced_digest, write_page
 from jaxclt.viewer.graph_json import graph_json, validate
 
 
@@ -53,6 +53,19 @@ def test_files_of_another_prompt_are_left_out(folder: Path):
     found = data(folder)
     assert found["report"] is None
     assert found["validation"] is None
+
+
+def test_validation_of_an_earlier_trace_is_left_out(folder: Path):
+    """Same prompt and dictionary, other targets for example."""
+    paths = [folder / f"{name}.json" for name in ("report", "validation")]
+    report, own = (json.loads(path.read_text()) for path in paths)
+    report["identity"] = {"targets": [" Paris"]}
+    paths[0].write_text(json.dumps(report))
+    paths[1].write_text(json.dumps(own | {"traced": traced_digest(report)}))
+    assert data(folder)["validation"] is not None
+    report["identity"] = {"targets": [" Rome"]}
+    paths[0].write_text(json.dumps(report))
+    assert data(folder)["validation"] is None
 
 
 def test_labels_and_groups_outlive_another_pruning(folder: Path):
