@@ -57,7 +57,8 @@ class _Attribution:
     precision: Literal["highest", "high", "default"] = "highest"
     """Of matmuls on accelerators; highest is full float32."""
     memory: float | None = None
-    """Most memory to use, GB; what is free if not given. Graphs are fitted to it."""
+    """Most memory to use, GB (of each accelerator, if there are any); what is free if
+    not given. Graphs are fitted to it."""
     devices: int | None = None
     """How many accelerators share the rows of a graph; all if not given."""
     shard: int | None = None

@@ -6,11 +6,13 @@ Everything at once by pushing sources forward where that is cheaper and fits in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 
 from jaxclt.clt.active import Active
@@ -52,6 +54,8 @@ def plan_attribution(
       InputError: if it does not fit, with the bytes needed and the flags that lower it.
     """
     A, cap = len(active.layer_A), config.max_features
+    apart = jax.local_devices()[0].platform != "cpu"
+    leaves = jax.tree.leaves(params)
     spans = np.array([rows.shape[1] for rows in active.decoder])
     sizes = Sizes(
         cfg=cfg,
@@ -63,26 +67,30 @@ def plan_attribution(
         n_unique=sum(len(rows) for rows in active.decoder),
         # A plan may be asked for a model in half precision, which no graph is made of.
         params_bytes=sum(
-            leaf.size * max(leaf.dtype.itemsize, FLOAT32)
-            for leaf in jax.tree.leaves(params)
+            (_share(leaf) if apart else leaf.size) * max(leaf.dtype.itemsize, FLOAT32)
+            for leaf in leaves
         ),
         itemsize=max(active.value_A.itemsize, FLOAT32),
     )
     budget = memory_budget(config)
-    if config.memory_gb is None:
+    if config.memory_gb is None and not apart:
         budget += sizes.params_bytes  # what is free does not count what is loaded
-    apart = jax.local_devices()[0].platform != "cpu"
     return memory_plan(
         sizes,
         budget,
         chunk_size=config.chunk_size,
-        n_devices=_mesh(config).size,
+        n_copies=1 if apart else _mesh(config).size,
         host_budget=host_available_bytes() if apart else None,
     )
 
 
+def _share(leaf: Array) -> int:
+    """Numbers of an array that one of its devices holds."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
 def memory_budget(config: AttributeConfig) -> int:
-    """Bytes that may be used: as configured, else what is free now."""
+    """Bytes that may be used, of one accelerator: as configured, else what is free."""
     if config.memory_gb is None:
         return available_bytes()
     return int(config.memory_gb * 1e9)

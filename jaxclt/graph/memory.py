@@ -9,7 +9,8 @@ smaller chunks last, until it fits; if nothing fits it says so before any work i
 
 The counts are of arrays held at the same time at the worst moment, from shapes alone.
 An accelerator has memory of its own: the dictionary's rows as they were read, and the
-edges, stay on the host.
+edges, stay on the host. Several accelerators have a copy each of all but their rows, so
+that a plan is of one of them.
 """
 
 from __future__ import annotations
@@ -97,16 +98,16 @@ def memory_plan(
     budget: int,
     *,
     chunk_size: int = 128,
-    n_devices: int = 1,
+    n_copies: int = 1,
     host_budget: int | None = None,
 ) -> MemoryPlan:
     """The fastest plan that fits.
 
     Args:
       sizes: of the prompt.
-      budget: bytes that may be used, of an accelerator if `host_budget` is given.
+      budget: bytes that may be used, of one accelerator if `host_budget` is given.
       chunk_size: most rows pulled back together on one device.
-      n_devices: devices that share each chunk.
+      n_copies: devices that share this memory, each with a copy of what kernels need.
       host_budget: bytes of the host that may be used; None: the same memory.
 
     Raises:
@@ -117,7 +118,8 @@ def memory_plan(
     smallest = None
     for chunk in (chunk_size, *chunks):
         for packed in (True, False):
-            device = _on_device(sizes, keep, packed, chunk * n_devices)
+            one = _on_device(sizes, keep, packed, chunk)
+            device = {part: size * n_copies for part, size in one.items()}
             plan = _planned(sizes, keep, packed, chunk, device, budget, host_budget)
             smallest = plan
             # A pool cut below four times the rows picks them with too little choice.
@@ -228,12 +230,12 @@ def _planned(
 
 
 def available_bytes() -> int:
-    """Memory that may be used: the accelerator's, else what the machine has free."""
+    """Memory that may be used: of one accelerator, else what the machine has free."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         if "bytes_limit" in stats:
-            return int(stats["bytes_limit"]) * jax.local_device_count()
+            return int(stats["bytes_limit"])
     return host_available_bytes()
 
 

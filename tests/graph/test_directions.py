@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import FEW, case, case_active, case_graph, close
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxclt.clt.active import Active
 from jaxclt.errors import InputError
-from jaxclt.graph import compute, stream
+from jaxclt.graph import compute, pooled, pushed, stream
 from jaxclt.graph.attribute import AttributeConfig, Timing, attribute_recording
 from jaxclt.graph.bank import RowTargets, pack, writers
 from jaxclt.graph.certificate import certificate
@@ -311,14 +311,26 @@ def test_the_plan_shrinks_until_it_fits() -> None:
         memory_plan(smol(2048, 2048), 2 << 30)
 
 
+def test_a_plan_is_of_one_accelerator_or_of_all_copies() -> None:
+    """Kernels' arrays are on every device; only those of a CPU share its memory."""
+    one, two = (memory_plan(smol(64, 128), 96 << 30, n_copies=n) for n in (1, 2))
+    apart = memory_plan(smol(64, 128), 96 << 30, host_budget=96 << 30)
+    kernels = set(apart.bytes)
+    assert {k: two.bytes[k] for k in kernels} == {k: 2 * one.bytes[k] for k in kernels}
+    assert {k: v for k, v in two.bytes.items() if k not in kernels} == apart.host_bytes
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    split = NamedSharding(mesh, PartitionSpec(None, "x"))
+    assert compute._share(jax.device_put(jnp.zeros((3, 16)), split)) == 6
+
+
 def test_memory_is_planned_before_any_row_is_computed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def forbidden(*args, **kwargs) -> None:
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr(compute, "edge_rows", forbidden)
-    monkeypatch.setattr(compute, "edge_columns", forbidden)
+    monkeypatch.setattr(pooled, "edge_rows", forbidden)
+    monkeypatch.setattr(pushed, "edge_columns", forbidden)
     with pytest.raises(InputError, match="lower --max-features"):
         case("clt").graph(dataclasses.replace(ALL, memory_gb=1e-6))
 
