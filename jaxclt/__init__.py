@@ -63,6 +63,7 @@ from jaxclt.graph.supernodes import (
     supernode_graph,
 )
 from jaxclt.intervene import PatchResult, patch
+from jaxclt.io.convert import convert as convert_dictionary
 from jaxclt.io.dictionary import load_dictionary, save_dictionary
 from jaxclt.io.global_file import (
     SavedGlobals,
@@ -109,6 +110,7 @@ __all__ = [
     "attribute",
     "certificate",
     "coactivation",
+    "convert_dictionary",
     "describe_paths",
     "describe_supernodes",
     "edge_parts",

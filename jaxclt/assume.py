@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jaxclt.errors import InputError
 from jaxclt.graph.config import AttributeConfig
-from jaxclt.graph.memory import MemoryPlan, Sizes, memory_plan
+from jaxclt.graph.memory import FLOAT32, MemoryPlan, Sizes, memory_plan
 from jaxclt.io.families import shape_from_hf
 from jaxclt.io.weights_safetensors import read_json
 from jaxclt.lm.config import LMConfig
@@ -58,7 +58,6 @@ def plan_assumed(
     *,
     config: AttributeConfig,
     budget: int,
-    itemsize: int = 4,
     n_targets: int = 10,
 ) -> tuple[MemoryPlan, int]:
     """The plan and the active features.
@@ -68,7 +67,6 @@ def plan_assumed(
       assumed: the prompt.
       config: how much to compute.
       budget: bytes that may be used.
-      itemsize: bytes of a number.
       n_targets: tokens that are explained.
 
     Raises:
@@ -94,8 +92,8 @@ def plan_assumed(
         n_targets=n_targets,
         n_sites=sum(min(span, L - l) for l in range(L)) / L,
         n_unique=unique,
-        params_bytes=_parameters(cfg) * itemsize,
-        itemsize=itemsize,
+        params_bytes=_parameters(cfg) * FLOAT32,
+        itemsize=FLOAT32,
     )
     host = None if assumed.host is None else assumed.host * 10**9
     plan = memory_plan(sizes, budget, chunk_size=config.chunk_size, host_budget=host)

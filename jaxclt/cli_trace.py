@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxclt.graph.memory import MemoryPlan
     from jaxclt.io.model import Model
 
-__all__ = ["SweepConfig", "TraceConfig", "run_sweep", "run_trace"]
+__all__ = ["SweepConfig", "TraceConfig", "heading", "run_sweep", "run_trace"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,8 @@ class _Attribution:
     """Most memory to use, GB; what is free if not given. Graphs are fitted to it."""
     devices: int | None = None
     """How many accelerators share the rows of a graph; all if not given."""
+    shard: int | None = None
+    """Split the model's weights over this many devices, where one cannot hold them."""
     json: bool = False
     """Print the result as JSON on stdout."""
     debug: bool = False
@@ -201,7 +203,6 @@ def _dry_run_assumed(config: TraceConfig) -> None:
         assumed,
         config=how,
         budget=budget,
-        itemsize=2 if config.dtype == "bfloat16" else 4,
     )
     _show_plan(plan, assumed.tokens, n_active, budget, config)
 
@@ -288,8 +289,10 @@ def _prepare(
     )
     use_compilation_cache()
     started = time.perf_counter()
-    model = load_model(config.model, dtype=config.dtype, progress=lines(say))
-    dictionary = load_dictionary(config.dictionary, model)
+    model = load_model(
+        config.model, dtype=config.dtype, mesh=config.shard, progress=lines(say)
+    )
+    dictionary = load_dictionary(config.dictionary, model, progress=lines(say))
     attribution = AttributeConfig(
         max_features=config.max_features,
         # That tool leaves out what is not explored: no bound could be stated.
@@ -317,9 +320,18 @@ def _unexplored(share: float | None, full: dict[str, float]) -> str:
     )
 
 
+_HEADING = 120  # characters
+
+
+def heading(prompt: str) -> str:
+    """A prompt on one line; of a long one its end, which the graph explains."""
+    line = prompt.replace("\n", "⏎")
+    return line if len(line) <= _HEADING else "…" + line[1 - _HEADING :]
+
+
 def _summary(report: dict[str, Any]) -> Table:
     """What a user wants to know first, as a table."""
-    table = Table(title=Text(report["prompt"]), show_header=False)
+    table = Table(title=Text(heading(report["prompt"])), show_header=False)
     top = ", ".join(f"{t!r} {p:.2f}" for t, p in report["top_tokens"][:3])
     full, kept = report["scores"]["full"], report["scores"]["pruned"]
     graph, proof = report["graph"], report["certificate"]

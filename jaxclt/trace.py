@@ -151,11 +151,13 @@ def identity(
     model: Model, dictionary: Dictionary, prompt: str, config: AttributeConfig, bos: Bos
 ) -> dict[str, Any]:
     """What a trace depends on, as JSON: equal identities give equal graphs."""
+    chosen = {"dictionary_made_of": dict(dictionary.provenance)}
     return {
         "prompt": prompt,
         "bos": bos,
         "hashes": {"model": model.hash, "dictionary": dictionary.hash},
         "dictionary": dictionary.name,
+        **(chosen if dictionary.provenance else {}),
         "config": dataclasses.asdict(config),
         "version": __version__,
     }

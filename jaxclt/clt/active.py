@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +119,11 @@ class Dictionary(Protocol):
         """What features stand for, by (layer, feature), as far as anybody said."""
         ...
 
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What was chosen where its name left a choice, as JSON; else empty."""
+        ...
+
     def active(
         self,
         params: LMParams,
@@ -138,6 +143,7 @@ class StoreDictionary:
     name: str = "transcoder"
     hash: str = ""
     labels: Mapping[tuple[int, int], str] = dataclasses.field(default_factory=dict)
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def cfg(self) -> CLTConfig:

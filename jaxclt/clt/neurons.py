@@ -24,6 +24,7 @@ import math
 import re
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,11 @@ class NeuronDictionary:
     @property
     def labels(self) -> Mapping[tuple[int, int], str]:
         """Neurons have none."""
+        return {}
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """The model's, see its hash."""
         return {}
 
     def active(

@@ -23,7 +23,7 @@ from jaxclt.clt.active import Active
 from jaxclt.graph.bank import Bank, DeviceBank, RowTargets, add_dots
 from jaxclt.graph.plan import Chunk, Plan, chunk_flops
 from jaxclt.graph.rows import pipelined
-from jaxclt.graph.stream import Stream, attend, make_stream
+from jaxclt.graph.stream import Stream, attend, make_stream, on_mesh
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import LMParams, Recording
 
@@ -178,9 +178,7 @@ def edge_columns(
       on_columns: called with the number of columns just finished.
     """
     stream = make_stream(params, recording, cfg=cfg, pull=False, skip=skip)
-    held = _Held(stream, bank.on_device(packed=True))
-    if mesh.size > 1:
-        held = jax.device_put(held, jax.sharding.NamedSharding(mesh, PartitionSpec()))
+    held = on_mesh(_Held(stream, bank.on_device(packed=True)), mesh)
     T = len(columns.embed_TD)
     site_N, pos_N = columns.sites, columns.positions
     every = np.arange(len(targets.pos_R))

@@ -19,6 +19,7 @@ from jaxclt.graph.bank import pack, writers
 from jaxclt.graph.columns import push_flops
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.graph.memory import (
+    FLOAT32,
     MemoryPlan,
     Sizes,
     available_bytes,
@@ -60,8 +61,12 @@ def plan_attribution(
         n_targets=n_targets,
         n_sites=float(spans[active.layer_A].mean()) if A else 1.0,
         n_unique=sum(len(rows) for rows in active.decoder),
-        params_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
-        itemsize=active.value_A.itemsize,
+        # A plan may be asked for a model in half precision, which no graph is made of.
+        params_bytes=sum(
+            leaf.size * max(leaf.dtype.itemsize, FLOAT32)
+            for leaf in jax.tree.leaves(params)
+        ),
+        itemsize=max(active.value_A.itemsize, FLOAT32),
     )
     budget = memory_budget(config)
     if config.memory_gb is None:

@@ -24,6 +24,7 @@ from jaxclt.errors import InputError
 from jaxclt.lm.config import LMConfig
 
 __all__ = [
+    "FLOAT32",
     "MemoryPlan",
     "Sizes",
     "available_bytes",
@@ -31,6 +32,9 @@ __all__ = [
     "memory_plan",
     "patterns_kept",
 ]
+
+
+FLOAT32 = 4  # bytes of a number: attribution takes no halves, whatever files hold
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,7 @@ class Sizes:
     n_sites: float = 1  # MLP outputs a feature writes, on average
     n_unique: int | None = None  # distinct active features; None: all distinct
     params_bytes: int = 0
-    itemsize: int = 4
+    itemsize: int = FLOAT32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,9 @@ class MemoryPlan:
         return sum(self.host_bytes.values())
 
 
-def patterns_kept(cfg: LMConfig, n_tokens: int, budget: int, itemsize: int = 4) -> bool:
+def patterns_kept(
+    cfg: LMConfig, n_tokens: int, budget: int, itemsize: int = FLOAT32
+) -> bool:
     """Whether the attention patterns of a prompt may be held: up to 1/16 of memory.
 
     They are held twice for a moment, when the norm's scale is folded in.

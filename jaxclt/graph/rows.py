@@ -30,7 +30,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxclt.clt.active import Active
 from jaxclt.graph.bank import Bank, DeviceBank, RowTargets, add_dots, pack, writers
 from jaxclt.graph.plan import Chunk, Plan, chunk_flops
-from jaxclt.graph.stream import Stream, attend, make_stream
+from jaxclt.graph.stream import Stream, attend, make_stream, on_mesh
 from jaxclt.lm.config import LMConfig
 from jaxclt.shapes import bucket
 from jaxclt.types import LMParams, Recording
@@ -256,10 +256,13 @@ def make_puller(
         error_LTD=jnp.asarray(error_LTD),
         embed_TD=recording.embed_TD,
     )
-    if mesh.size > 1:
-        held = jax.device_put(held, jax.sharding.NamedSharding(mesh, PartitionSpec()))
     return Puller(
-        held=held, bank=bank, cfg=cfg, plan=plan, mesh=mesh, n_tokens=n_tokens
+        held=on_mesh(held, mesh),
+        bank=bank,
+        cfg=cfg,
+        plan=plan,
+        mesh=mesh,
+        n_tokens=n_tokens,
     )
 
 

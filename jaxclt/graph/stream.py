@@ -11,13 +11,15 @@ from what entered it; next to moving a chunk of vectors that costs little.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxclt.lm.block import FrozenLayer, frozen_pattern
 from jaxclt.lm.config import LMConfig
@@ -25,7 +27,7 @@ from jaxclt.lm.frozen import fold_post_attn
 from jaxclt.lm.layers import attn_norm, fold_norm
 from jaxclt.types import Block, LMParams, Recording
 
-__all__ = ["Stream", "attend", "causal_share", "make_stream"]
+__all__ = ["Stream", "attend", "causal_share", "make_stream", "on_mesh"]
 
 
 class Stream(NamedTuple):
@@ -89,12 +91,41 @@ def _lay_out(
         value=value,
         output=output,
         pattern_LHTS=None if pattern_LHTS is None else _scaled(pattern_LHTS, scale_LT),
-        blocks=None if clean_LTD is None else blocks,
+        blocks=None if clean_LTD is None else _for_patterns(blocks),
         clean_LTD=clean_LTD,
         scale_LT=scale_LT,
         post_scale_LT=post_scale_LT,
         skip=skip,
     )
+
+
+def _for_patterns(blocks: Block) -> Block:
+    """What computes patterns: every device that works on edges holds it."""
+    none_L = blocks.norm_attn_LD[:, 0]
+    unused = dict.fromkeys(("v_LDGC", "o_LHCD", "up_LDI", "down_LID"), none_L)
+    return dataclasses.replace(
+        blocks,
+        **unused,
+        gate_LDI=None,
+        v_bias_LGC=None,
+        o_bias_LD=None,
+        gate_bias_LI=None,
+        up_bias_LI=None,
+        down_bias_LD=None,
+    )
+
+
+def on_mesh(held: Any, mesh: Mesh) -> Any:
+    """A pytree whole on every device of a mesh, wherever its arrays were.
+
+    What of a model's weights edges need (attention's values and outputs) is little; a
+    model that is split over devices is so no more for them.
+    """
+    there = set(mesh.devices.flat)
+    leaves = jax.tree.leaves(held)
+    if mesh.size == 1 and all(leaf.devices() == there for leaf in leaves):
+        return held
+    return jax.device_put(held, NamedSharding(mesh, PartitionSpec()))
 
 
 @jax.jit

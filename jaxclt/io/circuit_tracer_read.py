@@ -32,7 +32,8 @@ from jaxclt.io.formats.pieces import (
 from jaxclt.io.hub import fetch_listed
 from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
 
-__all__ = ["CONFIG", "is_circuit_tracer", "open_circuit_tracer", "read_yaml"]
+__all__ = ["CONFIG", "is_circuit_tracer", "open_circuit_tracer", "open_described"]
+__all__ += ["read_yaml"]
 
 CONFIG = "config.yaml"
 
@@ -57,7 +58,29 @@ def open_circuit_tracer(
     Raises:
       InputError: if a file is missing, truncated, a pickle, or of the wrong shape.
     """
-    config = _read_config(path, supplement or {})
+    config = {**(supplement or {}), **read_yaml(path / CONFIG)}
+    return open_described(path, config, described={CONFIG: path / CONFIG})
+
+
+def open_described(
+    path: Path,
+    config: Mapping[str, Any],
+    *,
+    described: Mapping[str, Path],
+    provenance: Mapping[str, Any] | None = None,
+) -> FileStore:
+    """Open a dictionary that is described in the words of a config.yaml.
+
+    Args:
+      path: the directory.
+      config: what a config.yaml in it says, or would say.
+      described: files that it comes from, by name.
+      provenance: what was chosen where the dictionary's name left a choice.
+
+    Raises:
+      InputError: as `open_circuit_tracer`.
+    """
+    _check_config(path, config)
     layout, encoder_files, decoder_files = _open_layers(path, config)
     cfg = _infer_config(path, config, layout, encoder_files, decoder_files)
     _check_layers(cfg, layout, encoder_files, decoder_files)
@@ -70,13 +93,11 @@ def open_circuit_tracer(
         cfg=cfg,
         format=layout.format,
         layers=tuple(layers),
-        files={
-            CONFIG: path / CONFIG,
-            **_named(path, (*encoder_files, *decoder_files)),
-        },
+        files={**described, **_named(path, (*encoder_files, *decoder_files))},
         write=WRITE_OF_HOOK[config["feature_output_hook"]],
         model_name=_text(path, config, "model_name"),
         scan=_text(path, config, "scan"),
+        provenance=provenance or {},
     )
 
 
@@ -97,10 +118,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return config
 
 
-def _read_config(path: Path, supplement: Mapping[str, Any]) -> dict[str, Any]:
-    """config.yaml as a mapping whose kind and hooks are known."""
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """The kind and the hooks are known ones."""
     file = path / CONFIG
-    config = {**supplement, **read_yaml(file)}
     for key, known in (
         ("model_kind", tuple(dict.fromkeys(x.model_kind for x in LAYOUTS))),
         ("feature_input_hook", tuple(READ_OF_HOOK)),
@@ -111,7 +131,6 @@ def _read_config(path: Path, supplement: Mapping[str, Any]) -> dict[str, Any]:
             names = ", ".join(filter(None, known))
             value = config.get(key)
             raise InputError(f"{file}: {key} is {value!r}, it must be one of {names}")
-    return config
 
 
 def _text(path: Path, config: Mapping[str, Any], key: str) -> str | None:

@@ -1,7 +1,9 @@
-"""Numbers of a config.json, checked."""
+"""Numbers of a config file, checked."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxclt.errors import InputError
@@ -9,16 +11,36 @@ from jaxclt.errors import InputError
 __all__ = ["number", "whole"]
 
 
-def whole(hf: dict[str, Any], key: str, default: int | None = None) -> int:
-    """An integer field.
+def whole(
+    config: Mapping[str, Any],
+    name: str,
+    default: int | None = None,
+    *,
+    where: str | Path = "config.json",
+    least: int | None = None,
+) -> int:
+    """A whole number.
+
+    Args:
+      config: what the file holds.
+      name: the field.
+      default: where the field is missing or null; None: it must be there.
+      where: the file, for the message.
+      least: the smallest that makes sense.
 
     Raises:
-      InputError: if it is none, or missing without a default.
+      InputError: if it is missing or anything else.
     """
-    value = hf.get(key)
+    value = config.get(name)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InputError(f"config.json: {key} must be an integer, not {value!r}")
+    # True is no 1, and 2.0 no size
+    fits = type(value) is int and (least is None or least <= value < 1 << 40)
+    if not fits:
+        bound = "" if least is None else f" from {least}"
+        raise InputError(
+            f"{where}: {name} must be a whole number{bound}, not {value!r}"
+        )
+    assert value is not None
     return value
 
 

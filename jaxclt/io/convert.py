@@ -38,7 +38,8 @@ def convert(
       on_layer: called with layers done and their number.
 
     Returns:
-      A report: `from`, `to`, `out`, sizes, and `lost`, why by name.
+      A report: `from`, `to`, `out`, sizes, and `lost`, why by name; `made_of` where
+      the name of the source left a choice.
 
     Raises:
       InputError: for an unknown format, a dictionary that it cannot express, something
@@ -84,4 +85,5 @@ def convert(
         "activation": cfg.activation,
         "bytes": size,
         "lost": lost,
+        **({"made_of": dict(store.provenance)} if store.provenance else {}),
     }

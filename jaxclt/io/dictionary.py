@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxclt.clt.active import Dictionary, StoreDictionary
@@ -15,6 +16,7 @@ from jaxclt.errors import InputError
 from jaxclt.io.bundled import DICTIONARIES, bundled
 from jaxclt.io.circuit_tracer_write import save_dictionary
 from jaxclt.io.formats.pieces import FileStore
+from jaxclt.io.formats.scope import chosen_files, is_scope
 from jaxclt.io.formats.table import (
     FORMATS,
     LABELS,
@@ -42,7 +44,12 @@ __all__ = [
 ]
 
 
-def load_dictionary(name_or_path: str | os.PathLike[str], model: Model) -> Dictionary:
+def load_dictionary(
+    name_or_path: str | os.PathLike[str],
+    model: Model,
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> Dictionary:
     """Open a dictionary for a model.
 
     Args:
@@ -51,6 +58,9 @@ def load_dictionary(name_or_path: str | os.PathLike[str], model: Model) -> Dicti
         `jaxclt.io.formats.table` (or one that holds such a directory as `dictionary`),
         or a hub id ``organisation/name[//folder][@revision]``.
       model: the model it reads.
+      progress: called with what was chosen in each layer where the name left that open
+        (``width_16k/average_l0_70`` of Gemma Scope: the nearest); it is in the
+        dictionary's `provenance` as well.
 
     Raises:
       InputError: for an unknown name, a damaged directory, or one for another model.
@@ -60,9 +70,18 @@ def load_dictionary(name_or_path: str | os.PathLike[str], model: Model) -> Dicti
     if neurons is not None:
         return dataclasses.replace(neurons, hash=model.hash)
     store = open_dictionary(name)
+    if progress is not None:
+        for what, chosen in store.provenance.items():
+            if what != "files":
+                listed = ", ".join(map(str, chosen))
+                progress(f"{name}: {what} of layers 0 to {len(chosen) - 1}: {listed}")
     check(store, model.cfg, post_norm=model.params.blocks.post_mlp_LD is not None)
     return StoreDictionary(
-        store, name=name, hash=store.digest(), labels=read_labels(store.path)
+        store,
+        name=name,
+        hash=store.digest(),
+        labels=read_labels(store.path),
+        provenance=store.provenance,
     )
 
 
@@ -75,7 +94,7 @@ def locate_dictionary(name: str) -> Path:
       InputError: if there is none of the name, or it cannot be had.
     """
     path = bundled(name) or Path(name).expanduser()
-    if not path.exists():
+    if not path.exists() and not is_scope(path):
         if parse_hub_ref(name) is None:
             raise InputError(
                 f"no dictionary {name!r}: give neurons:k, {', '.join(DICTIONARIES)}, a "
@@ -83,7 +102,7 @@ def locate_dictionary(name: str) -> Path:
                 "organisation/name[//folder][@revision] (`jaxclt fetch --list` names "
                 "some)"
             )
-        path = download_dictionary(name, config_files, weight_files)
+        path = download_dictionary(name, config_files, weight_files, chosen_files)
     inside = path / "dictionary"
     return inside if inside.is_dir() and not (path / "config.yaml").exists() else path
 

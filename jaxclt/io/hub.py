@@ -89,6 +89,7 @@ def download_dictionary(
     name: str,
     configs: Callable[[Sequence[str]], list[str]],
     weights: Callable[[Path, Sequence[str]], list[str]],
+    chosen: Callable[[Sequence[str], str, str], list[str] | None],
 ) -> Path:
     """Fetch a dictionary: the files that describe it first, then what they ask for.
 
@@ -96,6 +97,12 @@ def download_dictionary(
       name: hub id, may name a folder.
       configs: from the names of all files in that folder to those that describe it.
       weights: from the local folder, which has these, and all names, to the others.
+      chosen: from the names of all files of the repository, the folder's name and the
+        repository's, to the files of a dictionary that is spread over folders; None if
+        it is in one.
+
+    Returns:
+      The local folder, or what its path would be if there is none of that name.
 
     Raises:
       InputError: as `download`.
@@ -105,16 +112,14 @@ def download_dictionary(
         raise InputError(
             f"{name!r} is no hub id: write organisation/name[//folder][@revision]"
         )
-    listed: list[str] = []
-
-    def first(names: Sequence[str]) -> list[str]:
-        listed.extend(names)
-        return configs(names)
-
-    folder = _fetch(ref, "dictionary", first)
-    # what an earlier call fetched is all that can be had when the hub is out of reach
-    names = listed or _local_names(folder)
-    return _fetch(ref, "dictionary", lambda _: weights(folder, names))
+    listed = _list(ref, "dictionary")
+    files = chosen(list(listed.sizes), ref.folder, ref.repo)
+    if files is not None:
+        everything = listed._replace(ref=ref._replace(folder=""))
+        return _take(everything, "dictionary", lambda _: files) / ref.folder
+    folder = _take(listed, "dictionary", configs)
+    names = list(listed.inside())
+    return _take(listed, "dictionary", lambda _: weights(folder, names))
 
 
 def fetch_listed(uri: str) -> Path:
@@ -139,11 +144,34 @@ def _local_names(folder: Path) -> list[str]:
     return [x.relative_to(folder).as_posix() for x in files]
 
 
+class _Listed(NamedTuple):
+    """What a repository has, and what of it is asked for."""
+
+    ref: HubRef
+    sizes: Mapping[str, int]  # of all files
+    cached: Path | None = None  # the hub is out of reach: only these files can be had
+    unreachable: str = ""
+
+    def inside(self) -> dict[str, int]:
+        """Files of the folder by their names in it."""
+        start = f"{self.ref.folder}/" if self.ref.folder else ""
+        return {
+            name.removeprefix(start): size
+            for name, size in self.sizes.items()
+            if name.startswith(start)
+        }
+
+
 def _fetch(
     ref: HubRef, what: str, wanted: Callable[[Sequence[str]], list[str]]
 ) -> Path:
     """Files of a folder of a repository, by a choice among its names; local folder."""
-    from huggingface_hub import HfApi, snapshot_download
+    return _take(_list(ref, what), what, wanted)
+
+
+def _list(ref: HubRef, what: str) -> _Listed:
+    """Ask what there is; what an earlier download left if the hub does not answer."""
+    from huggingface_hub import HfApi
 
     try:
         with _explained(ref, what):
@@ -156,13 +184,24 @@ def _fetch(
                 files_metadata=True,
             )
     except _UnreachableError as error:
-        return _cached(ref, error, wanted)
-    start = f"{ref.folder}/" if ref.folder else ""
-    sizes = {
-        x.rfilename[len(start) :]: x.size or 0
-        for x in info.siblings or ()
-        if x.rfilename.startswith(start)
-    }
+        root = _cached(ref)
+        if root is None:
+            raise InputError(str(error)) from error
+        return _Listed(ref, dict.fromkeys(_local_names(root), 0), root, str(error))
+    return _Listed(ref, {x.rfilename: x.size or 0 for x in info.siblings or ()})
+
+
+def _take(
+    listed: _Listed, what: str, wanted: Callable[[Sequence[str]], list[str]]
+) -> Path:
+    """Files of the folder, by a choice among its names; local folder."""
+    from huggingface_hub import snapshot_download
+
+    ref, sizes = listed.ref, listed.inside()
+    if listed.cached is not None:
+        if not sizes or not set(wanted(list(sizes))) <= set(sizes):
+            raise InputError(listed.unreachable)
+        return listed.cached / ref.folder
     if not sizes:
         raise InputError(
             f"{ref.repo} has no folder {ref.folder!r}; look at "
@@ -183,7 +222,7 @@ def _fetch(
             revision=ref.revision,
             allow_patterns=[_literal(ref.inside(x)) for x in chosen],
         )
-    return Path(root) / ref.folder if ref.folder else Path(root)
+    return Path(root) / ref.folder
 
 
 def _literal(name: str) -> str:
@@ -191,23 +230,16 @@ def _literal(name: str) -> str:
     return re.sub(r"([\[*?])", r"[\1]", name)
 
 
-def _cached(
-    ref: HubRef, error: Exception, wanted: Callable[[Sequence[str]], list[str]]
-) -> Path:
-    """What an earlier download left, where the hub cannot be reached now."""
+def _cached(ref: HubRef) -> Path | None:
+    """Where an earlier download lies."""
     from huggingface_hub import snapshot_download
 
     try:
-        root = Path(
+        return Path(
             snapshot_download(ref.repo, revision=ref.revision, local_files_only=True)
         )
     except Exception:  # whatever it says, there is nothing
-        root = None
-    folder = root / ref.folder if root else None
-    names = _local_names(folder) if folder and folder.is_dir() else []
-    if folder is None or not names or not set(wanted(names)) <= set(names):
-        raise InputError(str(error)) from error
-    return folder
+        return None
 
 
 def _check_space(ref: HubRef, sizes: Mapping[str, int]) -> None:

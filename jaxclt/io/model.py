@@ -7,17 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
+from jax.sharding import Mesh
 
 from jaxclt.errors import InputError
 from jaxclt.io.bundled import MODELS, bundled
 from jaxclt.io.digest import digest_ends
 from jaxclt.io.fetch import HUB_FILES, HUB_NOT, KNOWN_MODELS, fetch, sha256
+from jaxclt.io.gguf_file import open_gguf
 from jaxclt.io.hub import download, parse_hub_id
 from jaxclt.io.tokenizer import Tokenizer, load_tokenizer
-from jaxclt.io.weights_gguf import config_from_gguf, open_gguf, params_from_gguf
+from jaxclt.io.weights_gguf import config_from_gguf, params_from_gguf
 from jaxclt.io.weights_hf import load_hf, save_hf
 from jaxclt.lm.config import LMConfig
+from jaxclt.lm.sharding import kept_whole, leaf_shapes, model_mesh
 from jaxclt.types import LMParams
 
 __all__ = ["Model", "fingerprint", "load_model", "save_hf"]
@@ -34,12 +36,14 @@ class Model:
     tokenizer: Tokenizer
     name: str  # as the user gave it
     hash: str  # of the files it came from, see `fingerprint`
+    mesh: Mesh | None = None  # that its weights are split over; None: on one device
 
 
 def load_model(
     name_or_path: str | os.PathLike[str],
     *,
     dtype: str = "float32",
+    mesh: Mesh | int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Model:
     """Load a model.
@@ -49,33 +53,39 @@ def load_model(
         in the Hugging Face layout or with one GGUF file in it, a .gguf file, or a hub
         id `organisation/name[@revision]`.
       dtype: of the weights: float32, bfloat16 or float16.
-      progress: called with one line per stage of a download.
+      mesh: split the weights over so many devices, or over a mesh, for a model that one
+        cannot hold: each gets its share of heads, MLP neurons and vocabulary, read from
+        the files by slices (`jaxclt.lm.sharding`).
+      progress: called with one line per stage of a download, and for each kind of axis
+        that the devices do not divide, which is then whole on each.
 
     Raises:
-      InputError: for an unknown name, and for whatever is wrong with the files.
+      InputError: for an unknown name, devices that are not there, and for whatever is
+        wrong with the files.
     """
     if dtype not in _DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}")
+    mesh = None if mesh is None else model_mesh(mesh)
     path = _locate(name_or_path, progress)
     if path.is_dir() and not (path / "config.json").is_file():
         path = _only_gguf(path)
     read = _read_directory if path.is_dir() else _read_gguf
-    params, cfg, tokenizer, files = read(path)
+    params, cfg, tokenizer, files = read(path, dtype, mesh)
     if tokenizer.vocab_size > cfg.d_vocab:
         raise InputError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
             f"only {cfg.d_vocab}; they do not belong together"
         )
-    if dtype != "float32":
-        params = jax.tree.map(
-            lambda leaf: leaf if leaf.dtype == bool else leaf.astype(dtype), params
-        )
+    if mesh is not None and progress is not None:
+        for line in kept_whole(leaf_shapes(params), mesh):
+            progress(line)
     return Model(
         params=params,
         cfg=cfg,
         tokenizer=tokenizer,
         name=str(name_or_path),
         hash=fingerprint(files),
+        mesh=mesh,
     )
 
 
@@ -94,16 +104,17 @@ def fingerprint(files: Sequence[Path]) -> str:
 _Parts = tuple[LMParams, LMConfig, Tokenizer, list[Path]]
 
 
-def _read_directory(path: Path) -> _Parts:
-    params, cfg = load_hf(path)
+def _read_directory(path: Path, dtype: str, mesh: Mesh | None) -> _Parts:
+    params, cfg = load_hf(path, dtype=dtype, mesh=mesh)
     files = [path / "config.json", *path.glob("*.safetensors")]
     return params, cfg, load_tokenizer(path), files
 
 
-def _read_gguf(path: Path) -> _Parts:
+def _read_gguf(path: Path, dtype: str, mesh: Mesh | None) -> _Parts:
     file = open_gguf(path)
     cfg = config_from_gguf(file)
-    return params_from_gguf(file, cfg), cfg, load_tokenizer(file), [path]
+    params = params_from_gguf(file, cfg, dtype=dtype, mesh=mesh)
+    return params, cfg, load_tokenizer(file), [path]
 
 
 def _locate(

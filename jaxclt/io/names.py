@@ -1,4 +1,4 @@
-"""Where every leaf of LMParams lies in files, as one table, and how to fill it.
+"""Where every leaf of LMParams lies in files, as one table.
 
 A file stores a matrix as [out, in] and keeps heads and their channels in one axis; ours
 are input-first with separate axes. A row of the table says both: `stored` lists the
@@ -15,22 +15,17 @@ the order of halves.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.errors import InputError
 from jaxclt.lm.config import LMConfig
-from jaxclt.types import Block, LMParams
 
-__all__ = ["GEMMA", "GPT2", "GPT_NEOX", "LLAMA", "QWEN", "Layout", "Row", "Source"]
-__all__ += ["from_leaf"]
-__all__ += ["read_params", "stored_shape", "tensor_name", "to_leaf"]
+__all__ = ["GEMMA", "GPT2", "GPT_NEOX", "LLAMA", "QWEN", "Layout", "Part", "Row"]
+__all__ += ["Source", "find_part", "from_leaf", "leaf_sizes", "stored_shape"]
+__all__ += ["tensor_name", "to_leaf"]
 
 Source = Literal["hf", "gguf"]
 
@@ -243,19 +238,63 @@ def tensor_name(row: Row, source: Source, layer: int = 0) -> str:
 
 def stored_shape(row: Row, cfg: LMConfig, source: Source = "hf") -> tuple[int, ...]:
     """Shape that the tensor of one layer has in files."""
-    size, words = _sizes(cfg), row.axes_in(source).split()
+    size, words = leaf_sizes(cfg), row.axes_in(source).split()
     return tuple(math.prod(size[x] for x in word) for word in words)
 
 
-def to_leaf(w: np.ndarray, row: Row, cfg: LMConfig, source: Source) -> np.ndarray:
-    """One stored tensor -> the leaf of one layer, axes as `row.axes`; a view if it can.
+class Part(NamedTuple):
+    """Where a part of a leaf lies in its stored tensor."""
 
-    The shape of `w` is `stored_shape(row, cfg, source)`.
+    stored: tuple[slice, ...]  # what to read of the tensor
+    shape: tuple[int, ...]  # that, one axis for each letter
+    inside: tuple[slice, ...]  # and what of it is wanted
+
+
+def find_part(
+    row: Row, cfg: LMConfig, source: Source, wanted: Mapping[str, slice]
+) -> Part:
+    """Where a part of one layer's leaf lies, the least that one slice an axis can read.
+
+    Args:
+      row: the leaf.
+      cfg: sizes of the model.
+      source: which layout.
+      wanted: what of an axis is wanted, by its letter; the others are whole.
     """
-    size, letters = _sizes(cfg), row.axes_in(source).replace(" ", "")
-    w = w.reshape([size[x] for x in letters])
+    size = leaf_sizes(cfg)
+    one_of_three = {} if row.part is None else {"3": slice(row.part, row.part + 1)}
+    wanted = {**wanted, **one_of_three}
+    stored: list[slice] = []
+    shape: list[int] = []
+    inside: list[slice] = []
+    for word in row.axes_in(source).split():
+        start, step = 0, math.prod(size[x] for x in word)
+        stop, single = step, True
+        for x in word:
+            step //= size[x]
+            here = wanted.get(x, slice(0, size[x]))
+            if single:  # so far one index of each letter: what follows is in one piece
+                start += here.start * step
+                stop = start + (here.stop - here.start) * step
+                shape.append(here.stop - here.start)
+                inside.append(slice(None))
+                single = shape[-1] == 1
+            else:
+                shape.append(size[x])
+                inside.append(here)
+        stored.append(slice(start, stop))
+    return Part(tuple(stored), tuple(shape), tuple(inside))
+
+
+def to_leaf(w: np.ndarray, row: Row, source: Source, part: Part) -> np.ndarray:
+    """What was read of a stored tensor -> that part of one layer's leaf.
+
+    Axes as `row.axes`; a view if it can. `w` is the tensor at `part.stored`.
+    """
+    letters = row.axes_in(source).replace(" ", "")
+    w = w.reshape(part.shape)[part.inside]
     if row.part is not None:
-        w = w.take(row.part, letters.index("3"))
+        w = w.squeeze(letters.index("3"))
         letters = letters.replace("3", "")
     if source == "gguf" and row.rotary:
         w = _halves(w, letters.index("C"))
@@ -268,118 +307,8 @@ def from_leaf(leaf: np.ndarray, row: Row, cfg: LMConfig) -> np.ndarray:
     return leaf.transpose(order).reshape(stored_shape(row, cfg))
 
 
-def read_params(
-    get: Callable[[str], np.ndarray],
-    shapes: Mapping[str, tuple[int, ...]],
-    cfg: LMConfig,
-    *,
-    layout: Layout,
-    source: Source,
-    where: str,
-    ignore: Callable[[str], bool] = lambda name: False,
-) -> LMParams:
-    """Fill LMParams (float32) from named tensors.
-
-    Args:
-      get: name -> float32 array in the stored shape; called from several threads.
-      shapes: stored shape of every tensor that the file holds.
-      cfg: sizes of the model.
-      layout: which leaves there are, and where.
-      source: whose names and channel order the file uses.
-      where: the file or directory, for messages.
-      ignore: tensors that may be left unread.
-
-    Raises:
-      InputError: for a missing, unknown, wrongly shaped or not finite tensor.
-    """
-    if cfg.n_layers > len(shapes):
-        raise InputError(
-            f"{where}: the config has {cfg.n_layers} layers but the weights only "
-            f"{len(shapes)} tensors"
-        )
-    rows = [row for row in layout.rows if row.exists(layout.options)]
-    jobs = [
-        (row, i, tensor_name(row, source, i))
-        for row in rows
-        for i in range(cfg.n_layers if row.per_layer else 1)
-    ]
-    _check_names({name for _, _, name in jobs}, shapes, where, ignore)
-    # Before anything is allocated: a damaged config may ask for any amount.
-    _check_shapes([(row, name) for row, _, name in jobs], shapes, cfg, source, where)
-    size = _sizes(cfg)
-    leaves = {
-        row.leaf: np.empty(
-            [cfg.n_layers] * row.per_layer + [size[x] for x in row.axes], np.float32
-        )
-        for row in rows
-    }
-
-    def fill(name: str) -> None:
-        w = get(name)
-        if not np.isfinite(w).all():
-            raise InputError(f"{where}: tensor {name} contains NaN or infinity")
-        for row, i in held_by[name]:
-            leaf = to_leaf(w, row, cfg, source)
-            if layout.gain_offset and row.is_gain:
-                leaf = leaf + np.float32(layout.gain_offset)
-            leaves[row.leaf][i if row.per_layer else ...] = leaf
-
-    held_by: dict[str, list[tuple[Row, int]]] = defaultdict(list)
-    for row, i, name in jobs:
-        held_by[name].append((row, i))
-    # Most of the time is numpy on large arrays, which releases the interpreter lock.
-    with ThreadPoolExecutor(4) as pool:
-        for _ in pool.map(fill, held_by):
-            pass
-
-    # Popped as they go: two copies of a large model may not fit.
-    arrays = {name: jnp.asarray(leaves.pop(name)) for name in list(leaves)}
-    local_L = None if layout.local is None else jnp.asarray(layout.local, bool)
-    blocks = Block(
-        **{r.leaf: arrays.pop(r.leaf) for r in rows if r.per_layer}, local_L=local_L
-    )
-    for name in ("embed_scale", "logit_cap"):
-        value = getattr(layout, name)
-        if value is not None:
-            arrays[name] = jnp.asarray(value, jnp.float32)
-    return LMParams(blocks=blocks, **arrays)
-
-
-def _check_names(
-    wanted: set[str],
-    names: Collection[str],
-    where: str,
-    ignore: Callable[[str], bool],
-) -> None:
-    present = set(names)
-    for name in sorted(wanted - present):
-        raise InputError(f"{where}: tensor {name} is missing from the weights")
-    # An unread tensor means the model computes something that this library does not.
-    for name in sorted(present - wanted):
-        if not ignore(name):
-            raise InputError(
-                f"{where}: tensor {name} does not belong to a model of this "
-                "config; its weights and its config disagree"
-            )
-
-
-def _check_shapes(
-    wanted: Collection[tuple[Row, str]],
-    shapes: Mapping[str, tuple[int, ...]],
-    cfg: LMConfig,
-    source: Source,
-    where: str,
-) -> None:
-    for row, name in wanted:
-        shape = stored_shape(row, cfg, source)
-        if shapes[name] != shape:
-            raise InputError(
-                f"{where}: tensor {name} has shape {shapes[name]} instead of "
-                f"{shape}, which the config asks for"
-            )
-
-
-def _sizes(cfg: LMConfig) -> dict[str, int]:
+def leaf_sizes(cfg: LMConfig) -> dict[str, int]:
+    """Sizes of the axes by their letters."""
     return {
         "D": cfg.d_model,
         "H": cfg.n_heads,

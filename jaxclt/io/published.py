@@ -30,6 +30,7 @@ class Pair:
     licence: str = "see its page"
     note: str = ""
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    whole: bool = False  # `config` is that of every folder of the repository
 
 
 @functools.cache
@@ -47,8 +48,13 @@ def pairs() -> tuple[Pair, ...]:
 def supplement(name: str) -> Mapping[str, Any]:
     """What the config.yaml of a published dictionary leaves unsaid."""
     ref = parse_hub_ref(name)
-    known = {parse_hub_ref(pair.dictionary): pair.config for pair in pairs()}
-    return {} if ref is None else known.get(ref._replace(revision=None), {})
+    for pair in pairs():
+        listed = parse_hub_ref(pair.dictionary)
+        if ref is None or listed is None or listed.repo != ref.repo:
+            continue
+        if pair.whole or listed.folder == ref.folder:
+            return pair.config
+    return {}
 
 
 def _spell(text: str) -> Iterator[str]:

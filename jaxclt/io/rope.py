@@ -15,7 +15,7 @@ from jaxclt.io.config_fields import number, whole
 from jaxclt.lm.config import RopeScaling
 from jaxclt.lm.layers import rotary_frequencies
 
-__all__ = ["KINDS", "Rope", "read_rope"]
+__all__ = ["KINDS", "Rope", "read_rope", "yarn", "yarn_warmth"]
 
 KINDS = {"full_attention": False, "sliding_attention": True}  # is it local?
 
@@ -132,43 +132,81 @@ def _scaling(
 def _yarn(
     rope: dict[str, Any], theta: float, turning: int, n_ctx: int
 ) -> tuple[RopeScaling, float]:
-    """YaRN (arXiv 2309.00071): a divisor for every pair, and warmer attention.
+    """`yarn` as a config.json has it, and warmer attention.
 
-    Pairs that turn often in the original context keep their frequency, those that turn
-    seldom are divided by the factor, along a ramp between. Cosines and sines of queries
-    and of keys are times one number, and scores therefore times its square.
+    Cosines and sines of queries and of keys are times one number, and scores therefore
+    times its square.
     """
-    if turning < 2 or theta <= 1:
-        raise InputError("config.json: rope type 'yarn' needs channels that turn")
     original = whole(rope, "original_max_position_embeddings", n_ctx)
     factor = number(rope, "factor", n_ctx / original)
+    scaling = yarn(
+        theta,
+        turning,
+        original,
+        factor,
+        beta_fast=number(rope, "beta_fast", 32.0),
+        beta_slow=number(rope, "beta_slow", 1.0),
+        truncate=bool(rope.get("truncate", True)),
+        where="config.json",
+    )
+    default = yarn_warmth(factor)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        all_dim = number(rope, "mscale_all_dim")
+        default = yarn_warmth(factor, number(rope, "mscale"))
+        default /= yarn_warmth(factor, all_dim)
+    return scaling, number(rope, "attention_factor", default) ** 2
+
+
+def yarn(
+    theta: float,
+    turning: int,
+    original: int,
+    factor: float,
+    *,
+    beta_fast: float,
+    beta_slow: float,
+    truncate: bool = True,
+    where: str,
+) -> RopeScaling:
+    """The divisors of YaRN (arXiv 2309.00071), one for every pair of channels.
+
+    Pairs that turn often in the original context keep their frequency, those that turn
+    seldom are divided by the factor, along a ramp between.
+
+    Args:
+      theta: base.
+      turning: channels of a head that turn.
+      original: the context it was trained with.
+      factor: how much longer the context is now.
+      beta_fast: turns in the original context from which on a pair is kept.
+      beta_slow: turns up to which it is divided.
+      truncate: the ramp goes from pair to pair, not between them.
+      where: the file, for messages.
+
+    Raises:
+      InputError: if nothing turns, or the context gets shorter.
+    """
+    if turning < 2 or theta <= 1:
+        raise InputError(f"{where}: rope type 'yarn' needs channels that turn")
     if factor < 1:
-        raise InputError(f"config.json: rope factor={factor} is below 1")
+        raise InputError(f"{where}: rope factor={factor} is below 1")
 
     def pair(turns: float) -> float:
         """Twice the index of the pair that turns so often, a real number."""
         times = math.log(original / (turns * 2 * math.pi))
         return turning * times / (2 * math.log(theta))
 
-    low = pair(number(rope, "beta_fast", 32.0))
-    high = pair(number(rope, "beta_slow", 1.0))
-    if rope.get("truncate", True):
+    low, high = pair(beta_fast), pair(beta_slow)
+    if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, turning - 1)
     high += 0.001 * (low == high)
     ramp_J = np.clip((np.arange(turning // 2) - low) / (high - low), 0, 1)
     plain_J = rotary_frequencies(turning, theta)
     scaled_J = plain_J / factor * ramp_J + plain_J * (1 - ramp_J)
-    factors = tuple((plain_J / scaled_J).tolist())
+    return RopeScaling(kind="factors", factors=tuple((plain_J / scaled_J).tolist()))
 
-    def warmth(mscale: float) -> float:
-        return 0.1 * mscale * math.log(factor) + 1
 
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        default = warmth(number(rope, "mscale")) / warmth(
-            number(rope, "mscale_all_dim")
-        )
-    else:
-        default = warmth(1.0)
-    times = number(rope, "attention_factor", default)
-    return RopeScaling(kind="factors", factors=factors), times**2
+def yarn_warmth(factor: float, mscale: float = 1.0) -> float:
+    """What cosines and sines are times, of queries and of keys."""
+    return 0.1 * mscale * math.log(factor) + 1

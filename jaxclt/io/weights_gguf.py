@@ -1,25 +1,16 @@
-"""Models in a GGUF file, the format of llama.cpp.
-
-The header is parsed here in one pass over the bytes: `gguf.GGUFReader` makes several
-numpy objects per vocabulary entry, 5 s for 49 152 tokens where this takes 0.1 s, and
-it maps truncated files without complaint. Tensors are dequantised by `gguf`.
-"""
+"""Models in a GGUF file: what its metadata and tensors mean for the one decoder."""
 
 from __future__ import annotations
 
-import math
 import os
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
-from gguf.quants import dequantize
+from jax.sharding import Mesh
 
 from jaxclt.errors import InputError
+from jaxclt.io.gguf_file import GGUFFile, open_gguf
 from jaxclt.io.names import (
     GEMMA,
     GPT2,
@@ -28,14 +19,14 @@ from jaxclt.io.names import (
     QWEN,
     Layout,
     Row,
-    read_params,
     tensor_name,
 )
+from jaxclt.io.read_params import read_params
+from jaxclt.io.rope import yarn, yarn_warmth
 from jaxclt.lm.config import LMConfig, RopeScaling
 from jaxclt.types import LMParams
 
-__all__ = ["GGUFFile", "GGUFTensor", "config_from_gguf", "load_gguf", "open_gguf"]
-__all__ += ["params_from_gguf"]
+__all__ = ["config_from_gguf", "load_gguf", "params_from_gguf"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,101 +75,7 @@ ARCHITECTURES = {
         rows=GPT_NEOX, act="gelu", layer_norm=True, partial=True, parallel=True
     ),
 }
-_VERSIONS = (2, 3)
 _ROPE_FACTORS = "rope_freqs.weight"
-_SCALARS = {
-    GGUFValueType.UINT8: "<u1",
-    GGUFValueType.INT8: "<i1",
-    GGUFValueType.UINT16: "<u2",
-    GGUFValueType.INT16: "<i2",
-    GGUFValueType.UINT32: "<u4",
-    GGUFValueType.INT32: "<i4",
-    GGUFValueType.FLOAT32: "<f4",
-    GGUFValueType.UINT64: "<u8",
-    GGUFValueType.INT64: "<i8",
-    GGUFValueType.FLOAT64: "<f8",
-    GGUFValueType.BOOL: "?",
-}
-
-
-@dataclass(frozen=True)
-class GGUFTensor:
-    """Where one tensor lies in the file."""
-
-    kind: GGMLQuantizationType
-    shape: tuple[int, ...]  # as numpy counts: the last axis is contiguous
-    offset: int
-    n_bytes: int
-
-
-@dataclass(frozen=True)
-class GGUFFile:
-    """A parsed header and the mapped bytes behind it."""
-
-    path: Path
-    meta: dict[str, Any]
-    tensors: dict[str, GGUFTensor]
-    data: np.ndarray  # uint8, the whole file
-
-    def get(self, name: str) -> np.ndarray:
-        """Dequantised tensor, float32.
-
-        Raises:
-          InputError: if the tensor is missing or its type cannot be dequantised.
-        """
-        if name not in self.tensors:
-            raise InputError(f"{self.path}: tensor {name} is missing from the weights")
-        t = self.tensors[name]
-        raw = self.data[t.offset : t.offset + t.n_bytes]
-        # gguf works on 16 rows at a time: rows of about 8192 numbers, whatever the
-        # tensor's own, keep its temporaries in cache and its Python loop short.
-        block, n_bytes = GGML_QUANT_SIZES[t.kind]
-        per_row = math.gcd(max(t.n_bytes // n_bytes, 1), max(8192 // block, 1))
-        rows = raw.reshape(-1, per_row * n_bytes)
-        try:
-            # Plain numbers are told by their dtype, blocks by their bytes.
-            plain = {"F32": "<f4", "F16": "<f2"}.get(t.kind.name)
-            rows = rows if plain is None else rows.view(plain)
-            w = dequantize(rows, t.kind).astype(np.float32, copy=False)
-            return w.reshape(t.shape)
-        except (NotImplementedError, ValueError) as error:
-            raise InputError(
-                f"{self.path}: tensor {name} of type {t.kind.name} cannot be "
-                "dequantised; use a file of another quantisation"
-            ) from error
-
-
-def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
-    """Parse the header of a GGUF file and check that all its tensors lie inside it.
-
-    Raises:
-      InputError: if the file is missing, no GGUF file, or truncated.
-    """
-    path = Path(path)
-    try:
-        data = np.memmap(path, np.uint8, "r")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is empty; fetch the model again") from error
-    if bytes(data[:4]) != b"GGUF":
-        raise InputError(f"{path} is no GGUF file (its first bytes are not 'GGUF')")
-    try:
-        meta, tensors = _header(data.data)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except (struct.error, ValueError, KeyError, OverflowError) as error:
-        raise InputError(
-            f"{path} is truncated or damaged (its header ends early or is not GGUF); "
-            "fetch the model again"
-        ) from error
-    for name, t in tensors.items():
-        if t.offset + t.n_bytes > data.size:
-            raise InputError(
-                f"{path} is truncated: tensor {name} ends at byte "
-                f"{t.offset + t.n_bytes} of {data.size}; fetch the model again"
-            )
-    return GGUFFile(path, meta, tensors, data)
 
 
 def config_from_gguf(file: GGUFFile) -> LMConfig:
@@ -186,8 +83,8 @@ def config_from_gguf(file: GGUFFile) -> LMConfig:
 
     Raises:
       InputError: for another architecture, rotary embeddings that are scaled in
-        another way than linearly or by factors, experts, or a missing or impossible
-        size.
+        another way than linearly, by YaRN or by factors, experts, or a missing or
+        impossible size.
     """
     name, arch = _architecture(file)
     if file.meta.get(f"{name}.expert_count", 0):
@@ -216,7 +113,15 @@ def config_from_gguf(file: GGUFFile) -> LMConfig:
         window = get("attention.sliding_window", int)
     if local_theta is not None:
         local_theta = get("rope.freq_base_swa", float, local_theta)
-    wide = n_layers == arch.wide_queries
+    theta = get("rope.freq_base", float, 10_000.0)
+    n_ctx = get("context_length", int)
+    turning = d_head if d_rotary is None else d_rotary
+    scaling, warmer = _scaling(file, name, theta, turning, n_ctx)
+    query_scale = None
+    if n_layers == arch.wide_queries:
+        query_scale = (d_model / n_heads) ** -0.5
+    if warmer != 1:
+        query_scale = (query_scale or d_head**-0.5) * warmer
     norm = "layer_norm" if arch.layer_norm else "layer_norm_rms"
     parallel = file.meta.get(f"{name}.use_parallel_residual", arch.parallel)
     return LMConfig(
@@ -227,16 +132,16 @@ def config_from_gguf(file: GGUFFile) -> LMConfig:
         d_head=d_head,
         d_mlp=get("feed_forward_length", int),
         d_vocab=file.tensors["token_embd.weight"].shape[0],
-        n_ctx=get("context_length", int),
+        n_ctx=n_ctx,
         norm_eps=get(f"attention.{norm}_epsilon", float, 1e-5),
         parallel=bool(parallel),
         d_rotary=d_rotary,
-        rope_theta=get("rope.freq_base", float, 10_000.0),
+        rope_theta=theta,
         rope_local_theta=local_theta,
-        rope_scaling=_scaling(file, name),
+        rope_scaling=scaling,
         act=arch.act,
         window=window,
-        query_scale=(d_model / n_heads) ** -0.5 if wide else None,
+        query_scale=query_scale,
         attn_cap=get("attn_logit_softcapping", float) if arch.capped else None,
     )
 
@@ -251,25 +156,68 @@ def _architecture(file: GGUFFile) -> tuple[str, Architecture]:
     return name, ARCHITECTURES[name]
 
 
-def _scaling(file: GGUFFile, name: str) -> RopeScaling | None:
+def _scaling(
+    file: GGUFFile, name: str, theta: float, turning: int, n_ctx: int
+) -> tuple[RopeScaling | None, float]:
+    """How frequencies are scaled, and what attention scores are times."""
     kind = file.meta.get(f"{name}.rope.scaling.type", "none")
     each = _ROPE_FACTORS in file.tensors  # Llama 3's, written out
-    if kind not in ("none", "linear") or (each and kind != "none"):
+    if kind not in ("none", "linear", "yarn") or (each and kind != "none"):
         raise InputError(
             f"{file.path}: scaled rotary embeddings of type {kind!r} are not "
-            "supported; supported: 'linear', and factors of their own"
+            "supported; supported: 'linear', 'yarn', and factors of their own"
         )
     if each:
         factors = file.get(_ROPE_FACTORS).ravel().tolist()
-        return RopeScaling(kind="factors", factors=tuple(factors))
+        return RopeScaling(kind="factors", factors=tuple(factors)), 1.0
     if kind == "none":
-        return None
-    factor = _getter(file, name)("rope.scaling.factor", float)
-    return RopeScaling(kind="linear", factor=factor)
+        return None, 1.0
+    get = _getter(file, name)
+    factor = get("rope.scaling.factor", float)
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=factor), 1.0
+    # Releases of llama.cpp do different things with these.
+    for key, plain in _YARN_PLAIN.items():
+        value = file.meta.get(f"{name}.rope.scaling.{key}")
+        if value not in (None, *plain):
+            raise InputError(
+                f"{file.path}: metadata {name}.rope.scaling.{key} is {value!r}, which "
+                f"is not supported; supported: {plain[0]}"
+            )
+    scaling = yarn(
+        theta,
+        turning,
+        get("rope.scaling.original_context_length", int, n_ctx),
+        factor,
+        beta_fast=get("rope.scaling.yarn_beta_fast", float, 32.0),
+        beta_slow=get("rope.scaling.yarn_beta_slow", float, 1.0),
+        where=str(file.path),
+    )
+    times = get("rope.scaling.attn_factor", float, 1.0) * yarn_warmth(factor)
+    return scaling, times**2
 
 
-def params_from_gguf(file: GGUFFile, cfg: LMConfig) -> LMParams:
-    """Dequantise all weights to float32, with query and key rows put back in halves.
+_YARN_PLAIN = {
+    "yarn_ext_factor": (1.0, -1.0),  # below 0 is not set
+    "yarn_attn_factor": (1.0,),
+    "yarn_log_multiplier": (0.0,),
+}
+
+
+def params_from_gguf(
+    file: GGUFFile,
+    cfg: LMConfig,
+    *,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+) -> LMParams:
+    """Dequantise all weights, with query and key rows put back in halves.
+
+    Args:
+      file: the file.
+      cfg: its config.
+      dtype: of the weights.
+      mesh: devices to split them over.
 
     Raises:
       InputError: for a missing, unknown, wrongly shaped or not finite tensor.
@@ -303,6 +251,8 @@ def params_from_gguf(file: GGUFFile, cfg: LMConfig) -> LMParams:
         source="gguf",
         where=str(file.path),
         ignore=lambda name: name == _ROPE_FACTORS,  # in the config
+        dtype=dtype,
+        mesh=mesh,
     )
 
 
@@ -328,73 +278,3 @@ def _getter(file: GGUFFile, name: str) -> Callable[..., Any]:
         return value
 
     return get
-
-
-def _header(buf: memoryview) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    """Metadata and tensor table; every read beyond the end raises."""
-    version, n_tensors, n_keys = struct.unpack_from("<IQQ", buf, 4)
-    if version not in _VERSIONS:
-        raise InputError(
-            f"GGUF version {version} is not supported; "
-            f"supported: {', '.join(map(str, _VERSIONS))} (little endian)"
-        )
-    at = 24
-    meta: dict[str, Any] = {}
-    for _ in range(n_keys):
-        key, at = _string(buf, at)
-        (kind,) = struct.unpack_from("<I", buf, at)
-        meta[key], at = _value(buf, at + 4, GGUFValueType(kind))
-
-    found = []
-    for _ in range(n_tensors):
-        name, at = _string(buf, at)
-        (n_dims,) = struct.unpack_from("<I", buf, at)
-        *dims, kind, offset = struct.unpack_from(f"<{n_dims}QIQ", buf, at + 4)
-        at += 4 + 8 * n_dims + 12
-        found.append((name, tuple(reversed(dims)), kind, offset))
-
-    align = meta.get("general.alignment", 32)
-    if not isinstance(align, int) or align < 1:
-        raise InputError(f"general.alignment {align!r} is not a positive integer")
-    base = -(-at // align) * align
-    tensors = {}
-    for name, shape, kind, offset in found:
-        kind = GGMLQuantizationType(kind)
-        block, n_bytes = GGML_QUANT_SIZES[kind]
-        if not shape or name in tensors or shape[-1] % block:
-            raise InputError(f"tensor {name} is listed twice or has a bad shape")
-        size = math.prod(shape) // block * n_bytes
-        tensors[name] = GGUFTensor(kind, shape, base + offset, size)
-    return meta, tensors
-
-
-def _string(buf: memoryview, at: int) -> tuple[str, int]:
-    (n,) = struct.unpack_from("<Q", buf, at)
-    end = at + 8 + n
-    if end > len(buf):
-        raise ValueError("string beyond the end")
-    return str(buf[at + 8 : end], "utf-8"), end
-
-
-def _value(buf: memoryview, at: int, kind: GGUFValueType) -> tuple[Any, int]:
-    if kind == GGUFValueType.STRING:
-        return _string(buf, at)
-    if kind != GGUFValueType.ARRAY:
-        dtype = np.dtype(_SCALARS[kind])
-        (value,) = np.frombuffer(buf, dtype, 1, at)
-        # The shortest decimal: 1e-5 as the model's author wrote it, not 9.99999975e-6.
-        exact = float(str(value)) if dtype == "<f4" else value.item()
-        return exact, at + dtype.itemsize
-    raw, n = struct.unpack_from("<IQ", buf, at)
-    item, at = GGUFValueType(raw), at + 12
-    if item in _SCALARS:
-        dtype = np.dtype(_SCALARS[item])
-        end = at + n * dtype.itemsize
-        if end > len(buf):
-            raise ValueError("array beyond the end")
-        return np.frombuffer(buf, dtype, n, at).tolist(), end
-    values = []
-    for _ in range(n):
-        value, at = _value(buf, at, item)
-        values.append(value)
-    return values, at

@@ -15,12 +15,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.families import describe_hf, shape_from_hf
-from jaxclt.io.names import LLAMA, Layout, from_leaf, read_params, tensor_name
+from jaxclt.io.names import LLAMA, Layout, from_leaf, tensor_name
+from jaxclt.io.read_params import read_params
 from jaxclt.io.weights_safetensors import open_weights, read_json
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import LMParams
@@ -66,8 +68,18 @@ def config_to_hf(cfg: LMConfig, params: LMParams) -> dict[str, Any]:
     }
 
 
-def load_hf(directory: str | os.PathLike[str]) -> tuple[LMParams, LMConfig]:
-    """Read config.json and the safetensors of a directory; weights become float32.
+def load_hf(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+) -> tuple[LMParams, LMConfig]:
+    """Read config.json and the safetensors of a directory.
+
+    Args:
+      directory: where they are.
+      dtype: of the weights, whatever the files hold.
+      mesh: devices to split them over.
 
     Raises:
       InputError: for whatever is wrong with the files, in one line.
@@ -83,13 +95,15 @@ def load_hf(directory: str | os.PathLike[str]) -> tuple[LMParams, LMConfig]:
     if len(stored) < len(weights.shapes):
         raise InputError(f"{root}: a tensor is there twice, under two names")
     params = read_params(
-        lambda name: weights.get(stored[name]),
+        lambda name, part: weights.get(stored[name], part),
         {ours: weights.shapes[name] for ours, name in stored.items()},
         cfg,
         layout=layout,
         source="hf",
         where=str(root),
         ignore=lambda name: _redundant(name, layout),
+        dtype=dtype,
+        mesh=mesh,
     )
     return params, cfg
 

@@ -1,13 +1,13 @@
 """Open the safetensors weights of a directory in the Hugging Face layout.
 
-Either one `model.safetensors`, or shards with `model.safetensors.index.json`. Tensors
-are read one at a time when asked for. Pickled weights are never opened.
+Either one `model.safetensors`, or shards with `model.safetensors.index.json`. Of a
+tensor only the slices that are asked for are read. Pickled weights are never opened.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxclt.errors import InputError
+from jaxclt.io.read_params import GetPart
 
 __all__ = ["Weights", "open_weights", "read_json"]
 
@@ -28,7 +29,7 @@ class Weights(NamedTuple):
     """Named tensors of a model on disk."""
 
     shapes: dict[str, tuple[int, ...]]
-    get: Callable[[str], np.ndarray]  # -> float32, in the stored shape
+    get: GetPart
     files: tuple[Path, ...]
 
 
@@ -51,11 +52,11 @@ def open_weights(directory: Path) -> Weights:
 
     where = _locate(files, wanted)
 
-    def get(name: str) -> np.ndarray:
+    def get(name: str, part: tuple[slice, ...], /) -> np.ndarray:
         if name not in where:
             raise InputError(f"{directory}: tensor {name} is missing from the weights")
         try:
-            return _read(where[name], name)
+            return _read(where[name], name, part)
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise InputError(
                 f"{directory}: cannot read tensor {name} ({_line(error)})"
@@ -98,11 +99,12 @@ def _locate(files: Sequence[Path], wanted: dict[str, str] | None) -> dict[str, A
     return where
 
 
-def _read(handle: Any, name: str) -> np.ndarray:
-    kind = handle.get_slice(name).get_dtype()
+def _read(handle: Any, name: str, part: tuple[slice, ...]) -> np.ndarray:
+    tensor = handle.get_slice(name)
+    kind = tensor.get_dtype()
     if kind not in _FLOATS:
         raise TypeError(f"its type is {kind}, supported: {', '.join(_FLOATS)}")
-    return np.asarray(handle.get_tensor(name)).astype(np.float32)
+    return np.asarray(tensor[part]).astype(np.float32, copy=False)
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ import pytest
 from cases import FEW, case, case_active, case_graph, close
 from jax.sharding import Mesh
 
+from jaxclt.clt.active import Active
 from jaxclt.errors import InputError
 from jaxclt.graph import compute, stream
 from jaxclt.graph.attribute import AttributeConfig, Timing, attribute_recording
@@ -175,6 +176,61 @@ def test_a_pool_keeps_rows_exact(pool: int, monkeypatch: pytest.MonkeyPatch) -> 
         dataclasses.replace(ALL, max_features=n, rows_per_update=16)
     )
     assert got.n_features == n
+    same_rows(got, full)
+
+
+def least_memory(t: Tiny, active: Active, config: AttributeConfig) -> float:
+    """GB below which a graph is refused."""
+    low, high = 0, 1 << 30
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            compute.plan_attribution(
+                active,
+                len(t.targets.token_K),
+                cfg=t.cfg,
+                params=t.params,
+                config=dataclasses.replace(config, memory_gb=middle / 1e9),
+                n_tokens=len(t.token_T),
+            )
+            high = middle
+        except InputError:
+            low = middle
+    return high / 1e9
+
+
+@pytest.mark.parametrize(
+    "name", ["neox", "gemma2", pytest.param("gpt2", marks=pytest.mark.slow)]
+)
+def test_the_least_memory_gives_the_same_rows(name: str) -> None:
+    """Patterns computed again, sources gathered and a pool, all at once.
+
+    With norms that take the mean off, attention beside the MLP, and norms behind both.
+    """
+    t, active, full = without_patterns(case(name)), case_active(name), case_graph(name)
+    n = full.n_features // 4
+    config = dataclasses.replace(ALL, max_features=n, rows_per_update=16)
+    config = dataclasses.replace(config, memory_gb=least_memory(t, active, config))
+    timing = Timing()
+    got = attribute_recording(
+        t.params,
+        t.recording,
+        active,
+        t.targets,
+        cfg=t.cfg,
+        meta=t.meta,
+        config=config,
+        timing=timing,
+    )
+    work = timing.work
+    found = work["patterns"], work["sources"], work["pool"] < full.n_features
+    assert found == ("recomputed", "gathered", True)
+    assert got.n_features == n
+    same_rows(got, full)
+
+
+def same_rows(got: Graph, full: Graph) -> None:
+    """Edges between its nodes are those of the full graph, the others are summed."""
     key = list(zip(full.layer_A, full.pos_A, full.feature_A, strict=True))
     mine = zip(got.layer_A, got.pos_A, got.feature_A, strict=True)
     index = np.array([key.index(k) for k in mine])

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 import yaml
 
+import jaxclt
 from jaxclt import cli
 from jaxclt.clt.model import decode, encode
 from jaxclt.clt.store import materialise
@@ -52,6 +53,20 @@ def answers(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     read = jnp.asarray(np.sin(np.arange(90, dtype="f").reshape(3, 5, 6)) * 2)
     a = encode(params, read, cfg=store.cfg)
     return np.asarray(a), np.asarray(decode(params, a, read))
+
+
+def test_the_front_door_converts_and_reports(tmp_path: Path):
+    report = jaxclt.convert_dictionary(
+        FORMATS / "gemma_scope", tmp_path / "out", "gemma-scope-2"
+    )
+    sizes = {"layers": 3, "features": 10, "span": 1, "activation": "jumprelu"}
+    assert report | sizes == report
+    assert report["bytes"] > 1000
+    assert report["lost"] == {}
+    after = dictionary.open_dictionary(report["out"])
+    assert after.format == report["to"] == "gemma-scope-2"
+    with pytest.raises(jaxclt.InputError, match="exists; choose another output"):
+        jaxclt.convert_dictionary(FORMATS / "topk", tmp_path / "out", "gemma-scope-2")
 
 
 @pytest.mark.parametrize("name", WAYS)

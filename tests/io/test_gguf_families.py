@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -18,6 +19,7 @@ from jaxclt.io.weights_gguf import load_gguf
 from jaxclt.io.weights_hf import load_hf
 from jaxclt.lm.config import LMConfig, RopeScaling
 from jaxclt.lm.layers import rotary_frequencies
+from jaxclt.lm.run import forward
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 ROWS = {
@@ -46,15 +48,17 @@ def as_llama_cpp_has_it(name: str, w: np.ndarray, cfg: LMConfig) -> np.ndarray:
     return w
 
 
-def convert(
+def convert(  # noqa: C901  a file has many parts
     name: str,
     path: Path,
     left_out: tuple[str, ...] = (),
     rope_factors: np.ndarray | None = None,
+    scaling: Mapping[str, str | float] | None = None,
 ) -> Path:
     """As llama.cpp converts it: rows of heads as they are, Gemma's gains plus one."""
     _, cfg = load_hf(folder(name))
-    writer = gguf.GGUFWriter(path, name)
+    architecture = name.partition("_")[0]
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(cfg.n_layers)
     writer.add_context_length(cfg.n_ctx)
     writer.add_embedding_length(cfg.d_model)
@@ -73,9 +77,13 @@ def convert(
         writer.add_parallel_residual(cfg.parallel)
     if "window" not in left_out and cfg.window is not None:
         writer.add_sliding_window(cfg.window)
-    if cfg.rope_scaling is not None:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(cfg.rope_scaling.factor)
+    if scaling is None and cfg.rope_scaling is not None:
+        scaling = {"type": "linear", "factor": cfg.rope_scaling.factor}
+    for key, value in (scaling or {}).items():
+        add = {str: writer.add_string, int: writer.add_uint32}
+        add.get(type(value), writer.add_float32)(
+            f"{architecture}.rope.scaling.{key}", value
+        )
     if name == "gemma2":
         writer.add_attn_logit_softcapping(2.0)
         writer.add_final_logit_softcapping(3.0)
@@ -83,7 +91,7 @@ def convert(
         writer.add_tensor("rope_freqs.weight", rope_factors)
     stored = load_file(folder(name) / "model.safetensors")
     written = set()
-    for row in ROWS[name]:
+    for row in ROWS[architecture]:
         for i in range(cfg.n_layers if row.per_layer else 1):
             theirs, ours = tensor_name(row, "hf", i), tensor_name(row, "gguf", i)
             found = [w for x, w in stored.items() if x.partition(".")[2] == theirs]
@@ -118,6 +126,58 @@ def test_a_converted_model_is_the_same(name: str, tmp_path: Path):
     for path, leaf in wanted.items():
         if leaf.dtype != bool:
             np.testing.assert_allclose(found[path], leaf, rtol=1e-6, err_msg=str(path))
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 16}
+
+
+def test_yarn_is_that_of_transformers(tmp_path: Path):
+    """The model whose taps transformers wrote, by the keys that llama.cpp has."""
+    want, cfg = load_hf(folder("qwen3_yarn"))
+    scaling = YARN | {"yarn_beta_fast": 2.0, "attn_factor": 1.0}
+    params, got = load_gguf(convert("qwen3_yarn", tmp_path / "m.gguf", scaling=scaling))
+    assert (got.rope_scaling, got.query_scale) == (cfg.rope_scaling, cfg.query_scale)
+    assert got.rope_scaling is not None
+    assert got.query_scale != got.d_head**-0.5
+    with np.load(folder("qwen3_yarn") / "taps.npz", allow_pickle=False) as theirs:
+        run = jax.jit(forward, static_argnames="cfg")
+        logits_TV = run(params, theirs["token_T"].astype(np.int32), cfg=got)
+        scale = np.abs(theirs["logits_TV"]).max()
+        np.testing.assert_allclose(
+            logits_TV, theirs["logits_TV"], rtol=0, atol=1e-5 * scale
+        )
+    np.testing.assert_array_equal(params.embed_VD, want.embed_VD)
+
+
+def test_attention_is_as_warm_as_yarn_says(tmp_path: Path):
+    """llama.cpp multiplies by attn_factor besides, and defaults as transformers."""
+    plain, warm = (
+        load_gguf(convert("qwen3", tmp_path / f"{x}.gguf", scaling=YARN | more))[1]
+        for x, more in (("a", {}), ("b", {"attn_factor": 0.5}))
+    )
+    times = (0.1 * np.log(4.0) + 1) ** 2
+    assert plain.query_scale == pytest.approx(plain.d_head**-0.5 * times)
+    assert warm.query_scale == pytest.approx(plain.query_scale / 4)
+    defaults = {"yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0, "yarn_ext_factor": -1.0}
+    said = convert("qwen3", tmp_path / "c.gguf", scaling=YARN | defaults)
+    assert load_gguf(said)[1] == plain
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"factor": 0.5}, "rope factor=0.5 is below 1"),
+        ({"factor": 0.0}, "rope.scaling.factor must be one positive float"),
+        ({"yarn_ext_factor": 0.5}, "yarn_ext_factor is 0.5, which is not supported"),
+        ({"yarn_attn_factor": 2.0}, "yarn_attn_factor is 2.0, which is not"),
+        ({"yarn_log_multiplier": 0.1}, "yarn_log_multiplier is 0.1, which is not"),
+        ({"original_context_length": 0}, "must be one positive int"),
+        ({"type": "longrope"}, "of type 'longrope' are not supported"),
+    ],
+)
+def test_other_scalings_are_refused(tmp_path: Path, more: dict, match: str):
+    with pytest.raises(InputError, match=match):
+        load_gguf(convert("qwen3", tmp_path / "m.gguf", scaling=YARN | more))
 
 
 def test_what_an_architecture_needs_is_asked_for(tmp_path: Path):
@@ -229,7 +289,6 @@ def test_gemma_continues_as_its_makers_model_does():
     import jax.numpy as jnp
 
     from jaxclt.io.model import load_model
-    from jaxclt.lm.run import forward
 
     model = load_model("gemma-3-270m")
     ids = model.tokenizer.encode("The capital of the state containing Dallas is")
@@ -251,7 +310,6 @@ def test_gemma_has_the_logits_of_transformers():
 
     from jaxclt.io.model import load_model
     from jaxclt.io.names import from_leaf
-    from jaxclt.lm.run import forward
 
     ours = load_model("gemma-3-270m")
     cfg, local_L = ours.cfg, ours.params.blocks.local_L

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from io_models import CFG, assert_same, random_params
 
 from jaxclt.errors import InputError
+from jaxclt.io.gguf_file import open_gguf
 from jaxclt.io.names import LLAMA, from_leaf, tensor_name
-from jaxclt.io.weights_gguf import load_gguf, open_gguf
+from jaxclt.io.weights_gguf import load_gguf
 
 
 def permute(w, n_head):
@@ -157,7 +158,7 @@ def test_damaged_header_never_raises_anything_else(tmp_path_factory, data):
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
-        ([("add_rope_scaling_type", gguf.RopeScalingType.YARN)], "scaled rotary"),
+        ([("add_rope_scaling_type", gguf.RopeScalingType.LONGROPE)], "scaled rotary"),
         ([("add_expert_count", 4)], "mixtures of experts"),
     ],
 )

@@ -13,7 +13,7 @@ from io_models import CFG, assert_same, random_params
 from safetensors.numpy import load_file, save_file
 
 from jaxclt.errors import InputError
-from jaxclt.io.names import LLAMA, from_leaf, to_leaf
+from jaxclt.io.names import LLAMA, find_part, from_leaf, to_leaf
 from jaxclt.io.weights_hf import config_from_hf, config_to_hf, load_hf, save_hf
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -97,8 +97,8 @@ def test_rows_invert(row):
     params = random_params(tied=False, bias=True)
     leaf = np.asarray(getattr(params.blocks if row.per_layer else params, row.leaf))
     leaf = leaf[0] if row.per_layer else leaf
-    there = from_leaf(leaf, row, CFG)
-    np.testing.assert_array_equal(to_leaf(there, row, CFG, "hf"), leaf)
+    there, part = from_leaf(leaf, row, CFG), find_part(row, CFG, "hf", {})
+    np.testing.assert_array_equal(to_leaf(there[part.stored], row, "hf", part), leaf)
 
 
 @pytest.mark.parametrize("variant", ["gqa_tied", "mha_bias", "wide_head"])
@@ -160,8 +160,8 @@ def test_rope_of_both_generations():
         ({"model_type": "bert"}, "model_type 'bert' is not supported; supported: llam"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; supported: silu"),
-        ({"hidden_size": None}, "hidden_size must be an integer, not None"),
-        ({"hidden_size": "32"}, "hidden_size must be an integer, not '32'"),
+        ({"hidden_size": None}, "hidden_size must be a whole number, not None"),
+        ({"hidden_size": "32"}, "hidden_size must be a whole number, not '32'"),
         ({"num_attention_heads": 0}, "n_heads must be at least 1"),
         ({"num_key_value_heads": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
         ({"rms_norm_eps": "x"}, "rms_norm_eps must be a positive number"),
@@ -228,7 +228,7 @@ def test_caps_may_be_off():
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types is not supp"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "no sliding_window in"),
         ("gemma3", {"layer_types": 3}, "layer_types must be a list"),
-        ("gemma2", {"sliding_window": "4"}, "sliding_window must be an integer"),
+        ("gemma2", {"sliding_window": "4"}, "sliding_window must be a whole number"),
         ("gemma2", {"sliding_window": 0}, "window=0 must be above 0"),
         ("gemma2", {"final_logit_softcapping": -1.0}, "final_logit_softcapping must"),
         ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be a pos"),

@@ -22,7 +22,7 @@ from jaxclt.clt.config import CLTConfig
 from jaxclt.errors import InputError
 from jaxclt.io.circuit_tracer_format import READ_OF_HOOK, WRITE_OF_HOOK
 from jaxclt.io.circuit_tracer_read import CONFIG, read_yaml
-from jaxclt.io.formats.fields import whole
+from jaxclt.io.config_fields import whole
 from jaxclt.io.formats.pieces import (
     FileStore,
     Fold,
@@ -106,7 +106,7 @@ def open_crosslayer(path: Path) -> FileStore:
             n_features=F,
             span=1 if plt else L,
             activation=act,  # pyright: ignore[reportArgumentType]
-            k=whole(where, args, "k") if act == "relu_topk" else None,
+            k=whole(args, "k", where=where, least=1) if act == "relu_topk" else None,
             read=READ_OF_HOOK[config["feature_input_hook"]],
         ),
         format="crosslayer-transcoder",

@@ -18,7 +18,8 @@ from typing import Any
 
 from jaxclt.clt.config import Activation, CLTConfig
 from jaxclt.errors import InputError
-from jaxclt.io.formats.fields import READS, WRITES, check_fields, of_layer, whole
+from jaxclt.io.config_fields import whole
+from jaxclt.io.formats.fields import READS, WRITES, check_fields, of_layer
 from jaxclt.io.formats.pieces import FileStore, Fold, LayerFiles, Piece, check_tensors
 from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
 from jaxclt.io.weights_safetensors import read_json
@@ -63,7 +64,10 @@ def open_decode_clt(path: Path) -> FileStore:
     where = path / CONFIG
     config = read_json(where)
     check_fields(where, config, _FIELDS)
-    sizes = [whole(where, config, x) for x in ("num_layers", "num_features", "d_model")]
+    sizes = [
+        whole(config, x, where=where, least=1)
+        for x in ("num_layers", "num_features", "d_model")
+    ]
     L, F, D = sizes
     if not (path / WEIGHTS).is_file():
         refuse_pickles(path)

@@ -15,7 +15,7 @@ from jaxclt.clt.config import ReadSite
 from jaxclt.errors import InputError
 from jaxclt.io.formats.pieces import WriteSite
 
-__all__ = ["READS", "WRITES", "check_fields", "contiguous", "of_layer", "whole"]
+__all__ = ["READS", "WRITES", "check_fields", "contiguous", "of_layer"]
 
 # Names of TransformerLens behind blocks.N, and of modules behind model.layers.N.
 READS: dict[str, ReadSite] = {
@@ -85,20 +85,6 @@ def check_fields(
             f"{where}: {name} is {value!r}, a field that this format is not known to "
             "have; switch it off or convert the dictionary"
         )
-
-
-def whole(where: Path, config: Mapping[str, Any], name: str, least: int = 1) -> int:
-    """A field that must be a whole number.
-
-    Raises:
-      InputError: if it is missing or anything else.
-    """
-    value = config.get(name)
-    if type(value) is not int or not least <= value < 1 << 40:
-        raise InputError(
-            f"{where}: {name} must be a whole number from {least}, not {value!r}"
-        )
-    return value
 
 
 def contiguous(path: Path, layers: Iterable[int]) -> None:

@@ -20,7 +20,8 @@ from typing import Any
 
 from jaxclt.clt.config import Activation, CLTConfig, ReadSite
 from jaxclt.errors import InputError
-from jaxclt.io.formats.fields import READS, WRITES, check_fields, of_layer, whole
+from jaxclt.io.config_fields import whole
+from jaxclt.io.formats.fields import READS, WRITES, check_fields, of_layer
 from jaxclt.io.formats.pieces import (
     FileStore,
     Fold,
@@ -128,7 +129,9 @@ def open_llamascopium(path: Path) -> FileStore:
             n_features=F,
             span=L,
             activation=act,
-            k=whole(where, config, "top_k") if act == "relu_topk" else None,
+            k=whole(config, "top_k", where=where, least=1)
+            if act == "relu_topk"
+            else None,
             read=read,
         ),
         format="llamascopium",

@@ -101,6 +101,8 @@ class FileStore:
     write: WriteSite  # what the decoders reconstruct, see `check`
     model_name: str | None = None  # the model it was trained on, as its config says
     scan: str | None = None  # the name of its feature examples in other interfaces
+    # what was chosen where its name left a choice, see `jaxclt.clt.active.Dictionary`
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def encoder(self, layer: int) -> EncoderLayer:
         """All encoder rows of one layer: [F, D], [F] and thresholds [F] or None."""

@@ -25,7 +25,8 @@ import numpy as np
 
 from jaxclt.clt.config import Activation, CLTConfig
 from jaxclt.errors import InputError
-from jaxclt.io.formats.fields import check_fields, contiguous, whole
+from jaxclt.io.config_fields import whole
+from jaxclt.io.formats.fields import check_fields, contiguous
 from jaxclt.io.formats.pieces import (
     FileStore,
     Fold,
@@ -117,7 +118,7 @@ def open_sparsify(path: Path) -> FileStore:
         n_features=F,
         span=min(coders[0].n_targets, len(coders)),
         activation=ACTIVATIONS[first.get("activation", "topk")],
-        k=whole(coders[0].where, first, "k"),
+        k=whole(first, "k", where=coders[0].where, least=1),
         read="mlp_in",
     )
     for layer, coder in enumerate(coders):
@@ -194,7 +195,7 @@ def _shapes(
     listed = coder.multi and coder.coalesce == "none"
     rows = F
     if coder.coalesce == "per-layer":
-        rows *= whole(coder.where, config, "n_sources")
+        rows *= whole(config, "n_sources", where=coder.where, least=1)
     wanted: dict[str, tuple[int, ...]] = {
         "encoder.weight": (F, D),
         "encoder.bias": (F,),

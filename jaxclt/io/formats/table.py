@@ -19,6 +19,7 @@ from jaxclt.io.formats import (
     decode_clt,
     llamascopium,
     saelens,
+    scope,
     sparsify,
 )
 from jaxclt.io.formats.pieces import FileStore
@@ -33,16 +34,21 @@ class Format(NamedTuple):
     """One tool's layout of a directory."""
 
     is_here: Callable[[Path], bool]
-    open: Callable[[Path], FileStore]
+    open: Callable[..., FileStore]
+    supplemented: bool = False  # what describes it may leave something unsaid
+    within: bool = False  # a path may name one of several in a directory
 
 
 # In the order of asking: what says most of itself first. GemmaScope's and Gemma Scope
-# 2's files are named by a config.yaml of circuit-tracer.
+# 2's files may also be named by a config.yaml of circuit-tracer.
 FORMATS: dict[str, Format] = {
     "crosslayer-transcoder": Format(
         crosslayer.is_crosslayer, crosslayer.open_crosslayer
     ),
-    "circuit-tracer": Format(is_circuit_tracer, open_circuit_tracer),
+    "gemma-scope": Format(
+        scope.is_scope, scope.open_scope, supplemented=True, within=True
+    ),
+    "circuit-tracer": Format(is_circuit_tracer, open_circuit_tracer, supplemented=True),
     "llamascopium": Format(
         llamascopium.is_llamascopium, llamascopium.open_llamascopium
     ),
@@ -64,13 +70,10 @@ def open_files(path: Path, supplement: Mapping[str, Any] | None = None) -> FileS
     """
     if is_pickle(path):
         raise InputError(pickle_message(path))
-    if path.is_dir():
-        for format in FORMATS.values():
-            if not format.is_here(path):
-                continue
-            if supplement and format.open is open_circuit_tracer:
-                return open_circuit_tracer(path, supplement)
-            return format.open(path)
+    for format in FORMATS.values():
+        if (path.is_dir() or format.within) and format.is_here(path):
+            more = (supplement,) if format.supplemented else ()
+            return format.open(path, *more)
     refuse_pickles(path)
     raise InputError(
         f"{path} is not a dictionary: a directory in one of the formats "

@@ -1,0 +1,217 @@
+"""Fill LMParams from named tensors of a file, on one device or split over a mesh.
+
+A leaf is made part by part: what one device holds of it is read, by slices of the
+stored tensors, put on the device, and forgotten. No host ever holds more of the model
+than one such part, and no device more than its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from jaxclt.errors import InputError
+from jaxclt.io.names import (
+    Layout,
+    Row,
+    Source,
+    find_part,
+    leaf_sizes,
+    stored_shape,
+    tensor_name,
+    to_leaf,
+)
+from jaxclt.lm.config import LMConfig
+from jaxclt.lm.sharding import leaf_sharding
+from jaxclt.types import Block, LMParams
+
+__all__ = ["GetPart", "read_params"]
+
+
+class GetPart(Protocol):
+    """A file's tensors by name."""
+
+    def __call__(self, name: str, part: tuple[slice, ...], /) -> np.ndarray:
+        """A slice of each axis of a tensor, float32; called from several threads."""
+        ...
+
+
+def read_params(
+    get: GetPart,
+    shapes: Mapping[str, tuple[int, ...]],
+    cfg: LMConfig,
+    *,
+    layout: Layout,
+    source: Source,
+    where: str,
+    ignore: Callable[[str], bool] = lambda name: False,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+) -> LMParams:
+    """Fill LMParams from named tensors.
+
+    Args:
+      get: reads of them.
+      shapes: stored shape of every tensor that the file holds.
+      cfg: sizes of the model.
+      layout: which leaves there are, and where.
+      source: whose names and channel order the file uses.
+      where: the file or directory, for messages.
+      ignore: tensors that may be left unread.
+      dtype: of the leaves.
+      mesh: devices to split them over, see `jaxclt.lm.sharding`; None for one device.
+
+    Raises:
+      InputError: for a missing, unknown, wrongly shaped or not finite tensor.
+    """
+    if cfg.n_layers > len(shapes):
+        raise InputError(
+            f"{where}: the config has {cfg.n_layers} layers but the weights only "
+            f"{len(shapes)} tensors"
+        )
+    rows = [row for row in layout.rows if row.exists(layout.options)]
+    wanted = {
+        tensor_name(row, source, i): row
+        for row in rows
+        for i in range(cfg.n_layers if row.per_layer else 1)
+    }
+    _check_names(wanted.keys(), shapes, where, ignore)
+    # Before anything is allocated: a damaged config may ask for any amount.
+    _check_shapes(rows, shapes, cfg, source, where)
+    offset, size = np.float32(layout.gain_offset), leaf_sizes(cfg)
+    # Most of the time is numpy on large arrays, which releases the interpreter lock.
+    pool = ThreadPoolExecutor(4)
+
+    def read(row: Row, layer: int, index: tuple[slice, ...], out: np.ndarray) -> None:
+        inside = dict(zip(row.axes, index, strict=True))
+        part = find_part(row, cfg, source, inside)
+        name = tensor_name(row, source, layer)
+        w = get(name, part.stored)
+        if not np.isfinite(w).all():
+            raise InputError(f"{where}: tensor {name} contains NaN or infinity")
+        leaf = to_leaf(w, row, source, part)
+        out[...] = leaf + offset if offset and row.is_gain else leaf
+
+    def part_of(row: Row, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a leaf, read by several threads."""
+        out = np.empty([x.stop - x.start for x in index], jnp.dtype(dtype))
+        jobs = [(0, *piece) for piece in _pieces(index, out)]
+        if row.per_layer:
+            jobs = [(layer, index[1:], out[layer]) for layer in range(cfg.n_layers)]
+        for _ in pool.map(lambda job: read(row, *job), jobs):
+            pass
+        return out
+
+    def leaf(row: Row) -> Array:
+        shape = (cfg.n_layers,) * row.per_layer + tuple(size[x] for x in row.axes)
+        return _placed(row.leaf, shape, mesh, lambda index: part_of(row, index))
+
+    with pool:
+        arrays = {row.leaf: leaf(row) for row in rows}
+    for name, said, kind in (
+        ("local_L", layout.local, "bool"),
+        ("embed_scale", layout.embed_scale, dtype),
+        ("logit_cap", layout.logit_cap, dtype),
+    ):
+        if said is not None:
+            value = np.asarray(said, jnp.dtype(kind))
+            arrays[name] = _placed(name, value.shape, mesh, value.__getitem__)
+    of_blocks = {r.leaf: arrays.pop(r.leaf) for r in rows if r.per_layer}
+    blocks = Block(**of_blocks, local_L=arrays.pop("local_L", None))
+    return LMParams(blocks=blocks, **arrays)
+
+
+_PIECE = 1 << 22  # numbers
+
+
+def _pieces(
+    index: tuple[slice, ...], out: np.ndarray
+) -> list[tuple[tuple[slice, ...], np.ndarray]]:
+    """A large part cut along its longest axis: work for threads, small temporaries."""
+    axis = int(np.argmax(out.shape))
+    n = min(-(-out.size // _PIECE), out.shape[axis])
+    ends = [out.shape[axis] * i // n for i in range(n + 1)]
+    cut = []
+    for a, b in pairwise(ends):
+        inside = [slice(None)] * out.ndim
+        inside[axis] = slice(a, b)
+        first = index[axis].start
+        at = (*index[:axis], slice(first + a, first + b), *index[axis + 1 :])
+        cut.append((at, out[tuple(inside)]))
+    return cut
+
+
+def _placed(
+    name: str,
+    shape: tuple[int, ...],
+    mesh: Mesh | None,
+    part_of: Callable[[tuple[slice, ...]], np.ndarray],
+) -> Array:
+    """A leaf where it belongs; its parts are made one after the other.
+
+    Not `jax.make_array_from_callback`, which asks for the parts of all devices before
+    it puts the first one on its device: the host would hold the leaf of all layers.
+    """
+    everything = tuple(slice(0, n) for n in shape)
+    if mesh is None:
+        return jnp.asarray(part_of(everything))
+    sharding = leaf_sharding(name, shape, mesh)
+    indices = sharding.addressable_devices_indices_map(shape)
+    places: dict[
+        tuple[tuple[int, int], ...], list[Any]
+    ] = {}  # devices by what is there
+    for device, index in indices.items():
+        bounds = [x.indices(n)[:2] for x, n in zip(index or (), shape, strict=True)]
+        places.setdefault(tuple(bounds), []).append(device)
+    there: dict[Any, Array] = {}
+    for bounds, devices in places.items():
+        part = part_of(tuple(slice(*bound) for bound in bounds))
+        there |= {device: jax.device_put(part, device) for device in devices}
+        jax.block_until_ready(list(there.values()))  # before the next part is read
+    return jax.make_array_from_single_device_arrays(
+        shape, sharding, [there[device] for device in indices]
+    )
+
+
+def _check_names(
+    wanted: Collection[str],
+    names: Collection[str],
+    where: str,
+    ignore: Callable[[str], bool],
+) -> None:
+    present, wanted = set(names), set(wanted)
+    for name in sorted(wanted - present):
+        raise InputError(f"{where}: tensor {name} is missing from the weights")
+    # An unread tensor means the model computes something that this library does not.
+    for name in sorted(present - wanted):
+        if not ignore(name):
+            raise InputError(
+                f"{where}: tensor {name} does not belong to a model of this "
+                "config; its weights and its config disagree"
+            )
+
+
+def _check_shapes(
+    rows: Collection[Row],
+    shapes: Mapping[str, tuple[int, ...]],
+    cfg: LMConfig,
+    source: Source,
+    where: str,
+) -> None:
+    for row in rows:
+        shape = stored_shape(row, cfg, source)
+        for i in range(cfg.n_layers if row.per_layer else 1):
+            name = tensor_name(row, source, i)
+            if shapes[name] != shape:
+                raise InputError(
+                    f"{where}: tensor {name} has shape {shapes[name]} instead of "
+                    f"{shape}, which the config asks for"
+                )
