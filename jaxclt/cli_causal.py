@@ -37,7 +37,7 @@ __all__ = [
 class _Reopen:
     """What patch and validate have in common."""
 
-    directory: tyro.conf.Positional[Path]
+    directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """Directory that trace wrote."""
     model: Annotated[str | None, tyro.conf.arg(metavar="M")] = None
     """Where the traced model is now, if it has moved."""

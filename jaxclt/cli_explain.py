@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -24,11 +25,11 @@ class ExplainConfig:
     or 12_345_5), "error 12:5", "embed 2"; a target by its number or its text.
     """
 
-    directory: tyro.conf.Positional[Path]
+    directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """Directory that trace wrote."""
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """Feature, error or token the edge starts at."""
-    target: tyro.conf.Positional[str]
+    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TARGET")]
     """Feature or target it leads to."""
     hops: bool = False
     """Load the model: also by the number of heads passed, and the last heads of any

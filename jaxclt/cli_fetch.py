@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -21,7 +21,7 @@ __all__ = ["FetchConfig", "run_fetch"]
 class FetchConfig:
     """Get a known model into the user cache, checksum verified."""
 
-    name: tyro.conf.Positional[str] = ""
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[NAME]")] = ""
     """Name of the model."""
     list: bool = False
     """List the known names, and published pairs of a model and a dictionary."""

@@ -47,7 +47,7 @@ _SAVING = threading.Lock()  # a save reads the file it replaces
 class ServeConfig:
     """Show all graphs of a folder in the browser; saves labels and supernodes."""
 
-    directory: tyro.conf.Positional[Path]
+    directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """Folder of what trace and sweep wrote, at any depth, or of graph files."""
     port: int = 8032
     """Port; 0 takes a free one."""

@@ -34,8 +34,10 @@ class _Attribution:
     model: Annotated[str, tyro.conf.arg(metavar="M")]
     """Known name (see `jaxclt fetch --list`), local directory, GGUF file or hub id."""
     dictionary: Annotated[str, tyro.conf.arg(metavar="D")]
-    """neurons:k, local directory (circuit-tracer, GemmaScope, SAELens, sparsify and
-    more formats), or hub id organisation/name[//folder][@revision]."""
+    """neurons, neurons:K or neurons@X, the model's own (all; the K strongest of every
+    token; those that write at least X); a bundled name; a local directory
+    (circuit-tracer, GemmaScope, SAELens, sparsify and more formats); or a hub id
+    organisation/name[//folder][@revision]."""
     max_features: int = 8192
     """Most feature nodes; the most influential ones are taken."""
     tolerance: float = 0.02
@@ -79,7 +81,7 @@ class TraceConfig(_Attribution):
     """Attribution graph of one prompt, written to a directory with a viewer page.
     Ctrl-C writes it with the features attributed so far, all else as unexplored."""
 
-    prompt: tyro.conf.Positional[str]
+    prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
     """Text whose next token is explained."""
     out: Path
     """Directory to write graph.npz, report.json, graph.json and index.html to."""
@@ -114,7 +116,7 @@ class TraceConfig(_Attribution):
 class SweepConfig(_Attribution):
     """The same for many prompts: a directory each and an index; resumes by itself."""
 
-    prompts: tyro.conf.Positional[Path]
+    prompts: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PROMPTS")]
     """.txt file with a prompt a line, or .jsonl file of objects with `prompt`."""
     out: Path
     """Directory to write to."""

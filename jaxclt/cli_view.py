@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -19,7 +20,7 @@ class ViewConfig:
     """Write the page of a traced prompt again: with other thresholds, with what
     validate found, beside another graph."""
 
-    directory: tyro.conf.Positional[Path]
+    directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """Directory that trace wrote."""
     out: Path | None = None
     """Page to write; the directory's index.html if not given."""
