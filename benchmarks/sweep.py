@@ -43,7 +43,8 @@ def worker(job: dict[str, Any]) -> None:
     from jaxclt import shapes
     from jaxclt.graph.attribute import AttributeConfig
     from jaxclt.sweep import sweep_prompts
-    from jaxclt.trace import trace_prompt, write_trace
+    from jaxclt.trace import trace_prompt
+    from jaxclt.trace_files import write_trace
 
     if job["variant"] == "exact shapes":
         bucket = shapes.bucket

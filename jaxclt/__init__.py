@@ -7,7 +7,7 @@ Where things are, in the order a prompt passes through them:
 
 | room | what it holds |
 |---|---|
-| `jaxclt.trace` | the shell: a prompt becomes a graph becomes a directory |
+| `jaxclt.trace`, `jaxclt.trace_files` | a prompt becomes a graph, then a directory |
 | `jaxclt.provenance` | hops, heads and suppressed features of a traced prompt |
 | `jaxclt.sweep` | the same for many prompts, resumable |
 | `jaxclt.io` | files and names: models, dictionaries, tokenizers, graphs |
@@ -77,7 +77,8 @@ from jaxclt.patching.edits import Edit
 from jaxclt.provenance import edge_parts_with_model, inhibition
 from jaxclt.replacement.local import local_replacement, run_local
 from jaxclt.sweep import sweep_prompts
-from jaxclt.trace import Traced, trace_prompt, write_trace
+from jaxclt.trace import Traced, trace_prompt
+from jaxclt.trace_files import write_trace
 from jaxclt.types import Supernode
 from jaxclt.windows import TokenWindows, read_windows
 

@@ -340,7 +340,7 @@ def _operation(config: PatchConfig) -> dict[str, Any]:
 
 
 def _reopen(config: _Reopen, say: Console) -> Reopened:
-    from jaxclt.trace import check_writable
+    from jaxclt.trace_files import check_writable
 
     # The place to write to is checked before anything long begins.
     if not (config.directory / "graph.npz").is_file():

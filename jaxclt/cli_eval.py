@@ -96,7 +96,7 @@ def run_eval(config: EvalConfig, say: Console) -> None:
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.model import load_model
     from jaxclt.sweep import read_prompts
-    from jaxclt.trace import check_writable
+    from jaxclt.trace_files import check_writable
 
     names = {field.name for field in dataclasses.fields(EvalOptions)}
     options = EvalOptions(

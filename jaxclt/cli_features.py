@@ -74,7 +74,7 @@ def run_features(config: FeaturesConfig, say: Console) -> None:
     from jaxclt.io.atomic import atomic_path
     from jaxclt.io.dictionary import LABELS, load_dictionary
     from jaxclt.io.model import load_model
-    from jaxclt.trace import check_writable
+    from jaxclt.trace_files import check_writable
 
     if config.tokens < 1:
         raise InputError(f"--tokens {config.tokens}: give at least 1")

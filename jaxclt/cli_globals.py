@@ -76,7 +76,7 @@ def run_globals(config: GlobalsConfig, say: Console) -> None:
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.global_file import load_statistics
     from jaxclt.io.model import load_model
-    from jaxclt.trace import check_writable
+    from jaxclt.trace_files import check_writable
 
     heads = _heads(config.heads)
     shard = _shard(config.shard)

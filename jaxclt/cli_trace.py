@@ -128,6 +128,7 @@ def run_trace(config: TraceConfig, say: Console) -> None:
     """Trace, write, print."""
     from jaxclt import trace
     from jaxclt.io.global_file import load_globals
+    from jaxclt.trace_files import write_trace
 
     if not config.prompt.strip():
         raise InputError("the prompt is empty: give some text to trace")
@@ -155,7 +156,7 @@ def run_trace(config: TraceConfig, say: Console) -> None:
             config=attribution,
         )
     traced.timing["load"] = loaded
-    report = trace.write_trace(
+    report = write_trace(
         traced, config.out, save=config.save, environment=config.environment
     )
     checked: dict[str, Any] = {}
@@ -275,7 +276,7 @@ def _prepare(
     from jaxclt.graph.attribute import AttributeConfig
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.model import load_model
-    from jaxclt.trace import check_writable
+    from jaxclt.trace_files import check_writable
 
     if not 0 <= config.tolerance < 1:
         raise InputError(f"--tolerance {config.tolerance}: give a share in [0, 1)")

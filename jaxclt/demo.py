@@ -29,13 +29,8 @@ from jaxclt.io.model import Model, load_model
 from jaxclt.io.weights_safetensors import read_json
 from jaxclt.patching.edits import Edit
 from jaxclt.subject import Subject
-from jaxclt.trace import (
-    check_writable,
-    prompt_tokens,
-    record_prompt,
-    trace_prompt,
-    write_trace,
-)
+from jaxclt.trace import prompt_tokens, record_prompt, trace_prompt
+from jaxclt.trace_files import check_writable, write_trace
 from jaxclt.types import Supernode
 from jaxclt.validate import ValidateOptions, validate_graph, write_validation
 

@@ -19,7 +19,8 @@ from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
-from jaxclt.trace import identity, trace_prompt, write_trace
+from jaxclt.trace import identity, trace_prompt
+from jaxclt.trace_files import write_trace
 
 __all__ = ["read_prompts", "sweep_prompts"]
 
