@@ -133,11 +133,16 @@ def memory_plan(
     if host_budget is not None and smallest.host_total > host_budget:
         where, needed, given = " of the host", smallest.host_total, host_budget
     raise InputError(
-        f"this graph needs {needed / 1e9:.1f} GB of memory{where} and "
-        f"{given / 1e9:.1f} GB may be used: lower --max-features (now "
+        f"this graph needs {_gb(needed)} of memory{where} and "
+        f"{_gb(given)} may be used: lower --max-features (now "
         f"{sizes.n_rows:,}), shorten the prompt ({sizes.n_tokens:,} tokens), or raise "
         "--memory"
     )
+
+
+def _gb(n_bytes: int) -> str:
+    gb = n_bytes / 1e9
+    return f"{gb:,.1f} GB" if gb >= 0.1 else f"{gb:.1g} GB"
 
 
 def _fits(plan: MemoryPlan, budget: int, host_budget: int | None) -> bool:

@@ -8,6 +8,7 @@ it was before and nothing is left behind.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -24,7 +25,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path that becomes the file `path` when the body succeeds.
 
     Raises:
-      InputError: if the folder cannot be made or written, or `path` is a folder.
+      InputError: if the folder cannot be made or written, `path` is a folder, or the
+        disk is full.
     """
     target = Path(path)
     with _blame(target):
@@ -35,7 +37,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with _blame_full_disk(target):
+            yield temporary
         with _blame(target):
             # mkstemp makes private files; the result gets the mode of any new file.
             temporary.chmod(0o666 & ~_umask())
@@ -53,7 +56,8 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     An older folder at `path` is replaced as a whole.
 
     Raises:
-      InputError: if the parent folder cannot be made or written, or `path` is a file.
+      InputError: if the parent folder cannot be made or written, `path` is a file, or
+        the disk is full.
     """
     target = Path(path)
     with _blame(target):
@@ -64,7 +68,8 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = scratch / "new"
     try:
         temporary.mkdir()
-        yield temporary
+        with _blame_full_disk(target):
+            yield temporary
         with _blame(target):
             for file in temporary.rglob("*"):
                 _sync(file)
@@ -90,6 +95,20 @@ def _blame(target: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(
             f"cannot write {target}: {error.strerror or error}; choose another place"
+        ) from error
+
+
+@contextlib.contextmanager
+def _blame_full_disk(target: Path) -> Iterator[None]:
+    """The same for a disk or a quota that the body filled; its other errors stay."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"no room left to write {target}: free some of the disk, or choose "
+            "another place"
         ) from error
 
 

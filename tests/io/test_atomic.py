@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from jaxclt.errors import InputError
@@ -32,6 +34,18 @@ def test_failure_keeps_the_old_file(tmp_path):
         write()
     assert target.read_text() == "old"
     assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="of Linux")
+@pytest.mark.parametrize("atomic", [atomic_path, atomic_directory])
+def test_a_full_disk_is_one_line(tmp_path, atomic):
+    """What the operating system says is seen through the real file that is full."""
+    with (
+        pytest.raises(InputError, match="no room left to write .*graph"),
+        atomic(tmp_path / "graph"),
+    ):
+        Path("/dev/full").write_text("anything")
+    assert names(tmp_path) == []
 
 
 def test_unwritable_place_is_one_line(tmp_path):
