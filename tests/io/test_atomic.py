@@ -41,7 +41,7 @@ def test_failure_keeps_the_old_file(tmp_path):
 def test_a_full_disk_is_one_line(tmp_path, atomic):
     """What the operating system says is seen through the real file that is full."""
     with (
-        pytest.raises(InputError, match="no room left to write .*graph"),
+        pytest.raises(InputError, match=r"no room left to write .*graph"),
         atomic(tmp_path / "graph"),
     ):
         Path("/dev/full").write_text("anything")
