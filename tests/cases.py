@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxclt.clt.active import Active
+from jaxclt.graph.certificate import certificate
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.influence import solve_influence
 from jaxclt.replacement.local import LocalReplacement, LocalRun, run_local
@@ -107,6 +108,21 @@ def close(got: object, want: object, tol: float = 1e-12) -> None:
     assert got.dtype == want.dtype
     scale = np.abs(want).max(initial=0)
     np.testing.assert_allclose(got, want, rtol=0, atol=tol * max(scale, 1e-30))
+
+
+def same_rows(got: Graph, full: Graph) -> None:
+    """Edges between its nodes are those of the full graph, the others are summed."""
+    key = list(zip(full.layer_A, full.pos_A, full.feature_A, strict=True))
+    mine = zip(got.layer_A, got.pos_A, got.feature_A, strict=True)
+    index = np.array([key.index(k) for k in mine])
+    A = full.n_features
+    rows = np.r_[index, np.arange(A, len(full.edge_RN))]
+    columns = np.r_[index, np.arange(A, full.edge_RN.shape[1])]
+    close(got.edge_RN, full.edge_RN[np.ix_(rows, columns)], 1e-13)
+    left_out = np.delete(full.edge_RN[rows], columns, axis=1)
+    close(got.rest_R, left_out.sum(1), 1e-12)
+    close(got.rest_abs_R, np.abs(left_out).sum(1), 1e-12)
+    assert certificate(got).max_relative_row_error < 1e-14
 
 
 # -- random graphs ---------------------------------------------------------------------

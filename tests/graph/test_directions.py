@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FEW, case, case_active, case_graph, close
+from cases import FEW, case, case_active, case_graph, close, same_rows
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxclt.clt.active import Active
@@ -227,21 +227,6 @@ def test_the_least_memory_gives_the_same_rows(name: str) -> None:
     assert found == ("recomputed", "gathered", True)
     assert got.n_features == n
     same_rows(got, full)
-
-
-def same_rows(got: Graph, full: Graph) -> None:
-    """Edges between its nodes are those of the full graph, the others are summed."""
-    key = list(zip(full.layer_A, full.pos_A, full.feature_A, strict=True))
-    mine = zip(got.layer_A, got.pos_A, got.feature_A, strict=True)
-    index = np.array([key.index(k) for k in mine])
-    A = full.n_features
-    rows = np.r_[index, np.arange(A, len(full.edge_RN))]
-    columns = np.r_[index, np.arange(A, full.edge_RN.shape[1])]
-    close(got.edge_RN, full.edge_RN[np.ix_(rows, columns)], 1e-13)
-    left_out = np.delete(full.edge_RN[rows], columns, axis=1)
-    close(got.rest_R, left_out.sum(1), 1e-12)
-    close(got.rest_abs_R, np.abs(left_out).sum(1), 1e-12)
-    assert certificate(got).max_relative_row_error < 1e-14
 
 
 def test_visits_without_rows_are_the_rows_own() -> None:
