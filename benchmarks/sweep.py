@@ -38,13 +38,13 @@ VARIANTS = ("sweep", "one by one", "exact shapes")
 def worker(job: dict[str, Any]) -> None:
     """Trace all prompts in one way; seconds as JSON on stdout."""
     import jax
-    from jaxclt.trace_files import write_trace
 
     import jaxclt
     from jaxclt import shapes
     from jaxclt.graph.attribute import AttributeConfig
     from jaxclt.sweep import sweep_prompts
     from jaxclt.trace import trace_prompt
+    from jaxclt.trace_files import write_trace
 
     if job["variant"] == "exact shapes":
         bucket = shapes.bucket
