@@ -78,7 +78,7 @@ def run_features(config: FeaturesConfig, say: Console) -> None:
 
     if config.tokens < 1:
         raise InputError(f"--tokens {config.tokens}: give at least 1")
-    check_writable(config.out, makes="run.json")
+    check_writable(config.out, makes="run")
     client = None
     if config.labels:
         url, _, name = config.labels.partition("#")

@@ -85,7 +85,7 @@ def run_globals(config: GlobalsConfig, say: Console) -> None:
             raise InputError(f"--{name} {getattr(config, name)}: give at least 1")
     if bool(config.data) == bool(config.merge):
         raise InputError("give --data TEXT, or --merge with directories of shards")
-    check_writable(config.out, makes="statistics.npz")
+    check_writable(config.out, makes="globals")
     use_compilation_cache()
     model = load_model(
         config.model,

@@ -286,9 +286,7 @@ def _prepare(
         raise InputError(f"--memory {config.memory}: give GB above 0")
     if config.heads < 0:
         raise InputError(f"--heads {config.heads}: give 0 for none, or how many edges")
-    check_writable(
-        config.out, makes="graph.npz" if isinstance(config, TraceConfig) else ""
-    )
+    check_writable(config.out, makes="trace" if isinstance(config, TraceConfig) else "")
     use_compilation_cache()
     started = time.perf_counter()
     model = load_model(

@@ -161,7 +161,7 @@ def run_demo(
     Raises:
       InputError: if `out` cannot be written.
     """
-    check_writable(out, makes="graph.npz")
+    check_writable(out, makes="trace")
     model = load_model(MODEL)
     dictionary = load_dictionary(DICTIONARY, model)
     case = load_case()

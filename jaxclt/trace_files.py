@@ -36,9 +36,9 @@ __all__ = ["FULL_GRAPH_BYTES", "MAKES", "check_writable", "write_trace"]
 FULL_GRAPH_BYTES = 512 << 20  # larger graphs are saved pruned unless asked otherwise
 # What tells which command a directory is of.
 MAKES = {
-    "graph.npz": "a traced graph",
-    "statistics.npz": "global weights",
-    "run.json": "a run of features or train",
+    "trace": ("a traced graph", ("graph.npz",)),
+    "globals": ("global weights", ("statistics.npz", "partial.npz")),
+    "run": ("a run of features or train", ("run.json",)),
 }
 
 
@@ -93,11 +93,12 @@ def check_writable(out: str | os.PathLike[str], *, makes: str = "") -> None:
 
     Args:
       out: directory.
-      makes: the file of `MAKES` that is to be written. What another command made has a
+      makes: what of `MAKES` is to be written. What another command made has a
         report and a page of the same names, which would be lost.
     """
-    for name, what in MAKES.items():
-        if makes and name != makes and (Path(out) / name).exists():
+    for kind, (what, names) in MAKES.items():
+        there = any((Path(out) / name).exists() for name in names)
+        if makes and kind != makes and there:
             raise InputError(
                 f"{out} holds {what}, whose report would be replaced: give another "
                 "--out"

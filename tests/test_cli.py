@@ -81,7 +81,7 @@ def test_the_heading_is_the_end_of_the_prompt():
 def test_what_another_command_made_is_not_written_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    for name in ("statistics.npz", "run.json"):
+    for name in ("statistics.npz", "partial.npz", "run.json"):
         out = tmp_path / name
         out.mkdir()
         (out / name).touch()
