@@ -129,7 +129,7 @@ def read_params(
     return LMParams(blocks=blocks, **arrays)
 
 
-_PIECE = 1 << 22  # numbers
+_PIECE = 1 << 20  # numbers; larger ones stay behind in the allocator
 
 
 def _pieces(
