@@ -161,7 +161,8 @@ def edge_columns(
     mesh: Mesh,
     skip: tuple[Array, Array] | None = None,
     on_columns: Callable[[int], None] = lambda n: None,
-) -> None:
+    stop: Callable[[], bool] = lambda: False,
+) -> bool:
     """Write the direct effects of all sources on all targets into `out_RN`.
 
     Args:
@@ -176,6 +177,10 @@ def edge_columns(
       mesh: devices to split chunks over, one axis `rows`.
       skip: linear path of the dictionary.
       on_columns: called with the number of columns just finished.
+      stop: asked before each chunk; once true, no other is started.
+
+    Returns:
+      Whether all columns were reached.
     """
     stream = make_stream(params, recording, cfg=cfg, pull=False, skip=skip)
     held = on_mesh(_Held(stream, bank.on_device(packed=True)), mesh)
@@ -204,7 +209,8 @@ def edge_columns(
         )
 
     chunks = _chunks(columns, cfg, plan)
-    for chunk, pushed in pipelined(chunks, start):
+    left = len(site_N)
+    for chunk, pushed in pipelined(chunks, start, stop):
         rows, place = near[chunk.n_positions]
         column_B = chunk.index_B
         edge_EB = np.asarray(pushed)[place, : len(column_B)]
@@ -218,7 +224,9 @@ def edge_columns(
             if (np.diff(run) != 1).any():
                 block_EB = edge_EB[:, run]
             out_RN[rows, first : first + len(run)] = block_EB
+        left -= len(column_B)
         on_columns(len(column_B))
+    return left == 0
 
 
 def _chunks(columns: Columns, cfg: LMConfig, plan: Plan) -> list[Chunk]:

@@ -55,7 +55,6 @@ def plan_attribution(
     """
     A, cap = len(active.layer_A), config.max_features
     apart = jax.local_devices()[0].platform != "cpu"
-    leaves = jax.tree.leaves(params)
     spans = np.array([rows.shape[1] for rows in active.decoder])
     sizes = Sizes(
         cfg=cfg,
@@ -68,7 +67,7 @@ def plan_attribution(
         # A plan may be asked for a model in half precision, which no graph is made of.
         params_bytes=sum(
             (_share(leaf) if apart else leaf.size) * max(leaf.dtype.itemsize, FLOAT32)
-            for leaf in leaves
+            for leaf in jax.tree.leaves(params)
         ),
         itemsize=max(active.value_A.itemsize, FLOAT32),
     )

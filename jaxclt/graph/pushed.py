@@ -55,7 +55,7 @@ def push_all(
     """Every edge, then the rows and columns of the most influential features."""
     A, N = len(p.active.layer_A), len(push.columns.sites)
     edge_RN = np.zeros((len(push.rows.pos_R), N), p.error_LTD.dtype)
-    edge_columns(
+    complete = edge_columns(
         p.params,
         p.recording,
         push.columns,
@@ -66,8 +66,11 @@ def push_all(
         plan=plan,
         mesh=mesh,
         skip=p.active.skip,
-        on_columns=counted(_or_stopped(p, on_rows), N),
+        on_columns=counted(on_rows, N),
+        stop=p.stop,
     )
+    if not complete:
+        raise KeyboardInterrupt  # a graph needs all columns: nothing to keep
     for k, edge_N in p.written():
         edge_RN[A + k] += edge_N
     ignored = A + p.ignored_errors()
@@ -92,16 +95,3 @@ def push_all(
         rest_abs_R=rest_abs_R,
         work=work,
     )
-
-
-def _or_stopped(
-    p: Prompt, report: Callable[[int, int], None]
-) -> Callable[[int, int], None]:
-    """The same report, where a stop leaves nothing: a graph needs all columns."""
-
-    def checked(done: int, total: int) -> None:
-        report(done, total)
-        if p.stop() and done < total:
-            raise KeyboardInterrupt
-
-    return checked

@@ -74,17 +74,30 @@ class Tiny:
             n_layers=self.cfg.n_layers,
         )
 
-    def graph(self, config: AttributeConfig | None = None) -> Graph:
-        """The attribution graph of the prompt; all features unless `config` says."""
+    def graph(
+        self,
+        config: AttributeConfig | None = None,
+        *,
+        active: Active | None = None,
+        **more: Any,
+    ) -> Graph:
+        """The attribution graph of the prompt; all features unless `config` says.
+
+        Args:
+          config: how much to compute.
+          active: features of another dictionary, or those of this one at hand.
+          **more: arguments of `jaxclt.graph.attribute.attribute_recording`.
+        """
         return attribute_recording(
             self.params,
             self.recording,
-            self.active,
+            self.active if active is None else active,
             self.targets,
             cfg=self.cfg,
             meta=self.meta,
             config=config
             or AttributeConfig(max_features=None, tolerance=0.0, devices=1),
+            **more,
         )
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxclt.clt.active import Active
 from jaxclt.errors import InputError
 from jaxclt.graph import compute, pooled, pushed, stream
-from jaxclt.graph.attribute import AttributeConfig, Timing, attribute_recording
+from jaxclt.graph.attribute import AttributeConfig, Timing
 from jaxclt.graph.bank import RowTargets, pack, writers
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.graph import Graph
@@ -83,20 +83,11 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 
 def test_either_side_is_chosen_by_cost() -> None:
     """A full graph is pushed, a few rows of many are pulled; both state the cost."""
-    t = case("clt")
     chosen = []
     for cap in (None, 8):
         timing = Timing()
-        attribute_recording(
-            t.params,
-            t.recording,
-            case_active("clt"),
-            t.targets,
-            cfg=t.cfg,
-            meta=t.meta,
-            config=dataclasses.replace(ALL, max_features=cap),
-            timing=timing,
-        )
+        config = dataclasses.replace(ALL, max_features=cap)
+        case("clt").graph(config, active=case_active("clt"), timing=timing)
         assert timing.work["tflop"] > 0
         chosen.append(timing.work["direction"])
     assert chosen == ["push", "pull"]
@@ -212,16 +203,7 @@ def test_the_least_memory_gives_the_same_rows(name: str) -> None:
     config = dataclasses.replace(ALL, max_features=n, rows_per_update=16)
     config = dataclasses.replace(config, memory_gb=least_memory(t, active, config))
     timing = Timing()
-    got = attribute_recording(
-        t.params,
-        t.recording,
-        active,
-        t.targets,
-        cfg=t.cfg,
-        meta=t.meta,
-        config=config,
-        timing=timing,
-    )
+    got = t.graph(config, active=active, timing=timing)
     work = timing.work
     found = work["patterns"], work["sources"], work["pool"] < full.n_features
     assert found == ("recomputed", "gathered", True)

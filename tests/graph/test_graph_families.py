@@ -151,15 +151,7 @@ def neuron_graph(name: str, k: int | None) -> tuple[Graph, np.ndarray]:
     """Graph of a model's neurons, and their error nodes."""
     t = case(name)
     active = NeuronDictionary(k).active(t.params, t.recording, t.cfg)
-    graph = attribute_recording(
-        t.params,
-        t.recording,
-        active,
-        t.targets,
-        cfg=t.cfg,
-        meta=t.meta,
-        config=AttributeConfig(max_features=None, tolerance=0.0, devices=1),
-    )
+    graph = t.graph(active=active)
     return graph, error_nodes(active, t.recording)
 
 

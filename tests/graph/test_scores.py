@@ -16,7 +16,6 @@ from cases import (
 )
 
 from jaxclt.clt.neurons import NeuronDictionary
-from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.graph import Graph, Pruning
 from jaxclt.graph.prune import prune
 from jaxclt.graph.scores import path_length_curve, scores
@@ -119,15 +118,7 @@ def test_without_error_everything_is_explained() -> None:
     """T-S4: the model's own neurons replace it completely."""
     t = case("no_bias")
     active = NeuronDictionary().active(t.params, t.recording, t.cfg)
-    graph = attribute_recording(
-        t.params,
-        t.recording,
-        active,
-        t.targets,
-        cfg=t.cfg,
-        meta=t.meta,
-        config=AttributeConfig(max_features=None, tolerance=0.0),
-    )
+    graph = t.graph(active=active)
     got = scores(graph)
     assert got.replacement == near(1, abs=1e-12)
     assert got.completeness == near(1, abs=1e-12)

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from cases import case, case_active, case_graph, close, same_rows
 
-from jaxclt.graph.attribute import AttributeConfig, Timing, attribute_recording
+from jaxclt.graph.attribute import AttributeConfig, Timing
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.scores import scores
 
@@ -26,20 +26,15 @@ SMALL_CHUNKS = AttributeConfig(
 
 def stopped(after: int, **config: object) -> tuple[Graph, Timing]:
     """The graph of a case that is stopped once so many rows are done."""
-    t, done, timing = case("clt"), [0], Timing()
+    done, timing = [0], Timing()
 
     def on_rows(n: int, total: int) -> None:
         assert n <= total
         done[0] = n
 
-    graph = attribute_recording(
-        t.params,
-        t.recording,
-        case_active("clt"),
-        t.targets,
-        cfg=t.cfg,
-        meta=t.meta,
-        config=dataclasses.replace(SMALL_CHUNKS, **config),
+    graph = case("clt").graph(
+        dataclasses.replace(SMALL_CHUNKS, **config),
+        active=case_active("clt"),
         on_rows=on_rows,
         stop=lambda: done[0] >= after,
         timing=timing,

@@ -184,27 +184,27 @@ def chosen_files(names: Sequence[str], wanted: str, where: str) -> list[str] | N
     return [*more, *(x.file for x in kept)]
 
 
-def _place(path: Path) -> tuple[Path, str]:
+def _place(path: Path) -> tuple[Path, str] | None:
     """The folder that a path to a dictionary begins with, and the dictionary's name.
 
-    The latter is none of a folder that is there: ``width_16k/average_l0_70``.
+    The latter is none of a folder that is there: ``width_16k/average_l0_70``. None if
+    the path names no such dictionary.
     """
     for root in (path, path.parent, path.parent.parent):
         wanted = path.relative_to(root).as_posix().removeprefix(".")
         named = not wanted or _NAME.fullmatch(wanted)
         if named and root.is_dir() and any(any(root.glob(x.glob)) for x in _SHELVES):
             return root, wanted
-    return path, ""
+    return None
 
 
 def is_scope(path: Path) -> bool:
     """Whether a path names a dictionary of such a folder."""
-    root, wanted = _place(path)
-    if not any(any(root.glob(x.glob)) for x in _SHELVES):
-        return False
-    own = path / CONFIG
+    place, own = _place(path), path / CONFIG
+    if place is None or not own.is_file():
+        return place is not None
     # one that lists files says all there is to say
-    return not own.is_file() or not (wanted or "transcoders" in read_yaml(own))
+    return not (place[1] or "transcoders" in read_yaml(own))
 
 
 _FIELDS = {
@@ -271,7 +271,7 @@ def open_scope(path: Path, supplement: Mapping[str, Any] | None = None) -> FileS
       InputError: if the name fits nothing or leaves a choice, if nothing says what its
         features read and write, or if a file is damaged.
     """
-    root, wanted = _place(path)
+    root, wanted = _place(path) or (path, "")
     there = [
         x.relative_to(root).as_posix()
         for shelf in _SHELVES
