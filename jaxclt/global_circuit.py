@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.global_text import Features, choose_features, store_of
 from jaxclt.global_weights import ranking

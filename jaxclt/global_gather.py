@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.global_text import Features, choose_features, store_of
 from jaxclt.global_weights.attention import Head

@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import Dictionary
-from jaxclt.clt.encoder import Encoder, encoder_of
-from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.clt.coder import Dictionary, Loaded, load
 from jaxclt.clt.store import DictionaryStore
 from jaxclt.dashboards.peaks import Batch, firing_counts
 from jaxclt.errors import InputError
@@ -75,9 +73,8 @@ def choose_features(
     """
     if isinstance(features, Subset):
         return features
-    store: DictionaryStore | None = getattr(dictionary, "store", None)
-    encoder = None if store else encoder_of(dictionary, model.params, model.cfg)
-    sizes = encoder or store.cfg  # pyright: ignore[reportOptionalMemberAccess]
+    coder = dictionary.coder(model.cfg)
+    sizes = coder.shape
     if not isinstance(features, str | os.PathLike):
         return Subset.of(np.asarray(features, np.int64), sizes)
     name = os.fspath(features)
@@ -87,13 +84,13 @@ def choose_features(
     if head == "top":
         if not count.isdecimal() or int(count) < 1:
             raise InputError(f"--features {name}: write top:K with K at least 1")
-        if dictionary == NeuronDictionary(hash=dictionary.hash):
+        if coder.gated and not coder.chooses:
             raise InputError(
                 f"--features {name}: every neuron is active on every token; name some, "
                 "or take neurons:k as the dictionary"
             )
         sample = windows.first(SELECT_TOKENS)
-        encoder = encoder or encoder_of(dictionary, model.params, model.cfg)
+        encoder = load(dictionary, model.params, model.cfg, decoders=False)
         count_U = _firing(model, encoder, sample, on_tokens)
         return _most_frequent(count_U, int(count), sizes)
     return Subset.of(_read_features(Path(name)), sizes)
@@ -131,7 +128,7 @@ _counts = jax.jit(firing_counts)
 
 def _firing(
     model: Model,
-    encoder: Encoder,
+    encoder: Loaded,
     windows: TokenWindows,
     on_tokens: Callable[[int, int], None],
 ) -> np.ndarray:

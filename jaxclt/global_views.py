@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.store import DictionaryStore
 from jaxclt.global_text import store_of
 from jaxclt.global_weights import ranking

@@ -15,8 +15,9 @@ from families import Label, label, partitions
 from jax import Array
 
 import jaxclt
-from jaxclt.clt.active import Dictionary, StoreDictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.model import encode
+from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.targets import token_targets

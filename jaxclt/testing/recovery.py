@@ -27,9 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.active import Dictionary, StoreDictionary
+from jaxclt.clt.active import active_features
+from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.model import encode
 from jaxclt.clt.sites import read_site
+from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.graph import Graph, GraphMeta
 from jaxclt.graph.scores import scores
@@ -181,7 +183,7 @@ def case_graph(planted: Planted, dictionary: Dictionary, case: Case) -> Graph:
     return attribute_recording(
         params,
         rec,
-        dictionary.active(params, rec, cfg),
+        active_features(dictionary, params, rec, cfg),
         targets,
         cfg=cfg,
         meta=GraphMeta(
@@ -289,7 +291,7 @@ def swap_error(
     params, cfg = planted.params, planted.cfg
     rec = record_prompt(params, case.token_T, cfg)
     model = make_patchable(dictionary, params, rec, cfg)
-    local = make_local(dictionary, model, dictionary.active(params, rec, cfg))
+    local = make_local(dictionary, model, active_features(dictionary, params, rec, cfg))
     idle = make_edits([(0, 0, 0, 1.0, 0.0)], dictionary, params, rec, cfg=cfg)
     swap_D = np.asarray(case.swap_D, rec.mid_LTD.dtype)
     change = nudged(

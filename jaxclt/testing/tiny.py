@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxclt.clt import params as clt_params
-from jaxclt.clt.active import Active, StoreDictionary
+from jaxclt.clt.active import Active, active_features
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import ParamsStore
+from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.graph import Graph, GraphMeta
 from jaxclt.graph.targets import salient_targets
@@ -46,7 +47,7 @@ class Tiny:
     @property
     def active(self) -> Active:
         """Its active features on the prompt."""
-        return self.dictionary.active(self.params, self.recording, self.cfg)
+        return active_features(self.dictionary, self.params, self.recording, self.cfg)
 
     @property
     def lrm(self) -> LocalReplacement:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxclt.clt.encoder import Encoder, encoder_of
+from jaxclt.clt.coder import Loaded, load
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.dashboards import stream
 from jaxclt.dashboards.examples import Examples, Excerpts
@@ -46,11 +46,11 @@ KINDS = {
 
 
 @cache
-def case(kind: str) -> tuple[Tiny, Encoder]:
+def case(kind: str) -> tuple[Tiny, Loaded]:
     made = KINDS[kind]
     neurons = isinstance(made, NeuronDictionary)
     t = tiny(n_layers=3, dtype=jnp.float64, **({} if neurons else made))
-    return t, encoder_of(made if neurons else t.dictionary, t.params, t.cfg)
+    return t, load(made if neurons else t.dictionary, t.params, t.cfg)
 
 
 @cache

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from cases import case
 
-from jaxclt.clt.active import Active
+from jaxclt.clt.active import Active, active_features
 from jaxclt.global_weights.build import build
 from jaxclt.global_weights.ranking import GlobalWeights
 from jaxclt.global_weights.sparse import sparse_sums
@@ -116,7 +116,9 @@ def recordings(name: str) -> tuple[Recording, ...]:
 def actives(name: str) -> tuple[Active, ...]:
     t = case(name)
     with jax.enable_x64(True):
-        return tuple(t.dictionary.active(t.params, r, t.cfg) for r in recordings(name))
+        return tuple(
+            active_features(t.dictionary, t.params, r, t.cfg) for r in recordings(name)
+        )
 
 
 @functools.cache

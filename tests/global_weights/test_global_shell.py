@@ -13,6 +13,7 @@ import pytest
 
 import jaxclt
 from jaxclt import cli, global_gather, global_text
+from jaxclt.clt.active import active_features
 from jaxclt.errors import InputError
 from jaxclt.global_weights.sparse import check_size
 from jaxclt.global_weights.subset import Subset
@@ -115,7 +116,7 @@ def test_prompt_family_to_neighbourhood(model: Model, dictionary, tmp_path: Path
     for w, ids in enumerate(WINDOWS):
         token = np.asarray(ids, np.int32)
         recording = jaxclt.trace.record_prompt(model.params, token, model.cfg)
-        active = dictionary.active(model.params, recording, model.cfg)
+        active = active_features(dictionary, model.params, recording, model.cfg)
         for layer, pos, feature, value in zip(
             active.layer_A, active.pos_A, active.feature_A, active.value_A, strict=True
         ):

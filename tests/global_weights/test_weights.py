@@ -10,8 +10,8 @@ import pytest
 from cases import FEW, case, case_active, close
 from global_cases import brute_virtual, subset
 
-from jaxclt.clt.active import StoreDictionary
 from jaxclt.clt.store import ParamsStore
+from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.errors import InputError
 from jaxclt.global_weights import weights
 from jaxclt.global_weights.subset import Subset

@@ -21,6 +21,7 @@ from cases import (
     close,
 )
 
+from jaxclt.clt.active import active_features
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.errors import InputError
 from jaxclt.graph import provenance
@@ -150,7 +151,7 @@ def test_parts_of_edges_sum_to_the_edges(name: str) -> None:
 def neuron_graph(name: str, k: int | None) -> tuple[Graph, np.ndarray]:
     """Graph of a model's neurons, and their error nodes."""
     t = case(name)
-    active = NeuronDictionary(k).active(t.params, t.recording, t.cfg)
+    active = active_features(NeuronDictionary(k), t.params, t.recording, t.cfg)
     graph = t.graph(active=active)
     return graph, error_nodes(active, t.recording)
 
@@ -163,7 +164,7 @@ def test_neurons_are_exact(name: str) -> None:
     """
     t = case(name)
     size = np.abs(np.asarray(t.recording.write_LTD)).max()
-    every = NeuronDictionary().active(t.params, t.recording, t.cfg)
+    every = active_features(NeuronDictionary(), t.params, t.recording, t.cfg)
     assert np.abs(error_nodes(every, t.recording)).max() < 1e-13 * size
     graph, error_LTD = neuron_graph(name, 5)
     assert np.abs(error_LTD).max() > 1e-3 * size

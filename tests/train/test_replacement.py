@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxclt.evaluation.agreement as comparing
+from jaxclt.clt.active import active_features
 from jaxclt.clt.neurons import parse_neurons
 from jaxclt.evaluation.agreement import agreement
 from jaxclt.evaluation.reconstruction import Reconstruction, reconstructed
@@ -113,7 +114,7 @@ def test_zero_decoders_are_the_mean_mlp_model(case):
 def test_with_its_error_vectors_it_is_the_model(case, kind):
     """T-RM3: the errors of this prompt make up for any dictionary."""
     dictionary = case.dictionary if kind == "clt" else parse_neurons(kind)
-    active = dictionary.active(case.params, case.recording, case.cfg)
+    active = active_features(dictionary, case.params, case.recording, case.cfg)
     error_LTD = jnp.asarray(error_nodes(active, case.recording))
     assert np.abs(error_LTD).max() > 1e-3
     got = substitute_logits(
@@ -141,7 +142,7 @@ def test_one_layer_can_be_replaced(case, kind):
     every = at(keep_first=False, layer_L=jnp.ones(L, bool))
     np.testing.assert_allclose(every, at(keep_first=False), atol=1e-12)
     # The last layer alone: the clean stream with one error taken away.
-    active = dictionary.active(case.params, case.recording, case.cfg)
+    active = active_features(dictionary, case.params, case.recording, case.cfg)
     error_TD = error_nodes(active, case.recording)[-1]
     resid_TD = case.recording.mid_LTD[-1] + case.recording.write_LTD[-1] - error_TD
     from jaxclt.lm import layers
@@ -156,7 +157,7 @@ def test_one_layer_can_be_replaced(case, kind):
 @pytest.mark.parametrize("kind", ["clt", "neurons", "neurons:3", "neurons@0.01"])
 def test_reconstruction_is_that_of_the_error_nodes(case, kind):
     dictionary = case.dictionary if kind == "clt" else parse_neurons(kind)
-    active = dictionary.active(case.params, case.recording, case.cfg)
+    active = active_features(dictionary, case.params, case.recording, case.cfg)
     error_LTD = error_nodes(active, case.recording)
     sub = substitute_of(dictionary, case.params)
     r = case.recording

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from cases import case, case_active, close
 
-from jaxclt.clt.active import Active, Dictionary
+from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.lm import layers
 from jaxclt.patching.batch import Local, make_local, make_patchable
@@ -43,7 +44,7 @@ def parts(kind: str) -> tuple[Dictionary, Active, Patchable, Local]:
         name, neurons = KINDS[kind]
         t = case(name)
         dictionary = NeuronDictionary(None) if neurons else t.dictionary
-        active = dictionary.active(t.params, t.recording, t.cfg)
+        active = active_features(dictionary, t.params, t.recording, t.cfg)
         model = make_patchable(dictionary, t.params, t.recording, t.cfg)
         return dictionary, active, model, make_local(dictionary, model, active)
 
