@@ -3,7 +3,7 @@
     edge = residual-direct + attention-mediated
          = residual-direct + heads listed + other heads
 
-(spec 3.4). Numbers come from the graph; hops, and heads of edges that the graph does
+(maths 7.4). Numbers come from the graph; hops, and heads of edges that the graph does
 not list, take the model (`jaxclt.explain`).
 """
 

@@ -2,7 +2,7 @@
 
 Rows are what is explained (features, then targets), columns are sources (features, then
 error nodes layer-major, then embeddings). Everything a row needs to sum to what it
-explains is kept: ``edge_RN.sum(1) + bias_R + rest_R == readout_R`` (spec 3.3, T-E1).
+explains is kept: ``edge_RN.sum(1) + bias_R + rest_R == readout_R`` (maths 6.3).
 
 Arrays live on the host (numpy): a graph is a result, shared by the scores, the file
 formats and the viewer. No code but this file computes column offsets.
@@ -109,7 +109,7 @@ class Graph:
     # output. Left out (graphs of older files): the output at the last position.
     target_layer_K: np.ndarray = dataclasses.field(default_factory=_absent)
     target_pos_K: np.ndarray = dataclasses.field(default_factory=_absent)
-    # How edges travelled (spec 3.4); None in graphs of versions that did not say.
+    # How edges travelled (maths 7); None in graphs of versions that did not say.
     direct_RN: csr_array | None = None  # residual-direct parts, between equal positions
     heads: HeadLoads | None = None  # the strongest kept edges by their last head
 

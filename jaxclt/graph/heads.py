@@ -2,8 +2,8 @@
 
     A = A0 + sum over (l, h) of load(l, h)
 
-load(l, h) holds the paths whose last hop before the target is head h of layer l (spec
-3.4). Sources are pushed forward once, which makes every last head of every target
+load(l, h) holds the paths whose last hop before the target is head h of layer l (maths
+7.4). Sources are pushed forward once, which makes every last head of every target
 readable on the way; pulling targets back would take one pass per target and head.
 
 Columns are pushed from the first of their layers, and no earlier than the first of

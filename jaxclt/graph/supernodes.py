@@ -2,7 +2,7 @@
 
 With A' the edges over the sums of their rows' absolute inputs (`shares_total`), and f
 the fraction of a node's input that comes from outside its own group, group t gets from
-group s (Circuit Tracing 2025, sections 3.4 and J; spec 3.9)
+group s (Circuit Tracing 2025, sections 3.4 and J; maths 13.3)
 
     S(t, s) = sum over n in t of  f(n) * (sum over m in s of A'(n, m))  /  sum of f(n)
 
@@ -160,7 +160,7 @@ def suggest_supernodes(
     A feature's profile is the signed total effect of every token on it, and its own on
     every target, all paths counted and gates as they are; each half is scaled to length
     1. Two features are as far apart as 1 minus the mean cosine of the halves; groups
-    are the average-linkage clusters (spec 7.5). Tokens that have influence and all
+    are the average-linkage clusters (maths 13.8). Tokens that have influence and all
     targets come along as groups of one: `supernode_graph` takes the result as it is.
 
     Args:

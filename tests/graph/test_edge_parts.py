@@ -56,7 +56,7 @@ def places(g: Graph) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_direct_and_heads_sum_to_the_edges_of_the_graph(name: str) -> None:
-    """T-H1, T-H3: of a traced graph, whatever was selected and kept."""
+    """Maths 7.2, 7.4: of a traced graph, whatever was selected and kept."""
     g = graph(name)
     table = g.heads
     assert table is not None
@@ -74,7 +74,7 @@ def test_direct_and_heads_sum_to_the_edges_of_the_graph(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["half", "skip"])
 def test_other_splits_of_a_traced_graph_agree(name: str) -> None:
-    """T-H2, T-H4: hops and a layer's cut sum to the edges, 0 hops are the direct part.
+    """Maths 7.3, 7.5: hops, and a layer's cut, sum to the edges; 0 hops are direct.
 
     Sources outside the graph are in neither.
     """
