@@ -56,6 +56,7 @@ def worker(point: dict[str, Any]) -> None:
     import jax
     import jax.numpy as jnp
 
+    from jaxclt.clt.active import active_features
     from jaxclt.clt.neurons import NeuronDictionary
     from jaxclt.graph.attribute import AttributeConfig, Timing, attribute_recording
     from jaxclt.graph.graph import GraphMeta

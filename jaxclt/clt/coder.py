@@ -112,7 +112,7 @@ class Coder(Protocol):
         ...
 
     def rows(self, enc: Any) -> tuple[Any, Any]:
-        """Rows [U, D] and biases [U] of given encoders: ``linear = read @ rows.T + b``."""
+        """Rows [U, D] and biases [U] of encoders: ``linear = read @ rows.T + b``."""
         ...
 
     def thresholds(self, enc: Any) -> Any | None:
@@ -128,7 +128,7 @@ class Coder(Protocol):
         ...
 
     def skip(self, fixed: Any) -> Any | None:
-        """A linear path [D, D] from what is read to what is written, if there is one."""
+        """A linear path [D, D] from what is read to what is written, or None."""
         ...
 
 
@@ -177,7 +177,7 @@ class Dictionary(Protocol):
         ...
 
     def fixed(self, params: LMParams, layer: int) -> Any:
-        """What `Coder.bias` and `Coder.skip` take; None if these are the model's own."""
+        """What `Coder.bias` and `Coder.skip` take; None if it is the model's own."""
         ...
 
 
@@ -242,11 +242,12 @@ def load(
 
     layers = []
     for layer in range(cfg.n_layers):
-        w = Weights(enc=dictionary.encoders(params, layer))
-        if decoders:
-            dec = dictionary.decoders(params, layer)
-            dec = None if dec is None else padded(dec)
-            w = w.replace(dec=dec, fixed=dictionary.fixed(params, layer))
+        dec = dictionary.decoders(params, layer) if decoders else None
+        w = Weights(
+            enc=dictionary.encoders(params, layer),
+            dec=None if dec is None else padded(dec),
+            fixed=dictionary.fixed(params, layer) if decoders else None,
+        )
         layers.append(in_dtype(w, dtype))
     stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *layers)
     return Loaded(weights=stacked, coder=coder, lm=cfg)

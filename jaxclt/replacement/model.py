@@ -63,13 +63,13 @@ def replaced(
         return layers.mlp(p, normed_TD, cfg=cfg)
 
     def write(
-        ahead_MTD: Array, mid_TD: Array, scale_T: Array, p: Block, x: Any
+        carry: Array, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[Array, Array]:
         w, a_TF, error_TD, replace, post_T = x
         read_TD = read_site(coder.site, layers.mlp_norm(p), mid_TD, scale_T)
         if a_TF is None:
             a_TF = coder.encode(p, w.enc, read_TD, post_T).a_TF
-        ahead_MTD = ahead_MTD + coder.write(p, w.dec, a_TF)
+        ahead_MTD = carry + coder.write(p, w.dec, a_TF)
         write_TD = ahead_MTD[0] + constant(coder, p, w.fixed, read_TD)
         if error_TD is not None:
             write_TD = write_TD + error_TD

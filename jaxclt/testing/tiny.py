@@ -14,7 +14,7 @@ from jaxclt.clt import params as clt_params
 from jaxclt.clt.active import Active, active_features
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import ParamsStore
-from jaxclt.clt.transcoder import StoreDictionary
+from jaxclt.clt.transcoder import StoreDictionary, loaded_params
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.graph import Graph, GraphMeta
 from jaxclt.graph.targets import salient_targets
@@ -52,9 +52,8 @@ class Tiny:
     @property
     def lrm(self) -> LocalReplacement:
         """The local replacement model of the prompt."""
-        return local_replacement(
-            self.params, self.clt, self.recording, cfg=self.cfg, clt_cfg=self.clt_cfg
-        )
+        loaded = loaded_params(self.clt, self.clt_cfg)
+        return local_replacement(self.params, loaded, self.recording, cfg=self.cfg)
 
     @property
     def meta(self) -> GraphMeta:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import ParamsStore
-from jaxclt.clt.transcoder import StoreDictionary
+from jaxclt.clt.transcoder import StoreDictionary, loaded_params
 from jaxclt.evaluation.reconstruction import Reconstruction, reconstructed
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.scores import scores
