@@ -11,16 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.coder import Dictionary, Loaded, load
-from jaxclt.clt.store import DictionaryStore
+from jaxclt.clt.coder import Bound, Dictionary, Loaded, load
 from jaxclt.dashboards.peaks import Batch, firing_counts
 from jaxclt.errors import InputError
 from jaxclt.global_weights.subset import FeatureSizes, Subset
 from jaxclt.io.model import Model
-from jaxclt.types import LMParams
 from jaxclt.windows import BATCH_TOKENS, TokenWindows, batches
 
-__all__ = ["Features", "choose_features", "store_of"]
+__all__ = ["Features", "bound_of", "choose_features"]
 
 Features = str | os.PathLike[str] | Subset | np.ndarray | Sequence[Sequence[int]]
 
@@ -30,24 +28,24 @@ SELECT_TOKENS = 16_384  # positions that features are chosen on
 # -- which features --------------------------------------------------------------------
 
 
-def store_of(dictionary: Dictionary, params: LMParams) -> DictionaryStore:
-    """The weights of a dictionary that has global weights.
+def bound_of(dictionary: Dictionary, model: Model) -> Bound:
+    """A dictionary that has global weights, on its model.
 
     Raises:
-      InputError: for neurons, and for a model in less than float32.
+      InputError: for one with gates, and for a model in less than float32.
     """
-    store = getattr(dictionary, "store", None)
-    if store is None:
+    on = Bound(dictionary, model.params, model.cfg)
+    if on.coder.gated:
         raise InputError(
             f"dictionary {dictionary.name}: a neuron's gate depends on the prompt, so "
             "neurons have no global weights; give a transcoder"
         )
-    if params.embed_VD.dtype.itemsize < 4:
+    if on.dtype.itemsize < 4:
         raise InputError(
-            f"statistics need float32, the model is {params.embed_VD.dtype}: load it "
+            f"statistics need float32, the model is {on.dtype}: load it "
             'with dtype="float32"'
         )
-    return store
+    return on
 
 
 def choose_features(

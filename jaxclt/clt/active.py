@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.coder import Coder, Dictionary, Encoded, in_dtype, picked
+from jaxclt.clt.coder import Coder, Dictionary, Encoded, in_dtype, picked, stream_rows
 from jaxclt.clt.sites import fold_reads, read_scale, read_site
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import mlp_norm
@@ -29,7 +29,6 @@ __all__ = [
     "active_features",
     "encode_at",
     "encoded_layers",
-    "stream_rows",
 ]
 
 
@@ -112,6 +111,11 @@ class EncodedLayer(NamedTuple):
     gate_TF: np.ndarray | None
     scale_T: np.ndarray  # see `Active.scale_LT`
 
+    @property
+    def a_TF(self) -> np.ndarray:  # noqa: N802
+        """Activations."""
+        return np.where(self.on_TF, self.pre_TF, 0)
+
 
 def encoded_layers(
     dictionary: Dictionary, params: LMParams, recording: Recording, cfg: LMConfig
@@ -176,26 +180,6 @@ def encode_at(
     post_E = None if post_LT is None else post_LT[layer][pos_E]
     read_ED = read_site(coder.site, mlp_norm(p), mid_ED, scale_E)
     return coder.encode(p, enc, read_ED, post_E)
-
-
-def stream_rows(
-    coder: Coder, params: LMParams, layer: int, enc: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """Encoder rows [U, D] at the residual stream and their constants [U].
-
-    ``linear = scale * (row · mid) + constant``, with the reciprocal denominator of the
-    norm before the MLP as the scale (or 1, see `jaxclt.clt.sites`).
-
-    Args:
-      coder: of the dictionary.
-      params: the model.
-      layer: of the features.
-      enc: their encoders.
-    """
-    W_UD, b_U = map(np.asarray, coder.rows(enc))
-    norm = mlp_norm(params.blocks).of_layer(layer)
-    W_UD, const_U = fold_reads(coder.site, norm, W_UD)
-    return W_UD, b_U + const_U
 
 
 def active_features(

@@ -14,6 +14,7 @@ dictionary is these two classes; see docs/maths.md and `tests/clt/test_new_kind.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -24,12 +25,13 @@ from flax import struct
 from jax import Array
 
 from jaxclt.clt.config import ReadSite, Shape
-from jaxclt.clt.sites import read_site
+from jaxclt.clt.sites import fold_reads, read_site
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import mlp_norm
 from jaxclt.types import Block, LMParams
 
 __all__ = [
+    "Bound",
     "Coder",
     "Dictionary",
     "Encoded",
@@ -39,6 +41,7 @@ __all__ = [
     "in_dtype",
     "load",
     "picked",
+    "stream_rows",
 ]
 
 
@@ -220,6 +223,66 @@ class Loaded:
         """
         read_TD = read_site(self.coder.site, mlp_norm(p), mid_TD, scale_T)
         return self.coder.encode(p, w.enc, read_TD).a_TF
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A dictionary on the model it is for; arrays in the model's dtype."""
+
+    dictionary: Dictionary
+    params: LMParams
+    cfg: LMConfig
+
+    @property
+    def coder(self) -> Coder:
+        """How it computes."""
+        return self.dictionary.coder(self.cfg)
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes."""
+        return self.coder.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Of the model."""
+        return self.params.embed_VD.dtype
+
+    def encoders(self, layer: int, feature_U: np.ndarray) -> Any:
+        """Encoders of some features."""
+        return in_dtype(
+            self.dictionary.encoders(self.params, layer, np.asarray(feature_U)),
+            self.dtype,
+        )
+
+    def decoders(self, layer: int, feature_U: np.ndarray) -> np.ndarray:
+        """Decoder rows [U, n_writes(layer), D]."""
+        return in_dtype(
+            self.dictionary.decoders(self.params, layer, np.asarray(feature_U)),
+            self.dtype,
+        )
+
+    def stream_rows(
+        self, layer: int, feature_U: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encoder rows [U, D] at the residual stream and their constants [U].
+
+        ``linear = scale * (row · mid) + constant``, with the reciprocal denominator of
+        the norm before the MLP as the scale (or 1, see `jaxclt.clt.sites`).
+        """
+        return stream_rows(
+            self.coder, self.params, layer, self.encoders(layer, feature_U)
+        )
+
+
+def stream_rows(
+    coder: Coder, params: LMParams, layer: int, enc: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """`Bound.stream_rows` of given encoders."""
+    W_UD, b_U = map(np.asarray, coder.rows(enc))
+    norm = mlp_norm(params.blocks).of_layer(layer)
+    W_UD, const_U = fold_reads(coder.site, norm, W_UD)
+    return W_UD, b_U + const_U
 
 
 def load(

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.active import encode_at, stream_rows
-from jaxclt.clt.coder import Dictionary, in_dtype
+from jaxclt.clt.active import encode_at
+from jaxclt.clt.coder import Dictionary, in_dtype, stream_rows
 from jaxclt.clt.sites import read_scale
 from jaxclt.errors import InputError
 from jaxclt.lm.config import LMConfig

@@ -21,8 +21,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxclt.clt.active import Active, encoded_layers, stream_rows
-from jaxclt.clt.coder import Dictionary, picked
+from jaxclt.clt.active import Active, encoded_layers
+from jaxclt.clt.coder import Dictionary, picked, stream_rows
 from jaxclt.errors import InputError
 from jaxclt.graph.bank import RowTargets, pack, writers
 from jaxclt.graph.plan import make_plan, mean_flops

@@ -16,7 +16,7 @@ import pytest
 
 import jaxclt
 from jaxclt import cli, feature_dashboards, pages
-from jaxclt.clt.coder import load
+from jaxclt.clt.coder import Bound, load
 from jaxclt.dashboards import documents, files
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.files import FeatureFiles
@@ -205,7 +205,9 @@ def test_tokens_that_decoders_raise_and_lower(name: str) -> None:
         logit_NV = gained_ND @ np.asarray(raw_DV)
         logit_NV = logit_NV - logit_NV.mean(1, keepdims=True)
     else:
-        logit_NV = logit_weights(dictionary().store, params, layer, feature_N)
+        logit_NV = logit_weights(
+            Bound(dictionary(), params, model().cfg), layer, feature_N
+        )
     found = token_effects(dictionary(name), params, layer, feature_N, k=4)
     order_NV = np.argsort(-logit_NV, 1)
     np.testing.assert_array_equal(found.top_NK, order_NV[:, :4])
