@@ -92,12 +92,12 @@ class Examples:
         the windows 0, `histogram_every`, 2 `histogram_every`, ...
       edge_U2: lower and upper end of the histogram.
       top: the windows with the largest activations by size, largest first.
-      sides: the same of activations above zero, and of those below, by size; empty for
-        dictionaries that have none below.
       drawn: windows drawn at random among those with any activation, largest first.
       fired_UW: uint8, bit-packed along W (`numpy.packbits`, little): whether a feature
         was active anywhere in a window.
       histogram_every: of so many windows one is in the histograms.
+      sides: `top` of activations above zero, and of those below; empty for dictionaries
+        that have none below.
     """
 
     layer_U: np.ndarray

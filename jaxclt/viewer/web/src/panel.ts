@@ -112,7 +112,8 @@ function linkRow(app: App, e: number, incoming: boolean, most: number): HTMLElem
   const { model } = app, from = model.from(e), to = model.to(e), other = incoming ? from : to;
   const row = signedRow(model.push(e), to, model.share[e] as number, most, model.label(other), model.brief(other),
     from.pos === to.pos ? "↑" : "↗", signed(model.weight[e] as number));
-  row.title = `${clip(model.label(other), 300)} · ${model.where(other)}`;
+  const turned = isBelow(to) && !incoming ? " · below zero there, so the weight has the other sign" : "";
+  row.title = `${clip(model.label(other), 300)} · ${model.where(other)}${turned}`;
   const parts = model.parts(e);
   if (parts) row.append(el("span", "parts", partsText(parts)));
   row.addEventListener("click", () => { app.select(other); ($("sidebody").querySelector("h2") as HTMLElement).focus(); });
