@@ -57,8 +57,9 @@ def test_trace_writes_the_four_files_of_the_contract(traced: Path):
         "replacement",
         "completeness",
         "completeness_ct",
+        "completeness_logit_edges",
         "mean_path_length",
-    } <= set(report["scores"]["full"])
+    } <= set(report["scores"]["full"]) & set(report["scores"]["pruned"])
     assert {
         "load",
         "record",

@@ -126,6 +126,18 @@ class Graph:
         """Sum of the absolute edges of every row."""
         return row_strength(self.edge_RN, self.n_features)
 
+    @functools.cached_property
+    def side_R(self) -> np.ndarray:  # noqa: N802  an axis, as in the fields
+        """The side of zero that rows are on, [R]: -1 for features below it, else 1.
+
+        An edge times its row's side is positive where the source strengthens a feature
+        (raises a target): what lowers a feature that is below zero makes it larger.
+        Which side a neuron is on means nothing by itself, it could read and write the
+        opposite and be the same neuron.
+        """
+        side_A = np.where(self.value_A < 0, -1, 1)
+        return np.concatenate([side_A, np.ones(self.n_targets, side_A.dtype)])
+
     @property
     def is_next_token(self) -> np.ndarray:
         """Which targets are logits at the last position, [K]."""

@@ -18,7 +18,7 @@ from cases import (
 from jaxclt.clt.active import active_features
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.graph.graph import Graph, Pruning
-from jaxclt.graph.prune import prune
+from jaxclt.graph.prune import prune, restrict
 from jaxclt.graph.scores import path_length_curve, scores
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -48,11 +48,26 @@ def by_definition(graph: Graph, pruning: Pruning | None = None) -> dict[str, flo
         "replacement": embed / (embed + lost),
         "completeness": 1 - lost / length,
         "completeness_ct": 1 - lost / (length + 1),
+        "completeness_logit_edges": logit_edges(graph, edge_RN),
         "mean_walk_length": length,
         "embedding_share": embed,
         "error_share": visit[graph.error_cols].sum(),
         "bias_share": bias,
     }
+
+
+def logit_edges(graph: Graph, edge_RN: np.ndarray) -> float:
+    """Spec 7.9, last line, target by target; what is no node counts as error."""
+    explained = read = 0.0
+    for k, weight in enumerate(graph.target_prob_K.tolist()):
+        row = graph.n_features + k
+        for s in range(edge_RN.shape[1]):
+            read += weight * abs(graph.edge_RN[row, s])
+            if s < graph.n_features or s >= graph.embed_cols.start:
+                explained += weight * abs(edge_RN[row, s])
+        if graph.meta.convention == "paper":
+            read += weight * graph.rest_abs_R[row]
+    return explained / read
 
 
 def check_definition(graph: Graph, pruning: Pruning | None = None) -> None:
@@ -97,6 +112,18 @@ def keep_features(graph: Graph, keep_A: np.ndarray) -> Pruning:
         node_threshold=1.0,
         edge_threshold=1.0,
     )
+
+
+def test_a_graph_cut_to_what_is_kept_has_the_score_of_its_logit_edges() -> None:
+    """Pruned nodes count as error, whether they are in the file or not."""
+    graph = random_graph(3, counts=(5, 6, 4), bias=True)
+    pruning = prune(graph, node_threshold=0.5, edge_threshold=1.0)
+    graph = dataclasses.replace(graph, pruning=pruning)
+    small = restrict(graph)
+    assert small.n_features < graph.n_features
+    pruned = scores(graph, pruning).completeness_logit_edges
+    assert scores(small).completeness_logit_edges == near(pruned, rel=1e-12)
+    assert 0 < pruned < scores(graph).completeness_logit_edges < 1
 
 
 def test_more_features_explain_more() -> None:
