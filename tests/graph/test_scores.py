@@ -57,7 +57,7 @@ def by_definition(graph: Graph, pruning: Pruning | None = None) -> dict[str, flo
 
 
 def logit_edges(graph: Graph, edge_RN: np.ndarray) -> float:
-    """Spec 7.9, last line, target by target; what is no node counts as error."""
+    """Maths 12.11: target by target; what is no node counts as error."""
     explained = read = 0.0
     for k, weight in enumerate(graph.target_prob_K.tolist()):
         row = graph.n_features + k
