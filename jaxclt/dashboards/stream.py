@@ -160,7 +160,7 @@ def gather_examples(
 
     Args:
       params: the model.
-      encoder: from `encoder_of`.
+      encoder: from `jaxclt.clt.coder.load`.
       windows: the text.
       n_top: windows with the largest activations to keep of each feature.
       n_drawn: windows to draw among those with any activation.

@@ -77,7 +77,7 @@ def dense(kind: str) -> np.ndarray:
         layers = []
         for layer in range(t.cfg.n_layers):
             p = jax.tree.map(lambda x: x[layer], t.params.blocks)  # noqa: B023
-            x = jax.tree.map(lambda x: x[layer], encoder.per_layer)  # noqa: B023
+            x = jax.tree.map(lambda x: x[layer], encoder.weights)  # noqa: B023
             scale_S = seen.frozen.mlp_scale_LT[layer]
             layers.append(encoder.layer(p, x, seen.mid_LTD[layer], scale_S))
         return jnp.stack(layers)
