@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxclt.clt.active import Active, Dictionary
+from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.coder import Dictionary
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.supernodes import SupernodeGraph, supernode_graph
@@ -112,7 +113,7 @@ def _last_values(
     """Activations at the last position, by (layer, feature)."""
     token_T = np.asarray(prompt_tokens(model, prompt), np.int32)
     recording = record_prompt(model.params, token_T, model.cfg)  # pyright: ignore
-    active: Active = dictionary.active(model.params, recording, model.cfg)
+    active: Active = active_features(dictionary, model.params, recording, model.cfg)
     here = active.pos_A == len(token_T) - 1
     places = zip(active.layer_A[here], active.feature_A[here], strict=True)
     values = active.value_A[here]

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxclt.clt.active import Dictionary
-from jaxclt.clt.encoder import encoder_of
+from jaxclt.clt.coder import Dictionary, load
 from jaxclt.dashboards import files
 from jaxclt.dashboards.documents import feature_document, validate
 from jaxclt.dashboards.examples import Examples
@@ -103,7 +102,7 @@ def feature_dashboards(
     subset = choose_features(
         model, dictionary, features, windows, partial(on_stage, "features")
     )
-    encoder = encoder_of(dictionary, model.params, model.cfg)
+    encoder = load(dictionary, model.params, model.cfg, decoders=False)
     settings = {
         "excerpt": excerpt,
         "top": top,
@@ -119,7 +118,7 @@ def feature_dashboards(
         "model": model.hash,
         "dictionary": dictionary.hash,
         # Neurons of one model differ by which of them count.
-        "neurons": dictionary.name if encoder.clt is None else "",
+        "neurons": dictionary.name if encoder.coder.gated else "",
         "windows": windows.digest,
         "features": hashlib.sha256(place_U2.tobytes()).hexdigest(),
         **settings,

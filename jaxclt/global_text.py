@@ -11,18 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import Dictionary
-from jaxclt.clt.encoder import Encoder, encoder_of
-from jaxclt.clt.neurons import NeuronDictionary
-from jaxclt.clt.store import DictionaryStore
+from jaxclt.clt.coder import Bound, Dictionary, Loaded, load
 from jaxclt.dashboards.peaks import Batch, firing_counts
 from jaxclt.errors import InputError
 from jaxclt.global_weights.subset import FeatureSizes, Subset
 from jaxclt.io.model import Model
-from jaxclt.types import LMParams
 from jaxclt.windows import BATCH_TOKENS, TokenWindows, batches
 
-__all__ = ["Features", "choose_features", "store_of"]
+__all__ = ["Features", "bound_of", "choose_features"]
 
 Features = str | os.PathLike[str] | Subset | np.ndarray | Sequence[Sequence[int]]
 
@@ -32,24 +28,24 @@ SELECT_TOKENS = 16_384  # positions that features are chosen on
 # -- which features --------------------------------------------------------------------
 
 
-def store_of(dictionary: Dictionary, params: LMParams) -> DictionaryStore:
-    """The weights of a dictionary that has global weights.
+def bound_of(dictionary: Dictionary, model: Model) -> Bound:
+    """A dictionary that has global weights, on its model.
 
     Raises:
-      InputError: for neurons, and for a model in less than float32.
+      InputError: for one with gates, and for a model in less than float32.
     """
-    store = getattr(dictionary, "store", None)
-    if store is None:
+    on = Bound(dictionary, model.params, model.cfg)
+    if on.coder.gated:
         raise InputError(
             f"dictionary {dictionary.name}: a neuron's gate depends on the prompt, so "
             "neurons have no global weights; give a transcoder"
         )
-    if params.embed_VD.dtype.itemsize < 4:
+    if on.dtype.itemsize < 4:
         raise InputError(
-            f"statistics need float32, the model is {params.embed_VD.dtype}: load it "
+            f"statistics need float32, the model is {on.dtype}: load it "
             'with dtype="float32"'
         )
-    return store
+    return on
 
 
 def choose_features(
@@ -75,9 +71,8 @@ def choose_features(
     """
     if isinstance(features, Subset):
         return features
-    store: DictionaryStore | None = getattr(dictionary, "store", None)
-    encoder = None if store else encoder_of(dictionary, model.params, model.cfg)
-    sizes = encoder or store.cfg  # pyright: ignore[reportOptionalMemberAccess]
+    coder = dictionary.coder(model.cfg)
+    sizes = coder.shape
     if not isinstance(features, str | os.PathLike):
         return Subset.of(np.asarray(features, np.int64), sizes)
     name = os.fspath(features)
@@ -87,13 +82,13 @@ def choose_features(
     if head == "top":
         if not count.isdecimal() or int(count) < 1:
             raise InputError(f"--features {name}: write top:K with K at least 1")
-        if dictionary == NeuronDictionary(hash=dictionary.hash):
+        if coder.gated and not coder.chooses:
             raise InputError(
                 f"--features {name}: every neuron is active on every token; name some, "
                 "or take neurons:k as the dictionary"
             )
         sample = windows.first(SELECT_TOKENS)
-        encoder = encoder or encoder_of(dictionary, model.params, model.cfg)
+        encoder = load(dictionary, model.params, model.cfg, decoders=False)
         count_U = _firing(model, encoder, sample, on_tokens)
         return _most_frequent(count_U, int(count), sizes)
     return Subset.of(_read_features(Path(name)), sizes)
@@ -131,7 +126,7 @@ _counts = jax.jit(firing_counts)
 
 def _firing(
     model: Model,
-    encoder: Encoder,
+    encoder: Loaded,
     windows: TokenWindows,
     on_tokens: Callable[[int, int], None],
 ) -> np.ndarray:

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import Active, Dictionary
-from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.supernodes import with_features
@@ -134,8 +134,8 @@ class Subject:
     @functools.cached_property
     def active(self) -> Active:
         """The active features; for `neurons:k` the kept ones."""
-        return self.dictionary.active(
-            self.model.params, self.patchable.recording, self.model.cfg
+        return active_features(
+            self.dictionary, self.model.params, self.patchable.recording, self.model.cfg
         )
 
     @functools.cached_property
@@ -228,12 +228,12 @@ class Subject:
         gates: Gates | None = None,
     ) -> How:
         """Semantics; neurons keep their gates unless asked, as in the graph."""
-        neurons = isinstance(self.dictionary, NeuronDictionary)
+        gated = self.patchable.coder.gated
         return How(
             mode=mode,
             freeze_pattern=freeze_pattern,
             freeze_norm=freeze_norm,
-            gates=gates or ("frozen" if neurons else "live"),
+            gates=gates or ("frozen" if gated else "live"),
         )
 
     def effects(
@@ -289,7 +289,7 @@ class Subject:
         """
         L = self.model.cfg.n_layers
         if layers is None:
-            span = self.patchable.clt_cfg.span
+            span = self.patchable.coder.shape.span
             return default_range(layer_E, span=span, n_layers=L, mode=mode)
         first, last = layers
         if first > last:

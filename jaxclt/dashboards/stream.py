@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.encoder import Encoder
+from jaxclt.clt.coder import Loaded
 from jaxclt.dashboards.examples import Examples, by_size
 from jaxclt.dashboards.peaks import Batch, Peaks, batch_peaks
 from jaxclt.dashboards.state import Best, Histogram, Newcomers, Seen
@@ -136,7 +136,7 @@ class _Places(NamedTuple):
 
 def gather_examples(
     params: LMParams,
-    encoder: Encoder,
+    encoder: Loaded,
     windows: TokenWindows,
     *,
     n_top: int = 16,
@@ -160,7 +160,7 @@ def gather_examples(
 
     Args:
       params: the model.
-      encoder: from `encoder_of`.
+      encoder: from `jaxclt.clt.coder.load`.
       windows: the text.
       n_top: windows with the largest activations to keep of each feature.
       n_drawn: windows to draw among those with any activation.
@@ -257,11 +257,11 @@ def gather_examples(
     return _examples(seen, places, windows, histogram_every)
 
 
-def is_signed(encoder: Encoder) -> bool:
+def is_signed(encoder: Loaded) -> bool:
     """Whether a dictionary has activations below zero."""
-    if encoder.clt is None or encoder.clt.signed:
+    if encoder.coder.signed:
         return True
-    theta_LF: Array | None = encoder.theta_LF
+    theta_LF = encoder.coder.thresholds(encoder.weights.enc)
     return theta_LF is not None and bool((np.asarray(theta_LF) < 0).any())
 
 
@@ -281,7 +281,7 @@ def _check_numbers(
         raise InputError(f"--bins {bins}: give an even number, they merge in pairs")
 
 
-def _places(encoder: Encoder, subset: Subset | None) -> _Places:
+def _places(encoder: Loaded, subset: Subset | None) -> _Places:
     if subset is None or len(subset) == encoder.n_layers * encoder.n_features:
         everything = Subset.everything(encoder)
         feature_U = everything.feature_U
@@ -303,15 +303,15 @@ def _places(encoder: Encoder, subset: Subset | None) -> _Places:
     return _Places(subset.layer_U, subset.feature_U, column_U, starts, pick_LN, width)
 
 
-def _narrow(encoder: Encoder, pick_LN: np.ndarray | None) -> tuple[Encoder, bool]:
+def _narrow(encoder: Loaded, pick_LN: np.ndarray | None) -> tuple[Loaded, bool]:
     """An encoder of some features only, where they do not compete with others."""
-    if encoder.clt is None or encoder.clt.competes or pick_LN is None:
+    enc = encoder.weights.enc
+    if enc is None or encoder.coder.competes or pick_LN is None:
         return encoder, False
     layer_L1 = np.arange(len(pick_LN))[:, None]
-    names = ("W_LFD", "b_LF", "theta_LF")
-    rows = {name: getattr(encoder, name) for name in names}
-    rows = {k: None if x is None else x[layer_L1, pick_LN] for k, x in rows.items()}
-    return dataclasses.replace(encoder, **rows), True
+    few = jax.tree.map(lambda x: x[layer_L1, pick_LN], enc)
+    weights = dataclasses.replace(encoder.weights, enc=few)
+    return dataclasses.replace(encoder, weights=weights), True
 
 
 def _digest(places: _Places) -> str:

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.encoder import Encoder
+from jaxclt.clt.coder import Loaded
 from jaxclt.errors import InputError
 from jaxclt.io.model import Model
-from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import embed, native_mlp, run
 from jaxclt.types import Block, LMParams
 from jaxclt.windows import BATCH_TOKENS, batches, read_windows
@@ -107,7 +106,7 @@ def readable(model: Model, pairs: Sequence[ConceptPair]) -> list[ConceptPair]:
 
 
 def sentence_peaks(
-    encoder: Encoder,
+    encoder: Loaded,
     model: Model,
     pairs: Sequence[ConceptPair],
     layer_U: np.ndarray,
@@ -146,9 +145,10 @@ def sentence_peaks(
 
 @jax.jit
 def _peaks(
-    params: LMParams, encoder: Encoder, token_WS: Array, mask_WS: Array, at_2U: Array
+    params: LMParams, encoder: Loaded, token_WS: Array, mask_WS: Array, at_2U: Array
 ) -> Array:
-    cfg: LMConfig = encoder.lm
+    cfg = encoder.lm
+    assert cfg is not None
 
     def one(token_S: Array, mask_S: Array) -> Array:
         def policy(
@@ -169,7 +169,7 @@ def _peaks(
             policy,
             cfg=cfg,
             carry=(jnp.zeros((), jnp.int32), empty),
-            per_layer=encoder.per_layer,
+            per_layer=encoder.weights,
             keep_patterns=False,
         )
         return done.carry[1][at_2U[0], at_2U[1]]

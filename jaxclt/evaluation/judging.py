@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxclt.clt.encoder import Encoder
+from jaxclt.clt.coder import Loaded
 from jaxclt.dashboards.examples import Examples
 from jaxclt.errors import InputError
 from jaxclt.evaluation.concepts import ConceptPair, sentence_peaks
@@ -219,7 +219,7 @@ def read_judge(
 
 def interpretability(
     examples: Examples,
-    encoder: Encoder,
+    encoder: Loaded,
     model: Model,
     judge: Judge,
     *,
