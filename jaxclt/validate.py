@@ -39,7 +39,7 @@ from jaxclt.validation.predictions import (
     group_effects,
     pairwise_influence,
 )
-from jaxclt.validation.stats import bootstrap, pearson, spearman
+from jaxclt.validation.stats import bootstrap, pearson, resampled, spearman
 from jaxclt.validation.words import markdown, verdict
 
 __all__ = ["ValidateOptions", "validate_graph", "write_validation"]
@@ -429,12 +429,18 @@ def _pairwise(
     out = {"spearman": _number(spearman(x, y)), "n": int(later.sum())}
     if len(x) >= 3:
         # Whole sources are drawn, with all their pairs.
-        draw = np.asarray(jax.random.randint(key, (200, len(node_B)), 0, len(node_B)))
-        found = [
-            spearman(influence_BW[i][later[i]], change_BW[i][later[i]]) for i in draw
-        ]
-        low, high = np.nanquantile(found, [0.025, 0.975])
-        out["interval"] = [_number(low), _number(high)]
+        interval = resampled(
+            lambda draw_NB: np.array(
+                [
+                    spearman(influence_BW[i][later[i]], change_BW[i][later[i]])
+                    for i in draw_NB
+                ]
+            ),
+            len(node_B),
+            key,
+            n=200,
+        )
+        out["interval"] = [_number(x) for x in interval]
     return out
 
 
