@@ -21,8 +21,8 @@ from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.head_table import HeadLoads
 from jaxclt.io.atomic import atomic_path
-from jaxclt.io.json_file import json_schema
-from jaxclt.io.npz import Array, Npz, check_array, open_npz
+from jaxclt.io.json_file import TEXT, TEXTS, json_schema, named, record
+from jaxclt.io.npz import Array, Npz, check_array, check_order, open_npz
 
 __all__ = ["load_graph", "save_graph"]
 
@@ -43,38 +43,27 @@ _ARRAYS = {
     "rest_abs_R": Array("float", "R"),
     "readout_R": Array("float", "R"),
     "influence_N": Array("float", "N"),
-    "target_layer_K": Array("int", "K", 0, "L1"),
+    "target_layer_K": Array("int", "K", 0, "S"),
     "target_pos_K": Array("int", "K", 0, "T"),
     "keep_N": Array("bool", "N"),
     "keep_edge_RN": Array("bool", "RN"),
 }
-_TEXTS = {"type": "array", "items": {"type": "string"}}
-_NAMED = {"type": "object", "additionalProperties": {"type": "string"}}
 _SHARE = {"type": "number", "minimum": 0, "maximum": 1}
 _THRESHOLDS = ("node_threshold", "edge_threshold")
 _META = json_schema(
-    {
-        "type": "object",
-        "required": [
-            *("model", "dictionary", "prompt", "tokens", "target_tokens", "n_layers"),
-            "pruning",
-        ],
-        "properties": {
-            **dict.fromkeys(
-                ("model", "dictionary", "prompt", "convention", "weights", "version"),
-                {"type": "string"},
-            ),
-            **dict.fromkeys(("tokens", "target_tokens"), _TEXTS),
-            **dict.fromkeys(("hashes", "labels"), _NAMED),
+    record(
+        {
+            **dict.fromkeys(("model", "dictionary", "prompt"), TEXT),
+            **dict.fromkeys(("tokens", "target_tokens"), TEXTS),
             "n_layers": {"type": "integer", "minimum": 1, "maximum": 1 << 16},
-            "config": {"type": "object"},
-            "pruning": {
-                "type": "object",
-                "required": _THRESHOLDS,
-                "properties": dict.fromkeys(_THRESHOLDS, _SHARE),
-            },
+            "pruning": record(dict.fromkeys(_THRESHOLDS, _SHARE)),
         },
-    }
+        {
+            **dict.fromkeys(("convention", "weights", "version"), TEXT),
+            **dict.fromkeys(("hashes", "labels"), named(TEXT)),
+            "config": {"type": "object"},
+        },
+    )
 )
 _LATER = ("target_layer_K", "target_pos_K")  # older files lack them: `Graph` knows
 _HEADS = {
@@ -159,16 +148,6 @@ def _read_dense(file: Npz, sizes: dict[str, int]) -> csr_array:
     return csr_array(vstack(blocks, format="csr")) if blocks else csr_array((R, N))
 
 
-def _check_order(layer_A: np.ndarray, pos_A: np.ndarray, number_A: np.ndarray) -> None:
-    """ValueError unless features come by layer, position and number, each once."""
-    later_A = np.zeros(max(len(layer_A) - 1, 0), bool)
-    for x_A in (number_A, pos_A, layer_A):  # what counts least comes first
-        step_A = np.diff(x_A)
-        later_A = (step_A > 0) | ((step_A == 0) & later_A)
-    if not later_A.all():
-        raise ValueError("its features are not in order")
-
-
 def load_graph(path: str | os.PathLike[str]) -> Graph:
     """Read what `save_graph` wrote.
 
@@ -182,14 +161,14 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
         raw = f.json("meta", _META)
         meta = GraphMeta.of(raw)
         T, K, L = len(meta.tokens), len(meta.target_tokens), meta.n_layers
-        sizes = {"T": T, "K": K, "L": L, "L1": L + 1}
+        sizes = {"T": T, "K": K, "L": L, "S": L + 1}
         arrays = {"layer_A": f.array("layer_A", _ARRAYS["layer_A"], sizes)}
         A = sizes["A"]
         sizes |= {"R": A + K, "N": A + L * T + T}
         for name, must in _ARRAYS.items():
             if name not in arrays and (name in f or name not in _LATER):
                 arrays[name] = f.array(name, must, sizes)
-        _check_order(*(arrays[x] for x in ("layer_A", "pos_A", "feature_A")))
+        check_order(*(arrays[x] for x in ("layer_A", "pos_A", "feature_A")))
         direct_RN = _read_dense(f, sizes) if _DIRECT in f else None
         heads = None
         if f"heads_{next(iter(_HEADS))}" in f:
@@ -200,6 +179,4 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
         keep_edge_RN=arrays.pop("keep_edge_RN"),
         **{name: float(raw["pruning"][name]) for name in _THRESHOLDS},
     )
-    return Graph(
-        meta=meta, pruning=pruning, direct_RN=direct_RN, heads=heads, **arrays
-    )
+    return Graph(meta=meta, pruning=pruning, direct_RN=direct_RN, heads=heads, **arrays)

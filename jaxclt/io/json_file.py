@@ -16,8 +16,8 @@ import jsonschema_rs
 from jaxclt.errors import InputError, shown
 
 __all__ = [
-    "Schema", "check_json", "find_json", "json_schema", "parse_json", "read_bounded",
-    "read_json",
+    "COUNT", "TEXT", "TEXTS", "Schema", "check_json", "find_json", "json_schema",
+    "named", "parse_json", "read_bounded", "read_json", "record",
 ]  # fmt: skip
 
 MOST = 1 << 26  # bytes of a file that describes something; data may have more
@@ -110,8 +110,33 @@ def _too_deep(value: Any) -> bool:
     return bool(level)
 
 
+# Parts of schemas, as https://json-schema.org has them.
+TEXT = {"type": "string"}
+TEXTS = {"type": "array", "items": TEXT}
+COUNT = {"type": "integer", "minimum": 0, "maximum": 1 << 53}
+
+
+def named(value: Mapping[str, Any]) -> dict[str, Any]:
+    """An object whose keys may be any, and whose values are alike."""
+    return {"type": "object", "additionalProperties": value}
+
+
+def record(
+    must: Mapping[str, Any], may: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """An object with keys that must be there, and keys that may be.
+
+    Others may be there too: newer versions write more.
+    """
+    return {
+        "type": "object",
+        "required": list(must),
+        "properties": {**must, **(may or {})},
+    }
+
+
 def json_schema(schema: Mapping[str, Any]) -> Schema:
-    """What `check_json` takes, from a schema as https://json-schema.org has it."""
+    """What `check_json` takes."""
     return Schema(schema, mask="it")
 
 

@@ -23,8 +23,8 @@ from jaxclt.errors import InputError, shown
 from jaxclt.io.json_file import Schema, check_json, parse_json
 
 __all__ = [
-    "DAMAGE", "Array", "Header", "Npz", "check_array", "check_claim", "open_npz",
-    "read_header",
+    "DAMAGE", "Array", "Header", "Npz", "check_array", "check_claim", "check_order",
+    "open_npz", "read_header",
 ]  # fmt: skip
 
 # What zipfile and the checks below raise on a damaged archive.
@@ -186,9 +186,7 @@ def _read(name: str, stream: IO[bytes], header: Header) -> np.ndarray:
     return raw.view(dtype).reshape(header.shape, order=order)
 
 
-def check_header(
-    name: str, header: Header, must: Array, sizes: dict[str, int]
-) -> None:
+def check_header(name: str, header: Header, must: Array, sizes: dict[str, int]) -> None:
     """Compare type and shape; ValueError if they differ."""
     if header.dtype not in _DTYPES[must.kind]:
         raise ValueError(f"{name} has type {shown(header.dtype)}, not {must.kind}")
@@ -221,6 +219,16 @@ def check_array(
         if bad:
             span = f"{must.least if must.least is not None else ''}..{below}"
             raise ValueError(f"{name} holds {value}, which is not in {span}")
+
+
+def check_order(*keys: np.ndarray) -> None:
+    """ValueError unless rows ascend by some columns, of which the first counts most."""
+    rises = np.zeros(max(len(keys[0]) - 1, 0), bool)
+    for key in reversed(keys):
+        step = np.diff(key)
+        rises = (step > 0) | ((step == 0) & rises)
+    if not rises.all():
+        raise ValueError("its features are not in order")
 
 
 @contextlib.contextmanager
