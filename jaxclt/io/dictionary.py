@@ -25,9 +25,9 @@ from jaxclt.io.formats.table import (
     weight_files,
 )
 from jaxclt.io.hub import download_dictionary, parse_hub_ref
+from jaxclt.io.json_file import read_json
 from jaxclt.io.model import Model
 from jaxclt.io.published import supplement
-from jaxclt.io.weights_safetensors import read_json
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import CLTParams
 

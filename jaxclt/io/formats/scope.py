@@ -31,7 +31,7 @@ from jaxclt.io.circuit_tracer_format import (
 from jaxclt.io.circuit_tracer_read import CONFIG, open_described, read_yaml
 from jaxclt.io.formats.fields import READS, WRITES, check_fields, of_layer
 from jaxclt.io.formats.pieces import FileStore
-from jaxclt.io.weights_safetensors import read_json
+from jaxclt.io.json_file import read_json
 
 __all__ = ["chosen_files", "is_scope", "open_scope"]
 
