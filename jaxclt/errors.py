@@ -7,7 +7,7 @@ import reprlib
 __all__ = ["InputError", "shown"]
 
 _MOST = 300  # characters of a message
-_HEAD = 190  # of them ahead of what is left out
+_HEAD = 230  # of them ahead of what is left out
 _GAP = " ... "
 _BREAKS = dict.fromkeys([*range(32), *range(127, 160), 0x2028, 0x2029], " ")
 

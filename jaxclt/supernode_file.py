@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.nodes import find_node
 from jaxclt.types import Supernode
@@ -56,5 +56,5 @@ def _member(path: Path, graph: Graph, name: str, member: str) -> Any:
     try:
         find_node(graph, member)
     except InputError as error:
-        raise InputError(f"{path}: supernode {name!r}: {error}") from error
+        raise InputError(f"{path}: supernode {shown(name)}: {error}") from error
     return member

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.io.atomic import atomic_path
 
 __all__ = [
@@ -213,5 +213,5 @@ def _index(path: Path, changed: int) -> dict[str, tuple[str, list[int]]]:
     for name, _ in found.values():
         # A file beside the index and nothing else, whoever wrote the index.
         if not re.fullmatch(r"[\w-][\w.-]*", name):
-            raise InputError(f"{path} names a file outside its folder: {name!r}")
+            raise InputError(f"{path} names a file outside its folder: {shown(name)}")
     return found

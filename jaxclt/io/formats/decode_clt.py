@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxclt.clt.config import Activation, CLTConfig
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.io.config_fields import whole
 from jaxclt.io.formats.fields import READS, WRITES, check_fields, of_layer
 from jaxclt.io.formats.pieces import FileStore, Fold, LayerFiles, Piece, check_tensors
@@ -124,7 +124,7 @@ def _sites(where: Path, config: Mapping[str, Any], n_layers: int) -> tuple[str, 
         template = config.get(field)
         if not isinstance(template, str) or template.count("{}") != 1:
             raise InputError(
-                f"{where}: {field} is {template!r}; write blocks.{{}}.HOOK"
+                f"{where}: {field} is {shown(template)}; write blocks.{{}}.HOOK"
             )
         for layer in (0, n_layers - 1):
             hook = template.replace("{}", str(layer))

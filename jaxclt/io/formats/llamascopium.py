@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxclt.clt.config import Activation, CLTConfig, ReadSite
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.io.config_fields import whole
 from jaxclt.io.formats.fields import READS, WRITES, check_fields, of_layer
 from jaxclt.io.formats.pieces import (
@@ -150,7 +150,7 @@ def _hooks(where: Path, config: Mapping[str, Any], field: str, n: int) -> list[s
         raise InputError(f"{where}: {field} must list {n} hook points")
     for name in names:
         if not isinstance(name, str):
-            raise InputError(f"{where}: {field} holds {name!r}, which is no name")
+            raise InputError(f"{where}: {field} holds {shown(name)}, which is no name")
     return names
 
 
