@@ -16,8 +16,9 @@ import jsonschema_rs
 from jaxclt.errors import InputError, shown
 
 __all__ = [
-    "COUNT", "TEXT", "TEXTS", "Schema", "check_json", "find_json", "json_schema",
-    "named", "parse_json", "read_bounded", "read_json", "record",
+    "COUNT", "MOST", "TEXT", "TEXTS", "Schema", "check_json", "find_json",
+    "json_schema", "named", "parse_json", "parse_object", "read_bounded", "read_json",
+    "record",
 ]  # fmt: skip
 
 MOST = 1 << 26  # bytes of a file that describes something; data may have more
@@ -38,10 +39,7 @@ def read_json(path: Path, *, most: int = MOST) -> dict[str, Any]:
     Raises:
       InputError: if the file is missing, is no JSON, or holds no object.
     """
-    value = parse_json(read_bounded(path, most), path)
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object")
-    return value
+    return parse_object(read_bounded(path, most), path)
 
 
 def find_json(path: Path, *, most: int = MOST) -> dict[str, Any] | None:
@@ -95,6 +93,14 @@ def parse_json(text: str | bytes, where: object) -> Any:
         raise InputError(
             f"{where} is not valid JSON for this (nested deeper than {DEEPEST} levels)"
         )
+    return value
+
+
+def parse_object(text: str | bytes, where: object) -> dict[str, Any]:
+    """The object that a JSON text stands for; see `parse_json`."""
+    value = parse_json(text, where)
+    if not isinstance(value, dict):
+        raise InputError(f"{where} must hold a JSON object")
     return value
 
 
