@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from jaxclt.errors import InputError
-from jaxclt.evaluation.lines import append_line, read_lines
+from jaxclt.io.lines import append_line, read_lines
 
 __all__ = ["BudgetError", "Client", "Completion", "Message"]
 

@@ -28,9 +28,9 @@ from jaxclt.evaluation.judges import (
     OracleJudge,
     background_of,
 )
-from jaxclt.evaluation.lines import append_line, read_lines
 from jaxclt.evaluation.local_judge import LocalJudge
 from jaxclt.evaluation.trials import Trial, contrastive_trials, sort_trials
+from jaxclt.io.lines import append_line, read_lines
 from jaxclt.io.model import Model, load_model
 from jaxclt.validation.stats import ratio_interval, wilson
 

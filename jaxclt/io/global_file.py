@@ -25,7 +25,7 @@ from jaxclt.global_weights.statistics import Coactivation
 from jaxclt.global_weights.subset import Subset
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import COUNT, TEXT, json_schema, named, record
-from jaxclt.io.npz import Array, Npz, check_order, open_npz
+from jaxclt.io.npz import Must, Npz, check_order, open_npz
 
 __all__ = [
     "SavedGlobals",
@@ -37,10 +37,10 @@ __all__ = [
 
 _MANY = 1 << 31
 _SPARSE = {
-    "data": Array("float", "E"),
-    "indices": Array("int", "E", 0, "N"),
-    "indptr": Array("int", "S", 0),
-    "shape": Array("int", "2", 0),
+    "data": Must("float", "E"),
+    "indices": Must("int", "E", 0, "N"),
+    "indptr": Must("int", "S", 0),
+    "shape": Must("int", "2", 0),
 }
 _WHOLE = {
     "n": "", "sum_U": "U", "count_U": "U",
@@ -127,15 +127,15 @@ def load_statistics(
         meta = f.json("meta", _STATISTICS)
         sizes: dict[str, int] = {"L": meta["n_layers"]}
         subset = _subset(f, sizes)
-        heads = f.array("heads", Array("int", "H2", 0, _MANY), sizes | {"2": 2})
+        heads = f.array("heads", Must("int", "H2", 0, _MANY), sizes | {"2": 2})
         if (heads[:, 0] >= sizes["L"]).any():
             raise ValueError("heads names a layer that is not there")
         found = Coactivation(
             subset=subset,
             scaled=meta["scaled"],
             heads=tuple((int(a), int(b)) for a, b in heads),
-            input_Y=f.array("input_Y", Array("int", "I", 0, _MANY), sizes),
-            output_Y=f.array("output_Y", Array("int", "O", 0, _MANY), sizes),
+            input_Y=f.array("input_Y", Must("int", "I", 0, _MANY), sizes),
+            output_Y=f.array("output_Y", Must("int", "O", 0, _MANY), sizes),
             sums={},
         )
         names = ("n", "sum_U", "count_U", *_BY_LAYER[: 5 if found.scaled else 3])
@@ -147,8 +147,8 @@ def load_statistics(
 
 
 def _subset(f: Npz, sizes: dict[str, int]) -> Subset:
-    layer_U = f.array("layer_U", Array("int", "U", 0, "L"), sizes)
-    feature_U = f.array("feature_U", Array("int", "U", 0, _MANY), sizes)
+    layer_U = f.array("layer_U", Must("int", "U", 0, "L"), sizes)
+    feature_U = f.array("feature_U", Must("int", "U", 0, _MANY), sizes)
     check_order(layer_U, feature_U)
     return Subset(layer_U, feature_U, sizes["L"])
 
@@ -157,7 +157,7 @@ def _sums(f: Npz, found: Coactivation, name: str, n: int, sizes: dict[str, int])
     """One kind of sums: an array, or a matrix for each target layer or head."""
     starts = found.subset.starts
     if name in _WHOLE and not n:
-        return f.array(name, Array("float", _WHOLE[name]), sizes)
+        return f.array(name, Must("float", _WHOLE[name]), sizes)
     shapes = []
     if name in _BY_LAYER:
         shapes = [(end - first, first) for first, end in pairwise(starts)]
@@ -172,7 +172,7 @@ def _tile(f: Npz, name: str, rows: int, columns: int) -> np.ndarray | csr_array:
     """A matrix, dense or sparse."""
     sizes = {"R": rows, "N": columns, "S": rows + 1, "2": 2}
     if name in f:
-        return f.array(name, Array("float", "RN"), sizes)
+        return f.array(name, Must("float", "RN"), sizes)
     part = {x: f.array(f"{name}/{x}", must, sizes) for x, must in _SPARSE.items()}
     if part["shape"].tolist() != [rows, columns]:
         raise ValueError(f"{name} has another shape than its features")
@@ -240,21 +240,21 @@ class SavedGlobals:
 
 
 _TABLE = {
-    "frequency_U": Array("float", "U", 0),
-    "mean_U": Array("float", "U"),
+    "frequency_U": Must("float", "U", 0),
+    "mean_U": Must("float", "U"),
     **{
         f"{name}_{what}_UK": must
         for name, dims in (("input", "UI"), ("output", "UO"), ("lowest", "UO"))
         for what, must in (
-            ("token", Array("int", dims, 0, _MANY)),
-            ("weight", Array("float", dims)),
+            ("token", Must("int", dims, 0, _MANY)),
+            ("weight", Must("float", dims)),
         )
     },
 }
 _LINKS = {
-    name: Array("int", "P", 0, "L" if name.endswith("_layer_P") else _MANY)
+    name: Must("int", "P", 0, "L" if name.endswith("_layer_P") else _MANY)
     if name.startswith(("source", "target"))
-    else Array("float", "P")
+    else Must("float", "P")
     for name in Links._fields
 }
 

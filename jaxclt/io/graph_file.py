@@ -22,31 +22,31 @@ from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.head_table import HeadLoads
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import TEXT, TEXTS, json_schema, named, record
-from jaxclt.io.npz import Array, Npz, check_array, check_order, open_npz
+from jaxclt.io.npz import Must, Npz, check_array, check_order, open_npz
 
 __all__ = ["load_graph", "save_graph"]
 
 _TOKENS = 1 << 31
 _ARRAYS = {
-    "token_T": Array("int", "T", 0, _TOKENS),
-    "layer_A": Array("int", "A", 0, "L"),
-    "pos_A": Array("int", "A", 0, "T"),
-    "feature_A": Array("int", "A", 0, _TOKENS),
-    "value_A": Array("float", "A"),
-    "preact_A": Array("float", "A"),
-    "attributed_R": Array("bool", "R"),
-    "target_token_K": Array("int", "K", -1, _TOKENS),
-    "target_prob_K": Array("float", "K", 0),
-    "edge_RN": Array("float", "RN"),
-    "bias_R": Array("float", "R"),
-    "rest_R": Array("float", "R"),
-    "rest_abs_R": Array("float", "R"),
-    "readout_R": Array("float", "R"),
-    "influence_N": Array("float", "N"),
-    "target_layer_K": Array("int", "K", 0, "S"),
-    "target_pos_K": Array("int", "K", 0, "T"),
-    "keep_N": Array("bool", "N"),
-    "keep_edge_RN": Array("bool", "RN"),
+    "token_T": Must("int", "T", 0, _TOKENS),
+    "layer_A": Must("int", "A", 0, "L"),
+    "pos_A": Must("int", "A", 0, "T"),
+    "feature_A": Must("int", "A", 0, _TOKENS),
+    "value_A": Must("float", "A"),
+    "preact_A": Must("float", "A"),
+    "attributed_R": Must("bool", "R"),
+    "target_token_K": Must("int", "K", -1, _TOKENS),
+    "target_prob_K": Must("float", "K", 0),
+    "edge_RN": Must("float", "RN"),
+    "bias_R": Must("float", "R"),
+    "rest_R": Must("float", "R"),
+    "rest_abs_R": Must("float", "R"),
+    "readout_R": Must("float", "R"),
+    "influence_N": Must("float", "N"),
+    "target_layer_K": Must("int", "K", 0, "S"),
+    "target_pos_K": Must("int", "K", 0, "T"),
+    "keep_N": Must("bool", "N"),
+    "keep_edge_RN": Must("bool", "RN"),
 }
 _SHARE = {"type": "number", "minimum": 0, "maximum": 1}
 _THRESHOLDS = ("node_threshold", "edge_threshold")
@@ -67,13 +67,13 @@ _META = json_schema(
 )
 _LATER = ("target_layer_K", "target_pos_K")  # older files lack them: `Graph` knows
 _HEADS = {
-    "row_E": Array("int", "E", 0, "R"),
-    "col_E": Array("int", "E", 0, "N"),
-    "direct_E": Array("float", "E"),
-    "layer_EJ": Array("short", "EJ", 0, "L"),
-    "head_EJ": Array("short", "EJ", 0, 1 << 15),
-    "load_EJ": Array("float", "EJ"),
-    "rest_E": Array("float", "E"),
+    "row_E": Must("int", "E", 0, "R"),
+    "col_E": Must("int", "E", 0, "N"),
+    "direct_E": Must("float", "E"),
+    "layer_EJ": Must("short", "EJ", 0, "L"),
+    "head_EJ": Must("short", "EJ", 0, 1 << 15),
+    "load_EJ": Must("float", "EJ"),
+    "rest_E": Must("float", "E"),
 }
 _DIRECT = "edge_direct_RN"
 _BLOCK_BYTES = 1 << 24  # of dense rows held at once
@@ -133,7 +133,7 @@ def _write_dense(stream: IO[bytes], x_RN: csr_array) -> None:
 
 def _read_dense(file: Npz, sizes: dict[str, int]) -> csr_array:
     """Read what `_write_dense` wrote, a few rows at a time."""
-    must, blocks = Array("float", "RN"), []
+    must, blocks = Must("float", "RN"), []
     with file.stream(_DIRECT, must, sizes) as (stream, header):
         (R, N), dtype = header.shape, np.dtype(header.dtype)
         if header.fortran:

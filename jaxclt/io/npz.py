@@ -23,8 +23,15 @@ from jaxclt.errors import InputError, shown
 from jaxclt.io.json_file import Schema, check_json, parse_json
 
 __all__ = [
-    "DAMAGE", "Array", "Header", "Npz", "check_array", "check_claim", "check_order",
-    "open_npz", "read_header",
+    "DAMAGE",
+    "Header",
+    "Must",
+    "Npz",
+    "check_array",
+    "check_claim",
+    "check_order",
+    "open_npz",
+    "read_header",
 ]  # fmt: skip
 
 # What zipfile and the checks below raise on a damaged archive.
@@ -38,16 +45,20 @@ _HEADER = re.compile(
 )
 _DTYPES = {
     "float": ("<f8", "<f4"),
+    "half": ("<f8", "<f4", "<f2"),
     "int": ("<i8", "<i4"),
     "short": ("<i8", "<i4", "<i2"),
     "bool": ("|b1",),
 }
+_SAID = {"float": "floating-point numbers", "half": "floating-point numbers"}
+_SAID |= {"int": "whole numbers", "short": "whole numbers", "bool": "truth values"}
 # No deflated byte stands for more: a header that claims so is damaged, or a bomb.
 _MOST_DEFLATED = 1032
+_MOST_INFLATED = 1 << 28  # bytes of an array that the file itself does not hold
 _CHUNK = 1 << 18
 
 
-class Array(NamedTuple):
+class Must(NamedTuple):
     """What an array of a file must be.
 
     Attributes:
@@ -55,12 +66,14 @@ class Array(NamedTuple):
       dims: a letter for each axis; axes of the same letter have the same length.
       least: smallest value.
       below: values are below this number, or below the length of this letter's axes.
+      finite: no value may be NaN or infinite.
     """
 
     kind: str
     dims: str
     least: float | None = None
     below: float | str | None = None
+    finite: bool = True
 
 
 class Header(NamedTuple):
@@ -123,7 +136,12 @@ class Npz:
     def __contains__(self, name: str) -> bool:
         return f"{name}.npy" in self.archive.NameToInfo
 
-    def array(self, name: str, must: Array, sizes: dict[str, int]) -> np.ndarray:
+    def header(self, name: str) -> Header:
+        """The header of an array, compared with nothing."""
+        with self._open(name) as (_, header, _):
+            return header
+
+    def array(self, name: str, must: Must, sizes: dict[str, int]) -> np.ndarray:
         """An array, checked.
 
         Args:
@@ -131,14 +149,39 @@ class Npz:
           must: what it must be.
           sizes: lengths of axes by letter; those of new letters are added.
         """
-        with self.stream(name, must, sizes) as (stream, header):
-            x = _read(name, stream, header)
+        check_header(name, self.header(name), must, sizes)
+        x = self._read(name)
         check_array(name, x, must, sizes)
         return x
 
+    def fill(self, name: str, out: np.ndarray) -> None:
+        """Read an array into one of exactly the same type and shape."""
+        header = self.header(name)
+        if (header.dtype, header.shape) != (out.dtype.str, out.shape):
+            raise ValueError(f"{name} has another type or shape")
+        out[...] = self._read(name)
+
+    def text(self, name: str) -> str:
+        """A text that is kept as an array of one string."""
+        header = self.header(name)
+        if header.shape or not re.fullmatch(r"<U[1-9]\d{0,9}", header.dtype):
+            raise ValueError(f"{name} is no text")
+        return str(self._read(name))
+
+    def json(self, name: str, schema: Schema) -> Any:
+        """The value of a JSON text that is kept so.
+
+        Raises:
+          InputError: if it is none, or has other types than the schema.
+        """
+        where = f"{self.archive.filename}: {name}"
+        value = parse_json(self.text(name), where)
+        check_json(value, schema, where)
+        return value
+
     @contextlib.contextmanager
     def stream(
-        self, name: str, must: Array, sizes: dict[str, int]
+        self, name: str, must: Must, sizes: dict[str, int]
     ) -> Iterator[tuple[IO[bytes], Header]]:
         """The numbers of an array as they are stored, its header checked."""
         with self._open(name) as (stream, header, info):
@@ -146,22 +189,22 @@ class Npz:
             check_claim(info, header, np.dtype(header.dtype).itemsize, self.size)
             yield stream, header
 
-    def json(self, name: str, schema: Schema | None = None) -> Any:
-        """The value of a JSON text that is kept as an array of one string.
-
-        Raises:
-          InputError: if it is none, or has other types than the schema.
-        """
+    def _read(self, name: str) -> np.ndarray:
+        """An array of a known type, if the file's size bears out its header."""
         with self._open(name) as (stream, header, info):
-            if header.shape or not re.fullmatch(r"<U[1-9]\d{0,9}", header.dtype):
-                raise ValueError(f"{name} is no text")
-            check_claim(info, header, np.dtype(header.dtype).itemsize, self.size)
-            text = str(_read(name, stream, header))
-        where = f"{self.archive.filename}: {name}"
-        value = parse_json(text, where)
-        if schema is not None:
-            check_json(value, schema, where)
-        return value
+            dtype = np.dtype(header.dtype)
+            check_claim(info, header, dtype.itemsize, self.size)
+            size, packed = header.count * dtype.itemsize, info.compress_size
+            if size > max(packed, _MOST_INFLATED):
+                raise ValueError(f"{name} is packed and larger than is unpacked")
+            raw = np.empty(size, np.uint8)
+            view = memoryview(raw)
+            for start in range(0, size, _CHUNK):
+                part = view[start : start + _CHUNK]
+                if stream.readinto(part) != len(part):  # pyright: ignore
+                    raise ValueError(f"{name} ends early")
+        order = "F" if header.fortran else "C"
+        return raw.view(dtype).reshape(header.shape, order=order)
 
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator[tuple[IO[bytes], Header, zipfile.ZipInfo]]:
@@ -172,24 +215,10 @@ class Npz:
             yield stream, read_header(stream), info
 
 
-def _read(name: str, stream: IO[bytes], header: Header) -> np.ndarray:
-    """The numbers behind a header, which may be believed."""
-    dtype = np.dtype(header.dtype)
-    size = header.count * dtype.itemsize
-    raw = np.empty(size, np.uint8)
-    view = memoryview(raw)
-    for start in range(0, size, _CHUNK):
-        part = view[start : start + _CHUNK]
-        if stream.readinto(part) != len(part):  # pyright: ignore
-            raise ValueError(f"{name} ends early")
-    order = "F" if header.fortran else "C"
-    return raw.view(dtype).reshape(header.shape, order=order)
-
-
-def check_header(name: str, header: Header, must: Array, sizes: dict[str, int]) -> None:
+def check_header(name: str, header: Header, must: Must, sizes: dict[str, int]) -> None:
     """Compare type and shape; ValueError if they differ."""
     if header.dtype not in _DTYPES[must.kind]:
-        raise ValueError(f"{name} has type {shown(header.dtype)}, not {must.kind}")
+        raise ValueError(f"{name} holds no {_SAID[must.kind]}")
     wanted = tuple(sizes.get(letter) for letter in must.dims)
     same = len(wanted) == len(header.shape) and all(
         n in (None, found) for n, found in zip(wanted, header.shape, strict=True)
@@ -202,14 +231,12 @@ def check_header(name: str, header: Header, must: Array, sizes: dict[str, int]) 
             raise ValueError(f"{name} has shape {shown(header.shape)}, not a square")
 
 
-def check_array(
-    name: str, x: np.ndarray, must: Array, sizes: Mapping[str, int]
-) -> None:
+def check_array(name: str, x: np.ndarray, must: Must, sizes: Mapping[str, int]) -> None:
     """Compare values; ValueError if one is out of range, or not finite."""
     if not x.size or x.dtype.kind == "b":
         return
     low, high = x.min(), x.max()  # which carry NaN and infinity
-    if not (np.isfinite(low) and np.isfinite(high)):
+    if must.finite and not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"{name} holds NaN or infinity")
     below = sizes[must.below] if isinstance(must.below, str) else must.below
     for bad, value in (

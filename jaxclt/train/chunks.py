@@ -32,6 +32,15 @@ from jax import Array
 from jaxclt.clt.config import ReadSite
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.json_file import (
+    COUNT,
+    TEXT,
+    check_json,
+    json_schema,
+    named,
+    read_json,
+    record,
+)
 from jaxclt.lm.config import LMConfig
 from jaxclt.train.harvest import harvest
 from jaxclt.train.normalise import (
@@ -138,6 +147,16 @@ def rows_of(
 @jax.jit
 def _renormalise(change: Scales, read: Array, write: Array) -> tuple[Array, Array]:
     return normalise(change, read.astype(jnp.float32), write.astype(jnp.float32))
+
+
+_MANIFEST = json_schema(
+    record(
+        {
+            "identity": {"type": "object"},
+            "files": named(record({"sha256": TEXT, "bytes": COUNT})),
+        }
+    )
+)
 
 
 class Chunks:
@@ -406,12 +425,14 @@ class Chunks:
         file = store / "manifest.json"
         if not file.is_file():
             return {"identity": self.identity, "files": {}}
-        return json.loads(file.read_text("utf-8"))
+        found = read_json(file)
+        check_json(found, _MANIFEST, file)
+        return found
 
     def _check_store(self, store: Path) -> None:
         found = self._manifest(store)["identity"]
         for name, ours in self.identity.items():
-            if found[name] != ours:
+            if found.get(name) != ours:
                 raise InputError(
                     f"--store {store} holds activations of another {name}: give "
                     "another folder"

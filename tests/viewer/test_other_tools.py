@@ -1,4 +1,4 @@
-"""Graph files of other tools open: their slugs, labels, output layers, order of keys."""
+"""Graph files of other tools open: slugs, labels, output layers, order of keys."""
 
 from __future__ import annotations
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from jaxclt.errors import InputError
+from jaxclt.io.json_file import parse_object, read_bounded
 
 __all__ = ["append_line", "read_lines"]
+
+_MOST = 1 << 30  # bytes
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -21,20 +25,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
       InputError: if the file cannot be read.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     found = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            found.append(row)
+    for line in read_bounded(path, _MOST).split(b"\n"):
+        with contextlib.suppress(InputError):
+            found.append(parse_object(line, path))
     return found
 
 
