@@ -17,7 +17,7 @@ from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.supernodes import suggest_supernodes
 from jaxclt.io.atomic import atomic_path
-from jaxclt.io.json_file import find_json
+from jaxclt.io.json_file import MOST_DATA, find_json
 from jaxclt.types import Supernode
 from jaxclt.viewer.graph_json import validate
 from jaxclt.viewer.page import page
@@ -37,7 +37,6 @@ __all__ = [
 
 FEATURES = "features"  # folder of feature files beside graph.json
 PATCHES = "patches.json"  # what patches did, see `jaxclt.patch_log`
-MOST_GRAPH = 1 << 30  # bytes of a graph.json
 
 
 def read_graph(path: Path) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def read_graph(path: Path) -> dict[str, Any]:
     Raises:
         InputError: there is none, or it is not one.
     """
-    doc = find_json(path, most=MOST_GRAPH)
+    doc = find_json(path, most=MOST_DATA)
     if doc is None:
         raise InputError(f"no {path.name} in {path.parent}: trace a prompt into it")
     validate(doc, foreign=True)

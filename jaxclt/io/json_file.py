@@ -16,12 +16,13 @@ import jsonschema_rs
 from jaxclt.errors import InputError, shown
 
 __all__ = [
-    "COUNT", "MOST", "TEXT", "TEXTS", "Schema", "check_json", "find_json",
+    "COUNT", "MOST", "MOST_DATA", "TEXT", "TEXTS", "Schema", "check_json", "find_json",
     "json_schema", "named", "parse_json", "parse_object", "read_bounded", "read_json",
     "record",
 ]  # fmt: skip
 
-MOST = 1 << 26  # bytes of a file that describes something; data may have more
+MOST = 1 << 26  # bytes of a file that describes something
+MOST_DATA = 1 << 30  # bytes of one that holds data: a graph, a log
 DEEPEST = 64  # lists and objects in each other
 _CHUNK = 1 << 20
 _NESTS = {dict, list}
@@ -88,10 +89,10 @@ def parse_json(text: str | bytes, where: object) -> Any:
     except RecursionError:
         deep, value = True, None
     except ValueError as error:
-        raise InputError(f"{where} is not valid JSON ({error})") from error
+        raise InputError(f"{where} is not JSON ({error})") from error
     if deep:
         raise InputError(
-            f"{where} is not valid JSON for this (nested deeper than {DEEPEST} levels)"
+            f"{where} is nested deeper than the {DEEPEST} levels that are read"
         )
     return value
 

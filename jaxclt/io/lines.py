@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from jaxclt.errors import InputError
-from jaxclt.io.json_file import parse_object, read_bounded
+from jaxclt.io.json_file import (
+    MOST_DATA,
+    Schema,
+    check_json,
+    parse_object,
+    read_bounded,
+)
 
 __all__ = ["append_line", "read_lines"]
 
-_MOST = 1 << 30  # bytes
 
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, schema: Schema | None = None) -> list[dict[str, Any]]:
     """The objects in a file; none if there is no file.
 
-    Lines that are no JSON object, such as a last one that was half written, are passed
-    over.
+    Lines that are no JSON object, such as a last one that was half written, or not of
+    the schema are passed over.
 
     Raises:
       InputError: if the file cannot be read.
@@ -28,9 +32,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = []
-    for line in read_bounded(path, _MOST).split(b"\n"):
+    for line in read_bounded(path, MOST_DATA).split(b"\n"):
         with contextlib.suppress(InputError):
-            found.append(parse_object(line, path))
+            row = parse_object(line, path)
+            if schema is not None:
+                check_json(row, schema, path)
+            found.append(row)
     return found
 
 

@@ -482,15 +482,22 @@ class Chunks:
         file = self._checked(store, f"chunk_{chunk:06d}.safetensors")
         if file is None:
             return None
-        found = safetensors.numpy.load_file(file)
-        return found["read_LND"], found["write_LND"]
+        L, D = self.cfg.n_layers, self.cfg.d_model
+        found = _tensors(file, {"read_LND": (L, None, D), "write_LND": (L, None, D)})
+        read_LND, write_LND = found["read_LND"], found["write_LND"]
+        if read_LND.shape != write_LND.shape:
+            raise InputError(f"{file} is no chunk of this model: delete it")
+        return read_LND, write_LND
 
     def _stored_units(self, store: Path) -> Scales | None:
         file = self._checked(store, UNITS)
         if file is None:
             return None
-        found = safetensors.numpy.load_file(file)
-        return Scales(**{name: jnp.asarray(value) for name, value in found.items()})
+        L, D = self.cfg.n_layers, self.cfg.d_model
+        names = [field.name for field in dataclasses.fields(Scales)]
+        shapes = {x: (L, D) if x.endswith("_LD") else (L,) for x in names}
+        found = _tensors(file, shapes)
+        return Scales(**{name: jnp.asarray(found[name]) for name in names})
 
     def _store_units(self, store: Path, units: Scales) -> None:
         file = store / UNITS
@@ -503,3 +510,23 @@ class Chunks:
                 temporary,
             )
         self._record(store, file)
+
+
+def _tensors(
+    file: Path, shapes: dict[str, tuple[int | None, ...]]
+) -> dict[str, np.ndarray]:
+    """Floats of a file, of these shapes; None stands for any length."""
+    try:
+        found = safetensors.numpy.load_file(file)
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InputError(f"{file} is no safetensors file: delete it") from error
+    for name, shape in shapes.items():
+        x = found.get(name)
+        if (
+            x is None
+            or x.dtype not in _DTYPE.values()
+            or len(x.shape) != len(shape)
+            or any(n not in (None, m) for n, m in zip(shape, x.shape, strict=True))
+        ):
+            raise InputError(f"{file} holds no {name} of this model: delete it")
+    return found

@@ -261,7 +261,8 @@ class _Run:
         if not processes.is_first():
             return
         file = self.out / "metrics.jsonl"
-        lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+        text = file.read_text("utf-8", "replace") if file.is_file() else ""
+        lines = text.splitlines()
         kept = [line for line in lines if _step_of(line) <= step]
         with atomic_path(file) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
