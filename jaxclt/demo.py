@@ -26,8 +26,8 @@ from jaxclt.graph.supernodes import SupernodeGraph, supernode_graph
 from jaxclt.intervene import PatchResult, patch
 from jaxclt.io.bundled import bundled
 from jaxclt.io.dictionary import load_dictionary
+from jaxclt.io.json_file import read_json
 from jaxclt.io.model import Model, load_model
-from jaxclt.io.weights_safetensors import read_json
 from jaxclt.patching.edits import Edit
 from jaxclt.subject import Subject
 from jaxclt.trace import prompt_tokens, record_prompt, trace_prompt

@@ -30,6 +30,7 @@ from jaxclt.errors import InputError
 from jaxclt.global_text import Features, choose_features
 from jaxclt.global_weights.subset import FeatureSizes
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.json_file import read_json
 from jaxclt.io.model import Model
 from jaxclt.windows import BATCH_TOKENS, Data, Mask, TokenWindows, read_windows
 
@@ -182,7 +183,7 @@ def feature_dashboards(
     new = counted[-1] - counted[0]
     if not new and (out / REPORT).is_file():
         # Nothing was left to do: the seconds are those of the run that did it.
-        return json.loads((out / REPORT).read_text("utf-8")), examples
+        return read_json(out / REPORT), examples
     report["tokens_per_second"] = round(new / pass_s, 1)  # compiling included
     with atomic_path(out / REPORT) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -194,8 +195,8 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
     file = out / RUN
     if file.is_file():
         try:
-            found = json.loads(file.read_text("utf-8"))
-        except ValueError:
+            found = read_json(file)
+        except InputError:
             found = {}
         for what, value in identity.items():
             if found.get(what) != value:

@@ -319,7 +319,7 @@ class _State:
                         f"{self.directory} holds statistics of another run ({what} "
                         "differs): give the same arguments, or another directory"
                     )
-            return found, int(more["windows"])
+            return found, more.get("windows", 0)
         return None, 0
 
     def due(self) -> bool:

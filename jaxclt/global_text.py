@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,9 @@ from jaxclt.clt.coder import Bound, Dictionary, Loaded, load
 from jaxclt.dashboards.peaks import Batch, firing_counts
 from jaxclt.errors import InputError
 from jaxclt.global_weights.subset import FeatureSizes, Subset
+from jaxclt.io.json_file import MOST, parse_json, read_bounded
 from jaxclt.io.model import Model
+from jaxclt.io.npz import Must, open_npz
 from jaxclt.windows import BATCH_TOKENS, TokenWindows, batches
 
 __all__ = ["Features", "bound_of", "choose_features"]
@@ -109,15 +110,19 @@ def _read_features(path: Path) -> np.ndarray:
         raise InputError(f"--features {path}: there is no such file; {usage}")
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return np.stack([file["layer_U"], file["feature_U"]], 1)
+            with open_npz(path, "holds no features", usage) as file:
+                sizes: dict[str, int] = {}
+                must = Must("int", "U", 0)
+                names = ("layer_U", "feature_U")
+                return np.stack([file.array(x, must, sizes) for x in names], 1)
+        text = read_bounded(path, MOST)
         if path.suffix == ".json":
-            rows = json.loads(path.read_text("utf-8"))
+            rows = parse_json(text, path)
         else:
-            lines = path.read_text("utf-8").splitlines()
+            lines = text.decode("utf-8").splitlines()
             rows = [line.split(":") for line in lines if line.strip()]
         return np.asarray(rows, np.int64).reshape(len(rows), 2)
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f"--features {path} cannot be read: {usage}") from error
 
 

@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +38,8 @@ from jaxclt.errors import InputError
 from jaxclt.global_weights.subset import Subset
 from jaxclt.graph.memory import host_available_bytes
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.json_file import COUNT, json_schema, record
+from jaxclt.io.npz import Must, check_array, open_npz
 from jaxclt.types import LMParams
 from jaxclt.windows import BATCH_TOKENS, TokenWindows, batches
 
@@ -47,6 +48,16 @@ __all__ = ["SAVE_S", "STATE", "Sizes", "gather_examples", "is_signed"]
 STATE = "seen.npz"  # of a pass that is not over, in its state directory
 SAVE_S = 60.0  # between two states on disk
 SAVE_SHARE = 0.05  # of the time that saving may take, where it is slow
+_META = json_schema(record({"identity": {"type": "object"}, "windows": COUNT}))
+_RANGES = {  # of what is looked up by
+    "slot_UK": Must("int", "UK", 0, "K"),
+    "window_UK": Must("int", "UK", -1, "W"),
+    "pos_UK": Must("int", "UK", 0, "S"),
+    "start_UK": Must("int", "UK", 0, "S"),
+    "power_U": Must("int", "U", -(1 << 20), 1 << 20),
+    "value_UK": Must("float", "UK"),
+    "act_UKC": Must("float", "UKC"),
+}
 
 _peaks_of = jax.jit(batch_peaks, static_argnames=("context", "signed", "narrowed"))
 
@@ -215,7 +226,7 @@ def gather_examples(
         "seed": seed,
     }
     keep = _Keeping(state, (identity or {}) | told, save_s)
-    first = keep.load(seen)
+    first = keep.load(seen, windows)
     encoder, narrowed = _narrow(encoder, places.pick_LN)
     pick_LN = None if places.pick_LN is None else jnp.asarray(places.pick_LN)
     key = jax.random.key(seed)
@@ -409,33 +420,32 @@ class _Keeping:
         self.identity, self.save_s = identity, save_s
         self.saved, self.cost = time.monotonic(), 0.0
 
-    def load(self, seen: Seen) -> int:
-        """Fill in what an earlier call left; how many windows that was.
+    def load(self, seen: Seen, windows: TokenWindows) -> int:
+        """Fill in what an earlier call left; how many of the windows that was.
 
         Raises:
           InputError: if it is of another run, or damaged.
         """
         if self.path is None or not self.path.is_file():
             return 0
-        try:
-            with np.load(self.path, allow_pickle=False) as file:
-                meta = json.loads(str(file["meta"]))
-                for what, value in self.identity.items():
-                    if meta["identity"].get(what) != value:
-                        raise InputError(
-                            f"{self.path} is of another run ({what} differs): give "
-                            "the same arguments, or another directory"
-                        )
-                for name, array in seen.arrays().items():
-                    array[...] = file[name]
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"{self.path} cannot be read ({type(error).__name__}): remove it to "
-                "start again"
-            ) from error
-        return int(meta["windows"])
+        with open_npz(self.path, "cannot be read", "remove it to start again") as file:
+            meta = file.json("meta", _META)
+            for what, value in self.identity.items():
+                if meta["identity"].get(what) != value:
+                    raise InputError(
+                        f"{self.path} is of another run ({what} differs): give "
+                        "the same arguments, or another directory"
+                    )
+            W, S = windows.token_WS.shape
+            for name, array in seen.arrays().items():
+                file.fill(name, array)
+                must = _RANGES.get(name.rpartition(".")[2])
+                if must is not None:
+                    K = array.shape[-1]
+                    check_array(name, array, must, {"K": K, "W": W, "S": S})
+            if meta["windows"] > W:
+                raise ValueError("it has seen more windows than there are")
+        return meta["windows"]
 
     def save(self, seen: Seen, windows: int, *, last: bool) -> None:
         """Write everything if it is time to, or for the last time."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from jax import Array
 
 from jaxclt.clt.coder import Loaded
 from jaxclt.errors import InputError
+from jaxclt.io.json_file import MOST, parse_json, read_bounded
 from jaxclt.io.model import Model
 from jaxclt.lm.run import embed, native_mlp, run
 from jaxclt.types import Block, LMParams
@@ -46,30 +46,19 @@ def load_pairs(path: str | os.PathLike[str] | None = None) -> tuple[ConceptPair,
     """
     file = Path(path or Path(__file__).with_name("concepts.json"))
     try:
-        text = file.read_text("utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror or error}") from error
+        text = read_bounded(file, MOST).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8 text") from error
     if file.suffix == ".jsonl":
         lines = enumerate(text.splitlines(), 1)
-        entries = [
-            _parse(f"{file}:{number}", line) for number, line in lines if line.strip()
-        ]
+        entries = [parse_json(x, f"{file}:{i}") for i, x in lines if x.strip()]
     else:
-        entries = _parse(str(file), text)
+        entries = parse_json(text, file)
         if not isinstance(entries, list):
             raise InputError(f"{file} must hold a JSON list of pairs")
     if not entries:
         raise InputError(f"{file} holds no pair of sentences")
     return tuple(_pair(file, i, entry) for i, entry in enumerate(entries, 1))
-
-
-def _parse(place: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place} is not JSON ({error})") from error
 
 
 def _pair(file: Path, number: int, entry: Any) -> ConceptPair:

@@ -5,6 +5,7 @@ A file says what it depends on: an interrupted evaluation goes on where it was.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,6 +24,7 @@ from jaxclt import __version__
 from jaxclt.clt.coder import Dictionary, Loaded, load
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.stream import gather_examples
+from jaxclt.errors import InputError
 from jaxclt.evaluation.agreement import Compared, compare, compare_layers
 from jaxclt.evaluation.concepts import ConceptPair, readable
 from jaxclt.evaluation.graphs import graph_means, graph_row
@@ -37,6 +39,7 @@ from jaxclt.evaluation.reconstruction import (
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.graph import Graph
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.json_file import MOST_DATA, check_json, json_schema, read_json, record
 from jaxclt.io.model import Model
 from jaxclt.perturb import by_distance, faithfulness
 from jaxclt.subject import Subject
@@ -53,6 +56,15 @@ Part = tuple[dict[str, Any], list[dict[str, Any]]]  # the row's share, raw rows
 BATCH_BYTES = 1 << 28  # of dense activations of all layers
 
 # What each measure depends on: another setting does not undo it.
+_PART = json_schema(
+    record(
+        {
+            "row": {"type": "object"},
+            "raw": {"type": "array", "items": {"type": "object"}},
+            "seconds": {"type": "number"},
+        }
+    )
+)
 _OPTIONS = {
     "reconstruction": ("tokens", "seed"),
     "agreement": ("agreement_tokens", "seed"),
@@ -134,11 +146,10 @@ class Measures:
         digest = hashlib.sha256(identity.encode()).hexdigest()[:24]
         file = None if self.out is None else self.out / "parts" / f"{digest}.json"
         if file is not None and file.is_file():
-            try:
-                old = json.loads(file.read_text("utf-8"))
+            with contextlib.suppress(InputError):  # a damaged file is measured again
+                old = read_json(file, most=MOST_DATA)
+                check_json(old, _PART, file)
                 return old["row"], old["raw"], old["seconds"]
-            except (ValueError, KeyError):
-                pass  # a damaged file is measured again
         start = time.perf_counter()
         row, raw = measure()
         took = round(time.perf_counter() - start, 1)
