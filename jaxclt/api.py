@@ -21,6 +21,7 @@ from jaxclt.graph.graph import Graph
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
+from jaxclt.prompts import Prompt
 from jaxclt.viewer.graph_json import graph_json
 from jaxclt.viewer.page import page
 
@@ -30,7 +31,7 @@ __all__ = ["Page", "attribute", "explain", "influence", "prune", "show"]
 def attribute(
     model: Model,
     dictionary: Dictionary,
-    prompt: str,
+    prompt: Prompt,
     *,
     targets: trace.TargetChoice = (),
     bos: Bos = "auto",
@@ -41,7 +42,8 @@ def attribute(
     Args:
       model: from `load_model`.
       dictionary: from `load_dictionary`.
-      prompt: text.
+      prompt: text, token ids, or a chat: ``[{"role": "user", "content": "Hi"}]``,
+        which the model's own template makes a text of.
       targets: what to explain instead of the top tokens: texts as in
         `jaxclt.target_text` (``" Paris"``, ``"diff: Paris| London"``,
         ``"feature:12:5:345"``), `Targets` from `jaxclt.graph.targets`, or a function

@@ -16,6 +16,7 @@ from jax import Array
 
 from jaxclt.clt.encoder import Encoder
 from jaxclt.errors import InputError
+from jaxclt.io.json_lines import json_rows
 from jaxclt.io.model import Model
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import embed, native_mlp, run
@@ -46,31 +47,27 @@ def load_pairs(path: str | os.PathLike[str] | None = None) -> tuple[ConceptPair,
       InputError: if the file is not that.
     """
     file = Path(path or Path(__file__).with_name("concepts.json"))
-    try:
-        text = file.read_text("utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text") from error
     if file.suffix == ".jsonl":
-        lines = enumerate(text.splitlines(), 1)
-        entries = [
-            _parse(f"{file}:{number}", line) for number, line in lines if line.strip()
-        ]
+        entries = [entry for _, entry in json_rows(file)]
     else:
-        entries = _parse(str(file), text)
-        if not isinstance(entries, list):
-            raise InputError(f"{file} must hold a JSON list of pairs")
+        entries = _read_list(file)
     if not entries:
         raise InputError(f"{file} holds no pair of sentences")
     return tuple(_pair(file, i, entry) for i, entry in enumerate(entries, 1))
 
 
-def _parse(place: str, text: str) -> Any:
+def _read_list(file: Path) -> list[Any]:
     try:
-        return json.loads(text)
+        entries = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text") from error
     except json.JSONDecodeError as error:
-        raise InputError(f"{place} is not JSON ({error})") from error
+        raise InputError(f"{file} is not JSON ({error})") from error
+    if not isinstance(entries, list):
+        raise InputError(f"{file} must hold a JSON list of pairs")
+    return entries
 
 
 def _pair(file: Path, number: int, entry: Any) -> ConceptPair:
