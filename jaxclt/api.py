@@ -100,7 +100,7 @@ def explain(
       graph: from `attribute` or `load_graph`.
       source: a node, as the page and graph.json name it: ``12:5:345`` (or
         ``12_345_5``), ``error 12:5``, ``embed 2``.
-      target: a feature, or a target by its text or number.
+      target: a feature, or a target by its text, its number or ``id:TOKEN``.
       model: with it and the dictionary, also by the number of heads passed, and the
         last heads of any edge.
       dictionary: see `model`.

@@ -87,9 +87,9 @@ class TraceConfig(_Attribution):
     """Directory to write graph.npz, report.json, graph.json and index.html to."""
     targets: tuple[str, ...] = ()
     """What to explain instead of the most probable tokens. A text that is one token is
-    that token (mind leading spaces). Otherwise: "diff: Paris| London" for a difference
-    of two logits; "prob: Paris" and "logp: Paris" for a probability, to first order;
-    any of these and a token with "@P" after position P instead of the last; "top:P" for
+    that token (mind leading spaces); id:N is token number N. "diff: Paris| London" is
+    a difference of two logits; "prob: Paris" and "logp: Paris" a probability, to first
+    order; any of these and a token with "@P" after position P instead of the last; "top:P" for
     the most probable tokens there; "feature:LAYER:P:INDEX" for a feature;
     "vector:SITE@P:FILE.npz" for a direction `vec` at out, resid_mid:L, normalized:L,
     mlp_in:L, mlp_out:L, resid_post:L, resid_pre:L or attn_in:L. "2*..." gives a weight,

@@ -17,8 +17,8 @@ from jaxclt.clt.active import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.io.atomic import atomic_path
-from jaxclt.io.model import Model
 from jaxclt.io.chat import is_chat
+from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
 from jaxclt.prompts import Prompt, read_prompts
 from jaxclt.trace import identity, trace_prompt
@@ -56,7 +56,8 @@ def sweep_prompts(
       on_prompt: progress, (prompts done, prompts in all).
 
     Returns:
-      The lines of the index: prompt (or messages), directory, status, and scores or error.
+      The lines of the index: prompt (or messages), directory, status, and scores or
+      error.
 
     Raises:
       InputError: if the directory cannot be written.

@@ -156,14 +156,11 @@ def _padded(model: Model, data: Iterable[Prompt | np.ndarray]) -> np.ndarray:
     return token_WS.astype(np.int32)
 
 
-def _check(model: Model, token_WS: np.ndarray) -> None:
+def check_windows(model: Model, token_WS: np.ndarray) -> None:
     """Raise InputError for windows that the model cannot read."""
-    if token_WS.size and not PAD <= token_WS.min() <= token_WS.max() < (
-        model.cfg.d_vocab
-    ):
-        raise InputError(
-            f"a window holds a token that is not in 0..{model.cfg.d_vocab - 1}"
-        )
+    n = model.cfg.d_vocab
+    if ((token_WS < PAD) | (token_WS >= n)).any():
+        raise InputError(f"a window holds a token that is not in 0..{n - 1}")
     if token_WS.shape[1] > model.cfg.n_ctx:
         raise InputError(
             f"a window has {token_WS.shape[1]} tokens, the model takes at most "

@@ -75,7 +75,8 @@ def read_eval_text(
     Args:
       model: from `load_model`.
       data: as for `jaxclt train --data`; or a .jsonl file of ``{"prompt": ...}`` (or
-        ``{"messages": ...}``), each with the right ``answer`` (its first token counts) if there is one.
+        ``{"messages": ...}``), each with the right ``answer`` (its first token counts)
+        if there is one.
       tokens: positions to evaluate.
       context: positions of a window of text.
       count_tokens: tokens among which it is counted how rare a token is.

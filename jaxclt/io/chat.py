@@ -13,7 +13,14 @@ from typing import Any, TypeGuard
 from jaxclt.errors import InputError
 from jaxclt.io.weights_safetensors import read_json
 
-__all__ = ["Message", "check_messages", "find_template", "is_chat", "render", "user_says"]
+__all__ = [
+    "Message",
+    "check_messages",
+    "find_template",
+    "is_chat",
+    "render",
+    "user_says",
+]
 
 Message = Mapping[str, str]  # role and content
 

@@ -111,6 +111,9 @@ class Tokenizer:
         own = ids[0] if len(ids) == 1 else None
         if own is None or self._string(own) != text:
             same = self._by_string.get(text, [])
+            if len(same) > 1:  # a letter rather than its byte, which reads the same
+                piece = self.backend.convert_ids_to_tokens
+                same = [i for i in same if piece(i).replace("▁", " ") == text] or same
             if len(same) > 1:
                 listed = ", ".join(f"id:{i}" for i in same[:5])
                 raise InputError(f"{text!r} is the string of several tokens: {listed}")
