@@ -42,6 +42,7 @@ from jaxclt.io.atomic import atomic_path
 from jaxclt.io.model import Model
 from jaxclt.lm.layers import neuron_rows
 from jaxclt.perturb import by_distance, faithfulness
+from jaxclt.prompts import Prompt
 from jaxclt.replacement.model import Substitute, substitute_of
 from jaxclt.subject import Subject
 from jaxclt.trace import trace_prompt
@@ -95,7 +96,7 @@ class Measures:
         model: Model,
         dictionary: Dictionary,
         text: EvalText,
-        prompts: list[str | Sequence[int]],
+        prompts: list[Prompt],
         options: EvalOptions,
         out: Path | None,
         on_stage: Stage,

@@ -7,7 +7,8 @@
 | token | ``embed 2`` | ``E_504_2`` | ``token " the"@2`` |
 | target | ``target 0``, ``0`` or its text | ``31_7042_8`` | ``output " Paris"`` |
 
-A target that is a token is found by ``id:7042`` too. Nodes are numbered as the graph's columns; target k is number N + k, after the last.
+A target that is a token is found by ``id:7042`` too. Nodes are numbered as the graph's
+columns; target k is number N + k, after the last.
 """
 
 from __future__ import annotations

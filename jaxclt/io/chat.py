@@ -108,8 +108,8 @@ def render(backend: Any, messages: Any) -> str:
         other = {**message, "content": f"{message['content']} ."}
         if _rendered(backend, [*said[:i], other, *said[i + 1 :]]) == text:
             raise InputError(
-                f"the model's chat template leaves out message {i}: it has no role "
-                f"{message['role'][:40]!r} there"
+                f"the model's chat template leaves out message {i}, of the role "
+                f"{message['role'][:40]!r}"
             )
     return text
 
