@@ -62,7 +62,7 @@ def _whole_numbers(prompt: Any) -> list[int]:
             "a prompt is a text, a list of token ids, or a list of messages "
             '{"role": "user", "content": "text"}'
         )
-    return given_T.astype(np.int64).tolist()
+    return [int(i) for i in given_T]
 
 
 # -- files -----------------------------------------------------------------------------
