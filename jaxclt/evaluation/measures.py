@@ -42,6 +42,7 @@ from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import MOST_DATA, check_json, json_schema, read_json, record
 from jaxclt.io.model import Model
 from jaxclt.perturb import by_distance, faithfulness
+from jaxclt.prompts import Prompt
 from jaxclt.subject import Subject
 from jaxclt.trace import trace_prompt
 from jaxclt.train.harvest import harvest
@@ -103,7 +104,7 @@ class Measures:
         model: Model,
         dictionary: Dictionary,
         text: EvalText,
-        prompts: list[str | Sequence[int]],
+        prompts: list[Prompt],
         options: EvalOptions,
         out: Path | None,
         on_stage: Stage,

@@ -39,6 +39,8 @@ class GraphMeta:
     tokens: tuple[str, ...]  # T token strings, untrusted: escape where shown
     target_tokens: tuple[str, ...]  # K token strings, or labels of other targets
     n_layers: int
+    # of a chat: role and content, untrusted like tokens; `prompt` is its text
+    messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
     convention: str = "paper"  # or "circuit-tracer"
     weights: str = "probability"  # what target_prob_K holds, or "chosen"
     config: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -103,6 +103,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
 
 # What is taken from a hub repository: never pickled weights, nothing in subfolders.
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
+HUB_FILES += ["chat_template.jinja"]
 HUB_NOT = ["*/*"]
 
 _MANIFEST = "source.json"

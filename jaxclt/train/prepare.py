@@ -16,11 +16,20 @@ from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import TEXT, check_json, json_schema, read_json, record
 from jaxclt.io.model import Model
 from jaxclt.io.npz import Must, open_npz
+from jaxclt.trace import prompt_tokens
 from jaxclt.train.config import TrainConfig
+from jaxclt.train.evaluate import PROMPTS
 from jaxclt.train.sample import sample_windows
-from jaxclt.train.text import Windows, cut_windows, read_documents, split_documents
+from jaxclt.train.text import (
+    Windows,
+    check_context,
+    cut_windows,
+    read_documents,
+    split_documents,
+)
+from jaxclt.windows import check_windows
 
-__all__ = ["claim_directory", "identity", "run_windows", "write_json"]
+__all__ = ["claim_directory", "fitted", "identity", "run_windows", "write_json"]
 
 _RUN = json_schema(record({"config": {"type": "object"}, "model": TEXT, "data": TEXT}))
 # What may change between two parts of a run without changing its weights.
@@ -28,6 +37,34 @@ _FREE = (
     *("log_every", "eval_every", "checkpoint_every", "prompts"),
     *("agreement_windows", "graph_features", "kl_steps", "kl_lr", "kl_windows"),
 )
+
+
+def fitted(config: TrainConfig, model: Model, given: Windows | None) -> TrainConfig:
+    """The recipe for a model, without those of our own prompts that it cannot read.
+
+    Args:
+      config: the recipe.
+      model: what it is to be trained on.
+      given: windows instead of text.
+
+    Raises:
+      InputError: if windows or prompts do not fit the model.
+    """
+    if given is None:
+        check_context(config.context, model.cfg.n_ctx)
+    else:
+        check_windows(model, given.train_WS)
+        check_windows(model, given.held_WS)
+    kept = []
+    for prompt in config.prompts if config.graph_features else ():
+        try:
+            prompt_tokens(model, prompt)
+            kept.append(prompt)
+        except InputError as error:
+            # A model of a small domain reads none of those that come with the recipe.
+            if prompt not in PROMPTS:
+                raise InputError(f"--prompts {prompt[:40]!r}: {error}") from None
+    return dataclasses.replace(config, prompts=tuple(kept))
 
 
 def identity(config: TrainConfig, model: Model, data: str) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from jaxclt.train.outcome import Outcome
 from jaxclt.train.params import Spec, init
 from jaxclt.train.prepare import (
     claim_directory,
+    fitted,
     identity,
     run_windows,
     write_json,
@@ -125,6 +126,7 @@ def train(
     name = f"windows {given.digest}" if given is not None else str(data)
     if given is None and not name.startswith(PREFIX) and name != "model":
         name = str(Path(name))
+    config = fitted(config, model, given)
     run = _Run(model, name, given, Path(out), config, mesh, store, listener)
     if wandb and processes.is_first():
         run.tracker = Tracker(wandb, run.out, run.identity()["config"])

@@ -105,6 +105,7 @@ def graph_json(
                 "version": graph.meta.version,
                 "hashes": dict(graph.meta.hashes),
                 "scores": scores,
+                **({"messages": graph.meta.messages} if graph.meta.messages else {}),
             }
         ),
     }
