@@ -151,7 +151,6 @@ def _perturbations(
     # Upstream edits raise an activation; the others only lend their shape.
     edits = subject.edits(
         [_place(a, s, 1.0, size * float(a.value_A[s]) * up) for _, s, up in drawn],
-        silent=True,
     )
     way_ND = np.asarray(jax.random.normal(key, (len(drawn), D))).astype(dtype)
     read_ND = a.reads(slot_N)

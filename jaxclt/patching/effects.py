@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
@@ -15,7 +17,15 @@ from jaxclt.lm.run import Run, cap_logits, readout
 from jaxclt.patching.features import Features, activation
 from jaxclt.patching.modes import Patchable
 
-__all__ = ["Ask", "Effect", "clean_effect", "measure_effect", "watch_values"]
+__all__ = [
+    "Ask",
+    "Effect",
+    "clean_effect",
+    "diverged",
+    "measure_effect",
+    "nats",
+    "watch_values",
+]
 
 
 @struct.dataclass
@@ -39,6 +49,20 @@ class Effect:
     top_token_J: Array  # most probable tokens
     top_prob_J: Array
     watch_W: Array | None  # activations of the watched features
+
+
+def diverged(effect: Effect) -> np.ndarray:
+    """Whether a patch (each of a batch) left the range of its numbers: no answer."""
+    parts = (effect.logit_K, effect.raw_logit_K, effect.prob_K)
+    fine = np.isfinite(np.asarray(effect.kl))
+    for part in parts:
+        fine = fine & np.isfinite(np.asarray(part)).all(-1)
+    return ~fine
+
+
+def nats(kl: float) -> float | None:
+    """A divergence, which rounding may leave below 0; None where there is no answer."""
+    return max(0.0, float(kl)) if math.isfinite(kl) else None
 
 
 def measure_effect(model: Patchable, done: Run, ask: Ask) -> Effect:

@@ -8,22 +8,55 @@ edits without an end also act on them, additively, for there is no recording to 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 from jax import Array
 
+from jaxclt.clt.activations import activate
+from jaxclt.clt.active import Dictionary, StoreDictionary
+from jaxclt.lm import layers
 from jaxclt.lm.block import Past
 from jaxclt.lm.cache import past_of
-from jaxclt.lm.run import Run, embed, native_mlp, run, unembed
-from jaxclt.patching.edits import Edits, amounts
-from jaxclt.patching.features import activation
+from jaxclt.lm.run import Run, cap_logits, embed, readout, run
+from jaxclt.patching.edits import Change, Edits, amounts
+from jaxclt.patching.features import Features, activation
 from jaxclt.patching.modes import Patchable, pending, read
 from jaxclt.types import Block
 
-__all__ = ["continue_prompt"]
+__all__ = ["Rivals", "continue_prompt", "rivals"]
+
+
+@struct.dataclass
+class Rivals:
+    """All features of the edited layers, where they compete to be active."""
+
+    layer_U: Array  # int32
+    W_enc_UFD: Array
+    b_UF: Array
+    feature_E: Array  # int32, the edited ones
+
+
+def rivals(dictionary: Dictionary, single: Sequence[Change]) -> Rivals | None:
+    """What decides on new tokens whether edited features are active.
+
+    None where a feature's own threshold does.
+    """
+    if not isinstance(dictionary, StoreDictionary) or not dictionary.cfg.competes:
+        return None
+    layer_U = np.unique([change[0] for change in single])
+    encoders = [dictionary.store.encoder(int(layer)) for layer in layer_U]
+    return Rivals(
+        layer_U=jnp.asarray(layer_U, jnp.int32),
+        W_enc_UFD=jnp.stack([jnp.asarray(enc.W_enc_FD) for enc in encoders]),
+        b_UF=jnp.stack([jnp.asarray(enc.b_enc_F) for enc in encoders]),
+        feature_E=jnp.asarray([change[2] for change in single], jnp.int32),
+    )
 
 
 @partial(jax.jit, static_argnames="n_new")
@@ -36,8 +69,9 @@ def continue_prompt(
     temperature: Array,
     *,
     n_new: int,
+    among: Rivals | None = None,
 ) -> Array:
-    """Token ids [n_new] that follow a patched prompt.
+    """Token ids [n_new] that follow a patched prompt; -1 where a patch diverged.
 
     Args:
       model: the recording.
@@ -47,16 +81,18 @@ def continue_prompt(
       key: for sampling.
       temperature: of the softmax that is sampled; 0 takes the most probable token.
       n_new: tokens to generate.
+      among: what edited features compete with, see `rivals`.
     """
     T, dtype = len(model.recording.token_T), model.recording.token_T.dtype
     index_L = jnp.arange(model.cfg.n_layers, dtype=jnp.int32)
-    native = native_mlp(model.cfg)
 
     def choose(out_D: Array, key: Array) -> Array:
-        logit_V = unembed(model.params, out_D)
+        uncapped_V = readout(model.params, out_D)
+        logit_V = cap_logits(model.params, uncapped_V)
         warm = jnp.where(temperature > 0, temperature, jnp.ones_like(temperature))
         drawn = jax.random.categorical(key, logit_V / warm.astype(logit_V.dtype))
-        return jnp.where(temperature > 0, drawn, jnp.argmax(logit_V)).astype(dtype)
+        token = jnp.where(temperature > 0, drawn, jnp.argmax(logit_V))
+        return jnp.where(jnp.isfinite(uncapped_V).all(), token, -1).astype(dtype)
 
     def step(
         state: tuple[Array, Past], now: tuple[Array, Array]
@@ -68,14 +104,13 @@ def continue_prompt(
         def policy(
             carry: Any, mid_TD: Array, scale_T: Array, p: Block, x: Array
         ) -> tuple[Any, Array]:
-            _, real_TD = native(None, mid_TD, scale_T, p, None)
+            normed_TD = layers.normalise(mid_TD, scale_T, layers.mlp_norm(p))
+            real_TD, post_T = layers.mlp_and_scale(p, normed_TD, cfg=model.cfg)
             if here is None:
                 return carry, real_TD
             f, index = here.features, x
-            read_ED = jnp.broadcast_to(
-                read(model, mid_TD, scale_T, p), (len(f.pos_E), mid_TD.shape[1])
-            )
-            now_E = activation(f, read_ED, cfg=model.cfg)
+            read_TD = read(model, mid_TD, scale_T, p)
+            now_E = _activation(model, f, read_TD[0], post_T, index, among)
             carry = jnp.where(f.layer_E == index, amounts(here, now_E), carry)
             inside = (layers_2[0] <= index) & (index <= layers_2[1])
             added_TD = pending(here, carry, index, mid_TD)
@@ -100,6 +135,30 @@ def continue_prompt(
     position = jnp.arange(T, T + n_new - 1, dtype=jnp.int32)
     (last, _), before = jax.lax.scan(step, (first, past), (position, keys[1:]))
     return jnp.append(before, last)
+
+
+def _activation(
+    model: Patchable,
+    f: Features,
+    read_D: Array,
+    post_T: Array | None,
+    index: Array,
+    among: Rivals | None,
+) -> Array:
+    """Activations [E] at the one new position, of the features of layer `index`."""
+    if f.post_E is not None and post_T is not None:
+        f = dataclasses.replace(f, post_E=jnp.broadcast_to(post_T, f.post_E.shape))
+    if among is None:
+        read_ED = jnp.broadcast_to(read_D, f.encoder_ED.shape)
+        return activation(f, read_ED, cfg=model.cfg)
+
+    def compete() -> Array:
+        at = jnp.argmax(among.layer_U == index)
+        pre_F = among.W_enc_UFD[at] @ read_D + among.b_UF[at]
+        return activate(pre_F[None], None, cfg=model.clt_cfg)[0, among.feature_E]
+
+    here = (among.layer_U == index).any()
+    return jax.lax.cond(here, compete, lambda: jnp.zeros_like(f.value_E))
 
 
 def _moved(edits: Edits, by: Array) -> Edits:

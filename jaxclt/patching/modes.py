@@ -177,6 +177,7 @@ def constrained(
         cfg=model.cfg,
         per_layer=per_layer,
         frozen=hold,
+        keep_patterns=False,
     )
 
 
@@ -225,6 +226,7 @@ def additive(
         carry=jnp.zeros_like(features.value_E),
         per_layer=(index_L, live_L, rec.write_LTD, hold.post_mlp_scale_LT),
         frozen=hold,
+        keep_patterns=False,
     )
 
 
@@ -318,6 +320,7 @@ def iterative(
         carry=jnp.zeros((M, T, D), rec.embed_TD.dtype),
         per_layer=per_layer,
         frozen=hold,
+        keep_patterns=False,
     )
 
 
@@ -353,6 +356,7 @@ def underlying(model: Patchable, nudge: Nudge, *, hold: Held) -> Run:
             hold.post_mlp_scale_LT,
         ),
         frozen=hold,
+        keep_patterns=False,
     )
 
 
