@@ -290,8 +290,8 @@ def _show_patch(result: PatchResult, out: dict[str, Any]) -> None:
         rows.add_row(f"edit {place}", f"{e['before']:.4g} -> {e['after']:.4g}")
     for f in result.features:
         place = f"{f['layer']}:{f['pos']}:{f['feature']}"
-        share = "" if f["share"] is None else f"{f['share']:.0%} of {f['before']:.4g}"
-        rows.add_row(f"feature {place}", share)
+        share = "" if not f["before"] else f"{_said(f['share'], '.0%')} of "
+        rows.add_row(f"feature {place}", share and f"{share}{f['before']:.4g}")
     if "sweep_end" in out:
         sweep = out["sweep_end"]
         for end, kl, p in zip(
