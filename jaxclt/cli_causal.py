@@ -121,6 +121,8 @@ def run_patch(config: PatchConfig, say: Console) -> None:
         raise InputError("nothing to patch: give --feature LAYER:POS:FEATURE")
     places = [parse_feature(text) for text in config.feature]
     directory = Path(config.prompt) if os.path.isdir(config.prompt) else None
+    if directory is not None and config.bos != "auto":
+        raise InputError("--bos is of a prompt: a traced directory keeps its tokens")
     opened = None if directory is None else _reopen(config, directory, say)
     subject = _untraced(config, say) if opened is None else _traced(opened)
     from jaxclt import intervene

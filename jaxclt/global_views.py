@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -25,6 +24,7 @@ from jaxclt.global_weights.weights import embedding_weights, logit_weights
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.global_file import SavedGlobals, load_globals, save_globals
 from jaxclt.io.model import Model
+from jaxclt.json_text import to_json
 from jaxclt.types import LMParams
 from jaxclt.viewer.globals_page import globals_page
 
@@ -100,7 +100,7 @@ def write_globals(
     with atomic_path(out / "index.html") as temporary:
         temporary.write_text(globals_page(page_document(found)), encoding="utf-8")
     with atomic_path(out / "report.json") as temporary:
-        temporary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(to_json(told, indent=1) + "\n", encoding="utf-8")
     return found
 
 

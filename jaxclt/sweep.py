@@ -19,6 +19,7 @@ from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
+from jaxclt.json_text import to_json
 from jaxclt.trace import identity, trace_prompt
 from jaxclt.trace_files import write_trace
 
@@ -110,7 +111,7 @@ def sweep_prompts(
         index.append(line)
         ahead = [before[f.name] for f in folders[i + 1 :] if f.name in before]
         with atomic_path(out / "index.jsonl") as temporary:
-            rows = (json.dumps(x, ensure_ascii=False) + "\n" for x in index + ahead)
+            rows = (to_json(x, ensure_ascii=False) + "\n" for x in index + ahead)
             temporary.write_text("".join(rows), encoding="utf-8")
         on_prompt(i + 1, len(prompts))
     return index

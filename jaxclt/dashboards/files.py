@@ -24,6 +24,7 @@ from typing import Any
 
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
+from jaxclt.json_text import to_json
 
 __all__ = [
     "INDEX",
@@ -108,7 +109,7 @@ def write_index(folder: Path, offsets: dict[int, list[int]]) -> None:
         str(layer): {"filename": layer_file(layer), "offsets": numbers}
         for layer, numbers in offsets.items()
     }
-    text = json.dumps(index, separators=(",", ":")).encode()
+    text = to_json(index, separators=(",", ":")).encode()
     with atomic_path(folder / INDEX) as temporary:
         temporary.write_bytes(gzip.compress(text, mtime=0))
 

@@ -38,6 +38,7 @@ from jaxclt.errors import InputError
 from jaxclt.global_weights.subset import Subset
 from jaxclt.graph.memory import host_available_bytes
 from jaxclt.io.atomic import atomic_path
+from jaxclt.json_text import to_json
 from jaxclt.types import LMParams
 from jaxclt.windows import BATCH_TOKENS, TokenWindows, batches
 
@@ -430,7 +431,7 @@ class _Keeping:
         started = time.monotonic()
         if started - self.saved < wait and not last:
             return
-        meta = json.dumps({"identity": self.identity, "windows": windows})
+        meta = to_json({"identity": self.identity, "windows": windows})
         with atomic_path(self.path) as temporary, temporary.open("wb") as stream:
             np.savez(stream, allow_pickle=False, meta=np.asarray(meta), **seen.arrays())
         self.saved = time.monotonic()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxclt.errors import InputError
+from jaxclt.json_text import to_json
 
 __all__ = ["append_line", "read_lines"]
 
@@ -47,7 +48,7 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
     Raises:
       InputError: if the file cannot be written.
     """
-    line = json.dumps(row).encode() + b"\n"
+    line = to_json(row).encode() + b"\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b", buffering=0) as file:

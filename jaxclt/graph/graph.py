@@ -20,6 +20,7 @@ from scipy.sparse import csr_array
 
 from jaxclt.graph.blocks import row_strength
 from jaxclt.graph.head_table import HeadLoads
+from jaxclt.json_text import to_json
 
 __all__ = ["VIRTUAL_TOKEN", "Graph", "GraphMeta", "Pruning"]
 
@@ -53,7 +54,7 @@ class GraphMeta:
 
     def to_json(self) -> str:
         """Serialise; `from_json` is its inverse."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        return to_json(dataclasses.asdict(self), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> GraphMeta:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from typing import IO
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_directory
 from jaxclt.io.weights_safetensors import read_json
+from jaxclt.json_text import to_json
 
 __all__ = ["HUB_FILES", "HUB_NOT", "KNOWN_MODELS", "KnownModel", "cache_root"]
 __all__ += ["Wheel", "fetch", "sha256"]
@@ -288,7 +288,7 @@ def _demand(file: Path, expected: str) -> None:
 
 def _write_manifest(folder: Path, origin: dict[str, str]) -> None:
     files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
-    text = json.dumps({**origin, "files": files}, indent=2)
+    text = to_json({**origin, "files": files}, indent=2)
     (folder / _MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 

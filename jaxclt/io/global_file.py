@@ -24,6 +24,7 @@ from jaxclt.global_weights.ranking import KINDS, Kind, Links
 from jaxclt.global_weights.statistics import Coactivation
 from jaxclt.global_weights.subset import Subset
 from jaxclt.io.atomic import atomic_path
+from jaxclt.json_text import to_json
 
 __all__ = [
     "SavedGlobals",
@@ -70,9 +71,7 @@ def save_statistics(
         "more": meta,
     }
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
-        np.savez(
-            stream, allow_pickle=False, meta=np.asarray(json.dumps(told)), **arrays
-        )
+        np.savez(stream, allow_pickle=False, meta=np.asarray(to_json(told)), **arrays)
 
 
 def load_statistics(
@@ -193,7 +192,7 @@ def save_globals(path: str | os.PathLike[str], found: SavedGlobals) -> None:
         np.savez(
             stream,
             allow_pickle=False,
-            meta=np.asarray(json.dumps(meta, ensure_ascii=False)),
+            meta=np.asarray(to_json(meta, ensure_ascii=False)),
             layer_U=found.subset.layer_U,
             feature_U=found.subset.feature_U,
             **links,

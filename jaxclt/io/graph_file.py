@@ -22,6 +22,7 @@ from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.head_table import HeadLoads
 from jaxclt.io.atomic import atomic_path
+from jaxclt.json_text import to_json
 
 __all__ = ["load_graph", "save_graph"]
 
@@ -54,7 +55,7 @@ def save_graph(path: str | os.PathLike[str], graph: Graph) -> None:
             np.savez(
                 stream,
                 allow_pickle=False,
-                meta=np.array(json.dumps(meta, ensure_ascii=False)),
+                meta=np.array(to_json(meta, ensure_ascii=False)),
                 keep_N=graph.pruning.keep_N,
                 keep_edge_RN=graph.pruning.keep_edge_RN,
                 **arrays,

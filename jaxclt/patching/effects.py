@@ -24,6 +24,7 @@ __all__ = [
     "diverged",
     "measure_effect",
     "nats",
+    "sound",
     "watch_values",
 ]
 
@@ -52,7 +53,7 @@ class Effect:
 
 
 def diverged(effect: Effect) -> np.ndarray:
-    """Whether a patch (each of a batch) left the range of its numbers: no answer."""
+    """Whether a patch, each of a batch, left the range of its numbers: no answer."""
     parts = (effect.logit_K, effect.raw_logit_K, effect.prob_K)
     fine = np.isfinite(np.asarray(effect.kl))
     for part in parts:
@@ -88,8 +89,21 @@ def watch_values(model: Patchable, done: Run, watch: Features) -> Array:
     return activation(watch, read_WD, cfg=model.cfg)
 
 
+def sound(done: Run) -> Array:
+    """Whether no norm of a pass met numbers whose squares are too large.
+
+    Its reciprocal denominator is then 0, which makes zeros of them: no NaN tells.
+    """
+    taps = done.taps
+    scales = (taps.attn_scale_T, taps.mlp_scale_T, taps.post_attn_scale_T)
+    scales = (*scales, done.out_scale_T)
+    parts = [(scale > 0).all() for scale in scales if scale is not None]
+    return jnp.stack(parts).all()
+
+
 def _effect(model: Patchable, done: Run, ask: Ask, clean_V: Array) -> Effect:
     logit_V = readout(model.params, done.out_TD[ask.last])
+    logit_V = jnp.where(sound(done), logit_V, jnp.full((), jnp.nan, logit_V.dtype))
     watch = None if ask.watch is None else watch_values(model, done, ask.watch)
     return _answer(model, logit_V, clean_V, ask, watch)
 

@@ -25,6 +25,7 @@ from jaxclt.lm.block import Past
 from jaxclt.lm.cache import past_of
 from jaxclt.lm.run import Run, cap_logits, embed, readout, run
 from jaxclt.patching.edits import Change, Edits, amounts
+from jaxclt.patching.effects import sound
 from jaxclt.patching.features import Features, activation
 from jaxclt.patching.modes import Patchable, pending, read
 from jaxclt.types import Block
@@ -86,13 +87,14 @@ def continue_prompt(
     T, dtype = len(model.recording.token_T), model.recording.token_T.dtype
     index_L = jnp.arange(model.cfg.n_layers, dtype=jnp.int32)
 
-    def choose(out_D: Array, key: Array) -> Array:
-        uncapped_V = readout(model.params, out_D)
+    def choose(done: Run, key: Array) -> Array:
+        uncapped_V = readout(model.params, done.out_TD[-1])
         logit_V = cap_logits(model.params, uncapped_V)
         warm = jnp.where(temperature > 0, temperature, jnp.ones_like(temperature))
         drawn = jax.random.categorical(key, logit_V / warm.astype(logit_V.dtype))
         token = jnp.where(temperature > 0, drawn, jnp.argmax(logit_V))
-        return jnp.where(jnp.isfinite(uncapped_V).all(), token, -1).astype(dtype)
+        fine = sound(done) & jnp.isfinite(uncapped_V).all()
+        return jnp.where(fine, token, -1).astype(dtype)
 
     def step(
         state: tuple[Array, Past], now: tuple[Array, Array]
@@ -127,11 +129,11 @@ def continue_prompt(
             start=t,
         )
         assert again.taps.past is not None
-        return (choose(again.out_TD[0], key), again.taps.past), token
+        return (choose(again, key), again.taps.past), token
 
     keys = jax.random.split(key, n_new)
     past = past_of(model.params, done.taps, cfg=model.cfg, room=n_new - 1)
-    first = choose(done.out_TD[-1], keys[0])
+    first = choose(done, keys[0])
     position = jnp.arange(T, T + n_new - 1, dtype=jnp.int32)
     (last, _), before = jax.lax.scan(step, (first, past), (position, keys[1:]))
     return jnp.append(before, last)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.model import Model
+from jaxclt.json_text import to_json
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.sample import sample_windows
 from jaxclt.train.text import Windows, cut_windows, read_documents, split_documents
@@ -33,7 +34,7 @@ def identity(config: TrainConfig, model: Model, data: str) -> dict[str, Any]:
     for name in _FREE:
         ours.pop(name)
     return {
-        "config": json.loads(json.dumps(ours)),
+        "config": json.loads(to_json(ours)),
         "model": model.hash,
         "data": data,
     }
@@ -181,4 +182,4 @@ def _sampled(
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON, whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1), "utf-8")
+        temporary.write_text(to_json(content, indent=1), "utf-8")

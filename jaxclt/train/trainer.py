@@ -33,6 +33,7 @@ import numpy as np
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.model import Model
+from jaxclt.json_text import to_json
 from jaxclt.train import card, checkpoint, processes, sharding
 from jaxclt.train.chunks import Chunks, Position
 from jaxclt.train.config import TrainConfig
@@ -376,7 +377,7 @@ class _Run:
 
     def _append(self, record: dict[str, Any]) -> None:
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+            stream.write(to_json(record) + "\n")
         if self.tracker is not None:
             self.tracker.log(record)
 
