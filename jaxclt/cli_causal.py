@@ -16,7 +16,7 @@ from rich.text import Text
 
 from jaxclt.cli_progress import lines, progress
 from jaxclt.compiled import use_compilation_cache
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from jaxclt.intervene import PatchResult
@@ -131,6 +131,7 @@ def run_patch(config: PatchConfig, say: Console) -> None:
                     if known
                     else "none is saved, name features"
                 )
+                + did_you_mean(name, groups)
             )
         edits.append(Edit(supernode=groups[name], **edits_of))
     subject = Subject.of(opened.model, opened.dictionary, opened.graph)
@@ -290,13 +291,17 @@ def validate_opened(
     return report
 
 
+_N = r"\d{1,9}"  # what an index can be
+_PLACE = rf"({_N}):(-?{_N}|(?:-?{_N})?\.\.(?:-?{_N})?):({_N})"
+
+
 def parse_feature(text: str) -> tuple[int, int | slice, int]:
     """Read LAYER:POS:FEATURE.
 
     Raises:
       InputError: for any other text.
     """
-    match = re.fullmatch(r"(\d+):(-?\d+|-?\d*\.\.-?\d*):(\d+)", text)
+    match = re.fullmatch(_PLACE, text)
     if match is None:
         raise InputError(
             f"feature {text!r}: write LAYER:POS:FEATURE, for example 12:5:345, or "
@@ -313,7 +318,7 @@ def parse_feature(text: str) -> tuple[int, int | slice, int]:
 def _layers(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+):(\d+)", text)
+    match = re.fullmatch(rf"({_N}):({_N})", text)
     if match is None:
         raise InputError(f"layers {text!r}: write FIRST:LAST, for example 12:14")
     first, last = map(int, match.groups())

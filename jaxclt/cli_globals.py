@@ -168,7 +168,7 @@ def _summary(told: dict[str, Any], found: SavedGlobals) -> Table:
 def _heads(texts: tuple[str, ...]) -> list[tuple[int, int]]:
     heads = []
     for text in texts:
-        match = re.fullmatch(r"(\d+):(\d+)", text)
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
         if match is None:
             raise InputError(f"--heads {text}: write LAYER:HEAD, for example 5:3")
         heads.append((int(match[1]), int(match[2])))
@@ -176,7 +176,7 @@ def _heads(texts: tuple[str, ...]) -> list[tuple[int, int]]:
 
 
 def _shard(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     if match is None or int(match[1]) >= int(match[2]):
         raise InputError(f"--shard {text}: write I/N with I from 0 to N - 1")
     return int(match[1]), int(match[2])

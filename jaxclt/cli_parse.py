@@ -120,7 +120,7 @@ def _refuse(kind: type[Any], command: str, event: Any) -> None:
     if not message:
         raise InputError(f"{name}: give {wanted}")
     last = message.splitlines()[-1]  # one for each type that the value could have had
-    if "PATH" in metavar:
+    if "PATH" in metavar and "[" not in metavar:
         raise InputError(f"{name}: {last.rpartition('>: ')[2]}")
     value = " ".join(re.findall(r"'([^']*)'", last)) or last
     raise InputError(f"{name} {value}: give {wanted}")

@@ -1,51 +1,81 @@
-"""The one exception for bad input, and what its messages are made with."""
+"""The one exception for bad input, the checks that raise it, and their words."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Collection, Iterable
 
 __all__ = [
     "InputError",
     "check_at_least",
+    "check_choice",
     "check_finite",
     "check_share",
     "did_you_mean",
     "on_one_line",
+    "shown",
 ]
 
-LONGEST = 300  # characters of a message
-LARGEST = 10**15  # more of anything is a slip, and overflows somewhere
-_LOOKED_UP = 200  # characters of a name; longer ones are like nothing that is known
+_MOST = 292  # characters of a message: 300 with "jaxclt: " before it
+_HEAD = 190  # of them ahead of what is left out
+_GAP = " ... "
+_BREAKS = dict.fromkeys([*range(32), *range(127, 160), 0x2028, 0x2029], " ")
 
 
 class InputError(Exception):
     """Bad input from the user: a file, a name, a flag or a shape.
 
-    The message is one sentence that names the culprit and says what to change, on one
-    line of at most 300 characters: of a longer one the middle is left out.
-    The command line prints it without a traceback and exits with status 2.
+    The message is one sentence that names the culprit and says what to change.
+    The command line prints it without a traceback and exits with status 2. Line ends
+    in it become spaces, and the middle of a long one is left out.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(on_one_line(message, most=LONGEST))
+    def __init__(self, message: object = "") -> None:
+        super().__init__(_one_line(str(message)))
 
 
-def on_one_line(text: str, most: int | None = None) -> str:
-    """A text on one line in which nothing can steer a terminal, or fail to print.
+def _one_line(text: str) -> str:
+    if len(text) > _MOST:
+        text = text[:_HEAD] + _GAP + text[len(_GAP) + _HEAD - _MOST :]
+    # Half of a character, which a file name may hold, can be printed by nobody.
+    return text.translate(_BREAKS).encode("utf-8", "replace").decode()
+
+
+class _Brief(reprlib.Repr):
+    """Representations whose cost does not grow with what they show."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxdict, self.maxtuple = 3, 4, 4, 4
+        self.maxstring = self.maxother = most
+
+    def repr_int(self, x: int, level: int) -> str:
+        """All digits, unless they fill a line (or are too many for Python to say)."""
+        bits = x.bit_length()
+        return f"a number of {bits} bits" if bits > 128 else repr(x)
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value as a message quotes it, in at most so many characters.
 
     Args:
-      text: anything, lone surrogates included.
-      most: characters; of a longer text the middle is left out.
+      value: of a file or a command line, of any size and depth.
+      most: characters.
     """
-    if most is not None and len(text) > most:
-        end = most // 3
-        text = f"{text[: most - end - 1]}…{text[-end:]}"
-    line = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
-    # Escapes are longer than what they stand for.
-    return line if most is None or len(line) <= most else on_one_line(line, most)
+    text = _Brief(most).repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def on_one_line(text: str) -> str:
+    """A name on one line; nothing in it can steer a terminal, or fail to print."""
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
+_LOOKED_UP = 200  # characters of a name; longer ones are like nothing that is known
+_LARGEST = 10**15  # more of anything is a slip, and overflows somewhere
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -53,8 +83,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if len(name) > _LOOKED_UP:
         return ""
     by_lower = {x.lower(): x for x in known}
-    close = difflib.get_close_matches(name.lower().strip(), by_lower, n=1)
-    return f'; did you mean "{by_lower[close[0]]}"?' if close else ""
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    if not close or by_lower[close[0]] == name:
+        return ""
+    return f'; did you mean "{by_lower[close[0]]}"?'
 
 
 def check_at_least(least: float, **values: float | None) -> None:
@@ -66,16 +98,27 @@ def check_at_least(least: float, **values: float | None) -> None:
         what was not given.
     """
     for name, value in values.items():
-        if value is None or least <= value <= LARGEST:
+        if value is None or least <= value <= _LARGEST:
             continue
-        bound = f"at least {least:,}" if not value > LARGEST else f"at most {LARGEST:,}"
+        bound = (
+            f"at least {least:,}" if not value > _LARGEST else f"at most {_LARGEST:,}"
+        )
         raise InputError(f"{_flag(name)} {value}: give {bound}")
+
+
+def check_choice(what: str, value: str, known: Collection[str]) -> None:
+    """Raise InputError unless a value is one of those that are known."""
+    if value not in known:
+        raise InputError(
+            f"{what} {value!r}: choose one of {', '.join(known)}"
+            f"{did_you_mean(value, known)}"
+        )
 
 
 def check_finite(**values: float | None) -> None:
     """Raise InputError unless numbers are finite; named as for `check_at_least`."""
     for name, value in values.items():
-        if value is not None and not abs(value) <= LARGEST:
+        if value is not None and not abs(value) <= _LARGEST:
             raise InputError(f"{_flag(name)} {value}: give a finite number")
 
 

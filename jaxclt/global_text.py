@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from jaxclt.clt.encoder import Encoder, encoder_of
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.clt.store import DictionaryStore
 from jaxclt.dashboards.peaks import Batch, firing_counts
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean
 from jaxclt.global_weights.subset import FeatureSizes, Subset
 from jaxclt.io.model import Model
 from jaxclt.types import LMParams
@@ -85,7 +86,7 @@ def choose_features(
         return Subset.everything(sizes)
     head, _, count = name.partition(":")
     if head == "top":
-        if not count.isdecimal() or int(count) < 1:
+        if not re.fullmatch(r"0*[1-9]\d{0,8}", count):
             raise InputError(f"--features {name}: write top:K with K at least 1")
         if dictionary == NeuronDictionary(hash=dictionary.hash):
             raise InputError(
@@ -110,8 +111,9 @@ def _most_frequent(count_U: np.ndarray, k: int, cfg: FeatureSizes) -> Subset:
 
 def _read_features(path: Path) -> np.ndarray:
     usage = "write lines LAYER:FEATURE, a .json list of pairs, all, or top:K"
-    if not path.is_file():
-        raise InputError(f"--features {path}: there is no such file; {usage}")
+    if not os.path.isfile(path):
+        hint = did_you_mean(str(path).partition(":")[0], ("all", "top"))
+        raise InputError(f"--features {path}: there is no such file; {usage}{hint}")
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
@@ -122,7 +124,7 @@ def _read_features(path: Path) -> np.ndarray:
             lines = path.read_text("utf-8").splitlines()
             rows = [line.split(":") for line in lines if line.strip()]
         return np.asarray(rows, np.int64).reshape(len(rows), 2)
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(f"--features {path} cannot be read: {usage}") from error
 
 

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclt.clt.active import Dictionary
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean
 from jaxclt.graph.targets import (
     combine_targets,
     difference_targets,
@@ -45,6 +45,8 @@ from jaxclt.io.model import Model
 from jaxclt.types import Recording, Targets
 
 __all__ = ["read_targets"]
+
+_KINDS = ("diff", "prob", "logp", "feature", "top", "vector")
 
 
 class _Prompt(NamedTuple):
@@ -127,7 +129,7 @@ def _one(prompt: _Prompt, body: str) -> Targets:
     last = prompt.n_tokens - 1
     # The text itself first: a token may hold an @.
     made = _logits(prompt, body, last)
-    at = re.fullmatch(r"(.*)@(-?\d+)", body, re.DOTALL)
+    at = re.fullmatch(r"(.*)@(-?\d{1,9})", body, re.DOTALL)
     if made is None and at is not None:
         made = _logits(prompt, at[1], _position(prompt, int(at[2])))
     if made is not None:
@@ -141,8 +143,10 @@ def _one(prompt: _Prompt, body: str) -> Targets:
     what = "it" if text == body else repr(text)
     if n == 1:
         raise InputError(f"{what} is no token of this model")
+    hint = did_you_mean(body.partition(":")[0], _KINDS) if ":" in body else ""
     raise InputError(
         f"{what} is {n} tokens, not one: mind the leading space, or give a shorter text"
+        f"{hint}"
     )
 
 
@@ -192,15 +196,17 @@ def _tokens(prompt: _Prompt, ids: list[int], pos: int) -> Targets:
 
 
 def _top(prompt: _Prompt, body: str) -> Targets:
-    found = re.fullmatch(r"top:(-?\d+)", body)
+    # A negative number would be taken for how many tokens are wanted.
+    found = re.fullmatch(r"top:(\d{1,9})", body)
     if found is None:
-        raise InputError("write top:position, a whole number")
+        last = prompt.n_tokens - 1
+        raise InputError(f"write top:position, a whole number from 0 to {last}")
     pos = _position(prompt, int(found[1]))
     return salient_targets(prompt.model.params, prompt.recording.out_TD[pos], pos=pos)
 
 
 def _feature(prompt: _Prompt, body: str) -> Targets:
-    found = re.fullmatch(r"feature:(\d+):(-?\d+):(\d+)", body)
+    found = re.fullmatch(r"feature:(\d{1,9}):(-?\d{1,9}):(\d{1,9})", body)
     if found is None:
         raise InputError("write feature:layer:position:index, three whole numbers")
     layer, pos, feature = map(int, found.groups())
@@ -214,7 +220,9 @@ def _feature(prompt: _Prompt, body: str) -> Targets:
 
 
 def _vector(prompt: _Prompt, body: str) -> Targets:
-    found = re.fullmatch(r"vector:(out|\w+:\d+)(?:@(-?\d+))?:(.+)", body, re.DOTALL)
+    found = re.fullmatch(
+        r"vector:(out|\w+:\d{1,9})(?:@(-?\d{1,9}))?:(.+)", body, re.DOTALL
+    )
     if found is None:
         raise InputError("write vector:site@position:file.npz, see --help")
     site, pos, path = found.groups()

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from scipy.sparse import csr_array
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_choice
 from jaxclt.global_weights.statistics import Coactivation, Matrix
 from jaxclt.global_weights.subset import Subset
 
@@ -118,8 +118,7 @@ class GlobalWeights:
         V is multiplied by their product to give `kind`; for ``coactivation`` that is
         the value itself. Without sums, for ``virtual``, V stays as it is.
         """
-        if kind not in KINDS:
-            raise InputError(f"kind {kind!r}: choose one of {', '.join(KINDS)}")
+        check_choice("kind", kind, KINDS)
         sums, n = self.statistics.sums, max(self.statistics.n_tokens, 1)
         here = self.subset.of_layer(layer)
         mean_R = np.full(here.stop - here.start, 1 / n)

@@ -17,7 +17,7 @@ import re
 
 import numpy as np
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean, on_one_line
 from jaxclt.graph.graph import Graph
 
 __all__ = ["find_column", "find_node", "find_row", "quoted"]
@@ -76,8 +76,7 @@ def find_row(graph: Graph, name: str) -> int:
 
 def quoted(token: str) -> str:
     """A text in quotes on one line; nothing in it can steer a terminal."""
-    inside = json.dumps(token, ensure_ascii=False)
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in inside)
+    return on_one_line(json.dumps(token, ensure_ascii=False))
 
 
 def _find(graph: Graph, name: str, kind: str, part: dict[str, str]) -> int:
@@ -151,4 +150,5 @@ def _target_by_text(graph: Graph, name: str) -> int:
     raise InputError(
         f"no node {quoted(name)} in this graph: write layer:position:feature, "
         f"'error layer:position', 'embed position', or a target; {_targets(graph)}"
+        f"{did_you_mean(name, tokens)}"
     )

@@ -12,7 +12,7 @@ from jaxclt.clt.active import Dictionary, StoreDictionary
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.neurons import parse_neurons
 from jaxclt.clt.store import DictionaryStore, materialise
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean
 from jaxclt.io.bundled import DICTIONARIES, bundled
 from jaxclt.io.circuit_tracer_write import save_dictionary
 from jaxclt.io.formats.pieces import FileStore
@@ -26,7 +26,7 @@ from jaxclt.io.formats.table import (
 )
 from jaxclt.io.hub import download_dictionary, parse_hub_ref
 from jaxclt.io.model import Model
-from jaxclt.io.published import supplement
+from jaxclt.io.published import pairs, supplement
 from jaxclt.io.weights_safetensors import read_json
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import CLTParams
@@ -94,15 +94,19 @@ def locate_dictionary(name: str) -> Path:
       InputError: if there is none of the name, or it cannot be had.
     """
     path = bundled(name) or Path(name).expanduser()
-    if not path.exists() and not is_scope(path):
+    if not os.path.exists(path) and not is_scope(path):
         if parse_hub_ref(name) is None:
             raise InputError(
                 f"no dictionary {name!r}: give neurons:k, {', '.join(DICTIONARIES)}, a "
                 f"directory in one of the formats {', '.join(FORMATS)}, or a hub id "
                 "organisation/name[//folder][@revision] (`jaxclt fetch --list` names "
-                "some)"
+                f"some){did_you_mean(name, ('neurons', *DICTIONARIES))}"
             )
-        path = download_dictionary(name, config_files, weight_files, chosen_files)
+        try:
+            path = download_dictionary(name, config_files, weight_files, chosen_files)
+        except InputError as error:
+            known = [pair.dictionary for pair in pairs()]
+            raise InputError(f"{error}{did_you_mean(name, known)}") from error
     inside = path / "dictionary"
     return inside if inside.is_dir() and not (path / "config.yaml").exists() else path
 

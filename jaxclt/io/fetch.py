@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean
 from jaxclt.io.atomic import atomic_directory
 from jaxclt.io.weights_safetensors import read_json
 
@@ -148,6 +148,7 @@ def fetch(
     if name not in KNOWN_MODELS:
         raise InputError(
             f"unknown model {name!r}; known models: {', '.join(KNOWN_MODELS)}"
+            f"{did_you_mean(name, KNOWN_MODELS)}"
         )
     known = KNOWN_MODELS[name]
     ways = _allowed_ways()

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_choice
 from jaxclt.global_weights.ranking import KINDS, Kind, Links
 from jaxclt.global_weights.statistics import Coactivation
 from jaxclt.global_weights.subset import Subset
@@ -158,14 +158,14 @@ class SavedGlobals:
     def _where(
         self, end: str, layer: int, feature: int, k: int, by: Kind | None
     ) -> Links:
-        links, by = self.links, by or self.meta["by"]
-        if by not in KINDS:
-            raise InputError(f"kind {by!r}: choose one of {', '.join(KINDS)}")
+        links = self.links
+        kind: str = by or self.meta["by"]
+        check_choice("kind", kind, KINDS)
         here = np.flatnonzero(
             (getattr(links, f"{end}_layer_P") == layer)
             & (getattr(links, f"{end}_feature_P") == feature)
         )
-        size = np.abs(getattr(links, f"{by}_P")[here])
+        size = np.abs(getattr(links, f"{kind}_P")[here])
         order = np.argsort(-size, kind="stable")[:k]
         here = here[order[size[order] > 0]]
         return Links(*(column[here] for column in links))

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 from jaxclt.clt.config import ReadSite
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean
 from jaxclt.lm.config import LMConfig
 from jaxclt.train.chunks import ChunkConfig
 from jaxclt.train.evaluate import PROMPTS
@@ -284,5 +284,6 @@ def preset(name: str) -> TrainConfig:
       InputError: if there is none of that name.
     """
     if name not in PRESETS:
-        raise InputError(f"--preset {name!r}: there are {', '.join(PRESETS)}")
+        hint = did_you_mean(name, PRESETS)
+        raise InputError(f"--preset {name!r}: there are {', '.join(PRESETS)}{hint}")
     return TrainConfig(**PRESETS[name])
