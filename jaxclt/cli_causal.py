@@ -16,12 +16,13 @@ from rich.text import Text
 
 from jaxclt.cli_progress import lines, progress
 from jaxclt.compiled import use_compilation_cache
-from jaxclt.errors import InputError, did_you_mean
+from jaxclt.errors import InputError, check_at_least, check_finite, did_you_mean
 
 if TYPE_CHECKING:
     from jaxclt.intervene import PatchResult
     from jaxclt.subject import Reopened
     from jaxclt.types import Supernode
+    from jaxclt.validate import ValidateOptions
 
 __all__ = [
     "PatchConfig",
@@ -110,6 +111,8 @@ def run_patch(config: PatchConfig, say: Console) -> None:
     """Reopen, patch, print."""
     layers = _layers(config.layers)
     edits_of = _operation(config)
+    check_at_least(0, generate=config.generate, temperature=config.temperature)
+    check_finite(seed=config.seed)
     if not config.feature and not config.group:
         raise InputError("nothing to patch: give --feature LAYER:POS:FEATURE")
     places = [parse_feature(text) for text in config.feature]
@@ -239,15 +242,15 @@ def _show_patch(result: PatchResult, out: dict[str, Any]) -> None:
 
 def run_validate(config: ValidateConfig, say: Console) -> None:
     """Reopen, validate, print."""
-    if config.n_features < 3:
-        raise InputError(f"--n-features {config.n_features}: give at least 3")
+    from jaxclt.validate import ValidateOptions
+
+    options = ValidateOptions(n_features=config.n_features, seed=config.seed)
     opened = _reopen(config, say)
     report = validate_opened(
         opened,
         config.directory,
         say,
-        n_features=config.n_features,
-        seed=config.seed,
+        options=options,
         groups=_supernodes(config, opened),
     )
     if config.json:
@@ -262,14 +265,13 @@ def validate_opened(
     directory: Path,
     say: Console,
     *,
-    n_features: int = 100,
-    seed: int = 0,
+    options: ValidateOptions | None = None,
     groups: list[Supernode] | None = None,
 ) -> dict[str, Any]:
     """Validate a graph whose model is loaded; shared with `trace --validate`."""
     from jaxclt.pages import traced_digest, write_page
     from jaxclt.subject import Subject
-    from jaxclt.validate import ValidateOptions, validate_graph, write_validation
+    from jaxclt.validate import validate_graph, write_validation
     from jaxclt.validation.words import left_out
 
     started = time.perf_counter()
@@ -277,7 +279,7 @@ def validate_opened(
     with progress(say, "validating", "patches/s") as on_done:
         report = validate_graph(
             subject,
-            ValidateOptions(n_features=n_features, seed=seed),
+            options,
             groups=groups,
             on_done=on_done,
         )
@@ -338,9 +340,7 @@ def _operation(config: PatchConfig) -> dict[str, Any]:
     }
     if len(given) > 1:
         raise InputError(f"give only one of --{' and --'.join(given)}")
-    for name, value in given.items():
-        if value != value or value in (float("inf"), float("-inf")):
-            raise InputError(f"--{name} {value}: give a finite number")
+    check_finite(**given)
     return given or {"scale": 0.0}
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from jaxclt.cli_progress import Stages, lines, progress
 from jaxclt.compiled import use_compilation_cache
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least
 
 if TYPE_CHECKING:
     from jaxclt.io.global_file import SavedGlobals
@@ -80,9 +80,7 @@ def run_globals(config: GlobalsConfig, say: Console) -> None:
 
     heads = _heads(config.heads)
     shard = _shard(config.shard)
-    for name in ("tokens", "top"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} {getattr(config, name)}: give at least 1")
+    check_at_least(1, tokens=config.tokens, context=config.context, top=config.top)
     if bool(config.data) == bool(config.merge):
         raise InputError("give --data TEXT, or --merge with directories of shards")
     check_writable(config.out, makes="globals")

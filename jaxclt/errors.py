@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 import reprlib
 from collections.abc import Collection, Iterable
 
@@ -13,6 +12,7 @@ __all__ = [
     "check_at_least",
     "check_choice",
     "check_finite",
+    "check_positive",
     "check_share",
     "did_you_mean",
     "on_one_line",
@@ -122,6 +122,13 @@ def check_finite(**values: float | None) -> None:
             raise InputError(f"{_flag(name)} {value}: give a finite number")
 
 
+def check_positive(**values: float | None) -> None:
+    """Raise InputError unless numbers are above 0; named as for `check_at_least`."""
+    for name, value in values.items():
+        if value is not None and not 0 < value <= _LARGEST:
+            raise InputError(f"{_flag(name)} {value}: give a number above 0")
+
+
 def check_share(
     *, zero: bool = False, one: bool = True, **values: float | None
 ) -> None:
@@ -141,4 +148,4 @@ def check_share(
 
 
 def _flag(name: str) -> str:
-    return "--" + re.sub(r"_gb$", "", name).replace("_", "-")
+    return "--" + name.replace("_", "-")

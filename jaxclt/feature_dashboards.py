@@ -26,15 +26,15 @@ from jaxclt.dashboards import files
 from jaxclt.dashboards.documents import feature_document, validate
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.logits import token_effects
-from jaxclt.dashboards.stream import SAVE_S, STATE, gather_examples
-from jaxclt.errors import InputError
+from jaxclt.dashboards.stream import SAVE_S, STATE, check_numbers, gather_examples
+from jaxclt.errors import InputError, check_at_least, check_finite
 from jaxclt.global_text import Features, choose_features
 from jaxclt.global_weights.subset import FeatureSizes
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.model import Model
 from jaxclt.windows import BATCH_TOKENS, Data, Mask, TokenWindows, read_windows
 
-__all__ = ["feature_dashboards", "write_features"]
+__all__ = ["check_options", "feature_dashboards", "write_features"]
 
 RUN = "run.json"  # what the directory's files are of
 REPORT = "report.json"
@@ -90,6 +90,17 @@ def feature_dashboards(
       InputError: for arguments out of range, more memory than is free, or a directory
         of another run.
     """
+    check_options(
+        tokens=tokens,
+        context=context,
+        excerpt=excerpt,
+        top=top,
+        drawn=drawn,
+        histogram_every=histogram_every,
+        bins=bins,
+        logits=logits,
+        seed=seed,
+    )
     out = Path(out)
     started = time.perf_counter()
     windows = read_windows(
@@ -188,6 +199,25 @@ def feature_dashboards(
     with atomic_path(out / REPORT) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report, examples
+
+
+def check_options(
+    *,
+    tokens: int,
+    context: int,
+    excerpt: int,
+    top: int,
+    drawn: int,
+    histogram_every: int,
+    bins: int = 40,
+    logits: int = 10,
+    seed: int = 0,
+) -> None:
+    """Raise InputError for numbers that `feature_dashboards` cannot take."""
+    check_at_least(1, tokens=tokens, context=context)
+    check_at_least(0, logits=logits)
+    check_finite(seed=seed)
+    check_numbers(top, drawn, excerpt, bins, histogram_every)
 
 
 def _claim(out: Path, identity: dict[str, Any]) -> None:

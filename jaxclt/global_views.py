@@ -16,6 +16,7 @@ from jax import Array
 
 from jaxclt.clt.active import Dictionary
 from jaxclt.clt.store import DictionaryStore
+from jaxclt.errors import check_at_least
 from jaxclt.global_text import store_of
 from jaxclt.global_weights import ranking
 from jaxclt.global_weights.build import virtual_blocks
@@ -58,8 +59,9 @@ def write_globals(
       on_layer: progress of the vocabulary weights, layer by layer.
 
     Raises:
-      InputError: if the directory cannot be written.
+      InputError: if the directory cannot be written, or `top` is below 1.
     """
+    check_at_least(1, top=top)
     out, store = Path(out), store_of(dictionary, model.params)
     stats = weights.statistics
     scaled: tuple[Kind, ...] = ("era_norm", "twera_norm") if stats.scaled else ()

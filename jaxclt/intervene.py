@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclt.clt.active import Dictionary
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least, check_finite
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.supernodes import with_features
 from jaxclt.io.model import Model
@@ -299,8 +298,8 @@ def generate_patched(
             f"cannot generate {n_new} tokens: the prompt has {T} and the model's "
             f"context holds {cfg.n_ctx}"
         )
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise InputError(f"temperature {temperature}: give a number of at least 0")
+    check_at_least(0, temperature=temperature)
+    check_finite(seed=seed)
     single = subject.single(edits, n_later=n_new)
     prompt = [change for change in single if change[1] < T]
     edited_now = bool(prompt)

@@ -141,9 +141,9 @@ def _one(prompt: _Prompt, body: str) -> Targets:
     text = text[kind.end() :] if kind else text
     n = len(prompt.model.tokenizer.encode(text, "never"))
     what = "it" if text == body else repr(text)
-    if n == 1:
-        raise InputError(f"{what} is no token of this model")
     hint = did_you_mean(body.partition(":")[0], _KINDS) if ":" in body else ""
+    if n == 1:
+        raise InputError(f"{what} is no token of this model{hint}")
     raise InputError(
         f"{what} is {n} tokens, not one: mind the leading space, or give a shorter text"
         f"{hint}"

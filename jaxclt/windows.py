@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least
 from jaxclt.io.model import Model
 from jaxclt.train.text import PAD, SHORTEST, pack_windows, read_documents
 
@@ -99,8 +99,8 @@ def read_windows(
     if isinstance(data, TokenWindows):
         return data.take(slice(shard[0], None, shard[1]))
     source = isinstance(data, str | os.PathLike)
-    if source and tokens < 1:
-        raise InputError(f"--tokens {tokens}: give at least 1")
+    if source:
+        check_at_least(1, tokens=tokens, context=context)
     if source and (rows := prompt_rows(data)) is not None:
         token_WS = _padded(model, [prompt for prompt, _ in rows])
         found = TokenWindows(token_WS, _mask(model, token_WS, mask)).first(tokens)

@@ -24,6 +24,13 @@ from jaxclt.clt.active import Dictionary
 from jaxclt.clt.encoder import encoder_of
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.stream import gather_examples
+from jaxclt.errors import (
+    check_at_least,
+    check_choice,
+    check_finite,
+    check_positive,
+    check_share,
+)
 from jaxclt.evaluation.agreement import Compared, compare, compare_layers
 from jaxclt.evaluation.concepts import ConceptPair, readable
 from jaxclt.evaluation.graphs import graph_means, graph_row
@@ -69,7 +76,11 @@ _OPTIONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """How much to measure."""
+    """How much to measure.
+
+    Raises:
+      InputError: for a value out of its range.
+    """
 
     tokens: int = 8_192  # reconstruction, and what features are judged by
     agreement_tokens: int = 2_048  # replacement model
@@ -85,6 +96,27 @@ class EvalOptions:
     # Thresholded neurons with so many times the transcoders' active features.
     baselines: tuple[float, ...] = (1.0, 4.0)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(
+            1,
+            tokens=self.tokens,
+            agreement_tokens=self.agreement_tokens,
+            max_features=self.max_features,
+        )
+        check_at_least(
+            0,
+            layer_tokens=self.layer_tokens,
+            graphs=self.graphs,
+            perturbed=self.perturbed,
+            sort=self.sort,
+            contrastive=self.contrastive,
+        )
+        check_choice("filter", self.filter, ("auto", "paper", "none"))
+        check_share(zero=True, one=False, tolerance=self.tolerance)
+        for factor in self.baselines:
+            check_positive(baselines=factor)
+        check_finite(seed=self.seed)
 
 
 class Measures:

@@ -107,8 +107,8 @@ def _blame_full_disk(target: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise InputError(
-            f"no room left to write {target}: free some of the disk, or choose "
-            "another place"
+            f"no room left to write {target} ({error.strerror}): free some of the "
+            "disk, raise the limit on files, or choose another place"
         ) from error
 
 
