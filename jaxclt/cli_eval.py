@@ -111,12 +111,6 @@ def run_eval(config: EvalConfig, say: Console) -> None:
     use_compilation_cache()
     prompts = None if config.prompts is None else read_prompts(config.prompts)
     pairs = load_pairs(config.concepts)
-    started = time.perf_counter()
-    model = load_model(
-        config.model,
-        progress=lines(say),
-    )
-    dictionaries = [load_dictionary(name, model) for name in config.dictionary]
     judge = None
     if config.judge != "none":
         judge = read_judge(
@@ -125,6 +119,12 @@ def run_eval(config: EvalConfig, say: Console) -> None:
             max_tokens_total=config.judge_budget,
             requests_per_minute=config.judge_per_minute,
         )
+    started = time.perf_counter()
+    model = load_model(
+        config.model,
+        progress=lines(say),
+    )
+    dictionaries = [load_dictionary(name, model) for name in config.dictionary]
     text = read_eval_text(model, data, tokens=config.tokens, context=config.context)
     with Stages(say, unit="done/s") as stages:
         rows, raw = evaluate(

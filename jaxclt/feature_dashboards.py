@@ -221,9 +221,13 @@ def check_options(
 
 
 def _claim(out: Path, identity: dict[str, Any]) -> None:
-    """Say what a directory is of; refuse one that is of something else."""
+    """Say what a directory is of; refuse one that is of something else.
+
+    One in which a run came to nothing is free.
+    """
     file = out / RUN
-    if file.is_file():
+    begun = (out / STATE).is_file() or (out / "features").is_dir()
+    if file.is_file() and begun:
         try:
             found = json.loads(file.read_text("utf-8"))
         except ValueError:
