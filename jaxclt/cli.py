@@ -29,11 +29,11 @@ __all__ = ["main"]
 START = """jaxclt explains a prediction of a language model as a graph of features.
 
 begin with
-  jaxclt demo                    the whole method on a bundled model, in a minute
-  jaxclt trace "The Eiffel Tower is in the city of" --model smollm2-135m \\
-      --dictionary neurons:32 --out out/eiffel
-                                 a graph of your own prompt (fetches 98 MB once)
-  jaxclt serve out               look at all your graphs in the browser
+  jaxclt demo              the whole method on a bundled model, in a minute
+  jaxclt trace "The Eiffel Tower is in the city of" \\
+      --model smollm2-135m --dictionary neurons:32 --out out/eiffel
+                           a graph of a prompt of yours (98 MB, fetched once)
+  jaxclt serve out         look at all your graphs in the browser
 
 all commands: jaxclt --help; the flags of one: jaxclt trace --help"""
 

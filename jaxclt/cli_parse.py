@@ -20,6 +20,7 @@ from jaxclt.errors import InputError, did_you_mean
 __all__ = ["parse"]
 
 _Config = TypeVar("_Config")
+_OURS = "path: "  # what a message of ours begins with
 _LONGEST_NAME = 255  # bytes that file systems allow
 _WANTED = {"INT": "a whole number", "FLOAT": "a number", "PATH": "a path"}
 
@@ -80,9 +81,9 @@ def _path(text: str) -> Path:
     """A path; an empty text would be the folder that one is in."""
     longest = max(len(os.fsencode(part)) for part in text.split(os.sep))
     if longest > _LONGEST_NAME:
-        raise ValueError(f"a name of {longest} bytes is too long for a file system")
+        raise ValueError(f"{_OURS}a name of {longest} bytes, too long for a file")
     if not text:
-        raise ValueError("the path is empty: give one")
+        raise ValueError(f"{_OURS}the path is empty")
     return Path(text)
 
 
@@ -119,9 +120,10 @@ def _refuse(kind: type[Any], command: str, event: Any) -> None:
     message = getattr(event, "message", "")
     if not message:
         raise InputError(f"{name}: give {wanted}")
-    last = message.splitlines()[-1]  # one for each type that the value could have had
-    if "PATH" in metavar and "[" not in metavar:
-        raise InputError(f"{name}: {last.rpartition('>: ')[2]}")
+    # A line for each type that the value could have had, and the type before it.
+    last = message.splitlines()[-1].rpartition(">: ")[2]
+    if last.startswith(_OURS):
+        raise InputError(f"{name}: {last.removeprefix(_OURS)}")
     value = " ".join(re.findall(r"'([^']*)'", last)) or last
     raise InputError(f"{name} {value}: give {wanted}")
 

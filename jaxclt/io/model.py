@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from jaxclt.errors import InputError, did_you_mean
+from jaxclt.errors import InputError, did_you_mean, shown
 from jaxclt.io.bundled import MODELS, bundled
 from jaxclt.io.digest import digest_ends
 from jaxclt.io.fetch import HUB_FILES, HUB_NOT, KNOWN_MODELS, fetch, sha256
@@ -130,7 +130,7 @@ def _locate(
         return inside
     if name in KNOWN_MODELS:
         return fetch(name, progress=progress)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name and os.path.exists(path):  # not for a name that no file can have
         return path
     if parse_hub_id(name) and not name.endswith(".gguf"):
@@ -141,7 +141,7 @@ def _locate(
             raise InputError(f"{error}{did_you_mean(name, known)}") from error
     known = (*MODELS, *KNOWN_MODELS)
     raise InputError(
-        f"no model {name!r}: it is no file or directory, and the known names are "
+        f"no model {shown(name)}: it is no file or directory, and the known names are "
         f"{', '.join(known)}{did_you_mean(name, known)}"
     )
 
