@@ -275,6 +275,7 @@ def _prepare(
 ) -> tuple[Model, Dictionary, AttributeConfig, float]:
     """Check the output, load model and dictionary; with the seconds that took."""
     from jaxclt.graph.attribute import AttributeConfig
+    from jaxclt.graph.compute import row_mesh
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.model import load_model
     from jaxclt.trace_files import check_writable
@@ -290,6 +291,7 @@ def _prepare(
         memory_gb=config.memory,
         devices=config.devices,
     )
+    row_mesh(attribution)  # refuses devices that are not there
     if config.compat != "none":
         # That tool leaves out what is not explored: no bound could be stated.
         attribution = dataclasses.replace(attribution, tolerance=0.0)

@@ -135,11 +135,13 @@ def feature_dashboards(
         "features": hashlib.sha256(place_U2.tobytes()).hexdigest(),
         **settings,
     }
-    _claim(out, identity)
+    _refuse_other(out, identity)
     passed = time.perf_counter()
     counted: list[int] = []
 
     def on_tokens(done: int, total: int) -> None:
+        if not counted:  # the pass fits, and is about to begin
+            _claim(out, identity)
         on_stage("examples", done, total)
         counted.append(done)
 
@@ -220,11 +222,8 @@ def check_options(
     check_numbers(top, drawn, excerpt, bins, histogram_every)
 
 
-def _claim(out: Path, identity: dict[str, Any]) -> None:
-    """Say what a directory is of; refuse one that is of something else.
-
-    One in which a run came to nothing is free.
-    """
+def _refuse_other(out: Path, identity: dict[str, Any]) -> None:
+    """Refuse a directory that is of something else; one that nothing came of is not."""
     file = out / RUN
     begun = (out / STATE).is_file() or (out / "features").is_dir()
     if file.is_file() and begun:
@@ -244,7 +243,11 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
             f"{out / 'features'} holds files that `jaxclt features` did not write: "
             "choose another directory"
         )
-    with atomic_path(file) as temporary:
+
+
+def _claim(out: Path, identity: dict[str, Any]) -> None:
+    """Say what a directory is of."""
+    with atomic_path(out / RUN) as temporary:
         temporary.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
 
 

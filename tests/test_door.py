@@ -587,7 +587,7 @@ def test_a_training_that_memory_cannot_hold_leaves_nothing(
 
 
 def test_a_run_that_came_to_nothing_leaves_its_directory_free(tmp_path: Path):
-    from jaxclt.feature_dashboards import _claim
+    from jaxclt.feature_dashboards import _claim, _refuse_other
     from jaxclt.train.prepare import claim_directory
 
     ours = {"config": {"lr": 1}, "model": "m", "data": "d"}
@@ -598,8 +598,10 @@ def test_a_run_that_came_to_nothing_leaves_its_directory_free(tmp_path: Path):
     claim_directory(tmp_path / "run", other)
     with pytest.raises(InputError, match="holds a run with --lr 2, not 1"):
         claim_directory(tmp_path / "run", ours)
-    _claim(tmp_path / "features", {"top": 1})
-    _claim(tmp_path / "features", {"top": 2})
-    (tmp_path / "features" / "features").mkdir()
+    out = tmp_path / "features"
+    _claim(out, {"top": 1})
+    _refuse_other(out, {"top": 2})
+    (out / "features").mkdir()
+    _refuse_other(out, {"top": 1})
     with pytest.raises(InputError, match="another run"):
-        _claim(tmp_path / "features", {"top": 1})
+        _refuse_other(out, {"top": 2})
