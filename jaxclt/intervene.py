@@ -99,6 +99,7 @@ def patch(
     Raises:
       InputError: for edits or layers that do not fit the prompt or the dictionary.
     """
+    check_at_least(0, n_features=n_features)
     subject = subject or Subject.of(model, dictionary, graph)
     single = subject.single(edits)
     made = subject.edits(single)
@@ -259,7 +260,12 @@ def scale_curve(
 
     Returns:
       {scale, kl, probability [per scale][per target]}.
+
+    Raises:
+      InputError: for a factor that is not finite.
     """
+    for factor in scales:
+        check_finite(scale=factor)
     single = subject.single(edits)
     subject.edits(single)
     layer_E = np.array([change[0] for change in single])

@@ -305,7 +305,9 @@ class GlobalWeights:
         era_Y, twera_Y = era_Y * virtual_Y, twera_Y * virtual_Y
         value = {"virtual": virtual_Y, "era": era_Y, "twera": twera_Y}
         value["coactivation"] = share_Y
-        order = largest(value[(by or self.kind).removesuffix("_norm")], k)
+        kind = (by or self.kind).removesuffix("_norm")
+        check_choice("kind", kind, value)
+        order = largest(value[kind], k)
         columns = (token_Y, virtual_Y, era_Y, twera_Y, share_Y)
         return TokenLinks(*(column[order] for column in columns))
 
@@ -324,7 +326,13 @@ def _at(x: Matrix, row: np.ndarray, column: np.ndarray) -> np.ndarray:
 
 
 def largest(value_N: np.ndarray, k: int) -> np.ndarray:
-    """Where the k largest sizes of a vector are, descending; zeros are left out."""
+    """Where the k largest sizes of a vector are, descending; zeros are left out.
+
+    Raises:
+      InputError: if `k` is below 1.
+    """
+    if k < 1:
+        raise InputError(f"k={k}: ask for at least one link")
     size_N = np.abs(value_N)
     if k < len(size_N):
         some = np.argpartition(-size_N, k)[:k]

@@ -20,7 +20,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from jaxclt.errors import InputError, check_choice
-from jaxclt.global_weights.ranking import KINDS, Kind, Links
+from jaxclt.global_weights.ranking import KINDS, Kind, Links, largest
 from jaxclt.global_weights.statistics import Coactivation
 from jaxclt.global_weights.subset import Subset
 from jaxclt.io.atomic import atomic_path
@@ -165,9 +165,7 @@ class SavedGlobals:
             (getattr(links, f"{end}_layer_P") == layer)
             & (getattr(links, f"{end}_feature_P") == feature)
         )
-        size = np.abs(getattr(links, f"{kind}_P")[here])
-        order = np.argsort(-size, kind="stable")[:k]
-        here = here[order[size[order] > 0]]
+        here = here[largest(getattr(links, f"{kind}_P")[here], k)]
         return Links(*(column[here] for column in links))
 
 
