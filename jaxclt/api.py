@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxclt import provenance, trace
 from jaxclt.clt.coder import Dictionary
+from jaxclt.errors import did_you_mean
 from jaxclt.graph import prune as pruning
 from jaxclt.graph import scores as scoring
 from jaxclt.graph.attribute import AttributeConfig
@@ -59,7 +60,7 @@ def attribute(
     if unknown:
         raise TypeError(
             f"attribute() has no option {sorted(unknown)[0]!r}; there are "
-            f"{', '.join(sorted(known))}"
+            f"{', '.join(sorted(known))}{did_you_mean(sorted(unknown)[0], known)}"
         )
     return trace.trace_prompt(
         model,

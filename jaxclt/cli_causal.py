@@ -16,13 +16,14 @@ from rich.text import Text
 
 from jaxclt.cli_progress import lines, progress
 from jaxclt.compiled import use_compilation_cache
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least, check_finite, did_you_mean
 from jaxclt.json_text import to_json
 
 if TYPE_CHECKING:
     from jaxclt.intervene import PatchResult
     from jaxclt.subject import Reopened, Subject
     from jaxclt.types import Supernode
+    from jaxclt.validate import ValidateOptions
 
 __all__ = [
     "PatchConfig",
@@ -118,6 +119,8 @@ def _asked(
 ) -> tuple[Any, dict[str, Any], list[tuple[int, int | slice, int]], Path | None]:
     """Layers, operation, places and the traced directory, before work is spent."""
     layers, edits_of = _layers(config.layers), _operation(config)
+    check_at_least(0, generate=config.generate, temperature=config.temperature)
+    check_finite(seed=config.seed)
     if not config.feature and not config.group:
         raise InputError("nothing to patch: give --feature LAYER:POS:FEATURE")
     places = [parse_feature(text) for text in config.feature]
@@ -258,7 +261,8 @@ def _chosen(config: PatchConfig, directory: Path, opened: Reopened) -> list[Supe
         if name not in known:
             names = ", ".join(map(repr, known))
             hint = f"choose one of {names}" if known else "none is saved, name features"
-            raise InputError(f"no supernode {name!r}: {hint}")
+            near = did_you_mean(name, known)
+            raise InputError(f"no supernode {name!r}: {hint}{near}")
     return [known[name] for name in config.group]
 
 
@@ -323,15 +327,15 @@ def _said(x: float | None, form: str) -> str:
 
 def run_validate(config: ValidateConfig, say: Console) -> None:
     """Reopen, validate, print."""
-    if config.n_features < 3:
-        raise InputError(f"--n-features {config.n_features}: give at least 3")
+    from jaxclt.validate import ValidateOptions
+
+    options = ValidateOptions(n_features=config.n_features, seed=config.seed)
     opened = _reopen(config, config.directory, say)
     report = validate_opened(
         opened,
         config.directory,
         say,
-        n_features=config.n_features,
-        seed=config.seed,
+        options=options,
         groups=_supernodes(config, config.directory, opened),
     )
     if config.json:
@@ -346,13 +350,12 @@ def validate_opened(
     directory: Path,
     say: Console,
     *,
-    n_features: int = 100,
-    seed: int = 0,
+    options: ValidateOptions | None = None,
     groups: list[Supernode] | None = None,
 ) -> dict[str, Any]:
     """Validate a graph whose model is loaded; shared with `trace --validate`."""
     from jaxclt.pages import traced_digest, write_page
-    from jaxclt.validate import ValidateOptions, validate_graph, write_validation
+    from jaxclt.validate import validate_graph, write_validation
     from jaxclt.validation.words import left_out
 
     started = time.perf_counter()
@@ -360,7 +363,7 @@ def validate_opened(
     with progress(say, "validating", "patches/s") as on_done:
         report = validate_graph(
             subject,
-            ValidateOptions(n_features=n_features, seed=seed),
+            options,
             groups=groups,
             on_done=on_done,
         )
@@ -374,13 +377,17 @@ def validate_opened(
     return report
 
 
+_N = r"\d{1,9}"  # what an index can be
+_PLACE = rf"({_N}):(-?{_N}|(?:-?{_N})?\.\.(?:-?{_N})?):({_N})"
+
+
 def parse_feature(text: str) -> tuple[int, int | slice, int]:
     """Read LAYER:POS:FEATURE.
 
     Raises:
       InputError: for any other text.
     """
-    match = re.fullmatch(r"(\d+):(-?\d+|(?:-?\d+)?\.\.(?:-?\d+)?):(\d+)", text)
+    match = re.fullmatch(_PLACE, text)
     if match is None:
         raise InputError(
             f"feature {text!r}: write LAYER:POS:FEATURE, for example 12:5:345, or "
@@ -397,7 +404,7 @@ def parse_feature(text: str) -> tuple[int, int | slice, int]:
 def _layers(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+):(\d+)", text)
+    match = re.fullmatch(rf"({_N}):({_N})", text)
     if match is None:
         raise InputError(f"layers {text!r}: write FIRST:LAST, for example 12:14")
     first, last = map(int, match.groups())
@@ -417,9 +424,7 @@ def _operation(config: PatchConfig) -> dict[str, Any]:
     }
     if len(given) > 1:
         raise InputError(f"give only one of --{' and --'.join(given)}")
-    for name, value in given.items():
-        if value != value or value in (float("inf"), float("-inf")):
-            raise InputError(f"--{name} {value}: give a finite number")
+    check_finite(**given)
     return given or {"scale": 0.0}
 
 

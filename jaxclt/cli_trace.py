@@ -15,7 +15,7 @@ from rich.text import Text
 from jaxclt.cli_causal import validate_opened
 from jaxclt.cli_progress import lines, progress, stoppable
 from jaxclt.compiled import use_compilation_cache
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least
 from jaxclt.json_text import to_json
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def run_trace(config: TraceConfig, say: Console) -> None:
 
     if not config.prompt.strip():
         raise InputError("the prompt is empty: give some text to trace")
+    check_at_least(1, prefilter_size=config.prefilter_size)
     if config.assume:
         _dry_run_assumed(config)
         return
@@ -288,29 +289,14 @@ def _prepare(
 ) -> tuple[Model, Dictionary, AttributeConfig, float]:
     """Check the output, load model and dictionary; with the seconds that took."""
     from jaxclt.graph.attribute import AttributeConfig
+    from jaxclt.graph.compute import row_mesh
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.model import load_model
     from jaxclt.trace_files import check_writable
 
-    if not 0 <= config.tolerance < 1:
-        raise InputError(f"--tolerance {config.tolerance}: give a share in [0, 1)")
-    if config.max_features < 1:
-        raise InputError(f"--max-features {config.max_features}: give at least 1")
-    if config.memory is not None and not config.memory > 0:
-        raise InputError(f"--memory {config.memory}: give GB above 0")
-    if config.heads < 0:
-        raise InputError(f"--heads {config.heads}: give 0 for none, or how many edges")
-    check_writable(config.out, makes="trace" if isinstance(config, TraceConfig) else "")
-    use_compilation_cache()
-    started = time.perf_counter()
-    model = load_model(
-        config.model, dtype=config.dtype, mesh=config.shard, progress=lines(say)
-    )
-    dictionary = load_dictionary(config.dictionary, model, progress=lines(say))
     attribution = AttributeConfig(
         max_features=config.max_features,
-        # That tool leaves out what is not explored: no bound could be stated.
-        tolerance=config.tolerance if config.compat == "none" else 0.0,
+        tolerance=config.tolerance,
         node_threshold=config.node_threshold,
         edge_threshold=config.edge_threshold,
         heads=config.heads,
@@ -319,6 +305,17 @@ def _prepare(
         memory_gb=config.memory,
         devices=config.devices,
     )
+    row_mesh(attribution)  # refuses devices that are not there
+    if config.compat != "none":
+        # That tool leaves out what is not explored: no bound could be stated.
+        attribution = dataclasses.replace(attribution, tolerance=0.0)
+    check_writable(config.out, makes="trace" if isinstance(config, TraceConfig) else "")
+    use_compilation_cache()
+    started = time.perf_counter()
+    model = load_model(
+        config.model, dtype=config.dtype, mesh=config.shard, progress=lines(say)
+    )
+    dictionary = load_dictionary(config.dictionary, model, progress=lines(say))
     return model, dictionary, attribution, time.perf_counter() - started
 
 

@@ -24,8 +24,8 @@ from jaxclt.dashboards import files
 from jaxclt.dashboards.documents import feature_document, validate
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.logits import token_effects
-from jaxclt.dashboards.stream import SAVE_S, STATE, gather_examples
-from jaxclt.errors import InputError
+from jaxclt.dashboards.stream import SAVE_S, STATE, check_numbers, gather_examples
+from jaxclt.errors import InputError, check_at_least, check_finite
 from jaxclt.global_text import Features, choose_features
 from jaxclt.global_weights.subset import FeatureSizes
 from jaxclt.io.atomic import atomic_path
@@ -34,7 +34,7 @@ from jaxclt.io.model import Model
 from jaxclt.json_text import to_json
 from jaxclt.windows import BATCH_TOKENS, Data, Mask, TokenWindows, read_windows
 
-__all__ = ["feature_dashboards", "write_features"]
+__all__ = ["check_options", "feature_dashboards", "write_features"]
 
 RUN = "run.json"  # what the directory's files are of
 REPORT = "report.json"
@@ -90,6 +90,17 @@ def feature_dashboards(
       InputError: for arguments out of range, more memory than is free, or a directory
         of another run.
     """
+    check_options(
+        tokens=tokens,
+        context=context,
+        excerpt=excerpt,
+        top=top,
+        drawn=drawn,
+        histogram_every=histogram_every,
+        bins=bins,
+        logits=logits,
+        seed=seed,
+    )
     out = Path(out)
     started = time.perf_counter()
     windows = read_windows(
@@ -124,11 +135,13 @@ def feature_dashboards(
         "features": hashlib.sha256(place_U2.tobytes()).hexdigest(),
         **settings,
     }
-    _claim(out, identity)
+    _refuse_other(out, identity)
     passed = time.perf_counter()
     counted: list[int] = []
 
     def on_tokens(done: int, total: int) -> None:
+        if not counted:  # the pass fits, and is about to begin
+            _claim(out, identity)
         on_stage("examples", done, total)
         counted.append(done)
 
@@ -190,10 +203,30 @@ def feature_dashboards(
     return report, examples
 
 
-def _claim(out: Path, identity: dict[str, Any]) -> None:
-    """Say what a directory is of; refuse one that is of something else."""
+def check_options(
+    *,
+    tokens: int,
+    context: int,
+    excerpt: int,
+    top: int,
+    drawn: int,
+    histogram_every: int,
+    bins: int = 40,
+    logits: int = 10,
+    seed: int = 0,
+) -> None:
+    """Raise InputError for numbers that `feature_dashboards` cannot take."""
+    check_at_least(1, tokens=tokens, context=context)
+    check_at_least(0, logits=logits)
+    check_finite(seed=seed)
+    check_numbers(top, drawn, excerpt, bins, histogram_every)
+
+
+def _refuse_other(out: Path, identity: dict[str, Any]) -> None:
+    """Refuse a directory that is of something else; one that nothing came of is not."""
     file = out / RUN
-    if file.is_file():
+    begun = (out / STATE).is_file() or (out / "features").is_dir()
+    if file.is_file() and begun:
         try:
             found = read_json(file)
         except InputError:
@@ -210,7 +243,11 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
             f"{out / 'features'} holds files that `jaxclt features` did not write: "
             "choose another directory"
         )
-    with atomic_path(file) as temporary:
+
+
+def _claim(out: Path, identity: dict[str, Any]) -> None:
+    """Say what a directory is of."""
+    with atomic_path(out / RUN) as temporary:
         temporary.write_text(to_json(identity, indent=1) + "\n", encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.coder import Bound, Dictionary
+from jaxclt.errors import check_at_least
 from jaxclt.global_text import bound_of
 from jaxclt.global_weights import ranking
 from jaxclt.global_weights.build import virtual_blocks
@@ -56,8 +57,9 @@ def write_globals(
       on_layer: progress of the vocabulary weights, layer by layer.
 
     Raises:
-      InputError: if the directory cannot be written.
+      InputError: if the directory cannot be written, or `top` is below 1.
     """
+    check_at_least(1, top=top)
     out, on = Path(out), bound_of(dictionary, model)
     stats = weights.statistics
     scaled: tuple[Kind, ...] = ("era_norm", "twera_norm") if stats.scaled else ()

@@ -7,7 +7,6 @@ Subject (`jaxclt.subject`) --patch--> PatchResult; --scale_curve, sweep_end--> s
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.coder import Dictionary
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least, check_finite
 from jaxclt.graph.graph import Graph
 from jaxclt.io.model import Model
 from jaxclt.json_text import finite, number
@@ -104,6 +103,7 @@ def patch(
     Raises:
       InputError: for edits or layers that do not fit the prompt or the dictionary.
     """
+    check_at_least(0, n_features=n_features)
     subject = subject or Subject.of(model, dictionary, prompt)
     single = subject.single(edits, n_later=n_later)
     layer_E = np.array([change[0] for change in single])
@@ -316,7 +316,12 @@ def scale_curve(
 
     Returns:
       {scale, kl, probability [per scale][per target]}; None where it diverged.
+
+    Raises:
+      InputError: for a factor that is not finite.
     """
+    for factor in scales:
+        check_finite(scale=factor)
     single = subject.single(edits, n_later=n_later)
     layer_E = np.array([change[0] for change in single])
     layers = subject.check_range(layers, layer_E, how.mode)
@@ -352,8 +357,8 @@ def generate_patched(
             f"cannot generate {n_new} tokens: the prompt has {T} and the model's "
             f"context holds {cfg.n_ctx}"
         )
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise InputError(f"temperature {temperature}: give a number of at least 0")
+    check_at_least(0, temperature=temperature)
+    check_finite(seed=seed)
     single = subject.single(edits, n_later=n_new)
     now = _on_prompt(subject, single)
     later = [change for change in single if change[1] >= T]

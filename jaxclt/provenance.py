@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxclt.clt.active import Active, active_features
 from jaxclt.clt.coder import Dictionary
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.explain import EdgeParts, edge_parts
 from jaxclt.graph.graph import Graph
@@ -95,8 +95,11 @@ def edge_parts_with_model(
     """`edge_parts` with its hops, and its heads even if the graph does not list them.
 
     Raises:
-      InputError: if there is no such edge, or the graph is not from this model.
+      InputError: if there is no such edge, the graph is not from this model, or
+        `max_hops` is below 1.
     """
+    check_at_least(1, max_hops=max_hops)
+    max_hops = min(max_hops, model.cfg.n_layers)  # a path passes no more heads
     parts = edge_parts(graph, source, target)
     with jax.default_matmul_precision("highest"):
         recording, active = recorded(graph, model, dictionary)

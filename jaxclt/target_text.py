@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclt.clt.coder import Dictionary
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean
 from jaxclt.graph.targets import (
     combine_targets,
     difference_targets,
@@ -51,6 +51,8 @@ from jaxclt.io.npz import Must, open_npz
 from jaxclt.types import Recording, Targets
 
 __all__ = ["read_targets"]
+
+_KINDS = ("diff", "prob", "logp", "feature", "top", "vector")
 
 
 class _Prompt(NamedTuple):
@@ -133,7 +135,7 @@ def _one(prompt: _Prompt, body: str) -> Targets:
     last = prompt.n_tokens - 1
     # The text itself first: a token may hold an @.
     made = _logits(prompt, body, last)
-    at = re.fullmatch(r"(.*)@(-?\d+)", body, re.DOTALL)
+    at = re.fullmatch(r"(.*)@(-?\d{1,9})", body, re.DOTALL)
     if made is None and at is not None:
         made = _logits(prompt, at[1], _position(prompt, int(at[2])))
     if made is not None:
@@ -145,11 +147,12 @@ def _one(prompt: _Prompt, body: str) -> Targets:
     text = text[kind.end() :] if kind else text
     n = len(prompt.model.tokenizer.encode(text, "never"))
     what = "it" if text == body else repr(text)
+    hint = did_you_mean(body.partition(":")[0], _KINDS) if ":" in body else ""
     if n == 1:
-        raise InputError(f"{what} is no token of this model")
+        raise InputError(f"{what} is no token of this model{hint}")
     raise InputError(
         f"{what} is {n} tokens, not one: mind the leading space, or give a shorter "
-        "text, or id:N for token N"
+        f"text, or id:N for token N{hint}"
     )
 
 
@@ -199,15 +202,17 @@ def _tokens(prompt: _Prompt, ids: list[int], pos: int) -> Targets:
 
 
 def _top(prompt: _Prompt, body: str) -> Targets:
-    found = re.fullmatch(r"top:(-?\d+)", body)
+    # A negative number would be taken for how many tokens are wanted.
+    found = re.fullmatch(r"top:(\d{1,9})", body)
     if found is None:
-        raise InputError("write top:position, a whole number")
+        last = prompt.n_tokens - 1
+        raise InputError(f"write top:position, a whole number from 0 to {last}")
     pos = _position(prompt, int(found[1]))
     return salient_targets(prompt.model.params, prompt.recording.out_TD[pos], pos=pos)
 
 
 def _feature(prompt: _Prompt, body: str) -> Targets:
-    found = re.fullmatch(r"feature:(\d+):(-?\d+):(\d+)", body)
+    found = re.fullmatch(r"feature:(\d{1,9}):(-?\d{1,9}):(\d{1,9})", body)
     if found is None:
         raise InputError("write feature:layer:position:index, three whole numbers")
     layer, pos, feature = map(int, found.groups())
@@ -221,7 +226,9 @@ def _feature(prompt: _Prompt, body: str) -> Targets:
 
 
 def _vector(prompt: _Prompt, body: str) -> Targets:
-    found = re.fullmatch(r"vector:(out|\w+:\d+)(?:@(-?\d+))?:(.+)", body, re.DOTALL)
+    found = re.fullmatch(
+        r"vector:(out|\w+:\d{1,9})(?:@(-?\d{1,9}))?:(.+)", body, re.DOTALL
+    )
     if found is None:
         raise InputError("write vector:site@position:file.npz, see --help")
     site, pos, path = found.groups()

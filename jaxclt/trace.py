@@ -22,7 +22,7 @@ from jax import Array
 from jaxclt import __version__
 from jaxclt.clt.active import Active, active_features
 from jaxclt.clt.coder import Dictionary
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least
 from jaxclt.global_weights.shortlist import Shortlist
 from jaxclt.graph.attribute import (
     AttributeConfig,
@@ -264,8 +264,7 @@ def _shortlist(dictionary: Dictionary, found: SavedGlobals, size: int) -> Shortl
     Raises:
       InputError: if they are of another dictionary, or the size is none.
     """
-    if size < 1:
-        raise InputError(f"--prefilter-size {size}: give at least 1")
+    check_at_least(1, prefilter_size=size)
     if found.meta.get("hashes", {}).get("dictionary") != dictionary.hash:
         raise InputError(
             f"--prefilter: its global weights are of {found.meta.get('dictionary')}, "

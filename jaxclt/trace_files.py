@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -89,7 +90,7 @@ def write_trace(
 
 
 def check_writable(out: str | os.PathLike[str], *, makes: str = "") -> None:
-    """Raise InputError now if `out` cannot be written later.
+    """Raise InputError now if `out` cannot be written later; leaves nothing there.
 
     Args:
       out: directory.
@@ -97,16 +98,20 @@ def check_writable(out: str | os.PathLike[str], *, makes: str = "") -> None:
         report and a page of the same names, which would be lost.
     """
     for kind, (what, names) in MAKES.items():
-        there = any((Path(out) / name).exists() for name in names)
+        there = any(os.path.exists(Path(out) / name) for name in names)
         if makes and kind != makes and there:
             raise InputError(
                 f"{out} holds {what}, whose report would be replaced: give another "
                 "--out"
             )
     probe = Path(out) / ".jaxclt"
+    new = [folder for folder in probe.parents if not os.path.exists(folder)]
     with atomic_path(probe):
         pass
     probe.unlink()
+    for folder in new:  # until there is something to write
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _report(traced: Traced) -> dict[str, Any]:

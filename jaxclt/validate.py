@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least, check_finite, check_positive
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.supernodes import with_features
 from jaxclt.io.atomic import atomic_path
@@ -50,7 +50,11 @@ MODES: tuple[Mode, ...] = ("constrained", "iterative", "additive")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidateOptions:
-    """How much to patch."""
+    """How much to patch.
+
+    Raises:
+      InputError: for a value out of its range.
+    """
 
     n_features: int = 100  # most influential ones, and as many at random
     n_small: int = 25  # of each, also patched a little
@@ -62,6 +66,23 @@ class ValidateOptions:
     n_perturbed: int = 3  # perturbations of a kind and layer
     size: float = 0.1  # of a perturbation, share of the feature's activation
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(3, n_features=self.n_features)
+        check_at_least(
+            1,
+            n_small=self.n_small,
+            n_layers=self.n_layers,
+            n_perturbed=self.n_perturbed,
+        )
+        check_at_least(
+            0,
+            n_replacement=self.n_replacement,
+            n_watched=self.n_watched,
+            n_groups=self.n_groups,
+        )
+        check_positive(size=self.size)
+        check_finite(small=self.small, seed=self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from jaxclt.clt.coder import Loaded
 from jaxclt.dashboards.examples import Examples, by_size
 from jaxclt.dashboards.peaks import Batch, Peaks, batch_peaks
 from jaxclt.dashboards.state import Best, Histogram, Newcomers, Seen
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least
 from jaxclt.global_weights.subset import Subset
 from jaxclt.graph.memory import host_available_bytes
 from jaxclt.io.atomic import atomic_path
@@ -194,7 +194,7 @@ def gather_examples(
       InputError: for numbers out of range, more memory than is free, or a `state` of
         another run.
     """
-    _check_numbers(n_top, n_drawn, context, bins, histogram_every)
+    check_numbers(n_top, n_drawn, context, bins, histogram_every)
     n, S = windows.token_WS.shape
     signed = is_signed(encoder)
     places = _places(encoder, subset)
@@ -276,18 +276,13 @@ def is_signed(encoder: Loaded) -> bool:
     return theta_LF is not None and bool((np.asarray(theta_LF) < 0).any())
 
 
-def _check_numbers(
+def check_numbers(
     n_top: int, n_drawn: int, context: int, bins: int, histogram_every: int
 ) -> None:
-    for name, value, least in (
-        ("top", n_top, 1),
-        ("drawn", n_drawn, 0),
-        ("excerpt", context, 1),
-        ("bins", bins, 2),
-        ("histogram-every", histogram_every, 1),
-    ):
-        if value < least:
-            raise InputError(f"--{name} {value}: give at least {least}")
+    """Raise InputError for numbers that `gather_examples` cannot take."""
+    check_at_least(1, top=n_top, excerpt=context, histogram_every=histogram_every)
+    check_at_least(0, drawn=n_drawn)
+    check_at_least(2, bins=bins)
     if bins % 2:
         raise InputError(f"--bins {bins}: give an even number, they merge in pairs")
 

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least, check_positive
 from jaxclt.io.json_file import COUNT, TEXT, json_schema, named, record
 from jaxclt.io.lines import append_line, read_lines
 from jaxclt.json_text import to_json
@@ -102,6 +102,19 @@ class Client:
         Raises:
           InputError: without the `openai` package, or for an address that is none.
         """
+        check_positive(
+            timeout=timeout,
+            requests_per_minute=requests_per_minute,
+            tries=tries,
+            concurrency=concurrency,
+            max_tokens=max_tokens,
+        )
+        check_at_least(
+            0,
+            temperature=temperature,
+            backoff=backoff,
+            max_tokens_total=max_tokens_total,
+        )
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or not model:
             raise InputError(f"judge {url!r}: give http(s)://host/v1#model")

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxclt.clt.coder import Loaded
 from jaxclt.dashboards.examples import Examples
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean, shown
 from jaxclt.evaluation.concepts import ConceptPair, sentence_peaks
 from jaxclt.evaluation.http_client import Client
 from jaxclt.evaluation.http_judge import HttpJudge
@@ -228,8 +228,8 @@ def read_judge(
     }
     if text not in known:
         raise InputError(
-            f"judge {text!r} is unknown; use {', '.join(known)}, local:MODEL or "
-            "http(s)://host/v1#model"
+            f"judge {shown(text)} is unknown; use {', '.join(known)}, local:MODEL or "
+            f"http(s)://host/v1#model{did_you_mean(text, known)}"
         )
     return known[text]
 

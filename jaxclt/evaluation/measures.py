@@ -23,7 +23,14 @@ from jaxclt import __version__
 from jaxclt.clt.coder import Dictionary, Loaded, load
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.stream import gather_examples
-from jaxclt.errors import InputError
+from jaxclt.errors import (
+    InputError,
+    check_at_least,
+    check_choice,
+    check_finite,
+    check_positive,
+    check_share,
+)
 from jaxclt.evaluation.agreement import Compared, compare, compare_layers
 from jaxclt.evaluation.concepts import ConceptPair, readable
 from jaxclt.evaluation.graphs import graph_means, graph_row
@@ -78,7 +85,11 @@ _OPTIONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """How much to measure."""
+    """How much to measure.
+
+    Raises:
+      InputError: for a value out of its range.
+    """
 
     tokens: int = 8_192  # reconstruction, and what features are judged by
     agreement_tokens: int = 2_048  # replacement model
@@ -94,6 +105,27 @@ class EvalOptions:
     # Thresholded neurons with so many times the transcoders' active features.
     baselines: tuple[float, ...] = (1.0, 4.0)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(
+            1,
+            tokens=self.tokens,
+            agreement_tokens=self.agreement_tokens,
+            max_features=self.max_features,
+        )
+        check_at_least(
+            0,
+            layer_tokens=self.layer_tokens,
+            graphs=self.graphs,
+            perturbed=self.perturbed,
+            sort=self.sort,
+            contrastive=self.contrastive,
+        )
+        check_choice("filter", self.filter, ("auto", "paper", "none"))
+        check_share(zero=True, one=False, tolerance=self.tolerance)
+        for factor in self.baselines:
+            check_positive(baselines=factor)
+        check_finite(seed=self.seed)
 
 
 class Measures:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean, shown
 from jaxclt.io.atomic import atomic_directory
 from jaxclt.io.digest import cache_root, sha256
 from jaxclt.io.json_file import read_json
@@ -136,7 +136,8 @@ def fetch(
     """
     if name not in KNOWN_MODELS:
         raise InputError(
-            f"unknown model {name!r}; known models: {', '.join(KNOWN_MODELS)}"
+            f"unknown model {shown(name)}; known models: {', '.join(KNOWN_MODELS)}"
+            f"{did_you_mean(name, KNOWN_MODELS)}"
         )
     known = KNOWN_MODELS[name]
     ways = _allowed_ways()

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from jaxclt.errors import InputError, shown
-from jaxclt.global_weights.ranking import KINDS, Kind, Links
+from jaxclt.errors import check_choice, shown
+from jaxclt.global_weights.ranking import KINDS, Kind, Links, largest
 from jaxclt.global_weights.statistics import Coactivation
 from jaxclt.global_weights.subset import Subset
 from jaxclt.io.atomic import atomic_path
@@ -224,16 +224,14 @@ class SavedGlobals:
     def _where(
         self, end: str, layer: int, feature: int, k: int, by: Kind | None
     ) -> Links:
-        links, by = self.links, by or self.meta["by"]
-        if by not in KINDS:
-            raise InputError(f"kind {by!r}: choose one of {', '.join(KINDS)}")
+        links = self.links
+        kind: str = by or self.meta["by"]
+        check_choice("kind", kind, KINDS)
         here = np.flatnonzero(
             (getattr(links, f"{end}_layer_P") == layer)
             & (getattr(links, f"{end}_feature_P") == feature)
         )
-        size = np.abs(getattr(links, f"{by}_P")[here])
-        order = np.argsort(-size, kind="stable")[:k]
-        here = here[order[size[order] > 0]]
+        here = here[largest(getattr(links, f"{kind}_P")[here], k)]
         return Links(*(column[here] for column in links))
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean, shown
 from jaxclt.io.bundled import MODELS, bundled
 from jaxclt.io.digest import fingerprint
 from jaxclt.io.fetch import HUB_FILES, HUB_NOT, KNOWN_MODELS, fetch
 from jaxclt.io.gguf_file import open_gguf
 from jaxclt.io.hub import download, parse_hub_id
+from jaxclt.io.published import pairs
 from jaxclt.io.tokenizer import Tokenizer, load_tokenizer
 from jaxclt.io.weights_gguf import config_from_gguf, params_from_gguf
 from jaxclt.io.weights_hf import load_hf, save_hf
@@ -70,7 +71,10 @@ def load_model(
         wrong with the files.
     """
     if dtype not in _DTYPES:
-        raise InputError(f"dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}")
+        raise InputError(
+            f"dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}"
+            f"{did_you_mean(dtype, _DTYPES)}"
+        )
     mesh = None if mesh is None else model_mesh(mesh)
     path = _locate(name_or_path, progress)
     if path.is_dir() and not (path / "config.json").is_file():
@@ -145,14 +149,19 @@ def _locate(
         return inside
     if name in KNOWN_MODELS:
         return fetch(name, progress=progress)
-    path = Path(name).expanduser()
-    if name and path.exists():
+    path = Path(os.path.expanduser(name))
+    if name and os.path.exists(path):  # not for a name that no file can have
         return path
     if parse_hub_id(name) and not name.endswith(".gguf"):
-        return download(name, "model", allow=HUB_FILES, ignore=HUB_NOT)
+        try:
+            return download(name, "model", allow=HUB_FILES, ignore=HUB_NOT)
+        except InputError as error:
+            known = [pair.model for pair in pairs()]
+            raise InputError(f"{error}{did_you_mean(name, known)}") from error
+    known = (*MODELS, *KNOWN_MODELS)
     raise InputError(
-        f"no model {name!r}: it is no file or directory, and the known names are "
-        f"{', '.join((*MODELS, *KNOWN_MODELS))}"
+        f"no model {shown(name)}: it is no file or directory, and the known names are "
+        f"{', '.join(known)}{did_you_mean(name, known)}"
     )
 
 

@@ -9,7 +9,6 @@ inhibits (Circuit Tracing 2025, section 3.5).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
@@ -19,7 +18,7 @@ from flax import struct
 from jax import Array
 
 from jaxclt.clt.coder import Dictionary
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_finite
 from jaxclt.lm.config import LMConfig
 from jaxclt.patching.features import Features, gather_features
 from jaxclt.types import LMParams, Recording, Supernode
@@ -75,9 +74,7 @@ class Edit:
         }
         if len(given) != 1:
             raise InputError("an edit needs exactly one of scale, set and add")
-        ((name, value),) = given.items()
-        if not math.isfinite(value):
-            raise InputError(f"{name} {value}: give a finite number")
+        check_finite(**given)
 
     @property
     def affine(self) -> tuple[float, float]:

@@ -29,7 +29,7 @@ from jaxclt.train.config import PRESETS, TrainConfig, preset
 if TYPE_CHECKING:
     from jaxclt.train.trainer import Listener
 
-__all__ = ["TrainCommand", "run_train", "train_defaults"]
+__all__ = ["TrainCommand", "run_train"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,22 @@ class TrainCommand(TrainConfig):
     def __post_init__(self) -> None:
         """The values are checked by `config`, once errors are reported as lines."""
 
+    @classmethod
+    def defaults(cls, args: Sequence[str]) -> TrainCommand:
+        """The command with the defaults of the preset that a command line names.
+
+        Read before the command line is parsed, so that --help shows what would be used.
+        """
+        name = "default"
+        for word, following in zip(args, [*args[1:], ""], strict=False):
+            if word == "--preset":
+                name = following
+            elif word.startswith("--preset="):
+                name = word.partition("=")[2]
+        known: Any = PRESETS.get(name, {})  # an unknown one is refused when it is run
+        missing: Any = tyro.MISSING
+        return cls(model=missing, data=missing, out=missing, preset=name, **known)
+
     def config(self) -> TrainConfig:
         """The recipe without what only this command knows.
 
@@ -77,22 +93,6 @@ class TrainCommand(TrainConfig):
         """
         names = [f.name for f in dataclasses.fields(TrainConfig)]
         return TrainConfig(**{name: getattr(self, name) for name in names})
-
-
-def train_defaults(argv: Sequence[str]) -> TrainCommand:
-    """The command with the defaults of the preset that `argv` names.
-
-    Read before the command line is parsed, so that --help shows what would be used.
-    """
-    name = "default"
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        if word == "--preset":
-            name = following
-        elif word.startswith("--preset="):
-            name = word.partition("=")[2]
-    known: Any = PRESETS.get(name, {})  # an unknown one is refused when it is run
-    missing: Any = tyro.MISSING
-    return TrainCommand(model=missing, data=missing, out=missing, preset=name, **known)
 
 
 def run_train(command: TrainCommand, say: Console) -> None:

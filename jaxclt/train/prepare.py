@@ -83,6 +83,8 @@ def identity(config: TrainConfig, model: Model, data: str) -> dict[str, Any]:
 def claim_directory(out: Path, ours: dict[str, Any]) -> None:
     """Make the directory that of this run, or see that it is.
 
+    A directory in which another run came to nothing is free.
+
     Args:
       out: directory.
       ours: from `identity`.
@@ -91,13 +93,14 @@ def claim_directory(out: Path, ours: dict[str, Any]) -> None:
       InputError: if it holds anything else.
     """
     file = out / "run.json"
-    if not file.is_file():
-        if out.is_dir() and any(out.iterdir()):
-            raise InputError(
-                f"--out {out} is not empty and holds no run: give another directory"
-            )
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if names <= {file.name}:
         write_json(file, ours)
         return
+    if file.name not in names:
+        raise InputError(
+            f"--out {out} is not empty and holds no run: give another directory"
+        )
     theirs = read_json(file)
     check_json(theirs, _RUN, f"{file} is damaged, give another --out")
     config, rest = theirs["config"], {k: theirs[k] for k in ("model", "data")}

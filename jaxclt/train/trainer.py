@@ -35,7 +35,7 @@ from jaxclt.io.json_file import parse_object
 from jaxclt.io.model import Model
 from jaxclt.io.npz import Must, Npz, open_npz
 from jaxclt.json_text import to_json
-from jaxclt.train import card, checkpoint, processes, sharding
+from jaxclt.train import card, checkpoint, dryrun, processes, sharding
 from jaxclt.train.chunks import Chunks, Position
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.harvest import mlp_response
@@ -166,6 +166,7 @@ class _Run:
             raise InputError(
                 f"--processes needs a --mesh of all {jax.device_count()} devices"
             )
+        dryrun.check_memory(config, model.cfg, sizes)
         rate = learning_rate(config.lr, config.n_steps, warmup=config.warmup)
         self.tx = optimiser(rate)
         self.step_fn = make_step(self.objective, self.spec, self.tx, self.recipe)
