@@ -1,7 +1,7 @@
 """The `jaxclt` command: one frozen config dataclass per subcommand, no logic.
 
 Results go to stdout, progress and logs to stderr. Exit status: 0 done, 2 bad input (one
-line that says what to change), 130 interrupted.
+line that says what to change), 130 interrupted by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from jaxclt.cli_explain import ExplainConfig, run_explain
 from jaxclt.cli_features import FeaturesConfig, run_features
 from jaxclt.cli_fetch import FetchConfig, run_fetch
 from jaxclt.cli_globals import GlobalsConfig, run_globals
+from jaxclt.cli_progress import Interrupted
 from jaxclt.cli_serve import ServeConfig, run_serve
 from jaxclt.cli_trace import SweepConfig, TraceConfig, run_sweep, run_trace
 from jaxclt.cli_view import ViewConfig, run_view
@@ -82,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         say.print(f"jaxclt: {error}", markup=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        kept = "what was there before is unchanged"
+    except KeyboardInterrupt as error:
+        kept = "every file is whole"
         if isinstance(config, _RESUMES):
             kept = "the same command goes on from what is kept"
         say.print(f"jaxclt: interrupted; {kept}")
-        sys.exit(130)
+        sys.exit(error.status if isinstance(error, Interrupted) else 130)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxclt.cli_progress import lines, progress
+from jaxclt.cli_progress import Run, lines, long_command, progress
 from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError
 
@@ -236,10 +237,13 @@ def _show_patch(result: PatchResult, out: dict[str, Any]) -> None:
     console.print(f"plot: {out['plot']}", markup=False, soft_wrap=True)
 
 
-def run_validate(config: ValidateConfig, say: Console) -> None:
+@long_command
+def run_validate(config: ValidateConfig, say: Console, run: Run) -> None:
     """Reopen, validate, print."""
     if config.n_features < 3:
         raise InputError(f"--n-features {config.n_features}: give at least 3")
+    _check_traced(config.directory)
+    run.own(config.directory)
     opened = _reopen(config, say)
     report = validate_opened(
         opened,
@@ -248,6 +252,7 @@ def run_validate(config: ValidateConfig, say: Console) -> None:
         n_features=config.n_features,
         seed=config.seed,
         groups=_supernodes(config, opened),
+        look=run.look,
     )
     if config.json:
         print(json.dumps(report))  # noqa: T201
@@ -264,6 +269,7 @@ def validate_opened(
     n_features: int = 100,
     seed: int = 0,
     groups: list[Supernode] | None = None,
+    look: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Validate a graph whose model is loaded; shared with `trace --validate`."""
     from jaxclt.pages import traced_digest, write_page
@@ -273,7 +279,7 @@ def validate_opened(
 
     started = time.perf_counter()
     subject = Subject.of(opened.model, opened.dictionary, opened.graph)
-    with progress(say, "validating", "patches/s") as on_done:
+    with progress(say, "validating", "patches/s", look) as on_done:
         report = validate_graph(
             subject,
             ValidateOptions(n_features=n_features, seed=seed),
@@ -343,10 +349,7 @@ def _reopen(config: _Reopen, say: Console) -> Reopened:
     from jaxclt.trace_files import check_writable
 
     # The place to write to is checked before anything long begins.
-    if not (config.directory / "graph.npz").is_file():
-        raise InputError(
-            f"no graph in {config.directory}: give a directory that trace wrote"
-        )
+    _check_traced(config.directory)
     check_writable(config.directory)
     use_compilation_cache()
     from jaxclt.subject import reopen
@@ -357,6 +360,11 @@ def _reopen(config: _Reopen, say: Console) -> Reopened:
         dictionary=config.dictionary,
         progress=lines(say),
     )
+
+
+def _check_traced(directory: Path) -> None:
+    if not (directory / "graph.npz").is_file():
+        raise InputError(f"no graph in {directory}: give a directory that trace wrote")
 
 
 def _supernodes(config: _Reopen, opened: Reopened) -> list[Supernode]:

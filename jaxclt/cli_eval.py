@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxclt.cli_progress import Stages, lines
+from jaxclt.cli_progress import Run, Stages, lines, long_command
 from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError
 
@@ -82,7 +82,8 @@ class EvalConfig:
     """Show tracebacks."""
 
 
-def run_eval(config: EvalConfig, say: Console) -> None:
+@long_command
+def run_eval(config: EvalConfig, say: Console, run: Run) -> None:
     """Measure, write, print."""
     import jax
 
@@ -96,7 +97,6 @@ def run_eval(config: EvalConfig, say: Console) -> None:
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.model import load_model
     from jaxclt.sweep import read_prompts
-    from jaxclt.trace_files import check_writable
 
     names = {field.name for field in dataclasses.fields(EvalOptions)}
     options = EvalOptions(
@@ -109,7 +109,7 @@ def run_eval(config: EvalConfig, say: Console) -> None:
         if getattr(config, name) < 1:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} {getattr(config, name)}: give at least 1")
-    check_writable(config.out)
+    run.own(config.out)
     use_compilation_cache()
     prompts = None if config.prompts is None else read_prompts(config.prompts)
     pairs = load_pairs(config.concepts)
@@ -128,7 +128,7 @@ def run_eval(config: EvalConfig, say: Console) -> None:
             requests_per_minute=config.judge_per_minute,
         )
     text = read_eval_text(model, data, tokens=config.tokens, context=config.context)
-    with Stages(say, unit="done/s") as stages:
+    with Stages(say, unit="done/s", look=run.look) as stages:
         rows, raw = evaluate(
             model,
             dictionaries,

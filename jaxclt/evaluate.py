@@ -25,6 +25,7 @@ from jaxclt.evaluation.judges import Judge
 from jaxclt.evaluation.measures import EvalOptions, Measures, Stage
 from jaxclt.evaluation.prompts import EvalText, graph_filter, pick_prompts
 from jaxclt.io.model import Model
+from jaxclt.pace import logged
 
 __all__ = ["EvalOptions", "Prompts", "choose_prompts", "evaluate"]
 
@@ -43,7 +44,7 @@ def evaluate(
     judge: Judge | None = None,
     pairs: Sequence[ConceptPair] | None = None,
     out: Path | None = None,
-    on_stage: Stage = lambda what, done, total: None,
+    on_stage: Stage | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Measure dictionaries on the same text and prompts.
 
@@ -57,7 +58,7 @@ def evaluate(
         leaves them out.
       pairs: sentence pairs of the Contrastive Eval; None: the built-in ones.
       out: directory to keep measures in; what is there already is not measured again.
-      on_stage: progress, (what, done, of).
+      on_stage: progress, (what, done, of); to the log if not given.
 
     Returns:
       A row for each dictionary and baseline, and raw rows (one for each prompt or
@@ -66,7 +67,7 @@ def evaluate(
     Raises:
       InputError: if there is no prompt to trace, or a dictionary does not fit.
     """
-    options = options or EvalOptions()
+    options, on_stage = options or EvalOptions(), on_stage or logged()
     if prompts is None and options.graphs:
         prompts = choose_prompts(model, text, options, on_stage)
     rows: list[dict[str, Any]] = []

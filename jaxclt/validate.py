@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from jaxclt.errors import InputError
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.supernodes import with_features
 from jaxclt.io.atomic import atomic_path
+from jaxclt.pace import logged
 from jaxclt.patching.batch import How, chunk_size, default_range
 from jaxclt.patching.effects import Effect, clean_effect
 from jaxclt.patching.modes import Mode
@@ -79,7 +81,7 @@ def validate_graph(
     options: ValidateOptions | None = None,
     *,
     groups: Sequence[Supernode] | None = None,
-    on_done: Callable[[int, int], None] = lambda done, total: None,
+    on_done: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure; the content of ``validation.json`` and what the plots need.
 
@@ -89,7 +91,7 @@ def validate_graph(
       groups: supernodes, of which the features that are nodes of the graph are ablated
         together; None or empty takes features that are active at several positions,
         each with all its positions.
-      on_done: progress, (patches done, patches planned).
+      on_done: progress, (patches done, patches planned); to the log if not given.
 
     Raises:
       InputError: if the graph has fewer than three features.
@@ -104,7 +106,8 @@ def validate_graph(
     key = jax.random.key(options.seed)
     chosen = _choose(subject, options, groups, key)
     effect_KA = solve_total_effect(graph)[subject.targets]
-    counter = _Counter(on_done, _planned(subject, options, chosen))
+    told = on_done or partial(logged(), "validating")
+    counter = _Counter(told, _planned(subject, options, chosen))
     report: dict[str, Any] = {
         "prompt": graph.meta.prompt,
         "dictionary": graph.meta.dictionary,

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from jaxclt.errors import InputError
-from jaxclt.io.atomic import atomic_path
+from jaxclt.io.atomic import atomic_path, is_temporary
+from jaxclt.io.lock import LOCK
 from jaxclt.io.model import Model
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.sample import sample_windows
@@ -51,7 +52,8 @@ def claim_directory(out: Path, ours: dict[str, Any]) -> None:
     """
     file = out / "run.json"
     if not file.is_file():
-        if out.is_dir() and any(out.iterdir()):
+        names = [p.name for p in out.iterdir()] if out.is_dir() else []
+        if any(name != LOCK and not is_temporary(name) for name in names):
             raise InputError(
                 f"--out {out} is not empty and holds no run: give another directory"
             )

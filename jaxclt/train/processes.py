@@ -12,6 +12,7 @@ written by process 0.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from jaxclt.errors import InputError
 
-__all__ = ["is_first", "parse_processes", "same", "start", "to_host", "wait"]
+__all__ = ["agree", "is_first", "parse_processes", "same", "start", "to_host", "wait"]
 
 _WHERE = re.compile(r"(?P<address>[^,\s]+:\d+),(?P<n>\d+),(?P<i>\d+)")
 
@@ -77,6 +78,13 @@ def same(tree: Any) -> Any:
     if jax.process_count() == 1:
         return tree
     return multihost_utils.broadcast_one_to_all(tree)
+
+
+def agree(ask: Callable[[], bool], met: bool) -> bool:
+    """Whether all processes are to stop here, as process 0 finds where they meet."""
+    if jax.process_count() == 1:
+        return ask()
+    return met and bool(same(np.asarray(ask())))
 
 
 def to_host(tree: Any) -> Any:
