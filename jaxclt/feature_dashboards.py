@@ -264,7 +264,7 @@ def write_features(
                 layer: int = layer, row_N: np.ndarray = row_N, effects: Any = effects
             ) -> Iterator[bytes]:
                 for i, u in enumerate(row_N.tolist()):
-                    if i % TOLD == 0:
+                    if i and not i % TOLD:
                         on_layer(layer, n_layers)
                     document = feature_document(
                         examples,
