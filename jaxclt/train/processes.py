@@ -55,6 +55,8 @@ def start(text: str) -> None:
     if not text:
         return
     arguments = parse_processes(text)
+    # It would take SIGTERM for itself, on which this process writes a checkpoint.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**arguments)
     except (RuntimeError, ValueError) as error:
