@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxclt import provenance, trace
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.graph import prune as pruning
 from jaxclt.graph import scores as scoring
 from jaxclt.graph.attribute import AttributeConfig

@@ -39,26 +39,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     from jaxclt.train.command import TrainCommand, run_train, train_defaults
 
     defaults = train_defaults(sys.argv[1:] if argv is None else argv)
-    config = tyro.cli(
-        Annotated[DemoConfig, tyro.conf.subcommand("demo")]  # pyright: ignore
-        | Annotated[TraceConfig, tyro.conf.subcommand("trace")]
-        | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
-        | Annotated[FetchConfig, tyro.conf.subcommand("fetch")]
-        | Annotated[ConvertConfig, tyro.conf.subcommand("convert")]
-        | Annotated[ViewConfig, tyro.conf.subcommand("view")]
-        | Annotated[ServeConfig, tyro.conf.subcommand("serve")]
-        | Annotated[ExplainConfig, tyro.conf.subcommand("explain")]
-        | Annotated[PatchConfig, tyro.conf.subcommand("patch")]
-        | Annotated[ValidateConfig, tyro.conf.subcommand("validate")]
-        | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
-        | Annotated[GlobalsConfig, tyro.conf.subcommand("globals")]
-        | Annotated[FeaturesConfig, tyro.conf.subcommand("features")]
-        | Annotated[TrainCommand, tyro.conf.subcommand("train", default=defaults)],
-        args=argv,
-        prog="jaxclt",
-        description="Circuit tracing in JAX: explain a prediction as a feature graph.",
-        config=(tyro.conf.OmitSubcommandPrefixes,),
-    )
+    try:
+        config = tyro.cli(
+            Annotated[DemoConfig, tyro.conf.subcommand("demo")]  # pyright: ignore
+            | Annotated[TraceConfig, tyro.conf.subcommand("trace")]
+            | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
+            | Annotated[FetchConfig, tyro.conf.subcommand("fetch")]
+            | Annotated[ConvertConfig, tyro.conf.subcommand("convert")]
+            | Annotated[ViewConfig, tyro.conf.subcommand("view")]
+            | Annotated[ServeConfig, tyro.conf.subcommand("serve")]
+            | Annotated[ExplainConfig, tyro.conf.subcommand("explain")]
+            | Annotated[PatchConfig, tyro.conf.subcommand("patch")]
+            | Annotated[ValidateConfig, tyro.conf.subcommand("validate")]
+            | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+            | Annotated[GlobalsConfig, tyro.conf.subcommand("globals")]
+            | Annotated[FeaturesConfig, tyro.conf.subcommand("features")]
+            | Annotated[TrainCommand, tyro.conf.subcommand("train", default=defaults)],
+            args=argv,
+            prog="jaxclt",
+            description="Circuit tracing in JAX: explain a prediction as a feature graph.",
+            config=(tyro.conf.OmitSubcommandPrefixes,),
+        )
+    except KeyboardInterrupt:  # before anything began
+        sys.exit(130)
     run = {
         DemoConfig: run_demo_command,
         TraceConfig: run_trace,

@@ -342,7 +342,7 @@ def save_view(file: Path, change: Any) -> None:
     doc["qParams"] |= {key: view[key] for key in known if key in view}
     _check_groups(doc["qParams"], set(node_by_id))
     _check_cards(doc["qParams"].get("cards", []))
-    validate(doc)
+    validate(doc, foreign=True)
     with atomic_path(file) as temporary:
         temporary.write_text(json.dumps(doc, ensure_ascii=False), encoding="utf-8")
 

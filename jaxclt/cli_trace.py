@@ -20,7 +20,7 @@ from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError
 
 if TYPE_CHECKING:
-    from jaxclt.clt.active import Dictionary
+    from jaxclt.clt.coder import Dictionary
     from jaxclt.graph.attribute import AttributeConfig
     from jaxclt.graph.memory import MemoryPlan
     from jaxclt.io.model import Model

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.errors import InputError
 from jaxclt.evaluation.agreement import predict

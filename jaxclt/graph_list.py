@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import html
 import json
+import mmap
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 __all__ = ["graphs_in", "list_page"]
+
+_HEAD = 1 << 16  # bytes
+_METADATA = rb'"metadata"\s*:\s*\{'
+_LISTS = (rb'"nodes"\s*:\s*\[', rb'"links"\s*:\s*\[')
 
 
 def graphs_in(root: Path) -> list[dict[str, str]]:
@@ -30,20 +36,38 @@ def graphs_in(root: Path) -> list[dict[str, str]]:
 
 
 def _metadata(file: Path) -> dict[str, str] | None:
-    """Slug and prompt, from the start of the file: graphs may be large."""
-    with file.open(encoding="utf-8", errors="replace") as stream:
-        head = stream.read(1 << 16)
-    match = re.match(r'\s*\{\s*"metadata"\s*:\s*', head)
-    if match is None:
+    """Slug and prompt of a graph file, without parsing it all: graphs may be large."""
+    meta = _said(file)
+    if meta is None:
         return None
-    try:
-        meta, _ = json.JSONDecoder().raw_decode(head, match.end())
-    except (ValueError, RecursionError):
-        meta = {}
     return {
         "slug": str(meta.get("slug") or file.stem),
         "prompt": str(meta.get("prompt") or ""),
     }
+
+
+def _said(file: Path) -> dict[str, Any] | None:
+    """What a graph file says under "metadata"; None if it is no graph.
+
+    Its keys may be in any order: where they are sorted, the links come first.
+    """
+    with file.open("rb") as stream:
+        head = stream.read(_HEAD)
+        if not re.match(rb"(\xef\xbb\xbf)?\s*\{", head):
+            return None
+        if not re.match(rb'[^"]*' + _METADATA, head):
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                there = re.search(_METADATA, text)
+                if there is None or not all(re.search(x, text) for x in _LISTS):
+                    return None
+                head = text[there.start() : there.start() + _HEAD]
+    said = head[head.index(b"{", head.index(b'"metadata"')) :].decode(
+        "utf-8", "replace"
+    )
+    try:
+        return json.JSONDecoder().raw_decode(said)[0]
+    except (ValueError, RecursionError):
+        return {}  # longer than what was looked at
 
 
 def list_page(root: Path) -> str:

@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.json_file import parse_json, read_json
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
 from jaxclt.pace import logged
@@ -50,8 +51,8 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
 
 def _prompt_of(path: Path, number: int, line: str) -> str:
     try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError) as error:
+        prompt = parse_json(line, path)["prompt"]
+    except (InputError, KeyError, TypeError) as error:
         raise InputError(
             f'{path} line {number}: write a JSON object such as {{"prompt": "text"}}'
         ) from error
@@ -132,9 +133,9 @@ def _index(out: Path) -> dict[str, dict[str, Any]]:
     found = {}
     try:
         for text in (out / "index.jsonl").read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
+            line = parse_json(text, out)
             found[line["directory"]] = line
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, InputError, KeyError, TypeError):
         pass
     return found
 
@@ -144,8 +145,8 @@ def _finished(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     if not (folder / "index.html").exists():
         return None
     try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = read_json(folder / "report.json")
+    except InputError:
         return None
     return report if report.get("identity") == wanted else None
 

@@ -23,14 +23,14 @@ given, every text counts the same, or by its weight. Vectors come from an npz fi
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.targets import (
     combine_targets,
@@ -42,6 +42,7 @@ from jaxclt.graph.targets import (
     token_targets,
 )
 from jaxclt.io.model import Model
+from jaxclt.io.npz import Must, open_npz
 from jaxclt.types import Recording, Targets
 
 __all__ = ["read_targets"]
@@ -231,25 +232,15 @@ def _vector(prompt: _Prompt, body: str) -> Targets:
 
 
 def _read_vectors(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            vec_KD = file["vec"]
-            const_K = file["const"] if "const" in file.files else None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,  # a plain array has no names
-        EOFError,
-        zipfile.BadZipFile,
-    ):
-        raise InputError(
-            f"{path} is no npz file with an array `vec` (and maybe `const`)"
-        ) from None
-    if vec_KD.dtype.kind != "f":
-        raise InputError(f"{path}: `vec` holds no floating-point numbers")
-    return vec_KD, const_K
+    wrong = "is no npz file with an array `vec` (and maybe `const`)"
+    with open_npz(Path(path), wrong, "write one with numpy.savez") as file:
+        one, sizes = len(file.header("vec").shape) == 1, {}
+        vec_KD = file.array("vec", Must("half", "D" if one else "KD"), sizes)
+        if "const" not in file:
+            return vec_KD, None
+        sizes.setdefault("K", 1)
+        axes = "K" * len(file.header("const").shape)
+        return vec_KD, file.array("const", Must("half", axes), sizes)
 
 
 def _position(prompt: _Prompt, pos: int) -> int:

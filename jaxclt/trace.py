@@ -20,7 +20,8 @@ import numpy as np
 from jax import Array
 
 from jaxclt import __version__
-from jaxclt.clt.active import Active, Dictionary
+from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.global_weights.shortlist import Shortlist
 from jaxclt.graph.attribute import (
@@ -191,7 +192,9 @@ def trace_prompt(
             top = chosen
             if given:
                 top = _next_tokens(model, recording, len(ids), chosen)
-            active = dictionary.active(model.params, recording, model.cfg, len(ids))
+            active = active_features(
+                dictionary, model.params, recording, model.cfg, len(ids)
+            )
         if given:
             listed = list(texts) if isinstance(texts, Sequence) else _digest(chosen)
             same["targets"] = listed
@@ -281,7 +284,7 @@ def plan_trace(
     config = config or AttributeConfig()
     ids = prompt_tokens(model, prompt, bos)
     recording = _recorded(model, ids, config)
-    active = dictionary.active(model.params, recording, model.cfg, len(ids))
+    active = active_features(dictionary, model.params, recording, model.cfg, len(ids))
     plan = plan_attribution(
         active,
         10,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxclt.errors import InputError
+from jaxclt.io.json_file import parse_json
 from jaxclt.io.model import Model
 from jaxclt.train.text import PAD, SHORTEST, pack_windows, read_documents
 
@@ -141,14 +141,15 @@ def prompt_rows(
     path = Path(data)
     if path.suffix != ".jsonl" or not path.is_file():
         return None
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
     rows = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            row: Any = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path} line {number} is not JSON: {error}") from error
+        row = parse_json(line, f"{path} line {number}")
         if not isinstance(row, dict) or "prompt" not in row:
             if rows:
                 raise InputError(f'{path} line {number}: write {{"prompt": ...}}')

@@ -14,7 +14,7 @@ import pytest
 
 import jaxclt
 from jaxclt import cli
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import VIRTUAL_TOKEN
 from jaxclt.graph.targets import (

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from jaxclt.errors import InputError
 from jaxclt.io.gguf_file import GGUFFile, open_gguf
+from jaxclt.io.json_file import read_json
 from jaxclt.io.tokenizer_gguf import fast_tokenizer, kept_tokenizer
-from jaxclt.io.weights_safetensors import read_json
 
 __all__ = ["Bos", "Tokenizer", "load_tokenizer"]
 

@@ -13,14 +13,17 @@ import numpy as np
 
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path, is_temporary
+from jaxclt.io.json_file import TEXT, check_json, json_schema, read_json, record
 from jaxclt.io.lock import LOCK
 from jaxclt.io.model import Model
+from jaxclt.io.npz import Must, open_npz
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.sample import sample_windows
 from jaxclt.train.text import Windows, cut_windows, read_documents, split_documents
 
 __all__ = ["claim_directory", "identity", "run_windows", "write_json"]
 
+_RUN = json_schema(record({"config": {"type": "object"}, "model": TEXT, "data": TEXT}))
 # What may change between two parts of a run without changing its weights.
 _FREE = (
     *("log_every", "eval_every", "checkpoint_every", "prompts"),
@@ -59,13 +62,9 @@ def claim_directory(out: Path, ours: dict[str, Any]) -> None:
             )
         write_json(file, ours)
         return
-    try:
-        theirs = json.loads(file.read_text("utf-8"))
-        config, rest = theirs["config"], {k: theirs[k] for k in ("model", "data")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{file} is damaged ({type(error).__name__}): give another --out"
-        ) from error
+    theirs = read_json(file)
+    check_json(theirs, _RUN, f"{file} is damaged, give another --out")
+    config, rest = theirs["config"], {k: theirs[k] for k in ("model", "data")}
     for name, value in ours["config"].items():
         if config.get(name) != value:
             flag = name.replace("_", "-")
@@ -102,12 +101,14 @@ def run_windows(
     file = out / "windows.npz"
     special = frozenset(model.tokenizer.special_ids)
     if file.is_file():
-        with np.load(file, allow_pickle=False) as found:
+        with open_npz(file, "cannot be read", "give another --out") as found:
+            sizes = {"S": config.context}
+            most = model.cfg.d_vocab
             return Windows(
-                train_WS=found["train_WS"],
-                held_WS=found["held_WS"],
+                train_WS=found.array("train_WS", Must("int", "TS", -1, most), sizes),
+                held_WS=found.array("held_WS", Must("int", "HS", -1, most), sizes),
                 special=special,
-                digest=str(found["digest"]),
+                digest=found.text("digest"),
             )
     make = _sampled if data == "model" else _read
     windows = make(config, model, data, out, stage)

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from jaxclt.errors import InputError
+from jaxclt.io.json_file import parse_json
 from jaxclt.io.tokenizer import Tokenizer
 from jaxclt.train.hub_text import PREFIX, stream_texts
 
@@ -122,8 +122,8 @@ def read_documents(path: str | Path, *, tokens: int = 1_000_000) -> Iterator[str
 
 def _jsonl_text(file: Path, number: int, line: str) -> str:
     try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        text = parse_json(line, f"{file}:{number}")["text"]
+    except (InputError, KeyError, TypeError) as error:
         raise InputError(
             f"{file}:{number}: each line must be a JSON object with `text`"
         ) from error

@@ -33,7 +33,9 @@ import numpy as np
 
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.json_file import parse_object
 from jaxclt.io.model import Model
+from jaxclt.io.npz import Must, Npz, open_npz
 from jaxclt.pace import logged
 from jaxclt.train import card, checkpoint, processes, sharding
 from jaxclt.train.chunks import Chunks, Position
@@ -216,9 +218,16 @@ class _Run:
         file = self.out / "scales.npz"
         names = [f.name for f in dataclasses.fields(Scales)]
         if processes.same(np.asarray(file.is_file())):
-            with np.load(file, allow_pickle=False) as found:
+            sizes = {"L": self.model.cfg.n_layers, "D": self.model.cfg.d_model}
+
+            def read(found: Npz, part: str, name: str) -> jax.Array:
+                axes = name.rpartition("_")[2]
+                must = Must("float", axes, finite=name != "bound_L")
+                return jnp.asarray(found.array(part + name, must, sizes))
+
+            with open_npz(file, "cannot be read", "give another --out") as found:
                 scales, units = (
-                    Scales(**{name: jnp.asarray(found[part + name]) for name in names})
+                    Scales(**{name: read(found, part, name) for name in names})
                     for part in ("", "units_")
                 )
             self.chunks.use(units, scales)
@@ -267,8 +276,9 @@ class _Run:
         if not processes.is_first():
             return
         file = self.out / "metrics.jsonl"
-        lines = file.read_text("utf-8").splitlines() if file.is_file() else []
-        kept = [line for line in lines if _step_of(line, self.config.n_steps) <= step]
+        text = file.read_text("utf-8", "replace") if file.is_file() else ""
+        lines, n_steps = text.splitlines(), self.config.n_steps
+        kept = [line for line in lines if _step_of(line, n_steps) <= step]
         with atomic_path(file) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
 
@@ -461,8 +471,10 @@ class _spent:  # noqa: N801
 def _step_of(line: str, n_steps: int) -> float:
     """The step that a line of the log was written in; a torn one counts as too late."""
     try:
-        found = json.loads(line)
-        last = found["kind"] == "eval" and found["step"] == n_steps
-        return found["step"] + last
-    except (json.JSONDecodeError, KeyError, TypeError):
+        found = parse_object(line, "a line")
+    except InputError:
         return math.inf
+    step = found.get("step")
+    if not isinstance(step, int):
+        return math.inf
+    return step + (found.get("kind") == "eval" and step == n_steps)

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from jaxclt.errors import InputError
+from jaxclt.io.json_file import (
+    MOST_DATA,
+    Schema,
+    check_json,
+    parse_object,
+    read_bounded,
+)
 
 __all__ = ["append_line", "read_lines"]
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, schema: Schema | None = None) -> list[dict[str, Any]]:
     """The objects in a file; none if there is no file.
 
-    Lines that are no JSON object, such as a last one that was half written, are passed
-    over.
+    Lines that are no JSON object, such as a last one that was half written, or not of
+    the schema are passed over.
 
     Raises:
       InputError: if the file cannot be read.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     found = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
+    for line in read_bounded(path, MOST_DATA).split(b"\n"):
+        with contextlib.suppress(InputError):
+            row = parse_object(line, path)
+            if schema is not None:
+                check_json(row, schema, path)
             found.append(row)
     return found
 
