@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import webbrowser
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from jaxclt.graph.graph import Graph
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
+from jaxclt.pace import logged
 from jaxclt.prompts import Prompt
 from jaxclt.viewer.graph_json import graph_json
 from jaxclt.viewer.page import page
@@ -39,6 +41,8 @@ def attribute(
     **config: Any,
 ) -> Graph:
     """The attribution graph of a prompt.
+
+    Where it takes long, the logger "jaxclt" is told how far it is (level INFO).
 
     Args:
       model: from `load_model`.
@@ -69,6 +73,7 @@ def attribute(
         config=AttributeConfig(**config),
         targets=targets,
         bos=bos,
+        on_rows=partial(logged(), "attributing"),
     ).graph
 
 

@@ -7,7 +7,7 @@ Results go to stdout, progress and logs to stderr. Exit status:
 | 0 | done |
 | 2 | bad input, or no room for the work or its results: one line says what to change |
 | 70 | a fault of jaxclt's own: one line names it; `--debug` shows where |
-| 130 | interrupted |
+| 130, 143 | interrupted by Ctrl-C, by SIGTERM |
 | 141 | whoever read the output closed it, as in ``jaxclt --help | head -1`` |
 """
 
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         lower=command.lower if command else "",
         kept="the same command goes on from what is kept"
         if command and command.resumes
-        else "what was there before is unchanged",
+        else "every file is whole",
     )
     if status:
         sys.exit(status)

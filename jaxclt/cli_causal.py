@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxclt.cli_progress import lines, progress
+from jaxclt.cli_progress import Run, lines, long_command, progress
 from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError, check_at_least, check_finite, did_you_mean
 from jaxclt.json_text import to_json
@@ -325,11 +326,14 @@ def _said(x: float | None, form: str) -> str:
     return "-" if x is None else format(x, form)
 
 
-def run_validate(config: ValidateConfig, say: Console) -> None:
+@long_command
+def run_validate(config: ValidateConfig, say: Console, run: Run) -> None:
     """Reopen, validate, print."""
     from jaxclt.validate import ValidateOptions
 
     options = ValidateOptions(n_features=config.n_features, seed=config.seed)
+    _check_traced(config.directory)
+    run.own(config.directory)
     opened = _reopen(config, config.directory, say)
     report = validate_opened(
         opened,
@@ -337,6 +341,7 @@ def run_validate(config: ValidateConfig, say: Console) -> None:
         say,
         options=options,
         groups=_supernodes(config, config.directory, opened),
+        look=run.look,
     )
     if config.json:
         print(to_json(report))  # noqa: T201
@@ -352,6 +357,7 @@ def validate_opened(
     *,
     options: ValidateOptions | None = None,
     groups: list[Supernode] | None = None,
+    look: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Validate a graph whose model is loaded; shared with `trace --validate`."""
     from jaxclt.pages import traced_digest, write_page
@@ -360,7 +366,7 @@ def validate_opened(
 
     started = time.perf_counter()
     subject = _traced(opened)
-    with progress(say, "validating", "patches/s") as on_done:
+    with progress(say, "validating", "patches/s", look) as on_done:
         report = validate_graph(
             subject,
             options,
@@ -431,9 +437,8 @@ def _operation(config: PatchConfig) -> dict[str, Any]:
 def _reopen(config: _Reopen, directory: Path, say: Console) -> Reopened:
     from jaxclt.trace_files import check_writable
 
-    if not (directory / "graph.npz").is_file():
-        raise InputError(f"no graph in {directory}: give a directory that trace wrote")
     # The place to write to is checked before anything long begins.
+    _check_traced(directory)
     check_writable(directory)
     use_compilation_cache()
     from jaxclt.subject import reopen
@@ -444,6 +449,11 @@ def _reopen(config: _Reopen, directory: Path, say: Console) -> Reopened:
         dictionary=config.dictionary,
         progress=lines(say),
     )
+
+
+def _check_traced(directory: Path) -> None:
+    if not (directory / "graph.npz").is_file():
+        raise InputError(f"no graph in {directory}: give a directory that trace wrote")
 
 
 def _supernodes(config: _Reopen, directory: Path, opened: Reopened) -> list[Supernode]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxclt.cli_progress import Stages, lines
+from jaxclt.cli_progress import Run, Stages, lines, long_command
 from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError, check_at_least, check_positive
 from jaxclt.json_text import to_json
@@ -82,7 +82,8 @@ class EvalConfig:
     """Show tracebacks."""
 
 
-def run_eval(config: EvalConfig, say: Console) -> None:
+@long_command
+def run_eval(config: EvalConfig, say: Console, run: Run) -> None:
     """Measure, write, print."""
     import jax
 
@@ -96,7 +97,6 @@ def run_eval(config: EvalConfig, say: Console) -> None:
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.model import load_model
     from jaxclt.sweep import read_prompts
-    from jaxclt.trace_files import check_writable
 
     names = {field.name for field in dataclasses.fields(EvalOptions)}
     options = EvalOptions(
@@ -107,7 +107,7 @@ def run_eval(config: EvalConfig, say: Console) -> None:
         raise InputError("give --data: held-out text, or a .jsonl file of prompts")
     check_at_least(1, context=config.context, judge_budget=config.judge_budget)
     check_positive(judge_per_minute=config.judge_per_minute)
-    check_writable(config.out)
+    run.own(config.out)
     use_compilation_cache()
     prompts = None if config.prompts is None else read_prompts(config.prompts)
     pairs = load_pairs(config.concepts)
@@ -126,7 +126,7 @@ def run_eval(config: EvalConfig, say: Console) -> None:
     )
     dictionaries = [load_dictionary(name, model) for name in config.dictionary]
     text = read_eval_text(model, data, tokens=config.tokens, context=config.context)
-    with Stages(say, unit="done/s") as stages:
+    with Stages(say, unit="done/s", look=run.look) as stages:
         rows, raw = evaluate(
             model,
             dictionaries,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxclt.cli_causal import validate_opened
-from jaxclt.cli_progress import lines, progress, stoppable
+from jaxclt.cli_progress import Run, lines, long_command, progress
 from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError, check_at_least
 from jaxclt.json_text import to_json
@@ -129,7 +130,8 @@ class SweepConfig(_Attribution):
     """What each graph.npz holds."""
 
 
-def run_trace(config: TraceConfig, say: Console) -> None:
+@long_command
+def run_trace(config: TraceConfig, say: Console, run: Run) -> None:
     """Trace, write, print."""
     from jaxclt import trace
     from jaxclt.io.chat import user_says
@@ -143,7 +145,7 @@ def run_trace(config: TraceConfig, say: Console) -> None:
         _dry_run_assumed(config)
         return
     prompt = user_says(config.prompt) if config.chat else config.prompt
-    model, dictionary, attribution, loaded = _prepare(config, say)
+    model, dictionary, attribution, loaded = _prepare(config, say, run)
     if config.dry_run:
         _dry_run(model, dictionary, prompt, config, attribution)
         return
@@ -151,7 +153,7 @@ def run_trace(config: TraceConfig, say: Console) -> None:
     if config.prefilter is not None:
         size = config.prefilter_size or 2 * config.max_features
         prefilter = load_globals(config.prefilter), size
-    with progress(say, "attributing", "rows/s") as on_rows, stoppable(say) as stop:
+    with progress(say, "attributing", "rows/s") as on_rows:
         traced = trace.trace_prompt(
             model,
             dictionary,
@@ -160,21 +162,28 @@ def run_trace(config: TraceConfig, say: Console) -> None:
             bos=config.bos,
             prefilter=prefilter,
             on_rows=on_rows,
-            stop=stop,
+            stop=run.stop,
             config=attribution,
         )
     traced.timing["load"] = loaded
     report = write_trace(
         traced, config.out, save=config.save, environment=config.environment
     )
+    stopped = "stopped" in report["work"]
     checked: dict[str, Any] = {}
-    if config.validate:
+    if config.validate and not stopped:
         from jaxclt.subject import Reopened
 
         opened = Reopened(
             model=model, dictionary=dictionary, graph=traced.graph, report=report
         )
-        checked = validate_opened(opened, config.out, say)
+        checked = validate_opened(opened, config.out, say, look=run.look)
+    _show(config, report, checked)
+    if stopped:
+        sys.exit(run.stop.status)
+
+
+def _show(config: TraceConfig, report: dict[str, Any], checked: dict[str, Any]) -> None:
     if config.json:
         print(to_json(report))  # noqa: T201
         return
@@ -182,7 +191,7 @@ def run_trace(config: TraceConfig, say: Console) -> None:
     Console().print("strongest paths:")
     for path in report["paths"]:
         Console().print(f"  {path}", markup=False, soft_wrap=True)
-    if config.validate:
+    if checked:
         Console().print(Text(checked["verdict"]))
     Console().print(f"page: {(config.out / 'index.html').resolve().as_uri()}")
 
@@ -253,7 +262,8 @@ def _show_plan(
     Console().print(table)
 
 
-def run_sweep(config: SweepConfig, say: Console) -> None:
+@long_command
+def run_sweep(config: SweepConfig, say: Console, run: Run) -> None:
     """Trace all prompts, print how many."""
     from jaxclt.io.chat import user_says
     from jaxclt.sweep import read_prompts, sweep_prompts
@@ -261,8 +271,8 @@ def run_sweep(config: SweepConfig, say: Console) -> None:
     prompts = read_prompts(config.prompts)
     if config.chat:
         prompts = [user_says(x) if isinstance(x, str) else x for x in prompts]
-    model, dictionary, attribution, _ = _prepare(config, say)
-    with progress(say, "prompts", "prompts/s") as on_prompt:
+    model, dictionary, attribution, _ = _prepare(config, say, run)
+    with progress(say, "prompts", "prompts/s", run.look) as on_prompt:
         index = sweep_prompts(
             model,
             dictionary,
@@ -285,14 +295,13 @@ def run_sweep(config: SweepConfig, say: Console) -> None:
 
 
 def _prepare(
-    config: TraceConfig | SweepConfig, say: Console
+    config: TraceConfig | SweepConfig, say: Console, run: Run
 ) -> tuple[Model, Dictionary, AttributeConfig, float]:
     """Check the output, load model and dictionary; with the seconds that took."""
     from jaxclt.graph.attribute import AttributeConfig
     from jaxclt.graph.compute import row_mesh
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.model import load_model
-    from jaxclt.trace_files import check_writable
 
     attribution = AttributeConfig(
         max_features=config.max_features,
@@ -309,13 +318,17 @@ def _prepare(
     if config.compat != "none":
         # That tool leaves out what is not explored: no bound could be stated.
         attribution = dataclasses.replace(attribution, tolerance=0.0)
-    check_writable(config.out, makes="trace" if isinstance(config, TraceConfig) else "")
+    if isinstance(config, SweepConfig):
+        run.own(config.out)
+    elif not config.dry_run:
+        run.own(config.out, makes="trace")
     use_compilation_cache()
     started = time.perf_counter()
     model = load_model(
         config.model, dtype=config.dtype, mesh=config.shard, progress=lines(say)
     )
     dictionary = load_dictionary(config.dictionary, model, progress=lines(say))
+    run.look()
     return model, dictionary, attribution, time.perf_counter() - started
 
 

@@ -28,16 +28,18 @@ from jaxclt.dashboards.stream import SAVE_S, STATE, check_numbers, gather_exampl
 from jaxclt.errors import InputError, check_at_least, check_finite
 from jaxclt.global_text import Features, choose_features
 from jaxclt.global_weights.subset import FeatureSizes
-from jaxclt.io.atomic import atomic_path
+from jaxclt.io.atomic import atomic_path, is_temporary
 from jaxclt.io.json_file import read_json
 from jaxclt.io.model import Model
 from jaxclt.json_text import to_json
+from jaxclt.pace import logged
 from jaxclt.windows import BATCH_TOKENS, Data, Mask, TokenWindows, read_windows
 
 __all__ = ["check_options", "feature_dashboards", "write_features"]
 
 RUN = "run.json"  # what the directory's files are of
 REPORT = "report.json"
+TOLD = 256  # records between two reports of progress
 
 
 def feature_dashboards(
@@ -59,7 +61,7 @@ def feature_dashboards(
     loose: bool = False,
     batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
-    on_stage: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_stage: Callable[[str, int, int], None] | None = None,
 ) -> tuple[dict[str, Any], Examples]:
     """What features respond to in text, as files that viewers read.
 
@@ -81,7 +83,7 @@ def feature_dashboards(
       loose: also write features/{number}.json, one file a feature.
       batch_tokens: positions that go through the model together.
       seed: of the examples drawn.
-      on_stage: progress, (what, done, in all).
+      on_stage: progress, (what, done, in all); to the log if not given.
 
     Returns:
       The report (see report.json) and the examples.
@@ -101,7 +103,7 @@ def feature_dashboards(
         logits=logits,
         seed=seed,
     )
-    out = Path(out)
+    out, tell = Path(out), on_stage or logged()
     started = time.perf_counter()
     windows = read_windows(
         model,
@@ -109,10 +111,10 @@ def feature_dashboards(
         mask=mask,
         tokens=tokens,
         context=context,
-        on_tokens=partial(on_stage, "tokens"),
+        on_tokens=partial(tell, "tokens"),
     )
     subset = choose_features(
-        model, dictionary, features, windows, partial(on_stage, "features")
+        model, dictionary, features, windows, partial(tell, "features")
     )
     encoder = load(dictionary, model.params, model.cfg, decoders=False)
     settings = {
@@ -142,7 +144,7 @@ def feature_dashboards(
     def on_tokens(done: int, total: int) -> None:
         if not counted:  # the pass fits, and is about to begin
             _claim(out, identity)
-        on_stage("examples", done, total)
+        tell("examples", done, total)
         counted.append(done)
 
     examples = gather_examples(
@@ -171,7 +173,7 @@ def feature_dashboards(
         sizes=encoder,
         logits=logits,
         loose=loose,
-        on_layer=partial(on_stage, "files"),
+        on_layer=partial(tell, "files"),
     )
     report = {
         "schema": 1,
@@ -190,7 +192,11 @@ def feature_dashboards(
         },
         "bytes": {
             "state": (out / STATE).stat().st_size,
-            "features": sum(x.stat().st_size for x in (out / "features").iterdir()),
+            "features": sum(
+                x.stat().st_size
+                for x in (out / "features").iterdir()
+                if not is_temporary(x.name)
+            ),
         },
     }
     new = counted[-1] - counted[0]
@@ -292,9 +298,11 @@ def write_features(
             )
 
             def records(
-                row_N: np.ndarray = row_N, effects: Any = effects
+                layer: int = layer, row_N: np.ndarray = row_N, effects: Any = effects
             ) -> Iterator[bytes]:
                 for i, u in enumerate(row_N.tolist()):
+                    if i and not i % TOLD:
+                        on_layer(layer, n_layers)
                     document = feature_document(
                         examples,
                         u,

@@ -39,6 +39,7 @@ from jaxclt.global_weights.statistics import (
 from jaxclt.global_weights.subset import Subset
 from jaxclt.io.global_file import load_statistics, save_statistics
 from jaxclt.io.model import Model
+from jaxclt.pace import logged
 from jaxclt.types import LMParams
 from jaxclt.windows import BATCH_TOKENS, Data, Mask, TokenWindows, batches, read_windows
 
@@ -64,7 +65,7 @@ def coactivation(
     output_tokens: int | Sequence[int] | np.ndarray = 0,
     shard: tuple[int, int] = (0, 1),
     state: str | os.PathLike[str] | None = None,
-    on_stage: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_stage: Callable[[str, int, int], None] | None = None,
 ) -> Coactivation:
     """Which features fire together on text: E[a_i 1(a_j)], E[a_i a_j], E[a_j].
 
@@ -90,12 +91,14 @@ def coactivation(
       shard: (i, n) takes every n-th window from the i-th on, the same features for all
         only if they are given by name or measured on the same windows.
       state: directory to keep sums in; a second call with the same arguments goes on.
-      on_stage: progress, (what, positions done, positions in all).
+      on_stage: progress, (what, positions done, positions in all); to the log if not
+        given.
 
     Raises:
       InputError: for data, features or heads that do not fit, or a `state` of another
         run.
     """
+    on_stage = on_stage or logged()
     on = bound_of(dictionary, model)
     for layer, head in heads:
         if not (1 <= layer < model.cfg.n_layers and 0 <= head < model.cfg.n_heads):
@@ -152,11 +155,18 @@ def coactivation(
             gathering.add_sparse(token_WS, mask_WS)
         else:
             gathering.add(token_WS, mask_WS, found.input_Y, found.output_Y)
-        counted = int(windows.mask_WS[:done].sum())
-        on_stage("statistics", counted, windows.n_tokens)
-        if keep.due():
-            sums = gathering.flush()
-            keep.save(dataclasses.replace(found, sums=sums), done)
+        if not gathering.since:
+            # Kept between two flushes, sums would be added up in another order.
+            found, first = dataclasses.replace(found, sums=gathering.total), done
+        try:
+            counted = int(windows.mask_WS[:done].sum())
+            on_stage("statistics", counted, windows.n_tokens)
+        except KeyboardInterrupt:
+            if first:
+                keep.save(found, first)
+            raise
+        if first == done and keep.due():
+            keep.save(found, first)
     found = dataclasses.replace(found, sums=gathering.flush())
     keep.finish(found, len(windows.token_WS))
     return found
@@ -328,6 +338,8 @@ class _State:
 
     def save(self, found: Coactivation, windows: int) -> None:
         """Keep what there is so far."""
+        if self.directory is None:
+            return
         self._write("partial.npz", found, windows)
         self.saved = time.monotonic()
 

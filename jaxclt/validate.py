@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.supernodes import with_features
 from jaxclt.io.atomic import atomic_path
 from jaxclt.json_text import number, to_json
+from jaxclt.pace import logged
 from jaxclt.patching.batch import How, chunk_size, default_range
 from jaxclt.patching.effects import Effect, clean_effect, diverged, nats
 from jaxclt.patching.modes import Mode
@@ -100,7 +102,7 @@ def validate_graph(
     options: ValidateOptions | None = None,
     *,
     groups: Sequence[Supernode] | None = None,
-    on_done: Callable[[int, int], None] = lambda done, total: None,
+    on_done: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure; the content of ``validation.json`` and what the plots need.
 
@@ -110,7 +112,7 @@ def validate_graph(
       groups: supernodes, of which the features that are nodes of the graph are ablated
         together; None or empty takes features that are active at several positions,
         each with all its positions.
-      on_done: progress, (patches done, patches planned).
+      on_done: progress, (patches done, patches planned); to the log if not given.
 
     Raises:
       InputError: if the graph has fewer than three features.
@@ -125,7 +127,8 @@ def validate_graph(
     key = jax.random.key(options.seed)
     chosen = _choose(subject, options, groups, key)
     effect_KA = solve_total_effect(graph)[subject.targets]
-    counter = _Counter(on_done, _planned(subject, options, chosen))
+    told = on_done or partial(logged(), "validating")
+    counter = _Counter(told, _planned(subject, options, chosen))
     report: dict[str, Any] = {
         "prompt": graph.meta.prompt,
         "dictionary": graph.meta.dictionary,

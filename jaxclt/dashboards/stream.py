@@ -236,7 +236,11 @@ def gather_examples(
     def absorb(peaks: Peaks, start: int, done: int) -> None:
         _absorb(seen, places, peaks, start, done, histogram_every)
         keep.save(seen, done, last=done == n)
-        on_tokens(int(windows.mask_WS[:done].sum()), windows.n_tokens)
+        try:
+            on_tokens(int(windows.mask_WS[:done].sum()), windows.n_tokens)
+        except KeyboardInterrupt:
+            keep.save(seen, done, last=True)
+            raise
 
     for token_WS, mask_WS, done in batches(windows, first, batch_tokens):
         W = len(token_WS)
@@ -414,6 +418,7 @@ class _Keeping:
         self.path = None if directory is None else Path(directory) / STATE
         self.identity, self.save_s = identity, save_s
         self.saved, self.cost = time.monotonic(), 0.0
+        self.kept = 0  # windows that the file is of
 
     def load(self, seen: Seen, windows: TokenWindows) -> int:
         """Fill in what an earlier call left; how many of the windows that was.
@@ -444,7 +449,7 @@ class _Keeping:
 
     def save(self, seen: Seen, windows: int, *, last: bool) -> None:
         """Write everything if it is time to, or for the last time."""
-        if self.path is None:
+        if self.path is None or windows == self.kept:
             return
         wait = max(self.save_s, self.cost / SAVE_SHARE) if self.save_s else 0.0
         started = time.monotonic()
@@ -453,5 +458,5 @@ class _Keeping:
         meta = to_json({"identity": self.identity, "windows": windows})
         with atomic_path(self.path) as temporary, temporary.open("wb") as stream:
             np.savez(stream, allow_pickle=False, meta=np.asarray(meta), **seen.arrays())
-        self.saved = time.monotonic()
+        self.kept, self.saved = windows, time.monotonic()
         self.cost = self.saved - started

@@ -346,13 +346,14 @@ class Measures:
 
     def graphs(self) -> Part:
         """Scores of the graphs of all prompts."""
-        lines, told = [], self.told("graphs")
-        for i in range(len(self.prompts)):
-            lines.append(graph_row(self._traced(i)))
-            told(i + 1, len(self.prompts))
+        lines, told, n = [], self.told("graphs"), len(self.prompts)
+        for i in range(n):
+            graph = self._traced(i, lambda *_, i=i: told(i, n))
+            lines.append(graph_row(graph))
+            told(i + 1, n)
         return graph_means(lines, self.key), lines
 
-    def _traced(self, i: int) -> Graph:
+    def _traced(self, i: int, on_rows: Callable[[int, int], None]) -> Graph:
         """The graph of a prompt; those that are perturbed too are made once."""
         if i in self._held:
             return self._held[i]
@@ -360,6 +361,7 @@ class Measures:
             self.model,
             self.dictionary,
             self.prompts[i],
+            on_rows=on_rows,
             config=AttributeConfig(
                 max_features=self.options.max_features,
                 tolerance=self.options.tolerance,
@@ -374,13 +376,15 @@ class Measures:
         lines, told = [], self.told("perturbations")
         n = min(self.options.perturbed, len(self.prompts))
         for i in range(n):
-            subject = Subject.of(self.model, self.dictionary, self._traced(i))
+            graph = self._traced(i, lambda *_, i=i: told(i, n))
+            subject = Subject.of(self.model, self.dictionary, graph)
             tables, layers = faithfulness(
                 subject,
                 jax.random.fold_in(self.key, i),
                 n_layers=5,
                 n_perturbed=2,
                 live=False,
+                on_batch=lambda _, i=i: told(i, n),
             )
             lines.append({"layers": layers, "tables": tables})
             told(i + 1, n)

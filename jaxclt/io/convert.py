@@ -13,6 +13,7 @@ from jaxclt.io.atomic import atomic_directory
 from jaxclt.io.dictionary import LABELS, open_dictionary, read_labels
 from jaxclt.io.formats.write import About, write_files
 from jaxclt.io.formats.write_folders import TARGETS
+from jaxclt.io.lock import held
 
 __all__ = ["convert"]
 
@@ -68,7 +69,7 @@ def convert(
                 f"accept that with --lossy {name}"
             )
     read_labels(store.path)  # said before anything is written
-    with atomic_directory(place) as folder:
+    with held(place, beside=True), atomic_directory(place) as folder:
         kept = about._replace(skip=about.skip and "skip" not in lost)
         write_files(target, store, kept, folder, on_layer=on_layer)
         if (store.path / LABELS).is_file():

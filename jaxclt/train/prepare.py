@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from jaxclt.errors import InputError
-from jaxclt.io.atomic import atomic_path
+from jaxclt.io.atomic import atomic_path, is_temporary
 from jaxclt.io.json_file import TEXT, check_json, json_schema, read_json, record
+from jaxclt.io.lock import LOCK
 from jaxclt.io.model import Model
 from jaxclt.io.npz import Must, open_npz
 from jaxclt.json_text import to_json
@@ -94,6 +95,7 @@ def claim_directory(out: Path, ours: dict[str, Any]) -> None:
     """
     file = out / "run.json"
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    names = {name for name in names if name != LOCK and not is_temporary(name)}
     if names <= {file.name}:
         write_json(file, ours)
         return
