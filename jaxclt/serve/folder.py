@@ -1,0 +1,202 @@
+"""What of a folder is handed out: graphs, and the feature files beside them.
+
+Nothing else is, whatever its name: no hidden file or folder, nothing that links lead to
+outside, no JSON that is not a graph. The list is kept: a file is read again only when
+its time or size has changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from jaxclt.dashboards.files import INDEX, FeatureFiles, uncantor
+
+__all__ = ["Folder", "NotServedError", "describe"]
+
+GRAPH = "graph.json"
+FEATURES = "features"
+_HEAD = 1 << 16  # most graphs say in it what they are
+_WHOLE = 1 << 28  # larger ones must
+_PROMPT = 300  # characters of it in the list
+_METADATA = re.compile(r'\s*\{\s*"metadata"\s*:\s*')
+
+Entry = dict[str, str]  # slug and prompt, or what is wrong as error
+
+
+class NotServedError(Exception):
+    """A name that stands for nothing that is handed out."""
+
+
+class Folder:
+    """A folder of graphs.
+
+    Args:
+      root: what it is.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self._known: dict[Path, tuple[tuple[int, int], Entry | None]] = {}
+        self._scanning = threading.Lock()
+
+    def graphs(self) -> list[Entry]:
+        """Every graph: its ``path`` as addresses name it, ``slug`` and ``prompt``.
+
+        What should be one and cannot be read has ``path`` and ``error`` instead.
+        """
+        with self._scanning:
+            found, known = [], {}
+            for path, wrong in self._candidates():
+                entry = wrong or self._entry(path)
+                if path in self._known:
+                    known[path] = self._known[path]
+                if entry is not None:
+                    found.append({"path": _said(self._name(path)), **entry})
+            self._known = known
+        return sorted(found, key=lambda entry: entry["path"])
+
+    def graph(self, name: str) -> Path:
+        """The file of the graph that an address names.
+
+        Raises:
+          NotServedError: if there is none.
+        """
+        file = self.inside(self.root / name.strip("/"))
+        if os.path.isdir(file):
+            file = self.inside(file / GRAPH)
+        here = file.suffix == ".json" and os.path.isfile(file)
+        if not here or self._entry(file) is None:
+            raise NotServedError("no such graph")
+        return file
+
+    def feature(self, name: str, number: int) -> dict[str, Any]:
+        """The record of a feature, by the number that feature files have.
+
+        Raises:
+          NotServedError: if there is none.
+          InputError: if its file is damaged.
+        """
+        files = FeatureFiles(self.inside(self.graph(name).parent / FEATURES))
+        place = uncantor(number)
+        self.inside(files.folder / INDEX)  # links may lead elsewhere
+        for file in files.paths(*place):
+            self.inside(file)
+        record = files.record(*place)
+        if record is None:
+            raise NotServedError("no such feature")
+        return record
+
+    def inside(self, path: Path) -> Path:
+        """A path without links.
+
+        Raises:
+          NotServedError: if it leads out of the folder, or to something hidden.
+        """
+        try:
+            resolved = path.resolve()
+            parts = resolved.relative_to(self.root).parts
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, a loop
+            raise NotServedError("no such graph") from error
+        if any(part.startswith(".") for part in parts):
+            raise NotServedError("no such graph")
+        return resolved
+
+    def _candidates(self) -> Iterator[tuple[Path, Entry | None]]:
+        """Files that may be graphs, and folders that cannot be looked into."""
+        folders = [self.root]
+        while folders:
+            folder = folders.pop()
+            try:
+                with os.scandir(folder) as entries:
+                    seen = [e for e in entries if not e.name.startswith(".")]
+            except OSError as error:
+                yield folder, {"error": f"cannot be read: {error.strerror}"}
+                continue
+            whole = any(e.name == GRAPH and e.is_file() for e in seen)
+            for entry in seen:
+                if entry.is_dir(follow_symlinks=False):
+                    if not (whole and entry.name == FEATURES):
+                        folders.append(folder / entry.name)
+                elif entry.name == GRAPH if whole else entry.name.endswith(".json"):
+                    yield folder / entry.name, None
+
+    def _name(self, path: Path) -> str:
+        place = path
+        if path.name == GRAPH and path.parent != self.root:
+            place = path.parent
+        return place.relative_to(self.root).as_posix()
+
+    def _entry(self, path: Path) -> Entry | None:
+        """What a file is, None if no graph; read only if it has changed."""
+        try:
+            state = path.stat()
+            if not stat.S_ISREG(state.st_mode):
+                return None
+            stamp = (state.st_mtime_ns, state.st_size)
+            kept = self._known.get(path)
+            if kept is None or kept[0] != stamp:
+                self.inside(path)
+                kept = self._known[path] = (stamp, describe(path))
+        except NotServedError:
+            return None
+        except OSError as error:
+            return {"error": f"cannot be read: {error.strerror}"}
+        entry, name = kept[1], self._name(path)
+        if entry is not None and (_said(name) != name or not name.isprintable()):
+            return {"error": "no address can hold its name: rename it"}
+        return entry
+
+
+def describe(file: Path) -> Entry | None:
+    """Slug and prompt of a graph file, what is wrong with it, or None for other JSON.
+
+    Only the start is read, if the metadata stand there: graphs may be large.
+
+    Raises:
+      OSError: if it cannot be read.
+    """
+    with file.open("rb") as stream:
+        head = stream.read(_HEAD).decode(errors="replace")
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(size - 64, 0))
+        closed = stream.read().rstrip().endswith(b"}")
+    start = _METADATA.match(head)
+    ours = file.name == GRAPH or start is not None
+    if start is not None:
+        try:
+            meta, _ = json.JSONDecoder().raw_decode(head, start.end())
+        except (ValueError, RecursionError):
+            pass  # longer than what was read, or broken
+        else:
+            return _told(file, meta) if closed else {"error": "it is cut off"}
+    try:
+        doc = orjson.loads(file.read_bytes()) if size <= _WHOLE else None
+    except ValueError:
+        return {"error": "it is no JSON"} if ours else None
+    if isinstance(doc, dict) and {"nodes", "links", "metadata"} <= doc.keys():
+        return _told(file, doc["metadata"])
+    return {"error": "it is no graph"} if ours else None
+
+
+def _told(file: Path, meta: Any) -> Entry:
+    if not isinstance(meta, dict):
+        return {"error": "its metadata is no object"}
+    slug, prompt = meta.get("slug"), meta.get("prompt")
+    return {
+        "slug": _said(str(slug or file.stem))[:_PROMPT],
+        "prompt": _said(prompt)[:_PROMPT] if isinstance(prompt, str) else "",
+    }
+
+
+def _said(text: str) -> str:
+    """Text without halves of characters, which no page can hold."""
+    return text.encode(errors="backslashreplace").decode()

@@ -1,0 +1,158 @@
+"""What readers save: labels, pins, groups and places, in the graph's own file.
+
+A save says which version of the file it was made from. If the file has changed since,
+nothing is saved, and the reader's page gets what the file holds now, puts its own
+changes on top and saves again: of two tabs neither wipes what the other saved.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+
+from jaxclt.errors import InputError
+from jaxclt.io.atomic import atomic_path
+from jaxclt.io.guard import locked
+from jaxclt.pages import read_graph
+
+__all__ = ["ChangedError", "save_view", "version_of"]
+
+MAX_LABEL = 2000
+MAX_PLACE = 1e6  # of a card, px
+_IDS = {"type": "array", "items": {"type": "string"}}
+_PLACE = {"type": "number", "minimum": -MAX_PLACE, "maximum": MAX_PLACE}
+_VIEW = {
+    "pinnedIds": _IDS,
+    "supernodes": {"type": "array", "items": {**_IDS, "minItems": 2}},
+    "linkType": {"enum": ["both", "either", "input", "output", None]},
+    "clickedId": {"type": ["string", "null"]},
+    "sg_pos": {"type": ["string", "null"]},
+    "cards": {
+        "type": "array",
+        "items": {
+            "type": "array",
+            "prefixItems": [{"type": "string"}, _PLACE, _PLACE],
+            "minItems": 3,
+            "maxItems": 3,
+        },
+    },
+}
+_CHANGE = {
+    "type": "object",
+    "properties": {
+        "labels": {
+            "type": "object",
+            "additionalProperties": {"type": "string", "maxLength": MAX_LABEL},
+        },
+        "qParams": {"type": "object", "properties": _VIEW},
+    },
+}
+
+
+class ChangedError(Exception):
+    """The file is not the version that a save was made from.
+
+    Attributes:
+      version: that it is now.
+      labels: of its nodes, by id.
+      view: its ``qParams``.
+    """
+
+    def __init__(self, version: str, doc: dict[str, Any]) -> None:
+        super().__init__("the graph was saved elsewhere meanwhile")
+        self.version = version
+        self.labels = {
+            node["node_id"]: node["clerp"]
+            for node in doc["nodes"]
+            if node["clerp"] and node["feature_type"] != "logit"
+        }
+        self.view = doc["qParams"]
+
+
+def version_of(file: Path) -> str:
+    """A hash of all that a file holds.
+
+    Raises:
+      InputError: if it cannot be read.
+    """
+    try:
+        return _hash(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
+
+
+def save_view(file: Path, change: Any, *, version: str | None = None) -> str:
+    """Put a reader's labels, pins and groups into a graph file, all or nothing.
+
+    Args:
+      file: a graph.json.
+      change: ``{"labels": {node id: text}, "qParams": {...}}``.
+      version: the file's when the change was begun; None takes any.
+
+    Returns:
+      Its version now.
+
+    Raises:
+      InputError: if the change does not fit the graph.
+      ChangedError: if the file has another version.
+    """
+    _check(change)
+    with locked(file):
+        now = version_of(file)
+        doc = read_graph(file)
+        if version not in (None, now):
+            raise ChangedError(now, doc)
+        _apply(doc, change.get("labels", {}), change.get("qParams", {}))
+        text = json.dumps(doc, ensure_ascii=False).encode()
+        with atomic_path(file) as temporary:
+            temporary.write_bytes(text)
+    return _hash(text)
+
+
+def _apply(doc: dict[str, Any], labels: dict[str, str], view: dict[str, Any]) -> None:
+    # In old files of circuit-tracer an error may have the id of a feature.
+    last = sorted(doc["nodes"], key=lambda n: n["feature_type"] != _ERROR)
+    node_by_id = {node["node_id"]: node for node in last}
+    for node_id, label in labels.items():
+        node = node_by_id.get(node_id)
+        if node is None or node["feature_type"] == "logit":
+            raise InputError(f"no node {node_id[:60]!r} that can have a label")
+        node["clerp"] = label
+    named = {*view.get("pinnedIds", ())}.union(
+        *(group[1:] for group in view.get("supernodes", ()))
+    )
+    if not named <= node_by_id.keys():
+        raise InputError(
+            f"no node {min(named - node_by_id.keys())[:60]!r} to pin: if the graph was "
+            "traced again, load the page again"
+        )
+    doc["qParams"] |= {key: view[key] for key in _VIEW if key in view}
+
+
+_ERROR = "mlp reconstruction error"
+
+
+def _check(change: Any) -> None:
+    try:
+        # No file can hold half a character, which JSON can.
+        json.dumps(change, ensure_ascii=False).encode()
+        error = next(_validator().iter_errors(change), None)
+    except (ValueError, RecursionError) as wrong:
+        raise InputError(f"what is to be saved is no text: {wrong!s:.100}") from wrong
+    if error is not None:
+        place = "".join(f"[{step!r:.60}]" for step in error.instance_path)
+        raise InputError(f"what is to be saved: {place} {error.message:.200}")
+
+
+@functools.cache
+def _validator() -> Any:
+    return jsonschema_rs.Draft202012Validator(_CHANGE)
+
+
+def _hash(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()
