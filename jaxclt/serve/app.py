@@ -35,7 +35,7 @@ __all__ = ["MAX_BODY", "MAX_PATCH", "make_app"]
 
 MAX_BODY = 1 << 20  # of what is saved
 MAX_PATCH = 1 << 16  # of what is to be patched
-_PATIENCE = 30  # seconds for a body to arrive
+PATIENCE = 30  # seconds for a body to arrive
 
 _LOG = logging.getLogger("jaxclt.serve")
 T = TypeVar("T")
@@ -158,7 +158,7 @@ async def _body(request: Request, most: int) -> Any:
     if int(length) > most:
         raise HTTPException(413, f"more than {most} bytes")
     try:
-        async with asyncio.timeout(_PATIENCE):
+        async with asyncio.timeout(PATIENCE):
             return json.loads(await request.body())
     except TimeoutError as error:
         raise HTTPException(408, "the body did not arrive") from error
@@ -169,6 +169,7 @@ async def _body(request: Request, most: int) -> Any:
 async def _aside(work: Callable[[], T]) -> T:
     """Do what may take minutes on a thread that does not keep the process alive."""
     future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
 
     def run() -> None:
         try:

@@ -77,6 +77,10 @@ class Server:
         """Answer until `stop` or a signal."""
         self._server.run(sockets=[self._listener])
 
+    def close(self) -> None:
+        """Give the port back, if `run` was never called."""
+        self._listener.close()
+
     def stop(self) -> None:
         """Let `run` return; from any thread."""
         self._server.should_exit = True
