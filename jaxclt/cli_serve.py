@@ -73,7 +73,11 @@ def run_serve(config: ServeConfig, say: Console) -> None:
     if config.debug:
         logging.getLogger("jaxclt.serve").setLevel(logging.DEBUG)
     if config.host not in _LOCAL:
-        say.print(f"jaxclt: {config.host} can be reached by others", markup=False)
+        say.print(
+            f"jaxclt: others can reach {config.host}; by a name of this machine only "
+            "with --allow-host NAME",
+            markup=False,
+        )
     if config.json:
         print(json.dumps({"url": server.url}), flush=True)  # noqa: T201
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import threading
 import time
@@ -31,8 +32,6 @@ def locked(path: str | os.PathLike[str], *, wait: float = 10.0) -> Iterator[None
     Raises:
       InputError: if another process does not finish, or the folder cannot be written.
     """
-    import fcntl
-
     end = time.monotonic() + wait
     with _THREADS:
         try:

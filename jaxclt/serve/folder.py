@@ -26,7 +26,7 @@ GRAPH = "graph.json"
 FEATURES = "features"
 _HEAD = 1 << 16  # most graphs say in it what they are
 _WHOLE = 1 << 28  # larger ones must
-_PROMPT = 300  # characters of it in the list
+_LONGEST = 300  # characters of a prompt in the list
 _METADATA = re.compile(r'\s*\{\s*"metadata"\s*:\s*')
 
 Entry = dict[str, str]  # slug and prompt, or what is wrong as error
@@ -192,8 +192,8 @@ def _told(file: Path, meta: Any) -> Entry:
         return {"error": "its metadata is no object"}
     slug, prompt = meta.get("slug"), meta.get("prompt")
     return {
-        "slug": _said(str(slug or file.stem))[:_PROMPT],
-        "prompt": _said(prompt)[:_PROMPT] if isinstance(prompt, str) else "",
+        "slug": _said(slug if isinstance(slug, str) else file.stem)[:_LONGEST],
+        "prompt": _said(prompt if isinstance(prompt, str) else "")[:_LONGEST],
     }
 
 

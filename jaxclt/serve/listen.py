@@ -135,9 +135,9 @@ def make_server(
 
 
 class _Connection(H11Protocol):
-    """A connection that is closed when a request or the reading of an answer stalls.
+    """A connection that is closed when a request, or the reading of an answer, stalls.
 
-    uvicorn itself waits without end for the rest of a request.
+    uvicorn itself waits without end for either.
     """
 
     _unsent = 0
@@ -165,11 +165,11 @@ class _Connection(H11Protocol):
         self._watch = self.loop.call_later(PATIENCE, self._look)
 
     def _look(self) -> None:
-        cycle = self.cycle
+        cycle, unsent = self.cycle, self.transport.get_write_buffer_size()
         answering = cycle is not None and not (
             cycle.response_complete or cycle.more_body
         )
-        if answering or self.transport.get_write_buffer_size() < self._unsent:
+        if unsent != self._unsent if unsent else answering:
             self._wait()
         else:
             self.transport.abort()

@@ -18,6 +18,7 @@ from jaxclt.serve import app, listen
 from jaxclt.serve.listen import make_server
 from jaxclt.viewer.graph_json import graph_json
 
+LARGE = 12 << 20  # more than the system takes off a server's hands
 NONE = {"Authorization": ""}
 
 
@@ -104,7 +105,7 @@ def test_the_address_that_was_connected_to_is_a_name(root: Path):
 
 
 def test_slow_and_idle_clients_are_left(root: Path, monkeypatch):
-    monkeypatch.setattr(listen, "PATIENCE", 0.2)
+    monkeypatch.setattr(listen, "PATIENCE", 1.0)
     monkeypatch.setattr(app, "PATIENCE", 0.1)
     with serving(root) as server:
         head = f"Host: 127.0.0.1:{server.port}\r\nAuthorization: Bearer {TOKEN}\r\n"
@@ -127,8 +128,36 @@ def test_slow_and_idle_clients_are_left(root: Path, monkeypatch):
                         got += more
                 except ConnectionResetError:
                     pass
-                assert time.monotonic() - start < 3
+                assert time.monotonic() - start < 5
                 assert got[:12] == answer
+
+
+def test_who_does_not_read_is_left_and_who_reads_slowly_is_not(root: Path, monkeypatch):
+    monkeypatch.setattr(listen, "PATIENCE", 0.5)
+    large = graph_json(make_graph(), slug="cat")
+    large["metadata"]["prompt"] = "x" * LARGE
+    write(root / "large", large)
+    with serving(root) as server:
+        head = f"Host: 127.0.0.1:{server.port}\r\nAuthorization: Bearer {TOKEN}\r\n"
+        get = f"GET /api/graph/large HTTP/1.1\r\n{head}\r\n".encode()
+
+        def read(wait: float) -> int:
+            with socket.create_connection(
+                ("127.0.0.1", server.port), timeout=5
+            ) as peer:
+                peer.sendall(get)
+                got = len(peer.recv(1))
+                time.sleep(wait)
+                try:
+                    while got < LARGE and (more := len(peer.recv(1 << 18))):
+                        got += more
+                        time.sleep(0.001)
+                except ConnectionResetError:
+                    pass
+            return got
+
+        assert read(0.1) >= LARGE
+        assert read(1.5) < LARGE
 
 
 def test_an_answer_that_takes_long_is_waited_for(root: Path, monkeypatch):
