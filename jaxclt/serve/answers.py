@@ -41,12 +41,15 @@ def locked_page(path: str, how: str) -> str:
     """For who has no token.
 
     Args:
-      path: what was asked for.
+      path: what was asked for, as addresses have it.
       how: where the token is found.
     """
     # A link from another site comes without the cookie; one from here brings it.
-    here = f'<p>If it was open in this browser: <a href="{quote(path)}">try again</a>.'
-    return _page("Token needed", f"<p>{html.escape(how)}</p>{here}</p>")
+    link = f'<a href="{html.escape(path)}">try again</a>'
+    return _page(
+        "Token needed",
+        f"<p>{html.escape(how)}</p><p>If it was open in this browser: {link}.</p>",
+    )
 
 
 def _row(graph: dict[str, str]) -> str:

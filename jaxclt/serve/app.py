@@ -198,6 +198,6 @@ def _failed(request: Request, error: Exception) -> Response:
     """Our own fault, or a file that changed under our hands."""
     line = f"{type(error).__name__}: {error!s:.300}"
     full = error if _LOG.isEnabledFor(logging.DEBUG) else None
-    where = request.url.path
+    where = request.scope["path"]
     _LOG.error("%s %s failed: %s", request.method, where, line, exc_info=full)
     return refusal(500, f"the server failed ({line})")

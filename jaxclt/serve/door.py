@@ -64,14 +64,16 @@ class Door:
             unquote_to_bytes(path).decode()
         except UnicodeDecodeError as error:
             raise HTTPException(400, "the path is no UTF-8") from error
-        if request.method in ("GET", "HEAD") and "token" in request.query_params:
-            return self._welcome(request, f"/{path.decode().lstrip('/')}")
+        here = "/" + path.decode().lstrip("/\\")  # two would begin another host
+        given = request.query_params.get("token", "")
+        if request.method in ("GET", "HEAD") and self._knows(given):
+            return self._welcome(request, here)
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() in ("bearer", "token") and self._knows(given.strip()):
             return None
         if self._knows(request.cookies.get(self.cookie, "")):
             return None
-        return _unknown(request)
+        return _unknown(request, here)
 
     def _check_host(self, request: Request) -> None:
         name = re.sub(r":\d{1,5}$", "", request.headers.get("host", "")).lower()
@@ -83,8 +85,6 @@ class Door:
 
     def _welcome(self, request: Request, path: str) -> Response:
         """To the same address without the token, which the cookie keeps."""
-        if not self._knows(request.query_params["token"]):
-            return _unknown(request)
         pairs = request.query_params.multi_items()
         rest = urlencode([pair for pair in pairs if pair[0] != "token"])
         answer = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
@@ -95,9 +95,9 @@ class Door:
         return hmac.compare_digest(given.encode(), self.token.encode())
 
 
-def _unknown(request: Request) -> Response:
+def _unknown(request: Request, here: str) -> Response:
     answer = refusal(401, _HOW)
     if "text/html" in request.headers.get("accept", ""):
-        answer = HTMLResponse(locked_page(request.url.path, _HOW), 401)
+        answer = HTMLResponse(locked_page(here, _HOW), 401)
     answer.headers["WWW-Authenticate"] = "Bearer"
     return answer

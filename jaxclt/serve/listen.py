@@ -125,12 +125,9 @@ def make_server(
     except (OSError, ValueError) as error:
         raise InputError(f"cannot listen at {host}:{port}: {error}") from error
     hosts = {name.lower() for name in (*LOCAL, _name(host), *allow_host)}
-    app = Door(
-        make_app(Folder(directory), patcher),
-        hosts=hosts,
-        token=token,
-        cookie=f"jaxclt-{listener.getsockname()[1]}",
-    )
+    app = make_app(Folder(directory), patcher)
+    cookie = f"jaxclt-{listener.getsockname()[1]}"
+    app.add_middleware(Door, hosts=hosts, token=token, cookie=cookie)
     return Server(listener, app, host, token)
 
 

@@ -41,8 +41,12 @@ def test_without_the_token_nothing_is_told(root: Path):
         assert ask("/?token=wrong", **NONE)[0] == 401
         assert ask("/?token=", **NONE)[0] == 401
         assert ask(f"/api/save/cat?token={TOKEN}", method="POST", **NONE)[0] == 401
-        page = ask("/view/c%22%3Ct", Accept="text/html", **NONE)[2]
-        assert '<a href="/view/c%22%3Ct">try again</a>' in page
+        for path, link in (
+            ("/view/c%22%3Ct", "/view/c%22%3Ct"),
+            ("//a'b", "/a&#x27;b"),
+        ):
+            page = ask(path, Accept="text/html", **NONE)[2]
+            assert f'<a href="{link}">try again</a>' in page
 
 
 def test_the_printed_address_leaves_a_cookie(root: Path):
@@ -61,6 +65,7 @@ def test_the_printed_address_leaves_a_cookie(root: Path):
         assert kept == f"jaxclt-{server.port}={TOKEN}"
         assert ask("/", **NONE, Cookie=f"other=1; {kept}")[0] == 200
         assert save(ask, "/api/save/cat", {}, **NONE, Cookie=kept)[0] == 200
+        assert ask("/?token=old", **NONE, Cookie=kept)[0] == 200
         assert ask("/", Authorization=f"token {TOKEN}")[0] == 200
 
 

@@ -23,7 +23,7 @@ const PROMPT = 130; // letters of it in the header
 const started = performance.now();
 const payload = JSON.parse($("data").textContent ?? "null") as Payload;
 const app = new App(payload);
-const saver = new Saver(app); // ahead of what the address adds to the file
+const saver = app.serve && new Saver(app); // ahead of what the address adds to the file
 fromHash(app, location.hash);
 const features = new Features(app);
 const picture = new Picture(app, $("graph"), { model: () => app.model, mark: () => null, says: true, choose: (n) => app.select(n) });
@@ -154,7 +154,7 @@ $<HTMLSelectElement>("export").addEventListener("change", (e) => {
   exportAs(app, picture, select.value);
   select.value = "";
 });
-if (app.serve) {
+if (saver) {
   const list = $<HTMLSelectElement>("others");
   let listed = false;
   $("save").hidden = false;
