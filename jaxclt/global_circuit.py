@@ -192,7 +192,7 @@ class Inhibitors:
       slot_R: slots of the targets in the subset.
       n_tokens: positions that counted.
       effect_RU: mean over tokens of the edge of a source that alone keeps the target
-        silent (spec 11: E[1(h <= theta < h - V a) V a]); negative.
+        silent (maths 14.2); negative.
       released_RU: share of tokens on which that is so.
       virtual_RU: virtual weights.
     """

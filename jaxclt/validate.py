@@ -310,7 +310,7 @@ def _total_effects(
     small = _small(options, chosen)
     for mode in MODES:
         if mode == "additive" and subject.patchable.clt_cfg.span == 1:
-            # The same patch (T-C6): all of a feature's writes are in its own layer.
+            # The same patch (maths 15.12): a feature writes in its own layer only.
             out[mode], scatter[mode] = out["constrained"], scatter["constrained"]
             continue
         how = subject.how(mode)

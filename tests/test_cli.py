@@ -57,8 +57,9 @@ def test_trace_writes_the_four_files_of_the_contract(traced: Path):
         "replacement",
         "completeness",
         "completeness_ct",
+        "completeness_logit_edges",
         "mean_path_length",
-    } <= set(report["scores"]["full"])
+    } <= set(report["scores"]["full"]) & set(report["scores"]["pruned"])
     assert {
         "load",
         "record",
@@ -200,7 +201,7 @@ def test_dry_run_states_the_memory_and_writes_nothing(
 def test_dry_run_of_an_assumed_prompt_reads_no_weights(
     capsys: pytest.CaptureFixture[str],
 ):
-    """6,000 tokens at the size of Gemma-2-2B on 80 GB, as the issue asks."""
+    """6,000 tokens at the size of Gemma-2-2B on 80 GB."""
     shape = Path(__file__).parents[1] / "benchmarks/shapes/gemma-2-2b.json"
     rest = ("--dictionary", "any", "--out", "any", "--dry-run", "--json")
     size = "tokens=6000,active=100,features=16384,host=200"

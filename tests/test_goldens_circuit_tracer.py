@@ -1,4 +1,4 @@
-"""The same graphs as circuit-tracer 0.5.0, in float32 (T-P7).
+"""The same graphs as circuit-tracer 0.5.0, in float32 (maths 21).
 
 Goldens come from its own code, see goldens/make_circuit_tracer.py. Its square matrix
 has nodes [features][errors, layer-major][tokens][logits]; its first position has
@@ -193,7 +193,7 @@ def test_scores_are_the_same(name: str, which: str) -> None:
 
 @every
 def test_our_rows_sum_in_float32_and_its_rows_do_not(name: str) -> None:
-    """T-E1 on a model from files; traps 4 and 5: bias and first position dropped."""
+    """Maths 6.3 on a model from files; 21.3 and 21.5, what its rows leave out."""
     ours = graph(name, "full", "paper")
     rounding = 16 * float(np.finfo(np.float32).eps)  # of sums over all layers
     assert certificate(ours).max_relative_row_error < rounding

@@ -1,7 +1,7 @@
 """The model's own MLP neurons as a dictionary that needs no training.
 
 A gated neuron's activation is ``act(gate) * up``: two linear pre-activations. The rule
-here (spec 6.6): the gate is frozen like an attention pattern, so a neuron's
+here (maths 2.7): the gate is frozen like an attention pattern, so a neuron's
 pre-activation is ``up`` times its frozen gate, linear in the stream, equal to its
 activation, and of either sign. A neuron of an MLP without a gate is its own gate:
 ``act(u) = (act(u) / u) u``, where the factor (0 or 1 of a ReLU, smooth of a GELU) is

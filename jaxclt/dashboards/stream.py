@@ -6,8 +6,9 @@ The device reduces every feature and window to its peak and the excerpt around i
 the host keeps the best of them while the device works on the next batch. Windows are
 ranked in two ways: by the largest activation, and by a random number that depends on
 layer, feature, window and seed alone, so that the windows drawn are a uniform sample of
-those with the feature, in whatever batches or subsets they come. Activations of either
-sign are ranked by size.
+those with the feature, in whatever batches or subsets they come. Where activations are
+of either sign, the best of both sides of zero are kept, and drawn windows are shown at
+the larger of their peaks.
 
 Memory does not grow with the text, but for its tokens and one bit for every feature and
 window. A pass with a `state` directory goes on where it was killed, bit for bit.
@@ -31,7 +32,7 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.encoder import Encoder
-from jaxclt.dashboards.examples import Examples
+from jaxclt.dashboards.examples import Examples, by_size
 from jaxclt.dashboards.peaks import Batch, Peaks, batch_peaks
 from jaxclt.dashboards.state import Best, Histogram, Newcomers, Seen
 from jaxclt.errors import InputError
@@ -66,6 +67,7 @@ class Sizes:
       context: tokens of an excerpt.
       bins: of histograms.
       histogram_every: see `gather_examples`.
+      sides: of zero that activations are on, 1 or 2.
       itemsize: bytes of an activation.
     """
 
@@ -80,6 +82,7 @@ class Sizes:
     context: int
     bins: int
     histogram_every: int
+    sides: int = 1
     itemsize: int = 4
 
     @property
@@ -89,14 +92,16 @@ class Sizes:
         # Activations and their peak; key, slot, window, position, start.
         excerpt = (self.context + 1) * item + (4 + 2 + 3 * 4)
         feature = 8 * self.bins + 8 + 4 + 2 * item + -(-self.n_windows // 8)
-        kept = (self.n_top + self.n_drawn) * excerpt + self.n_top * (item - 4)
+        n_top = self.sides * self.n_top
+        kept = (n_top + self.n_drawn) * excerpt + n_top * (item - 4)
         return self.n_features * (kept + feature)
 
     @property
     def batch_bytes(self) -> int:
         """Bytes of what two batches, one seen and one on its way, add to it."""
         W, item = self.batch_windows, self.itemsize
-        peaks = W * ((self.context + 1) * item + 3 * 4) + 4 + 2 * item
+        peaks = W * self.sides * ((self.context + 1) * item + 2 * 4)
+        peaks += W * 4 + 4 + 2 * item
         sampled = -(-W // self.histogram_every) * self.size * item
         one_layer = 3 * W * self.size * self.width * item
         return 2 * self.n_layers * self.width * (peaks + sampled) + one_layer
@@ -107,7 +112,9 @@ class Sizes:
         Raises:
           InputError: if it takes more than `free` bytes.
         """
-        need = self.state_bytes + self.batch_bytes
+        # At the end both sides are ranked together, batches are over by then.
+        ranked = self.state_bytes if self.sides > 1 else 0
+        need = self.state_bytes + max(self.batch_bytes, ranked)
         if need > free:
             raise InputError(
                 f"the examples of {self.n_features:,} features take "
@@ -178,6 +185,7 @@ def gather_examples(
     """
     _check_numbers(n_top, n_drawn, context, bins, histogram_every)
     n, S = windows.token_WS.shape
+    signed = is_signed(encoder)
     places = _places(encoder, subset)
     sizes = Sizes(
         n_features=len(places.layer_U),
@@ -191,11 +199,11 @@ def gather_examples(
         context=context,
         bins=bins,
         histogram_every=histogram_every,
+        sides=1 + signed,
         itemsize=max(4, params.embed_VD.dtype.itemsize),
     )
     sizes.check(host_available_bytes())
-    signed = is_signed(encoder)
-    seen = _nothing(sizes, np.dtype(f"f{sizes.itemsize}"), signed=signed)
+    seen = _nothing(sizes, np.dtype(f"f{sizes.itemsize}"))
     told = {
         "windows": windows.digest,
         "features": _digest(places),
@@ -311,12 +319,14 @@ def _digest(places: _Places) -> str:
     return hashlib.sha256(place_U2.tobytes()).hexdigest()
 
 
-def _nothing(sizes: Sizes, dtype: np.dtype, *, signed: bool) -> Seen:
+def _nothing(sizes: Sizes, dtype: np.dtype) -> Seen:
     U, C = sizes.n_features, sizes.context
     return Seen(
-        top=Best.empty(U, sizes.n_top, C, dtype, dtype),
+        tops=tuple(
+            Best.empty(U, sizes.n_top, C, dtype, dtype) for _ in range(sizes.sides)
+        ),
         drawn=Best.empty(U, sizes.n_drawn, C, np.int32, dtype),
-        histogram=Histogram.empty(U, sizes.bins, signed=signed),
+        histogram=Histogram.empty(U, sizes.bins, signed=sizes.sides > 1),
         count_U=np.zeros(U, np.int64),
         low_U=np.full(U, np.inf, dtype),
         high_U=np.full(U, -np.inf, dtype),
@@ -333,15 +343,18 @@ def _absorb(
     def each(x_LWN: Array) -> np.ndarray:
         return np.asarray(x_LWN)[places.layer_U, :n, places.column_U]
 
+    def of_sides(x_LZWN: Array) -> np.ndarray:
+        return np.stack([each(x_LZWN[:, z]) for z in range(x_LZWN.shape[1])])
+
     def of_all(x_LN: Array) -> np.ndarray:
         return np.asarray(x_LN)[places.layer_U, places.column_U]
 
     new = Newcomers(
-        value_UW=each(peaks.value_WN).astype(dtype),
-        pos_UW=each(peaks.pos_WN),
-        start_UW=each(peaks.start_WN),
+        value_ZUW=of_sides(peaks.value_ZWN).astype(dtype),
+        pos_ZUW=of_sides(peaks.pos_ZWN),
+        start_ZUW=of_sides(peaks.start_ZWN),
         window_W=np.arange(start, done, dtype=np.int32),
-        act_LWCN=np.asarray(peaks.act_WCN),
+        act_LZWCN=np.asarray(peaks.act_ZWCN),
         layer_U=places.layer_U,
         column_U=places.column_U,
     )
@@ -364,6 +377,7 @@ def _examples(
     seen: Seen, places: _Places, windows: TokenWindows, every: int
 ) -> Examples:
     never_U = seen.count_U == 0
+    sides = tuple(top.excerpts() for top in seen.tops)
     return Examples(
         layer_U=places.layer_U,
         feature_U=places.feature_U,
@@ -374,7 +388,8 @@ def _examples(
         max_U=np.where(never_U, 0, seen.high_U).astype(seen.high_U.dtype),
         histogram_UB=seen.histogram.count_UB,
         edge_U2=seen.histogram.edges,
-        top=seen.top.excerpts(),
+        top=by_size(sides),
+        sides=sides if len(sides) > 1 else (),
         drawn=seen.drawn.excerpts(),
         fired_UW=seen.fired_UW,
         histogram_every=every,

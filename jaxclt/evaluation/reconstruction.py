@@ -1,7 +1,7 @@
 """How well a dictionary writes what the MLPs write: FVU, L0, silent and dense features.
 
-Circuit Tracing (2025), section 5.1, and spec 6.4. Everything is sums over tokens, kept
-by window, so that windows can be drawn again for an interval.
+Circuit Tracing (2025), section 5.1; maths 18.1. Everything is sums over tokens, kept by
+window, so that windows can be drawn again for an interval.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ at position c', the head moves it to c, and a target of layer l or above reads i
 
 with q the reciprocal norm denominators before the head (and behind it, at c, where the
 model has a norm there), and before the target's encoder where it reads after the norm:
-n ERA = V_h ind_h is then exactly the sum over graphs of the edges' one-hop parts (spec
-3.4, 11.4). There is no version without q here.
+n ERA = V_h ind_h is then exactly the sum over graphs of the edges' one-hop parts (maths
+7.3, 17.10). There is no version without q here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sources that keep a target from firing, over text: what TWERA cannot see.
 
 For a target j and a source i below it, over the tokens n where j is silent and would
-fire without i's residual-direct edge V a_i q_j (spec 11, idea 3):
+fire without i's residual-direct edge V a_i q_j (maths 14.2):
 
     effect[j, i] = sum V a_i q_j 1(h_j <= theta_j < h_j - V a_i q_j)      (negative)
     released[j, i] = sum 1(h_j <= theta_j < h_j - V a_i q_j)

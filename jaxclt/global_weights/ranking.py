@@ -6,7 +6,7 @@
 Circuit Tracing (2025), section 4; expectations over tokens, source and target at the
 same one. With ``_norm`` every term holds the reciprocal norm denominator at the target,
 where the encoder reads after the norm: then n ERA is exactly the sum of the
-residual-direct edges of the tokens' attribution graphs (spec 4.2, T-W4). Where the
+residual-direct edges of the tokens' attribution graphs (maths 17.8). Where the
 encoder reads the stream itself both are the same.
 
 TWERA is blind to inhibition: a source that keeps its target from firing is never active

@@ -6,8 +6,8 @@ For targets j and sources i of lower layers, over the tokens n that count,
 
 with 1(a) for "fires" (a != 0), as Circuit Tracing (2025), section 4, needs for ERA and
 TWERA. Encoders that read after the norm also get ``ind_norm`` and ``act_norm``, each
-term multiplied by the reciprocal norm denominator at the target (spec 4.2): with these
-the sums over graph edges are exact.
+term multiplied by the reciprocal norm denominator at the target (maths 17.8): with
+these the sums over graph edges are exact.
 
 Everything is one product per target layer. Sums of a few thousand tokens are made in
 the model's dtype on the device, and added up in float64 on the host: rates far below

@@ -2,7 +2,7 @@
 
     V[t, s] = <sum of s's decoders below t's layer, t's encoder>      l_s < l_t, else 0
 
-Circuit Tracing (2025), section 4; spec 4.1. An encoder that reads after the norm has
+Circuit Tracing (2025), section 4; maths 17.1. An encoder that reads after the norm has
 its gain folded in, and a LayerNorm's removal of the mean; the denominator depends on
 the token and stays outside: a local residual-direct edge is activation x V x reciprocal
 denominator. A dictionary's linear skip is not part of V: with the norm between, it is

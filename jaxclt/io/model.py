@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from jaxclt.errors import InputError
 from jaxclt.io.bundled import MODELS, bundled
-from jaxclt.io.digest import digest_ends
-from jaxclt.io.fetch import HUB_FILES, HUB_NOT, KNOWN_MODELS, fetch, sha256
+from jaxclt.io.digest import fingerprint
+from jaxclt.io.fetch import HUB_FILES, HUB_NOT, KNOWN_MODELS, fetch
 from jaxclt.io.gguf_file import open_gguf
 from jaxclt.io.hub import download, parse_hub_id
 from jaxclt.io.tokenizer import Tokenizer, load_tokenizer
@@ -22,8 +22,13 @@ from jaxclt.lm.config import LMConfig
 from jaxclt.lm.sharding import kept_whole, leaf_shapes, model_mesh
 from jaxclt.types import LMParams
 
-__all__ = ["Model", "fingerprint", "load_model", "save_hf"]
+__all__ = ["Model", "load_model", "save_hf"]
 
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -35,7 +40,7 @@ class Model:
     cfg: LMConfig
     tokenizer: Tokenizer
     name: str  # as the user gave it
-    hash: str  # of the files it came from, see `fingerprint`
+    hash: str  # of its weights, config and tokenizer, see `jaxclt.io.digest`
     mesh: Mesh | None = None  # that its weights are split over; None: on one device
 
 
@@ -84,21 +89,9 @@ def load_model(
         cfg=cfg,
         tokenizer=tokenizer,
         name=str(name_or_path),
-        hash=fingerprint(files),
+        hash=fingerprint({file.name: file for file in files}),
         mesh=mesh,
     )
-
-
-def fingerprint(files: Sequence[Path]) -> str:
-    """Hex sha256 that tells models apart.
-
-    For one file it is the sha256 of the file. For several it covers their names, sizes
-    and first and last MiB, in the order of names: enough to notice other weights, and
-    quick for shards of many GB.
-    """
-    if len(files) == 1:
-        return sha256(files[0])
-    return digest_ends({file.name: file for file in files})
 
 
 _Parts = tuple[LMParams, LMConfig, Tokenizer, list[Path]]
@@ -107,14 +100,23 @@ _Parts = tuple[LMParams, LMConfig, Tokenizer, list[Path]]
 def _read_directory(path: Path, dtype: str, mesh: Mesh | None) -> _Parts:
     params, cfg = load_hf(path, dtype=dtype, mesh=mesh)
     files = [path / "config.json", *path.glob("*.safetensors")]
-    return params, cfg, load_tokenizer(path), files
+    return params, cfg, load_tokenizer(path), files + _tokenizer_files(path)
 
 
 def _read_gguf(path: Path, dtype: str, mesh: Mesh | None) -> _Parts:
     file = open_gguf(path)
     cfg = config_from_gguf(file)
     params = params_from_gguf(file, cfg, dtype=dtype, mesh=mesh)
-    return params, cfg, load_tokenizer(file), [path]
+    files, folder = [path], path.parent
+    if (folder / "tokenizer.json").is_file():  # preferred to what the file itself says
+        files += _tokenizer_files(folder)
+    return params, cfg, load_tokenizer(file), files
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """What `load_tokenizer` reads of a folder."""
+    there = (folder / name for name in _TOKENIZER_FILES)
+    return [file for file in there if file.is_file()]
 
 
 def _locate(

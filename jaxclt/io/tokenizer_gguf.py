@@ -16,7 +16,7 @@ from typing import Any
 
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
-from jaxclt.io.fetch import cache_root
+from jaxclt.io.digest import cache_root
 from jaxclt.io.gguf_file import GGUFFile
 
 __all__ = ["fast_tokenizer", "kept_tokenizer"]

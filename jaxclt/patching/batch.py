@@ -188,8 +188,8 @@ def default_range(
     transcoder writes is all in its own layer, and a longer range would only shut out
     the model's answer. For the same reason they leave the model's last MLP to answer
     unless it is edited itself: once it is clamped too, nothing of the model responds
-    but attention, and the patch returns the graph's own edges to the targets (T-C3),
-    whatever the model would have done.
+    but attention, and the patch returns the graph's own edges to the targets (maths
+    15.9), whatever the model would have done.
     """
     if mode == "additive":
         return 0, n_layers - 1

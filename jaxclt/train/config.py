@@ -66,7 +66,7 @@ class TrainConfig:
     """Dead features per layer and token in AuxK; 0: half the model's width, at most
     512."""
     jacobian: float = 0.0
-    """Weight of Jacobian matching (spec 6.3)."""
+    """Weight of Jacobian matching: learn the MLPs' derivatives too (maths 19.5)."""
     matryoshka: tuple[int, ...] = ()
     """Prefixes of features that must reconstruct by themselves too."""
     skip: bool = False

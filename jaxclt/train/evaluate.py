@@ -39,7 +39,7 @@ def reconstruction(
 ) -> dict[str, Any]:
     """FVU and L0 per layer, dead and dense features, on the given tokens.
 
-    ``fvu_L = Σ|y - ŷ|² / Σ|y - mean y|²`` (spec 6.4); a feature is dead here if it is
+    ``fvu_L = Σ|y - ŷ|² / Σ|y - mean y|²`` (maths 18.1); a feature is dead here if it is
     silent on all these tokens.
 
     Args:

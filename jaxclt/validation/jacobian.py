@@ -5,7 +5,7 @@ With v ~ N(0, 1) added to the stream that the MLP reads,
     nmse = E |J_dict v - J_mlp v|^2 / E |J_mlp v|^2
 
 estimates the squared Frobenius distance of the two Jacobians as a share of the MLP's
-own (spec 6.3; 1 is what a dictionary without any response gets). Of a cross-layer
+own (maths 16.9; 1 is what a dictionary without any response gets). Of a cross-layer
 transcoder, the decoders into the same layer only: the others read other layers. The
 reconstruction can be good and this bad, for it asks about directions, not values.
 """

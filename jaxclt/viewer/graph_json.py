@@ -31,6 +31,7 @@ import orjson
 
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
+from jaxclt.graph.scores import edge_influence
 
 __all__ = ["finite", "graph_json", "validate"]
 
@@ -45,9 +46,9 @@ def graph_json(
     """State the kept nodes and links of ``graph`` in the shared schema.
 
     Features and errors without a kept link are dropped; embeddings and logits always
-    stay. Links come strongest first, by their share of the target's inputs times the
-    target's influence. Strings are well-formed and numbers finite: ``json.dumps(doc,
-    allow_nan=False)`` and any encoding work.
+    stay. Links come strongest first, by the influence that passes them (see
+    `jaxclt.graph.scores.edge_influence`). Strings are well-formed and numbers finite:
+    ``json.dumps(doc, allow_nan=False)`` and any encoding work.
 
     Args:
         graph: what to show; ``graph.pruning`` says which part.
@@ -65,7 +66,7 @@ def graph_json(
         influence_N=graph.influence_N,
         readout_R=graph.readout_R[graph.target_rows],
     )
-    strongest = np.argsort(-_strength(graph, row_R, weight_R), kind="stable")
+    strongest = np.argsort(-edge_influence(graph, row_R, weight_R), kind="stable")
     row_R, col_R, weight_R = row_R[strongest], col_R[strongest], weight_R[strongest]
     # Nodes are numbered as columns, then logits: a row of a feature is its column.
     n_cols, n_features = len(graph.influence_N), graph.n_features
@@ -363,16 +364,6 @@ def _node(**fields: Any) -> dict[str, Any]:
         "activation": None,
         **fields,
     }
-
-
-def _strength(graph: Graph, row_R: np.ndarray, weight_R: np.ndarray) -> np.ndarray:
-    """Score of every link: share of its target's inputs x the target's influence."""
-    visit_R = np.concatenate(
-        [graph.influence_N[graph.feature_cols], graph.target_prob_K]
-    )
-    total_R = graph.row_strength
-    scale_R = visit_R / np.where(total_R > 0, total_R, 1)
-    return np.abs(weight_R) * scale_R[row_R]
 
 
 def _cumulative_influence(influence_N: np.ndarray) -> np.ndarray:

@@ -127,6 +127,39 @@ def test_records_hold_what_examples_do(tmp_path: Path, data: Path) -> None:
     assert found.record(0, 10**6) is None
 
 
+def test_records_of_neurons_show_both_sides(tmp_path: Path, data: Path) -> None:
+    """The larger side first; a feature on one side has one list, as any other."""
+    places = [(0, 0), (0, 3), (1, 1), (1, 5), (2, 2)]
+    _, examples = make(
+        tmp_path, data, dictionary=dictionary("neurons:9"), features=places
+    )
+    found, both = FeatureFiles(tmp_path), 0
+    for u, place in enumerate(places):
+        doc = found.record(*place)
+        assert doc is not None
+        tops = [
+            [e["tokens_acts_list"][e["train_token_ind"]] for e in q["examples"]]
+            for q in doc["examples_quantiles"]
+            if q["quantile_name"].startswith("Top")
+        ]
+        names = [q["quantile_name"] for q in doc["examples_quantiles"]]
+        low, high = examples.min_U[u], examples.max_U[u]
+        if low < 0 < high:
+            both += 1
+            order = ["above", "below"] if high >= -low else ["below", "above"]
+            assert names[:2] == [f"Top activations {side} zero" for side in order]
+            above, below = tops if high >= -low else tops[::-1]
+            assert above == sorted(above, reverse=True)
+            assert below == sorted(below)
+            assert above[0] == pytest.approx(high, rel=1e-3)
+            assert below[0] == pytest.approx(low, rel=1e-3)
+            assert above[-1] > 0 > below[-1]
+        else:
+            assert names[0] == "Top activations"
+            assert len(tops) == 1
+    assert both > 1
+
+
 def test_the_packed_form_is_circuit_tracers(tmp_path: Path, data: Path) -> None:
     """Read as its page does: a range of bytes, a length, gzip."""
     make(tmp_path, data, features=[(0, 2), (1, 0), (1, 5)])

@@ -88,7 +88,7 @@ def whole_block(name: str, head: tuple[int, int]) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plt", "clt", "topk", "gemma3", "gpt2", "neox"])
 def test_heads_sum_to_the_one_hop_edges_of_the_graphs(name: str):
-    """n ERA of all heads together == the edges with exactly one hop (T-W4, T-H2)."""
+    """Maths 17.10: n ERA of all heads together == the edges with exactly one hop."""
     t, found, chosen = case(name), sums(name), subset(name)
     U, F = len(chosen), t.clt_cfg.n_features
     got_UU, want_UU = np.zeros((U, U)), np.zeros((U, U))

@@ -36,7 +36,7 @@ def tiled(name: str, chosen: Subset) -> np.ndarray:
 
 @pytest.mark.parametrize("name", FEW)
 def test_blocks_are_the_loop_over_pairs_and_layers(name: str):
-    """T-V1: all pairs, a ragged subset, and one sub-block on request."""
+    """Maths 17.1: all pairs, a ragged subset, and one sub-block on request."""
     want = brute_virtual(name)
     close(tiled(name, subset(name)), want)
     few = subset(name, part=True)
@@ -55,7 +55,7 @@ def test_blocks_are_the_loop_over_pairs_and_layers(name: str):
 
 @pytest.mark.parametrize("name", ["plt", pytest.param("clt", marks=pytest.mark.slow)])
 def test_weights_are_linear_in_the_decoders(name: str):
-    """T-V2; and a PLT's weight is one dot product."""
+    """Maths 17.2; and a PLT's weight is one dot product."""
     t = case(name)
     other = tuple(W[::-1] for W in t.clt.W_dec)
     mixed = tuple(2 * a - 3 * b for a, b in zip(t.clt.W_dec, other, strict=True))
@@ -74,7 +74,7 @@ def test_weights_are_linear_in_the_decoders(name: str):
 
 @pytest.mark.parametrize("name", [*FEW, "gpt2", "neox"])
 def test_local_direct_edges_are_value_times_weight_times_norm(name: str):
-    """T-V3: what `provenance` calls residual-direct, with the skip left out (T-H5)."""
+    """Maths 17.3, 7.6: what `provenance` calls residual-direct, the skip left out."""
     t = case(name)
     no_skip = {"skip_LDD": None}
     active = dataclasses.replace(case_active(name), **no_skip)
@@ -100,7 +100,7 @@ def test_local_direct_edges_are_value_times_weight_times_norm(name: str):
 
 @pytest.mark.parametrize("name", ["clt", pytest.param("span2", marks=pytest.mark.slow)])
 def test_vocabulary_weights(name: str):
-    """Embeddings by hand; T-V4: logit weights of a feature sum to zero."""
+    """Embeddings by hand; maths 17.4: logit weights of a feature sum to zero."""
     t, params = case(name), case(name).params
     store, embed = t.dictionary.store, np.asarray(params.embed_VD)
     got = weights.embedding_weights(store, params, 2, np.r_[3, 5], np.r_[8, 0])

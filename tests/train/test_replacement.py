@@ -70,7 +70,7 @@ def test_each_encoder_reads_the_replacements_own_stream(case):
 
 
 def test_all_neurons_are_the_model_and_few_are_not(case):
-    """T-RM1: a dictionary that is the MLP gives the model's own logits."""
+    """Maths 3.2: a dictionary that is the MLP gives the model's own logits."""
     true_TV = forward(case.params, case.token_T, cfg=case.cfg)
     whole = partial(neuron_logits, case.params, case.token_T, cfg=case.cfg)
     every = whole(k=case.cfg.d_mlp, keep_first=False)
@@ -82,7 +82,7 @@ def test_all_neurons_are_the_model_and_few_are_not(case):
 
 
 def test_zero_decoders_are_the_mean_mlp_model(case):
-    """T-RM2: what is left is a constant in every MLP's place."""
+    """Maths 3.3: what is left is a constant in every MLP's place."""
     from jaxclt.lm.run import embed, run, unembed
 
     mean_LD = case.recording.write_LTD.mean(1)
@@ -111,7 +111,7 @@ def test_zero_decoders_are_the_mean_mlp_model(case):
 
 @pytest.mark.parametrize("kind", ["clt", "neurons:3", "neurons@0.01"])
 def test_with_its_error_vectors_it_is_the_model(case, kind):
-    """T-RM3: the errors of this prompt make up for any dictionary."""
+    """Maths 3.4: the errors of this prompt make up for any dictionary."""
     dictionary = case.dictionary if kind == "clt" else parse_neurons(kind)
     active = dictionary.active(case.params, case.recording, case.cfg)
     error_LTD = jnp.asarray(error_nodes(active, case.recording))

@@ -1,4 +1,4 @@
-"""How perturbations spread: T-F1 to T-F4, and the exact dictionary (spec 6.2)."""
+"""How perturbations spread (maths 16.4 to 16.9), and the exact dictionary."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def measured(kind: str, norms: Any) -> Agreement:
 @pytest.mark.parametrize("norms", ["frozen", "live"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_models_start_from_the_same_perturbation(kind: str, norms: str):
-    """T-F1, and nothing is said of layers before it."""
+    """Maths 16.5, and nothing is said of layers before it."""
     found = measured(kind, norms)
     for row, one in enumerate(perturbations(kind)):
         layer = int(one.nudge.layer)
@@ -96,7 +96,7 @@ def test_both_models_start_from_the_same_perturbation(kind: str, norms: str):
 
 @pytest.mark.parametrize("kind", ["neurons", "parallel"])
 def test_the_exact_dictionary_with_live_norms_is_faithful_everywhere(kind: str):
-    """T-F2: all neurons, gates and norms live. With frozen norms it is not."""
+    """Maths 16.6: all neurons, gates and norms live. With frozen norms it is not."""
     live, frozen = measured(kind, "live"), measured(kind, "frozen")
     behind = ~np.isnan(live.cosine_L)
     assert behind.sum() == 3 * (3 + 2)
@@ -107,7 +107,7 @@ def test_the_exact_dictionary_with_live_norms_is_faithful_everywhere(kind: str):
 
 
 def test_the_error_is_a_function_of_cosine_and_size_ratio():
-    """T-F3, and so nmse is at least 1 - cosine squared."""
+    """Maths 16.7, and so nmse is at least 1 - cosine squared."""
     one, other = jax.random.normal(jax.random.key(3), (2, L, T, D), jnp.float64)
     for found in (compare(one, other), measured("clt", "frozen")):
         rho, cosine = np.asarray(found.ratio_L), np.asarray(found.cosine_L)
@@ -118,7 +118,7 @@ def test_the_error_is_a_function_of_cosine_and_size_ratio():
 
 
 def test_small_perturbations_measure_the_jacobians():
-    """T-F4: the limit is the agreement of the two linear responses."""
+    """Maths 16.8: the limit is the agreement of the two linear responses."""
     _, _, model, local = parts("clt")
     one = perturbations("clt")[1]
     small = dataclasses.replace(
@@ -156,7 +156,7 @@ def test_small_perturbations_measure_the_jacobians():
 
 @pytest.mark.parametrize("kind", ["neurons", "parallel"])
 def test_all_neurons_have_the_mlps_derivative_and_others_do_not(kind: str):
-    """Spec 6.3: zero distance for the exact dictionary, gates live."""
+    """Maths 16.9: zero distance for the exact dictionary, gates live."""
     key = jax.random.key(0)
     for norms in ("frozen", "live"):
         _, _, model, local = parts(kind)
