@@ -27,6 +27,7 @@ FEATURES = "features"
 _HEAD = 1 << 16  # most graphs say in it what they are
 _WHOLE = 1 << 28  # larger ones must
 _LONGEST = 300  # characters of a prompt in the list
+_NUMBERS = 10**20  # a file's name has an end
 _METADATA = re.compile(r'\s*\{\s*"metadata"\s*:\s*')
 
 Entry = dict[str, str]  # slug and prompt, or what is wrong as error
@@ -86,6 +87,8 @@ class Folder:
           InputError: if its file is damaged.
         """
         files = FeatureFiles(self.inside(self.graph(name).parent / FEATURES))
+        if number >= _NUMBERS:
+            raise NotServedError("no such feature")
         place = uncantor(number)
         self.inside(files.folder / INDEX)  # links may lead elsewhere
         for file in files.paths(*place):
@@ -121,7 +124,7 @@ class Folder:
             except OSError as error:
                 yield folder, {"error": f"cannot be read: {error.strerror}"}
                 continue
-            whole = any(e.name == GRAPH and e.is_file() for e in seen)
+            whole = os.path.isfile(folder / GRAPH)
             for entry in seen:
                 if entry.is_dir(follow_symlinks=False):
                     if not (whole and entry.name == FEATURES):
@@ -151,7 +154,7 @@ class Folder:
         except OSError as error:
             return {"error": f"cannot be read: {error.strerror}"}
         entry, name = kept[1], self._name(path)
-        if entry is not None and (_said(name) != name or not name.isprintable()):
+        if entry is not None and (_said(name) != name or "\n" in name):
             return {"error": "no address can hold its name: rename it"}
         return entry
 

@@ -150,6 +150,11 @@ class _Connection(H11Protocol):
         self._wait()
         super().on_response_complete()
 
+    def send_400_response(self, msg: str) -> None:
+        if self.cycle is not None:
+            self.cycle.disconnected = True  # its answer would come after this one
+        super().send_400_response(msg)
+
     def connection_lost(self, exc: Exception | None) -> None:
         if self._watch is not None:
             self._watch.cancel()

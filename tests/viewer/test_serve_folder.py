@@ -38,13 +38,15 @@ def test_bad_folders_are_named_and_the_rest_is_listed(tmp_path: Path):
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "graph.json").write_bytes(os.fsencode(text))
-    (tmp_path / "half").mkdir()
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop" / "graph.json").symlink_to("graph.json")
+    write(tmp_path / "wide\u3000space", DOC)
     half = {**DOC["metadata"], "prompt": "\ud800", "slug": ["x"]}
     write(tmp_path / "half", {**DOC, "metadata": half})
     found = {entry["path"]: entry for entry in Folder(tmp_path).graphs()}
     good = {path for path, entry in found.items() if "error" not in entry}
-    assert good == {"good", "half"}
-    bad = {"list", "number", "broken", "cut", "deep", "empty", "other", "bytes"}
+    assert good == {"good", "half", "wide\u3000space"}
+    bad = {"list", "number", "broken", "cut", "deep", "empty", "other", "bytes", "loop"}
     assert found.keys() == good | bad | {"\\udcff\\udcfe", "two\nlines"}
     assert found["list"]["error"] == "its metadata is no object"
     assert found["cut"]["error"] == "it is cut off"
@@ -52,7 +54,7 @@ def test_bad_folders_are_named_and_the_rest_is_listed(tmp_path: Path):
         ask = talk(server.port)
         status, _, text = ask("/")
         assert status == 200
-        assert text.count("<a href=") == 2
+        assert text.count("<a href=") == 3
         assert "its metadata is no object" in text
         assert ask("/view/list")[0] == ask("/view/cut")[0] == 422
         assert len(json.loads(ask("/api/graphs")[2])) == len(found)
