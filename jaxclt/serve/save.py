@@ -59,7 +59,7 @@ class ChangedError(Exception):
 
     Attributes:
       version: that it is now.
-      labels: of its nodes, by id.
+      labels: of all its nodes that can have one, by id.
       view: its ``qParams``.
     """
 
@@ -67,9 +67,9 @@ class ChangedError(Exception):
         super().__init__("the graph was saved elsewhere meanwhile")
         self.version = version
         self.labels = {
-            node["node_id"]: node["clerp"]
-            for node in doc["nodes"]
-            if node["clerp"] and node["feature_type"] != "logit"
+            node_id: node["clerp"]
+            for node_id, node in _by_id(doc).items()
+            if node["feature_type"] != "logit"
         }
         self.view = doc["qParams"]
 
@@ -115,9 +115,7 @@ def save_view(file: Path, change: Any, *, version: str | None = None) -> str:
 
 
 def _apply(doc: dict[str, Any], labels: dict[str, str], view: dict[str, Any]) -> None:
-    # In old files of circuit-tracer an error may have the id of a feature.
-    last = sorted(doc["nodes"], key=lambda n: n["feature_type"] != _ERROR)
-    node_by_id = {node["node_id"]: node for node in last}
+    node_by_id = _by_id(doc)
     for node_id, label in labels.items():
         node = node_by_id.get(node_id)
         if node is None or node["feature_type"] == "logit":
@@ -134,7 +132,14 @@ def _apply(doc: dict[str, Any], labels: dict[str, str], view: dict[str, Any]) ->
     doc["qParams"] |= {key: view[key] for key in _VIEW if key in view}
 
 
-_ERROR = "mlp reconstruction error"
+def _by_id(doc: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Nodes by id; the feature where an error shares its id.
+
+    As in files of circuit-tracer up to 0.5.0.
+    """
+    error = "mlp reconstruction error"
+    nodes = sorted(doc["nodes"], key=lambda node: node["feature_type"] != error)
+    return {node["node_id"]: node for node in nodes}
 
 
 def _check(change: Any) -> None:

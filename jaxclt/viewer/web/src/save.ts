@@ -7,7 +7,7 @@ import type { App } from "./app";
 import { type Json, asObject, asText, readView } from "./document";
 import { inPath } from "./dom";
 import { tell } from "./files";
-import type { Model } from "./model";
+import type { GraphNode, Model } from "./model";
 import { cardsOf, toSave } from "./state";
 
 const TRIES = 5; // others may save all the time
@@ -67,16 +67,14 @@ export class Saver {
   /** Put what was changed here on top of what the file holds now. */
   private merge(now: Json): void {
     const { app, base } = this, { model } = app, mine = workOf(app), view = readView(now.qParams), saved = asObject(now.labels);
-    const idOf = new Map(model.nodes.map((n) => [model.doc.written[n.index] ?? n.id, n.id]));
-    const read = (id: string): string => {
-      const known = idOf.get(id);
-      if (known === undefined) throw new Error("the graph was traced again; load the page again");
-      return known;
-    };
+    const written = (n: GraphNode): string => model.doc.written[n.index] ?? n.id;
+    const idOf = new Map(model.nodes.map((n) => [written(n), n.id])), known = (id: string): string[] => { const own = idOf.get(id); return own === undefined ? [] : [own]; };
+    const here = new Set(model.nodes.filter((n) => n.kind !== "logit").map(written)), there = Object.keys(saved);
+    if (there.length !== here.size || !there.every((id) => here.has(id))) throw new Error("the graph was traced again; load the page again");
     const theirs: Work = {
-      labels: new Map(model.nodes.filter((n) => n.kind === "feature").map((n) => [n.id, asText(saved[model.doc.written[n.index] ?? n.id])])),
-      pins: new Map(view.pinned.map(read).map((id) => [id, id])),
-      groups: byName(view.supernodes.map((g) => [g.label, ...g.ids.map(read)])),
+      labels: new Map(model.nodes.filter((n) => n.kind === "feature").map((n) => [n.id, asText(saved[written(n)])])),
+      pins: new Map(view.pinned.flatMap(known).map((id) => [id, id])),
+      groups: byName(view.supernodes.map((g) => [g.label, ...g.ids.flatMap(known)])),
       cards: new Map(view.cards.map((card) => [card[0], card])),
     };
     for (const [id, label] of merged(base.labels, mine.labels, theirs.labels)) {
