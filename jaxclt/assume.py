@@ -14,7 +14,7 @@ from jaxclt.errors import InputError
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.graph.memory import FLOAT32, MemoryPlan, Sizes, memory_plan
 from jaxclt.io.families import shape_from_hf
-from jaxclt.io.weights_safetensors import read_json
+from jaxclt.io.json_file import read_json
 from jaxclt.lm.config import LMConfig
 
 __all__ = ["Assumed", "plan_assumed", "read_assumed"]

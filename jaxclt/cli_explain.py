@@ -22,7 +22,7 @@ class ExplainConfig:
     """How an edge travelled: straight up the residual stream, or moved by which heads.
 
     Nodes are named as on the page and in graph.json: layer:position:feature (12:5:345,
-    or 12_345_5), "error 12:5", "embed 2"; a target by its number or its text.
+    or 12_345_5), "error 12:5", "embed 2"; a target by its number, its text or id:TOKEN.
     """
 
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]

@@ -19,10 +19,11 @@ from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError
 
 if TYPE_CHECKING:
-    from jaxclt.clt.active import Dictionary
+    from jaxclt.clt.coder import Dictionary
     from jaxclt.graph.attribute import AttributeConfig
     from jaxclt.graph.memory import MemoryPlan
     from jaxclt.io.model import Model
+    from jaxclt.prompts import Prompt
 
 __all__ = ["SweepConfig", "TraceConfig", "heading", "run_sweep", "run_trace"]
 
@@ -50,7 +51,10 @@ class _Attribution:
     heads: int = 0
     """List the last attention heads of this many of the strongest shown edges."""
     bos: Literal["auto", "always", "never"] = "auto"
-    """Put a beginning-of-sequence token first; auto: as the model was trained."""
+    """Put a beginning-of-sequence token first; auto: as the model's tokenizer does."""
+    chat: bool = False
+    """A prompt is what the user says: put the model's own chat template around it, up
+    to where the assistant answers."""
     compat: Literal["none", "circuit-tracer"] = "none"
     """circuit-tracer's conventions: a first token always, no features or errors there,
     its pruning and its completeness score."""
@@ -87,10 +91,10 @@ class TraceConfig(_Attribution):
     """Directory to write graph.npz, report.json, graph.json and index.html to."""
     targets: tuple[str, ...] = ()
     """What to explain instead of the most probable tokens. A text that is one token is
-    that token (mind leading spaces). Otherwise: "diff: Paris| London" for a difference
-    of two logits; "prob: Paris" and "logp: Paris" for a probability, to first order;
-    any of these and a token with "@P" after position P instead of the last; "top:P" for
-    the most probable tokens there; "feature:LAYER:P:INDEX" for a feature;
+    that token (mind leading spaces); id:N is token number N. "diff: Paris| London" is
+    a difference of two logits; "prob: Paris" and "logp: Paris" a probability, to first
+    order; any of these and a token with "@P" after position P instead of the last;
+    "top:P" for the most probable tokens there; "feature:LAYER:P:INDEX" for a feature;
     "vector:SITE@P:FILE.npz" for a direction `vec` at out, resid_mid:L, normalized:L,
     mlp_in:L, mlp_out:L, resid_post:L, resid_pre:L or attn_in:L. "2*..." gives a weight,
     otherwise all count the same; tokens alone count by probability."""
@@ -117,7 +121,8 @@ class SweepConfig(_Attribution):
     """The same for many prompts: a directory each and an index; resumes by itself."""
 
     prompts: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PROMPTS")]
-    """.txt file with a prompt a line, or .jsonl file of objects with `prompt`."""
+    """.txt file with a prompt a line, or .jsonl file of objects with `prompt`, or with
+    `messages` of a chat, [{"role": ..., "content": ...}, ...]."""
     out: Path
     """Directory to write to."""
     save: Literal["auto", "full", "pruned"] = "pruned"
@@ -127,6 +132,7 @@ class SweepConfig(_Attribution):
 def run_trace(config: TraceConfig, say: Console) -> None:
     """Trace, write, print."""
     from jaxclt import trace
+    from jaxclt.io.chat import user_says
     from jaxclt.io.global_file import load_globals
     from jaxclt.trace_files import write_trace
 
@@ -135,9 +141,10 @@ def run_trace(config: TraceConfig, say: Console) -> None:
     if config.assume:
         _dry_run_assumed(config)
         return
+    prompt = user_says(config.prompt) if config.chat else config.prompt
     model, dictionary, attribution, loaded = _prepare(config, say)
     if config.dry_run:
-        _dry_run(model, dictionary, config, attribution)
+        _dry_run(model, dictionary, prompt, config, attribution)
         return
     prefilter = None
     if config.prefilter is not None:
@@ -147,7 +154,7 @@ def run_trace(config: TraceConfig, say: Console) -> None:
         traced = trace.trace_prompt(
             model,
             dictionary,
-            config.prompt,
+            prompt,
             targets=config.targets,
             bos=config.bos,
             prefilter=prefilter,
@@ -180,13 +187,17 @@ def run_trace(config: TraceConfig, say: Console) -> None:
 
 
 def _dry_run(
-    model: Model, dictionary: Dictionary, config: TraceConfig, how: AttributeConfig
+    model: Model,
+    dictionary: Dictionary,
+    prompt: Prompt,
+    config: TraceConfig,
+    how: AttributeConfig,
 ) -> None:
     from jaxclt.graph.compute import memory_budget
     from jaxclt.trace import plan_trace
 
     plan, n_tokens, n_active = plan_trace(
-        model, dictionary, config.prompt, config=how, bos=config.bos
+        model, dictionary, prompt, config=how, bos=config.bos
     )
     _show_plan(plan, n_tokens, n_active, memory_budget(how), config)
 
@@ -243,9 +254,12 @@ def _show_plan(
 
 def run_sweep(config: SweepConfig, say: Console) -> None:
     """Trace all prompts, print how many."""
+    from jaxclt.io.chat import user_says
     from jaxclt.sweep import read_prompts, sweep_prompts
 
     prompts = read_prompts(config.prompts)
+    if config.chat:
+        prompts = [user_says(x) if isinstance(x, str) else x for x in prompts]
     model, dictionary, attribution, _ = _prepare(config, say)
     with progress(say, "prompts", "prompts/s") as on_prompt:
         index = sweep_prompts(

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxclt.clt.active import Dictionary
-from jaxclt.clt.encoder import encoder_of
+from jaxclt.clt.coder import Dictionary, load
 from jaxclt.dashboards import files
 from jaxclt.dashboards.documents import feature_document, validate
 from jaxclt.dashboards.examples import Examples
@@ -31,6 +30,7 @@ from jaxclt.errors import InputError
 from jaxclt.global_text import Features, choose_features
 from jaxclt.global_weights.subset import FeatureSizes
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.json_file import read_json
 from jaxclt.io.model import Model
 from jaxclt.windows import BATCH_TOKENS, Data, Mask, TokenWindows, read_windows
 
@@ -103,7 +103,7 @@ def feature_dashboards(
     subset = choose_features(
         model, dictionary, features, windows, partial(on_stage, "features")
     )
-    encoder = encoder_of(dictionary, model.params, model.cfg)
+    encoder = load(dictionary, model.params, model.cfg, decoders=False)
     settings = {
         "excerpt": excerpt,
         "top": top,
@@ -119,7 +119,7 @@ def feature_dashboards(
         "model": model.hash,
         "dictionary": dictionary.hash,
         # Neurons of one model differ by which of them count.
-        "neurons": dictionary.name if encoder.clt is None else "",
+        "neurons": dictionary.name if encoder.coder.gated else "",
         "windows": windows.digest,
         "features": hashlib.sha256(place_U2.tobytes()).hexdigest(),
         **settings,
@@ -183,7 +183,7 @@ def feature_dashboards(
     new = counted[-1] - counted[0]
     if not new and (out / REPORT).is_file():
         # Nothing was left to do: the seconds are those of the run that did it.
-        return json.loads((out / REPORT).read_text("utf-8")), examples
+        return read_json(out / REPORT), examples
     report["tokens_per_second"] = round(new / pass_s, 1)  # compiling included
     with atomic_path(out / REPORT) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -195,8 +195,8 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
     file = out / RUN
     if file.is_file():
         try:
-            found = json.loads(file.read_text("utf-8"))
-        except ValueError:
+            found = read_json(file)
+        except InputError:
             found = {}
         for what, value in identity.items():
             if found.get(what) != value:

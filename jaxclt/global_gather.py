@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
-from jaxclt.global_text import Features, choose_features, store_of
+from jaxclt.global_text import Features, bound_of, choose_features
 from jaxclt.global_weights.attention import Head
 from jaxclt.global_weights.sparse import check_size, sparse_sums
 from jaxclt.global_weights.statistics import (
@@ -96,7 +96,7 @@ def coactivation(
       InputError: for data, features or heads that do not fit, or a `state` of another
         run.
     """
-    store = store_of(dictionary, model.params)
+    on = bound_of(dictionary, model)
     for layer, head in heads:
         if not (1 <= layer < model.cfg.n_layers and 0 <= head < model.cfg.n_heads):
             raise InputError(
@@ -137,14 +137,14 @@ def coactivation(
         )
     found = kept or Coactivation(
         subset=subset,
-        scaled=store.cfg.read != "resid_mid",
+        scaled=on.coder.site != "resid_mid",
         sums={},
         heads=tuple((int(layer), int(head)) for layer, head in heads),
         input_Y=chosen.tokens(input_tokens),
         output_Y=chosen.tokens(output_tokens),
     )
-    plan = Plan(lm=model.cfg, clt=store.cfg, starts=subset.starts, heads=found.heads)
-    gathering = _Gathering(model.params, encoders(store, model.params, subset), plan)
+    plan = Plan(lm=model.cfg, coder=on.coder, starts=subset.starts, heads=found.heads)
+    gathering = _Gathering(model.params, encoders(on, subset), plan)
     gathering.total = found.sums
     batch = BATCH_TOKENS // 2 if thin else BATCH_TOKENS
     for token_WS, mask_WS, done in batches(windows, first, batch):
@@ -319,7 +319,7 @@ class _State:
                         f"{self.directory} holds statistics of another run ({what} "
                         "differs): give the same arguments, or another directory"
                     )
-            return found, int(more["windows"])
+            return found, more.get("windows", 0)
         return None, 0
 
     def due(self) -> bool:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.supernodes import with_features
@@ -212,7 +212,7 @@ def _warning(subject: Subject, edits: Sequence[Edit], how: How) -> str | None:
                 f"supernode {group.name!r}: only features are patched, "
                 f"{', '.join(rest)} stay as they are"
             )
-    if how.mode == "additive" and subject.patchable.clt_cfg.span > 1:
+    if how.mode == "additive" and subject.patchable.coder.shape.span > 1:
         said.append(DOUBLE)
     return "; ".join(said) or None
 

@@ -15,7 +15,8 @@ from jaxclt.graph.graph import GraphMeta
 from jaxclt.intervene import PatchResult
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.guard import locked
-from jaxclt.pages import PATCHES, read_json
+from jaxclt.io.json_file import find_json
+from jaxclt.pages import PATCHES
 from jaxclt.viewer.graph_json import finite
 
 __all__ = ["MOST", "keep_patch", "patch_record"]
@@ -54,7 +55,7 @@ def keep_patch(directory: Path, record: dict[str, Any], meta: GraphMeta) -> None
     path = directory / PATCHES
     about = {"prompt": meta.prompt, "dictionary": meta.dictionary}
     with locked(path):
-        before = read_json(path) or {}
+        before = find_json(path) or {}
         same = all(before.get(key) == value for key, value in about.items())
         older = before.get("patches") if same else None
         kept = [

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import Active, Dictionary, StoreDictionary
+from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.explain import EdgeParts, edge_parts
@@ -51,7 +52,7 @@ def recorded(
     token_T = np.zeros(bucket(n), np.int32)
     token_T[:n] = graph.token_T
     recording = record_prompt(model.params, jnp.asarray(token_T), model.cfg)
-    active = dictionary.active(model.params, recording, model.cfg)
+    active = active_features(dictionary, model.params, recording, model.cfg)
     if graph.meta.convention == "circuit-tracer":
         active = active.where(active.pos_A > 0)
     return crop(recording, active, n)
@@ -143,15 +144,11 @@ def inhibition(
     Raises:
       InputError: for a dictionary without thresholds, or not the graph's.
     """
-    if not isinstance(dictionary, StoreDictionary):
-        raise InputError(
-            f"{dictionary.name} has no thresholds: inhibition takes a transcoder"
-        )
     recording, active = recorded(graph, model, dictionary)
     return find_inhibition(
         model.params,
         recording,
-        dictionary.store,
+        dictionary,
         active,
         model.cfg,
         margin=margin,

@@ -3,6 +3,7 @@
 | text | what is explained |
 |---|---|
 | `" Paris"` | the logit of a token (minus the mean logit) |
+| `"id:1234"` | the same by the token's number |
 | `" Paris@5"` | the same after position 5; -1 is the last one |
 | `"top:5"` | the most probable tokens after position 5 |
 | `"diff: Paris\\| London"` | the logit of the first minus that of the second |
@@ -11,8 +12,12 @@
 | `"vector:resid_post:12@5:probe.npz"` | a direction at a site and position |
 
 Differences and probabilities take ``@position`` too. Every text takes a weight in
-front, as in ``"0.5*top:5"``, and a negative one turns the target round. A text that is
-one token of the model is always that token, whatever it looks like.
+front, as in ``"0.5*top:5"``, and a negative one turns the target round.
+
+A text that is one token of the model is always that token, whatever it looks like: the
+one whose string it is, whether or not the tokenizer would make it of the text; else the
+one that the tokenizer makes of it; else, with a space in front that no token has
+(``"diff: 95|94"``), that of the text without it.
 
 Plain tokens alone weigh as much as they are probable; as soon as anything else is
 given, every text counts the same, or by its weight. Vectors come from an npz file:
@@ -23,14 +28,14 @@ given, every text counts the same, or by its weight. Vectors come from an npz fi
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.targets import (
     combine_targets,
@@ -42,6 +47,7 @@ from jaxclt.graph.targets import (
     token_targets,
 )
 from jaxclt.io.model import Model
+from jaxclt.io.npz import Must, open_npz
 from jaxclt.types import Recording, Targets
 
 __all__ = ["read_targets"]
@@ -142,7 +148,8 @@ def _one(prompt: _Prompt, body: str) -> Targets:
     if n == 1:
         raise InputError(f"{what} is no token of this model")
     raise InputError(
-        f"{what} is {n} tokens, not one: mind the leading space, or give a shorter text"
+        f"{what} is {n} tokens, not one: mind the leading space, or give a shorter "
+        "text, or id:N for token N"
     )
 
 
@@ -231,25 +238,15 @@ def _vector(prompt: _Prompt, body: str) -> Targets:
 
 
 def _read_vectors(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            vec_KD = file["vec"]
-            const_K = file["const"] if "const" in file.files else None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,  # a plain array has no names
-        EOFError,
-        zipfile.BadZipFile,
-    ):
-        raise InputError(
-            f"{path} is no npz file with an array `vec` (and maybe `const`)"
-        ) from None
-    if vec_KD.dtype.kind != "f":
-        raise InputError(f"{path}: `vec` holds no floating-point numbers")
-    return vec_KD, const_K
+    wrong = "is no npz file with an array `vec` (and maybe `const`)"
+    with open_npz(Path(path), wrong, "write one with numpy.savez") as file:
+        one, sizes = len(file.header("vec").shape) == 1, {}
+        vec_KD = file.array("vec", Must("half", "D" if one else "KD"), sizes)
+        if "const" not in file:
+            return vec_KD, None
+        sizes.setdefault("K", 1)
+        axes = "K" * len(file.header("const").shape)
+        return vec_KD, file.array("const", Must("half", axes), sizes)
 
 
 def _position(prompt: _Prompt, pos: int) -> int:
@@ -263,13 +260,17 @@ def _position(prompt: _Prompt, pos: int) -> int:
 
 
 def _token(model: Model, text: str) -> int | None:
-    """The id of a text that is one token, and not the one for what is unknown."""
-    ids = model.tokenizer.encode(text, "never")
-    if len(ids) != 1:
-        return None
-    backend = model.tokenizer.backend
-    unknown = ids[0] == getattr(backend, "unk_token_id", None)
-    return None if unknown and text != backend.unk_token else ids[0]
+    """The id of a text that is one token, see this module; None of any other."""
+    tokenizer = model.tokenizer
+    found = tokenizer.find(text)
+    if found is not None:
+        return found
+    if number := re.fullmatch(r" ?id:(\d{1,9})", text):
+        if int(number[1]) >= model.cfg.d_vocab:
+            last = model.cfg.d_vocab - 1
+            raise InputError(f"{text!r}: the model's tokens are id:0 to id:{last}")
+        return int(number[1])
+    return tokenizer.find(text[1:]) if text[:1] == " " and text[1:] else None
 
 
 def _string(model: Model, token: int) -> str:

@@ -39,7 +39,7 @@ from jaxclt.validation.predictions import (
     group_effects,
     pairwise_influence,
 )
-from jaxclt.validation.stats import bootstrap, pearson, spearman
+from jaxclt.validation.stats import bootstrap, pearson, resampled, spearman
 from jaxclt.validation.words import markdown, verdict
 
 __all__ = ["ValidateOptions", "validate_graph", "write_validation"]
@@ -109,7 +109,7 @@ def validate_graph(
         "prompt": graph.meta.prompt,
         "dictionary": graph.meta.dictionary,
         "model": graph.meta.model,
-        "span": subject.patchable.clt_cfg.span,
+        "span": subject.patchable.coder.shape.span,
         "options": dataclasses.asdict(options),
         "n_top": int((~chosen.control_B).sum()),
         "n_random": int(chosen.control_B.sum()),
@@ -172,7 +172,7 @@ class _Counter:
 def _planned(subject: Subject, options: ValidateOptions, chosen: _Chosen) -> int:
     B = len(chosen.node_B)
     small = len(_small(options, chosen))
-    n_modes = len(MODES) - (subject.patchable.clt_cfg.span == 1)
+    n_modes = len(MODES) - (subject.patchable.coder.shape.span == 1)
     n = n_modes * (B + small) + min(options.n_replacement, B) + len(chosen.group)
     return n + 6 * options.n_layers * options.n_perturbed
 
@@ -257,14 +257,14 @@ def _ablate(
         many.append([(*map(int, place), factor, 0.0) for place in own])
         layers = default_range(
             g.layer_A[node],
-            span=subject.patchable.clt_cfg.span,
+            span=subject.patchable.coder.shape.span,
             n_layers=L,
             mode=how.mode,
         )
         ranges.append((0, L - 1) if everywhere else layers)
     features = None if watch is None else subject.watch(watch)
     # One chunk size, so that full and small patches share a program.
-    size = chunk_size(subject.patchable, 1, subject.patchable.clt_cfg.span)
+    size = chunk_size(subject.patchable, 1, subject.patchable.coder.shape.span)
     return subject.effects(
         many,
         ranges,
@@ -309,7 +309,7 @@ def _total_effects(
     own = [np.array([a]) for a in chosen.node_B]
     small = _small(options, chosen)
     for mode in MODES:
-        if mode == "additive" and subject.patchable.clt_cfg.span == 1:
+        if mode == "additive" and subject.patchable.coder.shape.span == 1:
             # The same patch (maths 15.12): a feature writes in its own layer only.
             out[mode], scatter[mode] = out["constrained"], scatter["constrained"]
             continue
@@ -429,12 +429,18 @@ def _pairwise(
     out = {"spearman": _number(spearman(x, y)), "n": int(later.sum())}
     if len(x) >= 3:
         # Whole sources are drawn, with all their pairs.
-        draw = np.asarray(jax.random.randint(key, (200, len(node_B)), 0, len(node_B)))
-        found = [
-            spearman(influence_BW[i][later[i]], change_BW[i][later[i]]) for i in draw
-        ]
-        low, high = np.nanquantile(found, [0.025, 0.975])
-        out["interval"] = [_number(low), _number(high)]
+        interval = resampled(
+            lambda draw_NB: np.array(
+                [
+                    spearman(influence_BW[i][later[i]], change_BW[i][later[i]])
+                    for i in draw_NB
+                ]
+            ),
+            len(node_B),
+            key,
+            n=200,
+        )
+        out["interval"] = [_number(x) for x in interval]
     return out
 
 

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxclt.clt.active import Active, StoreDictionary
+from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.graph import Graph, GraphMeta
@@ -58,7 +59,7 @@ def traced(name: str) -> Traced:
         golden = dict(file)
     np.testing.assert_array_equal(golden["token_T"], recording.token_T)
     store = open_dictionary(GOLDENS / directory / f"dictionary{suffix}")
-    active = StoreDictionary(store).active(model.params, recording, model.cfg)
+    active = active_features(StoreDictionary(store), model.params, recording, model.cfg)
     targets = salient_targets(model.params, recording.out_TD[-1])
     return Traced(golden, model, recording, active, targets)
 

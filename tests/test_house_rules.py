@@ -23,10 +23,10 @@ ROOMS = {
     "global_weights": ("types", "errors", "shapes", "lm", "clt"),
     "dashboards": (
         *("types", "errors", "windows", "lm", "clt", "global_weights"),
-        *("graph.memory", "io.atomic"),
+        *("graph.memory", "io.atomic", "io.json_file", "io.npz"),
     ),
     "shapes": (),
-    "viewer": ("errors", "graph.graph"),
+    "viewer": ("errors", "graph.graph", "io.json_file"),
 }
 
 

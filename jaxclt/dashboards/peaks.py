@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from jaxclt.clt.encoder import Encoder
+from jaxclt.clt.coder import Loaded
 from jaxclt.lm.block import block
 from jaxclt.lm.run import embed, native_mlp
 from jaxclt.types import LMParams
@@ -72,13 +72,14 @@ class Batch:
 
 def _layers(
     params: LMParams,
-    encoder: Encoder,
+    encoder: Loaded,
     batch: Batch,
     per_layer: Any,
     each: Any,
 ) -> Any:
     """Scan over layers; `each` reduces a layer's activations [W, S, F]."""
     cfg = encoder.lm
+    assert cfg is not None
     native = native_mlp(cfg)
 
     def step(resid_WSD: Array, xs: Any) -> tuple[Array, Any]:
@@ -100,13 +101,13 @@ def _layers(
 
     embed_WSD = jax.vmap(partial(embed, params))(jnp.maximum(batch.token_WS, 0))
     layer_L = jnp.arange(cfg.n_layers, dtype=jnp.uint32)
-    xs = (params.blocks, encoder.per_layer, layer_L, per_layer)
+    xs = (params.blocks, encoder.weights, layer_L, per_layer)
     return jax.lax.scan(step, embed_WSD, xs)[1]
 
 
 def batch_peaks(
     params: LMParams,
-    encoder: Encoder,
+    encoder: Loaded,
     pick_LN: Array | None,
     key: Array,
     batch: Batch,
@@ -208,7 +209,7 @@ def _extremes(a_WSN: Array, signed: bool) -> tuple[tuple[Array, ...], Array, Arr
     return (jnp.maximum(high_WN, 0), jnp.minimum(low_WN, 0)), low_N, high_N
 
 
-def firing_counts(params: LMParams, encoder: Encoder, batch: Batch) -> Array:
+def firing_counts(params: LMParams, encoder: Loaded, batch: Batch) -> Array:
     """On how many positions of a batch each feature is active, [L, F]."""
 
     def each(layer: Array, a_WSF: Array, more: None) -> Array:

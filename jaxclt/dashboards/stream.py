@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.encoder import Encoder
+from jaxclt.clt.coder import Loaded
 from jaxclt.dashboards.examples import Examples, by_size
 from jaxclt.dashboards.peaks import Batch, Peaks, batch_peaks
 from jaxclt.dashboards.state import Best, Histogram, Newcomers, Seen
@@ -39,6 +38,8 @@ from jaxclt.errors import InputError
 from jaxclt.global_weights.subset import Subset
 from jaxclt.graph.memory import host_available_bytes
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.json_file import COUNT, json_schema, record
+from jaxclt.io.npz import Must, check_array, open_npz
 from jaxclt.types import LMParams
 from jaxclt.windows import BATCH_TOKENS, TokenWindows, batches
 
@@ -47,6 +48,16 @@ __all__ = ["SAVE_S", "STATE", "Sizes", "gather_examples", "is_signed"]
 STATE = "seen.npz"  # of a pass that is not over, in its state directory
 SAVE_S = 60.0  # between two states on disk
 SAVE_SHARE = 0.05  # of the time that saving may take, where it is slow
+_META = json_schema(record({"identity": {"type": "object"}, "windows": COUNT}))
+_RANGES = {  # of what is looked up by
+    "slot_UK": Must("int", "UK", 0, "K"),
+    "window_UK": Must("int", "UK", -1, "W"),
+    "pos_UK": Must("int", "UK", 0, "S"),
+    "start_UK": Must("int", "UK", 0, "S"),
+    "power_U": Must("int", "U", -(1 << 20), 1 << 20),
+    "value_UK": Must("float", "UK"),
+    "act_UKC": Must("float", "UKC"),
+}
 
 _peaks_of = jax.jit(batch_peaks, static_argnames=("context", "signed", "narrowed"))
 
@@ -136,7 +147,7 @@ class _Places(NamedTuple):
 
 def gather_examples(
     params: LMParams,
-    encoder: Encoder,
+    encoder: Loaded,
     windows: TokenWindows,
     *,
     n_top: int = 16,
@@ -160,7 +171,7 @@ def gather_examples(
 
     Args:
       params: the model.
-      encoder: from `encoder_of`.
+      encoder: from `jaxclt.clt.coder.load`.
       windows: the text.
       n_top: windows with the largest activations to keep of each feature.
       n_drawn: windows to draw among those with any activation.
@@ -215,7 +226,7 @@ def gather_examples(
         "seed": seed,
     }
     keep = _Keeping(state, (identity or {}) | told, save_s)
-    first = keep.load(seen)
+    first = keep.load(seen, windows)
     encoder, narrowed = _narrow(encoder, places.pick_LN)
     pick_LN = None if places.pick_LN is None else jnp.asarray(places.pick_LN)
     key = jax.random.key(seed)
@@ -257,11 +268,11 @@ def gather_examples(
     return _examples(seen, places, windows, histogram_every)
 
 
-def is_signed(encoder: Encoder) -> bool:
+def is_signed(encoder: Loaded) -> bool:
     """Whether a dictionary has activations below zero."""
-    if encoder.clt is None or encoder.clt.signed:
+    if encoder.coder.signed:
         return True
-    theta_LF: Array | None = encoder.theta_LF
+    theta_LF = encoder.coder.thresholds(encoder.weights.enc)
     return theta_LF is not None and bool((np.asarray(theta_LF) < 0).any())
 
 
@@ -281,7 +292,7 @@ def _check_numbers(
         raise InputError(f"--bins {bins}: give an even number, they merge in pairs")
 
 
-def _places(encoder: Encoder, subset: Subset | None) -> _Places:
+def _places(encoder: Loaded, subset: Subset | None) -> _Places:
     if subset is None or len(subset) == encoder.n_layers * encoder.n_features:
         everything = Subset.everything(encoder)
         feature_U = everything.feature_U
@@ -303,15 +314,15 @@ def _places(encoder: Encoder, subset: Subset | None) -> _Places:
     return _Places(subset.layer_U, subset.feature_U, column_U, starts, pick_LN, width)
 
 
-def _narrow(encoder: Encoder, pick_LN: np.ndarray | None) -> tuple[Encoder, bool]:
+def _narrow(encoder: Loaded, pick_LN: np.ndarray | None) -> tuple[Loaded, bool]:
     """An encoder of some features only, where they do not compete with others."""
-    if encoder.clt is None or encoder.clt.competes or pick_LN is None:
+    enc = encoder.weights.enc
+    if enc is None or encoder.coder.competes or pick_LN is None:
         return encoder, False
     layer_L1 = np.arange(len(pick_LN))[:, None]
-    names = ("W_LFD", "b_LF", "theta_LF")
-    rows = {name: getattr(encoder, name) for name in names}
-    rows = {k: None if x is None else x[layer_L1, pick_LN] for k, x in rows.items()}
-    return dataclasses.replace(encoder, **rows), True
+    few = jax.tree.map(lambda x: x[layer_L1, pick_LN], enc)
+    weights = dataclasses.replace(encoder.weights, enc=few)
+    return dataclasses.replace(encoder, weights=weights), True
 
 
 def _digest(places: _Places) -> str:
@@ -409,33 +420,32 @@ class _Keeping:
         self.identity, self.save_s = identity, save_s
         self.saved, self.cost = time.monotonic(), 0.0
 
-    def load(self, seen: Seen) -> int:
-        """Fill in what an earlier call left; how many windows that was.
+    def load(self, seen: Seen, windows: TokenWindows) -> int:
+        """Fill in what an earlier call left; how many of the windows that was.
 
         Raises:
           InputError: if it is of another run, or damaged.
         """
         if self.path is None or not self.path.is_file():
             return 0
-        try:
-            with np.load(self.path, allow_pickle=False) as file:
-                meta = json.loads(str(file["meta"]))
-                for what, value in self.identity.items():
-                    if meta["identity"].get(what) != value:
-                        raise InputError(
-                            f"{self.path} is of another run ({what} differs): give "
-                            "the same arguments, or another directory"
-                        )
-                for name, array in seen.arrays().items():
-                    array[...] = file[name]
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"{self.path} cannot be read ({type(error).__name__}): remove it to "
-                "start again"
-            ) from error
-        return int(meta["windows"])
+        with open_npz(self.path, "cannot be read", "remove it to start again") as file:
+            meta = file.json("meta", _META)
+            for what, value in self.identity.items():
+                if meta["identity"].get(what) != value:
+                    raise InputError(
+                        f"{self.path} is of another run ({what} differs): give "
+                        "the same arguments, or another directory"
+                    )
+            W, S = windows.token_WS.shape
+            for name, array in seen.arrays().items():
+                file.fill(name, array)
+                must = _RANGES.get(name.rpartition(".")[2])
+                if must is not None:
+                    K = array.shape[-1]
+                    check_array(name, array, must, {"K": K, "W": W, "S": S})
+            if meta["windows"] > W:
+                raise ValueError("it has seen more windows than there are")
+        return meta["windows"]
 
     def save(self, seen: Seen, windows: int, *, last: bool) -> None:
         """Write everything if it is time to, or for the last time."""

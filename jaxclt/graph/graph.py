@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ class GraphMeta:
     tokens: tuple[str, ...]  # T token strings, untrusted: escape where shown
     target_tokens: tuple[str, ...]  # K token strings, or labels of other targets
     n_layers: int
+    # of a chat: role and content, untrusted like tokens; `prompt` is its text
+    messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
     convention: str = "paper"  # or "circuit-tracer"
     weights: str = "probability"  # what target_prob_K holds, or "chosen"
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -52,13 +55,12 @@ class GraphMeta:
         return self.labels.get(f"{layer}:{feature}", "")
 
     def to_json(self) -> str:
-        """Serialise; `from_json` is its inverse."""
+        """Serialise; `of` reads it, parsed."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str) -> GraphMeta:
-        """Read what `to_json` wrote; unknown keys of newer versions are ignored."""
-        raw = json.loads(text)
+    def of(cls, raw: Mapping[str, Any]) -> GraphMeta:
+        """From what `to_json` wrote; unknown keys of newer versions are ignored."""
         known = {f.name for f in dataclasses.fields(cls)}
         raw = {k: v for k, v in raw.items() if k in known}
         raw["tokens"] = tuple(raw["tokens"])

@@ -38,7 +38,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
 
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.reads import feature_reads
 from jaxclt.clt.sites import fold_reads
 from jaxclt.errors import InputError

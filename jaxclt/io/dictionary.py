@@ -8,11 +8,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxclt.clt.active import Dictionary, StoreDictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.neurons import parse_neurons
 from jaxclt.clt.store import DictionaryStore, materialise
-from jaxclt.errors import InputError
+from jaxclt.clt.transcoder import StoreDictionary
+from jaxclt.errors import InputError, shown
 from jaxclt.io.bundled import DICTIONARIES, bundled
 from jaxclt.io.circuit_tracer_write import save_dictionary
 from jaxclt.io.formats.pieces import FileStore
@@ -25,9 +26,9 @@ from jaxclt.io.formats.table import (
     weight_files,
 )
 from jaxclt.io.hub import download_dictionary, parse_hub_ref
+from jaxclt.io.json_file import read_json
 from jaxclt.io.model import Model
 from jaxclt.io.published import supplement
-from jaxclt.io.weights_safetensors import read_json
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import CLTParams
 
@@ -178,7 +179,7 @@ def read_labels(folder: Path) -> dict[tuple[int, int], str]:
         place = re.fullmatch(r"(\d{1,9}):(\d{1,9})", key)
         if place is None or not isinstance(text, str):
             raise InputError(
-                f'{file}: write {{"LAYER:FEATURE": "label", ...}}, not {key!r}'
+                f'{file}: write {{"LAYER:FEATURE": "label", ...}}, not {shown(key)}'
             )
         found[int(place[1]), int(place[2])] = text
     return found

@@ -22,7 +22,7 @@ from typing import IO
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_directory
 from jaxclt.io.digest import cache_root, sha256
-from jaxclt.io.weights_safetensors import read_json
+from jaxclt.io.json_file import read_json
 
 __all__ = ["HUB_FILES", "HUB_NOT", "KNOWN_MODELS", "KnownModel", "Wheel", "fetch"]
 
@@ -103,6 +103,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
 
 # What is taken from a hub repository: never pickled weights, nothing in subfolders.
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
+HUB_FILES += ["chat_template.jinja"]
 HUB_NOT = ["*/*"]
 
 _MANIFEST = "source.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,11 +77,7 @@ def load_model(
         path = _only_gguf(path)
     read = _read_directory if path.is_dir() else _read_gguf
     params, cfg, tokenizer, files = read(path, dtype, mesh)
-    if tokenizer.vocab_size > cfg.d_vocab:
-        raise InputError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
-            f"only {cfg.d_vocab}; they do not belong together"
-        )
+    tokenizer = _of_model(path, tokenizer, cfg.d_vocab)
     if mesh is not None and progress is not None:
         for line in kept_whole(leaf_shapes(params), mesh):
             progress(line)
@@ -92,6 +89,26 @@ def load_model(
         hash=fingerprint({file.name: file for file in files}),
         mesh=mesh,
     )
+
+
+def _of_model(path: Path, tokenizer: Tokenizer, n_rows: int) -> Tokenizer:
+    """A tokenizer that knows how many tokens the model has embeddings of.
+
+    Tokens that were added to it later, as Gemma 3's mark of an image, may have none.
+
+    Raises:
+      InputError: if it was learned with more tokens than that.
+    """
+    backend = tokenizer.backend
+    # Only then: a large vocabulary takes a while to list.
+    if tokenizer.vocab_size > n_rows:
+        without = {i for i in backend.get_vocab().values() if i >= n_rows}
+        if without - backend.added_tokens_decoder.keys():
+            raise InputError(
+                f"{path}: the tokenizer has {tokenizer.vocab_size} tokens but the "
+                f"model only {n_rows}; they do not belong together"
+            )
+    return dataclasses.replace(tokenizer, n_rows=n_rows)
 
 
 _Parts = tuple[LMParams, LMConfig, Tokenizer, list[Path]]

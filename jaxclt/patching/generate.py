@@ -20,7 +20,7 @@ from jaxclt.lm.cache import past_of
 from jaxclt.lm.run import Run, embed, native_mlp, run, unembed
 from jaxclt.patching.edits import Edits, amounts
 from jaxclt.patching.features import activation
-from jaxclt.patching.modes import Patchable, pending, read
+from jaxclt.patching.modes import Patchable, pending
 from jaxclt.types import Block
 
 __all__ = ["continue_prompt"]
@@ -72,10 +72,9 @@ def continue_prompt(
             if here is None:
                 return carry, real_TD
             f, index = here.features, x
-            read_ED = jnp.broadcast_to(
-                read(model, mid_TD, scale_T, p), (len(f.pos_E), mid_TD.shape[1])
-            )
-            now_E = activation(f, read_ED, cfg=model.cfg)
+            mid_ED = jnp.broadcast_to(mid_TD, (len(f.pos_E), mid_TD.shape[1]))
+            scale_E = jnp.broadcast_to(scale_T, f.pos_E.shape)
+            now_E = activation(f, p, mid_ED, scale_E, coder=model.coder)
             carry = jnp.where(f.layer_E == index, amounts(here, now_E), carry)
             inside = (layers_2[0] <= index) & (index <= layers_2[1])
             added_TD = pending(here, carry, index, mid_TD)

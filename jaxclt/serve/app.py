@@ -9,7 +9,6 @@ the server's own pages.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import threading
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from jaxclt.errors import InputError
+from jaxclt.io.json_file import parse_json
 from jaxclt.pages import PATCHES, directory_page, read_graph
 from jaxclt.serve.answers import as_json, list_page, refusal
 from jaxclt.serve.folder import Folder, NotServedError
@@ -159,11 +159,11 @@ async def _body(request: Request, most: int) -> Any:
         raise HTTPException(413, f"more than {most} bytes")
     try:
         async with asyncio.timeout(PATIENCE):
-            return json.loads(await request.body())
+            return parse_json(await request.body(), "the body")
     except TimeoutError as error:
         raise HTTPException(408, "the body did not arrive") from error
-    except (ValueError, RecursionError) as error:
-        raise HTTPException(400, "the body is no JSON") from error
+    except InputError as error:
+        raise HTTPException(400, str(error)) from error
 
 
 async def _aside(work: Callable[[], T]) -> T:

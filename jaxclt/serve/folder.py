@@ -8,15 +8,14 @@ its time or size has changed.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import orjson
+from typing import Any, BinaryIO
 
 from jaxclt.dashboards.files import INDEX, FeatureFiles, uncantor
 
@@ -24,11 +23,13 @@ __all__ = ["Folder", "NotServedError", "describe"]
 
 GRAPH = "graph.json"
 FEATURES = "features"
-_HEAD = 1 << 16  # most graphs say in it what they are
-_WHOLE = 1 << 28  # larger ones must
+_HEAD, _LONG = 1 << 16, 1 << 24  # bytes in which metadata end, most and all
 _LONGEST = 300  # characters of a prompt in the list
 _NUMBERS = 10**20  # a file's name has an end
-_METADATA = re.compile(r'\s*\{\s*"metadata"\s*:\s*')
+_OBJECT = re.compile(rb"(?:\xef\xbb\xbf)?\s*\{\s*")
+_FIRST = re.compile(_OBJECT.pattern + rb'"metadata"\s*:\s*')
+_METADATA = re.compile(rb'"metadata"\s*:\s*(?=\{)')
+_LISTS = [re.compile(rb'"%s"\s*:\s*\[' % name) for name in (b"nodes", b"links")]
 
 Entry = dict[str, str]  # slug and prompt, or what is wrong as error
 
@@ -162,32 +163,42 @@ class Folder:
 def describe(file: Path) -> Entry | None:
     """Slug and prompt of a graph file, what is wrong with it, or None for other JSON.
 
-    Only the start is read, if the metadata stand there: graphs may be large.
+    It is not parsed, but for its metadata: graphs may be large.
 
     Raises:
       OSError: if it cannot be read.
     """
     with file.open("rb") as stream:
-        head = stream.read(_HEAD).decode(errors="replace")
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(max(size - 64, 0))
-        closed = stream.read().rstrip().endswith(b"}")
-    start = _METADATA.match(head)
-    ours = file.name == GRAPH or start is not None
-    if start is not None:
-        try:
-            meta, _ = json.JSONDecoder().raw_decode(head, start.end())
-        except (ValueError, RecursionError):
-            pass  # longer than what was read, or broken
-        else:
-            return _told(file, meta) if closed else {"error": "it is cut off"}
-    try:
-        doc = orjson.loads(file.read_bytes()) if size <= _WHOLE else None
-    except ValueError:
-        return {"error": "it is no JSON"} if ours else None
-    if isinstance(doc, dict) and {"nodes", "links", "metadata"} <= doc.keys():
-        return _told(file, doc["metadata"])
-    return {"error": "it is no graph"} if ours else None
+        start = _metadata_at(stream)
+        if start is None:
+            return {"error": "it is no graph"} if file.name == GRAPH else None
+        stream.seek(-min(64, stream.seek(0, os.SEEK_END)), os.SEEK_END)
+        if not stream.read().rstrip().endswith(b"}"):
+            return {"error": "it is cut off"}
+        for many in (_HEAD, _LONG):
+            stream.seek(start)
+            try:
+                text = stream.read(many).decode(errors="replace")
+                return _told(file, json.JSONDecoder().raw_decode(text)[0])
+            except (ValueError, RecursionError):
+                continue  # longer than what was read, perhaps
+    return {"error": "its metadata is no JSON"}
+
+
+def _metadata_at(stream: BinaryIO) -> int | None:
+    """Where the metadata of a graph begin; None if it is no graph.
+
+    At its start, or anywhere in files whose keys are in another order.
+    """
+    head = stream.read(_HEAD)
+    if first := _FIRST.match(head):
+        return first.end()
+    if not _OBJECT.match(head):
+        return None
+    with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        there = _METADATA.search(text)
+        lists = all(found.search(text) for found in _LISTS)
+        return there.end() if there and lists else None
 
 
 def _told(file: Path, meta: Any) -> Entry:

@@ -7,51 +7,40 @@ changes on top and saves again: of two tabs neither wipes what the other saved.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-import jsonschema_rs
-
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.guard import locked
+from jaxclt.io.json_file import TEXT, TEXTS, check_json, json_schema, named, record
 from jaxclt.pages import read_graph
 
 __all__ = ["ChangedError", "save_view", "version_of"]
 
 MAX_LABEL = 2000
 MAX_PLACE = 1e6  # of a card, px
-_IDS = {"type": "array", "items": {"type": "string"}}
 _PLACE = {"type": "number", "minimum": -MAX_PLACE, "maximum": MAX_PLACE}
+_CARD = {"type": "array", "prefixItems": [TEXT, _PLACE, _PLACE]}
 _VIEW = {
-    "pinnedIds": _IDS,
-    "supernodes": {"type": "array", "items": {**_IDS, "minItems": 2}},
+    "pinnedIds": TEXTS,
+    "supernodes": {"type": "array", "items": {**TEXTS, "minItems": 2}},
     "linkType": {"enum": ["both", "either", "input", "output", None]},
     "clickedId": {"type": ["string", "null"]},
     "sg_pos": {"type": ["string", "null"]},
-    "cards": {
-        "type": "array",
-        "items": {
-            "type": "array",
-            "prefixItems": [{"type": "string"}, _PLACE, _PLACE],
-            "minItems": 3,
-            "maxItems": 3,
-        },
-    },
+    "cards": {"type": "array", "items": {**_CARD, "minItems": 3, "maxItems": 3}},
 }
-_CHANGE = {
-    "type": "object",
-    "properties": {
-        "labels": {
-            "type": "object",
-            "additionalProperties": {"type": "string", "maxLength": MAX_LABEL},
+_CHANGE = json_schema(
+    record(
+        {},
+        {
+            "labels": named({**TEXT, "maxLength": MAX_LABEL}),
+            "qParams": record({}, _VIEW),
         },
-        "qParams": {"type": "object", "properties": _VIEW},
-    },
-}
+    )
+)
 
 
 class ChangedError(Exception):
@@ -121,13 +110,13 @@ def _apply(doc: dict[str, Any], labels: dict[str, str], view: dict[str, Any]) ->
         if node is None or node["feature_type"] == "logit":
             raise InputError(f"no node {node_id[:60]!r} that can have a label")
         node["clerp"] = label
-    named = {*view.get("pinnedIds", ())}.union(
+    pinned = {*view.get("pinnedIds", ())}.union(
         *(group[1:] for group in view.get("supernodes", ()))
     )
-    if not named <= node_by_id.keys():
+    if unknown := pinned - node_by_id.keys():
         raise InputError(
-            f"no node {min(named - node_by_id.keys())[:60]!r} to pin: if the graph was "
-            "traced again, load the page again"
+            f"no node {min(unknown)[:60]!r} to pin: load the page again, the graph may "
+            "have been traced again"
         )
     doc["qParams"] |= {key: view[key] for key in _VIEW if key in view}
 
@@ -143,20 +132,13 @@ def _by_id(doc: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _check(change: Any) -> None:
+    where = "what is to be saved"
     try:
         # No file can hold half a character, which JSON can.
         json.dumps(change, ensure_ascii=False).encode()
-        error = next(_validator().iter_errors(change), None)
-    except (ValueError, RecursionError) as wrong:
-        raise InputError(f"what is to be saved is no text: {wrong!s:.100}") from wrong
-    if error is not None:
-        place = "".join(f"[{step!r:.60}]" for step in error.instance_path)
-        raise InputError(f"what is to be saved: {place} {error.message:.200}")
-
-
-@functools.cache
-def _validator() -> Any:
-    return jsonschema_rs.Draft202012Validator(_CHANGE)
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where} holds half a character: {error}") from error
+    check_json(change, _CHANGE, where)
 
 
 def _hash(text: bytes) -> str:

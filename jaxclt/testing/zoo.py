@@ -26,9 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import StoreDictionary
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import ParamsStore
+from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import Block, CLTParams, LMParams
 

@@ -17,10 +17,24 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.json_file import (
+    COUNT,
+    TEXT,
+    check_json,
+    json_schema,
+    named,
+    read_json,
+    record,
+)
 from jaxclt.train import processes
 
 __all__ = ["newest_intact", "restore_checkpoint", "save_checkpoint"]
+
+_MANIFEST = json_schema(
+    record({"step": COUNT, "position": named(COUNT), "files": named(TEXT)})
+)
 
 
 def save_checkpoint(
@@ -81,11 +95,17 @@ def restore_checkpoint(path: Path, like: Any) -> tuple[int, Any, dict[str, Any]]
       path: from `newest_intact`.
       like: a pytree of the same structure; its shardings are taken.
     """
-    manifest = json.loads((path / "manifest.json").read_text("utf-8"))
+    manifest = _manifest(path)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     with ocp.StandardCheckpointer() as checkpointer:
         state = checkpointer.restore(path / "state", abstract)
     return manifest["step"], state, manifest["position"]
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    found = read_json(path / "manifest.json")
+    check_json(found, _MANIFEST, path / "manifest.json")
+    return found
 
 
 def _numbered(folder: Path) -> list[Path]:
@@ -109,9 +129,11 @@ def _damage(path: Path) -> str | None:
     if not file.is_file():
         return "it was not finished"
     try:
-        files = json.loads(file.read_text("utf-8"))["files"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        files = _manifest(path)["files"]
+    except InputError:
         return "its manifest cannot be read"
     found = _digests(path)
+    if not files:
+        return "its manifest names no file"
     wrong = [name for name in files if found.get(name) != files[name]]
     return f"{wrong[0]} differs from its checksum" if wrong else None

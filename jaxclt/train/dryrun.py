@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxclt.lm.config import LMConfig
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.params import Spec, n_params
+from jaxclt.train.text import check_context
 
 __all__ = [
     "Estimate",
@@ -178,7 +179,11 @@ def estimate(
       lm: the model's shape.
       sizes: of the mesh, from `parse_mesh`.
       peak: FLOP/s of a device; measured on this machine if not given.
+
+    Raises:
+      InputError: if its windows do not fit the model.
     """
+    check_context(config.context, lm.n_ctx)
     spec = config.spec(lm)
     flop = flop_per_token(spec, recompute=recomputes(config.memory))
     harvest = lm_flop_per_token(lm, config.context) / config.reuse

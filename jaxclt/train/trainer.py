@@ -32,7 +32,9 @@ import numpy as np
 
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.json_file import parse_object
 from jaxclt.io.model import Model
+from jaxclt.io.npz import Must, Npz, open_npz
 from jaxclt.train import card, checkpoint, processes, sharding
 from jaxclt.train.chunks import Chunks, Position
 from jaxclt.train.config import TrainConfig
@@ -44,6 +46,7 @@ from jaxclt.train.outcome import Outcome
 from jaxclt.train.params import Spec, init
 from jaxclt.train.prepare import (
     claim_directory,
+    fitted,
     identity,
     run_windows,
     write_json,
@@ -123,6 +126,7 @@ def train(
     name = f"windows {given.digest}" if given is not None else str(data)
     if given is None and not name.startswith(PREFIX) and name != "model":
         name = str(Path(name))
+    config = fitted(config, model, given)
     run = _Run(model, name, given, Path(out), config, mesh, store, listener)
     if wandb and processes.is_first():
         run.tracker = Tracker(wandb, run.out, run.identity()["config"])
@@ -204,9 +208,16 @@ class _Run:
         file = self.out / "scales.npz"
         names = [f.name for f in dataclasses.fields(Scales)]
         if processes.same(np.asarray(file.is_file())):
-            with np.load(file, allow_pickle=False) as found:
+            sizes = {"L": self.model.cfg.n_layers, "D": self.model.cfg.d_model}
+
+            def read(found: Npz, part: str, name: str) -> jax.Array:
+                axes = name.rpartition("_")[2]
+                must = Must("float", axes, finite=name != "bound_L")
+                return jnp.asarray(found.array(part + name, must, sizes))
+
+            with open_npz(file, "cannot be read", "give another --out") as found:
                 scales, units = (
-                    Scales(**{name: jnp.asarray(found[part + name]) for name in names})
+                    Scales(**{name: read(found, part, name) for name in names})
                     for part in ("", "units_")
                 )
             self.chunks.use(units, scales)
@@ -252,7 +263,8 @@ class _Run:
         if not processes.is_first():
             return
         file = self.out / "metrics.jsonl"
-        lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+        text = file.read_text("utf-8", "replace") if file.is_file() else ""
+        lines = text.splitlines()
         kept = [line for line in lines if _step_of(line) <= step]
         with atomic_path(file) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
@@ -436,6 +448,7 @@ class _spent:  # noqa: N801
 def _step_of(line: str) -> float:
     """The step of a line of the log; a torn last line counts as too late."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        step = parse_object(line, "a line").get("step")
+    except InputError:
         return math.inf
+    return step if isinstance(step, int) else math.inf

@@ -61,10 +61,8 @@ def jacobian_agreement(
 
         def replaced(mid_TD: Array) -> Array:
             read_TD = read(model, mid_TD, scale(mid_TD), p)
-            a_TU = encode(model, table, read_TD, p, gates=gates)
-            W_dec_UMD = table.W_dec_LUMD
-            same_UD = layers.neuron_rows(p) if W_dec_UMD is None else W_dec_UMD[:, 0]
-            out_TD = a_TU @ same_UD
+            a_TU = encode(model, table, read_TD, p, post_T, gates=gates)
+            out_TD = model.coder.write(p, table.dec, a_TU)[0]
             return out_TD if skip_DD is None else out_TD + read_TD @ skip_DD
 
         def real(mid_TD: Array) -> Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxclt.clt.encoder import Encoder, encoder_of
+from jaxclt.clt.coder import Loaded, load
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.dashboards import stream
 from jaxclt.dashboards.examples import Examples, Excerpts
@@ -46,11 +46,11 @@ KINDS = {
 
 
 @cache
-def case(kind: str) -> tuple[Tiny, Encoder]:
+def case(kind: str) -> tuple[Tiny, Loaded]:
     made = KINDS[kind]
     neurons = isinstance(made, NeuronDictionary)
     t = tiny(n_layers=3, dtype=jnp.float64, **({} if neurons else made))
-    return t, encoder_of(made if neurons else t.dictionary, t.params, t.cfg)
+    return t, load(made if neurons else t.dictionary, t.params, t.cfg)
 
 
 @cache
@@ -77,7 +77,7 @@ def dense(kind: str) -> np.ndarray:
         layers = []
         for layer in range(t.cfg.n_layers):
             p = jax.tree.map(lambda x: x[layer], t.params.blocks)  # noqa: B023
-            x = jax.tree.map(lambda x: x[layer], encoder.per_layer)  # noqa: B023
+            x = jax.tree.map(lambda x: x[layer], encoder.weights)  # noqa: B023
             scale_S = seen.frozen.mlp_scale_LT[layer]
             layers.append(encoder.layer(p, x, seen.mid_LTD[layer], scale_S))
         return jnp.stack(layers)

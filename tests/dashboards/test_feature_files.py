@@ -16,7 +16,7 @@ import pytest
 
 import jaxclt
 from jaxclt import cli, feature_dashboards, pages
-from jaxclt.clt.encoder import encoder_of
+from jaxclt.clt.coder import Bound, load
 from jaxclt.dashboards import documents, files
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.files import FeatureFiles
@@ -165,7 +165,7 @@ def test_the_packed_form_is_circuit_tracers(tmp_path: Path, data: Path) -> None:
     make(tmp_path, data, features=[(0, 2), (1, 0), (1, 5)])
     folder = tmp_path / "features"
     index = json.loads(gzip.decompress((folder / "index.json.gz").read_bytes()))
-    F = encoder_of(dictionary(), model().params, model().cfg).n_features
+    F = load(dictionary(), model().params, model().cfg).n_features
     assert len(index) == model().cfg.n_layers
     for layer, feature in ((0, 2), (1, 0), (1, 5)):
         entry = index[str(layer)]
@@ -238,7 +238,9 @@ def test_tokens_that_decoders_raise_and_lower(name: str) -> None:
         logit_NV = gained_ND @ np.asarray(raw_DV)
         logit_NV = logit_NV - logit_NV.mean(1, keepdims=True)
     else:
-        logit_NV = logit_weights(dictionary().store, params, layer, feature_N)
+        logit_NV = logit_weights(
+            Bound(dictionary(), params, model().cfg), layer, feature_N
+        )
     found = token_effects(dictionary(name), params, layer, feature_N, k=4)
     order_NV = np.argsort(-logit_NV, 1)
     np.testing.assert_array_equal(found.top_NK, order_NV[:, :4])
@@ -296,7 +298,7 @@ def test_neurons_have_dashboards(name: str, tmp_path: Path, data: Path) -> None:
     assert doc["top_logits"]
     assert doc["act_min"] < 0 < doc["act_max"]
     windows = read_windows(model(), data, tokens=500, context=24)
-    encoder = encoder_of(dictionary(name), model().params, model().cfg)
+    encoder = load(dictionary(name), model().params, model().cfg)
     whole = gather_examples(model().params, encoder, windows)
     u = layer * encoder.n_features + feature
     assert whole.count_U[u] == examples.count_U[0]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_cases import SHOWN, WORDS, make_examples, planted
 
-from jaxclt.clt.encoder import encoder_of
+from jaxclt.clt.coder import load
 from jaxclt.dashboards.stream import gather_examples
 from jaxclt.errors import InputError
 from jaxclt.evaluation.concepts import ConceptPair
@@ -196,7 +196,7 @@ def test_judges_by_name(tmp_path: Path, monkeypatch):
 def golden():
     model = load_model(GOLDENS / "circuit_tracer_clt" / "model")
     path = str(GOLDENS / "circuit_tracer_clt" / "dictionary")
-    return model, encoder_of(load_dictionary(path, model), model.params, model.cfg)
+    return model, load(load_dictionary(path, model), model.params, model.cfg)
 
 
 PAIRS = [

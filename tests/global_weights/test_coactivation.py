@@ -27,6 +27,7 @@ from global_cases import (
     windows,
 )
 
+from jaxclt.clt.coder import Bound
 from jaxclt.errors import InputError
 from jaxclt.global_weights import ranking
 from jaxclt.global_weights.build import build, virtual_blocks
@@ -202,7 +203,7 @@ def test_constant_targets_have_the_mean_activation():
 def test_links_are_ranked_by_any_kind(sparse: bool):
     t = case("skip")  # reads after the norm
     stats = gather("skip", EVERY, sparse=True) if sparse else gathered("skip")
-    found = build(t.dictionary.store, t.params, stats)
+    found = build(Bound(t.dictionary, t.params, t.cfg), stats)
     F = t.clt_cfg.n_features
     kinds = [k for k in ranking.KINDS if not (sparse and k == "virtual")]
     for kind in kinds:
@@ -262,7 +263,7 @@ def test_tracked_tokens_are_ranked():
 def test_interference_is_the_share_that_never_fires_together(sparse: bool):
     t, V, keep = case("clt"), brute_virtual("clt"), below("clt")
     stats = gather("clt", EVERY, sparse=True) if sparse else gathered("clt")
-    blocks = virtual_blocks(t.dictionary.store, t.params, stats)
+    blocks = virtual_blocks(Bound(t.dictionary, t.params, t.cfg), stats)
     found = ranking.interference(stats, blocks, (0.01, 0.2))
     on_UN = (stored("clt").reshape(len(V), -1) != 0) * 1.0
     both, alive_U = on_UN @ on_UN.T, on_UN.any(1)

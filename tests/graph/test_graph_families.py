@@ -21,6 +21,8 @@ from cases import (
     close,
 )
 
+from jaxclt.clt.active import active_features
+from jaxclt.clt.coder import load
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.errors import InputError
 from jaxclt.graph import provenance
@@ -31,7 +33,7 @@ from jaxclt.lm.frozen import frozen_reads
 from jaxclt.lm.run import readout, record, unembed
 from jaxclt.replacement.errors import error_nodes
 from jaxclt.replacement.local import run_local
-from jaxclt.replacement.model import neuron_logits
+from jaxclt.replacement.model import replacement_logits
 from jaxclt.testing import tiny
 from jaxclt.types import Reads, Sources
 
@@ -150,7 +152,7 @@ def test_parts_of_edges_sum_to_the_edges(name: str) -> None:
 def neuron_graph(name: str, k: int | None) -> tuple[Graph, np.ndarray]:
     """Graph of a model's neurons, and their error nodes."""
     t = case(name)
-    active = NeuronDictionary(k).active(t.params, t.recording, t.cfg)
+    active = active_features(NeuronDictionary(k), t.params, t.recording, t.cfg)
     graph = t.graph(active=active)
     return graph, error_nodes(active, t.recording)
 
@@ -163,7 +165,7 @@ def test_neurons_are_exact(name: str) -> None:
     """
     t = case(name)
     size = np.abs(np.asarray(t.recording.write_LTD)).max()
-    every = NeuronDictionary().active(t.params, t.recording, t.cfg)
+    every = active_features(NeuronDictionary(), t.params, t.recording, t.cfg)
     assert np.abs(error_nodes(every, t.recording)).max() < 1e-13 * size
     graph, error_LTD = neuron_graph(name, 5)
     assert np.abs(error_LTD).max() > 1e-3 * size
@@ -175,13 +177,19 @@ def test_neurons_are_exact(name: str) -> None:
 def test_neurons_with_their_errors_are_the_model(name: str) -> None:
     """Maths 3.4, and 3.2 with all neurons."""
     t, error_LTD = case(name), neuron_graph(name, 5)[1]
-    logits = jax.jit(
-        partial(neuron_logits, cfg=t.cfg, keep_first=False), static_argnames="k"
-    )
+
+    @jax.jit
+    def logits(params, loaded, token_T, **more):
+        return replacement_logits(
+            params, loaded, token_T, cfg=t.cfg, keep_first=False, **more
+        )
+
+    few = load(NeuronDictionary(5), t.params, t.cfg)
+    every = load(NeuronDictionary(), t.params, t.cfg)
     want = unembed(t.params, t.recording.out_TD)
-    close(logits(t.params, t.token_T, k=5, error_LTD=error_LTD), want, 1e-11)
-    close(logits(t.params, t.token_T), want, 1e-12)
-    assert np.abs(logits(t.params, t.token_T, k=5) - want).max() > 1e-3
+    close(logits(t.params, few, t.token_T, error_LTD=error_LTD), want, 1e-11)
+    close(logits(t.params, every, t.token_T), want, 1e-12)
+    assert np.abs(logits(t.params, few, t.token_T) - want).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", FAMILY_CASES)

@@ -15,6 +15,7 @@ from cases import (
     walk_visits,
 )
 
+from jaxclt.clt.active import active_features
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.graph.graph import Graph, Pruning
 from jaxclt.graph.prune import prune, restrict
@@ -144,7 +145,7 @@ def test_more_features_explain_more() -> None:
 def test_without_error_everything_is_explained() -> None:
     """Maths 12.7: the model's own neurons replace it completely."""
     t = case("no_bias")
-    active = NeuronDictionary().active(t.params, t.recording, t.cfg)
+    active = active_features(NeuronDictionary(), t.params, t.recording, t.cfg)
     graph = t.graph(active=active)
     got = scores(graph)
     assert got.replacement == near(1, abs=1e-12)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from cases import case, close, random_graph, solved
 
+from jaxclt.clt.active import active_features
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.explain import edge_parts
@@ -81,7 +82,7 @@ def all_paths(graph: Graph, start: int, end: int) -> dict[tuple[int, ...], float
 def neurons() -> Graph:
     with jax.enable_x64(True):
         t = case("clt")
-        active = NeuronDictionary(3).active(t.params, t.recording, t.cfg)
+        active = active_features(NeuronDictionary(3), t.params, t.recording, t.cfg)
         return t.graph(active=active)
 
 

@@ -13,6 +13,7 @@ import pytest
 from cases import case, case_active, case_local, case_lrm, close
 from jax import Array
 
+from jaxclt.clt.active import active_features
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
@@ -291,14 +292,14 @@ def test_an_active_feature_as_a_target_has_the_row_of_its_node() -> None:
 def test_a_neuron_as_a_target() -> None:
     """Its gate frozen, chosen by `neurons:k` or not: the readout is its activation."""
     t, neurons = case("clt"), NeuronDictionary(3)
-    every = NeuronDictionary().active(t.params, t.recording, t.cfg)
+    every = active_features(NeuronDictionary(), t.params, t.recording, t.cfg)
     at = np.array([5, 200, 333])
     place_K3 = np.stack([every.layer_A, every.pos_A, every.feature_A], 1)[at]
     targets = feature_targets(neurons, t.params, t.recording, place_K3, cfg=t.cfg)
     graph = attribute_recording(
         t.params,
         t.recording,
-        neurons.active(t.params, t.recording, t.cfg),
+        active_features(neurons, t.params, t.recording, t.cfg),
         targets,
         cfg=t.cfg,
         meta=t.meta,

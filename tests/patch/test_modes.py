@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cases import CASES, FEW, case, case_active, case_graph, close
 
+from jaxclt.clt.active import active_features
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.effects import solve_total_effect
@@ -283,7 +284,7 @@ def neurons(k: int | None, name: str = "clt") -> tuple[Any, Any, Any]:
     with jax.enable_x64(True):
         t = case(name)
         dictionary = NeuronDictionary(k)
-        active = dictionary.active(t.params, t.recording, t.cfg)
+        active = active_features(dictionary, t.params, t.recording, t.cfg)
         graph = attribute_recording(
             t.params, t.recording, active, t.targets, cfg=t.cfg, meta=t.meta,
             config=AttributeConfig(max_features=None, tolerance=0.0),

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from cases import CASES, case, case_local, case_lrm, close, run_local_jit
 
+from jaxclt.clt.transcoder import loaded_params
 from jaxclt.lm.run import unembed
 from jaxclt.replacement.errors import error_nodes
 from jaxclt.replacement.local import LocalReplacement, local_replacement, run_local
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-freeze_jit = jax.jit(local_replacement, static_argnames=("cfg", "clt_cfg"))
+freeze_jit = jax.jit(local_replacement, static_argnames="cfg")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -108,7 +109,7 @@ def test_any_dictionary_gives_the_model(scale: float) -> None:
     loud = dataclasses.replace(
         t.clt, W_dec=tuple(np.asarray(W) * scale for W in t.clt.W_dec)
     )
-    lrm = freeze_jit(t.params, loud, t.recording, cfg=t.cfg, clt_cfg=t.clt_cfg)
+    lrm = freeze_jit(t.params, loaded_params(loud, t.clt_cfg), t.recording, cfg=t.cfg)
     change = np.abs(np.asarray(lrm.error_LTD) - case_lrm("clt").error_LTD).max()
     assert change > 0.1
     local = run_local_jit(lrm)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from cases import case, case_active, close
 
-from jaxclt.clt.active import Active, Dictionary
+from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.lm import layers
 from jaxclt.patching.batch import Local, make_local, make_patchable
@@ -43,7 +44,7 @@ def parts(kind: str) -> tuple[Dictionary, Active, Patchable, Local]:
         name, neurons = KINDS[kind]
         t = case(name)
         dictionary = NeuronDictionary(None) if neurons else t.dictionary
-        active = dictionary.active(t.params, t.recording, t.cfg)
+        active = active_features(dictionary, t.params, t.recording, t.cfg)
         model = make_patchable(dictionary, t.params, t.recording, t.cfg)
         return dictionary, active, model, make_local(dictionary, model, active)
 
@@ -177,7 +178,7 @@ def test_jacobian_distance_is_the_frobenius_norm():
     cfg, rec, layer = model.cfg, model.recording, 1
     p, table = jax.tree.map(lambda x: x[layer], (model.params.blocks, local.tables))
     scale_T, mid_TD = rec.frozen.mlp_scale_LT[layer], rec.mid_LTD[layer]
-    assert model.clt_cfg.read == "resid_mid"
+    assert model.coder.site == "resid_mid"
     top = bottom = 0.0
     for t in range(len(mid_TD)):
 
@@ -188,9 +189,8 @@ def test_jacobian_distance_is_the_frobenius_norm():
 
         J_mlp = np.asarray(jax.jit(jax.jacobian(mlp))(mid_TD[t]))
         on_U = np.asarray(table.clean_LTU[t]) != 0
-        J_clt = (
-            np.asarray(table.W_dec_LUMD)[on_U, 0].T @ np.asarray(table.W_enc_LUD)[on_U]
-        )
+        read_UD = np.asarray(table.enc.W_enc_FD)[on_U]
+        J_clt = np.asarray(table.dec)[on_U, 0].T @ read_UD
         top += ((J_clt - J_mlp) ** 2).sum()
         bottom += (J_mlp**2).sum()
     np.testing.assert_allclose(got.nmse_L[layer], top / bottom, rtol=0.05)

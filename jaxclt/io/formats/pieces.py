@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import EncoderLayer
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.io.digest import fingerprint
 from jaxclt.io.tensors import TensorFile, check_finite
 
@@ -254,7 +254,7 @@ def check_tensors(
     for name, tensor in sorted(file.tensors.items()):
         if name not in known:
             raise InputError(
-                f"{file.path} holds {name!r}, which this format does not have or "
+                f"{file.path} holds {shown(name)}, which this format does not have or "
                 "layer 0 lacks; remove or convert it"
             )
         if tensor.shape != known[name]:
