@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +15,7 @@ from rich.text import Text
 from jaxclt.cli_progress import Stages, lines
 from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError
+from jaxclt.json_text import to_json
 
 __all__ = ["EvalConfig", "run_eval"]
 
@@ -150,7 +150,7 @@ def run_eval(config: EvalConfig, say: Console) -> None:
     }
     write_evaluation(rows, raw, claims, config.out, meta=meta)
     if config.json:
-        print(json.dumps(rows))  # noqa: T201
+        print(to_json(rows))  # noqa: T201
         return
     heads, body = cells(rows)
     table = Table(title=f"{model.name}: each row a measure, 95% intervals")

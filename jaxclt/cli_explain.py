@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from rich.console import Console
 from jaxclt.cli_progress import lines
 from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError
+from jaxclt.json_text import to_json
 
 __all__ = ["ExplainConfig", "run_explain"]
 
@@ -74,6 +74,6 @@ def run_explain(config: ExplainConfig, say: Console) -> None:
             max_hops=config.max_hops,
         )
     if config.json:
-        print(json.dumps(parts.to_dict()))  # noqa: T201
+        print(to_json(parts.to_dict()))  # noqa: T201
     else:
         Console().print(parts.text(), markup=False, highlight=False, soft_wrap=True)

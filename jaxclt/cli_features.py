@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ from rich.text import Text
 from jaxclt.cli_progress import Stages, lines
 from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError
+from jaxclt.json_text import to_json
 
 __all__ = ["FeaturesConfig", "run_features"]
 
@@ -118,11 +118,11 @@ def run_features(config: FeaturesConfig, say: Console) -> None:
                 on_label=lambda done, total: stages("labels", done, total),
             )
             with atomic_path(config.out / LABELS) as temporary:
-                text = json.dumps(labels, indent=0, ensure_ascii=False)
+                text = to_json(labels, indent=0, ensure_ascii=False)
                 temporary.write_text(text, encoding="utf-8")
             report["labels"] = {"by": config.labels, "n": len(labels)} | client.usage
     if config.json:
-        print(json.dumps(report))  # noqa: T201
+        print(to_json(report))  # noqa: T201
         return
     Console().print(_summary(report))
     Console().print(f"features: {config.out / 'features'}", soft_wrap=True)

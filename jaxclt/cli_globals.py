@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.text import Text
 from jaxclt.cli_progress import Stages, lines, progress
 from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError
+from jaxclt.json_text import to_json
 
 if TYPE_CHECKING:
     from jaxclt.io.global_file import SavedGlobals
@@ -135,7 +135,7 @@ def run_globals(config: GlobalsConfig, say: Console) -> None:
         )
     told = {k: v for k, v in found.meta.items() if k != "token_text"}
     if config.json:
-        print(json.dumps(told))  # noqa: T201
+        print(to_json(told))  # noqa: T201
         return
     Console().print(_summary(told, found))
     Console().print(f"page: {(config.out / 'index.html').resolve().as_uri()}")

@@ -6,7 +6,6 @@ See `jaxclt.serve`, which is imported when the command runs.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError
+from jaxclt.json_text import to_json
 
 __all__ = ["ServeConfig", "run_serve"]
 
@@ -79,7 +79,7 @@ def run_serve(config: ServeConfig, say: Console) -> None:
             markup=False,
         )
     if config.json:
-        print(json.dumps({"url": server.url}), flush=True)  # noqa: T201
+        print(to_json({"url": server.url}), flush=True)  # noqa: T201
     else:
         Console().print(
             f"serving {config.directory} at {server.url} (Ctrl+C ends)",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,6 +16,7 @@ from jaxclt.cli_causal import validate_opened
 from jaxclt.cli_progress import lines, progress, stoppable
 from jaxclt.compiled import use_compilation_cache
 from jaxclt.errors import InputError
+from jaxclt.json_text import to_json
 
 if TYPE_CHECKING:
     from jaxclt.clt.coder import Dictionary
@@ -175,7 +175,7 @@ def run_trace(config: TraceConfig, say: Console) -> None:
         )
         checked = validate_opened(opened, config.out, say)
     if config.json:
-        print(json.dumps(report))  # noqa: T201
+        print(to_json(report))  # noqa: T201
         return
     Console().print(_summary(report))
     Console().print("strongest paths:")
@@ -237,7 +237,7 @@ def _show_plan(
         "chunk_size": plan.chunk_size,
     }
     if config.json:
-        print(json.dumps(result))  # noqa: T201
+        print(to_json(result))  # noqa: T201
         return
     table = Table(title="dry run: nothing was attributed", show_header=False)
     for name, value in result.items():
@@ -277,7 +277,7 @@ def run_sweep(config: SweepConfig, say: Console) -> None:
         if line["status"] == "failed":
             lines(say)(f"{line['directory']}: {line['error']}")
     if config.json:
-        print(json.dumps(index))  # noqa: T201
+        print(to_json(index))  # noqa: T201
         return
     done = sum(line["status"] == "done" for line in index)
     Console().print(f"{done} of {len(index)} prompts traced: {config.out}/index.jsonl")

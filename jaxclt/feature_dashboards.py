@@ -10,7 +10,6 @@ it was, in the text or in the files, and the files come out the same to the byte
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from jaxclt.global_weights.subset import FeatureSizes
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import read_json
 from jaxclt.io.model import Model
+from jaxclt.json_text import to_json
 from jaxclt.windows import BATCH_TOKENS, Data, Mask, TokenWindows, read_windows
 
 __all__ = ["feature_dashboards", "write_features"]
@@ -186,7 +186,7 @@ def feature_dashboards(
         return read_json(out / REPORT), examples
     report["tokens_per_second"] = round(new / pass_s, 1)  # compiling included
     with atomic_path(out / REPORT) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(to_json(report, indent=1) + "\n", encoding="utf-8")
     return report, examples
 
 
@@ -211,7 +211,7 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
             "choose another directory"
         )
     with atomic_path(file) as temporary:
-        temporary.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(to_json(identity, indent=1) + "\n", encoding="utf-8")
 
 
 def write_features(

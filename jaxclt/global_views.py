@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -24,6 +23,7 @@ from jaxclt.global_weights.weights import embedding_weights, logit_weights
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.global_file import SavedGlobals, load_globals, save_globals
 from jaxclt.io.model import Model
+from jaxclt.json_text import to_json
 from jaxclt.viewer.globals_page import globals_page
 
 __all__ = ["neighbourhood", "page_document", "write_globals"]
@@ -98,7 +98,7 @@ def write_globals(
     with atomic_path(out / "index.html") as temporary:
         temporary.write_text(globals_page(page_document(found)), encoding="utf-8")
     with atomic_path(out / "report.json") as temporary:
-        temporary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(to_json(told, indent=1) + "\n", encoding="utf-8")
     return found
 
 

@@ -6,7 +6,6 @@ the first few cost their arithmetic only.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from jaxclt.io.chat import is_chat
 from jaxclt.io.json_file import parse_json, read_json
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
+from jaxclt.json_text import to_json
 from jaxclt.prompts import Prompt, read_prompts
 from jaxclt.trace import identity, trace_prompt
 from jaxclt.trace_files import write_trace
@@ -82,7 +82,7 @@ def sweep_prompts(
         index.append(line)
         ahead = [before[f.name] for f in folders[i + 1 :] if f.name in before]
         with atomic_path(out / "index.jsonl") as temporary:
-            rows = (json.dumps(x, ensure_ascii=False) + "\n" for x in index + ahead)
+            rows = (to_json(x, ensure_ascii=False) + "\n" for x in index + ahead)
             temporary.write_text("".join(rows), encoding="utf-8")
         on_prompt(i + 1, len(prompts))
     return index

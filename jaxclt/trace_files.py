@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import resource
@@ -26,6 +25,7 @@ from jaxclt.graph.prune import restrict
 from jaxclt.graph.scores import scores
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.graph_file import save_graph
+from jaxclt.json_text import to_json
 from jaxclt.pages import grouped_ids, with_saved_view, write_page
 from jaxclt.trace import Traced
 from jaxclt.types import Supernode
@@ -83,7 +83,7 @@ def write_trace(
         temporary.write_bytes(orjson.dumps(doc))
     report["graph"]["saved"] = "pruned" if small else "full"
     report["timing_s"]["write"] = round(time.perf_counter() - started, 3)
-    _write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+    _write_text(out / "report.json", to_json(report, indent=1, ensure_ascii=False))
     write_page(out, doc=doc)
     return report
 

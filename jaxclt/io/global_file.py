@@ -10,7 +10,6 @@ JSON string.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +25,7 @@ from jaxclt.global_weights.subset import Subset
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import COUNT, TEXT, json_schema, named, record
 from jaxclt.io.npz import Must, Npz, check_order, open_npz
+from jaxclt.json_text import to_json
 
 __all__ = [
     "SavedGlobals",
@@ -109,9 +109,7 @@ def save_statistics(
         "more": meta,
     }
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
-        np.savez(
-            stream, allow_pickle=False, meta=np.asarray(json.dumps(told)), **arrays
-        )
+        np.savez(stream, allow_pickle=False, meta=np.asarray(to_json(told)), **arrays)
 
 
 def load_statistics(
@@ -274,7 +272,7 @@ def save_globals(path: str | os.PathLike[str], found: SavedGlobals) -> None:
         np.savez(
             stream,
             allow_pickle=False,
-            meta=np.asarray(json.dumps(meta, ensure_ascii=False)),
+            meta=np.asarray(to_json(meta, ensure_ascii=False)),
             layer_U=found.subset.layer_U,
             feature_U=found.subset.feature_U,
             **links,

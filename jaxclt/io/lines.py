@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from jaxclt.io.json_file import (
     parse_object,
     read_bounded,
 )
+from jaxclt.json_text import to_json
 
 __all__ = ["append_line", "json_rows", "read_lines", "text_of"]
 
@@ -52,7 +52,7 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
     Raises:
       InputError: if the file cannot be written.
     """
-    line = json.dumps(row).encode() + b"\n"
+    line = to_json(row).encode() + b"\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b", buffering=0) as file:

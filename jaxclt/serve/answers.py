@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
 from starlette.responses import Response
 
-from jaxclt.viewer.graph_json import finite
+from jaxclt.json_text import to_json
 
 __all__ = ["as_json", "list_page", "locked_page", "refusal"]
 
 
 def as_json(value: Any, status: int = 200) -> Response:
     """A value as JSON that every reader takes: ASCII, no NaN."""
-    text = json.dumps(finite(value), allow_nan=False)
-    return Response(text, status, media_type="application/json")
+    return Response(to_json(value), status, media_type="application/json")
 
 
 def refusal(status: int, why: str) -> Response:

@@ -8,7 +8,6 @@ changes on top and saves again: of two tabs neither wipes what the other saved.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.guard import locked
 from jaxclt.io.json_file import TEXT, TEXTS, check_json, json_schema, named, record
+from jaxclt.json_text import to_json, well_formed
 from jaxclt.pages import read_graph
 
 __all__ = ["ChangedError", "save_view", "version_of"]
@@ -97,7 +97,7 @@ def save_view(file: Path, change: Any, *, version: str | None = None) -> str:
         if version not in (None, now):
             raise ChangedError(now, doc)
         _apply(doc, change.get("labels", {}), change.get("qParams", {}))
-        text = json.dumps(doc, ensure_ascii=False).encode()
+        text = well_formed(to_json(doc, ensure_ascii=False)).encode()
         with atomic_path(file) as temporary:
             temporary.write_bytes(text)
     return _hash(text)
@@ -135,7 +135,7 @@ def _check(change: Any) -> None:
     where = "what is to be saved"
     try:
         # No file can hold half a character, which JSON can.
-        json.dumps(change, ensure_ascii=False).encode()
+        to_json(change, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{where} holds half a character: {error}") from error
     check_json(change, _CHANGE, where)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from rich.progress import (
 
 from jaxclt.cli_progress import lines, stoppable
 from jaxclt.compiled import use_compilation_cache
+from jaxclt.json_text import to_json
 from jaxclt.train.config import PRESETS, TrainConfig, preset
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def run_train(command: TrainCommand, say: Console) -> None:
     if command.dry_run:
         found = dryrun.estimate(config, model.cfg, sizes)
         if command.json:
-            print(json.dumps(dryrun.as_json(found)))  # noqa: T201
+            print(to_json(dryrun.as_json(found)))  # noqa: T201
         else:
             for text in found.lines():
                 Console().print(text, markup=False, soft_wrap=True)
@@ -138,7 +138,7 @@ def run_train(command: TrainCommand, say: Console) -> None:
         )
         sys.exit(130)
     if command.json:
-        print(json.dumps(card))  # noqa: T201
+        print(to_json(card))  # noqa: T201
         return
     metrics = card["metrics"]
     Console().print(

@@ -16,6 +16,7 @@ from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import TEXT, check_json, json_schema, read_json, record
 from jaxclt.io.model import Model
 from jaxclt.io.npz import Must, open_npz
+from jaxclt.json_text import to_json
 from jaxclt.trace import prompt_tokens
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.evaluate import PROMPTS
@@ -73,7 +74,7 @@ def identity(config: TrainConfig, model: Model, data: str) -> dict[str, Any]:
     for name in _FREE:
         ours.pop(name)
     return {
-        "config": json.loads(json.dumps(ours)),
+        "config": json.loads(to_json(ours)),
         "model": model.hash,
         "data": data,
     }
@@ -219,4 +220,4 @@ def _sampled(
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON, whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1), "utf-8")
+        temporary.write_text(to_json(content, indent=1), "utf-8")

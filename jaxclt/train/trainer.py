@@ -18,7 +18,6 @@ checkpoint, on one device with the same bits:
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import parse_object
 from jaxclt.io.model import Model
 from jaxclt.io.npz import Must, Npz, open_npz
+from jaxclt.json_text import to_json
 from jaxclt.train import card, checkpoint, processes, sharding
 from jaxclt.train.chunks import Chunks, Position
 from jaxclt.train.config import TrainConfig
@@ -388,7 +388,7 @@ class _Run:
 
     def _append(self, record: dict[str, Any]) -> None:
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+            stream.write(to_json(record) + "\n")
         if self.tracker is not None:
             self.tracker.log(record)
 

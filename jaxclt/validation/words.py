@@ -92,6 +92,11 @@ def verdict(report: dict[str, Any]) -> str:
         "A perturbation keeps its direction one layer on with cosine "
         f"{_show(near)} (the paper reports about 0.8)."
     )
+    if lost := report["diverged"]:
+        parts.append(
+            f"{lost} of {report['patches']} patches diverged (their numbers left the "
+            "range that can be held); they are counted here and ranked nowhere."
+        )
     return " ".join(parts)
 
 

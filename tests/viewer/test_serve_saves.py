@@ -97,6 +97,12 @@ def test_in_python_too(root: Path):
                 save_view(file, {"qParams": {key: wrong}})
             assert len(str(refused.value)) < 300
     assert version_of(file) == new
+    # Half a character that another tool wrote does not keep a reader from saving.
+    doc = read_graph(file)
+    doc["metadata"]["prompt"] = "half \ud83d"
+    file.write_text(json.dumps(doc))
+    save_view(file, {"labels": {IDS[0]: "z"}})
+    assert read_graph(file)["metadata"]["prompt"] == "half \ufffd"
 
 
 def test_an_error_with_the_id_of_a_feature_keeps_its_label(root: Path):
