@@ -100,12 +100,19 @@ def load_tokenizer(source: str | os.PathLike[str] | GGUFFile) -> Tokenizer:
     path = source.path if isinstance(source, GGUFFile) else Path(source)
     folder = path if path.is_dir() else path.parent
     if (folder / "tokenizer.json").is_file():
-        return _wrap(_from_json(folder))
-    if path.is_dir():
-        return _wrap(_from_directory(path))
-    return _wrap(
-        _from_gguf(source if isinstance(source, GGUFFile) else open_gguf(path))
-    )
+        backend = _from_json(folder)
+    elif path.is_dir():
+        backend = _from_directory(path)
+    else:
+        backend = _from_gguf(
+            source if isinstance(source, GGUFFile) else open_gguf(path)
+        )
+    try:
+        return _wrap(backend)
+    except Exception as error:  # for special tokens that it does not have, anything
+        raise InputError(
+            f"{path}: its tokenizer is damaged ({_line(error)})"
+        ) from error
 
 
 def _wrap(backend: Any) -> Tokenizer:
@@ -116,7 +123,7 @@ def _wrap(backend: Any) -> Tokenizer:
         bos_id=bos_id,
         eos_id=backend.eos_token_id,
         pad_id=backend.pad_token_id,
-        special_ids=frozenset(backend.all_special_ids),
+        special_ids=frozenset(i for i in backend.all_special_ids if i is not None),
         vocab_size=len(backend),
     )
 
