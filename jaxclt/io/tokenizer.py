@@ -191,7 +191,12 @@ def load_tokenizer(source: str | os.PathLike[str] | GGUFFile) -> Tokenizer:
         file = source if isinstance(source, GGUFFile) else open_gguf(path)
         template = file.meta.get("tokenizer.chat_template")
         backend.chat_template = template if isinstance(template, str) else None
-    return _wrap(backend, adds_bos=adds_bos)
+    try:
+        return _wrap(backend, adds_bos=adds_bos)
+    except Exception as error:  # for special tokens that it does not have, anything
+        raise InputError(
+            f"{path}: its tokenizer is damaged ({_line(error)})"
+        ) from error
 
 
 def _wrap(backend: Any, *, adds_bos: bool) -> Tokenizer:
@@ -206,7 +211,7 @@ def _wrap(backend: Any, *, adds_bos: bool) -> Tokenizer:
         bos_id=bos_id,
         eos_id=backend.eos_token_id,
         pad_id=backend.pad_token_id,
-        special_ids=frozenset(backend.all_special_ids),
+        special_ids=frozenset(i for i in backend.all_special_ids if i is not None),
         vocab_size=len(backend),
     )
 
