@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -36,30 +36,10 @@ _RESUMES = (SweepConfig, EvalConfig, GlobalsConfig, FeaturesConfig, TrainConfig)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line and exit."""
-    from jaxclt.train.command import TrainCommand, run_train, train_defaults
+    from jaxclt.train.command import TrainCommand, run_train
 
-    defaults = train_defaults(sys.argv[1:] if argv is None else argv)
     try:
-        config = tyro.cli(
-            Annotated[DemoConfig, tyro.conf.subcommand("demo")]  # pyright: ignore
-            | Annotated[TraceConfig, tyro.conf.subcommand("trace")]
-            | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
-            | Annotated[FetchConfig, tyro.conf.subcommand("fetch")]
-            | Annotated[ConvertConfig, tyro.conf.subcommand("convert")]
-            | Annotated[ViewConfig, tyro.conf.subcommand("view")]
-            | Annotated[ServeConfig, tyro.conf.subcommand("serve")]
-            | Annotated[ExplainConfig, tyro.conf.subcommand("explain")]
-            | Annotated[PatchConfig, tyro.conf.subcommand("patch")]
-            | Annotated[ValidateConfig, tyro.conf.subcommand("validate")]
-            | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
-            | Annotated[GlobalsConfig, tyro.conf.subcommand("globals")]
-            | Annotated[FeaturesConfig, tyro.conf.subcommand("features")]
-            | Annotated[TrainCommand, tyro.conf.subcommand("train", default=defaults)],
-            args=argv,
-            prog="jaxclt",
-            description="Circuit tracing in JAX: explain a prediction as a feature graph.",
-            config=(tyro.conf.OmitSubcommandPrefixes,),
-        )
+        config = _parse(argv)
     except KeyboardInterrupt:  # before anything began
         sys.exit(130)
     run = {
@@ -92,3 +72,29 @@ def main(argv: Sequence[str] | None = None) -> None:
             kept = "the same command goes on from what is kept"
         say.print(f"jaxclt: interrupted; {kept}")
         sys.exit(error.status if isinstance(error, Interrupted) else 130)
+
+
+def _parse(argv: Sequence[str] | None) -> Any:
+    from jaxclt.train.command import TrainCommand, train_defaults
+
+    defaults = train_defaults(sys.argv[1:] if argv is None else argv)
+    return tyro.cli(
+        Annotated[DemoConfig, tyro.conf.subcommand("demo")]  # pyright: ignore
+        | Annotated[TraceConfig, tyro.conf.subcommand("trace")]
+        | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
+        | Annotated[FetchConfig, tyro.conf.subcommand("fetch")]
+        | Annotated[ConvertConfig, tyro.conf.subcommand("convert")]
+        | Annotated[ViewConfig, tyro.conf.subcommand("view")]
+        | Annotated[ServeConfig, tyro.conf.subcommand("serve")]
+        | Annotated[ExplainConfig, tyro.conf.subcommand("explain")]
+        | Annotated[PatchConfig, tyro.conf.subcommand("patch")]
+        | Annotated[ValidateConfig, tyro.conf.subcommand("validate")]
+        | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+        | Annotated[GlobalsConfig, tyro.conf.subcommand("globals")]
+        | Annotated[FeaturesConfig, tyro.conf.subcommand("features")]
+        | Annotated[TrainCommand, tyro.conf.subcommand("train", default=defaults)],
+        args=argv,
+        prog="jaxclt",
+        description="Circuit tracing in JAX: explain a prediction as a feature graph.",
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )
