@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxclt.cli_progress import Run, long_command, progress
+from jaxclt.json_text import to_json
 
 __all__ = ["ConvertConfig", "run_convert"]
 
@@ -54,7 +54,7 @@ def run_convert(config: ConvertConfig, say: Console, run: Run) -> None:
             config.source, config.out, config.to, lossy=config.lossy, on_layer=on_layer
         )
     if config.json:
-        print(json.dumps(report))  # noqa: T201
+        print(to_json(report))  # noqa: T201
         return
     table = Table(title="converted", show_header=False)
     rows = {

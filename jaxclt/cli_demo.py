@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from jaxclt.cli_progress import Run, lines, long_command, progress
 from jaxclt.compiled import use_compilation_cache
+from jaxclt.json_text import to_json
 
 if TYPE_CHECKING:
     from jaxclt.demo import DemoResult
@@ -56,7 +56,7 @@ def run_demo_command(config: DemoConfig, say: Console, run: Run) -> None:
     )
     seconds = time.perf_counter() - started
     if config.json:
-        print(json.dumps(_as_json(found, config.out, seconds)))  # noqa: T201
+        print(to_json(_as_json(found, config.out, seconds)))  # noqa: T201
         return
     _show(found, config.out, seconds)
 

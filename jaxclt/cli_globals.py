@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import time
 from functools import partial
@@ -17,7 +16,8 @@ from rich.text import Text
 
 from jaxclt.cli_progress import Run, Stages, lines, long_command
 from jaxclt.compiled import use_compilation_cache
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least
+from jaxclt.json_text import to_json
 
 if TYPE_CHECKING:
     from jaxclt.io.global_file import SavedGlobals
@@ -81,9 +81,7 @@ def run_globals(config: GlobalsConfig, say: Console, run: Run) -> None:
 
     heads = _heads(config.heads)
     shard = _shard(config.shard)
-    for name in ("tokens", "top"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} {getattr(config, name)}: give at least 1")
+    check_at_least(1, tokens=config.tokens, context=config.context, top=config.top)
     if bool(config.data) == bool(config.merge):
         raise InputError("give --data TEXT, or --merge with directories of shards")
     run.own(config.out, makes="globals")
@@ -138,7 +136,7 @@ def run_globals(config: GlobalsConfig, say: Console, run: Run) -> None:
         )
     told = {k: v for k, v in found.meta.items() if k != "token_text"}
     if config.json:
-        print(json.dumps(told))  # noqa: T201
+        print(to_json(told))  # noqa: T201
         return
     Console().print(_summary(told, found))
     Console().print(f"page: {(config.out / 'index.html').resolve().as_uri()}")
@@ -171,7 +169,7 @@ def _summary(told: dict[str, Any], found: SavedGlobals) -> Table:
 def _heads(texts: tuple[str, ...]) -> list[tuple[int, int]]:
     heads = []
     for text in texts:
-        match = re.fullmatch(r"(\d+):(\d+)", text)
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
         if match is None:
             raise InputError(f"--heads {text}: write LAYER:HEAD, for example 5:3")
         heads.append((int(match[1]), int(match[2])))
@@ -179,7 +177,7 @@ def _heads(texts: tuple[str, ...]) -> list[tuple[int, int]]:
 
 
 def _shard(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     if match is None or int(match[1]) >= int(match[2]):
         raise InputError(f"--shard {text}: write I/N with I from 0 to N - 1")
     return int(match[1]), int(match[2])

@@ -26,6 +26,7 @@ from jaxclt.compiled import use_compilation_cache
 from jaxclt.dashboards.files import INDEX, FeatureFiles, uncantor
 from jaxclt.errors import InputError
 from jaxclt.graph_list import graphs_in, list_page
+from jaxclt.json_text import to_json
 from jaxclt.serve_patch import BUSY, FILES, Patcher
 
 __all__ = ["ServeConfig", "make_server", "run_serve", "save_view"]
@@ -80,7 +81,7 @@ def run_serve(config: ServeConfig, say: Console) -> None:
     if config.host not in _LOCAL:
         say.print(f"jaxclt: {config.host} can be reached by others", markup=False)
     if config.json:
-        print(json.dumps({"url": url}), flush=True)  # noqa: T201
+        print(to_json({"url": url}), flush=True)  # noqa: T201
     else:
         Console().print(f"serving {config.directory} at {url} (Ctrl+C ends)")
     with server:
@@ -168,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/":
             return "text/html", list_page(self.root).encode()
         if path == "/api/graphs":
-            return "application/json", json.dumps(graphs_in(self.root)).encode()
+            return "application/json", to_json(graphs_in(self.root)).encode()
         for prefix, answer in (
             ("/view/", self._page),
             ("/api/graph/", self._graph),
@@ -207,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
         record = files.record(*place)
         if record is None:
             raise _RefusedError(404, "no such feature")
-        return "application/json", json.dumps(record).encode()
+        return "application/json", to_json(record).encode()
 
     def _post(self, path: str) -> tuple[str, bytes]:
         for prefix, answer, most in (
@@ -254,7 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(500, f"the patch failed: {error!s:.300}") from error
         if record is None:
             raise _RefusedError(409, BUSY)
-        return json.dumps(record, allow_nan=False).encode()
+        return to_json(record).encode()
 
     def _traced(self, graph: Path) -> Path | None:
         """The directory that trace wrote with a graph.json, all of it in the folder."""
@@ -291,7 +292,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_error(self, status: int, why: str) -> None:
         # What is left of the body would be read as the next request.
         self.close_connection = True
-        self._send(status, "application/json", json.dumps({"error": why}).encode())
+        self._send(status, "application/json", to_json({"error": why}).encode())
 
     def _send(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)
@@ -344,7 +345,7 @@ def save_view(file: Path, change: Any) -> None:
     _check_cards(doc["qParams"].get("cards", []))
     validate(doc, foreign=True)
     with atomic_path(file) as temporary:
-        temporary.write_text(json.dumps(doc, ensure_ascii=False), encoding="utf-8")
+        temporary.write_text(to_json(doc, ensure_ascii=False), encoding="utf-8")
 
 
 def _check_groups(view: dict[str, Any], ids: set[str]) -> None:

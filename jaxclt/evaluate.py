@@ -26,10 +26,12 @@ from jaxclt.evaluation.measures import EvalOptions, Measures, Stage
 from jaxclt.evaluation.prompts import EvalText, graph_filter, pick_prompts
 from jaxclt.io.model import Model
 from jaxclt.pace import logged
+from jaxclt.prompts import Prompt
+from jaxclt.trace import prompt_tokens
 
 __all__ = ["EvalOptions", "Prompts", "choose_prompts", "evaluate"]
 
-Prompts = Sequence[str | Sequence[int]]
+Prompts = Sequence[Prompt]
 
 SEARCHED = 512  # windows at most in which prompts are looked for
 
@@ -65,9 +67,14 @@ def evaluate(
       window).
 
     Raises:
-      InputError: if there is no prompt to trace, or a dictionary does not fit.
+      InputError: if there is no prompt to trace, or one or a dictionary does not fit.
     """
     options, on_stage = options or EvalOptions(), on_stage or logged()
+    for i, prompt in enumerate(prompts or ()):
+        try:
+            prompt_tokens(model, prompt)
+        except InputError as error:
+            raise InputError(f"prompt {i} of --prompts: {error}") from None
     if prompts is None and options.graphs:
         prompts = choose_prompts(model, text, options, on_stage)
     rows: list[dict[str, Any]] = []

@@ -10,7 +10,6 @@ it was, in the text or in the files, and the files come out the same to the byte
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -25,17 +24,18 @@ from jaxclt.dashboards import files
 from jaxclt.dashboards.documents import feature_document, validate
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.logits import token_effects
-from jaxclt.dashboards.stream import SAVE_S, STATE, gather_examples
-from jaxclt.errors import InputError
+from jaxclt.dashboards.stream import SAVE_S, STATE, check_numbers, gather_examples
+from jaxclt.errors import InputError, check_at_least, check_finite
 from jaxclt.global_text import Features, choose_features
 from jaxclt.global_weights.subset import FeatureSizes
 from jaxclt.io.atomic import atomic_path, is_temporary
 from jaxclt.io.json_file import read_json
 from jaxclt.io.model import Model
+from jaxclt.json_text import to_json
 from jaxclt.pace import logged
 from jaxclt.windows import BATCH_TOKENS, Data, Mask, TokenWindows, read_windows
 
-__all__ = ["feature_dashboards", "write_features"]
+__all__ = ["check_options", "feature_dashboards", "write_features"]
 
 RUN = "run.json"  # what the directory's files are of
 REPORT = "report.json"
@@ -92,6 +92,17 @@ def feature_dashboards(
       InputError: for arguments out of range, more memory than is free, or a directory
         of another run.
     """
+    check_options(
+        tokens=tokens,
+        context=context,
+        excerpt=excerpt,
+        top=top,
+        drawn=drawn,
+        histogram_every=histogram_every,
+        bins=bins,
+        logits=logits,
+        seed=seed,
+    )
     out, tell = Path(out), on_stage or logged()
     started = time.perf_counter()
     windows = read_windows(
@@ -126,11 +137,13 @@ def feature_dashboards(
         "features": hashlib.sha256(place_U2.tobytes()).hexdigest(),
         **settings,
     }
-    _claim(out, identity)
+    _refuse_other(out, identity)
     passed = time.perf_counter()
     counted: list[int] = []
 
     def on_tokens(done: int, total: int) -> None:
+        if not counted:  # the pass fits, and is about to begin
+            _claim(out, identity)
         tell("examples", done, total)
         counted.append(done)
 
@@ -192,14 +205,34 @@ def feature_dashboards(
         return read_json(out / REPORT), examples
     report["tokens_per_second"] = round(new / pass_s, 1)  # compiling included
     with atomic_path(out / REPORT) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(to_json(report, indent=1) + "\n", encoding="utf-8")
     return report, examples
 
 
-def _claim(out: Path, identity: dict[str, Any]) -> None:
-    """Say what a directory is of; refuse one that is of something else."""
+def check_options(
+    *,
+    tokens: int,
+    context: int,
+    excerpt: int,
+    top: int,
+    drawn: int,
+    histogram_every: int,
+    bins: int = 40,
+    logits: int = 10,
+    seed: int = 0,
+) -> None:
+    """Raise InputError for numbers that `feature_dashboards` cannot take."""
+    check_at_least(1, tokens=tokens, context=context)
+    check_at_least(0, logits=logits)
+    check_finite(seed=seed)
+    check_numbers(top, drawn, excerpt, bins, histogram_every)
+
+
+def _refuse_other(out: Path, identity: dict[str, Any]) -> None:
+    """Refuse a directory that is of something else; one that nothing came of is not."""
     file = out / RUN
-    if file.is_file():
+    begun = (out / STATE).is_file() or (out / "features").is_dir()
+    if file.is_file() and begun:
         try:
             found = read_json(file)
         except InputError:
@@ -216,8 +249,12 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
             f"{out / 'features'} holds files that `jaxclt features` did not write: "
             "choose another directory"
         )
-    with atomic_path(file) as temporary:
-        temporary.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+
+
+def _claim(out: Path, identity: dict[str, Any]) -> None:
+    """Say what a directory is of."""
+    with atomic_path(out / RUN) as temporary:
+        temporary.write_text(to_json(identity, indent=1) + "\n", encoding="utf-8")
 
 
 def write_features(

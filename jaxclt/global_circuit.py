@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxclt.clt.coder import Dictionary
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_choice
 from jaxclt.global_text import Features, bound_of, choose_features
 from jaxclt.global_weights import ranking
 from jaxclt.global_weights import weights as weights_of
@@ -68,8 +68,7 @@ def global_weights(
     on = bound_of(dictionary, model)
     if not isinstance(statistics, Coactivation):
         statistics, _ = load_statistics(statistics)
-    if kind not in ranking.KINDS:
-        raise InputError(f"kind {kind!r}: choose one of {', '.join(ranking.KINDS)}")
+    check_choice("kind", kind, ranking.KINDS)
     if statistics.subset.n_layers != on.shape.n_layers:
         raise InputError(
             f"the statistics are of {statistics.subset.n_layers} layers, the "
@@ -110,8 +109,7 @@ def head_inputs(
     """
     on = bound_of(dictionary, model)
     value = head_weights(on, statistics, head, layer, feature, cfg=model.cfg)
-    if by not in value:
-        raise InputError(f"kind {by!r}: choose one of {', '.join(value)}")
+    check_choice("kind", by, value)
     subset = statistics.subset
     return [
         {"layer": int(subset.layer_U[i]), "feature": int(subset.feature_U[i])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from jaxclt.clt.coder import Bound, Dictionary, Loaded, load
 from jaxclt.dashboards.peaks import Batch, firing_counts
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean
 from jaxclt.global_weights.subset import FeatureSizes, Subset
 from jaxclt.io.json_file import MOST, parse_json, read_bounded
 from jaxclt.io.model import Model
@@ -81,7 +82,7 @@ def choose_features(
         return Subset.everything(sizes)
     head, _, count = name.partition(":")
     if head == "top":
-        if not count.isdecimal() or int(count) < 1:
+        if not re.fullmatch(r"0*[1-9]\d{0,8}", count):
             raise InputError(f"--features {name}: write top:K with K at least 1")
         if coder.gated and not coder.chooses:
             raise InputError(
@@ -106,8 +107,9 @@ def _most_frequent(count_U: np.ndarray, k: int, cfg: FeatureSizes) -> Subset:
 
 def _read_features(path: Path) -> np.ndarray:
     usage = "write lines LAYER:FEATURE, a .json list of pairs, all, or top:K"
-    if not path.is_file():
-        raise InputError(f"--features {path}: there is no such file; {usage}")
+    if not os.path.isfile(path):
+        hint = did_you_mean(str(path).partition(":")[0], ("all", "top"))
+        raise InputError(f"--features {path}: there is no such file; {usage}{hint}")
     try:
         if path.suffix == ".npz":
             with open_npz(path, "holds no features", usage) as file:
@@ -122,7 +124,7 @@ def _read_features(path: Path) -> np.ndarray:
             lines = text.decode("utf-8").splitlines()
             rows = [line.split(":") for line in lines if line.strip()]
         return np.asarray(rows, np.int64).reshape(len(rows), 2)
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(f"--features {path} cannot be read: {usage}") from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -15,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.coder import Bound, Dictionary
+from jaxclt.errors import check_at_least
 from jaxclt.global_text import bound_of
 from jaxclt.global_weights import ranking
 from jaxclt.global_weights.build import virtual_blocks
@@ -24,6 +24,7 @@ from jaxclt.global_weights.weights import embedding_weights, logit_weights
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.global_file import SavedGlobals, load_globals, save_globals
 from jaxclt.io.model import Model
+from jaxclt.json_text import to_json
 from jaxclt.viewer.globals_page import globals_page
 
 __all__ = ["neighbourhood", "page_document", "write_globals"]
@@ -56,8 +57,9 @@ def write_globals(
       on_layer: progress of the vocabulary weights, layer by layer.
 
     Raises:
-      InputError: if the directory cannot be written.
+      InputError: if the directory cannot be written, or `top` is below 1.
     """
+    check_at_least(1, top=top)
     out, on = Path(out), bound_of(dictionary, model)
     stats = weights.statistics
     scaled: tuple[Kind, ...] = ("era_norm", "twera_norm") if stats.scaled else ()
@@ -98,7 +100,7 @@ def write_globals(
     with atomic_path(out / "index.html") as temporary:
         temporary.write_text(globals_page(page_document(found)), encoding="utf-8")
     with atomic_path(out / "report.json") as temporary:
-        temporary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(to_json(told, indent=1) + "\n", encoding="utf-8")
     return found
 
 

@@ -6,7 +6,6 @@ takes the place of the older one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from jaxclt.intervene import PatchResult
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import find_json
 from jaxclt.io.lock import held
+from jaxclt.json_text import finite, to_json
 from jaxclt.pages import PATCHES
-from jaxclt.viewer.graph_json import finite
 
 __all__ = ["MOST", "keep_patch", "patch_record"]
 
@@ -68,7 +67,7 @@ def _put_first(path: Path, record: dict[str, Any], about: dict[str, Any]) -> Non
         for p in (older if isinstance(older, list) else [])
         if isinstance(p, dict) and _made_of(p) != _made_of(record)
     ]
-    text = json.dumps({**about, "patches": [record, *kept][:MOST]}, allow_nan=False)
+    text = to_json({**about, "patches": [record, *kept][:MOST]})
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -77,4 +76,4 @@ def _made_of(record: dict[str, Any]) -> str:
     keys = ("nodes", "change", "mode", "layers", "options")
     said = {key: record.get(key) for key in keys}
     said["nodes"] = sorted(map(str, said["nodes"] or ()))
-    return json.dumps(said, sort_keys=True)
+    return to_json(said, sort_keys=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import resource
@@ -27,6 +26,7 @@ from jaxclt.graph.scores import scores
 from jaxclt.io.atomic import atomic_path, sweep
 from jaxclt.io.graph_file import save_graph
 from jaxclt.io.lock import held
+from jaxclt.json_text import to_json
 from jaxclt.pages import grouped_ids, with_saved_view, write_page
 from jaxclt.trace import Traced
 from jaxclt.types import Supernode
@@ -87,7 +87,7 @@ def write_trace(
         temporary.write_bytes(orjson.dumps(doc))
     report["graph"]["saved"] = "pruned" if small else "full"
     report["timing_s"]["write"] = round(time.perf_counter() - started, 3)
-    _write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+    _write_text(out / "report.json", to_json(report, indent=1, ensure_ascii=False))
     write_page(out, doc=doc)
     return report
 
@@ -95,7 +95,7 @@ def write_trace(
 def check_writable(out: str | os.PathLike[str], *, makes: str = "") -> None:
     """Raise InputError now if `out` cannot be written later, or another command does.
 
-    What killed commands left there unfinished is removed.
+    Leaves nothing there; what killed commands left unfinished is removed.
 
     Args:
       out: directory.
@@ -103,7 +103,7 @@ def check_writable(out: str | os.PathLike[str], *, makes: str = "") -> None:
         report and a page of the same names, which would be lost.
     """
     for kind, (what, names) in MAKES.items():
-        there = any((Path(out) / name).exists() for name in names)
+        there = any(os.path.exists(Path(out) / name) for name in names)
         if makes and kind != makes and there:
             raise InputError(
                 f"{out} holds {what}, whose report would be replaced: give another "

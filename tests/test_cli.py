@@ -176,7 +176,7 @@ def test_ctrl_c_keeps_what_is_done(
     assert signal.getsignal(signal.SIGINT) is before
     assert "Ctrl-C again" in capsys.readouterr().err
     if times == 2:
-        assert list(out.iterdir()) == []
+        assert list(out.glob("*")) == []
         return
     report = json.loads((out / "report.json").read_text())
     assert report["work"]["stopped"]
@@ -195,7 +195,7 @@ def test_dry_run_states_the_memory_and_writes_nothing(
     assert plan["budget_gb"] == 3
     assert plan["total_gb"] == pytest.approx(sum(plan["memory_gb"].values()), abs=0.01)
     assert 0 < plan["total_gb"] < 3
-    assert list(out.iterdir()) == []
+    assert list(out.glob("*")) == []
 
 
 def test_dry_run_of_an_assumed_prompt_reads_no_weights(

@@ -232,7 +232,7 @@ def parse_neurons(name: str) -> NeuronDictionary | None:
         return None
     kind, text = found.groups()
     if kind == ":":
-        if not text.isdecimal() or int(text) < 1:
+        if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
             raise InputError(
                 f"dictionary {name!r}: write neurons:k with k a whole number of at "
                 "least 1"

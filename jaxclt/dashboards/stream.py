@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable
@@ -34,12 +33,13 @@ from jaxclt.clt.coder import Loaded
 from jaxclt.dashboards.examples import Examples, by_size
 from jaxclt.dashboards.peaks import Batch, Peaks, batch_peaks
 from jaxclt.dashboards.state import Best, Histogram, Newcomers, Seen
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least
 from jaxclt.global_weights.subset import Subset
 from jaxclt.graph.memory import host_available_bytes
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import COUNT, json_schema, record
 from jaxclt.io.npz import Must, check_array, open_npz
+from jaxclt.json_text import to_json
 from jaxclt.types import LMParams
 from jaxclt.windows import BATCH_TOKENS, TokenWindows, batches
 
@@ -194,7 +194,7 @@ def gather_examples(
       InputError: for numbers out of range, more memory than is free, or a `state` of
         another run.
     """
-    _check_numbers(n_top, n_drawn, context, bins, histogram_every)
+    check_numbers(n_top, n_drawn, context, bins, histogram_every)
     n, S = windows.token_WS.shape
     signed = is_signed(encoder)
     places = _places(encoder, subset)
@@ -280,18 +280,13 @@ def is_signed(encoder: Loaded) -> bool:
     return theta_LF is not None and bool((np.asarray(theta_LF) < 0).any())
 
 
-def _check_numbers(
+def check_numbers(
     n_top: int, n_drawn: int, context: int, bins: int, histogram_every: int
 ) -> None:
-    for name, value, least in (
-        ("top", n_top, 1),
-        ("drawn", n_drawn, 0),
-        ("excerpt", context, 1),
-        ("bins", bins, 2),
-        ("histogram-every", histogram_every, 1),
-    ):
-        if value < least:
-            raise InputError(f"--{name} {value}: give at least {least}")
+    """Raise InputError for numbers that `gather_examples` cannot take."""
+    check_at_least(1, top=n_top, excerpt=context, histogram_every=histogram_every)
+    check_at_least(0, drawn=n_drawn)
+    check_at_least(2, bins=bins)
     if bins % 2:
         raise InputError(f"--bins {bins}: give an even number, they merge in pairs")
 
@@ -460,7 +455,7 @@ class _Keeping:
         started = time.monotonic()
         if started - self.saved < wait and not last:
             return
-        meta = json.dumps({"identity": self.identity, "windows": windows})
+        meta = to_json({"identity": self.identity, "windows": windows})
         with atomic_path(self.path) as temporary, temporary.open("wb") as stream:
             np.savez(stream, allow_pickle=False, meta=np.asarray(meta), **seen.arrays())
         self.kept, self.saved = windows, time.monotonic()

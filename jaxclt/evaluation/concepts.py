@@ -16,6 +16,7 @@ from jax import Array
 from jaxclt.clt.coder import Loaded
 from jaxclt.errors import InputError
 from jaxclt.io.json_file import MOST, parse_json, read_bounded
+from jaxclt.io.lines import json_rows
 from jaxclt.io.model import Model
 from jaxclt.lm.run import embed, native_mlp, run
 from jaxclt.types import Block, LMParams
@@ -45,15 +46,10 @@ def load_pairs(path: str | os.PathLike[str] | None = None) -> tuple[ConceptPair,
       InputError: if the file is not that.
     """
     file = Path(path or Path(__file__).with_name("concepts.json"))
-    try:
-        text = read_bounded(file, MOST).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text") from error
     if file.suffix == ".jsonl":
-        lines = enumerate(text.splitlines(), 1)
-        entries = [parse_json(x, f"{file}:{i}") for i, x in lines if x.strip()]
+        entries = [entry for _, entry in json_rows(file)]
     else:
-        entries = parse_json(text, file)
+        entries = parse_json(read_bounded(file, MOST), file)
         if not isinstance(entries, list):
             raise InputError(f"{file} must hold a JSON list of pairs")
     if not entries:

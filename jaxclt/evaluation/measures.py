@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import re
 import time
@@ -24,7 +23,14 @@ from jaxclt import __version__
 from jaxclt.clt.coder import Dictionary, Loaded, load
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.stream import gather_examples
-from jaxclt.errors import InputError
+from jaxclt.errors import (
+    InputError,
+    check_at_least,
+    check_choice,
+    check_finite,
+    check_positive,
+    check_share,
+)
 from jaxclt.evaluation.agreement import Compared, compare, compare_layers
 from jaxclt.evaluation.concepts import ConceptPair, readable
 from jaxclt.evaluation.graphs import graph_means, graph_row
@@ -41,7 +47,9 @@ from jaxclt.graph.graph import Graph
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import MOST_DATA, check_json, json_schema, read_json, record
 from jaxclt.io.model import Model
+from jaxclt.json_text import finite, to_json
 from jaxclt.perturb import by_distance, faithfulness
+from jaxclt.prompts import Prompt
 from jaxclt.subject import Subject
 from jaxclt.trace import trace_prompt
 from jaxclt.train.harvest import harvest
@@ -77,7 +85,11 @@ _OPTIONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """How much to measure."""
+    """How much to measure.
+
+    Raises:
+      InputError: for a value out of its range.
+    """
 
     tokens: int = 8_192  # reconstruction, and what features are judged by
     agreement_tokens: int = 2_048  # replacement model
@@ -94,6 +106,27 @@ class EvalOptions:
     baselines: tuple[float, ...] = (1.0, 4.0)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_at_least(
+            1,
+            tokens=self.tokens,
+            agreement_tokens=self.agreement_tokens,
+            max_features=self.max_features,
+        )
+        check_at_least(
+            0,
+            layer_tokens=self.layer_tokens,
+            graphs=self.graphs,
+            perturbed=self.perturbed,
+            sort=self.sort,
+            contrastive=self.contrastive,
+        )
+        check_choice("filter", self.filter, ("auto", "paper", "none"))
+        check_share(zero=True, one=False, tolerance=self.tolerance)
+        for factor in self.baselines:
+            check_positive(baselines=factor)
+        check_finite(seed=self.seed)
+
 
 class Measures:
     """One dictionary, and where its measures are kept."""
@@ -103,7 +136,7 @@ class Measures:
         model: Model,
         dictionary: Dictionary,
         text: EvalText,
-        prompts: list[str | Sequence[int]],
+        prompts: list[Prompt],
         options: EvalOptions,
         out: Path | None,
         on_stage: Stage,
@@ -135,7 +168,7 @@ class Measures:
         """A measure from its file if that is of exactly this, else measured."""
         settings = dataclasses.asdict(self.options)
         prompts = [x if isinstance(x, str) else list(x) for x in self.prompts]
-        identity = json.dumps(
+        identity = to_json(
             [
                 *(self.model.hash, self.dictionary.hash, self.dictionary.name),
                 *(self.text.digest, name, depends, __version__),
@@ -153,13 +186,13 @@ class Measures:
         start = time.perf_counter()
         row, raw = measure()
         took = round(time.perf_counter() - start, 1)
-        row, raw = _plain(row), _plain(raw)
+        row, raw = finite(row), finite(raw)
         # What a judge was not asked yet is asked by the next run; its log has the rest.
         open_ = any(score["not_asked"] for score in row.get("judged", {}).values())
         if file is not None and not open_:
             with atomic_path(file) as temporary:
                 kept = {"row": row, "raw": raw, "seconds": took, "measure": name}
-                temporary.write_text(json.dumps(kept, allow_nan=False), "utf-8")
+                temporary.write_text(to_json(kept), "utf-8")
         return row, raw, took
 
     def row(
@@ -402,16 +435,3 @@ class Measures:
 
 def _quantiles(x: Sequence[float]) -> list[float]:
     return np.quantile(x, [0.025, 0.975]).tolist() if x else [math.nan] * 2
-
-
-def _plain(x: Any) -> Any:
-    """For JSON, which has neither nan nor numpy."""
-    if isinstance(x, dict):
-        return {str(k): _plain(v) for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return [_plain(v) for v in x]
-    if isinstance(x, np.ndarray | np.generic):
-        return _plain(x.tolist())
-    if isinstance(x, float) and not math.isfinite(x):
-        return None
-    return x

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ import numpy as np
 
 from jaxclt.dashboards.examples import Examples, Excerpts, Shown
 from jaxclt.evaluation.concepts import ConceptPair
+from jaxclt.json_text import to_json
 
 __all__ = ["Trial", "contrastive_trials", "shown_excerpt", "sort_trials"]
 
@@ -87,7 +87,7 @@ class Trial:
     @property
     def key(self) -> str:
         """Tells trials apart by all they hold."""
-        text = json.dumps(self.as_json(), sort_keys=True)
+        text = to_json(self.as_json(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def swapped(self) -> Trial:

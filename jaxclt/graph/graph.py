@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from scipy.sparse import csr_array
 
 from jaxclt.graph.blocks import row_strength
 from jaxclt.graph.head_table import HeadLoads
+from jaxclt.json_text import to_json
 
 __all__ = ["VIRTUAL_TOKEN", "Graph", "GraphMeta", "Pruning"]
 
@@ -39,6 +39,8 @@ class GraphMeta:
     tokens: tuple[str, ...]  # T token strings, untrusted: escape where shown
     target_tokens: tuple[str, ...]  # K token strings, or labels of other targets
     n_layers: int
+    # of a chat: role and content, untrusted like tokens; `prompt` is its text
+    messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
     convention: str = "paper"  # or "circuit-tracer"
     weights: str = "probability"  # what target_prob_K holds, or "chosen"
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -54,7 +56,7 @@ class GraphMeta:
 
     def to_json(self) -> str:
         """Serialise; `of` reads it, parsed."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        return to_json(dataclasses.asdict(self), ensure_ascii=False)
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> GraphMeta:

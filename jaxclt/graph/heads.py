@@ -35,6 +35,7 @@ from jaxclt.graph.provenance import (
     FrozenStream,
     direct_edges,
     frozen_stream,
+    layer_pattern,
     residual_reads,
 )
 from jaxclt.graph.scores import edge_influence
@@ -96,8 +97,9 @@ def _push(stream: FrozenStream, x: _Pushed, *, cfg: LMConfig, width: int) -> Arr
 
     def level(layer: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         resid_WBD, mixed_LWHBC = state
-        p, pattern_HTS, scale_T, skip = jax.tree.map(lambda leaf: leaf[layer], stream)
-        pattern_HTS = window(pattern_HTS, (1, 2))
+        one: FrozenStream = jax.tree.map(lambda leaf: leaf[layer], stream)
+        p, scale_T, skip = one.blocks, one.scale_LT, one.skip
+        pattern_HTS = window(layer_pattern(one, cfg=cfg), (1, 2))
         mixed_WHBC = mix(p, pattern_HTS, window(scale_T, (0,)), resid_WBD)
         mixed_LWHBC = mixed_LWHBC.at[layer].set(mixed_WHBC)
         before_WBD = resid_WBD

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, on_one_line
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.nodes import find_column, find_row, quoted
 from jaxclt.graph.scores import shares_total
@@ -239,4 +239,4 @@ def _labelled(graph: Graph, node: int) -> str:
     if node >= graph.n_features:
         return name
     label = graph.meta.label(int(graph.layer_A[node]), int(graph.feature_A[node]))
-    return f"{name} [{quoted(label)[1:-1]}]" if label else name
+    return f"{name} [{on_one_line(label)}]" if label else name

@@ -31,12 +31,12 @@ from typing import Literal
 
 import numpy as np
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, on_one_line
 from jaxclt.graph.blocks import submatrix
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph, Pruning
 from jaxclt.graph.influence import solve_influence
-from jaxclt.graph.nodes import find_node, quoted
+from jaxclt.graph.nodes import find_node
 from jaxclt.graph.paths import node_name
 from jaxclt.graph.prune import kept_rows
 from jaxclt.graph.scores import scores, shares_total
@@ -140,7 +140,8 @@ def describe_supernodes(small: SupernodeGraph, *, k: int = 20) -> str:
         edge = small.edge_GG[target, source]
         lines.append(
             f"{100 * through_GG[target, source]:6.2f}% {'+' if edge > 0 else '-'}  "
-            f"{_shown(small.names[source])} -> {_shown(small.names[target])}  "
+            f"{on_one_line(small.names[source])} -> "
+            f"{on_one_line(small.names[target])}  "
             f"({100 * abs(edge):.0f}% of its input)"
         )
     lines.append(
@@ -372,11 +373,6 @@ def _read(
         read_G += step_G
     off = np.abs(read_G[:G] - exact_G).sum() / max(float(exact_G.sum()), 1e-30)
     return exact_G, float(off)
-
-
-def _shown(name: str) -> str:
-    """A group's name on one line, nothing in it for a terminal."""
-    return quoted(name)[1:-1]
 
 
 # -- suggestions -----------------------------------------------------------------------

@@ -147,15 +147,15 @@ def blame(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _blame_full_disk(target: Path) -> Iterator[None]:
-    """The same for a disk or a quota that the body filled; its other errors stay."""
+    """The same for a disk or a limit that the body filled; its other errors stay."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise InputError(
-            f"no room left to write {target}: free some of the disk, or choose "
-            "another place"
+            f"no room left to write {target} ({error.strerror}): free some of the "
+            "disk, raise the limit on files, or choose another place"
         ) from error
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_choice, did_you_mean
 from jaxclt.io.atomic import atomic_directory
 from jaxclt.io.dictionary import LABELS, open_dictionary, read_labels
 from jaxclt.io.formats.write import About, write_files
@@ -46,8 +46,7 @@ def convert(
       InputError: for an unknown format, a dictionary that it cannot express, something
         that would be lost and is not in `lossy`, or an `out` that exists.
     """
-    if to not in TARGETS:
-        raise InputError(f"--to {to}: the formats are {', '.join(TARGETS)}")
+    check_choice("--to", to, TARGETS)
     target, store, place = TARGETS[to], open_dictionary(source), Path(out)
     if os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
         raise InputError(f"{place} exists; choose another output directory")
@@ -61,7 +60,8 @@ def convert(
     unknown = sorted(set(lossy) - set(lost))
     if unknown:
         possible = ", ".join(lost) or "nothing"
-        raise InputError(f"--lossy {unknown[0]}: {possible} is lost in {to}")
+        hint = did_you_mean(unknown[0], lost)
+        raise InputError(f"--lossy {unknown[0]}: {possible} is lost in {to}{hint}")
     for name, why in lost.items():
         if name not in lossy:
             raise InputError(

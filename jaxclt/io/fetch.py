@@ -7,7 +7,6 @@ one it is and holds the sha256 of every file, checked on each use.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -19,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean, shown
 from jaxclt.io.atomic import atomic_directory
 from jaxclt.io.digest import cache_root, sha256
 from jaxclt.io.json_file import read_json
+from jaxclt.json_text import to_json
 
 __all__ = ["HUB_FILES", "HUB_NOT", "KNOWN_MODELS", "KnownModel", "Wheel", "fetch"]
 
@@ -103,6 +103,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
 
 # What is taken from a hub repository: never pickled weights, nothing in subfolders.
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
+HUB_FILES += ["chat_template.jinja"]
 HUB_NOT = ["*/*"]
 
 _MANIFEST = "source.json"
@@ -135,7 +136,8 @@ def fetch(
     """
     if name not in KNOWN_MODELS:
         raise InputError(
-            f"unknown model {name!r}; known models: {', '.join(KNOWN_MODELS)}"
+            f"unknown model {shown(name)}; known models: {', '.join(KNOWN_MODELS)}"
+            f"{did_you_mean(name, KNOWN_MODELS)}"
         )
     known = KNOWN_MODELS[name]
     ways = _allowed_ways()
@@ -264,7 +266,7 @@ def _demand(file: Path, expected: str) -> None:
 
 def _write_manifest(folder: Path, origin: dict[str, str]) -> None:
     files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
-    text = json.dumps({**origin, "files": files}, indent=2)
+    text = to_json({**origin, "files": files}, indent=2)
     (folder / _MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 

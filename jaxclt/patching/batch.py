@@ -280,6 +280,7 @@ def chunk_size(model: Patchable, n_edits: int, span: int) -> int:
     per_patch = D * (3 * L * T + 2 * span * T + n_edits * (span + 2)) + 8 * T * (
         model.cfg.d_mlp
     )
+    per_patch += 2 * model.cfg.n_heads * T * T  # a layer's patterns, where they respond
     size = CHUNK_BYTES // (per_patch * model.recording.mid_LTD.dtype.itemsize)
     return int(max(1, min(64, size)))
 

@@ -171,6 +171,7 @@ def constrained(
         cfg=model.cfg,
         per_layer=per_layer,
         frozen=hold,
+        keep_patterns=False,
     )
 
 
@@ -219,6 +220,7 @@ def additive(
         carry=jnp.zeros_like(features.value_E),
         per_layer=(index_L, live_L, rec.write_LTD, hold.post_mlp_scale_LT),
         frozen=hold,
+        keep_patterns=False,
     )
 
 
@@ -309,6 +311,7 @@ def iterative(
         carry=jnp.zeros((M, T, D), rec.embed_TD.dtype),
         per_layer=per_layer,
         frozen=hold,
+        keep_patterns=False,
     )
 
 
@@ -344,6 +347,7 @@ def underlying(model: Patchable, nudge: Nudge, *, hold: Held) -> Run:
             hold.post_mlp_scale_LT,
         ),
         frozen=hold,
+        keep_patterns=False,
     )
 
 

@@ -8,7 +8,6 @@ and the one before it is used.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from jaxclt.io.json_file import (
     read_json,
     record,
 )
+from jaxclt.json_text import to_json
 from jaxclt.train import processes
 
 __all__ = [
@@ -76,7 +76,7 @@ def save_checkpoint(
         return path
     manifest = {"step": step, "position": position, "files": _digests(path)}
     with atomic_path(path / "manifest.json") as temporary:
-        temporary.write_text(json.dumps(manifest), "utf-8")
+        temporary.write_text(to_json(manifest), "utf-8")
     # Newer ones can only be damaged: this run went on from before them.
     numbered = [p for p in _numbered(folder) if int(p.name) <= step]
     usual = [p for p in numbered if regular(int(p.name))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,12 +14,13 @@ from rich.console import Console
 
 from jaxclt.cli_progress import Run, Stages, lines, long_command
 from jaxclt.compiled import use_compilation_cache
+from jaxclt.json_text import to_json
 from jaxclt.train.config import PRESETS, TrainConfig, preset
 
 if TYPE_CHECKING:
     from jaxclt.train.trainer import Listener
 
-__all__ = ["TrainCommand", "run_train", "train_defaults"]
+__all__ = ["TrainCommand", "run_train"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,22 @@ class TrainCommand(TrainConfig):
     def __post_init__(self) -> None:
         """The values are checked by `config`, once errors are reported as lines."""
 
+    @classmethod
+    def defaults(cls, args: Sequence[str]) -> TrainCommand:
+        """The command with the defaults of the preset that a command line names.
+
+        Read before the command line is parsed, so that --help shows what would be used.
+        """
+        name = "default"
+        for word, following in zip(args, [*args[1:], ""], strict=False):
+            if word == "--preset":
+                name = following
+            elif word.startswith("--preset="):
+                name = word.partition("=")[2]
+        known: Any = PRESETS.get(name, {})  # an unknown one is refused when it is run
+        missing: Any = tyro.MISSING
+        return cls(model=missing, data=missing, out=missing, preset=name, **known)
+
     def config(self) -> TrainConfig:
         """The recipe without what only this command knows.
 
@@ -68,22 +84,6 @@ class TrainCommand(TrainConfig):
         """
         names = [f.name for f in dataclasses.fields(TrainConfig)]
         return TrainConfig(**{name: getattr(self, name) for name in names})
-
-
-def train_defaults(argv: Sequence[str]) -> TrainCommand:
-    """The command with the defaults of the preset that `argv` names.
-
-    Read before the command line is parsed, so that --help shows what would be used.
-    """
-    name = "default"
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        if word == "--preset":
-            name = following
-        elif word.startswith("--preset="):
-            name = word.partition("=")[2]
-    known: Any = PRESETS.get(name, {})  # an unknown one is refused when it is run
-    missing: Any = tyro.MISSING
-    return TrainCommand(model=missing, data=missing, out=missing, preset=name, **known)
 
 
 @long_command
@@ -105,7 +105,7 @@ def run_train(command: TrainCommand, say: Console, run: Run) -> None:
     if command.dry_run:
         found = dryrun.estimate(config, model.cfg, sizes)
         if command.json:
-            print(json.dumps(dryrun.as_json(found)))  # noqa: T201
+            print(to_json(dryrun.as_json(found)))  # noqa: T201
         else:
             for text in found.lines():
                 Console().print(text, markup=False, soft_wrap=True)
@@ -133,7 +133,7 @@ def run_train(command: TrainCommand, say: Console, run: Run) -> None:
         )
         sys.exit(run.stop.status)
     if command.json:
-        print(json.dumps(card))  # noqa: T201
+        print(to_json(card))  # noqa: T201
         return
     metrics = card["metrics"]
     Console().print(

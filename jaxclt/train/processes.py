@@ -23,7 +23,7 @@ from jaxclt.errors import InputError
 
 __all__ = ["agree", "is_first", "parse_processes", "same", "start", "to_host", "wait"]
 
-_WHERE = re.compile(r"(?P<address>[^,\s]+:\d+),(?P<n>\d+),(?P<i>\d+)")
+_WHERE = re.compile(r"(?P<address>[^,\s]+:\d{1,5}),(?P<n>\d{1,9}),(?P<i>\d{1,9})")
 
 
 def parse_processes(text: str) -> dict[str, Any]:

@@ -18,7 +18,6 @@ checkpoint, on one device with the same bits:
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -36,8 +35,9 @@ from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import parse_object
 from jaxclt.io.model import Model
 from jaxclt.io.npz import Must, Npz, open_npz
+from jaxclt.json_text import to_json
 from jaxclt.pace import logged
-from jaxclt.train import card, checkpoint, processes, sharding
+from jaxclt.train import card, checkpoint, dryrun, processes, sharding
 from jaxclt.train.chunks import Chunks, Position
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.harvest import mlp_response
@@ -48,6 +48,7 @@ from jaxclt.train.outcome import Outcome
 from jaxclt.train.params import Spec, init
 from jaxclt.train.prepare import (
     claim_directory,
+    fitted,
     identity,
     run_windows,
     write_json,
@@ -127,6 +128,7 @@ def train(
     name = f"windows {given.digest}" if given is not None else str(data)
     if given is None and not name.startswith(PREFIX) and name != "model":
         name = str(Path(name))
+    config = fitted(config, model, given)
     run = _Run(model, name, given, Path(out), config, mesh, store, listener)
     if wandb and processes.is_first():
         run.tracker = Tracker(wandb, run.out, run.identity()["config"])
@@ -176,6 +178,7 @@ class _Run:
             raise InputError(
                 f"--processes needs a --mesh of all {jax.device_count()} devices"
             )
+        dryrun.check_memory(config, model.cfg, sizes)
         rate = learning_rate(config.lr, config.n_steps, warmup=config.warmup)
         self.tx = optimiser(rate)
         self.step_fn = make_step(self.objective, self.spec, self.tx, self.recipe)
@@ -411,7 +414,7 @@ class _Run:
 
     def _append(self, record: dict[str, Any]) -> None:
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+            stream.write(to_json(record) + "\n")
         if self.tracker is not None:
             self.tracker.log(record)
 

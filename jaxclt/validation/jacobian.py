@@ -77,7 +77,9 @@ def jacobian_agreement(
         found = compare(
             *(response(f).reshape(1, n_probes, -1) for f in (replaced, real))
         )
-        return jax.tree.map(lambda value_1: value_1[0], found)
+        return Agreement(
+            found.cosine_L[0], found.nmse_L[0], found.ratio_L[0], found.finite
+        )
 
     xs = (
         model.params.blocks, tables, model.skip_LDD, rec.mid_LTD,

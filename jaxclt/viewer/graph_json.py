@@ -32,8 +32,9 @@ from jaxclt.errors import InputError, shown
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.scores import edge_influence
 from jaxclt.io.json_file import TEXT, Schema, check_json, json_schema
+from jaxclt.json_text import finite, well_formed
 
-__all__ = ["finite", "graph_json", "validate"]
+__all__ = ["graph_json", "validate"]
 
 _WRONG = "not a graph document"
 _NUMBERS = {int, float}
@@ -99,12 +100,13 @@ def graph_json(
         "links": links,
         "jaxclt": finite(
             {
-                "model": _text(graph.meta.model),
-                "dictionary": _text(graph.meta.dictionary),
+                "model": well_formed(graph.meta.model),
+                "dictionary": well_formed(graph.meta.dictionary),
                 "convention": graph.meta.convention,
                 "version": graph.meta.version,
                 "hashes": dict(graph.meta.hashes),
                 "scores": scores,
+                **({"messages": graph.meta.messages} if graph.meta.messages else {}),
             }
         ),
     }
@@ -182,19 +184,6 @@ def validate(doc: Any, *, foreign: bool = False) -> None:
             _check_link(i, link, ids)
 
 
-def finite(value: Any) -> Any:
-    """Copy a JSON value with numpy scalars made plain and NaN or infinity made null."""
-    if isinstance(value, dict):
-        return {_text(str(k)): finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return finite(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return _text(value) if isinstance(value, str) else value
-
-
 def _all_good(links: list[Any], ids: set[str]) -> bool:
     """Whether all links pass `_check_link`, a key at a time: there may be millions."""
     try:
@@ -262,9 +251,9 @@ def _metadata(graph: Graph, slug: str) -> dict[str, Any]:
     return {
         "slug": _name(slug),
         "scan": _name(meta.model),
-        "prompt_tokens": [_text(token) for token in meta.tokens],
-        "prompt": _text(meta.prompt),
-        "transcoder_list": [_text(meta.dictionary)],
+        "prompt_tokens": [well_formed(token) for token in meta.tokens],
+        "prompt": well_formed(meta.prompt),
+        "transcoder_list": [well_formed(meta.dictionary)],
         "node_threshold": float(pruning.node_threshold),
         "schema_version": 1,
         "info": {"generator": {"name": "jaxclt", "version": meta.version}},
@@ -296,7 +285,7 @@ def _nodes(graph: Graph, shown: np.ndarray) -> dict[int, dict[str, Any]]:
                 influence=influence,
                 activation=float(str(np.float32(graph.value_A[i]))),
                 abs_input=abs_input_R[i],
-                clerp=_text(graph.meta.label(layer, feature)),
+                clerp=well_formed(graph.meta.label(layer, feature)),
             )
         elif i < graph.error_cols.stop:
             layer, pos = divmod(i - graph.error_cols.start, T)
@@ -340,7 +329,11 @@ def _logit(graph: Graph, k: int, abs_input: float | None) -> dict[str, Any]:
             "readout": float(f"{graph.readout_R[graph.n_features + k]:.7g}"),
         }
     # Readers cut the token at the first two quotes and the rest at "(p=".
-    token = _text(graph.meta.target_tokens[k]).replace('"', "”").replace("(p=", "( p=")
+    token = (
+        well_formed(graph.meta.target_tokens[k])
+        .replace('"', "”")
+        .replace("(p=", "( p=")
+    )
     return _node(
         node_id=f"{layer}_{vocab}_{pos}",
         jsNodeId=f"L_{vocab}-{pos}",
@@ -398,8 +391,3 @@ def _cantor(layer: int, feature: int) -> int:
 
 def _name(text: str) -> str:
     return re.sub(r"[^a-zA-Z0-9_.-]+", "-", text).strip("-") or "graph"
-
-
-def _text(text: str) -> str:
-    """Join surrogate pairs and replace lone ones, which no UTF-8 file can hold."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

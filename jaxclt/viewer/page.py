@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 
 from jaxclt.errors import InputError
-from jaxclt.viewer.graph_json import finite
+from jaxclt.json_text import finite
 
 __all__ = ["MAX_LINKS", "page"]
 

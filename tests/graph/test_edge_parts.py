@@ -370,6 +370,34 @@ def test_same_target_texts_are_told_apart() -> None:
     assert find_node(g, "target 1") == g.edge_RN.shape[1] + 1
 
 
+def test_a_target_is_found_by_number_token_text_and_name_in_paths() -> None:
+    """Where texts are numbers too, what may be either is refused."""
+    g = graph("clt")
+    N, K = g.edge_RN.shape[1], g.n_targets
+    texts = ("95", "1", "0", *(str(200 + k) for k in range(3, K)))
+    g = dataclasses.replace(g, meta=dataclasses.replace(g.meta, target_tokens=texts))
+    for name in ("95", " 95", "target 0", 'output "95"', f"id:{g.target_token_K[0]}"):
+        assert find_node(g, name) == N
+    for k in range(K):
+        assert find_node(g, node_name(g, N + k)) == N + k
+    assert find_node(g, "1") == N + 1  # both ways the same
+    assert find_node(g, "3") == N + 3
+    with pytest.raises(InputError, match=r"several targets, write 'target K'"):
+        find_node(g, "0")
+    with pytest.raises(InputError, match='no node "id:99999"'):
+        find_node(g, "id:99999")
+    # paths name targets that are no next tokens with their places
+    elsewhere = g.target_pos_K.copy()
+    elsewhere[2] -= 1
+    same = dataclasses.replace(g.meta, target_tokens=("95", "1", "95", *texts[3:]))
+    g = dataclasses.replace(g, meta=same, target_pos_K=elsewhere)
+    for k in (0, 2):
+        name = node_name(g, N + k)
+        if k == 0:
+            name += f"@{g.target_pos_K[0]}"
+        assert find_node(g, name) == N + k
+
+
 def test_paths_between_any_node_and_the_targets() -> None:
     """By the same names."""
     g = graph("clt")

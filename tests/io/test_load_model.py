@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import os
 import subprocess
@@ -14,6 +15,9 @@ from jaxclt.errors import InputError
 from jaxclt.io import digest
 from jaxclt.io.digest import fingerprint, sha256
 from jaxclt.io.model import load_model, save_hf
+from jaxclt.trace import prompt_tokens
+from jaxclt.train.text import pack_windows
+from jaxclt.windows import read_windows
 
 
 @pytest.fixture
@@ -172,13 +176,53 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path, monkeypatch):
 
 
 def test_foreign_tokenizer_is_refused(tmp_path):
-    import dataclasses
-
     cfg = dataclasses.replace(CFG, d_vocab=7)
     save_hf(random_params(cfg), cfg, tmp_path)
     write_word_tokenizer(tmp_path)
     with pytest.raises(InputError, match="has 10 tokens but the model only 7"):
         load_model(tmp_path)
+
+
+def test_tokens_added_later_need_no_embedding(tmp_path):
+    """As Gemma 3's mark of an image, which its text models have no row for."""
+    save_hf(random_params(), CFG, tmp_path / "m")
+    write_word_tokenizer(tmp_path / "m", late=("<image>", "<more>"))
+    model = load_model(tmp_path / "m")
+    assert prompt_tokens(model, "the cat") == [1, 4, 5]
+    for ask in (
+        lambda: prompt_tokens(model, "the <more> cat"),
+        lambda: read_windows(model, ["the cat", "the <more> cat"]),
+        lambda: pack_windows(["the <more>"], model.tokenizer, size=8, n_tokens=9),
+    ):
+        with pytest.raises(InputError, match=r"'<more>' in .* is token 11"):
+            ask()
+    with pytest.raises(InputError, match=r"not in 0\.\.9"):
+        prompt_tokens(model, [4, 10])
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "the cat"}\n\n{"prompt": "a <image>"}\n')
+    with pytest.raises(InputError, match=r"prompts.jsonl line 3: '<image>' in"):
+        read_windows(model, file)
+
+
+def test_a_gguf_file_may_have_such_tokens_too(tmp_path):
+    """Or fewer than rows: what has no token reads by its number."""
+    meta = [
+        ("add_tokenizer_model", "llama"),
+        ("add_token_types", [1, 3]),
+        ("add_token_scores", [0.0, 0.0]),
+        ("add_add_bos_token", False),
+    ]
+
+    def tokenizer(n_rows):
+        cfg = dataclasses.replace(CFG, d_vocab=n_rows)
+        path = tmp_path / f"{n_rows}.gguf"
+        return load_model(
+            write_gguf(path, random_params(cfg), cfg, meta=meta)
+        ).tokenizer
+
+    with pytest.raises(InputError, match="'b' in 'b' is token 1"):
+        tokenizer(1).find("b")
+    assert tokenizer(3).token_strings([0, 1, 2]) == ["a", "b", "id:2"]
 
 
 def test_import_is_light():

@@ -62,7 +62,6 @@ def test_logits_are_circuit_tracers(
                 model.params,
                 model.recording,
                 cfg=model.cfg,
-                silent=True,
             )
             for case in arrays["change_CE4"]
         ]

@@ -641,6 +641,34 @@ def test_two_graphs_are_compared(open_page, doc):
     assert "dictionaries differ" in tab.text_content("#comparenote")
 
 
+def test_a_chat_shows_who_says_what(open_page):
+    """Roles in the heading, as text whatever they are; of a long chat the end."""
+    graph = make_graph()
+    said = [
+        {"role": "system", "content": "x" * 300},
+        {"role": "<b>user</b>", "content": HOSTILE[0]},
+        {"role": "model", "content": "Two\nlines"},
+    ]
+    meta = dataclasses.replace(graph.meta, messages=said)
+    doc = graph_json(dataclasses.replace(graph, meta=meta), slug="chat")
+    validate(doc)
+    tab = open_page(page(doc))
+    roles = tab.locator("#h1 .role").all_inner_texts()
+    assert roles == ["system", "<b>user</b>", "model"]
+    heading = tab.text_content("#h1")
+    assert f"<b>user</b> {HOSTILE[0]} model Two⏎lines  → " in heading
+    assert re.search(r"system …x{50,120} <b>", heading)
+    assert tab.locator("#h1 b, #h1 img").count() == 0
+    assert tab.get_attribute("#h1", "title") == graph.meta.prompt
+    # what was saved from the page is still that chat
+    assert tab.evaluate("__jaxclt.document().jaxclt.messages") == said
+    plain = graph_json(graph, slug="plain")
+    assert "messages" not in plain["jaxclt"]
+    for wrong in ("x", [3], [{"role": "user"}], [{"role": 1, "content": "x"}]):
+        with pytest.raises(InputError, match=r"\$.jaxclt.messages"):
+            validate(plain | {"jaxclt": {"messages": wrong}})
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_hostile_tokens_stay_text(open_page, hostile, scheme):
     doc = copy.deepcopy(hostile)

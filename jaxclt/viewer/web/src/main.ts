@@ -2,7 +2,7 @@
 
 import { App, type Part, type Tab, type ViewName } from "./app";
 import { Compare } from "./compare";
-import type { Payload } from "./document";
+import { asObject, asText, type Payload } from "./document";
 import { $, count, el, percent, plural, visible } from "./dom";
 import { scoreList } from "./evidence";
 import { Divider } from "./divider";
@@ -32,12 +32,25 @@ const main = document.querySelector("main") as HTMLElement, left = document.quer
 const dividers = [new Divider(app, "side", main), new Divider(app, "lower", left)];
 const slider = $<HTMLInputElement>("slider"), errors = $<HTMLInputElement>("errors"), search = $<HTMLInputElement>("search");
 
+/** A chat as roles and what they said; of a long one the end. */
+function chat(messages: unknown[]): (HTMLElement | string)[] {
+  const parts: (HTMLElement | string)[] = [];
+  let left = PROMPT;
+  for (const { role, content } of messages.map(asObject).reverse()) {
+    if (left <= 0) { parts.unshift("… "); break; }
+    const letters = Array.from(visible(asText(content))), cut = letters.length > left ? "…" : "";
+    parts.unshift(el("span", "role", visible(asText(role))), ` ${cut}${letters.slice(-left).join("")} `);
+    left -= letters.length;
+  }
+  return parts;
+}
+
 function header(): void {
   const { model } = app, { metadata, jaxclt } = model.doc, first = model.logits[0];
   const whole = visible(metadata.prompt), letters = Array.from(whole);
   const prompt = letters.length > PROMPT ? `…${letters.slice(-PROMPT).join("")}` : whole; // its end is what is explained
   document.title = `Attribution graph · ${whole.slice(0, 80)}`;
-  $("h1").replaceChildren(prompt || "Attribution graph");
+  $("h1").replaceChildren(...(Array.isArray(jaxclt.messages) ? chat(jaxclt.messages) : [prompt || "Attribution graph"]));
   if (first && !first.target) $("h1").append(el("span", "next", ` → ${visible(first.token).trim()}`), el("span", "prob", ` ${percent(first.prob)}`));
   $("h1").title = metadata.prompt.slice(0, 1000);
   const listed = Array.isArray(metadata.transcoder_list) ? metadata.transcoder_list[0] : "";
