@@ -84,7 +84,8 @@ class _Attribution:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TraceConfig(_Attribution):
     """Attribution graph of one prompt, written to a directory with a viewer page.
-    Ctrl-C writes it with the features attributed so far, all else as unexplored."""
+    Ctrl-C or SIGTERM writes it with the features attributed so far, all else as
+    unexplored."""
 
     prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
     """Text whose next token is explained."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -217,6 +219,42 @@ def test_interrupted_runs_go_on_and_shards_merge(
         jaxclt.coactivation(
             model, dictionary, text, state=tmp_path, **(args | {"features": "top:9"})
         )
+
+
+@pytest.mark.parametrize("save_s", [0.0, 60.0])
+def test_wherever_a_run_is_stopped_its_sums_are_the_same_bits(
+    save_s: float,
+    model: Model,
+    dictionary,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Between two flushes too, where sums are still in the model's dtype."""
+    args = {"features": "top:50", "tokens": 1500, "context": 48}
+    whole = jaxclt.coactivation(model, dictionary, text, **args)
+    monkeypatch.setattr(global_gather, "SAVE_S", save_s)
+    for n_reports in (1, 2, 3, 4, 5):
+        state, left = tmp_path / str(n_reports), [n_reports] * 4
+
+        def stop(what: str, *_: int, left: list[int] = left) -> None:
+            if what == "statistics" and left:
+                left[0] -= 1
+                if not left[0]:
+                    del left[0]
+                    raise KeyboardInterrupt
+
+        found = None
+        while found is None:
+            with contextlib.suppress(KeyboardInterrupt):
+                found = jaxclt.coactivation(
+                    model, dictionary, text, state=state, on_stage=stop, **args
+                )
+        assert len(left) < 4
+        assert list(found.sums) == list(whole.sums)
+        parts = (jax.tree.leaves(sums) for sums in (found.sums, whole.sums))
+        for a, b in zip(*parts, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.slow
