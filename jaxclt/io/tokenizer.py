@@ -196,7 +196,7 @@ def load_tokenizer(source: str | os.PathLike[str] | GGUFFile) -> Tokenizer:
         return _wrap(backend, adds_bos=adds_bos)
     except Exception as error:  # for special tokens that it does not have, anything
         raise InputError(
-            f"{path}: its tokenizer is damaged ({_line(error)})"
+            f"{file.path if file else folder}: its tokenizer is damaged ({_line(error)})"
         ) from error
 
 
