@@ -195,8 +195,9 @@ def load_tokenizer(source: str | os.PathLike[str] | GGUFFile) -> Tokenizer:
     try:
         return _wrap(backend, adds_bos=adds_bos)
     except Exception as error:  # for special tokens that it does not have, anything
+        place = folder if file is None else file.path
         raise InputError(
-            f"{file.path if file else folder}: its tokenizer is damaged ({_line(error)})"
+            f"{place}: its tokenizer is damaged ({_line(error)})"
         ) from error
 
 
