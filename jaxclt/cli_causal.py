@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,15 +15,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxclt.cli_progress import lines, progress
+from jaxclt.cli_progress import Run, lines, long_command, progress
 from jaxclt.compiled import use_compilation_cache
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least, check_finite, did_you_mean
 from jaxclt.json_text import to_json
 
 if TYPE_CHECKING:
     from jaxclt.intervene import PatchResult
     from jaxclt.subject import Reopened, Subject
     from jaxclt.types import Supernode
+    from jaxclt.validate import ValidateOptions
 
 __all__ = [
     "PatchConfig",
@@ -113,16 +115,25 @@ class ValidateConfig(_Reopen):
     """Of the random features, perturbations and bootstrap."""
 
 
-def run_patch(config: PatchConfig, say: Console) -> None:
-    """Reopen, patch, print."""
-    layers = _layers(config.layers)
-    edits_of = _operation(config)
+def _asked(
+    config: PatchConfig,
+) -> tuple[Any, dict[str, Any], list[tuple[int, int | slice, int]], Path | None]:
+    """Layers, operation, places and the traced directory, before work is spent."""
+    layers, edits_of = _layers(config.layers), _operation(config)
+    check_at_least(0, generate=config.generate, temperature=config.temperature)
+    check_finite(seed=config.seed)
     if not config.feature and not config.group:
         raise InputError("nothing to patch: give --feature LAYER:POS:FEATURE")
     places = [parse_feature(text) for text in config.feature]
     directory = Path(config.prompt) if os.path.isdir(config.prompt) else None
     if directory is not None and config.bos != "auto":
         raise InputError("--bos is of a prompt: a traced directory keeps its tokens")
+    return layers, edits_of, places, directory
+
+
+def run_patch(config: PatchConfig, say: Console) -> None:
+    """Reopen, patch, print."""
+    layers, edits_of, places, directory = _asked(config)
     opened = None if directory is None else _reopen(config, directory, say)
     subject = _untraced(config, say) if opened is None else _traced(opened)
     from jaxclt import intervene
@@ -251,7 +262,8 @@ def _chosen(config: PatchConfig, directory: Path, opened: Reopened) -> list[Supe
         if name not in known:
             names = ", ".join(map(repr, known))
             hint = f"choose one of {names}" if known else "none is saved, name features"
-            raise InputError(f"no supernode {name!r}: {hint}")
+            near = did_you_mean(name, known)
+            raise InputError(f"no supernode {name!r}: {hint}{near}")
     return [known[name] for name in config.group]
 
 
@@ -314,18 +326,22 @@ def _said(x: float | None, form: str) -> str:
     return "-" if x is None else format(x, form)
 
 
-def run_validate(config: ValidateConfig, say: Console) -> None:
+@long_command
+def run_validate(config: ValidateConfig, say: Console, run: Run) -> None:
     """Reopen, validate, print."""
-    if config.n_features < 3:
-        raise InputError(f"--n-features {config.n_features}: give at least 3")
+    from jaxclt.validate import ValidateOptions
+
+    options = ValidateOptions(n_features=config.n_features, seed=config.seed)
+    _check_traced(config.directory)
+    run.own(config.directory)
     opened = _reopen(config, config.directory, say)
     report = validate_opened(
         opened,
         config.directory,
         say,
-        n_features=config.n_features,
-        seed=config.seed,
+        options=options,
         groups=_supernodes(config, config.directory, opened),
+        look=run.look,
     )
     if config.json:
         print(to_json(report))  # noqa: T201
@@ -339,21 +355,21 @@ def validate_opened(
     directory: Path,
     say: Console,
     *,
-    n_features: int = 100,
-    seed: int = 0,
+    options: ValidateOptions | None = None,
     groups: list[Supernode] | None = None,
+    look: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Validate a graph whose model is loaded; shared with `trace --validate`."""
     from jaxclt.pages import traced_digest, write_page
-    from jaxclt.validate import ValidateOptions, validate_graph, write_validation
+    from jaxclt.validate import validate_graph, write_validation
     from jaxclt.validation.words import left_out
 
     started = time.perf_counter()
     subject = _traced(opened)
-    with progress(say, "validating", "patches/s") as on_done:
+    with progress(say, "validating", "patches/s", look) as on_done:
         report = validate_graph(
             subject,
-            ValidateOptions(n_features=n_features, seed=seed),
+            options,
             groups=groups,
             on_done=on_done,
         )
@@ -367,13 +383,17 @@ def validate_opened(
     return report
 
 
+_N = r"\d{1,9}"  # what an index can be
+_PLACE = rf"({_N}):(-?{_N}|(?:-?{_N})?\.\.(?:-?{_N})?):({_N})"
+
+
 def parse_feature(text: str) -> tuple[int, int | slice, int]:
     """Read LAYER:POS:FEATURE.
 
     Raises:
       InputError: for any other text.
     """
-    match = re.fullmatch(r"(\d+):(-?\d+|(?:-?\d+)?\.\.(?:-?\d+)?):(\d+)", text)
+    match = re.fullmatch(_PLACE, text)
     if match is None:
         raise InputError(
             f"feature {text!r}: write LAYER:POS:FEATURE, for example 12:5:345, or "
@@ -390,7 +410,7 @@ def parse_feature(text: str) -> tuple[int, int | slice, int]:
 def _layers(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+):(\d+)", text)
+    match = re.fullmatch(rf"({_N}):({_N})", text)
     if match is None:
         raise InputError(f"layers {text!r}: write FIRST:LAST, for example 12:14")
     first, last = map(int, match.groups())
@@ -410,18 +430,15 @@ def _operation(config: PatchConfig) -> dict[str, Any]:
     }
     if len(given) > 1:
         raise InputError(f"give only one of --{' and --'.join(given)}")
-    for name, value in given.items():
-        if value != value or value in (float("inf"), float("-inf")):
-            raise InputError(f"--{name} {value}: give a finite number")
+    check_finite(**given)
     return given or {"scale": 0.0}
 
 
 def _reopen(config: _Reopen, directory: Path, say: Console) -> Reopened:
     from jaxclt.trace_files import check_writable
 
-    if not (directory / "graph.npz").is_file():
-        raise InputError(f"no graph in {directory}: give a directory that trace wrote")
     # The place to write to is checked before anything long begins.
+    _check_traced(directory)
     check_writable(directory)
     use_compilation_cache()
     from jaxclt.subject import reopen
@@ -432,6 +449,11 @@ def _reopen(config: _Reopen, directory: Path, say: Console) -> Reopened:
         dictionary=config.dictionary,
         progress=lines(say),
     )
+
+
+def _check_traced(directory: Path) -> None:
+    if not (directory / "graph.npz").is_file():
+        raise InputError(f"no graph in {directory}: give a directory that trace wrote")
 
 
 def _supernodes(config: _Reopen, directory: Path, opened: Reopened) -> list[Supernode]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxclt.cli_progress import lines, progress
+from jaxclt.cli_progress import Run, lines, long_command, progress
 from jaxclt.compiled import use_compilation_cache
 from jaxclt.json_text import to_json
 
@@ -41,16 +41,18 @@ class DemoConfig:
     """Show tracebacks."""
 
 
-def run_demo_command(config: DemoConfig, say: Console) -> None:
+@long_command
+def run_demo_command(config: DemoConfig, say: Console, run: Run) -> None:
     """Run the demo and show what came out."""
     started = time.perf_counter()
     use_compilation_cache()
     from jaxclt.demo import run_demo
 
+    run.own(config.out, makes="trace")
     found = run_demo(
         config.out,
         say=lines(say),
-        progress=partial(progress, say),
+        progress=partial(progress, say, look=run.look),
     )
     seconds = time.perf_counter() - started
     if config.json:

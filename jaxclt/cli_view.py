@@ -59,9 +59,9 @@ def run_view(config: ViewConfig, say: Console) -> None:
         )
         graph = dataclasses.replace(graph, pruning=pruning)
     doc = show(graph).doc
-    saved = pages.read_json(config.directory / "graph.json")
-    if saved is not None:
-        doc = pages.carry_over(doc, pages.read_graph(config.directory / "graph.json"))
+    saved = config.directory / "graph.json"
+    if saved.exists():
+        doc = pages.carry_over(doc, pages.read_graph(saved))
     if config.features is not None:
         if not config.features.is_dir():
             raise InputError(

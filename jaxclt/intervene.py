@@ -7,7 +7,6 @@ Subject (`jaxclt.subject`) --patch--> PatchResult; --scale_curve, sweep_end--> s
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.active import Dictionary
-from jaxclt.errors import InputError
+from jaxclt.clt.coder import Dictionary
+from jaxclt.errors import InputError, check_at_least, check_finite
 from jaxclt.graph.graph import Graph
 from jaxclt.io.model import Model
 from jaxclt.json_text import finite, number
@@ -104,6 +103,7 @@ def patch(
     Raises:
       InputError: for edits or layers that do not fit the prompt or the dictionary.
     """
+    check_at_least(0, n_features=n_features)
     subject = subject or Subject.of(model, dictionary, prompt)
     single = subject.single(edits, n_later=n_later)
     layer_E = np.array([change[0] for change in single])
@@ -234,7 +234,7 @@ def _warnings(subject: Subject, edits: Sequence[Edit], how: How) -> list[str]:
                 f"supernode {group.name!r}: only features are patched, "
                 f"{', '.join(rest)} stay as they are"
             )
-    if how.mode == "additive" and subject.patchable.clt_cfg.span > 1:
+    if how.mode == "additive" and subject.patchable.coder.shape.span > 1:
         said.append(DOUBLE)
     return said
 
@@ -316,7 +316,12 @@ def scale_curve(
 
     Returns:
       {scale, kl, probability [per scale][per target]}; None where it diverged.
+
+    Raises:
+      InputError: for a factor that is not finite.
     """
+    for factor in scales:
+        check_finite(scale=factor)
     single = subject.single(edits, n_later=n_later)
     layer_E = np.array([change[0] for change in single])
     layers = subject.check_range(layers, layer_E, how.mode)
@@ -352,8 +357,8 @@ def generate_patched(
             f"cannot generate {n_new} tokens: the prompt has {T} and the model's "
             f"context holds {cfg.n_ctx}"
         )
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise InputError(f"temperature {temperature}: give a number of at least 0")
+    check_at_least(0, temperature=temperature)
+    check_finite(seed=seed)
     single = subject.single(edits, n_later=n_new)
     now = _on_prompt(subject, single)
     later = [change for change in single if change[1] >= T]
@@ -361,7 +366,11 @@ def generate_patched(
     layers = subject.check_range(layers, layer_E, how.mode)
     range_2, key = jnp.asarray(layers, jnp.int32), jax.random.key(seed)
     heat = jnp.asarray(temperature, jnp.float32)
-    ahead = (subject.edits(later), rivals(subject.dictionary, later)) if later else None
+    ahead = (
+        (subject.edits(later), rivals(subject.dictionary, subject.patchable, later))
+        if later
+        else None
+    )
     idle = [(*change[:3], 1.0, 0.0) for change in now]
     texts: dict[str, list[int]] = {}
     with jax.default_matmul_precision("highest"):

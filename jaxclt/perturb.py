@@ -13,7 +13,6 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.patching.modes import Gates
 from jaxclt.subject import Subject
 from jaxclt.validation.faithfulness import (
@@ -110,8 +109,8 @@ def variants(
     subject: Subject,
 ) -> list[tuple[Literal["frozen", "live"], Gates]]:
     """Norms and gates of the replacement model: as in the graph, as in the model."""
-    neurons = isinstance(subject.dictionary, NeuronDictionary)
-    return [("frozen", "frozen" if neurons else "live"), ("live", "live")]
+    gated = subject.patchable.coder.gated
+    return [("frozen", "frozen" if gated else "live"), ("live", "live")]
 
 
 def _table(values: np.ndarray) -> list[list[float | None]]:

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import Active, Dictionary, StoreDictionary
-from jaxclt.errors import InputError
+from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.coder import Dictionary
+from jaxclt.errors import InputError, check_at_least
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.explain import EdgeParts, edge_parts
 from jaxclt.graph.graph import Graph
@@ -76,7 +77,7 @@ def recorded(
       InputError: if the graph comes from another model or dictionary.
     """
     recording = record_again(graph, model, dictionary)
-    active = dictionary.active(model.params, recording, model.cfg)
+    active = active_features(dictionary, model.params, recording, model.cfg)
     if graph.meta.convention == "circuit-tracer":
         active = active.where(active.pos_A > 0)
     return crop(recording, active, graph.n_tokens)
@@ -94,8 +95,11 @@ def edge_parts_with_model(
     """`edge_parts` with its hops, and its heads even if the graph does not list them.
 
     Raises:
-      InputError: if there is no such edge, or the graph is not from this model.
+      InputError: if there is no such edge, the graph is not from this model, or
+        `max_hops` is below 1.
     """
+    check_at_least(1, max_hops=max_hops)
+    max_hops = min(max_hops, model.cfg.n_layers)  # a path passes no more heads
     parts = edge_parts(graph, source, target)
     with jax.default_matmul_precision("highest"):
         recording, active = recorded(graph, model, dictionary)
@@ -168,15 +172,11 @@ def inhibition(
     Raises:
       InputError: for a dictionary without thresholds, or not the graph's.
     """
-    if not isinstance(dictionary, StoreDictionary):
-        raise InputError(
-            f"{dictionary.name} has no thresholds: inhibition takes a transcoder"
-        )
     recording, active = recorded(graph, model, dictionary)
     return find_inhibition(
         model.params,
         recording,
-        dictionary.store,
+        dictionary,
         active,
         model.cfg,
         margin=margin,

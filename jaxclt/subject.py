@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import Active, Dictionary
-from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.memory import available_bytes
@@ -27,6 +26,7 @@ from jaxclt.graph.supernodes import with_features
 from jaxclt.graph.targets import salient_targets
 from jaxclt.io.dictionary import load_dictionary
 from jaxclt.io.graph_file import load_graph
+from jaxclt.io.json_file import TEXT, check_json, json_schema, named, read_json, record
 from jaxclt.io.model import Model, load_model
 from jaxclt.io.tokenizer import Bos
 from jaxclt.patching.batch import (
@@ -54,6 +54,17 @@ from jaxclt.trace import prompt_tokens, record_text
 from jaxclt.types import Supernode
 
 __all__ = ["Reopened", "Subject", "reopen"]
+
+_REPORT = json_schema(  # of what is read of it here
+    record(
+        {
+            "environment": record({}, {"dtype": TEXT}),
+            "identity": record({"hashes": named(TEXT)}),
+            "model": TEXT,
+            "dictionary": TEXT,
+        }
+    )
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,16 +97,11 @@ def reopen(
     """
     folder = Path(directory)
     graph = load_graph(folder / "graph.npz")
-    try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        dtype = report["environment"].get("dtype", "float32")
-        traced = report["identity"]["hashes"]
-        names = (model or report["model"], dictionary or report["dictionary"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{folder / 'report.json'} is not a report of trace "
-            f"({type(error).__name__}); trace the prompt again"
-        ) from error
+    report = read_json(folder / "report.json")
+    check_json(report, _REPORT, f"{folder / 'report.json'} is not a report of trace")
+    dtype = report["environment"].get("dtype", "float32")
+    traced = report["identity"]["hashes"]
+    names = (model or report["model"], dictionary or report["dictionary"])
     loaded = load_model(names[0], dtype=dtype, progress=progress)
     same_hash("model", names[0], loaded.hash, traced.get("model"))
     opened = load_dictionary(names[1], loaded)
@@ -163,8 +169,8 @@ class Subject:
     @functools.cached_property
     def active(self) -> Active:
         """The active features; for `neurons:k` the kept ones."""
-        return self.dictionary.active(
-            self.model.params, self.patchable.recording, self.model.cfg
+        return active_features(
+            self.dictionary, self.model.params, self.patchable.recording, self.model.cfg
         )
 
     @functools.cached_property
@@ -300,12 +306,12 @@ class Subject:
         gates: Gates | None = None,
     ) -> How:
         """Semantics; neurons keep their gates unless asked, as in the graph."""
-        neurons = isinstance(self.dictionary, NeuronDictionary)
+        gated = self.patchable.coder.gated
         return How(
             mode=mode,
             freeze_pattern=freeze_pattern,
             freeze_norm=freeze_norm,
-            gates=gates or ("frozen" if neurons else "live"),
+            gates=gates or ("frozen" if gated else "live"),
         )
 
     def effects(
@@ -358,7 +364,7 @@ class Subject:
         """
         L = self.model.cfg.n_layers
         if layers is None:
-            span = self.patchable.clt_cfg.span
+            span = self.patchable.coder.shape.span
             return default_range(layer_E, span=span, n_layers=L, mode=mode)
         first, last = layers
         if first > last:

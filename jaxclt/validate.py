@@ -15,17 +15,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least, check_finite, check_positive
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.supernodes import with_features
 from jaxclt.io.atomic import atomic_path
 from jaxclt.json_text import number, to_json
+from jaxclt.pace import logged
 from jaxclt.patching.batch import How, chunk_size, default_range
 from jaxclt.patching.effects import Effect, clean_effect, diverged, nats
 from jaxclt.patching.modes import Mode
@@ -39,7 +41,7 @@ from jaxclt.validation.predictions import (
     group_effects,
     pairwise_influence,
 )
-from jaxclt.validation.stats import bootstrap, pearson, spearman
+from jaxclt.validation.stats import bootstrap, pearson, resampled, spearman
 from jaxclt.validation.words import markdown, verdict
 
 __all__ = ["ValidateOptions", "validate_graph", "write_validation"]
@@ -50,7 +52,11 @@ MODES: tuple[Mode, ...] = ("constrained", "iterative", "additive")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidateOptions:
-    """How much to patch."""
+    """How much to patch.
+
+    Raises:
+      InputError: for a value out of its range.
+    """
 
     n_features: int = 100  # most influential ones, and as many at random
     n_small: int = 25  # of each, also patched a little
@@ -62,6 +68,23 @@ class ValidateOptions:
     n_perturbed: int = 3  # perturbations of a kind and layer
     size: float = 0.1  # of a perturbation, share of the feature's activation
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(3, n_features=self.n_features)
+        check_at_least(
+            1,
+            n_small=self.n_small,
+            n_layers=self.n_layers,
+            n_perturbed=self.n_perturbed,
+        )
+        check_at_least(
+            0,
+            n_replacement=self.n_replacement,
+            n_watched=self.n_watched,
+            n_groups=self.n_groups,
+        )
+        check_positive(size=self.size)
+        check_finite(small=self.small, seed=self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +102,7 @@ def validate_graph(
     options: ValidateOptions | None = None,
     *,
     groups: Sequence[Supernode] | None = None,
-    on_done: Callable[[int, int], None] = lambda done, total: None,
+    on_done: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure; the content of ``validation.json`` and what the plots need.
 
@@ -89,7 +112,7 @@ def validate_graph(
       groups: supernodes, of which the features that are nodes of the graph are ablated
         together; None or empty takes features that are active at several positions,
         each with all its positions.
-      on_done: progress, (patches done, patches planned).
+      on_done: progress, (patches done, patches planned); to the log if not given.
 
     Raises:
       InputError: if the graph has fewer than three features.
@@ -104,12 +127,13 @@ def validate_graph(
     key = jax.random.key(options.seed)
     chosen = _choose(subject, options, groups, key)
     effect_KA = solve_total_effect(graph)[subject.targets]
-    counter = _Counter(on_done, _planned(subject, options, chosen))
+    told = on_done or partial(logged(), "validating")
+    counter = _Counter(told, _planned(subject, options, chosen))
     report: dict[str, Any] = {
         "prompt": graph.meta.prompt,
         "dictionary": graph.meta.dictionary,
         "model": graph.meta.model,
-        "span": subject.patchable.clt_cfg.span,
+        "span": subject.patchable.coder.shape.span,
         "options": dataclasses.asdict(options),
         "n_top": int((~chosen.control_B).sum()),
         "n_random": int(chosen.control_B.sum()),
@@ -179,7 +203,7 @@ class _Counter:
 def _planned(subject: Subject, options: ValidateOptions, chosen: _Chosen) -> int:
     B = len(chosen.node_B)
     small = len(_small(options, chosen))
-    n_modes = len(MODES) - (subject.patchable.clt_cfg.span == 1)
+    n_modes = len(MODES) - (subject.patchable.coder.shape.span == 1)
     n = n_modes * (B + small) + min(options.n_replacement, B) + len(chosen.group)
     return n + 6 * options.n_layers * options.n_perturbed
 
@@ -264,14 +288,14 @@ def _ablate(
         many.append([(*map(int, place), factor, 0.0) for place in own])
         layers = default_range(
             g.layer_A[node],
-            span=subject.patchable.clt_cfg.span,
+            span=subject.patchable.coder.shape.span,
             n_layers=L,
             mode=how.mode,
         )
         ranges.append((0, L - 1) if everywhere else layers)
     features = None if watch is None else subject.watch(watch)
     # One chunk size, so that full and small patches share a program.
-    size = chunk_size(subject.patchable, 1, subject.patchable.clt_cfg.span)
+    size = chunk_size(subject.patchable, 1, subject.patchable.coder.shape.span)
     done = subject.effects(
         many,
         ranges,
@@ -323,8 +347,8 @@ def _total_effects(
     own = [np.array([a]) for a in chosen.node_B]
     small = _small(options, chosen)
     for mode in MODES:
-        if mode == "additive" and subject.patchable.clt_cfg.span == 1:
-            # The same patch (T-C6): all of a feature's writes are in its own layer.
+        if mode == "additive" and subject.patchable.coder.shape.span == 1:
+            # The same patch (maths 15.12): a feature writes in its own layer only.
             out[mode], scatter[mode] = out["constrained"], scatter["constrained"]
             continue
         how = subject.how(mode)
@@ -464,12 +488,12 @@ def _pairwise(
     out = {"spearman": _number(spearman(x, y)), "n": int(later.sum())}
     if len(x) >= 3:
         # Whole sources are drawn, with all their pairs.
-        draw = np.asarray(jax.random.randint(key, (200, len(node_B)), 0, len(node_B)))
-        found = [
-            spearman(influence_BW[i][later[i]], change_BW[i][later[i]]) for i in draw
-        ]
-        low, high = np.nanquantile(found, [0.025, 0.975])
-        out["interval"] = [_number(low), _number(high)]
+        def of(draw_NB: np.ndarray) -> np.ndarray:
+            pairs = ((influence_BW[i], change_BW[i], later[i]) for i in draw_NB)
+            return np.array([spearman(x[ok], y[ok]) for x, y, ok in pairs])
+
+        interval = resampled(of, len(node_B), key, n=200)
+        out["interval"] = [_number(x) for x in interval]
     return out
 
 
@@ -497,8 +521,9 @@ def _supernodes(
         for i, (name, group) in enumerate(chosen.group)
     ]
     del effect_KA
+    said, found = _fine(done, predicted, measured)
     return {
-        "spearman": _number(spearman(*_fine(done, predicted, measured))),
+        "spearman": _number(spearman(said, found)),
         "n": int((~diverged(done)).sum()),
         "groups": groups,
     } | left_out

@@ -25,11 +25,11 @@ ROOMS = {
     "patching": ("types", "errors", "lm", "clt"),
     "global_weights": ("types", "errors", "shapes", "lm", "clt"),
     "dashboards": (
-        *("types", "errors", "windows", "json_text"),
-        *("lm", "clt", "global_weights", "graph.memory", "io.atomic"),
+        *("types", "errors", "windows", "json_text", "lm", "clt", "global_weights"),
+        *("graph.memory", "io.atomic", "io.json_file", "io.npz"),
     ),
     "shapes": (),
-    "viewer": ("errors", "json_text", "graph.graph"),
+    "viewer": ("errors", "json_text", "graph.graph", "io.json_file"),
     "json_text": (),
 }
 

@@ -3,8 +3,8 @@
 Sort eval: the strongest excerpts of two features are shown, and one more text on which
 exactly one of them is active; which one? Contrastive eval: the excerpts of one feature
 are shown, and two sentences that differ in one concept, on exactly one of which it is
-active; which one? (Circuit Tracing 2025, section 5.1.2; spec 6.5.) By chance half of
-the answers are right.
+active; which one? (Circuit Tracing 2025, section 5.1.2; maths 18.7, 18.8.) By chance
+half of the answers are right.
 
 Everything here is a function of its arguments and a key: the same trials come out of
 the same examples, and the first n of more trials are the n trials.

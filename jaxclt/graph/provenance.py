@@ -1,7 +1,7 @@
 """How an edge travelled: straight up the residual stream, or moved by which heads.
 
 The frozen stream is a polynomial in one gate per attention head, so an edge splits
-exactly, without enumerating paths (spec 3.4):
+exactly, without enumerating paths (maths 7.1):
 
     A = A0 + A1 + ... + AL                     by the number of heads passed
     A = A0 + sum over (l, h) of load(l, h)     by the last head before the target

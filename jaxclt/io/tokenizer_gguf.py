@@ -13,9 +13,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.io.atomic import atomic_path
-from jaxclt.io.fetch import cache_root
+from jaxclt.io.digest import cache_root
 from jaxclt.io.gguf_file import GGUFFile
 from jaxclt.json_text import to_json
 
@@ -51,9 +51,9 @@ def fast_tokenizer(file: GGUFFile) -> tuple[Any, dict[str, str]]:
     # SentencePiece's other kind, unigram, is called t5.
     if kind != "llama" and not (kind == "gpt2" and rule in rules):
         raise InputError(
-            f"{file.path}: tokenizer {kind!r} with pre-tokenizer {rule!r} is not "
-            f"supported (only 'llama', and 'gpt2' with {', '.join(rules)}); put the "
-            "model's tokenizer.json beside the file"
+            f"{file.path}: tokenizer {shown(kind)} with pre-tokenizer {shown(rule)} is "
+            f"not supported (only 'llama', and 'gpt2' with {', '.join(rules)}); put "
+            "the model's tokenizer.json beside the file"
         )
     try:
         tokens = list(meta["tokenizer.ggml.tokens"])

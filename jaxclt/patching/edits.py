@@ -9,7 +9,6 @@ inhibits (Circuit Tracing 2025, section 3.5).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
@@ -18,10 +17,10 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from jaxclt.clt.active import Dictionary
-from jaxclt.errors import InputError
+from jaxclt.clt.coder import Dictionary
+from jaxclt.errors import InputError, check_finite
 from jaxclt.lm.config import LMConfig
-from jaxclt.patching.features import Features, dictionary_config, gather_features
+from jaxclt.patching.features import Features, gather_features
 from jaxclt.types import LMParams, Recording, Supernode
 
 __all__ = [
@@ -75,9 +74,7 @@ class Edit:
         }
         if len(given) != 1:
             raise InputError("an edit needs exactly one of scale, set and add")
-        ((name, value),) = given.items()
-        if not math.isfinite(value):
-            raise InputError(f"{name} {value}: give a finite number")
+        check_finite(**given)
 
     @property
     def affine(self) -> tuple[float, float]:
@@ -240,17 +237,17 @@ def make_edits(
     Raises:
       InputError: for a layer or feature that the dictionary does not have.
     """
-    clt_cfg = dictionary_config(dictionary, cfg)
+    shape = dictionary.coder(cfg).shape
     for layer, _, feature, _, _ in single:
-        if not 0 <= layer < clt_cfg.n_layers:
+        if not 0 <= layer < shape.n_layers:
             raise InputError(
                 f"layer {layer} is unknown: the dictionary has layers 0 to "
-                f"{clt_cfg.n_layers - 1}"
+                f"{shape.n_layers - 1}"
             )
-        if not 0 <= feature < clt_cfg.n_features:
+        if not 0 <= feature < shape.n_features:
             raise InputError(
                 f"feature {feature} is unknown: layer {layer} of the dictionary has "
-                f"features 0 to {clt_cfg.n_features - 1}"
+                f"features 0 to {shape.n_features - 1}"
             )
     node_E3 = np.array([change[:3] for change in single], np.int32).reshape(-1, 3)
     T = len(recording.token_T)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,6 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from jaxclt.clt.sites import read_site
-from jaxclt.lm.layers import mlp_norm
 from jaxclt.lm.run import Run, cap_logits, readout
 from jaxclt.patching.features import Features, activation
 from jaxclt.patching.modes import Patchable
@@ -82,11 +79,12 @@ def clean_effect(model: Patchable, ask: Ask) -> Effect:
 
 def watch_values(model: Patchable, done: Run, watch: Features) -> Array:
     """Activations [W] of watched features in a run."""
-    read_LTD = jax.vmap(partial(read_site, model.clt_cfg.read))(
-        mlp_norm(model.params.blocks), done.taps.mid_TD, done.taps.mlp_scale_T
+    at = watch.layer_E, watch.pos_E
+    blocks = jax.tree.map(lambda x: x[watch.layer_E], model.params.blocks)
+    taps = done.taps
+    return activation(
+        watch, blocks, taps.mid_TD[at], taps.mlp_scale_T[at], coder=model.coder
     )
-    read_WD = read_LTD[watch.layer_E, watch.pos_E]
-    return activation(watch, read_WD, cfg=model.cfg)
 
 
 def sound(done: Run) -> Array:

@@ -18,8 +18,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from jaxclt.clt.activations import activate
-from jaxclt.clt.active import Dictionary, StoreDictionary
+from jaxclt.clt.coder import Dictionary, in_dtype
 from jaxclt.lm import layers
 from jaxclt.lm.block import Past
 from jaxclt.lm.cache import past_of
@@ -38,24 +37,28 @@ class Rivals:
     """All features of the edited layers, where they compete to be active."""
 
     layer_U: Array  # int32
-    W_enc_UFD: Array
-    b_UF: Array
+    enc: Any  # encoders, leaves with a leading U
     feature_E: Array  # int32, the edited ones
 
 
-def rivals(dictionary: Dictionary, single: Sequence[Change]) -> Rivals | None:
+def rivals(
+    dictionary: Dictionary, model: Patchable, single: Sequence[Change]
+) -> Rivals | None:
     """What decides on new tokens whether edited features are active.
 
-    None where a feature's own threshold does.
+    None where a feature's own gate does.
     """
-    if not isinstance(dictionary, StoreDictionary) or not dictionary.cfg.competes:
+    if not model.coder.competes:
         return None
     layer_U = np.unique([change[0] for change in single])
-    encoders = [dictionary.store.encoder(int(layer)) for layer in layer_U]
+    dtype = model.recording.mid_LTD.dtype
+    encoders = [
+        in_dtype(dictionary.encoders(model.params, int(layer)), dtype)
+        for layer in layer_U
+    ]
     return Rivals(
         layer_U=jnp.asarray(layer_U, jnp.int32),
-        W_enc_UFD=jnp.stack([jnp.asarray(enc.W_enc_FD) for enc in encoders]),
-        b_UF=jnp.stack([jnp.asarray(enc.b_enc_F) for enc in encoders]),
+        enc=jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *encoders),
         feature_E=jnp.asarray([change[2] for change in single], jnp.int32),
     )
 
@@ -111,8 +114,7 @@ def continue_prompt(
             if here is None:
                 return carry, real_TD
             f, index = here.features, x
-            read_TD = read(model, mid_TD, scale_T, p)
-            now_E = _activation(model, f, read_TD[0], post_T, index, among)
+            now_E = _activation(model, f, p, mid_TD, scale_T, post_T, index, among)
             carry = jnp.where(f.layer_E == index, amounts(here, now_E), carry)
             inside = (layers_2[0] <= index) & (index <= layers_2[1])
             added_TD = pending(here, carry, index, mid_TD)
@@ -142,22 +144,27 @@ def continue_prompt(
 def _activation(
     model: Patchable,
     f: Features,
-    read_D: Array,
-    post_T: Array | None,
+    p: Block,
+    mid_1D: Array,
+    scale_1: Array,
+    post_1: Array | None,
     index: Array,
     among: Rivals | None,
 ) -> Array:
     """Activations [E] at the one new position, of the features of layer `index`."""
-    if f.post_E is not None and post_T is not None:
-        f = dataclasses.replace(f, post_E=jnp.broadcast_to(post_T, f.post_E.shape))
     if among is None:
-        read_ED = jnp.broadcast_to(read_D, f.encoder_ED.shape)
-        return activation(f, read_ED, cfg=model.cfg)
+        if f.post_E is not None and post_1 is not None:
+            f = dataclasses.replace(f, post_E=jnp.broadcast_to(post_1, f.post_E.shape))
+        E = len(f.value_E)
+        mid_ED = jnp.broadcast_to(mid_1D, (E, mid_1D.shape[1]))
+        scale_E = jnp.broadcast_to(scale_1, (E,))
+        return activation(f, p, mid_ED, scale_E, coder=model.coder)
 
     def compete() -> Array:
         at = jnp.argmax(among.layer_U == index)
-        pre_F = among.W_enc_UFD[at] @ read_D + among.b_UF[at]
-        return activate(pre_F[None], None, cfg=model.clt_cfg)[0, among.feature_E]
+        enc = jax.tree.map(lambda x: x[at], among.enc)
+        read_1D = read(model, mid_1D, scale_1, p)
+        return model.coder.encode(p, enc, read_1D, post_1).a_TF[0, among.feature_E]
 
     here = (among.layer_U == index).any()
     return jax.lax.cond(here, compete, lambda: jnp.zeros_like(f.value_E))

@@ -20,6 +20,7 @@ from jax import Array
 
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.npz import Must, open_npz
 from jaxclt.io.tokenizer import Tokenizer
 from jaxclt.lm.cache import sample_text
 from jaxclt.lm.config import LMConfig
@@ -39,7 +40,7 @@ def start_token(tokenizer: Tokenizer) -> int:
     """
     known = (tokenizer.bos_id, tokenizer.eos_id, *sorted(tokenizer.special_ids))
     for token in known:
-        if token is not None:
+        if token is not None and tokenizer.has_row(token):
             return int(token)
     raise InputError("--data model needs a tokenizer with a special token to start at")
 
@@ -99,8 +100,13 @@ def sample_windows(
     wanted = n_held + n_train
     rows: list[np.ndarray] = []
     if partial_file is not None and partial_file.is_file():
-        with np.load(partial_file, allow_pickle=False) as found:
-            rows = np.split(found["token_WS"], len(found["token_WS"]) // per_call)
+        do = "remove it to start again"
+        with open_npz(partial_file, "cannot be read", do) as found:
+            must = Must("int", "WS", 0, cfg.d_vocab)
+            token_WS = found.array("token_WS", must, {"S": size})
+            if len(token_WS) % per_call:
+                raise ValueError("it was drawn in other portions")
+        rows = list(token_WS.reshape(-1, per_call, size))
     saved = time.monotonic()
     while len(rows) * per_call < wanted:
         key = jax.random.fold_in(jax.random.key(seed), len(rows))

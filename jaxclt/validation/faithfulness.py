@@ -70,7 +70,7 @@ class Agreement:
 def compare(local_LTD: Array, real_LTD: Array) -> Agreement:
     """Cosine, normalised squared error and size ratio of two responses, by layer.
 
-    ``nmse = 1 + ratio^2 - 2 ratio cosine`` (T-F3).
+    ``nmse = 1 + ratio^2 - 2 ratio cosine`` (maths 16.7).
     """
     inner_L = (local_LTD * real_LTD).sum((1, 2))
     local_L, real_L = ((x * x).sum((1, 2)) for x in (local_LTD, real_LTD))

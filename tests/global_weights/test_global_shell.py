@@ -13,6 +13,8 @@ import pytest
 
 import jaxclt
 from jaxclt import cli, global_gather, global_text
+from jaxclt.clt.active import active_features
+from jaxclt.clt.coder import Bound
 from jaxclt.errors import InputError
 from jaxclt.global_weights.sparse import check_size
 from jaxclt.global_weights.subset import Subset
@@ -115,7 +117,7 @@ def test_prompt_family_to_neighbourhood(model: Model, dictionary, tmp_path: Path
     for w, ids in enumerate(WINDOWS):
         token = np.asarray(ids, np.int32)
         recording = jaxclt.trace.record_prompt(model.params, token, model.cfg)
-        active = dictionary.active(model.params, recording, model.cfg)
+        active = active_features(dictionary, model.params, recording, model.cfg)
         for layer, pos, feature, value in zip(
             active.layer_A, active.pos_A, active.feature_A, active.value_A, strict=True
         ):
@@ -245,22 +247,19 @@ def test_inhibition_is_one_ablation_away(model: Model, dictionary):
     found = jaxclt.global_inhibition(
         model, dictionary, WINDOWS, targets, features=sources, mask="all"
     )
-    store, every = dictionary.store, np.arange(40)
+    on, every = Bound(dictionary, model.params, model.cfg), np.arange(40)
     from jaxclt.clt.active import encoded_layers
     from jaxclt.global_weights.weights import virtual_block
 
-    V = [
-        virtual_block(store, model.params, (3, every), (layer, every))
-        for layer in (0, 1)
-    ]
+    V = [virtual_block(on, (3, every), (layer, every)) for layer in (0, 1)]
     effect = np.zeros((40, 80))
     released = np.zeros((40, 80))
     for ids in WINDOWS:
         recording = jaxclt.trace.record_prompt(
             model.params, np.asarray(ids, np.int32), model.cfg
         )
-        layers = list(encoded_layers(store, model.params, recording))
-        theta_F = layers[3].theta_F
+        layers = list(encoded_layers(dictionary, model.params, recording, model.cfg))
+        theta_F = layers[3].enc.theta_F
         theta_F = np.zeros(40) if theta_F is None else theta_F
         for pos in range(len(ids)):
             h_F = layers[3].pre_TF[pos]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxclt.clt.active import StoreDictionary
+from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.io.dictionary import open_dictionary
 from jaxclt.io.model import load_model
 from jaxclt.lm.run import record, unembed

@@ -15,8 +15,8 @@ import numpy as np
 
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import EncoderLayer
-from jaxclt.errors import InputError
-from jaxclt.io.digest import digest_ends
+from jaxclt.errors import InputError, shown
+from jaxclt.io.digest import fingerprint
 from jaxclt.io.tensors import TensorFile, check_finite
 
 __all__ = ["FileStore", "Fold", "Gain", "LayerFiles", "Piece", "WriteSite"]
@@ -180,12 +180,8 @@ class FileStore:
         return np.maximum(norm_F, norm_F.dtype.type(1e-30))
 
     def digest(self) -> str:
-        """Hex hash of names, sizes and the first and last megabyte of every file.
-
-        Cheap for dictionaries of many gigabytes; it tells dictionaries apart but does
-        not prove that all bytes are the same.
-        """
-        return digest_ends(dict(self.files))
+        """Hex hash of the names and contents of all files, see `jaxclt.io.digest`."""
+        return fingerprint(self.files)
 
 
 def _wide(x: np.ndarray) -> np.ndarray:
@@ -258,7 +254,7 @@ def check_tensors(
     for name, tensor in sorted(file.tensors.items()):
         if name not in known:
             raise InputError(
-                f"{file.path} holds {name!r}, which this format does not have or "
+                f"{file.path} holds {shown(name)}, which this format does not have or "
                 "layer 0 lacks; remove or convert it"
             )
         if tensor.shape != known[name]:
