@@ -20,7 +20,7 @@ from jaxclt.patching.batch import How, Local, make_local, make_patchable, patch_
 from jaxclt.patching.edits import Edit, Edits, expand_edits, make_edits
 from jaxclt.patching.effects import Ask, Effect, measure_effect, watch_values
 from jaxclt.patching.features import gather_features
-from jaxclt.patching.generate import continue_prompt
+from jaxclt.patching.generate import continue_prompt, rivals
 from jaxclt.patching.modes import Patchable
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -364,3 +364,43 @@ def test_generation_token_by_token_is_the_patch_of_the_whole_text(name: str):
     done = run_jit(whole, edits(range(2, T + n), recording), range_2, None, how)
     logit_TV = unembed(t.params, done.out_TD[T - 1 : -1])
     assert new.tolist() == jnp.argmax(logit_TV, -1).tolist()
+
+
+@pytest.mark.parametrize(
+    "name", ["topk", pytest.param("gemma2", marks=pytest.mark.slow)]
+)
+def test_new_tokens_are_patched_where_the_feature_fires_on_them(name: str):
+    """Where features compete, by all of the new position; neurons behind a norm by its
+    scale there. In the first layer, which no earlier edit reaches."""
+    t, n = case(name), 5
+    T, own = len(t.token_T), t.dictionary if name == "topk" else NeuronDictionary(None)
+    how = How(mode="additive", freeze_pattern=False)
+    range_2 = jnp.asarray((0, L - 1), jnp.int32)
+    rest = (range_2, jax.random.key(0), jnp.float32(0))
+
+    def patched_text(recording: Any, changes: list[Any]) -> tuple[Patchable, Run]:
+        made = make_edits(changes, own, t.params, recording, cfg=t.cfg)
+        whole = make_patchable(own, t.params, recording, t.cfg)
+        return whole, run_jit(whole, made, range_2, None, how)
+
+    prompt, done = patched_text(t.recording, [(0, 0, 0, 1.0, 0.0)])
+    clean = continue_prompt(prompt, done, None, *rest, n_new=n)
+    for feature in range(20):
+        changes = [(0, p, feature, -50.0, 0.0) for p in range(T, T + n)]
+        later = make_edits(changes, own, t.params, t.recording, cfg=t.cfg)
+        among = rivals(own, changes)
+        new = continue_prompt(prompt, done, later, *rest, n_new=n, among=among)
+        if new.tolist() != clean.tolist():
+            break
+    else:
+        pytest.fail("no feature of the first 20 fires on new tokens")
+    text = jnp.concatenate([t.token_T, new])
+    recording = jax.jit(record, static_argnames="cfg")(t.params, text, cfg=t.cfg)
+    _, done = patched_text(recording, changes)
+    logit_TV = unembed(t.params, done.out_TD[T - 1 : -1])
+    assert new.tolist() == jnp.argmax(logit_TV, -1).tolist()
+    value_T = gather_features(
+        own, t.params, recording, np.array([c[:3] for c in changes]), cfg=t.cfg
+    ).value_E
+    if name == "topk":  # some of both, which the last prompt position does not tell
+        assert 0 < np.count_nonzero(value_T) < n

@@ -25,6 +25,7 @@ from jaxclt.types import Supernode
 from jaxclt.validate import ValidateOptions, _groups
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
+MODEL, DICTIONARY = GOLDEN / "model", GOLDEN / "dictionary"
 PROMPT = str(np.load(GOLDEN / "graph.npz")["prompt"])
 T, L = 7, 4
 
