@@ -22,6 +22,7 @@ from typing import Any
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import blame
 from jaxclt.io.owner import is_gone, owner
+from jaxclt.json_text import to_json
 
 __all__ = ["LOCK", "held"]
 
@@ -80,7 +81,7 @@ def _taken(path: Path, out: Path, wait: float) -> int:
         other, locks = _other(handle, path)
         if other is None:
             os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps(_about()).encode(), 0)
+            os.pwrite(handle, to_json(_about()).encode(), 0)
             return handle
         os.close(handle)
         if time.monotonic() >= end:
