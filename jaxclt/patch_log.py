@@ -13,15 +13,14 @@ from typing import Any
 from jaxclt.graph.graph import GraphMeta
 from jaxclt.intervene import PatchResult
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.guard import locked
 from jaxclt.io.json_file import find_json
-from jaxclt.io.lock import held
 from jaxclt.json_text import finite, to_json
 from jaxclt.pages import PATCHES
 
 __all__ = ["MOST", "keep_patch", "patch_record"]
 
 MOST = 100  # older ones are forgotten
-WAIT_S = 10.0  # for another process that is writing into the directory
 
 
 def patch_record(
@@ -52,24 +51,20 @@ def keep_patch(directory: Path, record: dict[str, Any], meta: GraphMeta) -> None
     Raises:
       InputError: if the file is there and no JSON, or cannot be written.
     """
+    path = directory / PATCHES
     about = {"prompt": meta.prompt, "dictionary": meta.dictionary}
-    # Two patches may be under way: each takes its turn to add what it found.
-    with held(directory, wait=WAIT_S):
-        _put_first(directory / PATCHES, record, about)
-
-
-def _put_first(path: Path, record: dict[str, Any], about: dict[str, Any]) -> None:
-    before = find_json(path) or {}
-    same = all(before.get(key) == value for key, value in about.items())
-    older = before.get("patches") if same else None
-    kept = [
-        p
-        for p in (older if isinstance(older, list) else [])
-        if isinstance(p, dict) and _made_of(p) != _made_of(record)
-    ]
-    text = to_json({**about, "patches": [record, *kept][:MOST]})
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with locked(path):
+        before = find_json(path) or {}
+        same = all(before.get(key) == value for key, value in about.items())
+        older = before.get("patches") if same else None
+        kept = [
+            p
+            for p in (older if isinstance(older, list) else [])
+            if isinstance(p, dict) and _made_of(p) != _made_of(record)
+        ]
+        text = to_json({**about, "patches": [record, *kept][:MOST]})
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def _made_of(record: dict[str, Any]) -> str:

@@ -488,17 +488,11 @@ def _pairwise(
     out = {"spearman": _number(spearman(x, y)), "n": int(later.sum())}
     if len(x) >= 3:
         # Whole sources are drawn, with all their pairs.
-        interval = resampled(
-            lambda draw_NB: np.array(
-                [
-                    spearman(influence_BW[i][later[i]], change_BW[i][later[i]])
-                    for i in draw_NB
-                ]
-            ),
-            len(node_B),
-            key,
-            n=200,
-        )
+        def of(draw_NB: np.ndarray) -> np.ndarray:
+            pairs = ((influence_BW[i], change_BW[i], later[i]) for i in draw_NB)
+            return np.array([spearman(x[ok], y[ok]) for x, y, ok in pairs])
+
+        interval = resampled(of, len(node_B), key, n=200)
         out["interval"] = [_number(x) for x in interval]
     return out
 

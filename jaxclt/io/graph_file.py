@@ -169,6 +169,8 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
         for name, must in _ARRAYS.items():
             if name not in arrays and (name in f or name not in _LATER):
                 arrays[name] = f.array(name, must, sizes)
+        if not arrays["target_prob_K"].any():
+            raise ValueError("its targets have no weight")
         check_order(*(arrays[x] for x in ("layer_A", "pos_A", "feature_A")))
         direct_RN = _read_dense(f, sizes) if _DIRECT in f else None
         heads = None

@@ -7,6 +7,7 @@ the answer is one line that names the file.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def read_json(path: Path, *, most: int = MOST) -> dict[str, Any]:
 
 def find_json(path: Path, *, most: int = MOST) -> dict[str, Any] | None:
     """The same, or None where there is no file."""
-    return read_json(path, most=most) if path.exists() else None
+    return read_json(path, most=most) if os.path.exists(path) else None
 
 
 def read_bounded(path: Path, most: int) -> bytes:

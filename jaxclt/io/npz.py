@@ -55,6 +55,7 @@ _SAID |= {"int": "whole numbers", "short": "whole numbers", "bool": "truth value
 # No deflated byte stands for more: a header that claims so is damaged, or a bomb.
 _MOST_DEFLATED = 1032
 _MOST_INFLATED = 1 << 28  # bytes of an array that the file itself does not hold
+_LARGEST = 1e30  # sums of such numbers are still numbers in float32
 _CHUNK = 1 << 18
 
 
@@ -66,7 +67,7 @@ class Must(NamedTuple):
       dims: a letter for each axis; axes of the same letter have the same length.
       least: smallest value.
       below: values are below this number, or below the length of this letter's axes.
-      finite: no value may be NaN or infinite.
+      finite: no value may be NaN, infinite or near it.
     """
 
     kind: str
@@ -235,9 +236,9 @@ def check_array(name: str, x: np.ndarray, must: Must, sizes: Mapping[str, int]) 
     """Compare values; ValueError if one is out of range, or not finite."""
     if not x.size or x.dtype.kind == "b":
         return
-    low, high = x.min(), x.max()  # which carry NaN and infinity
-    if must.finite and not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError(f"{name} holds NaN or infinity")
+    low, high = x.min().item(), x.max().item()  # which carry NaN and infinity
+    if must.finite and not (low >= -_LARGEST and high <= _LARGEST):
+        raise ValueError(f"{name} holds NaN, infinity or a number beyond {_LARGEST:g}")
     below = sizes[must.below] if isinstance(must.below, str) else must.below
     for bad, value in (
         (must.least is not None and low < must.least, low),

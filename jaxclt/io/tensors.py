@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -96,7 +97,7 @@ def open_tensors(path: Path) -> TensorFile:
     """
     if is_pickle(path):
         raise InputError(pickle_message(path))
-    if not path.is_file():
+    if not os.path.isfile(path):  # which knows no impossible names
         raise InputError(f"{path} is missing; copy or fetch the dictionary again")
     return _open_npz(path) if path.suffix == ".npz" else _open_safetensors(path)
 

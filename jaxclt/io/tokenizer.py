@@ -178,20 +178,26 @@ def load_tokenizer(source: str | os.PathLike[str] | GGUFFile) -> Tokenizer:
       InputError: if there is no tokenizer, it is damaged, or a GGUF file's kind of
         tokenizer is not supported.
     """
-    path = source.path if isinstance(source, GGUFFile) else Path(source)
-    folder = path if path.is_dir() else path.parent
+    if isinstance(source, GGUFFile):
+        file, folder = source, source.path.parent
+    elif Path(source).is_dir():
+        file, folder = None, Path(source)
+    else:
+        file, folder = open_gguf(source), Path(source).parent
     if (folder / "tokenizer.json").is_file():
         backend, adds_bos = _from_json(folder)
-    elif path.is_dir():
-        backend, adds_bos = _from_directory(path), False
     else:
-        file = source if isinstance(source, GGUFFile) else open_gguf(path)
-        backend, adds_bos = _from_gguf(file), False
-    if not backend.chat_template and not path.is_dir():
-        file = source if isinstance(source, GGUFFile) else open_gguf(path)
+        backend = _from_directory(folder) if file is None else _from_gguf(file)
+        adds_bos = False
+    if file is not None and not backend.chat_template:
         template = file.meta.get("tokenizer.chat_template")
         backend.chat_template = template if isinstance(template, str) else None
-    return _wrap(backend, adds_bos=adds_bos)
+    try:
+        return _wrap(backend, adds_bos=adds_bos)
+    except Exception as error:  # for special tokens that it does not have, anything
+        raise InputError(
+            f"{path}: its tokenizer is damaged ({_line(error)})"
+        ) from error
 
 
 def _wrap(backend: Any, *, adds_bos: bool) -> Tokenizer:
@@ -206,7 +212,7 @@ def _wrap(backend: Any, *, adds_bos: bool) -> Tokenizer:
         bos_id=bos_id,
         eos_id=backend.eos_token_id,
         pad_id=backend.pad_token_id,
-        special_ids=frozenset(backend.all_special_ids),
+        special_ids=frozenset(i for i in backend.all_special_ids if i is not None),
         vocab_size=len(backend),
     )
 

@@ -6,6 +6,7 @@ tensor only the slices that are asked for are read. Pickled weights are never op
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,7 +105,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _open(path: Path) -> Any:
-    if not path.is_file():
+    if not os.path.isfile(path):  # which knows no impossible names
         raise InputError(f"shard {path} is missing; fetch the model again")
     try:
         return safe_open(path, framework="numpy")

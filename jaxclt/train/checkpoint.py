@@ -39,8 +39,16 @@ __all__ = [
 
 KEPT = 2
 
+_PLACE = {"type": "integer", "minimum": 0, "maximum": (1 << 31) - 1}
+_POSITION = record(dict.fromkeys(("chunk", "turn", "offset"), _PLACE))
 _MANIFEST = json_schema(
-    record({"step": COUNT, "position": named(COUNT), "files": named(TEXT)})
+    record(
+        {
+            "step": COUNT,
+            "position": {**_POSITION, "additionalProperties": False},
+            "files": named(TEXT),
+        }
+    )
 )
 
 

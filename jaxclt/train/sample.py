@@ -119,7 +119,10 @@ def sample_windows(
     token_WS = np.concatenate(rows)[:wanted]
     held = {row.tobytes() for row in token_WS[:n_held]}
     # A model that is sure of itself draws the same window twice.
-    train_WS = np.stack([row for row in token_WS[n_held:] if row.tobytes() not in held])
+    others = [row for row in token_WS[n_held:] if row.tobytes() not in held]
+    if not others:
+        raise InputError("--data model: the model writes the same text every time")
+    train_WS = np.stack(others)
     if partial_file is not None:
         partial_file.unlink(missing_ok=True)
     return Windows.of(train_WS, token_WS[:n_held], special=tokenizer.special_ids)

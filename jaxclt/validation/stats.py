@@ -76,14 +76,10 @@ def resampled(
     Returns:
       Lower and upper end; nan if no draw has a value.
     """
-    rows = min(n, max(1, _DRAWN // (n_units * width)))
-    found: list[np.ndarray] = []
-    for i in range(-(-n // rows)):
-        part = jax.random.fold_in(key, i)
-        found.append(
-            measure(np.asarray(jax.random.randint(part, (rows, n_units), 0, n_units)))
-        )
-    value_N = np.concatenate(found)[:n]
+    shape = (min(n, max(1, _DRAWN // (n_units * width))), n_units)
+    keys = (jax.random.fold_in(key, i) for i in range(-(-n // shape[0])))
+    draws = (np.asarray(jax.random.randint(k, shape, 0, n_units)) for k in keys)
+    value_N = np.concatenate([measure(draw_NC) for draw_NC in draws])[:n]
     if np.isnan(value_N).all():
         return float("nan"), float("nan")
     tail = (1 - level) / 2
@@ -96,19 +92,14 @@ def bootstrap(
     x: np.ndarray,
     y: np.ndarray,
     key: jax.Array,
-    *,
-    n: int = 500,
-    level: float = 0.95,
 ) -> tuple[float, float]:
-    """Percentile interval of a correlation, resampling the first axis.
+    """The 95% interval of a correlation over 500 draws of the first axis.
 
     Args:
-      measure: `pearson`, `spearman`: of two arrays along an axis.
+      measure: `pearson` or `spearman`.
       x: first axis independent units.
       y: as `x`.
       key: PRNG key.
-      n: resamples.
-      level: of the interval.
     """
     if min(len(x), x.size) < 3:
         return float("nan"), float("nan")
@@ -117,8 +108,7 @@ def bootstrap(
         N = len(draw_NC)
         return measure(x[draw_NC].reshape(N, -1), y[draw_NC].reshape(N, -1), 1)
 
-    width = x.size // len(x)
-    return resampled(along, len(x), key, n=n, level=level, width=width)
+    return resampled(along, len(x), key, n=500, width=x.size // len(x))
 
 
 def wilson(hits: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -175,9 +165,9 @@ def ratio_interval(
       level: of the interval.
 
     Returns:
-      Lower and upper end; nan if there are fewer than 2 units.
+      Lower and upper end; nan if there are fewer than 2 units or one is nan.
     """
-    if len(top_C) < 2:
+    if len(top_C) < 2 or np.isnan(top_C + bottom_C).any():
         return float("nan"), float("nan")
 
     def ratio(draw_NC: np.ndarray) -> np.ndarray:

@@ -72,6 +72,7 @@ def test_draws_without_a_correlation_are_left_out():
     assert np.isnan(bootstrap(pearson, x[:2], x[:2], key)).all()
     assert ratio_interval(2 * x, x, key) == (2, 2)
     assert np.isnan(ratio_interval(x, 0 * x, key)).all()
+    assert np.isnan(ratio_interval(np.append(x, np.nan), np.ones(4), key)).all()
 
 
 def test_whole_units_are_drawn():

@@ -106,6 +106,13 @@ class FileStore:
 
     def encoder(self, layer: int) -> EncoderLayer:
         """All encoder rows of one layer: [F, D], [F] and thresholds [F] or None."""
+        with np.errstate(all="ignore"):  # what comes of it is looked at
+            found = self._encoder(layer)
+        for x in found:
+            self._check(layer, x)
+        return found
+
+    def _encoder(self, layer: int) -> EncoderLayer:
         at, fold = self.layers[layer], self.layers[layer].fold
         W_FD = at.W_enc.read()
         b_F = np.zeros(len(W_FD), W_FD.dtype) if at.b_enc is None else at.b_enc.read()
@@ -141,7 +148,10 @@ class FileStore:
 
     def b_dec(self) -> np.ndarray:
         """Decoder biases [L, D]."""
-        return np.stack([_sum(at.b_dec, self.cfg.d_model) for at in self.layers])
+        with np.errstate(all="ignore"):
+            b_LD = np.stack([_sum(at.b_dec, self.cfg.d_model) for at in self.layers])
+        check_finite(b_LD, f"{self.path}: the decoder's biases in the model's units")
+        return b_LD
 
     def skip(self, layer: int) -> np.ndarray | None:
         """Linear path [D, D], used as ``read @ skip``, or None."""
@@ -149,10 +159,23 @@ class FileStore:
         if at.skip is None:
             return None
         piece, gain = at.skip
-        W_DD = _times(piece.read(), gain)
-        return _times(W_DD.T, at.fold.read_gain).T
+        with np.errstate(all="ignore"):
+            W_DD = _times(_times(piece.read(), gain).T, at.fold.read_gain).T
+        self._check(layer, W_DD)
+        return W_DD
+
+    def _check(self, layer: int, x: np.ndarray | None) -> None:
+        """Folding may leave the range of numbers, where reading did not."""
+        if x is not None and self.layers[layer].fold != Fold():
+            check_finite(x, f"{self.path}: layer {layer} in the units of the model")
 
     def _decoder(self, layer: int, rows: np.ndarray | None) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            W_AMD = self._scaled_decoder(layer, rows)
+        self._check(layer, W_AMD)
+        return W_AMD
+
+    def _scaled_decoder(self, layer: int, rows: np.ndarray | None) -> np.ndarray:
         fold, W_AMD = self.layers[layer].fold, self._raw_decoder(layer, rows)
         if fold.by_norm and self.layers[layer].theta is None:
             norm_F = self._norms(layer)
