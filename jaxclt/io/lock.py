@@ -22,19 +22,19 @@ from typing import Any
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import blame
 from jaxclt.io.owner import is_gone, owner
+from jaxclt.json_text import to_json
 
 __all__ = ["LOCK", "held"]
 
 LOCK = ".jaxclt.lock"
 _COMMAND = 80  # characters of it that are told
+_WAIT_S = 0.2  # in which another process, about to end, may let go
 
 _held: set[Path] = set()  # by this process, which may enter again
 
 
 @contextlib.contextmanager
-def held(
-    out: str | os.PathLike[str], *, beside: bool = False, wait: float = 0.2
-) -> Iterator[None]:
+def held(out: str | os.PathLike[str], *, beside: bool = False) -> Iterator[None]:
     """Hold a directory, so that other processes that would write into it refuse.
 
     It is made if it is not there, and removed again if nothing came to lie in it.
@@ -42,7 +42,6 @@ def held(
     Args:
       out: directory.
       beside: the lock lies beside it, for one that is to appear whole.
-      wait: seconds in which another process may let go.
 
     Raises:
       InputError: if another process holds it, which the line names, or the lock cannot
@@ -58,7 +57,7 @@ def held(
     new = [folder for folder in path.parents if not folder.exists()]
     with blame(Path(out)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = _taken(path, Path(out), wait)
+        handle = _taken(path, Path(out))
     _held.add(path)
     try:
         yield
@@ -72,15 +71,15 @@ def held(
                 folder.rmdir()
 
 
-def _taken(path: Path, out: Path, wait: float) -> int:
+def _taken(path: Path, out: Path) -> int:
     """The lock's file, open, locked and signed."""
-    end = time.monotonic() + wait
+    end = time.monotonic() + _WAIT_S
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         other, locks = _other(handle, path)
         if other is None:
             os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps(_about()).encode(), 0)
+            os.pwrite(handle, to_json(_about()).encode(), 0)
             return handle
         os.close(handle)
         if time.monotonic() >= end:
