@@ -564,16 +564,19 @@ def test_did_you_mean(name: str, found: str):
 
 def test_published_dictionaries_are_known_by_name(monkeypatch: pytest.MonkeyPatch):
     from jaxclt.io import dictionary
-    from jaxclt.io.published import pairs
+    from jaxclt.io.published import repositories
 
     def none(name: str, *_: object) -> Path:
         raise InputError(f"the hub has no dictionary {name}")
 
     monkeypatch.setattr(dictionary, "download_dictionary", none)
-    name = pairs()[0].dictionary
-    with pytest.raises(InputError) as refused:
-        dictionary.locate_dictionary(name.replace("-", "", 1))
-    assert str(refused.value).endswith(f'; did you mean "{name}"?')
+    for name in repositories("dictionary"):
+        with pytest.raises(InputError) as refused:
+            dictionary.locate_dictionary(name.replace("-", "", 1))
+        assert str(refused.value).endswith(f'; did you mean "{name}"?')
+        with pytest.raises(InputError) as refused:
+            dictionary.locate_dictionary(name)
+        assert "did you mean" not in str(refused.value)
 
 
 def test_a_training_that_memory_cannot_hold_leaves_nothing(
