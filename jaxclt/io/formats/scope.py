@@ -131,7 +131,7 @@ def _choose(books: Sequence[_Book], wanted: str, where: str) -> list[_Book]:
     by_layer = {x.layer: x for x in fits}
     if len(by_layer) < len(fits):
         # The line must hold some of the choices, however long a path is.
-        brief = where if len(where) <= 60 else f"...{where[-57:]}"
+        brief = where if len(where) <= 40 else f"...{where[-37:]}"
         raise InputError(
             f"{brief}{wanted and f'//{wanted}'} leaves a choice: name one of "
             f"{_listed(fits)}"
