@@ -589,6 +589,16 @@ def test_a_training_that_memory_cannot_hold_leaves_nothing(
         assert list(tmp_path.iterdir()) == []
 
 
+def test_a_training_without_text_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = Path(__file__).parent / "goldens" / "circuit_tracer_clt" / "model"
+    args = ("train", "--model", model, "--context", 32, "--out", tmp_path / "a" / "run")
+    assert status(*args, "--data", tmp_path / "nothing") == 2
+    assert "no such file or folder" in one_line(capsys)
+    assert not list((tmp_path / "a").glob("*"))
+
+
 def test_a_run_that_came_to_nothing_leaves_its_directory_free(tmp_path: Path):
     from jaxclt.feature_dashboards import _claim, _refuse_other
     from jaxclt.train.prepare import claim_directory

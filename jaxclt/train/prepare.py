@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from jaxclt.train.config import TrainConfig
 from jaxclt.train.sample import sample_windows
 from jaxclt.train.text import Windows, cut_windows, read_documents, split_documents
 
-__all__ = ["claim_directory", "identity", "run_windows", "write_json"]
+__all__ = ["claim_directory", "claimed", "identity", "run_windows", "write_json"]
 
 # What may change between two parts of a run without changing its weights.
 _FREE = (
@@ -79,6 +80,25 @@ def claim_directory(out: Path, ours: dict[str, Any]) -> None:
             raise InputError(
                 f"--out {out} holds a run of another {name}: give another directory"
             )
+
+
+@contextlib.contextmanager
+def claimed(out: Path, ours: dict[str, Any]) -> Iterator[None]:
+    """`claim_directory`, undone if the body fails and has left nothing there.
+
+    Raises:
+      InputError: as `claim_directory`.
+    """
+    file = out / "run.json"
+    claim_directory(out, ours)
+    try:
+        yield
+    except BaseException:
+        if all(path.name[0] == "." for path in out.iterdir() if path != file):
+            file.unlink()
+            with contextlib.suppress(OSError):  # unless something hidden is there
+                out.rmdir()
+        raise
 
 
 def run_windows(
