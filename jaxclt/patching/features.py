@@ -100,7 +100,7 @@ def gather_features(
     decoder_EMD = np.zeros((E, M, D), dtype)
     value_E, on_E = np.zeros(E, dtype), np.zeros(E, bool)
     order, encs = [], []
-    for layer in np.unique(layer_E).tolist():
+    for layer in np.unique(layer_E).tolist() or [0]:  # no rows have a shape too
         here = np.flatnonzero(layer_E == layer)
         unique, row = np.unique(feature_E[here], return_inverse=True)
         # Those that compete are only found among all.
