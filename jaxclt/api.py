@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import webbrowser
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxclt import provenance, trace
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
+from jaxclt.errors import did_you_mean
 from jaxclt.graph import prune as pruning
 from jaxclt.graph import scores as scoring
 from jaxclt.graph.attribute import AttributeConfig
@@ -21,6 +23,7 @@ from jaxclt.graph.graph import Graph
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
+from jaxclt.pace import logged
 from jaxclt.prompts import Prompt
 from jaxclt.viewer.graph_json import graph_json
 from jaxclt.viewer.page import page
@@ -38,6 +41,8 @@ def attribute(
     **config: Any,
 ) -> Graph:
     """The attribution graph of a prompt.
+
+    Where it takes long, the logger "jaxclt" is told how far it is (level INFO).
 
     Args:
       model: from `load_model`.
@@ -59,7 +64,7 @@ def attribute(
     if unknown:
         raise TypeError(
             f"attribute() has no option {sorted(unknown)[0]!r}; there are "
-            f"{', '.join(sorted(known))}"
+            f"{', '.join(sorted(known))}{did_you_mean(sorted(unknown)[0], known)}"
         )
     return trace.trace_prompt(
         model,
@@ -68,6 +73,7 @@ def attribute(
         config=AttributeConfig(**config),
         targets=targets,
         bos=bos,
+        on_rows=partial(logged(), "attributing"),
     ).graph
 
 

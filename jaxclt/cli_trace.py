@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,12 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxclt.cli_causal import validate_opened
-from jaxclt.cli_progress import lines, progress, stoppable
+from jaxclt.cli_progress import Run, lines, long_command, progress
 from jaxclt.compiled import use_compilation_cache
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least
+from jaxclt.json_text import to_json
 
 if TYPE_CHECKING:
-    from jaxclt.clt.active import Dictionary
+    from jaxclt.clt.coder import Dictionary
     from jaxclt.graph.attribute import AttributeConfig
     from jaxclt.graph.memory import MemoryPlan
     from jaxclt.io.model import Model
@@ -83,7 +84,8 @@ class _Attribution:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TraceConfig(_Attribution):
     """Attribution graph of one prompt, written to a directory with a viewer page.
-    Ctrl-C writes it with the features attributed so far, all else as unexplored."""
+    Ctrl-C or SIGTERM writes it with the features attributed so far, all else as
+    unexplored."""
 
     prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
     """Text whose next token is explained."""
@@ -129,7 +131,8 @@ class SweepConfig(_Attribution):
     """What each graph.npz holds."""
 
 
-def run_trace(config: TraceConfig, say: Console) -> None:
+@long_command
+def run_trace(config: TraceConfig, say: Console, run: Run) -> None:
     """Trace, write, print."""
     from jaxclt import trace
     from jaxclt.io.chat import user_says
@@ -138,11 +141,12 @@ def run_trace(config: TraceConfig, say: Console) -> None:
 
     if not config.prompt.strip():
         raise InputError("the prompt is empty: give some text to trace")
+    check_at_least(1, prefilter_size=config.prefilter_size)
     if config.assume:
         _dry_run_assumed(config)
         return
     prompt = user_says(config.prompt) if config.chat else config.prompt
-    model, dictionary, attribution, loaded = _prepare(config, say)
+    model, dictionary, attribution, loaded = _prepare(config, say, run)
     if config.dry_run:
         _dry_run(model, dictionary, prompt, config, attribution)
         return
@@ -150,7 +154,7 @@ def run_trace(config: TraceConfig, say: Console) -> None:
     if config.prefilter is not None:
         size = config.prefilter_size or 2 * config.max_features
         prefilter = load_globals(config.prefilter), size
-    with progress(say, "attributing", "rows/s") as on_rows, stoppable(say) as stop:
+    with progress(say, "attributing", "rows/s") as on_rows:
         traced = trace.trace_prompt(
             model,
             dictionary,
@@ -159,29 +163,36 @@ def run_trace(config: TraceConfig, say: Console) -> None:
             bos=config.bos,
             prefilter=prefilter,
             on_rows=on_rows,
-            stop=stop,
+            stop=run.stop,
             config=attribution,
         )
     traced.timing["load"] = loaded
     report = write_trace(
         traced, config.out, save=config.save, environment=config.environment
     )
+    stopped = "stopped" in report["work"]
     checked: dict[str, Any] = {}
-    if config.validate:
+    if config.validate and not stopped:
         from jaxclt.subject import Reopened
 
         opened = Reopened(
             model=model, dictionary=dictionary, graph=traced.graph, report=report
         )
-        checked = validate_opened(opened, config.out, say)
+        checked = validate_opened(opened, config.out, say, look=run.look)
+    _show(config, report, checked)
+    if stopped:
+        sys.exit(run.stop.status)
+
+
+def _show(config: TraceConfig, report: dict[str, Any], checked: dict[str, Any]) -> None:
     if config.json:
-        print(json.dumps(report))  # noqa: T201
+        print(to_json(report))  # noqa: T201
         return
     Console().print(_summary(report))
     Console().print("strongest paths:")
     for path in report["paths"]:
         Console().print(f"  {path}", markup=False, soft_wrap=True)
-    if config.validate:
+    if checked:
         Console().print(Text(checked["verdict"]))
     Console().print(f"page: {(config.out / 'index.html').resolve().as_uri()}")
 
@@ -237,7 +248,7 @@ def _show_plan(
         "chunk_size": plan.chunk_size,
     }
     if config.json:
-        print(json.dumps(result))  # noqa: T201
+        print(to_json(result))  # noqa: T201
         return
     table = Table(title="dry run: nothing was attributed", show_header=False)
     for name, value in result.items():
@@ -252,7 +263,8 @@ def _show_plan(
     Console().print(table)
 
 
-def run_sweep(config: SweepConfig, say: Console) -> None:
+@long_command
+def run_sweep(config: SweepConfig, say: Console, run: Run) -> None:
     """Trace all prompts, print how many."""
     from jaxclt.io.chat import user_says
     from jaxclt.sweep import read_prompts, sweep_prompts
@@ -260,8 +272,8 @@ def run_sweep(config: SweepConfig, say: Console) -> None:
     prompts = read_prompts(config.prompts)
     if config.chat:
         prompts = [user_says(x) if isinstance(x, str) else x for x in prompts]
-    model, dictionary, attribution, _ = _prepare(config, say)
-    with progress(say, "prompts", "prompts/s") as on_prompt:
+    model, dictionary, attribution, _ = _prepare(config, say, run)
+    with progress(say, "prompts", "prompts/s", run.look) as on_prompt:
         index = sweep_prompts(
             model,
             dictionary,
@@ -277,40 +289,24 @@ def run_sweep(config: SweepConfig, say: Console) -> None:
         if line["status"] == "failed":
             lines(say)(f"{line['directory']}: {line['error']}")
     if config.json:
-        print(json.dumps(index))  # noqa: T201
+        print(to_json(index))  # noqa: T201
         return
     done = sum(line["status"] == "done" for line in index)
     Console().print(f"{done} of {len(index)} prompts traced: {config.out}/index.jsonl")
 
 
 def _prepare(
-    config: TraceConfig | SweepConfig, say: Console
+    config: TraceConfig | SweepConfig, say: Console, run: Run
 ) -> tuple[Model, Dictionary, AttributeConfig, float]:
     """Check the output, load model and dictionary; with the seconds that took."""
     from jaxclt.graph.attribute import AttributeConfig
+    from jaxclt.graph.compute import row_mesh
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.model import load_model
-    from jaxclt.trace_files import check_writable
 
-    if not 0 <= config.tolerance < 1:
-        raise InputError(f"--tolerance {config.tolerance}: give a share in [0, 1)")
-    if config.max_features < 1:
-        raise InputError(f"--max-features {config.max_features}: give at least 1")
-    if config.memory is not None and not config.memory > 0:
-        raise InputError(f"--memory {config.memory}: give GB above 0")
-    if config.heads < 0:
-        raise InputError(f"--heads {config.heads}: give 0 for none, or how many edges")
-    check_writable(config.out, makes="trace" if isinstance(config, TraceConfig) else "")
-    use_compilation_cache()
-    started = time.perf_counter()
-    model = load_model(
-        config.model, dtype=config.dtype, mesh=config.shard, progress=lines(say)
-    )
-    dictionary = load_dictionary(config.dictionary, model, progress=lines(say))
     attribution = AttributeConfig(
         max_features=config.max_features,
-        # That tool leaves out what is not explored: no bound could be stated.
-        tolerance=config.tolerance if config.compat == "none" else 0.0,
+        tolerance=config.tolerance,
         node_threshold=config.node_threshold,
         edge_threshold=config.edge_threshold,
         heads=config.heads,
@@ -319,6 +315,21 @@ def _prepare(
         memory_gb=config.memory,
         devices=config.devices,
     )
+    row_mesh(attribution)  # refuses devices that are not there
+    if config.compat != "none":
+        # That tool leaves out what is not explored: no bound could be stated.
+        attribution = dataclasses.replace(attribution, tolerance=0.0)
+    if isinstance(config, SweepConfig):
+        run.own(config.out)
+    elif not config.dry_run:
+        run.own(config.out, makes="trace")
+    use_compilation_cache()
+    started = time.perf_counter()
+    model = load_model(
+        config.model, dtype=config.dtype, mesh=config.shard, progress=lines(say)
+    )
+    dictionary = load_dictionary(config.dictionary, model, progress=lines(say))
+    run.look()
     return model, dictionary, attribution, time.perf_counter() - started
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from jaxclt.errors import InputError
+from jaxclt.json_text import to_json
 
 __all__ = ["ViewConfig", "run_view"]
 
@@ -59,9 +59,9 @@ def run_view(config: ViewConfig, say: Console) -> None:
         )
         graph = dataclasses.replace(graph, pruning=pruning)
     doc = show(graph).doc
-    saved = pages.read_json(config.directory / "graph.json")
-    if saved is not None:
-        doc = pages.carry_over(doc, pages.read_graph(config.directory / "graph.json"))
+    saved = config.directory / "graph.json"
+    if saved.exists():
+        doc = pages.carry_over(doc, pages.read_graph(saved))
     if config.features is not None:
         if not config.features.is_dir():
             raise InputError(
@@ -75,7 +75,7 @@ def run_view(config: ViewConfig, say: Console) -> None:
     html = pages.directory_page(config.directory, doc=doc, compare=other)
     path = Page(html=html, doc=doc).save(config.out or config.directory / "index.html")
     if config.json:
-        print(json.dumps({"page": str(path)}))  # noqa: T201
+        print(to_json({"page": str(path)}))  # noqa: T201
     else:
         Console().print(f"page: {path.resolve().as_uri()}")
 

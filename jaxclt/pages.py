@@ -7,7 +7,6 @@ What a reader saved (labels in the nodes, pins and supernodes in ``qParams``) li
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.supernodes import suggest_supernodes
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.json_file import MOST_DATA, find_json
+from jaxclt.json_text import to_json
 from jaxclt.types import Supernode
 from jaxclt.viewer.graph_json import validate
 from jaxclt.viewer.page import page
@@ -27,7 +28,6 @@ __all__ = [
     "directory_page",
     "grouped_ids",
     "read_graph",
-    "read_json",
     "traced_digest",
     "with_features",
     "with_saved_view",
@@ -39,35 +39,16 @@ FEATURES = "features"  # folder of feature files beside graph.json
 PATCHES = "patches.json"  # what patches did, see `jaxclt.patch_log`
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no file.
-
-    Raises:
-        InputError: the file is no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read as JSON ({error}): it is damaged, make it again"
-        ) from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object: it is damaged, make it again")
-    return value
-
-
 def read_graph(path: Path) -> dict[str, Any]:
     """A checked graph document, of any tool that writes this format.
 
     Raises:
         InputError: there is none, or it is not one.
     """
-    doc = read_json(path)
+    doc = find_json(path, most=MOST_DATA)
     if doc is None:
         raise InputError(f"no {path.name} in {path.parent}: trace a prompt into it")
-    validate(doc, shared_ids=True)
+    validate(doc, foreign=True)
     return doc
 
 
@@ -208,7 +189,7 @@ def with_saved_view(doc: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 def traced_digest(report: dict[str, Any]) -> str:
     """What tells the graph of a report.json from one traced with other settings."""
-    same = json.dumps(report.get("identity"), sort_keys=True)
+    same = to_json(report.get("identity"), sort_keys=True)
     return hashlib.sha256(same.encode()).hexdigest()
 
 
@@ -217,13 +198,13 @@ def _validation(directory: Path, doc: dict[str, Any]) -> dict[str, Any] | None:
     found = _beside(directory, "validation.json", doc)
     if found is None or "traced" not in found:
         return found
-    report = read_json(directory / "report.json") or {}
+    report = find_json(directory / "report.json") or {}
     return found if found["traced"] == traced_digest(report) else None
 
 
 def _beside(directory: Path, name: str, doc: dict[str, Any]) -> dict[str, Any] | None:
     """A file about this graph, unless another prompt or dictionary left it."""
-    found = read_json(directory / name)
+    found = find_json(directory / name)
     if found is None or found.get("prompt") != doc["metadata"]["prompt"]:
         return None
     dictionary = (doc.get("jaxclt") or {}).get("dictionary", found.get("dictionary"))

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxclt.errors import InputError
 from jaxclt.io.chat import Message, check_messages, is_chat
-from jaxclt.io.json_lines import json_rows, text_of
+from jaxclt.io.lines import json_rows, text_of
 from jaxclt.io.tokenizer import Bos, Tokenizer
 
 __all__ = ["Prompt", "PromptRow", "prompt_ids", "prompt_rows", "prompt_text"]

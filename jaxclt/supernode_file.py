@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.nodes import find_node
+from jaxclt.io.json_file import (
+    MOST_DATA,
+    check_json,
+    json_schema,
+    parse_json,
+    read_bounded,
+)
 from jaxclt.types import Supernode
 
 __all__ = ["read_supernodes"]
 
 FORM = '[["name", "layer_feature_pos", ...], ...]'
+_TEXTS = {"type": "array", "minItems": 1, "items": {"type": ["string", "number"]}}
+_GROUPS = json_schema({"type": "array", "items": _TEXTS})
 
 
 def read_supernodes(path: Path, graph: Graph) -> list[Supernode]:
@@ -30,16 +38,13 @@ def read_supernodes(path: Path, graph: Graph) -> list[Supernode]:
     Raises:
       InputError: if the file holds no groups, or a member is no node of the graph.
     """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(raw, dict):
-            raw = (raw.get("qParams") or {}).get("supernodes") or []
-            raw = json.loads(raw) if isinstance(raw, str) else raw
-        groups = [(str(name), [str(m) for m in members]) for name, *members in raw]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} holds no supernodes ({type(error).__name__}): write {FORM}"
-        ) from error
+    raw = parse_json(read_bounded(path, MOST_DATA), path)
+    if isinstance(raw, dict):
+        view = raw.get("qParams")
+        raw = (view.get("supernodes") if isinstance(view, dict) else None) or []
+        raw = parse_json(raw, path) if isinstance(raw, str) else raw
+    check_json(raw, _GROUPS, f"{path} holds no supernodes, write {FORM}")
+    groups = [(str(name), [str(m) for m in members]) for name, *members in raw]
     return [
         Supernode(name, tuple(_member(path, graph, name, m) for m in members))
         for name, members in groups
@@ -56,5 +61,5 @@ def _member(path: Path, graph: Graph, name: str, member: str) -> Any:
     try:
         find_node(graph, member)
     except InputError as error:
-        raise InputError(f"{path}: supernode {name!r}: {error}") from error
+        raise InputError(f"{path}: supernode {shown(name)}: {error}") from error
     return member

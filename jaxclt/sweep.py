@@ -6,20 +6,23 @@ the first few cost their arithmetic only.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.chat import is_chat
+from jaxclt.io.json_file import parse_json, read_json
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
+from jaxclt.json_text import to_json
+from jaxclt.pace import logged
 from jaxclt.prompts import Prompt, read_prompts
 from jaxclt.trace import identity, trace_prompt
 from jaxclt.trace_files import write_trace
@@ -37,7 +40,7 @@ def sweep_prompts(
     bos: Bos = "auto",
     save: str = "pruned",
     environment: dict[str, Any] | None = None,
-    on_prompt: Callable[[int, int], None] = lambda done, total: None,
+    on_prompt: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Trace every prompt into a directory of its own and write `index.jsonl`.
 
@@ -53,7 +56,8 @@ def sweep_prompts(
       bos: as for `trace_prompt`.
       save: as for `write_trace`.
       environment: added to the reports.
-      on_prompt: progress, (prompts done, prompts in all).
+      on_prompt: progress, (prompts done, prompts in all), several times a prompt; to
+        the log if not given.
 
     Returns:
       The lines of the index: prompt (or messages), directory, status, and scores or
@@ -63,6 +67,7 @@ def sweep_prompts(
       InputError: if the directory cannot be written.
     """
     out, config = Path(out), config or AttributeConfig()
+    told = on_prompt or partial(logged(), "prompts")
     folders = [out / f"{i:05d}-{_slug(prompt)}" for i, prompt in enumerate(prompts)]
     before = _index(out)  # of prompts that this run has not come to yet
     index = []
@@ -73,7 +78,14 @@ def sweep_prompts(
             wanted = identity(model, dictionary, prompt, config, bos)
             report = _finished(folder, wanted)
             if report is None:
-                traced = trace_prompt(model, dictionary, prompt, config=config, bos=bos)
+                traced = trace_prompt(
+                    model,
+                    dictionary,
+                    prompt,
+                    config=config,
+                    bos=bos,
+                    on_rows=lambda *_, i=i: told(i, len(prompts)),
+                )
                 report = write_trace(traced, folder, save=save, environment=environment)
             line |= {"status": "done", "scores": report["scores"]}
         except InputError as error:
@@ -81,9 +93,9 @@ def sweep_prompts(
         index.append(line)
         ahead = [before[f.name] for f in folders[i + 1 :] if f.name in before]
         with atomic_path(out / "index.jsonl") as temporary:
-            rows = (json.dumps(x, ensure_ascii=False) + "\n" for x in index + ahead)
+            rows = (to_json(x, ensure_ascii=False) + "\n" for x in index + ahead)
             temporary.write_text("".join(rows), encoding="utf-8")
-        on_prompt(i + 1, len(prompts))
+        told(i + 1, len(prompts))
     return index
 
 
@@ -92,9 +104,9 @@ def _index(out: Path) -> dict[str, dict[str, Any]]:
     found = {}
     try:
         for text in (out / "index.jsonl").read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
+            line = parse_json(text, out)
             found[line["directory"]] = line
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, InputError, KeyError, TypeError):
         pass
     return found
 
@@ -104,8 +116,8 @@ def _finished(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     if not (folder / "index.html").exists():
         return None
     try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = read_json(folder / "report.json")
+    except InputError:
         return None
     return report if report.get("identity") == wanted else None
 

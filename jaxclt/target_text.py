@@ -28,15 +28,15 @@ given, every text counts the same, or by its weight. Vectors come from an npz fi
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import Dictionary
-from jaxclt.errors import InputError
+from jaxclt.clt.coder import Dictionary
+from jaxclt.errors import InputError, did_you_mean
 from jaxclt.graph.targets import (
     combine_targets,
     difference_targets,
@@ -47,9 +47,12 @@ from jaxclt.graph.targets import (
     token_targets,
 )
 from jaxclt.io.model import Model
+from jaxclt.io.npz import Must, open_npz
 from jaxclt.types import Recording, Targets
 
 __all__ = ["read_targets"]
+
+_KINDS = ("diff", "prob", "logp", "feature", "top", "vector")
 
 
 class _Prompt(NamedTuple):
@@ -132,7 +135,7 @@ def _one(prompt: _Prompt, body: str) -> Targets:
     last = prompt.n_tokens - 1
     # The text itself first: a token may hold an @.
     made = _logits(prompt, body, last)
-    at = re.fullmatch(r"(.*)@(-?\d+)", body, re.DOTALL)
+    at = re.fullmatch(r"(.*)@(-?\d{1,9})", body, re.DOTALL)
     if made is None and at is not None:
         made = _logits(prompt, at[1], _position(prompt, int(at[2])))
     if made is not None:
@@ -144,11 +147,12 @@ def _one(prompt: _Prompt, body: str) -> Targets:
     text = text[kind.end() :] if kind else text
     n = len(prompt.model.tokenizer.encode(text, "never"))
     what = "it" if text == body else repr(text)
+    hint = did_you_mean(body.partition(":")[0], _KINDS) if ":" in body else ""
     if n == 1:
-        raise InputError(f"{what} is no token of this model")
+        raise InputError(f"{what} is no token of this model{hint}")
     raise InputError(
         f"{what} is {n} tokens, not one: mind the leading space, or give a shorter "
-        "text, or id:N for token N"
+        f"text, or id:N for token N{hint}"
     )
 
 
@@ -198,15 +202,17 @@ def _tokens(prompt: _Prompt, ids: list[int], pos: int) -> Targets:
 
 
 def _top(prompt: _Prompt, body: str) -> Targets:
-    found = re.fullmatch(r"top:(-?\d+)", body)
+    # A negative number would be taken for how many tokens are wanted.
+    found = re.fullmatch(r"top:(\d{1,9})", body)
     if found is None:
-        raise InputError("write top:position, a whole number")
+        last = prompt.n_tokens - 1
+        raise InputError(f"write top:position, a whole number from 0 to {last}")
     pos = _position(prompt, int(found[1]))
     return salient_targets(prompt.model.params, prompt.recording.out_TD[pos], pos=pos)
 
 
 def _feature(prompt: _Prompt, body: str) -> Targets:
-    found = re.fullmatch(r"feature:(\d+):(-?\d+):(\d+)", body)
+    found = re.fullmatch(r"feature:(\d{1,9}):(-?\d{1,9}):(\d{1,9})", body)
     if found is None:
         raise InputError("write feature:layer:position:index, three whole numbers")
     layer, pos, feature = map(int, found.groups())
@@ -220,7 +226,9 @@ def _feature(prompt: _Prompt, body: str) -> Targets:
 
 
 def _vector(prompt: _Prompt, body: str) -> Targets:
-    found = re.fullmatch(r"vector:(out|\w+:\d+)(?:@(-?\d+))?:(.+)", body, re.DOTALL)
+    found = re.fullmatch(
+        r"vector:(out|\w+:\d{1,9})(?:@(-?\d{1,9}))?:(.+)", body, re.DOTALL
+    )
     if found is None:
         raise InputError("write vector:site@position:file.npz, see --help")
     site, pos, path = found.groups()
@@ -237,25 +245,15 @@ def _vector(prompt: _Prompt, body: str) -> Targets:
 
 
 def _read_vectors(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            vec_KD = file["vec"]
-            const_K = file["const"] if "const" in file.files else None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,  # a plain array has no names
-        EOFError,
-        zipfile.BadZipFile,
-    ):
-        raise InputError(
-            f"{path} is no npz file with an array `vec` (and maybe `const`)"
-        ) from None
-    if vec_KD.dtype.kind != "f":
-        raise InputError(f"{path}: `vec` holds no floating-point numbers")
-    return vec_KD, const_K
+    wrong = "is no npz file with an array `vec` (and maybe `const`)"
+    with open_npz(Path(path), wrong, "write one with numpy.savez") as file:
+        one, sizes = len(file.header("vec").shape) == 1, {}
+        vec_KD = file.array("vec", Must("half", "D" if one else "KD"), sizes)
+        if "const" not in file:
+            return vec_KD, None
+        sizes.setdefault("K", 1)
+        axes = "K" * len(file.header("const").shape)
+        return vec_KD, file.array("const", Must("half", axes), sizes)
 
 
 def _position(prompt: _Prompt, pos: int) -> int:

@@ -20,8 +20,9 @@ import numpy as np
 from jax import Array
 
 from jaxclt import __version__
-from jaxclt.clt.active import Active, Dictionary
-from jaxclt.errors import InputError
+from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.coder import Dictionary
+from jaxclt.errors import InputError, check_at_least
 from jaxclt.global_weights.shortlist import Shortlist
 from jaxclt.graph.attribute import (
     AttributeConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "plan_trace",
     "prompt_tokens",
     "record_prompt",
+    "record_text",
     "trace_prompt",
 ]
 
@@ -82,14 +84,22 @@ def record_prompt(
     return record(params, token_T, cfg=cfg, keep_patterns=keep_patterns)
 
 
-def _recorded(
-    model: Model, ids: list[int], config: AttributeConfig, *, pad: bool = True
+def record_text(
+    model: Model, ids: Sequence[int] | np.ndarray, budget: int, *, pad: bool = True
 ) -> Recording:
-    """The recording of a prompt, padded to a bucket of lengths if `pad`."""
-    # Padding comes after the prompt, so a causal model does not see it.
+    """The clean pass on a prompt: the one way to record it, under the memory plan.
+
+    Args:
+      model: from `jaxclt.load_model`.
+      ids: from `prompt_tokens` or a graph.
+      budget: bytes that may be used; where patterns take too much of them they are
+        computed again as they are used.
+      pad: to a bucket of lengths, which share a program. Padding comes after the
+        prompt, so a causal model does not see it.
+    """
     token_T = np.zeros(bucket(len(ids)) if pad else len(ids), np.int32)
     token_T[: len(ids)] = ids
-    keep = patterns_kept(model.cfg, len(token_T), memory_budget(config))
+    keep = patterns_kept(model.cfg, len(token_T), budget)
     return record_prompt(
         model.params, jnp.asarray(token_T), model.cfg, keep_patterns=keep
     )
@@ -193,12 +203,14 @@ def trace_prompt(
     with _compile_seconds() as compiled, _stage(clock, "total"):
         with _stage(clock, "record"), jax.default_matmul_precision(config.precision):
             pad = not callable(targets)  # a function of the recording sees the prompt
-            recording = _recorded(model, ids, config, pad=pad)
+            recording = record_text(model, ids, memory_budget(config), pad=pad)
             chosen = _targets(model, dictionary, recording, len(ids), texts)
             top = chosen
             if given:
                 top = _next_tokens(model, recording, len(ids), chosen)
-            active = dictionary.active(model.params, recording, model.cfg, len(ids))
+            active = active_features(
+                dictionary, model.params, recording, model.cfg, len(ids)
+            )
         if given:
             listed = list(texts) if isinstance(texts, Sequence) else _digest(chosen)
             same["targets"] = listed
@@ -253,8 +265,7 @@ def _shortlist(dictionary: Dictionary, found: SavedGlobals, size: int) -> Shortl
     Raises:
       InputError: if they are of another dictionary, or the size is none.
     """
-    if size < 1:
-        raise InputError(f"--prefilter-size {size}: give at least 1")
+    check_at_least(1, prefilter_size=size)
     if found.meta.get("hashes", {}).get("dictionary") != dictionary.hash:
         raise InputError(
             f"--prefilter: its global weights are of {found.meta.get('dictionary')}, "
@@ -288,8 +299,8 @@ def plan_trace(
     """
     config = config or AttributeConfig()
     ids = prompt_tokens(model, prompt, bos)
-    recording = _recorded(model, ids, config)
-    active = dictionary.active(model.params, recording, model.cfg, len(ids))
+    recording = record_text(model, ids, memory_budget(config))
+    active = active_features(dictionary, model.params, recording, model.cfg, len(ids))
     plan = plan_attribution(
         active,
         10,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Tokenizer
 from jaxclt.prompts import Prompt, PromptRow, prompt_ids, prompt_rows
@@ -101,8 +101,8 @@ def read_windows(
         check_windows(model, data.token_WS)
         return data.take(slice(shard[0], None, shard[1]))
     source = isinstance(data, str | os.PathLike)
-    if source and tokens < 1:
-        raise InputError(f"--tokens {tokens}: give at least 1")
+    if source:
+        check_at_least(1, tokens=tokens, context=context)
     if source and (rows := prompt_rows(data)) is not None:
         token_WS = _padded(model, row_ids(model.tokenizer, rows))
         found = TokenWindows(token_WS, _mask(model, token_WS, mask)).first(tokens)

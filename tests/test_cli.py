@@ -57,8 +57,9 @@ def test_trace_writes_the_four_files_of_the_contract(traced: Path):
         "replacement",
         "completeness",
         "completeness_ct",
+        "completeness_logit_edges",
         "mean_path_length",
-    } <= set(report["scores"]["full"])
+    } <= set(report["scores"]["full"]) & set(report["scores"]["pruned"])
     assert {
         "load",
         "record",
@@ -175,7 +176,7 @@ def test_ctrl_c_keeps_what_is_done(
     assert signal.getsignal(signal.SIGINT) is before
     assert "Ctrl-C again" in capsys.readouterr().err
     if times == 2:
-        assert list(out.iterdir()) == []
+        assert list(out.glob("*")) == []
         return
     report = json.loads((out / "report.json").read_text())
     assert report["work"]["stopped"]
@@ -194,13 +195,13 @@ def test_dry_run_states_the_memory_and_writes_nothing(
     assert plan["budget_gb"] == 3
     assert plan["total_gb"] == pytest.approx(sum(plan["memory_gb"].values()), abs=0.01)
     assert 0 < plan["total_gb"] < 3
-    assert list(out.iterdir()) == []
+    assert list(out.glob("*")) == []
 
 
 def test_dry_run_of_an_assumed_prompt_reads_no_weights(
     capsys: pytest.CaptureFixture[str],
 ):
-    """6,000 tokens at the size of Gemma-2-2B on 80 GB, as the issue asks."""
+    """6,000 tokens at the size of Gemma-2-2B on 80 GB."""
     shape = Path(__file__).parents[1] / "benchmarks/shapes/gemma-2-2b.json"
     rest = ("--dictionary", "any", "--out", "any", "--dry-run", "--json")
     size = "tokens=6000,active=100,features=16384,host=200"
@@ -393,7 +394,7 @@ def test_help_needs_no_transformers():
         "from jaxclt import cli\n"
         "try: cli.main()\n"
         "except SystemExit as stop: assert stop.code == 0\n"
-        "assert 'transformers' not in sys.modules"
+        "assert not {'transformers', 'starlette', 'uvicorn'} & set(sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

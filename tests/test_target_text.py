@@ -14,7 +14,7 @@ import pytest
 
 import jaxclt
 from jaxclt import cli
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import VIRTUAL_TOKEN
 from jaxclt.graph.targets import (
@@ -204,10 +204,15 @@ class Words:
         (["nothing"], "it is no token of this model"),
         (["w7", "w7"], "given twice"),
         (["w7", "w7@-1"], "given twice"),
-        (["w90", "top:-1"], "given twice"),
+        (["w90", "top:5"], "given twice"),
         (["w7@99"], "give a position from 0 to 5, or -1"),
         (["w7@-7"], "give a position from 0 to 5, or -1"),
         (["top:x"], "write top:position"),
+        (["top:-1"], "write top:position, a whole number from 0 to 5"),
+        (["feature:99999999999999999999:0:0"], "write feature:layer:position:index"),
+        (["feature:0:0:99999999999999999999"], "write feature:layer:position:index"),
+        (["dif:w7|w8"], 'did you mean "diff"?'),
+        (["vector:resid_mi:1:{probe}"], 'did you mean "resid_mid"?'),
         (["diff:w7"], "write diff:A|B"),
         (["diff:w7|w7"], "so is their difference zero"),
         (["diff:w7|w8 w9"], "write diff:A|B"),

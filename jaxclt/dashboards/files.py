@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import gzip
-import json
+import io
 import math
 import os
 import re
@@ -20,10 +20,14 @@ import struct
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from jaxclt.errors import InputError
+import numpy as np
+
+from jaxclt.errors import InputError, shown
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.json_file import MOST, parse_object, read_json
+from jaxclt.json_text import to_json
 
 __all__ = [
     "INDEX",
@@ -39,6 +43,7 @@ __all__ = [
 
 INDEX = "index.json.gz"
 _LENGTH = struct.Struct("<I")
+_MOST_INDEX = 1 << 27  # bytes, unpacked: about ten million features
 
 
 def cantor(layer: int, feature: int) -> int:
@@ -108,7 +113,7 @@ def write_index(folder: Path, offsets: dict[int, list[int]]) -> None:
         str(layer): {"filename": layer_file(layer), "offsets": numbers}
         for layer, numbers in offsets.items()
     }
-    text = json.dumps(index, separators=(",", ":")).encode()
+    text = to_json(index, separators=(",", ":")).encode()
     with atomic_path(folder / INDEX) as temporary:
         temporary.write_bytes(gzip.compress(text, mtime=0))
 
@@ -145,7 +150,7 @@ class FeatureFiles:
         """
         loose = self.folder / f"{cantor(layer, feature)}.json"
         if loose.is_file():
-            return _parsed(loose, loose.read_bytes())
+            return read_json(loose)
         index = self.folder / INDEX
         place = _place(index, layer, feature) if index.is_file() else None
         if place is None:
@@ -155,24 +160,26 @@ class FeatureFiles:
         try:
             with path.open("rb") as stream:
                 stream.seek(start)
-                raw = stream.read(end - start)
+                raw = stream.read(min(end - start, MOST))
             (length,) = _LENGTH.unpack_from(raw)
-            body = gzip.decompress(raw[_LENGTH.size : _LENGTH.size + length])
-        except (OSError, EOFError, zlib.error, struct.error) as error:
+            packed = raw[_LENGTH.size : _LENGTH.size + length]
+            body = _inflated(io.BytesIO(packed), MOST)
+        except (OSError, struct.error) as error:
             raise InputError(
                 f"{path}: the record of feature {layer}:{feature} cannot be read "
-                f"({type(error).__name__})"
+                f"({error})"
             ) from error
-        return _parsed(path, body)
+        return parse_object(body, path)
 
 
-def _parsed(path: Path, text: bytes) -> dict[str, Any]:
+def _inflated(file: IO[bytes], most: int) -> bytes:
+    """What is packed in a file, unless that is more; OSError if it is damaged."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} holds no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds no JSON object")
+        found = gzip.GzipFile(fileobj=file).read(most + 1)
+    except (EOFError, zlib.error) as error:
+        raise OSError(str(error)) from error
+    if len(found) > most:
+        raise OSError(f"more than {most / 1e6:.0f} MB are packed in it")
     return found
 
 
@@ -185,33 +192,34 @@ def _place(index: Path, layer: int, feature: int) -> tuple[str, int, int] | None
     name, offsets = entry
     if not 0 <= feature < len(offsets) - 1:
         return None
-    start, end = offsets[feature : feature + 2]
+    start, end = offsets[feature : feature + 2].tolist()
     return (name, start, end) if start < end else None
 
 
 @functools.lru_cache(maxsize=4)
-def _index(path: Path, changed: int) -> dict[str, tuple[str, list[int]]]:
+def _index(path: Path, changed: int) -> dict[str, tuple[str, np.ndarray]]:
     """An index, read again when it has changed.
 
     Raises:
       InputError: if it is no such index.
     """
     del changed
+    wrong = f"{path} is no index of feature files"
     try:
-        read = json.loads(gzip.decompress(path.read_bytes()))
-        found = {
-            layer: (str(entry["filename"]), [int(x) for x in entry["offsets"]])
-            for layer, entry in read.items()
-        }
-    except (
-        *(OSError, EOFError, zlib.error, ValueError, RecursionError),
-        *(KeyError, TypeError, AttributeError),
-    ) as error:
-        raise InputError(
-            f"{path} is no index of feature files ({type(error).__name__})"
-        ) from error
-    for name, _ in found.values():
+        with path.open("rb") as file:
+            text = _inflated(file, _MOST_INDEX)
+    except OSError as error:
+        raise InputError(f"{wrong} ({error})") from error
+    found = {}
+    for layer, entry in parse_object(text, path).items():
+        try:
+            name, offsets = entry["filename"], np.array(entry["offsets"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"{wrong} (layer {shown(layer)})") from error
         # A file beside the index and nothing else, whoever wrote the index.
-        if not re.fullmatch(r"[\w-][\w.-]*", name):
-            raise InputError(f"{path} names a file outside its folder: {name!r}")
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise InputError(f"{path} names a file outside its folder: {shown(name)}")
+        if offsets.ndim != 1 or offsets.dtype.kind != "i" or (offsets < 0).any():
+            raise InputError(f"{wrong} (the offsets of layer {shown(layer)})")
+        found[layer] = name, offsets
     return found

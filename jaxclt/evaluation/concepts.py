@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.encoder import Encoder
+from jaxclt.clt.coder import Loaded
 from jaxclt.errors import InputError
-from jaxclt.io.json_lines import json_rows
+from jaxclt.io.json_file import MOST, parse_json, read_bounded
+from jaxclt.io.lines import json_rows
 from jaxclt.io.model import Model
-from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import embed, native_mlp, run
 from jaxclt.types import Block, LMParams
 from jaxclt.windows import BATCH_TOKENS, batches, read_windows
@@ -50,24 +49,12 @@ def load_pairs(path: str | os.PathLike[str] | None = None) -> tuple[ConceptPair,
     if file.suffix == ".jsonl":
         entries = [entry for _, entry in json_rows(file)]
     else:
-        entries = _read_list(file)
+        entries = parse_json(read_bounded(file, MOST), file)
+        if not isinstance(entries, list):
+            raise InputError(f"{file} must hold a JSON list of pairs")
     if not entries:
         raise InputError(f"{file} holds no pair of sentences")
     return tuple(_pair(file, i, entry) for i, entry in enumerate(entries, 1))
-
-
-def _read_list(file: Path) -> list[Any]:
-    try:
-        entries = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} is not JSON ({error})") from error
-    if not isinstance(entries, list):
-        raise InputError(f"{file} must hold a JSON list of pairs")
-    return entries
 
 
 def _pair(file: Path, number: int, entry: Any) -> ConceptPair:
@@ -104,7 +91,7 @@ def readable(model: Model, pairs: Sequence[ConceptPair]) -> list[ConceptPair]:
 
 
 def sentence_peaks(
-    encoder: Encoder,
+    encoder: Loaded,
     model: Model,
     pairs: Sequence[ConceptPair],
     layer_U: np.ndarray,
@@ -143,9 +130,10 @@ def sentence_peaks(
 
 @jax.jit
 def _peaks(
-    params: LMParams, encoder: Encoder, token_WS: Array, mask_WS: Array, at_2U: Array
+    params: LMParams, encoder: Loaded, token_WS: Array, mask_WS: Array, at_2U: Array
 ) -> Array:
-    cfg: LMConfig = encoder.lm
+    cfg = encoder.lm
+    assert cfg is not None
 
     def one(token_S: Array, mask_S: Array) -> Array:
         def policy(
@@ -166,7 +154,7 @@ def _peaks(
             policy,
             cfg=cfg,
             carry=(jnp.zeros((), jnp.int32), empty),
-            per_layer=encoder.per_layer,
+            per_layer=encoder.weights,
             keep_patterns=False,
         )
         return done.carry[1][at_2U[0], at_2U[1]]

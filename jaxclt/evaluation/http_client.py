@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import email.utils
 import hashlib
-import json
 import os
 import threading
 import time
@@ -22,8 +21,10 @@ from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from jaxclt.errors import InputError
-from jaxclt.evaluation.lines import append_line, read_lines
+from jaxclt.errors import InputError, check_at_least, check_positive
+from jaxclt.io.json_file import COUNT, TEXT, json_schema, named, record
+from jaxclt.io.lines import append_line, read_lines
+from jaxclt.json_text import to_json
 
 __all__ = ["BudgetError", "Client", "Completion", "Message"]
 
@@ -31,6 +32,7 @@ Message = dict[str, str]  # role and content
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _LONGEST = 120.0  # seconds of a pause, whatever a server asks for
+_REPLY = json_schema(record({"key": TEXT, "text": TEXT}, {"usage": named(COUNT)}))
 _AGAIN = (408, 409, 425, 429)  # and all from 500 on
 
 
@@ -100,6 +102,19 @@ class Client:
         Raises:
           InputError: without the `openai` package, or for an address that is none.
         """
+        check_positive(
+            timeout=timeout,
+            requests_per_minute=requests_per_minute,
+            tries=tries,
+            concurrency=concurrency,
+            max_tokens=max_tokens,
+        )
+        check_at_least(
+            0,
+            temperature=temperature,
+            backoff=backoff,
+            max_tokens_total=max_tokens_total,
+        )
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or not model:
             raise InputError(f"judge {url!r}: give http(s)://host/v1#model")
@@ -139,11 +154,9 @@ class Client:
         self._file = Path(cache_dir) / "replies.jsonl" if cache_dir else None
         self._known: dict[str, Completion] = {}
         if self._file is not None:
-            for row in read_lines(self._file):
-                if isinstance(row.get("text"), str):
-                    usage = row.get("usage") or {}
-                    found = Completion(row["text"], usage, from_cache=True)
-                    self._known[row.get("key", "")] = found
+            for row in read_lines(self._file, _REPLY):
+                found = Completion(row["text"], row.get("usage", {}), from_cache=True)
+                self._known[row["key"]] = found
 
     def __enter__(self) -> Client:
         return self
@@ -209,7 +222,7 @@ class Client:
 
     def ask(self, messages: Sequence[Message]) -> Completion:
         """The reply to a conversation, from disk if it is there; see `complete`."""
-        text = json.dumps([self._asked, list(messages)], sort_keys=True)
+        text = to_json([self._asked, list(messages)], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()
         with self._lock:
             waiting = self._asking.setdefault(key, threading.Lock())

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxclt.clt.encoder import Encoder
+from jaxclt.clt.coder import Loaded
 from jaxclt.dashboards.examples import Examples
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean, shown
 from jaxclt.evaluation.concepts import ConceptPair, sentence_peaks
 from jaxclt.evaluation.http_client import Client
 from jaxclt.evaluation.http_judge import HttpJudge
@@ -28,15 +28,29 @@ from jaxclt.evaluation.judges import (
     OracleJudge,
     background_of,
 )
-from jaxclt.evaluation.lines import append_line, read_lines
 from jaxclt.evaluation.local_judge import LocalJudge
 from jaxclt.evaluation.trials import Trial, contrastive_trials, sort_trials
+from jaxclt.io.json_file import COUNT, TEXT, json_schema, named, record
+from jaxclt.io.lines import append_line, read_lines
 from jaxclt.io.model import Model, load_model
+from jaxclt.json_text import to_json
 from jaxclt.validation.stats import ratio_interval, wilson
 
 __all__ = ["Row", "interpretability", "judge_score", "judge_trials", "read_judge"]
 
 Row = dict[str, Any]  # key, judge, trial, answer, correct: JSON throughout
+_LOGGED = json_schema(
+    record(
+        {
+            "key": TEXT,
+            "judge": TEXT,
+            "correct": {"type": ["boolean", "null"]},
+            "answer": record(
+                {"not_asked": {"type": ["string", "null"]}, "usage": named(COUNT)}
+            ),
+        }
+    )
+)
 
 
 def judge_trials(
@@ -65,12 +79,11 @@ def judge_trials(
     path = None if log is None else Path(log)
     keys = [trial.key for trial in trials]
     found: dict[str, Row] = {}
-    for row in read_lines(path) if path else ():
-        if row.get("judge") == judge.name and isinstance(row.get("answer"), dict):
-            found[row.get("key", "")] = row
-    rest = {
-        key: trial for key, trial in zip(keys, trials, strict=True) if key not in found
-    }
+    asked = dict(zip(keys, trials, strict=True))
+    for row in read_lines(path, _LOGGED) if path else ():
+        if row["judge"] == judge.name and row["key"] in asked:
+            found[row["key"]] = row | {"trial": _plain(asked[row["key"]].as_json())}
+    rest = {key: trial for key, trial in asked.items() if key not in found}
     total = len(set(keys))
     done = total - len(rest)
     on_trial(done, total)
@@ -95,8 +108,12 @@ def _row(judge: str, key: str, trial: Trial, answer: Answer) -> Row:
         "answer": answer.as_json(),
         "trial": trial.as_json(),
     }
-    # The same whether it comes from the log or not: lists, no tuples.
-    return json.loads(json.dumps(row))
+    return _plain(row)
+
+
+def _plain(row: Row) -> Row:
+    """The same whether it comes from the log or not: lists, no tuples."""
+    return json.loads(to_json(row))
 
 
 def judge_score(
@@ -211,15 +228,15 @@ def read_judge(
     }
     if text not in known:
         raise InputError(
-            f"judge {text!r} is unknown; use {', '.join(known)}, local:MODEL or "
-            "http(s)://host/v1#model"
+            f"judge {shown(text)} is unknown; use {', '.join(known)}, local:MODEL or "
+            f"http(s)://host/v1#model{did_you_mean(text, known)}"
         )
     return known[text]
 
 
 def interpretability(
     examples: Examples,
-    encoder: Encoder,
+    encoder: Loaded,
     model: Model,
     judge: Judge,
     *,

@@ -13,13 +13,13 @@ columns; target k is number N + k, after the last.
 
 from __future__ import annotations
 
-import json
 import re
 
 import numpy as np
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean, on_one_line
 from jaxclt.graph.graph import Graph
+from jaxclt.json_text import to_json
 
 __all__ = ["find_column", "find_node", "find_row", "quoted"]
 
@@ -77,8 +77,7 @@ def find_row(graph: Graph, name: str) -> int:
 
 def quoted(token: str) -> str:
     """A text in quotes on one line; nothing in it can steer a terminal."""
-    inside = json.dumps(token, ensure_ascii=False)
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in inside)
+    return on_one_line(to_json(token, ensure_ascii=False))
 
 
 def _find(graph: Graph, name: str, kind: str, part: dict[str, str]) -> int:
@@ -165,4 +164,5 @@ def _target_by_name(graph: Graph, name: str) -> int:
     raise InputError(
         f"no node {quoted(name)} in this graph: write layer:position:feature, "
         f"'error layer:position', 'embed position', or a target; {_targets(graph)}"
+        f"{did_you_mean(name, tokens)}"
     )

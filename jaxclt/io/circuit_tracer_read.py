@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jaxclt.clt.config import CLTConfig
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.io.circuit_tracer_format import (
     CLT,
     LAYOUTS,
@@ -31,9 +29,9 @@ from jaxclt.io.formats.pieces import (
 )
 from jaxclt.io.hub import fetch_listed
 from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
+from jaxclt.io.yaml_file import read_yaml
 
 __all__ = ["CONFIG", "is_circuit_tracer", "open_circuit_tracer", "open_described"]
-__all__ += ["read_yaml"]
 
 CONFIG = "config.yaml"
 
@@ -101,23 +99,6 @@ def open_described(
     )
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
-
-    Raises:
-      InputError: if it is missing or holds anything else.
-    """
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror or error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-        raise InputError(f"{file} is not valid YAML; correct or replace it") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{file} must be a mapping of names to values")
-    return config
-
-
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     """The kind and the hooks are known ones."""
     file = path / CONFIG
@@ -129,14 +110,14 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     ):
         if config.get(key) not in known:
             names = ", ".join(filter(None, known))
-            value = config.get(key)
-            raise InputError(f"{file}: {key} is {value!r}, it must be one of {names}")
+            value = shown(config.get(key))
+            raise InputError(f"{file}: {key} is {value}, it must be one of {names}")
 
 
 def _text(path: Path, config: Mapping[str, Any], key: str) -> str | None:
     value = config.get(key)
     if value is not None and not isinstance(value, str):
-        raise InputError(f"{path / CONFIG}: {key} must be a text, not {value!r}")
+        raise InputError(f"{path / CONFIG}: {key} must be a text, not {shown(value)}")
     return value
 
 
@@ -182,15 +163,19 @@ def _recognise(candidates: list[Layout], file: TensorFile) -> Layout:
 
 def _entry(path: Path, entry: Any) -> Path:
     """The file of an entry of `transcoders`: inside the directory, or on the hub."""
-    text = str(entry)
+    if not isinstance(entry, str):
+        raise InputError(
+            f"{path / CONFIG}: transcoders must be a list of files, not {shown(entry)}"
+        )
+    text = entry
     if text.startswith("hf://"):
         return fetch_listed(text)
     file = Path(text)
     if "://" in text or file.is_absolute() or ".." in file.parts or "\0" in text:
         raise InputError(
-            f"{path / CONFIG}: transcoders entry {text!r} must be a file inside the "
-            "directory or hf://organisation/name/file; download it there and name it "
-            "by its relative path"
+            f"{path / CONFIG}: transcoders entry {shown(text)} must be a file "
+            "inside the directory or hf://organisation/name/file; download it there "
+            "and name it by its relative path"
         )
     return path / file
 
@@ -244,7 +229,7 @@ def _infer_config(
     topk = config.get("activation") == "topk"
     k = config.get("k") if topk else None
     if k is not None and (not isinstance(k, int) or isinstance(k, bool)):
-        raise InputError(f"{path / CONFIG}: k must be a whole number, not {k!r}")
+        raise InputError(f"{path / CONFIG}: k must be a whole number, not {shown(k)}")
     if topk and has_theta:
         raise InputError(
             f"{path / CONFIG}: activation is topk but the files hold thresholds; "

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 
 __all__ = ["number", "whole"]
+
+_MOST = 1 << 62  # beyond any size
+_LARGEST = sys.float_info.max
 
 
 def whole(
@@ -34,24 +38,27 @@ def whole(
     value = config.get(name)
     value = default if value is None else value
     # True is no 1, and 2.0 no size
-    fits = type(value) is int and (least is None or least <= value < 1 << 40)
+    fits = type(value) is int and abs(value) < _MOST
+    fits = fits and (least is None or least <= value < 1 << 40)
     if not fits:
         bound = "" if least is None else f" from {least}"
         raise InputError(
-            f"{where}: {name} must be a whole number{bound}, not {value!r}"
+            f"{where}: {name} must be a whole number{bound}, not {shown(value)}"
         )
     assert value is not None
     return value
 
 
 def number(hf: dict[str, Any], key: str, default: float | None = None) -> float:
-    """A positive number, or the default where the field is missing or null.
+    """A positive finite number, or the default where the field is missing or null.
 
     Raises:
       InputError: if it is something else.
     """
     value = hf.get(key)
     value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise InputError(f"config.json: {key} must be a positive number, not {value!r}")
+    if type(value) not in (int, float) or not 0 < value <= _LARGEST:
+        raise InputError(
+            f"config.json: {key} must be a positive number, not {shown(value)}"
+        )
     return float(value)

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.io.config_fields import number, whole
+from jaxclt.io.json_file import TEXT, check_json, json_schema, record
 from jaxclt.io.names import GEMMA, GPT2, GPT_NEOX, LLAMA, QWEN, Layout, Row
 from jaxclt.io.rope import KINDS, read_rope
 from jaxclt.lm.config import LMConfig
@@ -192,6 +193,19 @@ _EXPERTS = (
 )
 _REFUSED = {"gpt_oss": _EXPERTS}
 _DEMANDS = {"use_bidirectional_attention": False}  # of all
+_NAME, _PART = {"type": ["string", "null"]}, {"type": ["object", "null"]}
+_TYPES = json_schema(  # of what is looked up; numbers are checked by `whole`
+    record(
+        {},
+        {
+            **dict.fromkeys(("model_type", "hidden_act", "hidden_activation"), _NAME),
+            "activation_function": _NAME,
+            "layer_types": {"items": TEXT},
+            "rope_parameters": {"properties": dict.fromkeys(KINDS, _PART)},
+        },
+    )
+)
+_MOST_LAYERS = 1 << 14  # that are counted up to
 
 
 def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
@@ -207,22 +221,23 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
         kind = hf.get("model_type")
         if kind in _REFUSED:
             raise InputError(
-                f"config.json: model_type {kind!r} is not supported: {_REFUSED[kind]}"
+                f"config.json: model_type {shown(kind)} is not supported: "
+                f"{_REFUSED[kind]}"
             )
         raise InputError(
-            f"config.json: model_type {kind!r} is not supported; "
+            f"config.json: model_type {shown(kind)} is not supported; "
             f"supported: {', '.join((*FAMILIES, *WRAPPERS))}"
         )
     act = hf.get(family.act_field) or hf.get("hidden_act") or "silu"
     if act not in _ACTS:
         raise InputError(
-            f"config.json: {family.act_field} {act!r} is not supported; "
+            f"config.json: {family.act_field} {shown(act)} is not supported; "
             f"supported: {', '.join(_ACTS)}"
         )
     for name, wanted in (_DEMANDS | {**family.demands}).items():
         if (hf.get(name, wanted) or False) != wanted:
             raise InputError(
-                f"config.json: {name} {hf[name]!r} is not supported; "
+                f"config.json: {name} {shown(hf[name])} is not supported; "
                 f"supported: {wanted}"
             )
     shape = shape_from_hf(hf)
@@ -275,12 +290,14 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
 
 def _canonical(hf: dict[str, Any]) -> tuple[dict[str, Any], Family | None]:
     """A config with Llama's names of fields and its family's defaults."""
+    check_json(hf, _TYPES, "config.json")
     wrapper = WRAPPERS.get(str(hf.get("model_type")))
     if wrapper is not None:
         inner = hf.get(wrapper.field)
         if not isinstance(inner, dict):
             raise InputError(f"config.json: {wrapper.field} must be an object")
         hf = {"model_type": wrapper.kind, **inner}
+        check_json(hf, _TYPES, "config.json")
     family = FAMILIES.get(str(hf.get("model_type")))
     if family is None:
         return hf, None
@@ -318,6 +335,8 @@ def _windows(
     """The sliding window, and which layers have it; None: all."""
     if family.windows is None:
         return None, None
+    if n_layers > _MOST_LAYERS:
+        raise InputError(f"config.json: there is no model of {n_layers} layers")
     window = hf.get("sliding_window", family.window)
     behind = family.windows == "behind"
     if window is None or (behind and not hf.get("use_sliding_window", False)):

@@ -18,11 +18,13 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 
 __all__ = ["GGUFFile", "GGUFTensor", "open_gguf"]
 
 _VERSIONS = (2, 3)
+_DEEPEST, _MOST_ITEMS = 8, 1 << 22  # of arrays: the longest are vocabularies
+_MOST_AXES = 8
 _SCALARS = {
     GGUFValueType.UINT8: "<u1",
     GGUFValueType.INT8: "<i1",
@@ -145,13 +147,15 @@ def _header(buf: memoryview) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     for _ in range(n_tensors):
         name, at = _string(buf, at)
         (n_dims,) = struct.unpack_from("<I", buf, at)
+        if n_dims > _MOST_AXES:
+            raise ValueError("a tensor of too many axes")
         *dims, kind, offset = struct.unpack_from(f"<{n_dims}QIQ", buf, at + 4)
         at += 4 + 8 * n_dims + 12
         found.append((name, tuple(reversed(dims)), kind, offset))
 
     align = meta.get("general.alignment", 32)
     if not isinstance(align, int) or align < 1:
-        raise InputError(f"general.alignment {align!r} is not a positive integer")
+        raise InputError(f"general.alignment {shown(align)} is not a positive integer")
     base = -(-at // align) * align
     tensors = {}
     for name, shape, kind, offset in found:
@@ -172,7 +176,9 @@ def _string(buf: memoryview, at: int) -> tuple[str, int]:
     return str(buf[at + 8 : end], "utf-8"), end
 
 
-def _value(buf: memoryview, at: int, kind: GGUFValueType) -> tuple[Any, int]:
+def _value(
+    buf: memoryview, at: int, kind: GGUFValueType, depth: int = 0
+) -> tuple[Any, int]:
     if kind == GGUFValueType.STRING:
         return _string(buf, at)
     if kind != GGUFValueType.ARRAY:
@@ -182,6 +188,8 @@ def _value(buf: memoryview, at: int, kind: GGUFValueType) -> tuple[Any, int]:
         exact = float(str(value)) if dtype == "<f4" else value.item()
         return exact, at + dtype.itemsize
     raw, n = struct.unpack_from("<IQ", buf, at)
+    if depth > _DEEPEST or n > _MOST_ITEMS:
+        raise ValueError("an array that is too deep or too long")
     item, at = GGUFValueType(raw), at + 12
     if item in _SCALARS:
         dtype = np.dtype(_SCALARS[item])
@@ -191,6 +199,6 @@ def _value(buf: memoryview, at: int, kind: GGUFValueType) -> tuple[Any, int]:
         return np.frombuffer(buf, dtype, n, at).tolist(), end
     values = []
     for _ in range(n):
-        value, at = _value(buf, at, item)
+        value, at = _value(buf, at, item, depth + 1)
         values.append(value)
     return values, at

@@ -8,11 +8,10 @@ arrays `heads_row_E`, `heads_col_E` and so on, one for each of its fields.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import zipfile
-import zlib
+from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -22,15 +21,61 @@ from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.head_table import HeadLoads
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.json_file import TEXT, TEXTS, json_schema, named, record
+from jaxclt.io.npz import Must, Npz, check_array, check_order, open_npz
+from jaxclt.json_text import to_json
 
 __all__ = ["load_graph", "save_graph"]
 
-_ARRAYS = tuple(
-    field.name
-    for field in dataclasses.fields(Graph)
-    if field.name not in ("meta", "pruning", "direct_RN", "heads")
+_TOKENS = 1 << 31
+_ARRAYS = {
+    "token_T": Must("int", "T", 0, _TOKENS),
+    "layer_A": Must("int", "A", 0, "L"),
+    "pos_A": Must("int", "A", 0, "T"),
+    "feature_A": Must("int", "A", 0, _TOKENS),
+    "value_A": Must("float", "A"),
+    "preact_A": Must("float", "A"),
+    "attributed_R": Must("bool", "R"),
+    "target_token_K": Must("int", "K", -1, _TOKENS),
+    "target_prob_K": Must("float", "K", 0),
+    "edge_RN": Must("float", "RN"),
+    "bias_R": Must("float", "R"),
+    "rest_R": Must("float", "R"),
+    "rest_abs_R": Must("float", "R"),
+    "readout_R": Must("float", "R"),
+    "influence_N": Must("float", "N"),
+    "target_layer_K": Must("int", "K", 0, "S"),
+    "target_pos_K": Must("int", "K", 0, "T"),
+    "keep_N": Must("bool", "N"),
+    "keep_edge_RN": Must("bool", "RN"),
+}
+_SHARE = {"type": "number", "minimum": 0, "maximum": 1}
+_THRESHOLDS = ("node_threshold", "edge_threshold")
+_META = json_schema(
+    record(
+        {
+            **dict.fromkeys(("model", "dictionary", "prompt"), TEXT),
+            **dict.fromkeys(("tokens", "target_tokens"), TEXTS),
+            "n_layers": {"type": "integer", "minimum": 1, "maximum": 1 << 16},
+            "pruning": record(dict.fromkeys(_THRESHOLDS, _SHARE)),
+        },
+        {
+            **dict.fromkeys(("convention", "weights", "version"), TEXT),
+            **dict.fromkeys(("hashes", "labels"), named(TEXT)),
+            "config": {"type": "object"},
+        },
+    )
 )
-_HEADS = tuple(field.name for field in dataclasses.fields(HeadLoads))
+_LATER = ("target_layer_K", "target_pos_K")  # older files lack them: `Graph` knows
+_HEADS = {
+    "row_E": Must("int", "E", 0, "R"),
+    "col_E": Must("int", "E", 0, "N"),
+    "direct_E": Must("float", "E"),
+    "layer_EJ": Must("short", "EJ", 0, "L"),
+    "head_EJ": Must("short", "EJ", 0, 1 << 15),
+    "load_EJ": Must("float", "EJ"),
+    "rest_E": Must("float", "E"),
+}
 _DIRECT = "edge_direct_RN"
 _BLOCK_BYTES = 1 << 24  # of dense rows held at once
 
@@ -46,7 +91,11 @@ def save_graph(path: str | os.PathLike[str], graph: Graph) -> None:
         "node_threshold": graph.pruning.node_threshold,
         "edge_threshold": graph.pruning.edge_threshold,
     }
-    arrays = {name: getattr(graph, name) for name in _ARRAYS}
+    of_pruning = ("keep_N", "keep_edge_RN")
+    arrays = {
+        name: getattr(graph.pruning if name in of_pruning else graph, name)
+        for name in _ARRAYS
+    }
     if graph.heads is not None:
         arrays |= {f"heads_{name}": getattr(graph.heads, name) for name in _HEADS}
     with atomic_path(path) as temporary:
@@ -54,9 +103,7 @@ def save_graph(path: str | os.PathLike[str], graph: Graph) -> None:
             np.savez(
                 stream,
                 allow_pickle=False,
-                meta=np.array(json.dumps(meta, ensure_ascii=False)),
-                keep_N=graph.pruning.keep_N,
-                keep_edge_RN=graph.pruning.keep_edge_RN,
+                meta=np.array(to_json(meta, ensure_ascii=False)),
                 **arrays,
             )
         if graph.direct_RN is not None:
@@ -85,41 +132,21 @@ def _write_dense(stream: IO[bytes], x_RN: csr_array) -> None:
         stream.write(x_RN[start : start + n].toarray().tobytes())
 
 
-def _read_dense(stream: IO[bytes], shape: tuple[int, int]) -> csr_array:
-    """Read what `_write_dense` wrote; ValueError if it has another shape."""
-    version = np.lib.format.read_magic(stream)
-    if version != (1, 0):
-        raise ValueError(f"{_DIRECT} has format version {version}")
-    found, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    if found != shape or fortran or dtype.kind != "f":
-        raise ValueError(f"{_DIRECT} should be a float array of shape {shape}")
-    (R, N), blocks = shape, []
-    n = max(1, _BLOCK_BYTES // max(1, N * dtype.itemsize))
-    for start in range(0, R, n):
-        rows = min(n, R - start)
-        data = stream.read(rows * N * dtype.itemsize)
-        blocks.append(csr_array(np.frombuffer(data, dtype).reshape(rows, N)))
-    return csr_array(vstack(blocks, format="csr"))
-
-
-def _provenance(file: np.lib.npyio.NpzFile, shape: tuple[int, int]) -> dict:
-    """The optional fields; ValueError if they do not fit the graph."""
-    direct_RN = heads = None
-    if _DIRECT in file.files:
-        assert file.zip is not None
-        with file.zip.open(f"{_DIRECT}.npy") as stream:
-            direct_RN = _read_dense(stream, shape)
-    if f"heads_{_HEADS[0]}" in file.files:
-        heads = HeadLoads(**{name: file[f"heads_{name}"] for name in _HEADS})
-        E, J = heads.load_EJ.shape
-        for name in _HEADS:
-            want = (E, J) if name.endswith("EJ") else (E,)
-            if getattr(heads, name).shape != want:
-                raise ValueError(f"heads_{name} should have shape {want}")
-        for index, size in zip((heads.row_E, heads.col_E), shape, strict=True):
-            if E and not 0 <= index.min() <= index.max() < size:
-                raise ValueError("heads lists an edge that is not in the graph")
-    return {"direct_RN": direct_RN, "heads": heads}
+def _read_dense(file: Npz, sizes: dict[str, int]) -> csr_array:
+    """Read what `_write_dense` wrote, a few rows at a time."""
+    must, blocks = Must("float", "RN"), []
+    with file.stream(_DIRECT, must, sizes) as (stream, header):
+        (R, N), dtype = header.shape, np.dtype(header.dtype)
+        if header.fortran:
+            raise ValueError(f"{_DIRECT} has its axes in another order")
+        n = max(1, _BLOCK_BYTES // max(1, N * dtype.itemsize))
+        for start in range(0, R, n):
+            rows = min(n, R - start)
+            data = stream.read(rows * N * dtype.itemsize)
+            block_RN = np.frombuffer(data, dtype).reshape(rows, N)
+            check_array(_DIRECT, block_RN, must, sizes)
+            blocks.append(csr_array(block_RN))
+    return csr_array(vstack(blocks, format="csr")) if blocks else csr_array((R, N))
 
 
 def load_graph(path: str | os.PathLike[str]) -> Graph:
@@ -128,51 +155,31 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
     Raises:
       InputError: if the file is missing, damaged, or no graph.
     """
-    try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            names = (*_ARRAYS, "keep_N", "keep_edge_RN")
-            # Older files lack these: `Graph` fills them in.
-            later = {"target_layer_K", "target_pos_K"} - set(file.files)
-            arrays = {name: file[name] for name in names if name not in later}
-            arrays |= _provenance(file, arrays["edge_RN"].shape)
-            text = str(file["meta"])
-        meta, raw = GraphMeta.from_json(text), json.loads(text)
-        thresholds = raw["pruning"]
-    except FileNotFoundError as error:
-        raise InputError(
-            f"no graph at {path}: give a graph.npz written by trace"
-        ) from error
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise InputError(
-            f"{path} is not a complete graph file ({type(error).__name__}: {error}); "
-            "trace the prompt again"
-        ) from error
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"no graph at {path}: give a graph.npz written by trace")
+    with open_npz(path, "is not a complete graph file", "trace the prompt again") as f:
+        raw = f.json("meta", _META)
+        meta = GraphMeta.of(raw)
+        T, K, L = len(meta.tokens), len(meta.target_tokens), meta.n_layers
+        sizes = {"T": T, "K": K, "L": L, "S": L + 1}
+        arrays = {"layer_A": f.array("layer_A", _ARRAYS["layer_A"], sizes)}
+        A = sizes["A"]
+        sizes |= {"R": A + K, "N": A + L * T + T}
+        for name, must in _ARRAYS.items():
+            if name not in arrays and (name in f or name not in _LATER):
+                arrays[name] = f.array(name, must, sizes)
+        if not arrays["target_prob_K"].any():
+            raise ValueError("its targets have no weight")
+        check_order(*(arrays[x] for x in ("layer_A", "pos_A", "feature_A")))
+        direct_RN = _read_dense(f, sizes) if _DIRECT in f else None
+        heads = None
+        if f"heads_{next(iter(_HEADS))}" in f:
+            listed = {x: f.array(f"heads_{x}", _HEADS[x], sizes) for x in _HEADS}
+            heads = HeadLoads(**listed)
     pruning = Pruning(
         keep_N=arrays.pop("keep_N"),
         keep_edge_RN=arrays.pop("keep_edge_RN"),
-        **thresholds,
+        **{name: float(raw["pruning"][name]) for name in _THRESHOLDS},
     )
-    graph = Graph(meta=meta, pruning=pruning, **arrays)
-    K = graph.n_targets
-    R, N = graph.n_features + K, graph.embed_cols.stop
-    for name, shape in {
-        "target_prob_K": (K,),
-        "target_layer_K": (K,),
-        "target_pos_K": (K,),
-        "edge_RN": (R, N),
-        "bias_R": (R,),
-        "rest_R": (R,),
-        "readout_R": (R,),
-        "influence_N": (N,),
-    }.items():
-        if getattr(graph, name).shape != shape:
-            raise InputError(f"{path}: {name} should have shape {shape}; trace again")
-    return graph
+    return Graph(meta=meta, pruning=pruning, direct_RN=direct_RN, heads=heads, **arrays)

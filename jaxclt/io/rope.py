@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.io.config_fields import number, whole
 from jaxclt.lm.config import RopeScaling
 from jaxclt.lm.layers import rotary_frequencies
 
 __all__ = ["KINDS", "Rope", "read_rope", "yarn", "yarn_warmth"]
 
+_MOST_CHANNELS = 1 << 16  # of a head
 KINDS = {"full_attention": False, "sliding_attention": True}  # is it local?
 
 
@@ -63,7 +64,7 @@ def read_rope(
         if _kind(local) != "default":
             raise InputError(
                 "config.json: rope_parameters of sliding_attention must be of type "
-                f"'default', not {_kind(local)!r}"
+                f"'default', not {shown(_kind(local))}"
             )
         local_theta = number({**hf, **local}, "rope_local_base_freq", local_theta)
         local_theta = number(local, "rope_theta", local_theta)
@@ -111,7 +112,7 @@ def _scaling(
         return None, 1.0
     if kind not in ("linear", "llama3", "yarn"):
         raise InputError(
-            f"config.json: rotary embeddings of type {kind!r} are not supported; "
+            f"config.json: rotary embeddings of type {shown(kind)} are not supported; "
             "supported: 'default', 'linear', 'llama3', 'yarn'"
         )
     if kind == "yarn":
@@ -137,7 +138,7 @@ def _yarn(
     Cosines and sines of queries and of keys are times one number, and scores therefore
     times its square.
     """
-    original = whole(rope, "original_max_position_embeddings", n_ctx)
+    original = whole(rope, "original_max_position_embeddings", n_ctx, least=1)
     factor = number(rope, "factor", n_ctx / original)
     scaling = yarn(
         theta,
@@ -186,7 +187,7 @@ def yarn(
     Raises:
       InputError: if nothing turns, or the context gets shorter.
     """
-    if turning < 2 or theta <= 1:
+    if not 2 <= turning <= _MOST_CHANNELS or theta <= 1:
         raise InputError(f"{where}: rope type 'yarn' needs channels that turn")
     if factor < 1:
         raise InputError(f"{where}: rope factor={factor} is below 1")

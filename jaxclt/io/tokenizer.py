@@ -19,8 +19,8 @@ from typing import Any, Literal
 from jaxclt.errors import InputError
 from jaxclt.io.chat import Message, find_template, render
 from jaxclt.io.gguf_file import GGUFFile, open_gguf
+from jaxclt.io.json_file import read_json
 from jaxclt.io.tokenizer_gguf import fast_tokenizer, kept_tokenizer
-from jaxclt.io.weights_safetensors import read_json
 
 __all__ = ["Bos", "Tokenizer", "load_tokenizer"]
 
@@ -192,7 +192,13 @@ def load_tokenizer(source: str | os.PathLike[str] | GGUFFile) -> Tokenizer:
     if file is not None and not backend.chat_template:
         template = file.meta.get("tokenizer.chat_template")
         backend.chat_template = template if isinstance(template, str) else None
-    return _wrap(backend, adds_bos=adds_bos)
+    try:
+        return _wrap(backend, adds_bos=adds_bos)
+    except Exception as error:  # for special tokens that it does not have, anything
+        place = folder if file is None else file.path
+        raise InputError(
+            f"{place}: its tokenizer is damaged ({_line(error)})"
+        ) from error
 
 
 def _wrap(backend: Any, *, adds_bos: bool) -> Tokenizer:
@@ -207,7 +213,7 @@ def _wrap(backend: Any, *, adds_bos: bool) -> Tokenizer:
         bos_id=bos_id,
         eos_id=backend.eos_token_id,
         pad_id=backend.pad_token_id,
-        special_ids=frozenset(backend.all_special_ids),
+        special_ids=frozenset(i for i in backend.all_special_ids if i is not None),
         vocab_size=len(backend),
     )
 

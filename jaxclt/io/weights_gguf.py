@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.io.gguf_file import GGUFFile, open_gguf
 from jaxclt.io.names import (
     GEMMA,
@@ -150,7 +151,7 @@ def _architecture(file: GGUFFile) -> tuple[str, Architecture]:
     name = file.meta.get("general.architecture")
     if name not in ARCHITECTURES:
         raise InputError(
-            f"{file.path}: architecture {name!r} is not supported; "
+            f"{file.path}: architecture {shown(name)} is not supported; "
             f"supported: {', '.join(ARCHITECTURES)}"
         )
     return name, ARCHITECTURES[name]
@@ -164,7 +165,7 @@ def _scaling(
     each = _ROPE_FACTORS in file.tensors  # Llama 3's, written out
     if kind not in ("none", "linear", "yarn") or (each and kind != "none"):
         raise InputError(
-            f"{file.path}: scaled rotary embeddings of type {kind!r} are not "
+            f"{file.path}: scaled rotary embeddings of type {shown(kind)} are not "
             "supported; supported: 'linear', 'yarn', and factors of their own"
         )
     if each:
@@ -181,8 +182,8 @@ def _scaling(
         value = file.meta.get(f"{name}.rope.scaling.{key}")
         if value not in (None, *plain):
             raise InputError(
-                f"{file.path}: metadata {name}.rope.scaling.{key} is {value!r}, which "
-                f"is not supported; supported: {plain[0]}"
+                f"{file.path}: metadata {name}.rope.scaling.{key} is {shown(value)}, "
+                f"which is not supported; supported: {plain[0]}"
             )
     scaling = yarn(
         theta,
@@ -232,7 +233,7 @@ def params_from_gguf(
         if tensor_name(row, "gguf") in file.tensors
     }
     local = None
-    if arch.period:
+    if arch.period and cfg.n_layers <= len(file.tensors):  # else it is refused below
         local = tuple((i + 1) % arch.period != 0 for i in range(cfg.n_layers))
     cap = None
     if arch.capped:
@@ -270,10 +271,10 @@ def _getter(file: GGUFFile, name: str) -> Callable[..., Any]:
         value = file.meta.get(f"{name}.{key}", default)
         if value is None:
             raise InputError(f"{file.path}: metadata {name}.{key} is missing")
-        if not isinstance(value, kind) or isinstance(value, bool) or value <= 0:
+        if type(value) is not kind or not 0 < value < math.inf:
             raise InputError(
                 f"{file.path}: metadata {name}.{key} must be one positive "
-                f"{kind.__name__}, not {str(value)[:40]}"
+                f"{kind.__name__}, not {shown(value)}"
             )
         return value
 

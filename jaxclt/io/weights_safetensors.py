@@ -6,7 +6,7 @@ tensor only the slices that are asked for are read. Pickled weights are never op
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
+from jaxclt.io.json_file import read_json
 from jaxclt.io.read_params import GetPart
 
-__all__ = ["Weights", "open_weights", "read_json"]
+__all__ = ["Weights", "open_weights"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -66,23 +67,6 @@ def open_weights(directory: Path) -> Weights:
     return Weights(shapes, get, files)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-      InputError: if the file is missing, is no JSON, or holds no object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({_line(error)})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object")
-    return value
-
-
 def _locate(files: Sequence[Path], wanted: dict[str, str] | None) -> dict[str, Any]:
     """Tensor name -> open file; `wanted` is the index of shards, if there is one."""
     where = {}
@@ -114,12 +98,14 @@ def _read_index(path: Path) -> dict[str, str]:
     for shard in wanted.values():
         # A shard lies beside its index: an index must not reach elsewhere.
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise InputError(f"{path} names a shard outside its directory: {shard!r}")
+            raise InputError(
+                f"{path} names a shard outside its directory: {shown(shard)}"
+            )
     return wanted
 
 
 def _open(path: Path) -> Any:
-    if not path.is_file():
+    if not os.path.isfile(path):  # which knows no impossible names
         raise InputError(f"shard {path} is missing; fetch the model again")
     try:
         return safe_open(path, framework="numpy")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 
 from jaxclt import __version__
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.lines import read_lines
 from jaxclt.io.model import Model
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.params import Spec, n_params
@@ -148,9 +148,9 @@ def plot(metrics: Path, out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
-    steps = [r for r in records if r["kind"] == "step"]
-    evals = [r for r in records if r["kind"] == "eval"]
+    records = read_lines(metrics)
+    steps = [r for r in records if r.get("kind") == "step"]
+    evals = [r for r in records if r.get("kind") == "eval"]
     figure = Figure(figsize=(9, 6), layout="constrained")
     panels = figure.subplots(2, 2)
     for panel, name, label in zip(

@@ -8,7 +8,6 @@ and the one before it is used.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,23 +16,59 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.json_file import (
+    COUNT,
+    TEXT,
+    check_json,
+    json_schema,
+    named,
+    read_json,
+    record,
+)
+from jaxclt.json_text import to_json
 from jaxclt.train import processes
 
-__all__ = ["newest_intact", "restore_checkpoint", "save_checkpoint"]
+__all__ = [
+    "newest_intact",
+    "restore_checkpoint",
+    "save_checkpoint",
+    "tidy_checkpoints",
+]
+
+KEPT = 2
+
+_PLACE = {"type": "integer", "minimum": 0, "maximum": (1 << 31) - 1}
+_POSITION = record(dict.fromkeys(("chunk", "turn", "offset"), _PLACE))
+_MANIFEST = json_schema(
+    record(
+        {
+            "step": COUNT,
+            "position": {**_POSITION, "additionalProperties": False},
+            "files": named(TEXT),
+        }
+    )
+)
 
 
 def save_checkpoint(
-    folder: Path, step: int, state: Any, position: dict[str, Any], *, keep: int = 2
+    folder: Path,
+    step: int,
+    state: Any,
+    position: dict[str, Any],
+    *,
+    regular: Callable[[int], bool] = lambda step: True,
 ) -> Path:
-    """Write ``folder/step`` and drop the oldest beyond `keep`; return its path.
+    """Write ``folder/step`` and drop all but the newest ones; return its path.
 
     Args:
       folder: of all checkpoints of a run.
       step: number of steps done.
       state: any pytree of arrays.
       position: JSON beside it: where the data goes on.
-      keep: newest checkpoints to keep.
+      regular: whether a run that is never stopped has a checkpoint of a step. The
+        newest of these are kept beside the newest of all.
     """
     path = (folder / f"{step:08d}").resolve()
     if processes.is_first():
@@ -49,12 +84,28 @@ def save_checkpoint(
         return path
     manifest = {"step": step, "position": position, "files": _digests(path)}
     with atomic_path(path / "manifest.json") as temporary:
-        temporary.write_text(json.dumps(manifest), "utf-8")
+        temporary.write_text(to_json(manifest), "utf-8")
     # Newer ones can only be damaged: this run went on from before them.
     numbered = [p for p in _numbered(folder) if int(p.name) <= step]
-    for old in {*_numbered(folder)} - {*numbered[-keep:]}:
-        shutil.rmtree(old, ignore_errors=True)
+    usual = [p for p in numbered if regular(int(p.name))]
+    _keep_only(folder, {*numbered[-KEPT:], *usual[-KEPT:]})
     return path
+
+
+def tidy_checkpoints(folder: Path, regular: Callable[[int], bool]) -> None:
+    """Leave what a run that was never stopped leaves at its end.
+
+    Args:
+      folder: of all checkpoints of a run.
+      regular: as for `save_checkpoint`.
+    """
+    usual = [p for p in _numbered(folder) if regular(int(p.name))]
+    _keep_only(folder, {*usual[-KEPT:]})
+
+
+def _keep_only(folder: Path, kept: set[Path]) -> None:
+    for old in {*_numbered(folder)} - kept:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def newest_intact(
@@ -81,11 +132,17 @@ def restore_checkpoint(path: Path, like: Any) -> tuple[int, Any, dict[str, Any]]
       path: from `newest_intact`.
       like: a pytree of the same structure; its shardings are taken.
     """
-    manifest = json.loads((path / "manifest.json").read_text("utf-8"))
+    manifest = _manifest(path)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     with ocp.StandardCheckpointer() as checkpointer:
         state = checkpointer.restore(path / "state", abstract)
     return manifest["step"], state, manifest["position"]
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    found = read_json(path / "manifest.json")
+    check_json(found, _MANIFEST, path / "manifest.json")
+    return found
 
 
 def _numbered(folder: Path) -> list[Path]:
@@ -109,9 +166,11 @@ def _damage(path: Path) -> str | None:
     if not file.is_file():
         return "it was not finished"
     try:
-        files = json.loads(file.read_text("utf-8"))["files"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        files = _manifest(path)["files"]
+    except InputError:
         return "its manifest cannot be read"
     found = _digests(path)
+    if not files:
+        return "its manifest names no file"
     wrong = [name for name in files if found.get(name) != files[name]]
     return f"{wrong[0]} differs from its checksum" if wrong else None

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +31,16 @@ from jax import Array
 from jaxclt.clt.config import ReadSite
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.json_file import (
+    COUNT,
+    TEXT,
+    check_json,
+    json_schema,
+    named,
+    read_json,
+    record,
+)
+from jaxclt.json_text import to_json
 from jaxclt.lm.config import LMConfig
 from jaxclt.train.harvest import harvest
 from jaxclt.train.normalise import (
@@ -138,6 +147,16 @@ def rows_of(
 @jax.jit
 def _renormalise(change: Scales, read: Array, write: Array) -> tuple[Array, Array]:
     return normalise(change, read.astype(jnp.float32), write.astype(jnp.float32))
+
+
+_MANIFEST = json_schema(
+    record(
+        {
+            "identity": {"type": "object"},
+            "files": named(record({"sha256": TEXT, "bytes": COUNT})),
+        }
+    )
+)
 
 
 class Chunks:
@@ -406,12 +425,14 @@ class Chunks:
         file = store / "manifest.json"
         if not file.is_file():
             return {"identity": self.identity, "files": {}}
-        return json.loads(file.read_text("utf-8"))
+        found = read_json(file)
+        check_json(found, _MANIFEST, file)
+        return found
 
     def _check_store(self, store: Path) -> None:
         found = self._manifest(store)["identity"]
         for name, ours in self.identity.items():
-            if found[name] != ours:
+            if found.get(name) != ours:
                 raise InputError(
                     f"--store {store} holds activations of another {name}: give "
                     "another folder"
@@ -423,7 +444,7 @@ class Chunks:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         manifest["files"][file.name] = {"sha256": digest, "bytes": file.stat().st_size}
         with atomic_path(store / "manifest.json") as temporary:
-            temporary.write_text(json.dumps(manifest, indent=1), "utf-8")
+            temporary.write_text(to_json(manifest, indent=1), "utf-8")
 
     def _checked(self, store: Path, name: str) -> Path | None:
         entry = self._manifest(store)["files"].get(name)
@@ -461,15 +482,22 @@ class Chunks:
         file = self._checked(store, f"chunk_{chunk:06d}.safetensors")
         if file is None:
             return None
-        found = safetensors.numpy.load_file(file)
-        return found["read_LND"], found["write_LND"]
+        L, D = self.cfg.n_layers, self.cfg.d_model
+        found = _tensors(file, {"read_LND": (L, None, D), "write_LND": (L, None, D)})
+        read_LND, write_LND = found["read_LND"], found["write_LND"]
+        if read_LND.shape != write_LND.shape:
+            raise InputError(f"{file} is no chunk of this model: delete it")
+        return read_LND, write_LND
 
     def _stored_units(self, store: Path) -> Scales | None:
         file = self._checked(store, UNITS)
         if file is None:
             return None
-        found = safetensors.numpy.load_file(file)
-        return Scales(**{name: jnp.asarray(value) for name, value in found.items()})
+        L, D = self.cfg.n_layers, self.cfg.d_model
+        names = [field.name for field in dataclasses.fields(Scales)]
+        shapes = {x: (L, D) if x.endswith("_LD") else (L,) for x in names}
+        found = _tensors(file, shapes)
+        return Scales(**{name: jnp.asarray(found[name]) for name in names})
 
     def _store_units(self, store: Path, units: Scales) -> None:
         file = store / UNITS
@@ -482,3 +510,23 @@ class Chunks:
                 temporary,
             )
         self._record(store, file)
+
+
+def _tensors(
+    file: Path, shapes: dict[str, tuple[int | None, ...]]
+) -> dict[str, np.ndarray]:
+    """Floats of a file, of these shapes; None stands for any length."""
+    try:
+        found = safetensors.numpy.load_file(file)
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InputError(f"{file} is no safetensors file: delete it") from error
+    for name, shape in shapes.items():
+        x = found.get(name)
+        if (
+            x is None
+            or x.dtype not in _DTYPE.values()
+            or len(x.shape) != len(shape)
+            or any(n not in (None, m) for n, m in zip(shape, x.shape, strict=True))
+        ):
+            raise InputError(f"{file} holds no {name} of this model: delete it")
+    return found

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from jaxclt.errors import InputError
-from jaxclt.io.json_lines import text_of
+from jaxclt.io.lines import text_of
 
 __all__ = ["PREFIX", "HubText", "parse_hub_text", "stream_texts"]
 

@@ -12,8 +12,12 @@ from typing import Any
 import numpy as np
 
 from jaxclt.errors import InputError
-from jaxclt.io.atomic import atomic_path
+from jaxclt.io.atomic import atomic_path, is_temporary
+from jaxclt.io.json_file import TEXT, check_json, json_schema, read_json, record
+from jaxclt.io.lock import LOCK
 from jaxclt.io.model import Model
+from jaxclt.io.npz import Must, open_npz
+from jaxclt.json_text import to_json
 from jaxclt.trace import prompt_tokens
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.evaluate import PROMPTS
@@ -29,6 +33,7 @@ from jaxclt.windows import check_windows
 
 __all__ = ["claim_directory", "fitted", "identity", "run_windows", "write_json"]
 
+_RUN = json_schema(record({"config": {"type": "object"}, "model": TEXT, "data": TEXT}))
 # What may change between two parts of a run without changing its weights.
 _FREE = (
     *("log_every", "eval_every", "checkpoint_every", "prompts"),
@@ -70,7 +75,7 @@ def identity(config: TrainConfig, model: Model, data: str) -> dict[str, Any]:
     for name in _FREE:
         ours.pop(name)
     return {
-        "config": json.loads(json.dumps(ours)),
+        "config": json.loads(to_json(ours)),
         "model": model.hash,
         "data": data,
     }
@@ -78,6 +83,8 @@ def identity(config: TrainConfig, model: Model, data: str) -> dict[str, Any]:
 
 def claim_directory(out: Path, ours: dict[str, Any]) -> None:
     """Make the directory that of this run, or see that it is.
+
+    A directory in which another run came to nothing is free.
 
     Args:
       out: directory.
@@ -87,20 +94,18 @@ def claim_directory(out: Path, ours: dict[str, Any]) -> None:
       InputError: if it holds anything else.
     """
     file = out / "run.json"
-    if not file.is_file():
-        if out.is_dir() and any(out.iterdir()):
-            raise InputError(
-                f"--out {out} is not empty and holds no run: give another directory"
-            )
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    names = {name for name in names if name != LOCK and not is_temporary(name)}
+    if names <= {file.name}:
         write_json(file, ours)
         return
-    try:
-        theirs = json.loads(file.read_text("utf-8"))
-        config, rest = theirs["config"], {k: theirs[k] for k in ("model", "data")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    if file.name not in names:
         raise InputError(
-            f"{file} is damaged ({type(error).__name__}): give another --out"
-        ) from error
+            f"--out {out} is not empty and holds no run: give another directory"
+        )
+    theirs = read_json(file)
+    check_json(theirs, _RUN, f"{file} is damaged, give another --out")
+    config, rest = theirs["config"], {k: theirs[k] for k in ("model", "data")}
     for name, value in ours["config"].items():
         if config.get(name) != value:
             flag = name.replace("_", "-")
@@ -137,12 +142,14 @@ def run_windows(
     file = out / "windows.npz"
     special = frozenset(model.tokenizer.special_ids)
     if file.is_file():
-        with np.load(file, allow_pickle=False) as found:
+        with open_npz(file, "cannot be read", "give another --out") as found:
+            sizes = {"S": config.context}
+            most = model.cfg.d_vocab
             return Windows(
-                train_WS=found["train_WS"],
-                held_WS=found["held_WS"],
+                train_WS=found.array("train_WS", Must("int", "TS", -1, most), sizes),
+                held_WS=found.array("held_WS", Must("int", "HS", -1, most), sizes),
                 special=special,
-                digest=str(found["digest"]),
+                digest=found.text("digest"),
             )
     make = _sampled if data == "model" else _read
     windows = make(config, model, data, out, stage)
@@ -218,4 +225,4 @@ def _sampled(
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON, whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1), "utf-8")
+        temporary.write_text(to_json(content, indent=1), "utf-8")

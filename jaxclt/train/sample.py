@@ -20,6 +20,7 @@ from jax import Array
 
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.npz import Must, open_npz
 from jaxclt.io.tokenizer import Tokenizer
 from jaxclt.lm.cache import sample_text
 from jaxclt.lm.config import LMConfig
@@ -99,8 +100,13 @@ def sample_windows(
     wanted = n_held + n_train
     rows: list[np.ndarray] = []
     if partial_file is not None and partial_file.is_file():
-        with np.load(partial_file, allow_pickle=False) as found:
-            rows = np.split(found["token_WS"], len(found["token_WS"]) // per_call)
+        do = "remove it to start again"
+        with open_npz(partial_file, "cannot be read", do) as found:
+            must = Must("int", "WS", 0, cfg.d_vocab)
+            token_WS = found.array("token_WS", must, {"S": size})
+            if len(token_WS) % per_call:
+                raise ValueError("it was drawn in other portions")
+        rows = list(token_WS.reshape(-1, per_call, size))
     saved = time.monotonic()
     while len(rows) * per_call < wanted:
         key = jax.random.fold_in(jax.random.key(seed), len(rows))
@@ -113,7 +119,10 @@ def sample_windows(
     token_WS = np.concatenate(rows)[:wanted]
     held = {row.tobytes() for row in token_WS[:n_held]}
     # A model that is sure of itself draws the same window twice.
-    train_WS = np.stack([row for row in token_WS[n_held:] if row.tobytes() not in held])
+    others = [row for row in token_WS[n_held:] if row.tobytes() not in held]
+    if not others:
+        raise InputError("--data model: the model writes the same text every time")
+    train_WS = np.stack(others)
     if partial_file is not None:
         partial_file.unlink(missing_ok=True)
     return Windows.of(train_WS, token_WS[:n_held], special=tokenizer.special_ids)

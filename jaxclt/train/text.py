@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxclt.errors import InputError
-from jaxclt.io.json_lines import json_rows, text_of
+from jaxclt.io.lines import json_rows, text_of
 from jaxclt.io.tokenizer import Tokenizer
 from jaxclt.train.hub_text import PREFIX, stream_texts
 

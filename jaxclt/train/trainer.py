@@ -18,7 +18,7 @@ checkpoint, on one device with the same bits:
 from __future__ import annotations
 
 import dataclasses
-import json
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -32,8 +32,12 @@ import numpy as np
 
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.json_file import parse_object
 from jaxclt.io.model import Model
-from jaxclt.train import card, checkpoint, processes, sharding
+from jaxclt.io.npz import Must, Npz, open_npz
+from jaxclt.json_text import to_json
+from jaxclt.pace import logged
+from jaxclt.train import card, checkpoint, dryrun, processes, sharding
 from jaxclt.train.chunks import Chunks, Position
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.harvest import mlp_response
@@ -107,7 +111,7 @@ def train(
       mesh: ``data=1,feature=8``; all on one device if empty.
       store: folder that keeps harvested chunks, for several runs on the same data.
       wandb: project that metrics are sent to as well, if not empty.
-      listener: progress.
+      listener: progress; to the log if not given.
       stop_at: pause after this step with a checkpoint, as if interrupted there.
 
     Returns:
@@ -117,7 +121,7 @@ def train(
       InputError: for what cannot be trained, or when `out` holds another run.
       DivergedError: if the loss is not finite; names the last good checkpoint.
     """
-    listener = listener or Listener()
+    listener = listener or _logging(config.n_steps)
     if wandb:
         require(wandb)
     given = data if isinstance(data, Windows) else None
@@ -133,6 +137,16 @@ def train(
     finally:
         if run.tracker is not None:
             run.tracker.close()
+
+
+def _logging(n_steps: int) -> Listener:
+    """One that writes to the log."""
+    told = logged()
+    return Listener(
+        stage=told,
+        step=lambda record: told("steps", record["step"], n_steps),
+        line=logging.getLogger("jaxclt").info,
+    )
 
 
 class _Run:
@@ -164,6 +178,7 @@ class _Run:
             raise InputError(
                 f"--processes needs a --mesh of all {jax.device_count()} devices"
             )
+        dryrun.check_memory(config, model.cfg, sizes)
         rate = learning_rate(config.lr, config.n_steps, warmup=config.warmup)
         self.tx = optimiser(rate)
         self.step_fn = make_step(self.objective, self.spec, self.tx, self.recipe)
@@ -206,9 +221,16 @@ class _Run:
         file = self.out / "scales.npz"
         names = [f.name for f in dataclasses.fields(Scales)]
         if processes.same(np.asarray(file.is_file())):
-            with np.load(file, allow_pickle=False) as found:
+            sizes = {"L": self.model.cfg.n_layers, "D": self.model.cfg.d_model}
+
+            def read(found: Npz, part: str, name: str) -> jax.Array:
+                axes = name.rpartition("_")[2]
+                must = Must("float", axes, finite=name != "bound_L")
+                return jnp.asarray(found.array(part + name, must, sizes))
+
+            with open_npz(file, "cannot be read", "give another --out") as found:
                 scales, units = (
-                    Scales(**{name: jnp.asarray(found[part + name]) for name in names})
+                    Scales(**{name: read(found, part, name) for name in names})
                     for part in ("", "units_")
                 )
             self.chunks.use(units, scales)
@@ -250,12 +272,16 @@ class _Run:
         return step, state, Position(**position)
 
     def _cut_log(self, step: int) -> None:
-        """Drop what was logged after the state that the run goes on from."""
+        """Drop what was logged after the state that the run goes on from.
+
+        The last evaluation comes after the last checkpoint, and is made again.
+        """
         if not processes.is_first():
             return
         file = self.out / "metrics.jsonl"
-        lines = file.read_text("utf-8").splitlines() if file.is_file() else []
-        kept = [line for line in lines if _step_of(line) <= step]
+        text = file.read_text("utf-8", "replace") if file.is_file() else ""
+        lines, n_steps = text.splitlines(), self.config.n_steps
+        kept = [line for line in lines if _step_of(line, n_steps) <= step]
         with atomic_path(file) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
 
@@ -277,10 +303,11 @@ class _Run:
                 with _spent(self.clock, "step"):
                     state, metrics = self.step_fn(state, batch)
                     step += 1
-                    last_step = step if stopped() else last_step
-                    if step % config.log_every == 0 or step == last_step:
+                    due = step % config.log_every == 0
+                    last_step = step if processes.agree(stopped, due) else last_step
+                    if due or step == last_step:
                         jax.block_until_ready(metrics)
-                if step % config.log_every == 0 or step == last_step:
+                if due or step == last_step:
                     now = self.clock.data + self.clock.step
                     rate = (step - logged) * config.batch_tokens / max(now - busy, 1e-9)
                     logged, busy = step, now
@@ -299,6 +326,7 @@ class _Run:
                             step,
                             state,
                             dataclasses.asdict(at),
+                            regular=self._regular,
                         )
         if step < n_steps:
             return record
@@ -310,7 +338,13 @@ class _Run:
         if config.kl_steps:
             final["finetuned"] = self.outcome.finetune(params, self.say.stage)
         self.chunks.close()
+        checkpoint.tidy_checkpoints(self.out / "checkpoints", self._regular)
         return self._write_card(final, seconds, step - first)
+
+    def _regular(self, step: int) -> bool:
+        """Whether a run that nothing stops has a checkpoint of this step."""
+        n_steps = self.config.n_steps
+        return step % self.config.checkpoint_every == 0 or step == n_steps
 
     def _batch(self, state: TrainState, at: Position) -> tuple[Batch, Position]:
         read, write, at = self.chunks.batch(at, self.config.batch_tokens)
@@ -360,7 +394,9 @@ class _Run:
             "eta_s": (self.config.n_steps - step) * self.config.batch_tokens / rate,
         }
         if processes.is_first():
-            self._append(record)
+            # Where a run was stopped is not told: it would have no line there.
+            if step % self.config.log_every == 0 or step == self.config.n_steps:
+                self._append(record)
             self.say.step(record)
         return record
 
@@ -378,7 +414,7 @@ class _Run:
 
     def _append(self, record: dict[str, Any]) -> None:
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+            stream.write(to_json(record) + "\n")
         if self.tracker is not None:
             self.tracker.log(record)
 
@@ -435,9 +471,13 @@ class _spent:  # noqa: N801
         setattr(self.clock, self.name, getattr(self.clock, self.name) + spent)
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of the log; a torn last line counts as too late."""
+def _step_of(line: str, n_steps: int) -> float:
+    """The step that a line of the log was written in; a torn one counts as too late."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        found = parse_object(line, "a line")
+    except InputError:
         return math.inf
+    step = found.get("step")
+    if not isinstance(step, int):
+        return math.inf
+    return step + (found.get("kind") == "eval" and step == n_steps)

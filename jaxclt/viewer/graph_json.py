@@ -25,16 +25,20 @@ import re
 from importlib import resources
 from typing import Any
 
-import jsonschema_rs
 import numpy as np
 import orjson
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.graph.graph import Graph
+from jaxclt.graph.scores import edge_influence
+from jaxclt.io.json_file import TEXT, Schema, check_json, json_schema
+from jaxclt.json_text import finite, well_formed
 
-__all__ = ["finite", "graph_json", "validate"]
+__all__ = ["graph_json", "validate"]
 
-_MAX_MESSAGE = 240
+_WRONG = "not a graph document"
+_NUMBERS = {int, float}
+_LARGEST = float(np.finfo(np.float64).max)
 _MAX_PARTS = 10_000  # strongest links that say how they travelled, to bound the file
 _MAX_HEADS = 3  # listed for a link
 
@@ -45,9 +49,9 @@ def graph_json(
     """State the kept nodes and links of ``graph`` in the shared schema.
 
     Features and errors without a kept link are dropped; embeddings and logits always
-    stay. Links come strongest first, by their share of the target's inputs times the
-    target's influence. Strings are well-formed and numbers finite: ``json.dumps(doc,
-    allow_nan=False)`` and any encoding work.
+    stay. Links come strongest first, by the influence that passes them (see
+    `jaxclt.graph.scores.edge_influence`). Strings are well-formed and numbers finite:
+    ``json.dumps(doc, allow_nan=False)`` and any encoding work.
 
     Args:
         graph: what to show; ``graph.pruning`` says which part.
@@ -65,7 +69,7 @@ def graph_json(
         influence_N=graph.influence_N,
         readout_R=graph.readout_R[graph.target_rows],
     )
-    strongest = np.argsort(-_strength(graph, row_R, weight_R), kind="stable")
+    strongest = np.argsort(-edge_influence(graph, row_R, weight_R), kind="stable")
     row_R, col_R, weight_R = row_R[strongest], col_R[strongest], weight_R[strongest]
     # Nodes are numbered as columns, then logits: a row of a feature is its column.
     n_cols, n_features = len(graph.influence_N), graph.n_features
@@ -96,8 +100,8 @@ def graph_json(
         "links": links,
         "jaxclt": finite(
             {
-                "model": _text(graph.meta.model),
-                "dictionary": _text(graph.meta.dictionary),
+                "model": well_formed(graph.meta.model),
+                "dictionary": well_formed(graph.meta.dictionary),
                 "convention": graph.meta.convention,
                 "version": graph.meta.version,
                 "hashes": dict(graph.meta.hashes),
@@ -147,14 +151,16 @@ def _brief(x: float) -> float:
     return float(f"{x:.4g}")
 
 
-def validate(doc: Any, *, shared_ids: bool = False) -> None:
+def validate(doc: Any, *, foreign: bool = False) -> None:
     """Check a graph document against ``graph.schema.json`` and what it cannot say.
 
     Beyond the schema: numbers are finite, node ids unique, links between listed nodes.
 
     Args:
         doc: parsed JSON.
-        shared_ids: let nodes share an id, as errors and features of layer 0 do in files
+        foreign: it may be another tool's, whose slugs and labels have forms of their
+            own, and whose outputs and tokens are in any layer: a node's type says what
+            it is. Nodes may share an id, as errors and features of layer 0 do in files
             of circuit-tracer up to 0.5.0; the page tells them apart.
 
     Raises:
@@ -164,39 +170,18 @@ def validate(doc: Any, *, shared_ids: bool = False) -> None:
     head = doc
     if isinstance(doc, dict) and isinstance(doc.get("links"), list):
         head = {**doc, "links": []}
-    try:
-        error = next(_validator().iter_errors(head), None)
-    except ValueError as wrong:  # something in it that JSON has no word for
-        raise _bad("$", str(wrong)) from wrong
-    if error is not None:
-        steps = (
-            f"[{x}]" if isinstance(x, int) else f".{x}" for x in error.instance_path
-        )
-        raise _bad("$" + "".join(steps), error.message)
+    check_json(head, _schema(foreign), _WRONG)
     ids: set[str] = set()
     for i, node in enumerate(doc["nodes"]):
-        if node["node_id"] in ids and not shared_ids:
-            raise _bad(f"$.nodes[{i}].node_id", f"{node['node_id']!r} is used twice")
+        if node["node_id"] in ids and not foreign:
+            raise _bad(f"$.nodes[{i}].node_id", f"{shown(node['node_id'])} used twice")
         ids.add(node["node_id"])
         for key, value in node.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise _bad(f"$.nodes[{i}].{key}", f"{value} is not a finite number")
+            if type(value) in _NUMBERS and not abs(value) <= _LARGEST:
+                raise _bad(f"$.nodes[{i}].{key}", f"{shown(value)} is not finite")
     if not _all_good(doc["links"], ids):
         for i, link in enumerate(doc["links"]):
             _check_link(i, link, ids)
-
-
-def finite(value: Any) -> Any:
-    """Copy a JSON value with numpy scalars made plain and NaN or infinity made null."""
-    if isinstance(value, dict):
-        return {_text(str(k)): finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return finite(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return _text(value) if isinstance(value, str) else value
 
 
 def _all_good(links: list[Any], ids: set[str]) -> bool:
@@ -210,10 +195,10 @@ def _all_good(links: list[Any], ids: set[str]) -> bool:
         return (
             ends <= ids
             and kinds[0] <= {dict}
-            and kinds[1] <= {int, float}
-            and all(map(math.isfinite, weights))
+            and kinds[1] <= _NUMBERS
+            and all(map(_LARGEST.__ge__, map(abs, weights)))
         )
-    except (TypeError, KeyError, IndexError, OverflowError):
+    except (TypeError, KeyError, IndexError):
         return False
 
 
@@ -223,25 +208,33 @@ def _check_link(i: int, link: Any, ids: set[str]) -> None:
     for end in ("source", "target"):
         name = link.get(end)
         if not isinstance(name, str) or name not in ids:
-            raise _bad(f"$.links[{i}].{end}", f"{name!r} is no node_id of this graph")
+            raise _bad(f"$.links[{i}].{end}", f"{shown(name)} is no node of the graph")
     for key in ("weight", *(k for k in ("direct", "attention") if k in link)):
         value = link.get(key)
         # bool is an int to Python, not to JSON.
-        if type(value) not in (int, float) or not math.isfinite(value or 0):
-            raise _bad(f"$.links[{i}].{key}", f"{value!r} is not a finite number")
+        if type(value) not in _NUMBERS or not abs(value) <= _LARGEST:
+            raise _bad(f"$.links[{i}].{key}", f"{shown(value)} is not a finite number")
 
 
 def _bad(path: str, message: str) -> InputError:
-    message = " ".join(message.split())
-    if len(message) > _MAX_MESSAGE:
-        message = message[: _MAX_MESSAGE - 3] + "..."
-    return InputError(f"not a graph document: {path}: {message}")
+    return InputError(f"{_WRONG}: {path}: {message}")
 
 
 @functools.cache
-def _validator() -> jsonschema_rs.Draft202012Validator:
+def _schema(foreign: bool) -> Schema:
     text = resources.files("jaxclt.viewer").joinpath("graph.schema.json").read_text()
-    return jsonschema_rs.Draft202012Validator(json.loads(text))
+    schema = json.loads(text)
+    if foreign:
+        parts = schema["$defs"]
+        parts["name"] = TEXT
+        node = parts["node"]
+        # The layer counts where the type does not say it all.
+        typed = {"enum": ["logit", "embedding"]}
+        node |= {"if": {"properties": {"feature_type": typed}}, "then": {}}
+        node["else"] = {"properties": {"layer": node["properties"].pop("layer")}}
+        node["properties"]["layer"] = {"type": ["string", "integer"]}
+        node["properties"]["token_prob"] = {"type": "number"}
+    return json_schema(schema)
 
 
 def _require_finite(**arrays: np.ndarray) -> None:
@@ -258,9 +251,9 @@ def _metadata(graph: Graph, slug: str) -> dict[str, Any]:
     return {
         "slug": _name(slug),
         "scan": _name(meta.model),
-        "prompt_tokens": [_text(token) for token in meta.tokens],
-        "prompt": _text(meta.prompt),
-        "transcoder_list": [_text(meta.dictionary)],
+        "prompt_tokens": [well_formed(token) for token in meta.tokens],
+        "prompt": well_formed(meta.prompt),
+        "transcoder_list": [well_formed(meta.dictionary)],
         "node_threshold": float(pruning.node_threshold),
         "schema_version": 1,
         "info": {"generator": {"name": "jaxclt", "version": meta.version}},
@@ -292,7 +285,7 @@ def _nodes(graph: Graph, shown: np.ndarray) -> dict[int, dict[str, Any]]:
                 influence=influence,
                 activation=float(str(np.float32(graph.value_A[i]))),
                 abs_input=abs_input_R[i],
-                clerp=_text(graph.meta.label(layer, feature)),
+                clerp=well_formed(graph.meta.label(layer, feature)),
             )
         elif i < graph.error_cols.stop:
             layer, pos = divmod(i - graph.error_cols.start, T)
@@ -336,7 +329,11 @@ def _logit(graph: Graph, k: int, abs_input: float | None) -> dict[str, Any]:
             "readout": float(f"{graph.readout_R[graph.n_features + k]:.7g}"),
         }
     # Readers cut the token at the first two quotes and the rest at "(p=".
-    token = _text(graph.meta.target_tokens[k]).replace('"', "”").replace("(p=", "( p=")
+    token = (
+        well_formed(graph.meta.target_tokens[k])
+        .replace('"', "”")
+        .replace("(p=", "( p=")
+    )
     return _node(
         node_id=f"{layer}_{vocab}_{pos}",
         jsNodeId=f"L_{vocab}-{pos}",
@@ -364,16 +361,6 @@ def _node(**fields: Any) -> dict[str, Any]:
         "activation": None,
         **fields,
     }
-
-
-def _strength(graph: Graph, row_R: np.ndarray, weight_R: np.ndarray) -> np.ndarray:
-    """Score of every link: share of its target's inputs x the target's influence."""
-    visit_R = np.concatenate(
-        [graph.influence_N[graph.feature_cols], graph.target_prob_K]
-    )
-    total_R = graph.row_strength
-    scale_R = visit_R / np.where(total_R > 0, total_R, 1)
-    return np.abs(weight_R) * scale_R[row_R]
 
 
 def _cumulative_influence(influence_N: np.ndarray) -> np.ndarray:
@@ -404,8 +391,3 @@ def _cantor(layer: int, feature: int) -> int:
 
 def _name(text: str) -> str:
     return re.sub(r"[^a-zA-Z0-9_.-]+", "-", text).strip("-") or "graph"
-
-
-def _text(text: str) -> str:
-    """Join surrogate pairs and replace lone ones, which no UTF-8 file can hold."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -23,8 +23,8 @@ from jaxclt.errors import InputError
 from jaxclt.evaluation.http_client import BudgetError, Client, Completion
 from jaxclt.evaluation.http_judge import HttpJudge, parse_answer, prompt_of
 from jaxclt.evaluation.judging import judge_score, judge_trials
-from jaxclt.evaluation.lines import append_line, read_lines
 from jaxclt.evaluation.trials import Trial, sort_trials
+from jaxclt.io.lines import append_line, read_lines
 
 KEY = jax.random.key(0)
 SECRET = "sk-very-secret"
@@ -351,7 +351,7 @@ def reader(trials):
 
 
 def test_the_order_of_features_does_not_matter():
-    """T-Q2."""
+    """Maths 18.10."""
     trials = trials_of(15)
     with FakeChat(reader(trials)) as server, client_of(server) as client:
         judge = HttpJudge(client)

@@ -1,4 +1,6 @@
 import dataclasses
+import hashlib
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,8 +12,9 @@ from test_weights_gguf import write_gguf
 
 import jaxclt.io.model as room
 from jaxclt.errors import InputError
-from jaxclt.io.fetch import sha256
-from jaxclt.io.model import fingerprint, load_model, save_hf
+from jaxclt.io import digest
+from jaxclt.io.digest import fingerprint, sha256
+from jaxclt.io.model import load_model, save_hf
 from jaxclt.trace import prompt_tokens
 from jaxclt.train.text import pack_windows
 from jaxclt.windows import read_windows
@@ -37,7 +40,7 @@ def test_gguf_file_and_its_directory(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", random_params())
     model = load_model(path)
     assert_same(model.params, random_params())
-    assert model.hash == sha256(path) == load_model(tmp_path).hash
+    assert model.hash == load_model(tmp_path).hash
     (tmp_path / "n.gguf").write_bytes(b"")
     with pytest.raises(InputError, match=r"no config.json and 2 .gguf files"):
         load_model(tmp_path)
@@ -107,10 +110,69 @@ def test_fingerprint_of_several_files(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_bytes(b"1" * 3_000_000)
     b.write_bytes(b"2")
-    both = fingerprint([a, b])
-    assert both == fingerprint([b, a])
+    both = fingerprint({"a": a, "b": b})
+    assert both == fingerprint({"b": b, "a": a})
+    assert both != fingerprint({"a": b, "b": a})
     b.write_bytes(b"3")
-    assert fingerprint([a, b]) != both
+    assert fingerprint({"a": a, "b": b}) != both
+
+
+def test_weights_changed_in_the_middle_are_other_weights(saved):
+    """Same names, size, first and last bytes, and the time put back."""
+    before, file = load_model(saved).hash, saved / "model.safetensors"
+    stat, data = file.stat(), bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x80
+    with file.open("r+b") as stream:
+        stream.write(data)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert load_model(saved).hash != before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_another_tokenizer_is_another_model(saved, name):
+    before, file = load_model(saved).hash, saved / name
+    text = file.read_text() if file.is_file() else "{}"
+    file.write_text(text + "\n")
+    assert load_model(saved).hash != before
+
+
+def test_a_tokenizer_beside_a_gguf_file_is_part_of_the_model(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", random_params())
+    write_word_tokenizer(tmp_path)
+    before = load_model(path).hash
+    write_word_tokenizer(tmp_path, adds_bos=False)
+    assert load_model(path).hash != before != sha256(path)
+
+
+def test_large_files_are_hashed_once_for_all_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXCLT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(digest, "_LARGE", 10)
+    monkeypatch.setattr(digest, "_SETTLED_S", -1e9)
+    read = []
+    whole = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *a: read.append(1) or whole(*a))
+    file = tmp_path / "weights"
+    file.write_bytes(b"x" * 100)
+    first = sha256(file)
+    assert first == hashlib.sha256(b"x" * 100).hexdigest()
+    monkeypatch.setattr(digest, "_known", {})  # as a new process
+    assert sha256(file) == first
+    assert len(read) == 1
+    (note,) = (tmp_path / "cache" / "hashes").iterdir()
+    note.write_text("damaged")
+    monkeypatch.setattr(digest, "_known", {})
+    assert sha256(file) == first
+    file.write_bytes(b"y" * 100)
+    assert sha256(file) == hashlib.sha256(b"y" * 100).hexdigest()
+
+
+def test_a_file_that_was_just_written_is_not_remembered(tmp_path, monkeypatch):
+    """The clock of the file system may not tell the next change from this one."""
+    monkeypatch.setattr(digest, "_known", {})
+    file = tmp_path / "weights"
+    file.write_bytes(b"x")
+    sha256(file)
+    assert not digest._known
 
 
 def test_foreign_tokenizer_is_refused(tmp_path):

@@ -394,7 +394,7 @@ def random_scales(L: int, D: int, seed: int = 5) -> Scales:
     [pytest.param(1, "jumprelu", marks=pytest.mark.slow), (3, "jumprelu"), (2, "relu")],
 )
 def test_folding_the_normalisation_changes_nothing(span: int, activation):
-    """T-CLT1, with a skip and thresholds, in float64."""
+    """Maths 19.8, with a skip and thresholds, in float64."""
     L, T, D = 3, 9, 6
     with jax.enable_x64(True):
         spec = Spec(

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxclt.clt.config import CLTConfig
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.io.circuit_tracer_format import READ_OF_HOOK, WRITE_OF_HOOK
-from jaxclt.io.circuit_tracer_read import CONFIG, read_yaml
+from jaxclt.io.circuit_tracer_read import CONFIG
 from jaxclt.io.config_fields import whole
 from jaxclt.io.formats.pieces import (
     FileStore,
@@ -32,6 +32,7 @@ from jaxclt.io.formats.pieces import (
     stored_shape,
 )
 from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
+from jaxclt.io.yaml_file import read_yaml
 
 __all__ = ["WEIGHTS", "is_crosslayer", "open_crosslayer"]
 
@@ -68,8 +69,8 @@ def open_crosslayer(path: Path) -> FileStore:
     ):
         if not isinstance(config.get(name), str) or config[name] not in known:
             raise InputError(
-                f"{where}: {name} is {config.get(name)!r}; this format does not say "
-                f"where it reads and writes, so add one of {', '.join(known)}"
+                f"{where}: {name} is {shown(config.get(name))}; this format does not "
+                f"say where it reads and writes, so add one of {', '.join(known)}"
             )
     if not (path / WEIGHTS).is_file():
         refuse_pickles(path)
@@ -127,8 +128,8 @@ def _class(
     name = path.rpartition(".")[2] if isinstance(path, str) else None
     if name not in known or not isinstance(part, dict):
         raise InputError(
-            f"{where}: class_path {path!r} cannot be represented here; it must end in "
-            f"one of {', '.join(known)}"
+            f"{where}: class_path {shown(path)} cannot be represented here; it must "
+            f"end in one of {', '.join(known)}"
         )
     args = part.get("init_args")
     return name, args if isinstance(args, dict) else {}

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxclt.clt.config import Activation, CLTConfig
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.io.config_fields import whole
 from jaxclt.io.formats.fields import READS, WRITES, check_fields, of_layer
 from jaxclt.io.formats.pieces import FileStore, Fold, LayerFiles, Piece, check_tensors
+from jaxclt.io.json_file import read_json
 from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
-from jaxclt.io.weights_safetensors import read_json
 
 __all__ = ["CONFIG", "WEIGHTS", "is_decode_clt", "open_decode_clt"]
 
@@ -124,7 +124,7 @@ def _sites(where: Path, config: Mapping[str, Any], n_layers: int) -> tuple[str, 
         template = config.get(field)
         if not isinstance(template, str) or template.count("{}") != 1:
             raise InputError(
-                f"{where}: {field} is {template!r}; write blocks.{{}}.HOOK"
+                f"{where}: {field} is {shown(template)}; write blocks.{{}}.HOOK"
             )
         for layer in (0, n_layers - 1):
             hook = template.replace("{}", str(layer))

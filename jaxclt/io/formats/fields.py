@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxclt.clt.config import ReadSite
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.io.formats.pieces import WriteSite
 
 __all__ = ["READS", "WRITES", "check_fields", "contiguous", "of_layer"]
@@ -47,8 +47,8 @@ def of_layer(
     found = _HOOK.fullmatch(hook) if isinstance(hook, str) else None
     if found is None or found[2] not in known:
         raise InputError(
-            f"{where}: {field} is {hook!r}, but dictionaries of MLPs read and write "
-            f"blocks.N.HOOK with HOOK one of {', '.join(known)}"
+            f"{where}: {field} is {shown(hook)}, but dictionaries of MLPs read and "
+            f"write blocks.N.HOOK with HOOK one of {', '.join(known)}"
         )
     return int(found[1]), found[2]
 
@@ -78,12 +78,12 @@ def check_fields(
         if name in allowed:
             names = ", ".join(map(repr, values))
             raise InputError(
-                f"{where}: {name} is {value!r}, which cannot be represented here; it "
-                f"must be one of {names}"
+                f"{where}: {name} is {shown(value)}, which cannot be represented here; "
+                f"it must be one of {names}"
             )
         raise InputError(
-            f"{where}: {name} is {value!r}, a field that this format is not known to "
-            "have; switch it off or convert the dictionary"
+            f"{where}: {name} is {shown(value)}, a field that this format is not known "
+            "to have; switch it off or convert the dictionary"
         )
 
 

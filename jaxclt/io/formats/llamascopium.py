@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxclt.clt.config import Activation, CLTConfig, ReadSite
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.io.config_fields import whole
 from jaxclt.io.formats.fields import READS, WRITES, check_fields, of_layer
 from jaxclt.io.formats.pieces import (
@@ -31,8 +31,8 @@ from jaxclt.io.formats.pieces import (
     check_tensors,
     stored_shape,
 )
+from jaxclt.io.json_file import read_json
 from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
-from jaxclt.io.weights_safetensors import read_json
 
 __all__ = ["CONFIG", "WEIGHTS", "is_llamascopium", "open_llamascopium"]
 
@@ -150,7 +150,7 @@ def _hooks(where: Path, config: Mapping[str, Any], field: str, n: int) -> list[s
         raise InputError(f"{where}: {field} must list {n} hook points")
     for name in names:
         if not isinstance(name, str):
-            raise InputError(f"{where}: {field} holds {name!r}, which is no name")
+            raise InputError(f"{where}: {field} holds {shown(name)}, which is no name")
     return names
 
 

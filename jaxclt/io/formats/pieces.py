@@ -15,8 +15,8 @@ import numpy as np
 
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import EncoderLayer
-from jaxclt.errors import InputError
-from jaxclt.io.digest import digest_ends
+from jaxclt.errors import InputError, shown
+from jaxclt.io.digest import fingerprint
 from jaxclt.io.tensors import TensorFile, check_finite
 
 __all__ = ["FileStore", "Fold", "Gain", "LayerFiles", "Piece", "WriteSite"]
@@ -106,6 +106,13 @@ class FileStore:
 
     def encoder(self, layer: int) -> EncoderLayer:
         """All encoder rows of one layer: [F, D], [F] and thresholds [F] or None."""
+        with np.errstate(all="ignore"):  # what comes of it is looked at
+            found = self._encoder(layer)
+        for x in found:
+            self._check(layer, x)
+        return found
+
+    def _encoder(self, layer: int) -> EncoderLayer:
         at, fold = self.layers[layer], self.layers[layer].fold
         W_FD = at.W_enc.read()
         b_F = np.zeros(len(W_FD), W_FD.dtype) if at.b_enc is None else at.b_enc.read()
@@ -141,7 +148,10 @@ class FileStore:
 
     def b_dec(self) -> np.ndarray:
         """Decoder biases [L, D]."""
-        return np.stack([_sum(at.b_dec, self.cfg.d_model) for at in self.layers])
+        with np.errstate(all="ignore"):
+            b_LD = np.stack([_sum(at.b_dec, self.cfg.d_model) for at in self.layers])
+        check_finite(b_LD, f"{self.path}: the decoder's biases in the model's units")
+        return b_LD
 
     def skip(self, layer: int) -> np.ndarray | None:
         """Linear path [D, D], used as ``read @ skip``, or None."""
@@ -149,10 +159,23 @@ class FileStore:
         if at.skip is None:
             return None
         piece, gain = at.skip
-        W_DD = _times(piece.read(), gain)
-        return _times(W_DD.T, at.fold.read_gain).T
+        with np.errstate(all="ignore"):
+            W_DD = _times(_times(piece.read(), gain).T, at.fold.read_gain).T
+        self._check(layer, W_DD)
+        return W_DD
+
+    def _check(self, layer: int, x: np.ndarray | None) -> None:
+        """Folding may leave the range of numbers, where reading did not."""
+        if x is not None and self.layers[layer].fold != Fold():
+            check_finite(x, f"{self.path}: layer {layer} in the units of the model")
 
     def _decoder(self, layer: int, rows: np.ndarray | None) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            W_AMD = self._scaled_decoder(layer, rows)
+        self._check(layer, W_AMD)
+        return W_AMD
+
+    def _scaled_decoder(self, layer: int, rows: np.ndarray | None) -> np.ndarray:
         fold, W_AMD = self.layers[layer].fold, self._raw_decoder(layer, rows)
         if fold.by_norm and self.layers[layer].theta is None:
             norm_F = self._norms(layer)
@@ -180,12 +203,8 @@ class FileStore:
         return np.maximum(norm_F, norm_F.dtype.type(1e-30))
 
     def digest(self) -> str:
-        """Hex hash of names, sizes and the first and last megabyte of every file.
-
-        Cheap for dictionaries of many gigabytes; it tells dictionaries apart but does
-        not prove that all bytes are the same.
-        """
-        return digest_ends(dict(self.files))
+        """Hex hash of the names and contents of all files, see `jaxclt.io.digest`."""
+        return fingerprint(self.files)
 
 
 def _wide(x: np.ndarray) -> np.ndarray:
@@ -258,7 +277,7 @@ def check_tensors(
     for name, tensor in sorted(file.tensors.items()):
         if name not in known:
             raise InputError(
-                f"{file.path} holds {name!r}, which this format does not have or "
+                f"{file.path} holds {shown(name)}, which this format does not have or "
                 "layer 0 lacks; remove or convert it"
             )
         if tensor.shape != known[name]:

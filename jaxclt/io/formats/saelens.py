@@ -24,8 +24,8 @@ from jaxclt.io.formats.pieces import (
     check_tensors,
     stored_shape,
 )
+from jaxclt.io.json_file import read_json
 from jaxclt.io.tensors import open_tensors, refuse_pickles
-from jaxclt.io.weights_safetensors import read_json
 
 __all__ = ["ARCHITECTURES", "CONFIG", "WEIGHTS", "is_saelens", "open_saelens"]
 

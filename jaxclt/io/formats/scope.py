@@ -28,10 +28,11 @@ from jaxclt.io.circuit_tracer_format import (
     READ_OF_HOOK,
     WRITE_OF_HOOK,
 )
-from jaxclt.io.circuit_tracer_read import CONFIG, open_described, read_yaml
+from jaxclt.io.circuit_tracer_read import CONFIG, open_described
 from jaxclt.io.formats.fields import READS, WRITES, check_fields, of_layer
 from jaxclt.io.formats.pieces import FileStore
-from jaxclt.io.weights_safetensors import read_json
+from jaxclt.io.json_file import read_json
+from jaxclt.io.yaml_file import read_yaml
 
 __all__ = ["chosen_files", "is_scope", "open_scope"]
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxclt.clt.config import Activation, CLTConfig
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.io.config_fields import whole
 from jaxclt.io.formats.fields import check_fields, contiguous
 from jaxclt.io.formats.pieces import (
@@ -35,8 +35,8 @@ from jaxclt.io.formats.pieces import (
     check_tensors,
     stored_shape,
 )
+from jaxclt.io.json_file import read_json
 from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
-from jaxclt.io.weights_safetensors import read_json
 
 __all__ = ["ACTIVATIONS", "CONFIG", "WEIGHTS", "is_sparsify", "open_sparsify"]
 
@@ -108,7 +108,7 @@ def open_sparsify(path: Path) -> FileStore:
         targets = coder.config.get("n_targets") or 1
         if type(targets) is not int or not 1 <= targets <= len(coders) - layer:
             raise InputError(
-                f"{coder.where}: n_targets is {targets!r}, but there are "
+                f"{coder.where}: n_targets is {shown(targets)}, but there are "
                 f"{len(coders) - layer} layers from this one on"
             )
         _check_coder(coder, first, F, D)
@@ -169,8 +169,8 @@ def _check_coder(
     for name in ("activation", "k", "coalesce_topk", "normalize_io"):
         if config.get(name) != first.get(name):
             raise InputError(
-                f"{coder.where}: {name} is {config.get(name)!r}, in layer 0 it is "
-                f"{first.get(name)!r}; layers must agree"
+                f"{coder.where}: {name} is {shown(config.get(name))}, in layer 0 it is "
+                f"{shown(first.get(name))}; layers must agree"
             )
     wanted, optional = _shapes(coder, F, D)
     check_tensors(coder.file, wanted, optional)

@@ -12,7 +12,6 @@ from jaxclt.io.circuit_tracer_read import (
     CONFIG,
     is_circuit_tracer,
     open_circuit_tracer,
-    read_yaml,
 )
 from jaxclt.io.formats import (
     crosslayer,
@@ -24,6 +23,7 @@ from jaxclt.io.formats import (
 )
 from jaxclt.io.formats.pieces import FileStore
 from jaxclt.io.tensors import is_pickle, pickle_message, refuse_pickles
+from jaxclt.io.yaml_file import read_yaml
 
 __all__ = ["FORMATS", "LABELS", "Format", "config_files", "open_files", "weight_files"]
 

@@ -7,11 +7,12 @@ import { $, count, el, percent, plural, visible } from "./dom";
 import { scoreList } from "./evidence";
 import { Divider } from "./divider";
 import { Features } from "./features";
-import { exportAs, fetchOther, openFiles, save, tell } from "./files";
+import { exportAs, fetchOther, listOthers, openFiles, tell } from "./files";
 import type { GraphNode } from "./model";
 import { showSide } from "./panel";
 import { Patches } from "./patches";
 import { Picture, say } from "./picture";
+import { Saver } from "./save";
 import { fromHash, toDocument, toHash } from "./state";
 import { Subgraph } from "./subgraph";
 import { mergeLinks } from "./supernodes";
@@ -22,6 +23,7 @@ const PROMPT = 130; // letters of it in the header
 const started = performance.now();
 const payload = JSON.parse($("data").textContent ?? "null") as Payload;
 const app = new App(payload);
+const saver = app.serve && new Saver(app); // ahead of what the address adds to the file
 fromHash(app, location.hash);
 const features = new Features(app);
 const picture = new Picture(app, $("graph"), { model: () => app.model, mark: () => null, says: true, choose: (n) => app.select(n) });
@@ -165,13 +167,18 @@ $<HTMLSelectElement>("export").addEventListener("change", (e) => {
   exportAs(app, picture, select.value);
   select.value = "";
 });
-if (app.serve) {
-  const serve = app.serve, list = $<HTMLSelectElement>("others");
+if (saver) {
+  const list = $<HTMLSelectElement>("others");
+  let listed = false;
   $("save").hidden = false;
-  $("save").addEventListener("click", () => { void save(app); });
+  $("save").addEventListener("click", () => { void saver.save(); });
   $("home").hidden = false;
   list.hidden = false;
-  for (const g of serve.graphs) if (g.path !== serve.path) list.append(Object.assign(el("option", "", visible(g.prompt || g.slug).slice(0, 80)), { value: g.path }));
+  app.listen(() => {
+    if (app.view !== "compare" || listed) return;
+    listed = true;
+    void listOthers(app, list);
+  });
   list.addEventListener("change", () => { if (list.value) void fetchOther(app, list.value); });
 }
 $("notice").addEventListener("click", () => tell(""));
