@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxclt import cli, cli_trace
+from jaxclt import cli
 from jaxclt.cli_trace import heading
-from jaxclt.graph import compute
 from jaxclt.io.graph_file import load_graph
 from jaxclt.viewer.graph_json import validate
 
@@ -146,44 +142,6 @@ def test_what_a_reader_saved_outlives_another_trace(tmp_path: Path):
     assert trace(out, *options, prompt="w3 w4") == 0
     again = json.loads(file.read_text("utf-8"))
     assert again["qParams"]["supernodes"] == []
-
-
-@pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_keeps_what_is_done(
-    times: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
-    """Pressed once; the second time nothing is written."""
-    presses = [signal.SIGINT] * times
-
-    @contextmanager
-    def pressing(*_: object) -> Iterator[Callable[[int, int], None]]:
-        def on_rows(done: int, total: int) -> None:
-            assert total > 100
-            if done > 40 and presses:
-                signal.raise_signal(presses.pop())
-
-        yield on_rows
-
-    monkeypatch.setattr(cli_trace, "progress", pressing)
-    monkeypatch.setattr(compute, "push_flops", lambda *_, **__: np.inf)
-    before = signal.getsignal(signal.SIGINT)
-    out = tmp_path / "g"
-    options = ("--dictionary", "neurons", "--tolerance", 0, "--max-features", 150)
-    assert trace(out, *options) == (0 if times == 1 else 130)
-    assert signal.getsignal(signal.SIGINT) is before
-    assert "Ctrl-C again" in capsys.readouterr().err
-    if times == 2:
-        assert list(out.glob("*")) == []
-        return
-    report = json.loads((out / "report.json").read_text())
-    assert report["work"]["stopped"]
-    n = report["graph"]["features_attributed"]
-    assert 30 < n < 150
-    assert report["identity"]["stopped"] == n
-    assert report["certificate"]["max_relative_row_error"] < 1e-5
 
 
 def test_dry_run_states_the_memory_and_writes_nothing(

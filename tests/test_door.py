@@ -564,16 +564,19 @@ def test_did_you_mean(name: str, found: str):
 
 def test_published_dictionaries_are_known_by_name(monkeypatch: pytest.MonkeyPatch):
     from jaxclt.io import dictionary
-    from jaxclt.io.published import pairs
+    from jaxclt.io.published import repositories
 
     def none(name: str, *_: object) -> Path:
         raise InputError(f"the hub has no dictionary {name}")
 
     monkeypatch.setattr(dictionary, "download_dictionary", none)
-    name = pairs()[0].dictionary
-    with pytest.raises(InputError) as refused:
-        dictionary.locate_dictionary(name.replace("-", "", 1))
-    assert str(refused.value).endswith(f'; did you mean "{name}"?')
+    for name in repositories("dictionary"):
+        with pytest.raises(InputError) as refused:
+            dictionary.locate_dictionary(name.replace("-", "", 1))
+        assert str(refused.value).endswith(f'; did you mean "{name}"?')
+        with pytest.raises(InputError) as refused:
+            dictionary.locate_dictionary(name)
+        assert "did you mean" not in str(refused.value)
 
 
 def test_a_training_that_memory_cannot_hold_leaves_nothing(
@@ -584,6 +587,16 @@ def test_a_training_that_memory_cannot_hold_leaves_nothing(
         assert status(*args, *flags, "--out", tmp_path / "run") == 2
         assert "GB of memory" in one_line(capsys)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_without_text_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = Path(__file__).parent / "goldens" / "circuit_tracer_clt" / "model"
+    args = ("train", "--model", model, "--context", 32, "--out", tmp_path / "a" / "run")
+    assert status(*args, "--data", tmp_path / "nothing") == 2
+    assert "no such file or folder" in one_line(capsys)
+    assert not list((tmp_path / "a").glob("*"))
 
 
 def test_a_run_that_came_to_nothing_leaves_its_directory_free(tmp_path: Path):

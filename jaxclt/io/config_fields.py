@@ -37,15 +37,13 @@ def whole(
     """
     value = config.get(name)
     value = default if value is None else value
+    low, high = (-_MOST, _MOST) if least is None else (least, 1 << 40)
     # True is no 1, and 2.0 no size
-    fits = type(value) is int and abs(value) < _MOST
-    fits = fits and (least is None or least <= value < 1 << 40)
-    if not fits:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < high:
         bound = "" if least is None else f" from {least}"
         raise InputError(
             f"{where}: {name} must be a whole number{bound}, not {shown(value)}"
         )
-    assert value is not None
     return value
 
 
@@ -57,7 +55,11 @@ def number(hf: dict[str, Any], key: str, default: float | None = None) -> float:
     """
     value = hf.get(key)
     value = default if value is None else value
-    if type(value) not in (int, float) or not 0 < value <= _LARGEST:
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not 0 < value <= _LARGEST
+    ):
         raise InputError(
             f"config.json: {key} must be a positive number, not {shown(value)}"
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from jaxclt.errors import InputError, check_choice, did_you_mean
+from jaxclt.errors import InputError, did_you_mean
 from jaxclt.io.atomic import atomic_directory
 from jaxclt.io.dictionary import LABELS, open_dictionary, read_labels
 from jaxclt.io.formats.write import About, write_files
@@ -46,7 +46,9 @@ def convert(
       InputError: for an unknown format, a dictionary that it cannot express, something
         that would be lost and is not in `lossy`, or an `out` that exists.
     """
-    check_choice("--to", to, TARGETS)
+    if to not in TARGETS:
+        hint = did_you_mean(to, TARGETS)
+        raise InputError(f"--to {to}: the formats are {', '.join(TARGETS)}{hint}")
     target, store, place = TARGETS[to], open_dictionary(source), Path(out)
     if os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
         raise InputError(f"{place} exists; choose another output directory")

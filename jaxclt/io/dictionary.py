@@ -27,7 +27,7 @@ from jaxclt.io.formats.table import (
 from jaxclt.io.hub import download_dictionary, parse_hub_ref
 from jaxclt.io.json_file import read_json
 from jaxclt.io.model import Model
-from jaxclt.io.published import pairs, supplement
+from jaxclt.io.published import repositories, supplement
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import CLTParams
 
@@ -95,7 +95,8 @@ def locate_dictionary(name: str) -> Path:
     """
     path = bundled(name) or Path(os.path.expanduser(name))
     if not name or not _is_there(path):
-        if parse_hub_ref(name) is None:
+        ref = parse_hub_ref(name)
+        if ref is None:
             raise InputError(
                 f"no dictionary {shown(name)}: give neurons:k, "
                 f"{', '.join(DICTIONARIES)}, a directory in a known format, or a hub "
@@ -105,8 +106,8 @@ def locate_dictionary(name: str) -> Path:
         try:
             path = download_dictionary(name, config_files, weight_files, chosen_files)
         except InputError as error:
-            known = [pair.dictionary for pair in pairs()]
-            raise InputError(f"{error}{did_you_mean(name, known)}") from error
+            hint = did_you_mean(ref.repo, repositories("dictionary"))
+            raise InputError(f"{error}{hint}") from error
     inside = path / "dictionary"
     return inside if inside.is_dir() and not (path / "config.yaml").exists() else path
 

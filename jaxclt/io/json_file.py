@@ -143,7 +143,7 @@ def record(
     }
 
 
-def json_schema(schema: Mapping[str, Any]) -> Schema:
+def json_schema(schema: dict[str, Any]) -> Schema:
     """What `check_json` takes."""
     return Schema(schema, mask="it")
 

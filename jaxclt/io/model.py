@@ -16,7 +16,7 @@ from jaxclt.io.digest import fingerprint
 from jaxclt.io.fetch import HUB_FILES, HUB_NOT, KNOWN_MODELS, fetch
 from jaxclt.io.gguf_file import open_gguf
 from jaxclt.io.hub import download, parse_hub_id
-from jaxclt.io.published import pairs
+from jaxclt.io.published import repositories
 from jaxclt.io.tokenizer import Tokenizer, load_tokenizer
 from jaxclt.io.weights_gguf import config_from_gguf, params_from_gguf
 from jaxclt.io.weights_hf import load_hf, save_hf
@@ -152,12 +152,13 @@ def _locate(
     path = Path(os.path.expanduser(name))
     if name and os.path.exists(path):  # not for a name that no file can have
         return path
-    if parse_hub_id(name) and not name.endswith(".gguf"):
+    hub = parse_hub_id(name)
+    if hub and not name.endswith(".gguf"):
         try:
             return download(name, "model", allow=HUB_FILES, ignore=HUB_NOT)
         except InputError as error:
-            known = [pair.model for pair in pairs()]
-            raise InputError(f"{error}{did_you_mean(name, known)}") from error
+            hint = did_you_mean(hub[0], repositories("model"))
+            raise InputError(f"{error}{hint}") from error
     known = (*MODELS, *KNOWN_MODELS)
     raise InputError(
         f"no model {shown(name)}: it is no file or directory, and the known names are "

@@ -86,7 +86,7 @@ class Header(NamedTuple):
     start: int  # bytes of the header itself
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """Numbers in the array."""
         return math.prod(self.shape)
 
@@ -119,7 +119,7 @@ def check_claim(
       itemsize: bytes of a number.
       file_size: bytes of the archive.
     """
-    if header.start + header.count * itemsize != info.file_size:
+    if header.start + header.size * itemsize != info.file_size:
         raise ValueError(f"{info.filename} is not as long as its header says")
     most = info.compress_size
     if info.compress_type != zipfile.ZIP_STORED:
@@ -195,11 +195,11 @@ class Npz:
         with self._open(name) as (stream, header, info):
             dtype = np.dtype(header.dtype)
             check_claim(info, header, dtype.itemsize, self.size)
-            size, packed = header.count * dtype.itemsize, info.compress_size
+            size, packed = header.size * dtype.itemsize, info.compress_size
             if size > max(packed, _MOST_INFLATED):
                 raise ValueError(f"{name} is packed and larger than is unpacked")
             raw = np.empty(size, np.uint8)
-            view = memoryview(raw)
+            view = raw.data
             for start in range(0, size, _CHUNK):
                 part = view[start : start + _CHUNK]
                 if stream.readinto(part) != len(part):  # pyright: ignore

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -513,7 +513,7 @@ class Chunks:
 
 
 def _tensors(
-    file: Path, shapes: dict[str, tuple[int | None, ...]]
+    file: Path, shapes: Mapping[str, tuple[int | None, ...]]
 ) -> dict[str, np.ndarray]:
     """Floats of a file, of these shapes; None stands for any length."""
     try:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from jaxclt.train.text import (
 )
 from jaxclt.windows import check_windows
 
-__all__ = ["claim_directory", "fitted", "identity", "run_windows", "write_json"]
+__all__ = ["claim_directory", "claimed", "fitted", "identity", "run_windows"]
+__all__ += ["write_json"]
 
 _RUN = json_schema(record({"config": {"type": "object"}, "model": TEXT, "data": TEXT}))
 # What may change between two parts of a run without changing its weights.
@@ -118,6 +120,25 @@ def claim_directory(out: Path, ours: dict[str, Any]) -> None:
             raise InputError(
                 f"--out {out} holds a run of another {name}: give another directory"
             )
+
+
+@contextlib.contextmanager
+def claimed(out: Path, ours: dict[str, Any]) -> Iterator[None]:
+    """`claim_directory`, undone if the body fails and has left nothing there.
+
+    Raises:
+      InputError: as `claim_directory`.
+    """
+    file = out / "run.json"
+    claim_directory(out, ours)
+    try:
+        yield
+    except BaseException:
+        if all(path.name[0] == "." for path in out.iterdir() if path != file):
+            file.unlink()
+            with contextlib.suppress(OSError):  # unless something hidden is there
+                out.rmdir()
+        raise
 
 
 def run_windows(

@@ -47,7 +47,7 @@ from jaxclt.train.objectives import Batch, load_objective
 from jaxclt.train.outcome import Outcome
 from jaxclt.train.params import Spec, init
 from jaxclt.train.prepare import (
-    claim_directory,
+    claimed,
     fitted,
     identity,
     run_windows,
@@ -183,8 +183,8 @@ class _Run:
         self.tx = optimiser(rate)
         self.step_fn = make_step(self.objective, self.spec, self.tx, self.recipe)
         if processes.is_first():
-            claim_directory(out, self.identity())
-            self._windows()
+            with claimed(out, self.identity()):
+                self._windows()
         processes.wait("windows")
         self.windows = self._windows()
         self.chunks = Chunks(

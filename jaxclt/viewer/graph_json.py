@@ -210,7 +210,7 @@ def _check_link(i: int, link: Any, ids: set[str]) -> None:
         if not isinstance(name, str) or name not in ids:
             raise _bad(f"$.links[{i}].{end}", f"{shown(name)} is no node of the graph")
     for key in ("weight", *(k for k in ("direct", "attention") if k in link)):
-        value = link.get(key)
+        value: Any = link.get(key)
         # bool is an int to Python, not to JSON.
         if type(value) not in _NUMBERS or not abs(value) <= _LARGEST:
             raise _bad(f"$.links[{i}].{key}", f"{shown(value)} is not a finite number")
