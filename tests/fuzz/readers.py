@@ -21,7 +21,6 @@ import gguf
 import numpy as np
 import safetensors.numpy
 from io_models import CFG, WORDS, random_params, write_word_tokenizer
-from jaxclt.graph_list import graphs_in
 from test_weights_gguf import write_gguf
 
 from jaxclt import pages, subject, supernode_file, sweep, target_text, windows
@@ -55,6 +54,7 @@ from jaxclt.io.lines import read_lines
 from jaxclt.io.tokenizer import load_tokenizer
 from jaxclt.io.weights_gguf import config_from_gguf, params_from_gguf
 from jaxclt.io.weights_hf import load_hf, save_hf
+from jaxclt.serve.folder import Folder
 from jaxclt.testing import tiny
 from jaxclt.train import checkpoint, prepare, sample, trainer
 from jaxclt.train.chunks import Chunks
@@ -126,7 +126,7 @@ def make_document(folder: Path) -> list[Path]:
 
 
 def open_document(folder: Path) -> None:
-    graphs_in(folder)
+    Folder(folder).graphs()
     pages.with_saved_view(document(), folder)
     doc = pages.read_graph(folder / "graph.json")
     pages.directory_page(folder, compare=doc)
