@@ -156,11 +156,11 @@ def main() -> None:
         args.context, args.rounds = 48, 2
 
     import jaxclt
-    from jaxclt.clt.encoder import encoder_of
+    from jaxclt.clt.coder import load
 
     model = jaxclt.load_model(args.model)
     dictionary: Any = jaxclt.load_dictionary(args.dictionary, model)
-    encoder = encoder_of(dictionary, model.params, model.cfg)
+    encoder = load(dictionary, model.params, model.cfg)
     n = args.windows * args.batches
     windows = jaxclt.read_windows(
         model,

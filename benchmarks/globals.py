@@ -51,11 +51,12 @@ def virtual_rows(
     import jax
     import jax.numpy as jnp
 
+    from jaxclt.clt.coder import Bound
     from jaxclt.global_weights import weights
     from jaxclt.global_weights.subset import Subset
 
-    store, params = dictionary.store, model.params
-    cfg = store.cfg
+    on = Bound(dictionary, model.params, model.cfg)
+    cfg = on.shape
     layer_LF, feature_LF = np.indices((cfg.n_layers, cfg.n_features))
     place = np.stack([layer_LF.ravel(), feature_LF.ravel()], 1)
     everything = Subset.of(place[layer_LF.ravel() >= cfg.n_layers - layers], cfg)
@@ -71,11 +72,11 @@ def virtual_rows(
             jax.block_until_ready(weights.block(one, two))
 
     def tiles() -> None:
-        for tile in weights.virtual_tiles(store, params, everything):
+        for tile in weights.virtual_tiles(on, everything):
             jax.block_until_ready(tile.value_RN)
 
     def strongest() -> None:
-        weights.strongest_virtual(store, params, everything, top)
+        weights.strongest_virtual(on, everything, top)
 
     square = jax.random.normal(jax.random.key(2), (2048, 2048))
     product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
@@ -122,15 +123,16 @@ def statistics_rows(
     import jax.numpy as jnp
 
     from jaxclt import global_text
+    from jaxclt.clt.coder import Bound
     from jaxclt.global_weights.statistics import Plan, add_sums, encoders, sums_of
     from jaxclt.lm.run import embed, native_mlp, run, unembed
     from jaxclt.windows import BATCH_TOKENS, batches
 
-    params, store = model.params, dictionary.store
+    params, on = model.params, Bound(dictionary, model.params, model.cfg)
     features = f"top:{n_features}"
     subset = global_text.choose_features(model, dictionary, features, windows)
-    plan = Plan(lm=model.cfg, clt=store.cfg, starts=subset.starts)
-    enc = encoders(store, params, subset)
+    plan = Plan(lm=model.cfg, coder=on.coder, starts=subset.starts)
+    enc = encoders(on, subset)
     token_WS, mask_WS, _ = next(batches(windows, 0, BATCH_TOKENS))
     n = int(mask_WS.sum())
 

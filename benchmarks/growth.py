@@ -56,6 +56,7 @@ def worker(point: dict[str, Any]) -> None:
     import jax
     import jax.numpy as jnp
 
+    from jaxclt.clt.active import active_features
     from jaxclt.clt.neurons import NeuronDictionary
     from jaxclt.graph.attribute import AttributeConfig, Timing, attribute_recording
     from jaxclt.graph.graph import GraphMeta
@@ -92,7 +93,7 @@ def worker(point: dict[str, Any]) -> None:
     for _ in range(2):
         timing = Timing()
         recording = record_prompt(params, token_T, cfg, keep_patterns=keep)
-        active = NeuronDictionary(point["k"]).active(params, recording, cfg)
+        active = active_features(NeuronDictionary(point["k"]), params, recording, cfg)
         targets = salient_targets(params, recording.out_TD[-1])
         attribute_recording(
             params,

@@ -47,8 +47,8 @@ def child(args: argparse.Namespace) -> None:
     if args.limit:
         resource.setrlimit(resource.RLIMIT_DATA, (args.limit, args.limit))
     import jaxclt
-    from jaxclt.clt.active import StoreDictionary
     from jaxclt.clt.store import ParamsStore
+    from jaxclt.clt.transcoder import StoreDictionary
     from jaxclt.graph.attribute import AttributeConfig
     from jaxclt.io.dictionary import load_params
     from jaxclt.trace import trace_prompt

@@ -9,7 +9,7 @@ rendering) and measures, as the median of several tries:
 - hover: from moving the pointer onto a node until the frame that shows it;
 - select: the same for a click on the most connected node.
 
-The issue asks for less than 1.5 s and 50 ms. Run:
+The aim is less than 1.5 s and 50 ms. Run:
 
     python benchmarks/viewer.py [--nodes 10000] [--links 200000] [--tries 5]
 

@@ -10,6 +10,7 @@ Where things are, in the order a prompt passes through them:
 | `jaxclt.trace`, `jaxclt.trace_files` | a prompt becomes a graph, then a directory |
 | `jaxclt.provenance` | hops, heads and suppressed features of a traced prompt |
 | `jaxclt.sweep` | the same for many prompts, resumable |
+| `jaxclt.prompts` | what a prompt may be: text, token ids, a chat; files of them |
 | `jaxclt.io` | files and names: models, dictionaries, tokenizers, graphs |
 | `jaxclt.lm` | the decoder: forward, record, and the frozen linear stream |
 | `jaxclt.clt` | dictionaries: encode, decode, what is active on a prompt |

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import webbrowser
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxclt import provenance, trace
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
+from jaxclt.errors import did_you_mean
 from jaxclt.graph import prune as pruning
 from jaxclt.graph import scores as scoring
 from jaxclt.graph.attribute import AttributeConfig
@@ -21,6 +23,8 @@ from jaxclt.graph.graph import Graph
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
+from jaxclt.pace import logged
+from jaxclt.prompts import Prompt
 from jaxclt.viewer.graph_json import graph_json
 from jaxclt.viewer.page import page
 
@@ -30,7 +34,7 @@ __all__ = ["Page", "attribute", "explain", "influence", "prune", "show"]
 def attribute(
     model: Model,
     dictionary: Dictionary,
-    prompt: str,
+    prompt: Prompt,
     *,
     targets: trace.TargetChoice = (),
     bos: Bos = "auto",
@@ -38,10 +42,13 @@ def attribute(
 ) -> Graph:
     """The attribution graph of a prompt.
 
+    Where it takes long, the logger "jaxclt" is told how far it is (level INFO).
+
     Args:
       model: from `load_model`.
       dictionary: from `load_dictionary`.
-      prompt: text.
+      prompt: text, token ids, or a chat: ``[{"role": "user", "content": "Hi"}]``,
+        which the model's own template makes a text of.
       targets: what to explain instead of the top tokens: texts as in
         `jaxclt.target_text` (``" Paris"``, ``"diff: Paris| London"``,
         ``"feature:12:5:345"``), `Targets` from `jaxclt.graph.targets`, or a function
@@ -57,7 +64,7 @@ def attribute(
     if unknown:
         raise TypeError(
             f"attribute() has no option {sorted(unknown)[0]!r}; there are "
-            f"{', '.join(sorted(known))}"
+            f"{', '.join(sorted(known))}{did_you_mean(sorted(unknown)[0], known)}"
         )
     return trace.trace_prompt(
         model,
@@ -66,6 +73,7 @@ def attribute(
         config=AttributeConfig(**config),
         targets=targets,
         bos=bos,
+        on_rows=partial(logged(), "attributing"),
     ).graph
 
 
@@ -98,7 +106,7 @@ def explain(
       graph: from `attribute` or `load_graph`.
       source: a node, as the page and graph.json name it: ``12:5:345`` (or
         ``12_345_5``), ``error 12:5``, ``embed 2``.
-      target: a feature, or a target by its text or number.
+      target: a feature, or a target by its text, its number or ``id:TOKEN``.
       model: with it and the dictionary, also by the number of heads passed, and the
         last heads of any edge.
       dictionary: see `model`.

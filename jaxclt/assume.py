@@ -10,7 +10,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.graph.memory import FLOAT32, MemoryPlan, Sizes, memory_plan
 from jaxclt.io.families import shape_from_hf
@@ -40,11 +40,12 @@ def read_assumed(text: str) -> Assumed:
     names = [field.name for field in dataclasses.fields(Assumed)]
     given: dict[str, int] = {}
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d*)\s*", part)
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d{0,8})\s*", part)
         if match is None or match[1] not in names:
+            hint = did_you_mean(part.partition("=")[0], names)
             raise InputError(
                 f"--assume {text!r}: write tokens=N,active=N and, if known, "
-                "features=N,span=N,host=GB"
+                f"features=N,span=N,host=GB{hint}"
             )
         given[match[1]] = int(match[2])
     if not {"tokens", "active"} <= set(given):

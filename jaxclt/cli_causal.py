@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,14 +15,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxclt.cli_progress import lines, progress
+from jaxclt.cli_progress import Run, lines, long_command, progress
 from jaxclt.compiled import use_compilation_cache
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least, check_finite, did_you_mean
+from jaxclt.json_text import to_json
 
 if TYPE_CHECKING:
     from jaxclt.intervene import PatchResult
-    from jaxclt.subject import Reopened
+    from jaxclt.subject import Reopened, Subject
     from jaxclt.types import Supernode
+    from jaxclt.validate import ValidateOptions
 
 __all__ = [
     "PatchConfig",
@@ -37,12 +40,10 @@ __all__ = [
 class _Reopen:
     """What patch and validate have in common."""
 
-    directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
-    """Directory that trace wrote."""
     model: Annotated[str | None, tyro.conf.arg(metavar="M")] = None
-    """Where the traced model is now, if it has moved."""
+    """The model; of a traced directory only where it is now, if it has moved."""
     dictionary: Annotated[str | None, tyro.conf.arg(metavar="D")] = None
-    """Where the traced dictionary is now, if it has moved."""
+    """The dictionary; of a traced directory only where it is now, if it has moved."""
     supernodes: Path | None = None
     """JSON file of groups, [["name", "layer_feature_pos", ...], ...] as the viewer
     saves them; or a graph.json that has some."""
@@ -54,16 +55,22 @@ class _Reopen:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PatchConfig(_Reopen):
-    """Change features of a traced prompt and see what the model answers.
+    """Change features of a prompt and see what the model answers.
 
-    The result is kept in the directory's patches.json and shown on its page.
+    Of a traced directory the result is kept in its patches.json and shown on its page.
+    A prompt needs no graph, but --model and --dictionary, and nothing is written.
     """
 
+    prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR|PROMPT")]
+    """Directory that trace wrote, or the text of a prompt."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Put a beginning-of-sequence token first, of a prompt that was not traced."""
     feature: tuple[str, ...] = ()
-    """LAYER:POS:FEATURE; POS from 0, negative from the end, or a slice a..b (b not
-    included; a.. also holds for generated tokens)."""
+    """LAYER:POS:FEATURE; POS from 0, negative from the end, or a slice a..b, b not
+    included (0.. is everywhere, generated tokens too): there it is scaled where it is
+    active."""
     group: tuple[str, ...] = ()
-    """Names of supernodes to change."""
+    """Names of supernodes to change, of a traced directory."""
     scale: float | None = None
     """Factor on the activation: 0 ablates (the default), -1 inhibits, 2 doubles."""
     set: float | None = None
@@ -92,48 +99,51 @@ class PatchConfig(_Reopen):
     seed: int = 0
     """Of sampled generation."""
     plot: Path | None = None
-    """Where to draw target probability against the factor (-2 to 4); patch.png in the
-    directory if not given."""
+    """Where to draw target probability against the factor (-2 to 4); if not given,
+    patch.png in the traced directory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidateConfig(_Reopen):
     """Compare what the graph predicts with what patches of the model do."""
 
+    directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """Directory that trace wrote."""
     n_features: int = 100
     """Most influential features to patch, and as many random ones."""
     seed: int = 0
     """Of the random features, perturbations and bootstrap."""
 
 
-def run_patch(config: PatchConfig, say: Console) -> None:
-    """Reopen, patch, print."""
-    layers = _layers(config.layers)
-    edits_of = _operation(config)
+def _asked(
+    config: PatchConfig,
+) -> tuple[Any, dict[str, Any], list[tuple[int, int | slice, int]], Path | None]:
+    """Layers, operation, places and the traced directory, before work is spent."""
+    layers, edits_of = _layers(config.layers), _operation(config)
+    check_at_least(0, generate=config.generate, temperature=config.temperature)
+    check_finite(seed=config.seed)
     if not config.feature and not config.group:
         raise InputError("nothing to patch: give --feature LAYER:POS:FEATURE")
     places = [parse_feature(text) for text in config.feature]
-    opened = _reopen(config, say)
+    directory = Path(config.prompt) if os.path.isdir(config.prompt) else None
+    if directory is not None and config.bos != "auto":
+        raise InputError("--bos is of a prompt: a traced directory keeps its tokens")
+    return layers, edits_of, places, directory
+
+
+def run_patch(config: PatchConfig, say: Console) -> None:
+    """Reopen, patch, print."""
+    layers, edits_of, places, directory = _asked(config)
+    opened = None if directory is None else _reopen(config, directory, say)
+    subject = _untraced(config, say) if opened is None else _traced(opened)
     from jaxclt import intervene
     from jaxclt.patch_log import patch_record
     from jaxclt.patching.edits import Edit
-    from jaxclt.subject import Subject
 
     edits = [Edit(layer=l, pos=p, feature=f, **edits_of) for l, p, f in places]
-    groups = {g.name: g for g in _supernodes(config, opened)} if config.group else {}
-    for name in config.group:
-        if name not in groups:
-            known = ", ".join(map(repr, groups))
-            raise InputError(
-                f"no supernode {name!r}: "
-                + (
-                    f"choose one of {known}"
-                    if known
-                    else "none is saved, name features"
-                )
-            )
-        edits.append(Edit(supernode=groups[name], **edits_of))
-    subject = Subject.of(opened.model, opened.dictionary, opened.graph)
+    if opened is not None and directory is not None:
+        groups = _chosen(config, directory, opened)
+        edits += [Edit(supernode=group, **edits_of) for group in groups]
     gates = None if config.gates == "auto" else config.gates
     how = subject.how(
         config.mode,
@@ -142,46 +152,119 @@ def run_patch(config: PatchConfig, say: Console) -> None:
         gates=gates,
     )
     result = intervene.patch(
-        opened.model,
-        opened.dictionary,
-        opened.graph,
+        subject.model,
+        subject.dictionary,
+        subject.traced or config.prompt,
         edits,
         mode=config.mode,
         layers=layers,
         freeze_pattern=config.freeze_patterns,
         freeze_norm=config.freeze_norms,
         gates=gates,
+        n_later=config.generate,
         subject=subject,
     )
-    out = result.to_json()
+    out, later = result.to_json(), config.generate
     if config.sweep_end:
         first = None if layers is None else layers[0]
-        out["sweep_end"] = intervene.sweep_end(subject, edits, how=how, first=first)
-    curve = intervene.scale_curve(subject, edits, how=how, layers=layers)
-    out["curve"] = curve
-    from jaxclt.validation.plots import draw_patch
+        out["sweep_end"] = intervene.sweep_end(
+            subject, edits, how=how, first=first, n_later=later
+        )
+    plot = config.plot or (directory and directory / "patch.png")
+    if plot or config.json:
+        out["curve"] = intervene.scale_curve(
+            subject, edits, how=how, layers=layers, n_later=later
+        )
+    if plot:
+        from jaxclt.validation.plots import draw_patch
 
-    plot = config.plot or config.directory / "patch.png"
-    draw_patch(plot, curve, result, out.get("sweep_end"))
-    out["plot"] = str(plot)
-    names = [*config.group, *config.feature]
-    _keep(config.directory, opened, patch_record(result, names, edits_of))
-    if config.generate:
+        draw_patch(plot, out["curve"], result, out.get("sweep_end"))
+        out["plot"] = str(plot)
+    if opened is not None and directory is not None and result.edits:
+        names = [*config.group, *config.feature]
+        _keep(directory, opened, patch_record(result, names, edits_of))
+    said = [result.warning]
+    if later:
         out["generated"] = intervene.generate_patched(
             subject,
             edits,
             how=how,
-            n_new=config.generate,
+            n_new=later,
             layers=layers,
             temperature=config.temperature,
             seed=config.seed,
         )
-    if result.warning:
-        say.print(f"jaxclt: warning: {result.warning}", markup=False, soft_wrap=True)
+        said.append(out["generated"]["warning"])
+    for line in dict.fromkeys(filter(None, said)):
+        say.print(f"jaxclt: warning: {line}", markup=False, soft_wrap=True)
     if config.json:
-        print(json.dumps(out))  # noqa: T201
+        print(to_json(out))  # noqa: T201
         return
     _show_patch(result, out)
+
+
+def _traced(opened: Reopened) -> Subject:
+    from jaxclt.subject import Subject
+
+    return Subject.of(opened.model, opened.dictionary, opened.graph)
+
+
+def _untraced(config: PatchConfig, say: Console) -> Subject:
+    """The prompt itself, of which there is no graph.
+
+    Raises:
+      InputError: if it is rather the name of a directory, or something of a graph is
+        asked for.
+    """
+    prompt = config.prompt
+    if not prompt.strip():
+        raise InputError("the prompt is empty: give some text, or a traced directory")
+    if config.model is None or config.dictionary is None:
+        raise InputError(
+            f"{prompt[:100]!r} is no directory; if it is a prompt, give --model and "
+            "--dictionary"
+        )
+    if os.sep in prompt and not re.search(r"\s", prompt) and _beside(prompt):
+        raise InputError(
+            f"{prompt[:100]!r} looks like a directory and is none: give one that trace "
+            "wrote, or the text of a prompt"
+        )
+    if config.group or config.supernodes:
+        raise InputError(
+            "--group takes supernodes of a graph: trace the prompt and give its "
+            "directory, or name the features"
+        )
+    use_compilation_cache()
+    from jaxclt.io.dictionary import load_dictionary
+    from jaxclt.io.model import load_model
+    from jaxclt.subject import Subject
+
+    model = load_model(config.model, progress=lines(say))
+    dictionary = load_dictionary(config.dictionary, model)
+    return Subject.of(model, dictionary, prompt, bos=config.bos)
+
+
+def _beside(path: str) -> bool:
+    """Whether the folder that would hold it is there."""
+    return os.path.isdir(os.path.dirname(path.rstrip(os.sep)))
+
+
+def _chosen(config: PatchConfig, directory: Path, opened: Reopened) -> list[Supernode]:
+    """The supernodes that the command names.
+
+    Raises:
+      InputError: for a name that is none's.
+    """
+    if not config.group:
+        return []
+    known = {g.name: g for g in _supernodes(config, directory, opened)}
+    for name in config.group:
+        if name not in known:
+            names = ", ".join(map(repr, known))
+            hint = f"choose one of {names}" if known else "none is saved, name features"
+            near = did_you_mean(name, known)
+            raise InputError(f"no supernode {name!r}: {hint}{near}")
+    return [known[name] for name in config.group]
 
 
 def _keep(directory: Path, opened: Reopened, record: dict[str, Any]) -> None:
@@ -197,60 +280,71 @@ def _keep(directory: Path, opened: Reopened, record: dict[str, Any]) -> None:
 def _show_patch(result: PatchResult, out: dict[str, Any]) -> None:
     console = Console()
     first, last = result.layers
-    title = f"{result.mode}, layers {first}-{last}, KL {result.kl:.4g} nats"
+    title = f"{result.mode}, layers {first}-{last}, KL {_said(result.kl, '.4g')} nats"
     table = Table("target", "p", "patched", "logit", "patched", title=Text(title))
     for t in result.targets:
-        numbers = (f"{t['p_before']:.4f}", f"{t['p_after']:.4f}")
-        numbers += (f"{t['logit_before']:.3f}", f"{t['logit_after']:.3f}")
-        table.add_row(Text(repr(t["token"])), *numbers)
+        numbers = (_said(t[f"p_{when}"], ".4f") for when in ("before", "after"))
+        logits = (_said(t[f"logit_{when}"], ".3f") for when in ("before", "after"))
+        table.add_row(Text(repr(t["token"])), *numbers, *logits)
     console.print(table)
 
     def line(top: list[tuple[str, float]]) -> Text:
-        return Text(", ".join(f"{t!r} {p:.3f}" for t, p in top))
+        return Text(", ".join(f"{t!r} {p:.3f}" for t, p in top) or "-")
 
     rows = Table(show_header=False)
     rows.add_row("top tokens", line(result.top_before))
     rows.add_row("patched", line(result.top_after))
     if result.logit_difference:
-        d = result.logit_difference
-        text = f"{d['before']:.3f} -> {d['after']:.3f} (first two targets)"
-        rows.add_row("logit difference", text)
+        was, now = (
+            _said(result.logit_difference[k], ".3f") for k in ("before", "after")
+        )
+        rows.add_row("logit difference", f"{was} -> {now} (first two targets)")
     for e in result.edits:
         place = f"{e['layer']}:{e['pos']}:{e['feature']}"
         rows.add_row(f"edit {place}", f"{e['before']:.4g} -> {e['after']:.4g}")
     for f in result.features:
         place = f"{f['layer']}:{f['pos']}:{f['feature']}"
-        share = "" if f["share"] is None else f"{f['share']:.0%} of {f['before']:.4g}"
-        rows.add_row(f"feature {place}", share)
+        share = "" if not f["before"] else f"{_said(f['share'], '.0%')} of "
+        rows.add_row(f"feature {place}", share and f"{share}{f['before']:.4g}")
     if "sweep_end" in out:
         sweep = out["sweep_end"]
         for end, kl, p in zip(
             sweep["last_layers"], sweep["kl"], sweep["probability"], strict=True
         ):
             name = f"layers {sweep['first']}-{end}"
-            rows.add_row(name, f"KL {kl:.4g}, p {p[0]:.4f}")
+            rows.add_row(name, f"KL {_said(kl, '.4g')}, p {_said(p[0], '.4f')}")
     if "generated" in out:
         rows.add_row("generated", Text(repr(out["generated"]["before"])))
-        rows.add_row("with edits", Text(repr(out["generated"]["after"])))
+        rows.add_row("with edits", Text(repr(out["generated"]["after"] or "")))
     console.print(rows)
-    console.print(f"plot: {out['plot']}", markup=False, soft_wrap=True)
+    if "plot" in out:
+        console.print(f"plot: {out['plot']}", markup=False, soft_wrap=True)
 
 
-def run_validate(config: ValidateConfig, say: Console) -> None:
+def _said(x: float | None, form: str) -> str:
+    """A number, or that there is none."""
+    return "-" if x is None else format(x, form)
+
+
+@long_command
+def run_validate(config: ValidateConfig, say: Console, run: Run) -> None:
     """Reopen, validate, print."""
-    if config.n_features < 3:
-        raise InputError(f"--n-features {config.n_features}: give at least 3")
-    opened = _reopen(config, say)
+    from jaxclt.validate import ValidateOptions
+
+    options = ValidateOptions(n_features=config.n_features, seed=config.seed)
+    _check_traced(config.directory)
+    run.own(config.directory)
+    opened = _reopen(config, config.directory, say)
     report = validate_opened(
         opened,
         config.directory,
         say,
-        n_features=config.n_features,
-        seed=config.seed,
-        groups=_supernodes(config, opened),
+        options=options,
+        groups=_supernodes(config, config.directory, opened),
+        look=run.look,
     )
     if config.json:
-        print(json.dumps(report))  # noqa: T201
+        print(to_json(report))  # noqa: T201
         return
     Console().print(Text(report["verdict"]))
     Console().print(f"report: {config.directory / 'validation.md'}", markup=False)
@@ -261,22 +355,21 @@ def validate_opened(
     directory: Path,
     say: Console,
     *,
-    n_features: int = 100,
-    seed: int = 0,
+    options: ValidateOptions | None = None,
     groups: list[Supernode] | None = None,
+    look: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Validate a graph whose model is loaded; shared with `trace --validate`."""
     from jaxclt.pages import traced_digest, write_page
-    from jaxclt.subject import Subject
-    from jaxclt.validate import ValidateOptions, validate_graph, write_validation
+    from jaxclt.validate import validate_graph, write_validation
     from jaxclt.validation.words import left_out
 
     started = time.perf_counter()
-    subject = Subject.of(opened.model, opened.dictionary, opened.graph)
-    with progress(say, "validating", "patches/s") as on_done:
+    subject = _traced(opened)
+    with progress(say, "validating", "patches/s", look) as on_done:
         report = validate_graph(
             subject,
-            ValidateOptions(n_features=n_features, seed=seed),
+            options,
             groups=groups,
             on_done=on_done,
         )
@@ -290,13 +383,17 @@ def validate_opened(
     return report
 
 
+_N = r"\d{1,9}"  # what an index can be
+_PLACE = rf"({_N}):(-?{_N}|(?:-?{_N})?\.\.(?:-?{_N})?):({_N})"
+
+
 def parse_feature(text: str) -> tuple[int, int | slice, int]:
     """Read LAYER:POS:FEATURE.
 
     Raises:
       InputError: for any other text.
     """
-    match = re.fullmatch(r"(\d+):(-?\d+|-?\d*\.\.-?\d*):(\d+)", text)
+    match = re.fullmatch(_PLACE, text)
     if match is None:
         raise InputError(
             f"feature {text!r}: write LAYER:POS:FEATURE, for example 12:5:345, or "
@@ -313,7 +410,7 @@ def parse_feature(text: str) -> tuple[int, int | slice, int]:
 def _layers(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+):(\d+)", text)
+    match = re.fullmatch(rf"({_N}):({_N})", text)
     if match is None:
         raise InputError(f"layers {text!r}: write FIRST:LAST, for example 12:14")
     first, last = map(int, match.groups())
@@ -333,37 +430,37 @@ def _operation(config: PatchConfig) -> dict[str, Any]:
     }
     if len(given) > 1:
         raise InputError(f"give only one of --{' and --'.join(given)}")
-    for name, value in given.items():
-        if value != value or value in (float("inf"), float("-inf")):
-            raise InputError(f"--{name} {value}: give a finite number")
+    check_finite(**given)
     return given or {"scale": 0.0}
 
 
-def _reopen(config: _Reopen, say: Console) -> Reopened:
+def _reopen(config: _Reopen, directory: Path, say: Console) -> Reopened:
     from jaxclt.trace_files import check_writable
 
     # The place to write to is checked before anything long begins.
-    if not (config.directory / "graph.npz").is_file():
-        raise InputError(
-            f"no graph in {config.directory}: give a directory that trace wrote"
-        )
-    check_writable(config.directory)
+    _check_traced(directory)
+    check_writable(directory)
     use_compilation_cache()
     from jaxclt.subject import reopen
 
     return reopen(
-        config.directory,
+        directory,
         model=config.model,
         dictionary=config.dictionary,
         progress=lines(say),
     )
 
 
-def _supernodes(config: _Reopen, opened: Reopened) -> list[Supernode]:
+def _check_traced(directory: Path) -> None:
+    if not (directory / "graph.npz").is_file():
+        raise InputError(f"no graph in {directory}: give a directory that trace wrote")
+
+
+def _supernodes(config: _Reopen, directory: Path, opened: Reopened) -> list[Supernode]:
     """Groups from a file, else those saved in the directory's graph.json."""
     from jaxclt.supernode_file import read_supernodes
 
-    path = config.supernodes or config.directory / "graph.json"
+    path = config.supernodes or directory / "graph.json"
     if config.supernodes is None and not path.is_file():
         return []
     return read_supernodes(path, opened.graph)

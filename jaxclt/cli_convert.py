@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxclt.cli_progress import progress
+from jaxclt.cli_progress import Run, long_command, progress
+from jaxclt.json_text import to_json
 
 __all__ = ["ConvertConfig", "run_convert"]
 
@@ -44,16 +44,17 @@ class ConvertConfig:
     """Show tracebacks."""
 
 
-def run_convert(config: ConvertConfig, say: Console) -> None:
+@long_command
+def run_convert(config: ConvertConfig, say: Console, run: Run) -> None:
     """Convert, and say what was written and what was lost."""
     from jaxclt.io.convert import convert
 
-    with progress(say, "converting", "layers/s") as on_layer:
+    with progress(say, "converting", "layers/s", run.look) as on_layer:
         report = convert(
             config.source, config.out, config.to, lossy=config.lossy, on_layer=on_layer
         )
     if config.json:
-        print(json.dumps(report))  # noqa: T201
+        print(to_json(report))  # noqa: T201
         return
     table = Table(title="converted", show_header=False)
     rows = {

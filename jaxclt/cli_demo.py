@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxclt.cli_progress import lines, progress
+from jaxclt.cli_progress import Run, lines, long_command, progress
 from jaxclt.compiled import use_compilation_cache
+from jaxclt.json_text import to_json
 
 if TYPE_CHECKING:
     from jaxclt.demo import DemoResult
@@ -41,20 +41,22 @@ class DemoConfig:
     """Show tracebacks."""
 
 
-def run_demo_command(config: DemoConfig, say: Console) -> None:
+@long_command
+def run_demo_command(config: DemoConfig, say: Console, run: Run) -> None:
     """Run the demo and show what came out."""
     started = time.perf_counter()
     use_compilation_cache()
     from jaxclt.demo import run_demo
 
+    run.own(config.out, makes="trace")
     found = run_demo(
         config.out,
         say=lines(say),
-        progress=partial(progress, say),
+        progress=partial(progress, say, look=run.look),
     )
     seconds = time.perf_counter() - started
     if config.json:
-        print(json.dumps(_as_json(found, config.out, seconds)))  # noqa: T201
+        print(to_json(_as_json(found, config.out, seconds)))  # noqa: T201
         return
     _show(found, config.out, seconds)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxclt.cli_progress import Stages, lines
+from jaxclt.cli_progress import Run, Stages, lines, long_command
 from jaxclt.compiled import use_compilation_cache
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least, check_positive
+from jaxclt.json_text import to_json
 
 __all__ = ["EvalConfig", "run_eval"]
 
@@ -82,7 +82,8 @@ class EvalConfig:
     """Show tracebacks."""
 
 
-def run_eval(config: EvalConfig, say: Console) -> None:
+@long_command
+def run_eval(config: EvalConfig, say: Console, run: Run) -> None:
     """Measure, write, print."""
     import jax
 
@@ -96,7 +97,6 @@ def run_eval(config: EvalConfig, say: Console) -> None:
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.model import load_model
     from jaxclt.sweep import read_prompts
-    from jaxclt.trace_files import check_writable
 
     names = {field.name for field in dataclasses.fields(EvalOptions)}
     options = EvalOptions(
@@ -105,20 +105,12 @@ def run_eval(config: EvalConfig, say: Console) -> None:
     data = config.data or bundled_text(config.model)
     if not data:
         raise InputError("give --data: held-out text, or a .jsonl file of prompts")
-    for name in ("tokens", "context", "agreement_tokens"):
-        if getattr(config, name) < 1:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} {getattr(config, name)}: give at least 1")
-    check_writable(config.out)
+    check_at_least(1, context=config.context, judge_budget=config.judge_budget)
+    check_positive(judge_per_minute=config.judge_per_minute)
+    run.own(config.out)
     use_compilation_cache()
     prompts = None if config.prompts is None else read_prompts(config.prompts)
     pairs = load_pairs(config.concepts)
-    started = time.perf_counter()
-    model = load_model(
-        config.model,
-        progress=lines(say),
-    )
-    dictionaries = [load_dictionary(name, model) for name in config.dictionary]
     judge = None
     if config.judge != "none":
         judge = read_judge(
@@ -127,8 +119,14 @@ def run_eval(config: EvalConfig, say: Console) -> None:
             max_tokens_total=config.judge_budget,
             requests_per_minute=config.judge_per_minute,
         )
+    started = time.perf_counter()
+    model = load_model(
+        config.model,
+        progress=lines(say),
+    )
+    dictionaries = [load_dictionary(name, model) for name in config.dictionary]
     text = read_eval_text(model, data, tokens=config.tokens, context=config.context)
-    with Stages(say, unit="done/s") as stages:
+    with Stages(say, unit="done/s", look=run.look) as stages:
         rows, raw = evaluate(
             model,
             dictionaries,
@@ -150,7 +148,7 @@ def run_eval(config: EvalConfig, say: Console) -> None:
     }
     write_evaluation(rows, raw, claims, config.out, meta=meta)
     if config.json:
-        print(json.dumps(rows))  # noqa: T201
+        print(to_json(rows))  # noqa: T201
         return
     heads, body = cells(rows)
     table = Table(title=f"{model.name}: each row a measure, 95% intervals")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,8 @@ from rich.console import Console
 
 from jaxclt.cli_progress import lines
 from jaxclt.compiled import use_compilation_cache
-from jaxclt.errors import InputError
+from jaxclt.errors import check_at_least
+from jaxclt.json_text import to_json
 
 __all__ = ["ExplainConfig", "run_explain"]
 
@@ -22,7 +22,7 @@ class ExplainConfig:
     """How an edge travelled: straight up the residual stream, or moved by which heads.
 
     Nodes are named as on the page and in graph.json: layer:position:feature (12:5:345,
-    or 12_345_5), "error 12:5", "embed 2"; a target by its number or its text.
+    or 12_345_5), "error 12:5", "embed 2"; a target by its number, its text or id:TOKEN.
     """
 
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
@@ -54,8 +54,7 @@ def run_explain(config: ExplainConfig, say: Console) -> None:
     from jaxclt.io.graph_file import load_graph
     from jaxclt.io.model import load_model
 
-    if config.max_hops < 1:
-        raise InputError(f"--max-hops {config.max_hops}: give at least 1")
+    check_at_least(1, max_hops=config.max_hops)
     graph = load_graph(config.directory / "graph.npz")
     parts = edge_parts(graph, config.source, config.target)
     if config.hops:
@@ -74,6 +73,6 @@ def run_explain(config: ExplainConfig, say: Console) -> None:
             max_hops=config.max_hops,
         )
     if config.json:
-        print(json.dumps(parts.to_dict()))  # noqa: T201
+        print(to_json(parts.to_dict()))  # noqa: T201
     else:
         Console().print(parts.text(), markup=False, highlight=False, soft_wrap=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxclt.cli_progress import Stages, lines
+from jaxclt.cli_progress import Run, Stages, lines, long_command
 from jaxclt.compiled import use_compilation_cache
-from jaxclt.errors import InputError
+from jaxclt.errors import check_at_least
+from jaxclt.json_text import to_json
 
 __all__ = ["FeaturesConfig", "run_features"]
 
@@ -66,19 +66,26 @@ class FeaturesConfig:
     """Show tracebacks."""
 
 
-def run_features(config: FeaturesConfig, say: Console) -> None:
+@long_command
+def run_features(config: FeaturesConfig, say: Console, run: Run) -> None:
     """Gather, write, print."""
     from jaxclt.evaluation.http_client import Client
     from jaxclt.evaluation.labels import automatic_labels
-    from jaxclt.feature_dashboards import feature_dashboards
+    from jaxclt.feature_dashboards import check_options, feature_dashboards
     from jaxclt.io.atomic import atomic_path
     from jaxclt.io.dictionary import LABELS, load_dictionary
     from jaxclt.io.model import load_model
-    from jaxclt.trace_files import check_writable
 
-    if config.tokens < 1:
-        raise InputError(f"--tokens {config.tokens}: give at least 1")
-    check_writable(config.out, makes="run")
+    check_options(
+        tokens=config.tokens,
+        context=config.context,
+        excerpt=config.excerpt,
+        top=config.top,
+        drawn=config.drawn,
+        histogram_every=config.histogram_every,
+    )
+    check_at_least(1, labels_budget=config.labels_budget)
+    run.own(config.out, makes="run")
     client = None
     if config.labels:
         url, _, name = config.labels.partition("#")
@@ -94,7 +101,8 @@ def run_features(config: FeaturesConfig, say: Console) -> None:
         progress=lines(say),
     )
     dictionary = load_dictionary(config.dictionary, model)
-    with Stages(say, units={"files": "layers/s", "labels": "labels/s"}) as stages:
+    units = {"files": "layers/s", "labels": "labels/s"}
+    with Stages(say, units=units, look=run.look) as stages:
         report, examples = feature_dashboards(
             model,
             dictionary,
@@ -118,11 +126,11 @@ def run_features(config: FeaturesConfig, say: Console) -> None:
                 on_label=lambda done, total: stages("labels", done, total),
             )
             with atomic_path(config.out / LABELS) as temporary:
-                text = json.dumps(labels, indent=0, ensure_ascii=False)
+                text = to_json(labels, indent=0, ensure_ascii=False)
                 temporary.write_text(text, encoding="utf-8")
             report["labels"] = {"by": config.labels, "n": len(labels)} | client.usage
     if config.json:
-        print(json.dumps(report))  # noqa: T201
+        print(to_json(report))  # noqa: T201
         return
     Console().print(_summary(report))
     Console().print(f"features: {config.out / 'features'}", soft_wrap=True)

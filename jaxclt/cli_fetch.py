@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
 
 from jaxclt.cli_progress import lines
+from jaxclt.json_text import to_json
 
 if TYPE_CHECKING:
     from jaxclt.io.published import Pair
@@ -46,7 +46,7 @@ def run_fetch(config: FetchConfig, say: Console) -> None:
         accept_terms=config.accept_terms,
     )
     if config.json:
-        print(json.dumps({"name": config.name, "path": str(path)}))  # noqa: T201
+        print(to_json({"name": config.name, "path": str(path)}))  # noqa: T201
     else:
         Console().print(str(path), markup=False, soft_wrap=True)
 
@@ -63,7 +63,7 @@ def _list(as_json: bool) -> None:
     }
     if as_json:
         rows = [dataclasses.asdict(pair) for pair in pairs()]
-        print(json.dumps({"models": known, "pairs": rows}))  # noqa: T201
+        print(to_json({"models": known, "pairs": rows}))  # noqa: T201
         return
     console = Console()
     for name, licence in known.items():

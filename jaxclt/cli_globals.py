@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxclt.cli_progress import Stages, lines, progress
+from jaxclt.cli_progress import Run, Stages, lines, long_command
 from jaxclt.compiled import use_compilation_cache
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least
+from jaxclt.json_text import to_json
 
 if TYPE_CHECKING:
     from jaxclt.io.global_file import SavedGlobals
@@ -69,23 +70,21 @@ class GlobalsConfig:
     """Show tracebacks."""
 
 
-def run_globals(config: GlobalsConfig, say: Console) -> None:
+@long_command
+def run_globals(config: GlobalsConfig, say: Console, run: Run) -> None:
     """Gather, rank, write, print."""
     from jaxclt import global_circuit, global_gather, global_views
     from jaxclt.global_weights.statistics import merge
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.global_file import load_statistics
     from jaxclt.io.model import load_model
-    from jaxclt.trace_files import check_writable
 
     heads = _heads(config.heads)
     shard = _shard(config.shard)
-    for name in ("tokens", "top"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} {getattr(config, name)}: give at least 1")
+    check_at_least(1, tokens=config.tokens, context=config.context, top=config.top)
     if bool(config.data) == bool(config.merge):
         raise InputError("give --data TEXT, or --merge with directories of shards")
-    check_writable(config.out, makes="globals")
+    run.own(config.out, makes="globals")
     use_compilation_cache()
     model = load_model(
         config.model,
@@ -93,6 +92,7 @@ def run_globals(config: GlobalsConfig, say: Console) -> None:
     )
     dictionary = load_dictionary(config.dictionary, model)
     started = time.perf_counter()
+    stages = Stages(say, units={"tokens of features": "layers/s"}, look=run.look)
     if config.merge:
         parts = [load_statistics(x / "statistics.npz") for x in config.merge]
         for place, (_, more) in zip(config.merge, parts, strict=True):
@@ -103,7 +103,7 @@ def run_globals(config: GlobalsConfig, say: Console) -> None:
                 )
         statistics = merge(*(found for found, _ in parts))
     else:
-        with Stages(say) as stages:
+        with stages:
             statistics = global_gather.coactivation(
                 model,
                 dictionary,
@@ -120,7 +120,8 @@ def run_globals(config: GlobalsConfig, say: Console) -> None:
     weights = global_circuit.global_weights(
         model, dictionary, statistics, kind=config.by
     )
-    with progress(say, "tokens of features", "layers/s") as on_layer:
+    run.look()
+    with stages:
         found = global_views.write_globals(
             model,
             dictionary,
@@ -131,11 +132,11 @@ def run_globals(config: GlobalsConfig, say: Console) -> None:
                 "data": config.data or [str(x) for x in config.merge],
                 "seconds": round(seconds, 2),
             },
-            on_layer=on_layer,
+            on_layer=partial(stages, "tokens of features"),
         )
     told = {k: v for k, v in found.meta.items() if k != "token_text"}
     if config.json:
-        print(json.dumps(told))  # noqa: T201
+        print(to_json(told))  # noqa: T201
         return
     Console().print(_summary(told, found))
     Console().print(f"page: {(config.out / 'index.html').resolve().as_uri()}")
@@ -168,7 +169,7 @@ def _summary(told: dict[str, Any], found: SavedGlobals) -> Table:
 def _heads(texts: tuple[str, ...]) -> list[tuple[int, int]]:
     heads = []
     for text in texts:
-        match = re.fullmatch(r"(\d+):(\d+)", text)
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
         if match is None:
             raise InputError(f"--heads {text}: write LAYER:HEAD, for example 5:3")
         heads.append((int(match[1]), int(match[2])))
@@ -176,7 +177,7 @@ def _heads(texts: tuple[str, ...]) -> list[tuple[int, int]]:
 
 
 def _shard(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     if match is None or int(match[1]) >= int(match[2]):
         raise InputError(f"--shard {text}: write I/N with I from 0 to N - 1")
     return int(match[1]), int(match[2])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,15 +14,17 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxclt.cli_causal import validate_opened
-from jaxclt.cli_progress import lines, progress, stoppable
+from jaxclt.cli_progress import Run, lines, long_command, progress
 from jaxclt.compiled import use_compilation_cache
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least
+from jaxclt.json_text import to_json
 
 if TYPE_CHECKING:
-    from jaxclt.clt.active import Dictionary
+    from jaxclt.clt.coder import Dictionary
     from jaxclt.graph.attribute import AttributeConfig
     from jaxclt.graph.memory import MemoryPlan
     from jaxclt.io.model import Model
+    from jaxclt.prompts import Prompt
 
 __all__ = ["SweepConfig", "TraceConfig", "heading", "run_sweep", "run_trace"]
 
@@ -50,7 +52,10 @@ class _Attribution:
     heads: int = 0
     """List the last attention heads of this many of the strongest shown edges."""
     bos: Literal["auto", "always", "never"] = "auto"
-    """Put a beginning-of-sequence token first; auto: as the model was trained."""
+    """Put a beginning-of-sequence token first; auto: as the model's tokenizer does."""
+    chat: bool = False
+    """A prompt is what the user says: put the model's own chat template around it, up
+    to where the assistant answers."""
     compat: Literal["none", "circuit-tracer"] = "none"
     """circuit-tracer's conventions: a first token always, no features or errors there,
     its pruning and its completeness score."""
@@ -79,7 +84,8 @@ class _Attribution:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TraceConfig(_Attribution):
     """Attribution graph of one prompt, written to a directory with a viewer page.
-    Ctrl-C writes it with the features attributed so far, all else as unexplored."""
+    Ctrl-C or SIGTERM writes it with the features attributed so far, all else as
+    unexplored."""
 
     prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
     """Text whose next token is explained."""
@@ -87,10 +93,10 @@ class TraceConfig(_Attribution):
     """Directory to write graph.npz, report.json, graph.json and index.html to."""
     targets: tuple[str, ...] = ()
     """What to explain instead of the most probable tokens. A text that is one token is
-    that token (mind leading spaces). Otherwise: "diff: Paris| London" for a difference
-    of two logits; "prob: Paris" and "logp: Paris" for a probability, to first order;
-    any of these and a token with "@P" after position P instead of the last; "top:P" for
-    the most probable tokens there; "feature:LAYER:P:INDEX" for a feature;
+    that token (mind leading spaces); id:N is token number N. "diff: Paris| London" is
+    a difference of two logits; "prob: Paris" and "logp: Paris" a probability, to first
+    order; any of these and a token with "@P" after position P instead of the last;
+    "top:P" for the most probable tokens there; "feature:LAYER:P:INDEX" for a feature;
     "vector:SITE@P:FILE.npz" for a direction `vec` at out, resid_mid:L, normalized:L,
     mlp_in:L, mlp_out:L, resid_post:L, resid_pre:L or attn_in:L. "2*..." gives a weight,
     otherwise all count the same; tokens alone count by probability."""
@@ -117,76 +123,92 @@ class SweepConfig(_Attribution):
     """The same for many prompts: a directory each and an index; resumes by itself."""
 
     prompts: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PROMPTS")]
-    """.txt file with a prompt a line, or .jsonl file of objects with `prompt`."""
+    """.txt file with a prompt a line, or .jsonl file of objects with `prompt`, or with
+    `messages` of a chat, [{"role": ..., "content": ...}, ...]."""
     out: Path
     """Directory to write to."""
     save: Literal["auto", "full", "pruned"] = "pruned"
     """What each graph.npz holds."""
 
 
-def run_trace(config: TraceConfig, say: Console) -> None:
+@long_command
+def run_trace(config: TraceConfig, say: Console, run: Run) -> None:
     """Trace, write, print."""
     from jaxclt import trace
+    from jaxclt.io.chat import user_says
     from jaxclt.io.global_file import load_globals
     from jaxclt.trace_files import write_trace
 
     if not config.prompt.strip():
         raise InputError("the prompt is empty: give some text to trace")
+    check_at_least(1, prefilter_size=config.prefilter_size)
     if config.assume:
         _dry_run_assumed(config)
         return
-    model, dictionary, attribution, loaded = _prepare(config, say)
+    prompt = user_says(config.prompt) if config.chat else config.prompt
+    model, dictionary, attribution, loaded = _prepare(config, say, run)
     if config.dry_run:
-        _dry_run(model, dictionary, config, attribution)
+        _dry_run(model, dictionary, prompt, config, attribution)
         return
     prefilter = None
     if config.prefilter is not None:
         size = config.prefilter_size or 2 * config.max_features
         prefilter = load_globals(config.prefilter), size
-    with progress(say, "attributing", "rows/s") as on_rows, stoppable(say) as stop:
+    with progress(say, "attributing", "rows/s") as on_rows:
         traced = trace.trace_prompt(
             model,
             dictionary,
-            config.prompt,
+            prompt,
             targets=config.targets,
             bos=config.bos,
             prefilter=prefilter,
             on_rows=on_rows,
-            stop=stop,
+            stop=run.stop,
             config=attribution,
         )
     traced.timing["load"] = loaded
     report = write_trace(
         traced, config.out, save=config.save, environment=config.environment
     )
+    stopped = "stopped" in report["work"]
     checked: dict[str, Any] = {}
-    if config.validate:
+    if config.validate and not stopped:
         from jaxclt.subject import Reopened
 
         opened = Reopened(
             model=model, dictionary=dictionary, graph=traced.graph, report=report
         )
-        checked = validate_opened(opened, config.out, say)
+        checked = validate_opened(opened, config.out, say, look=run.look)
+    _show(config, report, checked)
+    if stopped:
+        sys.exit(run.stop.status)
+
+
+def _show(config: TraceConfig, report: dict[str, Any], checked: dict[str, Any]) -> None:
     if config.json:
-        print(json.dumps(report))  # noqa: T201
+        print(to_json(report))  # noqa: T201
         return
     Console().print(_summary(report))
     Console().print("strongest paths:")
     for path in report["paths"]:
         Console().print(f"  {path}", markup=False, soft_wrap=True)
-    if config.validate:
+    if checked:
         Console().print(Text(checked["verdict"]))
     Console().print(f"page: {(config.out / 'index.html').resolve().as_uri()}")
 
 
 def _dry_run(
-    model: Model, dictionary: Dictionary, config: TraceConfig, how: AttributeConfig
+    model: Model,
+    dictionary: Dictionary,
+    prompt: Prompt,
+    config: TraceConfig,
+    how: AttributeConfig,
 ) -> None:
     from jaxclt.graph.compute import memory_budget
     from jaxclt.trace import plan_trace
 
     plan, n_tokens, n_active = plan_trace(
-        model, dictionary, config.prompt, config=how, bos=config.bos
+        model, dictionary, prompt, config=how, bos=config.bos
     )
     _show_plan(plan, n_tokens, n_active, memory_budget(how), config)
 
@@ -226,7 +248,7 @@ def _show_plan(
         "chunk_size": plan.chunk_size,
     }
     if config.json:
-        print(json.dumps(result))  # noqa: T201
+        print(to_json(result))  # noqa: T201
         return
     table = Table(title="dry run: nothing was attributed", show_header=False)
     for name, value in result.items():
@@ -241,13 +263,17 @@ def _show_plan(
     Console().print(table)
 
 
-def run_sweep(config: SweepConfig, say: Console) -> None:
+@long_command
+def run_sweep(config: SweepConfig, say: Console, run: Run) -> None:
     """Trace all prompts, print how many."""
+    from jaxclt.io.chat import user_says
     from jaxclt.sweep import read_prompts, sweep_prompts
 
     prompts = read_prompts(config.prompts)
-    model, dictionary, attribution, _ = _prepare(config, say)
-    with progress(say, "prompts", "prompts/s") as on_prompt:
+    if config.chat:
+        prompts = [user_says(x) if isinstance(x, str) else x for x in prompts]
+    model, dictionary, attribution, _ = _prepare(config, say, run)
+    with progress(say, "prompts", "prompts/s", run.look) as on_prompt:
         index = sweep_prompts(
             model,
             dictionary,
@@ -263,40 +289,24 @@ def run_sweep(config: SweepConfig, say: Console) -> None:
         if line["status"] == "failed":
             lines(say)(f"{line['directory']}: {line['error']}")
     if config.json:
-        print(json.dumps(index))  # noqa: T201
+        print(to_json(index))  # noqa: T201
         return
     done = sum(line["status"] == "done" for line in index)
     Console().print(f"{done} of {len(index)} prompts traced: {config.out}/index.jsonl")
 
 
 def _prepare(
-    config: TraceConfig | SweepConfig, say: Console
+    config: TraceConfig | SweepConfig, say: Console, run: Run
 ) -> tuple[Model, Dictionary, AttributeConfig, float]:
     """Check the output, load model and dictionary; with the seconds that took."""
     from jaxclt.graph.attribute import AttributeConfig
+    from jaxclt.graph.compute import row_mesh
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.model import load_model
-    from jaxclt.trace_files import check_writable
 
-    if not 0 <= config.tolerance < 1:
-        raise InputError(f"--tolerance {config.tolerance}: give a share in [0, 1)")
-    if config.max_features < 1:
-        raise InputError(f"--max-features {config.max_features}: give at least 1")
-    if config.memory is not None and not config.memory > 0:
-        raise InputError(f"--memory {config.memory}: give GB above 0")
-    if config.heads < 0:
-        raise InputError(f"--heads {config.heads}: give 0 for none, or how many edges")
-    check_writable(config.out, makes="trace" if isinstance(config, TraceConfig) else "")
-    use_compilation_cache()
-    started = time.perf_counter()
-    model = load_model(
-        config.model, dtype=config.dtype, mesh=config.shard, progress=lines(say)
-    )
-    dictionary = load_dictionary(config.dictionary, model, progress=lines(say))
     attribution = AttributeConfig(
         max_features=config.max_features,
-        # That tool leaves out what is not explored: no bound could be stated.
-        tolerance=config.tolerance if config.compat == "none" else 0.0,
+        tolerance=config.tolerance,
         node_threshold=config.node_threshold,
         edge_threshold=config.edge_threshold,
         heads=config.heads,
@@ -305,6 +315,21 @@ def _prepare(
         memory_gb=config.memory,
         devices=config.devices,
     )
+    row_mesh(attribution)  # refuses devices that are not there
+    if config.compat != "none":
+        # That tool leaves out what is not explored: no bound could be stated.
+        attribution = dataclasses.replace(attribution, tolerance=0.0)
+    if isinstance(config, SweepConfig):
+        run.own(config.out)
+    elif not config.dry_run:
+        run.own(config.out, makes="trace")
+    use_compilation_cache()
+    started = time.perf_counter()
+    model = load_model(
+        config.model, dtype=config.dtype, mesh=config.shard, progress=lines(say)
+    )
+    dictionary = load_dictionary(config.dictionary, model, progress=lines(say))
+    run.look()
     return model, dictionary, attribution, time.perf_counter() - started
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from jaxclt.errors import InputError
+from jaxclt.json_text import to_json
 
 __all__ = ["ViewConfig", "run_view"]
 
@@ -75,7 +75,7 @@ def run_view(config: ViewConfig, say: Console) -> None:
     html = pages.directory_page(config.directory, doc=doc, compare=other)
     path = Page(html=html, doc=doc).save(config.out or config.directory / "index.html")
     if config.json:
-        print(json.dumps({"page": str(path)}))  # noqa: T201
+        print(to_json({"page": str(path)}))  # noqa: T201
     else:
         Console().print(f"page: {path.resolve().as_uri()}")
 

@@ -6,7 +6,7 @@ import os
 
 import jax
 
-from jaxclt.io.fetch import cache_root
+from jaxclt.io.digest import cache_root
 
 __all__ = ["use_compilation_cache"]
 

@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxclt.clt.active import Active, Dictionary
+from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.coder import Dictionary
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.graph import Graph
+from jaxclt.graph.memory import available_bytes
 from jaxclt.graph.supernodes import SupernodeGraph, supernode_graph
 from jaxclt.intervene import PatchResult, patch
 from jaxclt.io.bundled import bundled
@@ -29,7 +31,7 @@ from jaxclt.io.json_file import read_json
 from jaxclt.io.model import Model, load_model
 from jaxclt.patching.edits import Edit
 from jaxclt.subject import Subject
-from jaxclt.trace import prompt_tokens, record_prompt, trace_prompt
+from jaxclt.trace import prompt_tokens, record_text, trace_prompt
 from jaxclt.trace_files import check_writable, write_trace
 from jaxclt.types import Supernode
 from jaxclt.validate import ValidateOptions, validate_graph, write_validation
@@ -110,10 +112,10 @@ def _last_values(
     model: Model, dictionary: Dictionary, prompt: str
 ) -> dict[tuple[int, int], float]:
     """Activations at the last position, by (layer, feature)."""
-    token_T = np.asarray(prompt_tokens(model, prompt), np.int32)
-    recording = record_prompt(model.params, token_T, model.cfg)  # pyright: ignore
-    active: Active = dictionary.active(model.params, recording, model.cfg)
-    here = active.pos_A == len(token_T) - 1
+    ids = prompt_tokens(model, prompt)
+    recording = record_text(model, ids, available_bytes(), pad=False)
+    active: Active = active_features(dictionary, model.params, recording, model.cfg)
+    here = active.pos_A == len(ids) - 1
     places = zip(active.layer_A[here], active.feature_A[here], strict=True)
     values = active.value_A[here]
     return {

@@ -1,13 +1,26 @@
-"""The one exception for bad input: a single line that says what to change."""
+"""The one exception for bad input, the checks that raise it, and their words."""
 
 from __future__ import annotations
 
+import difflib
+import json
 import reprlib
+from collections.abc import Collection, Iterable
 
-__all__ = ["InputError", "shown"]
+__all__ = [
+    "InputError",
+    "check_at_least",
+    "check_choice",
+    "check_finite",
+    "check_positive",
+    "check_share",
+    "did_you_mean",
+    "on_one_line",
+    "shown",
+]
 
-_MOST = 300  # characters of a message
-_HEAD = 230  # of them ahead of what is left out
+_MOST = 292  # characters of a message: 300 with "jaxclt: " before it
+_HEAD = 190  # of them ahead of what is left out
 _GAP = " ... "
 _BREAKS = dict.fromkeys([*range(32), *range(127, 160), 0x2028, 0x2029], " ")
 
@@ -54,3 +67,85 @@ def shown(value: object, most: int = 60) -> str:
     """
     text = _Brief(most).repr(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def on_one_line(text: str) -> str:
+    """A name on one line; nothing in it can steer a terminal, or fail to print."""
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
+_LOOKED_UP = 200  # characters of a name; longer ones are like nothing that is known
+_LARGEST = 10**15  # more of anything is a slip, and overflows somewhere
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What to add to a message about an unknown name; empty if nothing is like it."""
+    if len(name) > _LOOKED_UP:
+        return ""
+    by_lower = {x.lower(): x for x in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    if not close or by_lower[close[0]] == name:
+        return ""
+    return f'; did you mean "{by_lower[close[0]]}"?'
+
+
+def check_at_least(least: float, **values: float | None) -> None:
+    """Raise InputError unless numbers are finite and not below `least`.
+
+    Args:
+      least: the smallest that is allowed.
+      **values: by the name of their field, which is also that of their flag; None is
+        what was not given.
+    """
+    for name, value in values.items():
+        if value is None or least <= value <= _LARGEST:
+            continue
+        bound = (
+            f"at least {least:,}" if not value > _LARGEST else f"at most {_LARGEST:,}"
+        )
+        raise InputError(f"{_flag(name)} {value}: give {bound}")
+
+
+def check_choice(what: str, value: str, known: Collection[str]) -> None:
+    """Raise InputError unless a value is one of those that are known."""
+    if value not in known:
+        raise InputError(
+            f"{what} {value!r}: choose one of {', '.join(known)}"
+            f"{did_you_mean(value, known)}"
+        )
+
+
+def check_finite(**values: float | None) -> None:
+    """Raise InputError unless numbers are finite; named as for `check_at_least`."""
+    for name, value in values.items():
+        if value is not None and not abs(value) <= _LARGEST:
+            raise InputError(f"{_flag(name)} {value}: give a finite number")
+
+
+def check_positive(**values: float | None) -> None:
+    """Raise InputError unless numbers are above 0; named as for `check_at_least`."""
+    for name, value in values.items():
+        if value is not None and not 0 < value <= _LARGEST:
+            raise InputError(f"{_flag(name)} {value}: give a number above 0")
+
+
+def check_share(
+    *, zero: bool = False, one: bool = True, **values: float | None
+) -> None:
+    """Raise InputError unless numbers are shares; named as for `check_at_least`.
+
+    Args:
+      zero: whether 0 is one.
+      one: whether 1 is one.
+      **values: the numbers.
+    """
+    for name, value in values.items():
+        if value is None or 0 < value < 1 or (value == 0 and zero):
+            continue
+        if not (value == 1 and one):
+            interval = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
+            raise InputError(f"{_flag(name)} {value}: give a share in {interval}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

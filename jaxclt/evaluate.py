@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.errors import InputError
 from jaxclt.evaluation.agreement import predict
@@ -25,10 +25,13 @@ from jaxclt.evaluation.judges import Judge
 from jaxclt.evaluation.measures import EvalOptions, Measures, Stage
 from jaxclt.evaluation.prompts import EvalText, graph_filter, pick_prompts
 from jaxclt.io.model import Model
+from jaxclt.pace import logged
+from jaxclt.prompts import Prompt
+from jaxclt.trace import prompt_tokens
 
 __all__ = ["EvalOptions", "Prompts", "choose_prompts", "evaluate"]
 
-Prompts = Sequence[str | Sequence[int]]
+Prompts = Sequence[Prompt]
 
 SEARCHED = 512  # windows at most in which prompts are looked for
 
@@ -43,7 +46,7 @@ def evaluate(
     judge: Judge | None = None,
     pairs: Sequence[ConceptPair] | None = None,
     out: Path | None = None,
-    on_stage: Stage = lambda what, done, total: None,
+    on_stage: Stage | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Measure dictionaries on the same text and prompts.
 
@@ -57,16 +60,21 @@ def evaluate(
         leaves them out.
       pairs: sentence pairs of the Contrastive Eval; None: the built-in ones.
       out: directory to keep measures in; what is there already is not measured again.
-      on_stage: progress, (what, done, of).
+      on_stage: progress, (what, done, of); to the log if not given.
 
     Returns:
       A row for each dictionary and baseline, and raw rows (one for each prompt or
       window).
 
     Raises:
-      InputError: if there is no prompt to trace, or a dictionary does not fit.
+      InputError: if there is no prompt to trace, or one or a dictionary does not fit.
     """
-    options = options or EvalOptions()
+    options, on_stage = options or EvalOptions(), on_stage or logged()
+    for i, prompt in enumerate(prompts or ()):
+        try:
+            prompt_tokens(model, prompt)
+        except InputError as error:
+            raise InputError(f"prompt {i} of --prompts: {error}") from None
     if prompts is None and options.graphs:
         prompts = choose_prompts(model, text, options, on_stage)
     rows: list[dict[str, Any]] = []

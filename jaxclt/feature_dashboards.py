@@ -10,7 +10,6 @@ it was, in the text or in the files, and the files come out the same to the byte
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,25 +19,27 @@ from typing import Any
 
 import numpy as np
 
-from jaxclt.clt.active import Dictionary
-from jaxclt.clt.encoder import encoder_of
+from jaxclt.clt.coder import Dictionary, load
 from jaxclt.dashboards import files
 from jaxclt.dashboards.documents import feature_document, validate
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.logits import token_effects
-from jaxclt.dashboards.stream import SAVE_S, STATE, gather_examples
-from jaxclt.errors import InputError
+from jaxclt.dashboards.stream import SAVE_S, STATE, check_numbers, gather_examples
+from jaxclt.errors import InputError, check_at_least, check_finite
 from jaxclt.global_text import Features, choose_features
 from jaxclt.global_weights.subset import FeatureSizes
-from jaxclt.io.atomic import atomic_path
+from jaxclt.io.atomic import atomic_path, is_temporary
 from jaxclt.io.json_file import read_json
 from jaxclt.io.model import Model
+from jaxclt.json_text import to_json
+from jaxclt.pace import logged
 from jaxclt.windows import BATCH_TOKENS, Data, Mask, TokenWindows, read_windows
 
-__all__ = ["feature_dashboards", "write_features"]
+__all__ = ["check_options", "feature_dashboards", "write_features"]
 
 RUN = "run.json"  # what the directory's files are of
 REPORT = "report.json"
+TOLD = 256  # records between two reports of progress
 
 
 def feature_dashboards(
@@ -60,7 +61,7 @@ def feature_dashboards(
     loose: bool = False,
     batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
-    on_stage: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_stage: Callable[[str, int, int], None] | None = None,
 ) -> tuple[dict[str, Any], Examples]:
     """What features respond to in text, as files that viewers read.
 
@@ -82,7 +83,7 @@ def feature_dashboards(
       loose: also write features/{number}.json, one file a feature.
       batch_tokens: positions that go through the model together.
       seed: of the examples drawn.
-      on_stage: progress, (what, done, in all).
+      on_stage: progress, (what, done, in all); to the log if not given.
 
     Returns:
       The report (see report.json) and the examples.
@@ -91,7 +92,18 @@ def feature_dashboards(
       InputError: for arguments out of range, more memory than is free, or a directory
         of another run.
     """
-    out = Path(out)
+    check_options(
+        tokens=tokens,
+        context=context,
+        excerpt=excerpt,
+        top=top,
+        drawn=drawn,
+        histogram_every=histogram_every,
+        bins=bins,
+        logits=logits,
+        seed=seed,
+    )
+    out, tell = Path(out), on_stage or logged()
     started = time.perf_counter()
     windows = read_windows(
         model,
@@ -99,12 +111,12 @@ def feature_dashboards(
         mask=mask,
         tokens=tokens,
         context=context,
-        on_tokens=partial(on_stage, "tokens"),
+        on_tokens=partial(tell, "tokens"),
     )
     subset = choose_features(
-        model, dictionary, features, windows, partial(on_stage, "features")
+        model, dictionary, features, windows, partial(tell, "features")
     )
-    encoder = encoder_of(dictionary, model.params, model.cfg)
+    encoder = load(dictionary, model.params, model.cfg, decoders=False)
     settings = {
         "excerpt": excerpt,
         "top": top,
@@ -120,17 +132,19 @@ def feature_dashboards(
         "model": model.hash,
         "dictionary": dictionary.hash,
         # Neurons of one model differ by which of them count.
-        "neurons": dictionary.name if encoder.clt is None else "",
+        "neurons": dictionary.name if encoder.coder.gated else "",
         "windows": windows.digest,
         "features": hashlib.sha256(place_U2.tobytes()).hexdigest(),
         **settings,
     }
-    _claim(out, identity)
+    _refuse_other(out, identity)
     passed = time.perf_counter()
     counted: list[int] = []
 
     def on_tokens(done: int, total: int) -> None:
-        on_stage("examples", done, total)
+        if not counted:  # the pass fits, and is about to begin
+            _claim(out, identity)
+        tell("examples", done, total)
         counted.append(done)
 
     examples = gather_examples(
@@ -159,7 +173,7 @@ def feature_dashboards(
         sizes=encoder,
         logits=logits,
         loose=loose,
-        on_layer=partial(on_stage, "files"),
+        on_layer=partial(tell, "files"),
     )
     report = {
         "schema": 1,
@@ -178,7 +192,11 @@ def feature_dashboards(
         },
         "bytes": {
             "state": (out / STATE).stat().st_size,
-            "features": sum(x.stat().st_size for x in (out / "features").iterdir()),
+            "features": sum(
+                x.stat().st_size
+                for x in (out / "features").iterdir()
+                if not is_temporary(x.name)
+            ),
         },
     }
     new = counted[-1] - counted[0]
@@ -187,14 +205,34 @@ def feature_dashboards(
         return read_json(out / REPORT), examples
     report["tokens_per_second"] = round(new / pass_s, 1)  # compiling included
     with atomic_path(out / REPORT) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(to_json(report, indent=1) + "\n", encoding="utf-8")
     return report, examples
 
 
-def _claim(out: Path, identity: dict[str, Any]) -> None:
-    """Say what a directory is of; refuse one that is of something else."""
+def check_options(
+    *,
+    tokens: int,
+    context: int,
+    excerpt: int,
+    top: int,
+    drawn: int,
+    histogram_every: int,
+    bins: int = 40,
+    logits: int = 10,
+    seed: int = 0,
+) -> None:
+    """Raise InputError for numbers that `feature_dashboards` cannot take."""
+    check_at_least(1, tokens=tokens, context=context)
+    check_at_least(0, logits=logits)
+    check_finite(seed=seed)
+    check_numbers(top, drawn, excerpt, bins, histogram_every)
+
+
+def _refuse_other(out: Path, identity: dict[str, Any]) -> None:
+    """Refuse a directory that is of something else; one that nothing came of is not."""
     file = out / RUN
-    if file.is_file():
+    begun = (out / STATE).is_file() or (out / "features").is_dir()
+    if file.is_file() and begun:
         try:
             found = read_json(file)
         except InputError:
@@ -211,8 +249,12 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
             f"{out / 'features'} holds files that `jaxclt features` did not write: "
             "choose another directory"
         )
-    with atomic_path(file) as temporary:
-        temporary.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+
+
+def _claim(out: Path, identity: dict[str, Any]) -> None:
+    """Say what a directory is of."""
+    with atomic_path(out / RUN) as temporary:
+        temporary.write_text(to_json(identity, indent=1) + "\n", encoding="utf-8")
 
 
 def write_features(
@@ -256,9 +298,11 @@ def write_features(
             )
 
             def records(
-                row_N: np.ndarray = row_N, effects: Any = effects
+                layer: int = layer, row_N: np.ndarray = row_N, effects: Any = effects
             ) -> Iterator[bytes]:
                 for i, u in enumerate(row_N.tolist()):
+                    if i and not i % TOLD:
+                        on_layer(layer, n_layers)
                     document = feature_document(
                         examples,
                         u,

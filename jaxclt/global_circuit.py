@@ -14,9 +14,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxclt.clt.active import Dictionary
-from jaxclt.errors import InputError
-from jaxclt.global_text import Features, choose_features, store_of
+from jaxclt.clt.coder import Dictionary
+from jaxclt.errors import InputError, check_choice
+from jaxclt.global_text import Features, bound_of, choose_features
 from jaxclt.global_weights import ranking
 from jaxclt.global_weights import weights as weights_of
 from jaxclt.global_weights.attention import Head
@@ -65,17 +65,16 @@ def global_weights(
     Raises:
       InputError: if the dictionary is another, or for an unknown kind.
     """
-    store = store_of(dictionary, model.params)
+    on = bound_of(dictionary, model)
     if not isinstance(statistics, Coactivation):
         statistics, _ = load_statistics(statistics)
-    if kind not in ranking.KINDS:
-        raise InputError(f"kind {kind!r}: choose one of {', '.join(ranking.KINDS)}")
-    if statistics.subset.n_layers != store.cfg.n_layers:
+    check_choice("kind", kind, ranking.KINDS)
+    if statistics.subset.n_layers != on.shape.n_layers:
         raise InputError(
             f"the statistics are of {statistics.subset.n_layers} layers, the "
-            f"dictionary has {store.cfg.n_layers}: they do not belong together"
+            f"dictionary has {on.shape.n_layers}: they do not belong together"
         )
-    return build(store, model.params, statistics, kind=kind)
+    return build(on, statistics, kind=kind)
 
 
 def head_inputs(
@@ -108,12 +107,9 @@ def head_inputs(
     Raises:
       InputError: if the head was not gathered, or the target lies below it.
     """
-    store = store_of(dictionary, model.params)
-    value = head_weights(
-        store, model.params, statistics, head, layer, feature, cfg=model.cfg
-    )
-    if by not in value:
-        raise InputError(f"kind {by!r}: choose one of {', '.join(value)}")
+    on = bound_of(dictionary, model)
+    value = head_weights(on, statistics, head, layer, feature, cfg=model.cfg)
+    check_choice("kind", by, value)
     subset = statistics.subset
     return [
         {"layer": int(subset.layer_U[i]), "feature": int(subset.feature_U[i])}
@@ -141,14 +137,14 @@ def virtual_weights(
     Raises:
       InputError: if there is no such layer or feature.
     """
-    store = store_of(dictionary, model.params)
+    on = bound_of(dictionary, model)
     ends = []
     for layer, chosen in (target, source):
         index = np.asarray(chosen, np.int64).reshape(-1)
         # For its check only: the order that was asked for is kept.
-        Subset.of(np.stack([np.full_like(index, layer), index], 1), store.cfg)
+        Subset.of(np.stack([np.full_like(index, layer), index], 1), on.shape)
         ends.append((int(layer), index))
-    return virtual_block(store, model.params, *ends)
+    return virtual_block(on, *ends)
 
 
 def strongest_virtual(
@@ -174,12 +170,12 @@ def strongest_virtual(
     Raises:
       InputError: for features that the dictionary lacks.
     """
-    store = store_of(dictionary, model.params)
+    on = bound_of(dictionary, model)
     if isinstance(features, str) and features.startswith("top:"):
         raise InputError(f"features {features}: how often they fire needs text")
     none = TokenWindows(np.zeros((0, 1), np.int32), np.zeros((0, 1), bool))
     subset = choose_features(model, dictionary, features, none)
-    found = weights_of.strongest_virtual(store, model.params, subset, k, on_block)
+    found = weights_of.strongest_virtual(on, subset, k, on_block)
     return subset, found
 
 
@@ -192,7 +188,7 @@ class Inhibitors:
       slot_R: slots of the targets in the subset.
       n_tokens: positions that counted.
       effect_RU: mean over tokens of the edge of a source that alone keeps the target
-        silent (spec 11: E[1(h <= theta < h - V a) V a]); negative.
+        silent (maths 14.2); negative.
       released_RU: share of tokens on which that is so.
       virtual_RU: virtual weights.
     """
@@ -257,17 +253,17 @@ def global_inhibition(
     Raises:
       InputError: for input that does not fit, or a TopK dictionary.
     """
-    store = store_of(dictionary, model.params)
+    on = bound_of(dictionary, model)
     windows = read_windows(model, data, mask=mask, tokens=tokens, context=context)
     sources = choose_features(model, dictionary, features, windows)
-    asked = Subset.of(np.asarray(targets, np.int64), store.cfg)
+    asked = Subset.of(np.asarray(targets, np.int64), on.shape)
     place = [np.stack([x.layer_U, x.feature_U], 1) for x in (sources, asked)]
-    subset = Subset.of(np.concatenate(place), store.cfg)
+    subset = Subset.of(np.concatenate(place), on.shape)
     slot_R = np.asarray([subset.slot(int(a), int(b)) for a, b in place[1]], np.int32)
-    theta_R = thresholds(store, model.params, subset, slot_R)
-    V_RU = rows_of_weights(store, model.params, subset, slot_R)
-    plan = Plan(lm=model.cfg, clt=store.cfg, starts=subset.starts)
-    enc = encoders(store, model.params, subset)
+    theta_R = thresholds(on, subset, slot_R)
+    V_RU = rows_of_weights(on, subset, slot_R)
+    plan = Plan(lm=model.cfg, coder=on.coder, starts=subset.starts)
+    enc = encoders(on, subset)
     total: Sums = {}
     for token_WS, mask_WS, done in batches(windows, 0, BATCH_TOKENS):
         found = inhibition_of(

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
-from jaxclt.global_text import Features, choose_features, store_of
+from jaxclt.global_text import Features, bound_of, choose_features
 from jaxclt.global_weights.attention import Head
 from jaxclt.global_weights.sparse import check_size, sparse_sums
 from jaxclt.global_weights.statistics import (
@@ -39,6 +39,7 @@ from jaxclt.global_weights.statistics import (
 from jaxclt.global_weights.subset import Subset
 from jaxclt.io.global_file import load_statistics, save_statistics
 from jaxclt.io.model import Model
+from jaxclt.pace import logged
 from jaxclt.types import LMParams
 from jaxclt.windows import BATCH_TOKENS, Data, Mask, TokenWindows, batches, read_windows
 
@@ -64,7 +65,7 @@ def coactivation(
     output_tokens: int | Sequence[int] | np.ndarray = 0,
     shard: tuple[int, int] = (0, 1),
     state: str | os.PathLike[str] | None = None,
-    on_stage: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_stage: Callable[[str, int, int], None] | None = None,
 ) -> Coactivation:
     """Which features fire together on text: E[a_i 1(a_j)], E[a_i a_j], E[a_j].
 
@@ -90,13 +91,15 @@ def coactivation(
       shard: (i, n) takes every n-th window from the i-th on, the same features for all
         only if they are given by name or measured on the same windows.
       state: directory to keep sums in; a second call with the same arguments goes on.
-      on_stage: progress, (what, positions done, positions in all).
+      on_stage: progress, (what, positions done, positions in all); to the log if not
+        given.
 
     Raises:
       InputError: for data, features or heads that do not fit, or a `state` of another
         run.
     """
-    store = store_of(dictionary, model.params)
+    on_stage = on_stage or logged()
+    on = bound_of(dictionary, model)
     for layer, head in heads:
         if not (1 <= layer < model.cfg.n_layers and 0 <= head < model.cfg.n_heads):
             raise InputError(
@@ -137,14 +140,14 @@ def coactivation(
         )
     found = kept or Coactivation(
         subset=subset,
-        scaled=store.cfg.read != "resid_mid",
+        scaled=on.coder.site != "resid_mid",
         sums={},
         heads=tuple((int(layer), int(head)) for layer, head in heads),
         input_Y=chosen.tokens(input_tokens),
         output_Y=chosen.tokens(output_tokens),
     )
-    plan = Plan(lm=model.cfg, clt=store.cfg, starts=subset.starts, heads=found.heads)
-    gathering = _Gathering(model.params, encoders(store, model.params, subset), plan)
+    plan = Plan(lm=model.cfg, coder=on.coder, starts=subset.starts, heads=found.heads)
+    gathering = _Gathering(model.params, encoders(on, subset), plan)
     gathering.total = found.sums
     batch = BATCH_TOKENS // 2 if thin else BATCH_TOKENS
     for token_WS, mask_WS, done in batches(windows, first, batch):
@@ -152,11 +155,18 @@ def coactivation(
             gathering.add_sparse(token_WS, mask_WS)
         else:
             gathering.add(token_WS, mask_WS, found.input_Y, found.output_Y)
-        counted = int(windows.mask_WS[:done].sum())
-        on_stage("statistics", counted, windows.n_tokens)
-        if keep.due():
-            sums = gathering.flush()
-            keep.save(dataclasses.replace(found, sums=sums), done)
+        if not gathering.since:
+            # Kept between two flushes, sums would be added up in another order.
+            found, first = dataclasses.replace(found, sums=gathering.total), done
+        try:
+            counted = int(windows.mask_WS[:done].sum())
+            on_stage("statistics", counted, windows.n_tokens)
+        except KeyboardInterrupt:
+            if first:
+                keep.save(found, first)
+            raise
+        if first == done and keep.due():
+            keep.save(found, first)
     found = dataclasses.replace(found, sums=gathering.flush())
     keep.finish(found, len(windows.token_WS))
     return found
@@ -328,6 +338,8 @@ class _State:
 
     def save(self, found: Coactivation, windows: int) -> None:
         """Keep what there is so far."""
+        if self.directory is None:
+            return
         self._write("partial.npz", found, windows)
         self.saved = time.monotonic()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,20 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import Dictionary
-from jaxclt.clt.encoder import Encoder, encoder_of
-from jaxclt.clt.neurons import NeuronDictionary
-from jaxclt.clt.store import DictionaryStore
+from jaxclt.clt.coder import Bound, Dictionary, Loaded, load
 from jaxclt.dashboards.peaks import Batch, firing_counts
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean
 from jaxclt.global_weights.subset import FeatureSizes, Subset
 from jaxclt.io.json_file import MOST, parse_json, read_bounded
 from jaxclt.io.model import Model
 from jaxclt.io.npz import Must, open_npz
-from jaxclt.types import LMParams
 from jaxclt.windows import BATCH_TOKENS, TokenWindows, batches
 
-__all__ = ["Features", "choose_features", "store_of"]
+__all__ = ["Features", "bound_of", "choose_features"]
 
 Features = str | os.PathLike[str] | Subset | np.ndarray | Sequence[Sequence[int]]
 
@@ -33,24 +30,24 @@ SELECT_TOKENS = 16_384  # positions that features are chosen on
 # -- which features --------------------------------------------------------------------
 
 
-def store_of(dictionary: Dictionary, params: LMParams) -> DictionaryStore:
-    """The weights of a dictionary that has global weights.
+def bound_of(dictionary: Dictionary, model: Model) -> Bound:
+    """A dictionary that has global weights, on its model.
 
     Raises:
-      InputError: for neurons, and for a model in less than float32.
+      InputError: for one with gates, and for a model in less than float32.
     """
-    store = getattr(dictionary, "store", None)
-    if store is None:
+    on = Bound(dictionary, model.params, model.cfg)
+    if on.coder.gated:
         raise InputError(
             f"dictionary {dictionary.name}: a neuron's gate depends on the prompt, so "
             "neurons have no global weights; give a transcoder"
         )
-    if params.embed_VD.dtype.itemsize < 4:
+    if on.dtype.itemsize < 4:
         raise InputError(
-            f"statistics need float32, the model is {params.embed_VD.dtype}: load it "
+            f"statistics need float32, the model is {on.dtype}: load it "
             'with dtype="float32"'
         )
-    return store
+    return on
 
 
 def choose_features(
@@ -76,9 +73,8 @@ def choose_features(
     """
     if isinstance(features, Subset):
         return features
-    store: DictionaryStore | None = getattr(dictionary, "store", None)
-    encoder = None if store else encoder_of(dictionary, model.params, model.cfg)
-    sizes = encoder or store.cfg  # pyright: ignore[reportOptionalMemberAccess]
+    coder = dictionary.coder(model.cfg)
+    sizes = coder.shape
     if not isinstance(features, str | os.PathLike):
         return Subset.of(np.asarray(features, np.int64), sizes)
     name = os.fspath(features)
@@ -86,15 +82,15 @@ def choose_features(
         return Subset.everything(sizes)
     head, _, count = name.partition(":")
     if head == "top":
-        if not count.isdecimal() or int(count) < 1:
+        if not re.fullmatch(r"0*[1-9]\d{0,8}", count):
             raise InputError(f"--features {name}: write top:K with K at least 1")
-        if dictionary == NeuronDictionary(hash=dictionary.hash):
+        if coder.gated and not coder.chooses:
             raise InputError(
                 f"--features {name}: every neuron is active on every token; name some, "
                 "or take neurons:k as the dictionary"
             )
         sample = windows.first(SELECT_TOKENS)
-        encoder = encoder or encoder_of(dictionary, model.params, model.cfg)
+        encoder = load(dictionary, model.params, model.cfg, decoders=False)
         count_U = _firing(model, encoder, sample, on_tokens)
         return _most_frequent(count_U, int(count), sizes)
     return Subset.of(_read_features(Path(name)), sizes)
@@ -111,8 +107,9 @@ def _most_frequent(count_U: np.ndarray, k: int, cfg: FeatureSizes) -> Subset:
 
 def _read_features(path: Path) -> np.ndarray:
     usage = "write lines LAYER:FEATURE, a .json list of pairs, all, or top:K"
-    if not path.is_file():
-        raise InputError(f"--features {path}: there is no such file; {usage}")
+    if not os.path.isfile(path):
+        hint = did_you_mean(str(path).partition(":")[0], ("all", "top"))
+        raise InputError(f"--features {path}: there is no such file; {usage}{hint}")
     try:
         if path.suffix == ".npz":
             with open_npz(path, "holds no features", usage) as file:
@@ -127,7 +124,7 @@ def _read_features(path: Path) -> np.ndarray:
             lines = text.decode("utf-8").splitlines()
             rows = [line.split(":") for line in lines if line.strip()]
         return np.asarray(rows, np.int64).reshape(len(rows), 2)
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(f"--features {path} cannot be read: {usage}") from error
 
 
@@ -136,7 +133,7 @@ _counts = jax.jit(firing_counts)
 
 def _firing(
     model: Model,
-    encoder: Encoder,
+    encoder: Loaded,
     windows: TokenWindows,
     on_tokens: Callable[[int, int], None],
 ) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -14,9 +13,9 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.active import Dictionary
-from jaxclt.clt.store import DictionaryStore
-from jaxclt.global_text import store_of
+from jaxclt.clt.coder import Bound, Dictionary
+from jaxclt.errors import check_at_least
+from jaxclt.global_text import bound_of
 from jaxclt.global_weights import ranking
 from jaxclt.global_weights.build import virtual_blocks
 from jaxclt.global_weights.ranking import GlobalWeights, Kind
@@ -25,7 +24,7 @@ from jaxclt.global_weights.weights import embedding_weights, logit_weights
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.global_file import SavedGlobals, load_globals, save_globals
 from jaxclt.io.model import Model
-from jaxclt.types import LMParams
+from jaxclt.json_text import to_json
 from jaxclt.viewer.globals_page import globals_page
 
 __all__ = ["neighbourhood", "page_document", "write_globals"]
@@ -58,19 +57,20 @@ def write_globals(
       on_layer: progress of the vocabulary weights, layer by layer.
 
     Raises:
-      InputError: if the directory cannot be written.
+      InputError: if the directory cannot be written, or `top` is below 1.
     """
-    out, store = Path(out), store_of(dictionary, model.params)
+    check_at_least(1, top=top)
+    out, on = Path(out), bound_of(dictionary, model)
     stats = weights.statistics
     scaled: tuple[Kind, ...] = ("era_norm", "twera_norm") if stats.scaled else ()
     links = weights.strongest(top, ("virtual", "era", "twera", *scaled))
     blocks: Iterable[tuple[int, int, np.ndarray]] = (
-        virtual_blocks(store, model.params, stats)
+        virtual_blocks(on, stats)
         if stats.sparse  # which lack the pairs that never fire together
         else zip(stats.subset.starts, itertools.repeat(0), weights.virtual)  # pyright: ignore
     )
     share = ranking.interference(stats, blocks)
-    tables = _token_tables(model.params, store, stats.subset, on_layer)
+    tables = _token_tables(on, stats.subset, on_layer)
     ids = np.unique(np.concatenate([tables[name].ravel() for name in _TOKEN_TABLES]))
     told = (meta or {}) | {
         "schema": 1,
@@ -79,7 +79,7 @@ def write_globals(
         "hashes": {"model": model.hash, "dictionary": dictionary.hash},
         "by": weights.kind,
         "top": top,
-        "read": store.cfg.read,
+        "read": on.coder.site,
         "sparse": stats.sparse,
         "tokens": stats.n_tokens,
         "features": len(stats.subset),
@@ -100,7 +100,7 @@ def write_globals(
     with atomic_path(out / "index.html") as temporary:
         temporary.write_text(globals_page(page_document(found)), encoding="utf-8")
     with atomic_path(out / "report.json") as temporary:
-        temporary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(to_json(told, indent=1) + "\n", encoding="utf-8")
     return found
 
 
@@ -186,22 +186,21 @@ def _highest(x_RV: Array, k: int) -> tuple[Array, Array]:
 
 
 def _token_tables(
-    params: LMParams,
-    store: DictionaryStore,
+    on: Bound,
     subset: Subset,
     on_layer: Callable[[int, int], None],
 ) -> dict[str, np.ndarray]:
     """The tokens with the largest embedding and logit weights of every feature."""
-    k = min(TOKENS_LISTED, params.embed_VD.shape[0])
+    k = min(TOKENS_LISTED, on.params.embed_VD.shape[0])
     found: dict[str, list[np.ndarray]] = {}
-    L = store.cfg.n_layers
+    L = on.shape.n_layers
     for layer in range(L):
         chosen = subset.features(layer)
         # A few features at a time: each has a weight for every token.
         for start in range(0, len(chosen), 256):
             part = chosen[start : start + 256]
-            embed_RV = embedding_weights(store, params, layer, part)
-            logit_RV = logit_weights(store, params, layer, part)
+            embed_RV = embedding_weights(on, layer, part)
+            logit_RV = logit_weights(on, layer, part)
             for name, x_RV, sign in (
                 ("input", embed_RV, 1),
                 ("output", logit_RV, 1),
@@ -264,8 +263,8 @@ def neighbourhood(
                 weights.subset.feature_U[slot : slot + 1],
                 weights.subset.n_layers,
             )
-            store = store_of(dictionary, model.params)
-            found = _token_tables(model.params, store, one, lambda done, total: None)
+            on = bound_of(dictionary, model)
+            found = _token_tables(on, one, lambda done, total: None)
             tables = {name: value[0] for name, value in found.items()}
             ids = np.unique(np.concatenate([tables[n] for n in _TOKEN_TABLES])).tolist()
             strings = model.tokenizer.token_strings(ids)

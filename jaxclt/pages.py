@@ -7,7 +7,6 @@ What a reader saved (labels in the nodes, pins and supernodes in ``qParams``) li
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from jaxclt.graph.graph import Graph
 from jaxclt.graph.supernodes import suggest_supernodes
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import MOST_DATA, find_json
+from jaxclt.json_text import to_json
 from jaxclt.types import Supernode
 from jaxclt.viewer.graph_json import validate
 from jaxclt.viewer.page import page
@@ -189,7 +189,7 @@ def with_saved_view(doc: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 def traced_digest(report: dict[str, Any]) -> str:
     """What tells the graph of a report.json from one traced with other settings."""
-    same = json.dumps(report.get("identity"), sort_keys=True)
+    same = to_json(report.get("identity"), sort_keys=True)
     return hashlib.sha256(same.encode()).hexdigest()
 
 

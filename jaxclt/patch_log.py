@@ -6,7 +6,6 @@ takes the place of the older one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from typing import Any
 from jaxclt.graph.graph import GraphMeta
 from jaxclt.intervene import PatchResult
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.guard import locked
 from jaxclt.io.json_file import find_json
+from jaxclt.json_text import finite, to_json
 from jaxclt.pages import PATCHES
-from jaxclt.viewer.graph_json import finite
 
 __all__ = ["MOST", "keep_patch", "patch_record"]
 
@@ -53,21 +53,22 @@ def keep_patch(directory: Path, record: dict[str, Any], meta: GraphMeta) -> None
     """
     path = directory / PATCHES
     about = {"prompt": meta.prompt, "dictionary": meta.dictionary}
-    before = find_json(path) or {}
-    same = all(before.get(key) == value for key, value in about.items())
-    older = before.get("patches") if same else None
-    kept = [
-        p
-        for p in (older if isinstance(older, list) else [])
-        if isinstance(p, dict) and _made_of(p) != _made_of(record)
-    ]
-    text = json.dumps({**about, "patches": [record, *kept][:MOST]}, allow_nan=False)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with locked(path):
+        before = find_json(path) or {}
+        same = all(before.get(key) == value for key, value in about.items())
+        older = before.get("patches") if same else None
+        kept = [
+            p
+            for p in (older if isinstance(older, list) else [])
+            if isinstance(p, dict) and _made_of(p) != _made_of(record)
+        ]
+        text = to_json({**about, "patches": [record, *kept][:MOST]})
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def _made_of(record: dict[str, Any]) -> str:
     keys = ("nodes", "change", "mode", "layers", "options")
     said = {key: record.get(key) for key in keys}
     said["nodes"] = sorted(map(str, said["nodes"] or ()))
-    return json.dumps(said, sort_keys=True)
+    return to_json(said, sort_keys=True)

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.patching.modes import Gates
 from jaxclt.subject import Subject
 from jaxclt.validation.faithfulness import (
@@ -35,7 +34,7 @@ def faithfulness(
     n_perturbed: int = 3,
     size: float = 0.1,
     live: bool = True,
-    on_batch: Callable[[int], None] = lambda n: None,
+    on_batch: Callable[[int, int], None] = lambda n, n_diverged: None,
 ) -> tuple[dict[str, Any], list[int]]:
     """Cosine and NMSE of the two models' responses, with means over perturbations.
 
@@ -46,7 +45,8 @@ def faithfulness(
       n_perturbed: perturbations of a kind and layer.
       size: of a perturbation, share of the feature's activation.
       live: also with the replacement model's norms live (kinds ending in ``_live``).
-      on_batch: called with the perturbations of each batch done.
+      on_batch: called with the perturbations of each batch done, and those that
+        diverged, which are in no mean.
 
     Returns:
       For each kind (encoder, random, upstream) ``cosine`` and ``nmse``, tables by
@@ -62,6 +62,7 @@ def faithfulness(
         for kind, (rows, batch) in made.items():
             name = kind if norms == "frozen" else f"{kind}_live"
             cosine, nmse = (np.full((len(layers), L), np.nan) for _ in range(2))
+            lost = 0
             if batch:
                 with jax.default_matmul_precision("highest"):
                     done = perturb_many(
@@ -71,12 +72,14 @@ def faithfulness(
                         norms=norms,
                         gates=gates,
                     )
+                fine_B = np.asarray(done.finite)
+                lost = int((~fine_B).sum())
                 for row in range(len(layers)):
-                    mine = np.flatnonzero(np.array(rows) == row)
+                    mine = np.flatnonzero((np.array(rows) == row) & fine_B)
                     if len(mine):
                         cosine[row] = np.asarray(done.cosine_L)[mine].mean(0)
                         nmse[row] = np.asarray(done.nmse_L)[mine].mean(0)
-            on_batch(len(batch))
+            on_batch(len(batch), lost)
             out[name] = {"cosine": _table(cosine), "nmse": _table(nmse)}
     return out, layers
 
@@ -106,8 +109,8 @@ def variants(
     subject: Subject,
 ) -> list[tuple[Literal["frozen", "live"], Gates]]:
     """Norms and gates of the replacement model: as in the graph, as in the model."""
-    neurons = isinstance(subject.dictionary, NeuronDictionary)
-    return [("frozen", "frozen" if neurons else "live"), ("live", "live")]
+    gated = subject.patchable.coder.gated
+    return [("frozen", "frozen" if gated else "live"), ("live", "live")]
 
 
 def _table(values: np.ndarray) -> list[list[float | None]]:
@@ -151,7 +154,6 @@ def _perturbations(
     # Upstream edits raise an activation; the others only lend their shape.
     edits = subject.edits(
         [_place(a, s, 1.0, size * float(a.value_A[s]) * up) for _, s, up in drawn],
-        silent=True,
     )
     way_ND = np.asarray(jax.random.normal(key, (len(drawn), D))).astype(dtype)
     read_ND = a.reads(slot_N)

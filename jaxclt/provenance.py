@@ -13,23 +13,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import Active, Dictionary, StoreDictionary
-from jaxclt.errors import InputError
+from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.coder import Dictionary
+from jaxclt.errors import InputError, check_at_least
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.explain import EdgeParts, edge_parts
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.heads import head_loadings
 from jaxclt.graph.inhibition import Inhibition, find_inhibition
+from jaxclt.graph.memory import available_bytes
 from jaxclt.graph.provenance import crop, graph_active, hop_spectrum
 from jaxclt.graph.target_reads import target_reads
 from jaxclt.graph.targets import token_targets
 from jaxclt.io.model import Model
 from jaxclt.replacement.errors import error_nodes
-from jaxclt.shapes import bucket
-from jaxclt.trace import record_prompt
+from jaxclt.trace import record_text
 from jaxclt.types import Recording
 
-__all__ = ["edge_parts_with_model", "inhibition", "recorded"]
+__all__ = [
+    "edge_parts_with_model",
+    "inhibition",
+    "record_again",
+    "recorded",
+    "same_hash",
+]
+
+
+def same_hash(what: str, name: str, found: str, traced: str | None) -> None:
+    """Raise InputError if a model or dictionary is not the one that was traced."""
+    if found != traced:
+        raise InputError(
+            f"the {what} {name!r} is not the one that was traced but another {what} "
+            f"(hash {found[:12]} instead of {str(traced)[:12]}): give the traced one "
+            f"with --{what}, or trace again"
+        )
+
+
+def record_again(
+    graph: Graph, model: Model, dictionary: Dictionary, *, pad: bool = True
+) -> Recording:
+    """The clean pass of a graph's prompt, in the memory that its trace was given.
+
+    Less if less is free.
+
+    Raises:
+      InputError: if the graph comes from another model or dictionary.
+    """
+    for what, ours in (("model", model), ("dictionary", dictionary)):
+        theirs = graph.meta.hashes.get(what, ours.hash)
+        same_hash(what, ours.name, ours.hash, theirs)
+    given, budget = graph.meta.config.get("memory_gb"), available_bytes()
+    if isinstance(given, int | float):
+        budget = min(budget, int(given * 1e9))
+    return record_text(model, graph.token_T, budget, pad=pad)
 
 
 def recorded(
@@ -40,21 +76,11 @@ def recorded(
     Raises:
       InputError: if the graph comes from another model or dictionary.
     """
-    for what, ours in (("model", model.hash), ("dictionary", dictionary.hash)):
-        theirs = graph.meta.hashes.get(what, ours)
-        if theirs != ours:
-            raise InputError(
-                f"the graph was traced with another {what} (hash {theirs[:12]}, this "
-                f"one has {ours[:12]}): give the one it was traced with"
-            )
-    n = graph.n_tokens
-    token_T = np.zeros(bucket(n), np.int32)
-    token_T[:n] = graph.token_T
-    recording = record_prompt(model.params, jnp.asarray(token_T), model.cfg)
-    active = dictionary.active(model.params, recording, model.cfg)
+    recording = record_again(graph, model, dictionary)
+    active = active_features(dictionary, model.params, recording, model.cfg)
     if graph.meta.convention == "circuit-tracer":
         active = active.where(active.pos_A > 0)
-    return crop(recording, active, n)
+    return crop(recording, active, graph.n_tokens)
 
 
 def edge_parts_with_model(
@@ -69,8 +95,11 @@ def edge_parts_with_model(
     """`edge_parts` with its hops, and its heads even if the graph does not list them.
 
     Raises:
-      InputError: if there is no such edge, or the graph is not from this model.
+      InputError: if there is no such edge, the graph is not from this model, or
+        `max_hops` is below 1.
     """
+    check_at_least(1, max_hops=max_hops)
+    max_hops = min(max_hops, model.cfg.n_layers)  # a path passes no more heads
     parts = edge_parts(graph, source, target)
     with jax.default_matmul_precision("highest"):
         recording, active = recorded(graph, model, dictionary)
@@ -143,15 +172,11 @@ def inhibition(
     Raises:
       InputError: for a dictionary without thresholds, or not the graph's.
     """
-    if not isinstance(dictionary, StoreDictionary):
-        raise InputError(
-            f"{dictionary.name} has no thresholds: inhibition takes a transcoder"
-        )
     recording, active = recorded(graph, model, dictionary)
     return find_inhibition(
         model.params,
         recording,
-        dictionary.store,
+        dictionary,
         active,
         model.cfg,
         margin=margin,

@@ -59,17 +59,16 @@ class Patcher:
             from jaxclt.intervene import patch
             from jaxclt.patch_log import keep_patch, patch_record
             from jaxclt.patching.edits import Edit
+            from jaxclt.types import Supernode
 
             subject = self._of(directory)
-            edits = [
-                Edit(layer=layer, pos=pos, feature=feature, scale=scale)
-                for layer, feature, pos in nodes
-            ]
+            places = tuple((layer, pos, feature) for layer, feature, pos in nodes)
+            group = Supernode(name or "patched", places)
             result = patch(
                 subject.model,
                 subject.dictionary,
                 subject.graph,
-                edits,
+                [Edit(supernode=group, scale=scale)],
                 mode=mode,
                 subject=subject,
             )

@@ -1,6 +1,6 @@
-"""A traced prompt becomes a model again, ready to be changed.
+"""A prompt, traced or not, becomes a model that is ready to be changed.
 
-directory --reopen--> model, dictionary, graph --Subject.of--> recording
+directory --reopen--> model, dictionary, graph (or a prompt) --Subject.of--> recording
   --Subject.effects--> measured patches
 """
 
@@ -17,15 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import Active, Dictionary
-from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
+from jaxclt.graph.memory import available_bytes
 from jaxclt.graph.supernodes import with_features
+from jaxclt.graph.targets import salient_targets
 from jaxclt.io.dictionary import load_dictionary
 from jaxclt.io.graph_file import load_graph
 from jaxclt.io.json_file import TEXT, check_json, json_schema, named, read_json, record
 from jaxclt.io.model import Model, load_model
+from jaxclt.io.tokenizer import Bos
 from jaxclt.patching.batch import (
     How,
     Local,
@@ -34,11 +37,21 @@ from jaxclt.patching.batch import (
     make_patchable,
     patch_many,
 )
-from jaxclt.patching.edits import Edit, Edits, batch_edits, expand_edits, make_edits
+from jaxclt.patching.edits import (
+    Change,
+    Edit,
+    Edits,
+    acting,
+    batch_edits,
+    changes_of,
+    make_edits,
+)
 from jaxclt.patching.effects import Ask, Effect, measure_effect
 from jaxclt.patching.features import Features, gather_features
 from jaxclt.patching.modes import Gates, Mode, Patchable
-from jaxclt.trace import record_prompt
+from jaxclt.provenance import record_again, same_hash
+from jaxclt.trace import prompt_tokens, record_text
+from jaxclt.types import Supernode
 
 __all__ = ["Reopened", "Subject", "reopen"]
 
@@ -90,58 +103,74 @@ def reopen(
     traced = report["identity"]["hashes"]
     names = (model or report["model"], dictionary or report["dictionary"])
     loaded = load_model(names[0], dtype=dtype, progress=progress)
-    _same("model", names[0], loaded.hash, traced.get("model"))
+    same_hash("model", names[0], loaded.hash, traced.get("model"))
     opened = load_dictionary(names[1], loaded)
-    _same("dictionary", names[1], opened.hash, traced.get("dictionary"))
+    same_hash("dictionary", names[1], opened.hash, traced.get("dictionary"))
     return Reopened(model=loaded, dictionary=opened, graph=graph, report=report)
-
-
-def _same(what: str, name: str, found: str, traced: str | None) -> None:
-    if found != traced:
-        raise InputError(
-            f"the {what} {name!r} is not the one that was traced (hash "
-            f"{found[:12]} instead of {str(traced)[:12]}): give the traced one with "
-            f"--{what}, or trace again"
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A traced prompt, recorded again and ready to be changed."""
+    """A prompt, recorded and ready to be changed."""
 
     model: Model
     dictionary: Dictionary
-    graph: Graph
     patchable: Patchable
+    traced: Graph | None = None  # of the prompt, if there is one
 
     @classmethod
-    def of(cls, model: Model, dictionary: Dictionary, graph: Graph) -> Subject:
-        """Record the graph's prompt.
+    def of(
+        cls,
+        model: Model,
+        dictionary: Dictionary,
+        prompt: Graph | str | Sequence[int],
+        *,
+        bos: Bos = "auto",
+    ) -> Subject:
+        """Record a prompt.
+
+        Args:
+          model: from `load_model`.
+          dictionary: from `load_dictionary`.
+          prompt: the graph of one, or text, or token ids.
+          bos: for text, whether a beginning-of-sequence token is put first.
 
         Raises:
-          InputError: if the graph belongs to another model or dictionary.
+          InputError: if the graph belongs to another model or dictionary, or the prompt
+            does not fit the model.
         """
-        hashes = graph.meta.hashes
-        if hashes:
-            _same("model", model.name, model.hash, hashes.get("model"))
-            _same(
-                "dictionary", dictionary.name, dictionary.hash, hashes.get("dictionary")
-            )
-        token_T = jnp.asarray(graph.token_T)
+        traced = prompt if isinstance(prompt, Graph) else None
         with jax.default_matmul_precision("highest"):
-            recording = record_prompt(model.params, token_T, model.cfg)
+            if isinstance(prompt, Graph):
+                recording = record_again(prompt, model, dictionary, pad=False)
+            else:
+                ids = prompt_tokens(model, prompt, bos)
+                recording = record_text(model, ids, available_bytes(), pad=False)
         return cls(
             model=model,
             dictionary=dictionary,
-            graph=graph,
             patchable=make_patchable(dictionary, model.params, recording, model.cfg),
+            traced=traced,
         )
+
+    @property
+    def graph(self) -> Graph:
+        """The graph of the prompt.
+
+        Raises:
+          InputError: if it was not traced.
+        """
+        if self.traced is None:
+            raise InputError(
+                "this takes the graph of the prompt, not it alone: trace it first"
+            )
+        return self.traced
 
     @functools.cached_property
     def active(self) -> Active:
         """The active features; for `neurons:k` the kept ones."""
-        return self.dictionary.active(
-            self.model.params, self.patchable.recording, self.model.cfg
+        return active_features(
+            self.dictionary, self.model.params, self.patchable.recording, self.model.cfg
         )
 
     @functools.cached_property
@@ -152,6 +181,14 @@ class Subject:
     def local_with(self, also: np.ndarray | None) -> Local:
         """Tables that also hold some (layer, feature) rows."""
         return make_local(self.dictionary, self.patchable, self.active, also=also)
+
+    def local_for(self, single: Sequence[Change]) -> tuple[Local, np.ndarray]:
+        """Tables that hold the features of some changes, and where these are."""
+        local = self.local
+        pair_E2 = np.array([(c[0], c[2]) for c in single], int).reshape(-1, 2)
+        if any(f not in local.feature_LU[l] for l, f in pair_E2):
+            local = self.local_with(pair_E2)
+        return local, local.slots(*pair_E2.T)
 
     @functools.cached_property
     def targets(self) -> np.ndarray:
@@ -168,10 +205,25 @@ class Subject:
             )
         return found
 
+    @functools.cached_property
+    def answers(self) -> tuple[np.ndarray, list[str]]:
+        """Tokens that patches are measured on, int32, and their texts.
+
+        The graph's targets; without a graph those that `trace` would choose.
+        """
+        if self.traced is not None:
+            chosen = self.traced.meta.target_tokens
+            token_K = self.traced.target_token_K[self.targets]
+            return token_K, [chosen[k] for k in self.targets]
+        out_D = self.patchable.recording.out_TD[-1]
+        with jax.default_matmul_precision("highest"):
+            token_K = np.asarray(salient_targets(self.model.params, out_D).token_K)
+        return token_K, self.model.tokenizer.token_strings(token_K.tolist())
+
     @property
     def n_tokens(self) -> int:
         """T."""
-        return self.graph.n_tokens
+        return len(self.patchable.recording.token_T)
 
     def watch(self, nodes: np.ndarray) -> Features:
         """Rows of the graph's features by slot."""
@@ -190,31 +242,52 @@ class Subject:
         )
 
     def ask(self, watch: Features | None = None, *, n_top: int = 0) -> Ask:
-        """What to measure: the graph's target tokens at the last position."""
+        """What to measure: `answers` at the last position."""
         return Ask(
-            token_K=jnp.asarray(self.graph.target_token_K[self.targets]),
+            token_K=jnp.asarray(self.answers[0]),
             last=jnp.asarray(self.n_tokens - 1, jnp.int32),
             watch=watch,
             n_top=n_top,
         )
 
-    def single(self, edits: Sequence[Edit], *, n_later: int = 0) -> list[tuple]:
-        """Single changes, as `expand_edits` gives them; named features found by name.
+    def named(self, group: Supernode) -> Supernode:
+        """A supernode with the features that it names by text found in the graph.
 
         Raises:
-          InputError: as `expand_edits`, or for a name that the graph does not have.
+          InputError: for a name that the graph does not have, or without a graph.
+        """
+        if all(not isinstance(node, str) for node in group.nodes):
+            return group
+        if self.traced is None:
+            raise InputError(
+                f"supernode {group.name!r} names nodes in words, which takes the graph "
+                "of the prompt: trace it first, or give (layer, position, feature)"
+            )
+        return with_features(self.traced, group)
+
+    def single(self, edits: Sequence[Edit], *, n_later: int = 0) -> list[Change]:
+        """The single changes that edits make, see `expand_edits` and `acting`.
+
+        Args:
+          edits: made together.
+          n_later: tokens that will be generated, which slices without an end cover.
+
+        Raises:
+          InputError: as these two and `make_edits`, or for a name that the graph does
+            not have.
         """
         found = [
             edit
             if edit.supernode is None
-            else dataclasses.replace(
-                edit, supernode=with_features(self.graph, edit.supernode)
-            )
+            else dataclasses.replace(edit, supernode=self.named(edit.supernode))
             for edit in edits
         ]
-        return expand_edits(found, n_tokens=self.n_tokens, n_later=n_later)
+        groups = changes_of(found, n_tokens=self.n_tokens, n_later=n_later)
+        made = self.edits([change for group in groups for change in group])
+        value_E = np.asarray(made.features.value_E)
+        return acting(found, groups, value_E, self.n_tokens)
 
-    def edits(self, single: Sequence[tuple], *, silent: bool = False) -> Edits:
+    def edits(self, single: Sequence[Change]) -> Edits:
         """The pytree of single changes (layer, position, feature, factor, offset)."""
         return make_edits(
             single,
@@ -222,7 +295,6 @@ class Subject:
             self.model.params,
             self.patchable.recording,
             cfg=self.model.cfg,
-            silent=silent,
         )
 
     def how(
@@ -234,17 +306,17 @@ class Subject:
         gates: Gates | None = None,
     ) -> How:
         """Semantics; neurons keep their gates unless asked, as in the graph."""
-        neurons = isinstance(self.dictionary, NeuronDictionary)
+        gated = self.patchable.coder.gated
         return How(
             mode=mode,
             freeze_pattern=freeze_pattern,
             freeze_norm=freeze_norm,
-            gates=gates or ("frozen" if neurons else "live"),
+            gates=gates or ("frozen" if gated else "live"),
         )
 
     def effects(
         self,
-        many: Sequence[Sequence[tuple]],
+        many: Sequence[Sequence[Change]],
         layers: Sequence[tuple[int, int]],
         how: How,
         ask: Ask,
@@ -254,7 +326,7 @@ class Subject:
     ) -> Effect:
         """Separate patches (each some single changes), measured; numpy, leading B."""
         flat = [change for one in many for change in one]
-        whole = self.edits(flat, silent=True)
+        whole = self.edits(flat)
         ends = np.cumsum([len(one) for one in many])
         parts = [
             jax.tree.map(lambda x, a=a, b=b: np.asarray(x)[a:b], whole)
@@ -263,14 +335,11 @@ class Subject:
         edits = batch_edits(parts)
         local = slot_BE = None
         if how.mode == "iterative":
-            local = self.local
-            pair_N2 = np.array([(c[0], c[2]) for c in flat])
-            if any(f not in local.feature_LU[l] for l, f in pair_N2):
-                local = self.local_with(pair_N2)
+            local, slot_N = self.local_for(flat)
             slot_BE = np.zeros(edits.factor_E.shape, np.int32)
             sizes = np.diff(ends, prepend=0)[:, None]
             filled = np.arange(slot_BE.shape[1])[None] < sizes
-            slot_BE[filled] = local.slots(*pair_N2.T)
+            slot_BE[filled] = slot_N
         with jax.default_matmul_precision("highest"):
             return patch_many(
                 self.patchable,
@@ -295,7 +364,7 @@ class Subject:
         """
         L = self.model.cfg.n_layers
         if layers is None:
-            span = self.patchable.clt_cfg.span
+            span = self.patchable.coder.shape.span
             return default_range(layer_E, span=span, n_layers=L, mode=mode)
         first, last = layers
         if first > last:

@@ -6,70 +6,41 @@ the first few cost their arithmetic only.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.io.atomic import atomic_path
+from jaxclt.io.chat import is_chat
 from jaxclt.io.json_file import parse_json, read_json
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
+from jaxclt.json_text import to_json
+from jaxclt.pace import logged
+from jaxclt.prompts import Prompt, read_prompts
 from jaxclt.trace import identity, trace_prompt
 from jaxclt.trace_files import write_trace
 
 __all__ = ["read_prompts", "sweep_prompts"]
 
 
-def read_prompts(path: str | os.PathLike[str]) -> list[str]:
-    """Prompts of a .txt file (one a line) or a .jsonl file (objects with `prompt`).
-
-    Raises:
-      InputError: if the file is missing, empty, or a line is not such an object.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read prompts from {path}: {error}") from error
-    numbered = [(i, line) for i, line in enumerate(lines, start=1) if line.strip()]
-    if path.suffix == ".jsonl":
-        prompts = [_prompt_of(path, i, line) for i, line in numbered]
-    else:
-        prompts = [line for _, line in numbered]
-    if not prompts:
-        raise InputError(f"{path} holds no prompt: write one a line")
-    return prompts
-
-
-def _prompt_of(path: Path, number: int, line: str) -> str:
-    try:
-        prompt = parse_json(line, path)["prompt"]
-    except (InputError, KeyError, TypeError) as error:
-        raise InputError(
-            f'{path} line {number}: write a JSON object such as {{"prompt": "text"}}'
-        ) from error
-    if not isinstance(prompt, str):
-        raise InputError(f"{path} line {number}: `prompt` is not a text")
-    return prompt
-
-
 def sweep_prompts(
     model: Model,
     dictionary: Dictionary,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     out: str | os.PathLike[str],
     *,
     config: AttributeConfig | None = None,
     bos: Bos = "auto",
     save: str = "pruned",
     environment: dict[str, Any] | None = None,
-    on_prompt: Callable[[int, int], None] = lambda done, total: None,
+    on_prompt: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Trace every prompt into a directory of its own and write `index.jsonl`.
 
@@ -79,31 +50,42 @@ def sweep_prompts(
     Args:
       model: from `load_model`.
       dictionary: from `load_dictionary`.
-      prompts: texts.
+      prompts: texts, or chats as messages.
       out: directory.
       config: how much to compute.
       bos: as for `trace_prompt`.
       save: as for `write_trace`.
       environment: added to the reports.
-      on_prompt: progress, (prompts done, prompts in all).
+      on_prompt: progress, (prompts done, prompts in all), several times a prompt; to
+        the log if not given.
 
     Returns:
-      The lines of the index: prompt, directory, status, and scores or error.
+      The lines of the index: prompt (or messages), directory, status, and scores or
+      error.
 
     Raises:
       InputError: if the directory cannot be written.
     """
     out, config = Path(out), config or AttributeConfig()
+    told = on_prompt or partial(logged(), "prompts")
     folders = [out / f"{i:05d}-{_slug(prompt)}" for i, prompt in enumerate(prompts)]
     before = _index(out)  # of prompts that this run has not come to yet
     index = []
     for i, (prompt, folder) in enumerate(zip(prompts, folders, strict=True)):
-        line: dict[str, Any] = {"prompt": prompt, "directory": folder.name}
+        kind = "messages" if is_chat(prompt) else "prompt"
+        line: dict[str, Any] = {kind: prompt, "directory": folder.name}
         try:
             wanted = identity(model, dictionary, prompt, config, bos)
             report = _finished(folder, wanted)
             if report is None:
-                traced = trace_prompt(model, dictionary, prompt, config=config, bos=bos)
+                traced = trace_prompt(
+                    model,
+                    dictionary,
+                    prompt,
+                    config=config,
+                    bos=bos,
+                    on_rows=lambda *_, i=i: told(i, len(prompts)),
+                )
                 report = write_trace(traced, folder, save=save, environment=environment)
             line |= {"status": "done", "scores": report["scores"]}
         except InputError as error:
@@ -111,9 +93,9 @@ def sweep_prompts(
         index.append(line)
         ahead = [before[f.name] for f in folders[i + 1 :] if f.name in before]
         with atomic_path(out / "index.jsonl") as temporary:
-            rows = (json.dumps(x, ensure_ascii=False) + "\n" for x in index + ahead)
+            rows = (to_json(x, ensure_ascii=False) + "\n" for x in index + ahead)
             temporary.write_text("".join(rows), encoding="utf-8")
-        on_prompt(i + 1, len(prompts))
+        told(i + 1, len(prompts))
     return index
 
 
@@ -140,6 +122,7 @@ def _finished(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     return report if report.get("identity") == wanted else None
 
 
-def _slug(prompt: str) -> str:
-    words: Iterator[str] = iter(re.findall(r"[a-z0-9]+", prompt.lower()))
+def _slug(prompt: Prompt) -> str:
+    text = prompt[-1].get("content") if is_chat(prompt) else prompt
+    words: Iterator[str] = iter(re.findall(r"[a-z0-9]+", str(text).lower()))
     return "-".join(words)[:40].strip("-") or "prompt"

@@ -3,6 +3,7 @@
 | text | what is explained |
 |---|---|
 | `" Paris"` | the logit of a token (minus the mean logit) |
+| `"id:1234"` | the same by the token's number |
 | `" Paris@5"` | the same after position 5; -1 is the last one |
 | `"top:5"` | the most probable tokens after position 5 |
 | `"diff: Paris\\| London"` | the logit of the first minus that of the second |
@@ -11,8 +12,12 @@
 | `"vector:resid_post:12@5:probe.npz"` | a direction at a site and position |
 
 Differences and probabilities take ``@position`` too. Every text takes a weight in
-front, as in ``"0.5*top:5"``, and a negative one turns the target round. A text that is
-one token of the model is always that token, whatever it looks like.
+front, as in ``"0.5*top:5"``, and a negative one turns the target round.
+
+A text that is one token of the model is always that token, whatever it looks like: the
+one whose string it is, whether or not the tokenizer would make it of the text; else the
+one that the tokenizer makes of it; else, with a space in front that no token has
+(``"diff: 95|94"``), that of the text without it.
 
 Plain tokens alone weigh as much as they are probable; as soon as anything else is
 given, every text counts the same, or by its weight. Vectors come from an npz file:
@@ -30,8 +35,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import Dictionary
-from jaxclt.errors import InputError
+from jaxclt.clt.coder import Dictionary
+from jaxclt.errors import InputError, did_you_mean
 from jaxclt.graph.targets import (
     combine_targets,
     difference_targets,
@@ -46,6 +51,8 @@ from jaxclt.io.npz import Must, open_npz
 from jaxclt.types import Recording, Targets
 
 __all__ = ["read_targets"]
+
+_KINDS = ("diff", "prob", "logp", "feature", "top", "vector")
 
 
 class _Prompt(NamedTuple):
@@ -128,7 +135,7 @@ def _one(prompt: _Prompt, body: str) -> Targets:
     last = prompt.n_tokens - 1
     # The text itself first: a token may hold an @.
     made = _logits(prompt, body, last)
-    at = re.fullmatch(r"(.*)@(-?\d+)", body, re.DOTALL)
+    at = re.fullmatch(r"(.*)@(-?\d{1,9})", body, re.DOTALL)
     if made is None and at is not None:
         made = _logits(prompt, at[1], _position(prompt, int(at[2])))
     if made is not None:
@@ -140,10 +147,12 @@ def _one(prompt: _Prompt, body: str) -> Targets:
     text = text[kind.end() :] if kind else text
     n = len(prompt.model.tokenizer.encode(text, "never"))
     what = "it" if text == body else repr(text)
+    hint = did_you_mean(body.partition(":")[0], _KINDS) if ":" in body else ""
     if n == 1:
-        raise InputError(f"{what} is no token of this model")
+        raise InputError(f"{what} is no token of this model{hint}")
     raise InputError(
-        f"{what} is {n} tokens, not one: mind the leading space, or give a shorter text"
+        f"{what} is {n} tokens, not one: mind the leading space, or give a shorter "
+        f"text, or id:N for token N{hint}"
     )
 
 
@@ -193,15 +202,17 @@ def _tokens(prompt: _Prompt, ids: list[int], pos: int) -> Targets:
 
 
 def _top(prompt: _Prompt, body: str) -> Targets:
-    found = re.fullmatch(r"top:(-?\d+)", body)
+    # A negative number would be taken for how many tokens are wanted.
+    found = re.fullmatch(r"top:(\d{1,9})", body)
     if found is None:
-        raise InputError("write top:position, a whole number")
+        last = prompt.n_tokens - 1
+        raise InputError(f"write top:position, a whole number from 0 to {last}")
     pos = _position(prompt, int(found[1]))
     return salient_targets(prompt.model.params, prompt.recording.out_TD[pos], pos=pos)
 
 
 def _feature(prompt: _Prompt, body: str) -> Targets:
-    found = re.fullmatch(r"feature:(\d+):(-?\d+):(\d+)", body)
+    found = re.fullmatch(r"feature:(\d{1,9}):(-?\d{1,9}):(\d{1,9})", body)
     if found is None:
         raise InputError("write feature:layer:position:index, three whole numbers")
     layer, pos, feature = map(int, found.groups())
@@ -215,7 +226,9 @@ def _feature(prompt: _Prompt, body: str) -> Targets:
 
 
 def _vector(prompt: _Prompt, body: str) -> Targets:
-    found = re.fullmatch(r"vector:(out|\w+:\d+)(?:@(-?\d+))?:(.+)", body, re.DOTALL)
+    found = re.fullmatch(
+        r"vector:(out|\w+:\d{1,9})(?:@(-?\d{1,9}))?:(.+)", body, re.DOTALL
+    )
     if found is None:
         raise InputError("write vector:site@position:file.npz, see --help")
     site, pos, path = found.groups()
@@ -254,13 +267,17 @@ def _position(prompt: _Prompt, pos: int) -> int:
 
 
 def _token(model: Model, text: str) -> int | None:
-    """The id of a text that is one token, and not the one for what is unknown."""
-    ids = model.tokenizer.encode(text, "never")
-    if len(ids) != 1:
-        return None
-    backend = model.tokenizer.backend
-    unknown = ids[0] == getattr(backend, "unk_token_id", None)
-    return None if unknown and text != backend.unk_token else ids[0]
+    """The id of a text that is one token, see this module; None of any other."""
+    tokenizer = model.tokenizer
+    found = tokenizer.find(text)
+    if found is not None:
+        return found
+    if number := re.fullmatch(r" ?id:(\d{1,9})", text):
+        if int(number[1]) >= model.cfg.d_vocab:
+            last = model.cfg.d_vocab - 1
+            raise InputError(f"{text!r}: the model's tokens are id:0 to id:{last}")
+        return int(number[1])
+    return tokenizer.find(text[1:]) if text[:1] == " " and text[1:] else None
 
 
 def _string(model: Model, token: int) -> str:

@@ -20,8 +20,9 @@ import numpy as np
 from jax import Array
 
 from jaxclt import __version__
-from jaxclt.clt.active import Active, Dictionary
-from jaxclt.errors import InputError
+from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.coder import Dictionary
+from jaxclt.errors import InputError, check_at_least
 from jaxclt.global_weights.shortlist import Shortlist
 from jaxclt.graph.attribute import (
     AttributeConfig,
@@ -32,11 +33,13 @@ from jaxclt.graph.compute import memory_budget, plan_attribution
 from jaxclt.graph.graph import Graph, GraphMeta
 from jaxclt.graph.memory import MemoryPlan, patterns_kept
 from jaxclt.graph.targets import place_targets, salient_targets, token_targets
+from jaxclt.io.chat import check_messages, is_chat
 from jaxclt.io.global_file import SavedGlobals
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import record
+from jaxclt.prompts import Prompt, prompt_ids, prompt_text
 from jaxclt.shapes import bucket
 from jaxclt.target_text import read_targets
 from jaxclt.types import LMParams, Recording, Targets
@@ -48,6 +51,7 @@ __all__ = [
     "plan_trace",
     "prompt_tokens",
     "record_prompt",
+    "record_text",
     "trace_prompt",
 ]
 
@@ -80,33 +84,36 @@ def record_prompt(
     return record(params, token_T, cfg=cfg, keep_patterns=keep_patterns)
 
 
-def _recorded(
-    model: Model, ids: list[int], config: AttributeConfig, *, pad: bool = True
+def record_text(
+    model: Model, ids: Sequence[int] | np.ndarray, budget: int, *, pad: bool = True
 ) -> Recording:
-    """The recording of a prompt, padded to a bucket of lengths if `pad`."""
-    # Padding comes after the prompt, so a causal model does not see it.
+    """The clean pass on a prompt: the one way to record it, under the memory plan.
+
+    Args:
+      model: from `jaxclt.load_model`.
+      ids: from `prompt_tokens` or a graph.
+      budget: bytes that may be used; where patterns take too much of them they are
+        computed again as they are used.
+      pad: to a bucket of lengths, which share a program. Padding comes after the
+        prompt, so a causal model does not see it.
+    """
     token_T = np.zeros(bucket(len(ids)) if pad else len(ids), np.int32)
     token_T[: len(ids)] = ids
-    keep = patterns_kept(model.cfg, len(token_T), memory_budget(config))
+    keep = patterns_kept(model.cfg, len(token_T), budget)
     return record_prompt(
         model.params, jnp.asarray(token_T), model.cfg, keep_patterns=keep
     )
 
 
-def prompt_tokens(
-    model: Model, prompt: str | Sequence[int], bos: Bos = "auto"
-) -> list[int]:
+def prompt_tokens(model: Model, prompt: Prompt, bos: Bos = "auto") -> list[int]:
     """Token ids of a prompt; ids that are given stay as they are.
 
     Raises:
       InputError: if the prompt is empty or longer than the model's context, or an id
         is not the model's.
     """
-    if isinstance(prompt, str):
-        given = bool(prompt.strip())
-        ids = model.tokenizer.encode(prompt, bos) if given else []
-    else:
-        ids = [int(i) for i in prompt]
+    blank = isinstance(prompt, str) and not prompt.strip()
+    ids = [] if blank else prompt_ids(model.tokenizer, prompt, bos)
     if not ids:
         raise InputError("the prompt is empty: give some text to trace")
     if min(ids) < 0 or max(ids) >= model.cfg.d_vocab:
@@ -122,12 +129,22 @@ def prompt_tokens(
 
 
 def identity(
-    model: Model, dictionary: Dictionary, prompt: str, config: AttributeConfig, bos: Bos
+    model: Model,
+    dictionary: Dictionary,
+    prompt: Prompt,
+    config: AttributeConfig,
+    bos: Bos,
 ) -> dict[str, Any]:
     """What a trace depends on, as JSON: equal identities give equal graphs."""
     chosen = {"dictionary_made_of": dict(dictionary.provenance)}
+    given: dict[str, Any] = {}
+    if is_chat(prompt):
+        given = {"messages": check_messages(prompt)}
+    elif not isinstance(prompt, str):
+        given = {"token_ids": prompt_ids(model.tokenizer, prompt)}
     return {
-        "prompt": prompt,
+        "prompt": prompt_text(model.tokenizer, prompt),
+        **given,
         "bos": bos,
         "hashes": {"model": model.hash, "dictionary": dictionary.hash},
         "dictionary": dictionary.name,
@@ -140,7 +157,7 @@ def identity(
 def trace_prompt(
     model: Model,
     dictionary: Dictionary,
-    prompt: str | Sequence[int],
+    prompt: Prompt,
     *,
     config: AttributeConfig | None = None,
     targets: TargetChoice = (),
@@ -154,7 +171,8 @@ def trace_prompt(
     Args:
       model: from `jaxclt.load_model`.
       dictionary: from `jaxclt.load_dictionary`.
-      prompt: text, or token ids.
+      prompt: text, token ids, or a chat as messages {"role", "content"}, which the
+        model's own template makes a text of.
       config: how much to compute.
       targets: what to explain instead of the top tokens, see `TargetChoice`.
       bos: whether a beginning-of-sequence token is put first.
@@ -168,10 +186,7 @@ def trace_prompt(
       InputError: for a prompt, target or dictionary that does not fit the model.
     """
     config = config or AttributeConfig()
-    text = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
-    same = identity(model, dictionary, text, config, bos)
-    if text is not prompt:
-        same["token_ids"] = [int(i) for i in prompt]
+    same = identity(model, dictionary, prompt, config, bos)
     shortlist = None
     if prefilter is not None:
         shortlist = _shortlist(dictionary, *prefilter)
@@ -180,25 +195,29 @@ def trace_prompt(
     given = not isinstance(texts, Sequence) or len(texts) > 0
     if bos == "auto" and config.convention == "circuit-tracer":
         bos = "always"
-    ids = prompt_tokens(model, prompt, bos)
+    # A template may ask for the time: its text is made once.
+    ids = prompt_tokens(model, same["prompt"] if is_chat(prompt) else prompt, bos)
     clock: dict[str, float] = {}
     spent = Timing()
     with _compile_seconds() as compiled, _stage(clock, "total"):
         with _stage(clock, "record"), jax.default_matmul_precision(config.precision):
             pad = not callable(targets)  # a function of the recording sees the prompt
-            recording = _recorded(model, ids, config, pad=pad)
+            recording = record_text(model, ids, memory_budget(config), pad=pad)
             chosen = _targets(model, dictionary, recording, len(ids), texts)
             top = chosen
             if given:
                 top = _next_tokens(model, recording, len(ids), chosen)
-            active = dictionary.active(model.params, recording, model.cfg, len(ids))
+            active = active_features(
+                dictionary, model.params, recording, model.cfg, len(ids)
+            )
         if given:
             listed = list(texts) if isinstance(texts, Sequence) else _digest(chosen)
             same["targets"] = listed
         meta = GraphMeta(
             model=model.name,
             dictionary=dictionary.name,
-            prompt=text,
+            prompt=same["prompt"],
+            messages=same.get("messages", []),
             tokens=tuple(model.tokenizer.token_strings(ids)),
             target_tokens=_labels(model, chosen),
             n_layers=model.cfg.n_layers,
@@ -245,8 +264,7 @@ def _shortlist(dictionary: Dictionary, found: SavedGlobals, size: int) -> Shortl
     Raises:
       InputError: if they are of another dictionary, or the size is none.
     """
-    if size < 1:
-        raise InputError(f"--prefilter-size {size}: give at least 1")
+    check_at_least(1, prefilter_size=size)
     if found.meta.get("hashes", {}).get("dictionary") != dictionary.hash:
         raise InputError(
             f"--prefilter: its global weights are of {found.meta.get('dictionary')}, "
@@ -258,7 +276,7 @@ def _shortlist(dictionary: Dictionary, found: SavedGlobals, size: int) -> Shortl
 def plan_trace(
     model: Model,
     dictionary: Dictionary,
-    prompt: str,
+    prompt: Prompt,
     *,
     config: AttributeConfig | None = None,
     bos: Bos = "auto",
@@ -268,7 +286,7 @@ def plan_trace(
     Args:
       model: from `jaxclt.load_model`.
       dictionary: from `jaxclt.load_dictionary`.
-      prompt: text.
+      prompt: as for `trace_prompt`.
       config: how much to compute, and with how much memory.
       bos: as for `trace_prompt`.
 
@@ -280,8 +298,8 @@ def plan_trace(
     """
     config = config or AttributeConfig()
     ids = prompt_tokens(model, prompt, bos)
-    recording = _recorded(model, ids, config)
-    active = dictionary.active(model.params, recording, model.cfg, len(ids))
+    recording = record_text(model, ids, memory_budget(config))
+    active = active_features(dictionary, model.params, recording, model.cfg, len(ids))
     plan = plan_attribution(
         active,
         10,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import resource
@@ -24,8 +23,10 @@ from jaxclt.graph.graph import Graph
 from jaxclt.graph.paths import describe_paths, strongest_paths
 from jaxclt.graph.prune import restrict
 from jaxclt.graph.scores import scores
-from jaxclt.io.atomic import atomic_path
+from jaxclt.io.atomic import atomic_path, sweep
 from jaxclt.io.graph_file import save_graph
+from jaxclt.io.lock import held
+from jaxclt.json_text import to_json
 from jaxclt.pages import grouped_ids, with_saved_view, write_page
 from jaxclt.trace import Traced
 from jaxclt.types import Supernode
@@ -78,18 +79,23 @@ def write_trace(
         doc["qParams"] |= {"supernodes": groups, "pinnedIds": pinned}
     validate(doc)
     small = save == "pruned" or (save == "auto" and _bytes(graph) > FULL_GRAPH_BYTES)
+    # Without a page the directory counts as unfinished: another graph may have been
+    # there, whose report would be found beside the files of this one.
+    (out / "index.html").unlink(missing_ok=True)
     save_graph(out / "graph.npz", restrict(graph) if small else graph)
     with atomic_path(out / "graph.json") as temporary:
         temporary.write_bytes(orjson.dumps(doc))
     report["graph"]["saved"] = "pruned" if small else "full"
     report["timing_s"]["write"] = round(time.perf_counter() - started, 3)
-    _write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+    _write_text(out / "report.json", to_json(report, indent=1, ensure_ascii=False))
     write_page(out, doc=doc)
     return report
 
 
 def check_writable(out: str | os.PathLike[str], *, makes: str = "") -> None:
-    """Raise InputError now if `out` cannot be written later.
+    """Raise InputError now if `out` cannot be written later, or another command does.
+
+    Leaves nothing there; what killed commands left unfinished is removed.
 
     Args:
       out: directory.
@@ -97,16 +103,18 @@ def check_writable(out: str | os.PathLike[str], *, makes: str = "") -> None:
         report and a page of the same names, which would be lost.
     """
     for kind, (what, names) in MAKES.items():
-        there = any((Path(out) / name).exists() for name in names)
+        there = any(os.path.exists(Path(out) / name) for name in names)
         if makes and kind != makes and there:
             raise InputError(
                 f"{out} holds {what}, whose report would be replaced: give another "
                 "--out"
             )
-    probe = Path(out) / ".jaxclt"
-    with atomic_path(probe):
-        pass
-    probe.unlink()
+    with held(out):
+        probe = Path(out) / ".jaxclt"
+        with atomic_path(probe):
+            pass
+        probe.unlink()
+        sweep(out)
 
 
 def _report(traced: Traced) -> dict[str, Any]:

@@ -12,7 +12,7 @@
 | M | MLP outputs a feature writes (its span) | P | positions inside a band |
 
 A suffix names the axes in order: ``edge_RN``, ``pattern_LHTS``. Rows are targets,
-columns are sources, everywhere.
+columns are sources, everywhere. Docstrings cite docs/maths.md as "maths 6.3".
 
 Structs are frozen; update them with ``dataclasses.replace``.
 """
@@ -118,7 +118,7 @@ class Held:
     """Parts of a `Frozen`; None is computed live.
 
     A patch of the underlying model holds the attention patterns but, unless asked, not
-    the norms (spec 5).
+    the norms (maths 15.5).
     """
 
     pattern_LHTS: Array | None = None

@@ -13,21 +13,23 @@ influential features, a random control set and supernodes:
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least, check_finite, check_positive
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.supernodes import with_features
 from jaxclt.io.atomic import atomic_path
+from jaxclt.json_text import number, to_json
+from jaxclt.pace import logged
 from jaxclt.patching.batch import How, chunk_size, default_range
-from jaxclt.patching.effects import Effect, clean_effect
+from jaxclt.patching.effects import Effect, clean_effect, diverged, nats
 from jaxclt.patching.modes import Mode
 from jaxclt.perturb import faithfulness, variants
 from jaxclt.subject import Subject
@@ -39,7 +41,7 @@ from jaxclt.validation.predictions import (
     group_effects,
     pairwise_influence,
 )
-from jaxclt.validation.stats import bootstrap, pearson, spearman
+from jaxclt.validation.stats import bootstrap, pearson, resampled, spearman
 from jaxclt.validation.words import markdown, verdict
 
 __all__ = ["ValidateOptions", "validate_graph", "write_validation"]
@@ -50,7 +52,11 @@ MODES: tuple[Mode, ...] = ("constrained", "iterative", "additive")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidateOptions:
-    """How much to patch."""
+    """How much to patch.
+
+    Raises:
+      InputError: for a value out of its range.
+    """
 
     n_features: int = 100  # most influential ones, and as many at random
     n_small: int = 25  # of each, also patched a little
@@ -62,6 +68,23 @@ class ValidateOptions:
     n_perturbed: int = 3  # perturbations of a kind and layer
     size: float = 0.1  # of a perturbation, share of the feature's activation
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(3, n_features=self.n_features)
+        check_at_least(
+            1,
+            n_small=self.n_small,
+            n_layers=self.n_layers,
+            n_perturbed=self.n_perturbed,
+        )
+        check_at_least(
+            0,
+            n_replacement=self.n_replacement,
+            n_watched=self.n_watched,
+            n_groups=self.n_groups,
+        )
+        check_positive(size=self.size)
+        check_finite(small=self.small, seed=self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +102,7 @@ def validate_graph(
     options: ValidateOptions | None = None,
     *,
     groups: Sequence[Supernode] | None = None,
-    on_done: Callable[[int, int], None] = lambda done, total: None,
+    on_done: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure; the content of ``validation.json`` and what the plots need.
 
@@ -89,7 +112,7 @@ def validate_graph(
       groups: supernodes, of which the features that are nodes of the graph are ablated
         together; None or empty takes features that are active at several positions,
         each with all its positions.
-      on_done: progress, (patches done, patches planned).
+      on_done: progress, (patches done, patches planned); to the log if not given.
 
     Raises:
       InputError: if the graph has fewer than three features.
@@ -104,12 +127,13 @@ def validate_graph(
     key = jax.random.key(options.seed)
     chosen = _choose(subject, options, groups, key)
     effect_KA = solve_total_effect(graph)[subject.targets]
-    counter = _Counter(on_done, _planned(subject, options, chosen))
+    told = on_done or partial(logged(), "validating")
+    counter = _Counter(told, _planned(subject, options, chosen))
     report: dict[str, Any] = {
         "prompt": graph.meta.prompt,
         "dictionary": graph.meta.dictionary,
         "model": graph.meta.model,
-        "span": subject.patchable.clt_cfg.span,
+        "span": subject.patchable.coder.shape.span,
         "options": dataclasses.asdict(options),
         "n_top": int((~chosen.control_B).sum()),
         "n_random": int(chosen.control_B.sum()),
@@ -120,15 +144,16 @@ def validate_graph(
     report["influence_vs_kl"], ranks = _influence(subject, chosen, full, key)
     report["pairwise"] = _pairwise(subject, options, chosen, full, key)
     report["supernodes"] = _supernodes(subject, chosen, effect_KA, counter)
-    report["failures"] = _failures(subject, chosen, scatter)
+    report["failures"] = _failures(subject, scatter["constrained"])
     report["faithfulness"], report["faithfulness_layers"] = faithfulness(
         subject,
         key,
         n_layers=options.n_layers,
         n_perturbed=options.n_perturbed,
         size=options.size,
-        on_batch=lambda n: counter.within(n, n),
+        on_batch=counter.add,
     )
+    report["patches"], report["diverged"] = counter.done, counter.diverged
     report["jacobian"] = _jacobian(subject, key)
     report["complete_replacement"] = subject.local.complete
     report["_scatter"], report["_ranks"] = scatter, ranks
@@ -148,7 +173,7 @@ def write_validation(report: dict[str, Any], directory: str | Path) -> None:
         report["faithfulness_layers"],
     )
     for name, text in {
-        "validation.json": json.dumps(report, ensure_ascii=False, allow_nan=False),
+        "validation.json": to_json(report, ensure_ascii=False),
         "validation.md": markdown(report),
     }.items():
         with atomic_path(folder / name) as temporary:
@@ -156,10 +181,11 @@ def write_validation(report: dict[str, Any], directory: str | Path) -> None:
 
 
 class _Counter:
-    """Patches done of patches planned."""
+    """Patches done of patches planned, and how many of them diverged."""
 
     def __init__(self, on_done: Callable[[int, int], None], planned: int) -> None:
         self.on_done, self.planned, self.done = on_done, planned, 0
+        self.diverged = 0
         on_done(0, planned)
 
     def within(self, done: int, total: int) -> None:
@@ -168,11 +194,16 @@ class _Counter:
         if done == total:
             self.done += total
 
+    def add(self, n: int, n_diverged: int) -> None:
+        """A batch that is done, and how many of it diverged."""
+        self.within(n, n)
+        self.diverged += n_diverged
+
 
 def _planned(subject: Subject, options: ValidateOptions, chosen: _Chosen) -> int:
     B = len(chosen.node_B)
     small = len(_small(options, chosen))
-    n_modes = len(MODES) - (subject.patchable.clt_cfg.span == 1)
+    n_modes = len(MODES) - (subject.patchable.coder.shape.span == 1)
     n = n_modes * (B + small) + min(options.n_replacement, B) + len(chosen.group)
     return n + 6 * options.n_layers * options.n_perturbed
 
@@ -257,15 +288,15 @@ def _ablate(
         many.append([(*map(int, place), factor, 0.0) for place in own])
         layers = default_range(
             g.layer_A[node],
-            span=subject.patchable.clt_cfg.span,
+            span=subject.patchable.coder.shape.span,
             n_layers=L,
             mode=how.mode,
         )
         ranges.append((0, L - 1) if everywhere else layers)
     features = None if watch is None else subject.watch(watch)
     # One chunk size, so that full and small patches share a program.
-    size = chunk_size(subject.patchable, 1, subject.patchable.clt_cfg.span)
-    return subject.effects(
+    size = chunk_size(subject.patchable, 1, subject.patchable.coder.shape.span)
+    done = subject.effects(
         many,
         ranges,
         how,
@@ -273,6 +304,13 @@ def _ablate(
         chunk=min(CHUNK, size),
         on_done=counter.within,
     )
+    counter.diverged += int(diverged(done).sum())
+    return done
+
+
+def _fine(done: Effect, *arrays_B: np.ndarray) -> list[np.ndarray]:
+    """Arrays of the patches that have an answer: what diverged is not ranked."""
+    return [x_B[~diverged(done)] for x_B in arrays_B]
 
 
 def _correlations(
@@ -289,9 +327,9 @@ def _correlations(
     return out
 
 
-def _number(x: float) -> float | None:
+def _number(x: float | None) -> float | None:
     """For JSON, which has no nan."""
-    return round(float(x), 6) if math.isfinite(x) else None
+    return None if x is None or number(x) is None else round(float(x), 6)
 
 
 def _total_effects(
@@ -309,25 +347,29 @@ def _total_effects(
     own = [np.array([a]) for a in chosen.node_B]
     small = _small(options, chosen)
     for mode in MODES:
-        if mode == "additive" and subject.patchable.clt_cfg.span == 1:
-            # The same patch (T-C6): all of a feature's writes are in its own layer.
+        if mode == "additive" and subject.patchable.coder.shape.span == 1:
+            # The same patch (maths 15.12): a feature writes in its own layer only.
             out[mode], scatter[mode] = out["constrained"], scatter["constrained"]
             continue
         how = subject.how(mode)
         watch = watched if mode == "constrained" else None
         done = _ablate(subject, own, how, counter, watch=watch)
         kept = done if mode == "constrained" else kept
-        measured_BK = np.asarray(done.logit_K, np.float64) - clean_K
-        predicted_BK = -effect_KA[:, chosen.node_B].T.astype(np.float64)
+        measured_BK, predicted_BK, node_B, control_B = _fine(
+            done,
+            np.asarray(done.logit_K, np.float64) - clean_K,
+            -effect_KA[:, chosen.node_B].T.astype(np.float64),
+            chosen.node_B,
+            chosen.control_B,
+        )
         out[mode] = _correlations(predicted_BK, measured_BK, key)
-        for name, mine in (("top", ~chosen.control_B), ("random", chosen.control_B)):
+        for name, mine in (("top", ~control_B), ("random", control_B)):
             out[mode][name] = _correlations(
                 predicted_BK[mine], measured_BK[mine], key, intervals=False
             )
-        top = ~chosen.control_B
-        large = np.abs(predicted_BK[top]) >= np.median(np.abs(predicted_BK[top]))
-        agree = np.sign(predicted_BK[top]) == np.sign(measured_BK[top])
-        out[mode]["sign_agreement"] = _number(float(agree[large].mean()))
+        out[mode]["sign_agreement"] = _number(
+            _sign_agreement(predicted_BK[~control_B], measured_BK[~control_B])
+        )
         out[mode]["slope"] = _number(_slope(predicted_BK, measured_BK))
         little = _ablate(
             subject,
@@ -337,13 +379,19 @@ def _total_effects(
             factor=options.small,
             watch=watch,
         )
-        small_BK = np.asarray(little.logit_K, np.float64) - clean_K
-        predicted_small_BK = (1 - options.small) * predicted_BK[small]
-        out[mode]["small"] = _correlations(predicted_small_BK, small_BK, key)
+        small_BK, effect_BK = _fine(
+            little,
+            np.asarray(little.logit_K, np.float64) - clean_K,
+            effect_KA[:, chosen.node_B[small]].T.astype(np.float64),
+        )
+        out[mode]["small"] = _correlations(
+            (options.small - 1) * effect_BK, small_BK, key
+        )
         scatter[mode] = {
             "predicted": predicted_BK.tolist(),
             "measured": measured_BK.tolist(),
-            "control": chosen.control_B.tolist(),
+            "control": control_B.tolist(),
+            "node": node_B.tolist(),
         }
     # The graph against the replacement model it describes: what is lost here is lost
     # to features that are not nodes of the graph.
@@ -352,11 +400,12 @@ def _total_effects(
     )
     few = slice(options.n_replacement)
     done = _ablate(subject, own[few], how, counter, everywhere=True)
-    out["replacement"] = _correlations(
+    predicted_BK, measured_BK = _fine(
+        done,
         -effect_KA[:, chosen.node_B[few]].T.astype(np.float64),
         np.asarray(done.logit_K, np.float64) - clean_K,
-        key,
     )
+    out["replacement"] = _correlations(predicted_BK, measured_BK, key)
     assert kept is not None
     return out, scatter, kept
 
@@ -366,6 +415,14 @@ def _clean(subject: Subject) -> np.ndarray:
     with jax.default_matmul_precision("highest"):
         clean = clean_effect(subject.patchable, subject.ask())
     return np.asarray(clean.logit_K, np.float64)
+
+
+def _sign_agreement(predicted_BK: np.ndarray, measured_BK: np.ndarray) -> float:
+    """Share of the larger predicted effects whose sign is right."""
+    if not len(predicted_BK):
+        return math.nan
+    large = np.abs(predicted_BK) >= np.median(np.abs(predicted_BK))
+    return float((np.sign(predicted_BK) == np.sign(measured_BK))[large].mean())
 
 
 def _slope(x: np.ndarray, y: np.ndarray) -> float:
@@ -385,8 +442,9 @@ def _influence(
     subject: Subject, chosen: _Chosen, full: Effect, key: jax.Array
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measurement 2."""
-    graph, node_B = subject.graph, chosen.node_B
-    kl_B = np.maximum(np.asarray(full.kl, np.float64), 0)
+    graph = subject.graph
+    node_B, kl_B = _fine(full, chosen.node_B, np.asarray(full.kl, np.float64))
+    kl_B = np.maximum(kl_B, 0)
     score = {
         "influence": graph.influence_N[graph.feature_cols][node_B],
         "activation": np.abs(graph.value_A[node_B]),
@@ -420,7 +478,8 @@ def _pairwise(
     watch_W = _watched(subject, options)
     clean_W = np.asarray(subject.watch(watch_W).value_E, np.float64)
     assert full.watch_W is not None
-    change_BW = np.abs(np.asarray(full.watch_W, np.float64) - clean_W)
+    node_B, watch_BW = _fine(full, node_B, np.asarray(full.watch_W, np.float64))
+    change_BW = np.abs(watch_BW - clean_W)
     change_BW = change_BW / np.maximum(np.abs(clean_W), 1e-12)
     influence_BW = pairwise_influence(graph, watch_W)[:, node_B].T
     later = graph.layer_A[watch_W][None] > graph.layer_A[node_B][:, None]
@@ -429,12 +488,12 @@ def _pairwise(
     out = {"spearman": _number(spearman(x, y)), "n": int(later.sum())}
     if len(x) >= 3:
         # Whole sources are drawn, with all their pairs.
-        draw = np.asarray(jax.random.randint(key, (200, len(node_B)), 0, len(node_B)))
-        found = [
-            spearman(influence_BW[i][later[i]], change_BW[i][later[i]]) for i in draw
-        ]
-        low, high = np.nanquantile(found, [0.025, 0.975])
-        out["interval"] = [_number(low), _number(high)]
+        def of(draw_NB: np.ndarray) -> np.ndarray:
+            pairs = ((influence_BW[i], change_BW[i], later[i]) for i in draw_NB)
+            return np.array([spearman(x[ok], y[ok]) for x, y, ok in pairs])
+
+        interval = resampled(of, len(node_B), key, n=200)
+        out["interval"] = [_number(x) for x in interval]
     return out
 
 
@@ -457,26 +516,30 @@ def _supernodes(
             "members": len(group),
             "predicted": _number(float(predicted[i, 0])),
             "measured": _number(float(measured[i, 0])),
-            "kl": _number(max(0.0, float(done.kl[i]))),
+            "kl": _number(nats(float(done.kl[i]))),
         }
         for i, (name, group) in enumerate(chosen.group)
     ]
     del effect_KA
+    said, found = _fine(done, predicted, measured)
     return {
-        "spearman": _number(spearman(predicted, measured)),
-        "n": len(groups),
+        "spearman": _number(spearman(said, found)),
+        "n": int((~diverged(done)).sum()),
         "groups": groups,
     } | left_out
 
 
 def _failures(
-    subject: Subject, chosen: _Chosen, scatter: dict[str, Any], n: int = 5
+    subject: Subject, points: dict[str, Any], n: int = 5
 ) -> list[dict[str, Any]]:
     """The influential features whose ablation surprises most."""
-    graph, points = subject.graph, scatter["constrained"]
-    predicted = np.asarray(points["predicted"])[:, 0]
-    measured = np.asarray(points["measured"])[:, 0]
-    gap = np.where(chosen.control_B, 0, np.abs(predicted - measured))
+    graph = subject.graph
+    top = np.flatnonzero(~np.asarray(points["control"], bool))
+    predicted, measured = (
+        np.array([values[i][0] for i in top])
+        for values in (points["predicted"], points["measured"])
+    )
+    gap = np.abs(predicted - measured)
     return [
         {
             "layer": int(graph.layer_A[a]),
@@ -486,7 +549,7 @@ def _failures(
             "measured": _number(float(measured[i])),
         }
         for i in np.argsort(-gap, kind="stable")[:n]
-        for a in [chosen.node_B[i]]
+        for a in [points["node"][top[i]]]
     ]
 
 

@@ -6,15 +6,15 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from jaxclt.errors import InputError
-from jaxclt.io.json_file import parse_json
+from jaxclt.errors import InputError, check_at_least
 from jaxclt.io.model import Model
-from jaxclt.train.text import PAD, SHORTEST, pack_windows, read_documents
+from jaxclt.io.tokenizer import Tokenizer
+from jaxclt.prompts import Prompt, PromptRow, prompt_ids, prompt_rows
+from jaxclt.train.text import PAD, check_context, pack_windows, read_documents
 
 __all__ = [
     "BATCH_TOKENS",
@@ -22,11 +22,12 @@ __all__ = [
     "Mask",
     "TokenWindows",
     "batches",
-    "prompt_rows",
+    "check_windows",
     "read_windows",
+    "row_ids",
 ]
 
-Data = str | os.PathLike[str] | Iterable[str | Sequence[int] | np.ndarray]
+Data = str | os.PathLike[str] | Iterable[Prompt | np.ndarray]
 Mask = Literal["all"] | np.ndarray | Sequence[Any] | None
 
 BATCH_TOKENS = 2048  # positions that go through the model together
@@ -82,8 +83,8 @@ def read_windows(
       model: from `load_model`.
       data: where text is, as for `jaxclt train --data` (a file, a folder, ``hub:...``),
         or a .jsonl file of prompts, see `prompt_rows`, each a window of its own;
-        or an iterable of windows: each a prompt (text) or token ids. All of them are
-        taken.
+        or an iterable of windows: each a prompt (text or a chat) or token ids. All of
+        them are taken.
       mask: which positions count. None: no padding, no special token, not the first of
         a window, where many models park attention. ``"all"``: all but padding. Or bool
         [S] for all windows, [W, S], or one row for each window (padding never counts).
@@ -97,22 +98,16 @@ def read_windows(
         fit.
     """
     if isinstance(data, TokenWindows):
+        check_windows(model, data.token_WS)
         return data.take(slice(shard[0], None, shard[1]))
     source = isinstance(data, str | os.PathLike)
-    if source and tokens < 1:
-        raise InputError(f"--tokens {tokens}: give at least 1")
+    if source:
+        check_at_least(1, tokens=tokens, context=context)
     if source and (rows := prompt_rows(data)) is not None:
-        token_WS = _padded(model, [prompt for prompt, _ in rows])
+        token_WS = _padded(model, row_ids(model.tokenizer, rows))
         found = TokenWindows(token_WS, _mask(model, token_WS, mask)).first(tokens)
     elif source:
-        n_ctx = model.cfg.n_ctx
-        if context > n_ctx:
-            raise InputError(
-                f"--context {context}: the model takes at most {n_ctx}"
-                if n_ctx > SHORTEST
-                else f"the model's context of {n_ctx} tokens is too short for windows "
-                'of text: give a .jsonl file of prompts, lines {"prompt": ...}'
-            )
+        check_context(context, model.cfg.n_ctx)
         documents = {
             hashlib.sha256(text.encode()).hexdigest(): text
             for text in read_documents(os.fspath(data), tokens=tokens)
@@ -134,58 +129,43 @@ def read_windows(
     return found
 
 
-def prompt_rows(
-    data: str | os.PathLike[str],
-) -> list[tuple[str, str | None]] | None:
-    """Prompts and answers of a .jsonl of prompts; None if it is anything else."""
-    path = Path(data)
-    if path.suffix != ".jsonl" or not path.is_file():
-        return None
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        row = parse_json(line, f"{path} line {number}")
-        if not isinstance(row, dict) or "prompt" not in row:
-            if rows:
-                raise InputError(f'{path} line {number}: write {{"prompt": ...}}')
-            return None
-        prompt, answer = row["prompt"], row.get("answer")
-        if not isinstance(prompt, str) or not isinstance(answer, str | None):
-            raise InputError(f"{path} line {number}: prompt and answer must be texts")
-        rows.append((prompt, answer))
-    return rows or None
+def row_ids(tokenizer: Tokenizer, rows: Iterable[PromptRow]) -> Iterator[list[int]]:
+    """Token ids of the prompts of a file.
+
+    Raises:
+      InputError: as `prompt_ids`, naming file and line.
+    """
+    for row in rows:
+        try:
+            yield prompt_ids(tokenizer, row.prompt)
+        except InputError as error:
+            raise InputError(f"{row.place}: {error}") from None
 
 
-def _padded(
-    model: Model, data: Iterable[str | Sequence[int] | np.ndarray]
-) -> np.ndarray:
-    rows = [
-        model.tokenizer.encode(x) if isinstance(x, str) else np.asarray(x, np.int64)
-        for x in data
-    ]
+def _padded(model: Model, data: Iterable[Prompt | np.ndarray]) -> np.ndarray:
+    rows = [prompt_ids(model.tokenizer, x) for x in data]
     if not rows or not max(map(len, rows)):
         raise InputError("the data has no tokens: give at least one window")
-    token_WS = np.full((len(rows), max(map(len, rows))), PAD, np.int32)
+    token_WS = np.full((len(rows), max(map(len, rows))), PAD, np.int64)
     for row_S, ids in zip(token_WS, rows, strict=True):
         row_S[: len(ids)] = ids
-    if token_WS.max() >= model.cfg.d_vocab or token_WS.min() < PAD:
-        raise InputError(
-            f"a window holds a token that is not in 0..{model.cfg.d_vocab - 1}"
-        )
+    check_windows(model, token_WS)
+    behind_WS = np.cumsum(token_WS == PAD, axis=1) > 0
+    if ((token_WS != PAD) & behind_WS).any():
+        raise InputError("padding (-1) stands before a token: put it behind the text")
+    return token_WS.astype(np.int32)
+
+
+def check_windows(model: Model, token_WS: np.ndarray) -> None:
+    """Raise InputError for windows that the model cannot read."""
+    n = model.cfg.d_vocab
+    if ((token_WS < PAD) | (token_WS >= n)).any():
+        raise InputError(f"a window holds a token that is not in 0..{n - 1}")
     if token_WS.shape[1] > model.cfg.n_ctx:
         raise InputError(
             f"a window has {token_WS.shape[1]} tokens, the model takes at most "
             f"{model.cfg.n_ctx}: cut it"
         )
-    behind_WS = np.cumsum(token_WS == PAD, axis=1) > 0
-    if ((token_WS != PAD) & behind_WS).any():
-        raise InputError("padding (-1) stands before a token: put it behind the text")
-    return token_WS
 
 
 def _mask(model: Model, token_WS: np.ndarray, mask: Mask) -> np.ndarray:

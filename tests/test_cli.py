@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxclt import cli, cli_trace
+from jaxclt import cli
 from jaxclt.cli_trace import heading
-from jaxclt.graph import compute
 from jaxclt.io.graph_file import load_graph
 from jaxclt.viewer.graph_json import validate
 
@@ -57,8 +53,9 @@ def test_trace_writes_the_four_files_of_the_contract(traced: Path):
         "replacement",
         "completeness",
         "completeness_ct",
+        "completeness_logit_edges",
         "mean_path_length",
-    } <= set(report["scores"]["full"])
+    } <= set(report["scores"]["full"]) & set(report["scores"]["pruned"])
     assert {
         "load",
         "record",
@@ -147,44 +144,6 @@ def test_what_a_reader_saved_outlives_another_trace(tmp_path: Path):
     assert again["qParams"]["supernodes"] == []
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_keeps_what_is_done(
-    times: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
-    """Pressed once; the second time nothing is written."""
-    presses = [signal.SIGINT] * times
-
-    @contextmanager
-    def pressing(*_: object) -> Iterator[Callable[[int, int], None]]:
-        def on_rows(done: int, total: int) -> None:
-            assert total > 100
-            if done > 40 and presses:
-                signal.raise_signal(presses.pop())
-
-        yield on_rows
-
-    monkeypatch.setattr(cli_trace, "progress", pressing)
-    monkeypatch.setattr(compute, "push_flops", lambda *_, **__: np.inf)
-    before = signal.getsignal(signal.SIGINT)
-    out = tmp_path / "g"
-    options = ("--dictionary", "neurons", "--tolerance", 0, "--max-features", 150)
-    assert trace(out, *options) == (0 if times == 1 else 130)
-    assert signal.getsignal(signal.SIGINT) is before
-    assert "Ctrl-C again" in capsys.readouterr().err
-    if times == 2:
-        assert list(out.iterdir()) == []
-        return
-    report = json.loads((out / "report.json").read_text())
-    assert report["work"]["stopped"]
-    n = report["graph"]["features_attributed"]
-    assert 30 < n < 150
-    assert report["identity"]["stopped"] == n
-    assert report["certificate"]["max_relative_row_error"] < 1e-5
-
-
 def test_dry_run_states_the_memory_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -194,13 +153,13 @@ def test_dry_run_states_the_memory_and_writes_nothing(
     assert plan["budget_gb"] == 3
     assert plan["total_gb"] == pytest.approx(sum(plan["memory_gb"].values()), abs=0.01)
     assert 0 < plan["total_gb"] < 3
-    assert list(out.iterdir()) == []
+    assert list(out.glob("*")) == []
 
 
 def test_dry_run_of_an_assumed_prompt_reads_no_weights(
     capsys: pytest.CaptureFixture[str],
 ):
-    """6,000 tokens at the size of Gemma-2-2B on 80 GB, as the issue asks."""
+    """6,000 tokens at the size of Gemma-2-2B on 80 GB."""
     shape = Path(__file__).parents[1] / "benchmarks/shapes/gemma-2-2b.json"
     rest = ("--dictionary", "any", "--out", "any", "--dry-run", "--json")
     size = "tokens=6000,active=100,features=16384,host=200"
@@ -393,7 +352,7 @@ def test_help_needs_no_transformers():
         "from jaxclt import cli\n"
         "try: cli.main()\n"
         "except SystemExit as stop: assert stop.code == 0\n"
-        "assert 'transformers' not in sys.modules"
+        "assert not {'transformers', 'starlette', 'uvicorn'} & set(sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""The same graphs as circuit-tracer 0.5.0, in float32 (T-P7).
+"""The same graphs as circuit-tracer 0.5.0, in float32 (maths 21).
 
 Goldens come from its own code, see goldens/make_circuit_tracer.py. Its square matrix
 has nodes [features][errors, layer-major][tokens][logits]; its first position has
@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxclt.clt.active import Active, StoreDictionary
+from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.graph import Graph, GraphMeta
@@ -58,7 +59,7 @@ def traced(name: str) -> Traced:
         golden = dict(file)
     np.testing.assert_array_equal(golden["token_T"], recording.token_T)
     store = open_dictionary(GOLDENS / directory / f"dictionary{suffix}")
-    active = StoreDictionary(store).active(model.params, recording, model.cfg)
+    active = active_features(StoreDictionary(store), model.params, recording, model.cfg)
     targets = salient_targets(model.params, recording.out_TD[-1])
     return Traced(golden, model, recording, active, targets)
 
@@ -193,7 +194,7 @@ def test_scores_are_the_same(name: str, which: str) -> None:
 
 @every
 def test_our_rows_sum_in_float32_and_its_rows_do_not(name: str) -> None:
-    """T-E1 on a model from files; traps 4 and 5: bias and first position dropped."""
+    """Maths 6.3 on a model from files; 21.3 and 21.5, what its rows leave out."""
     ours = graph(name, "full", "paper")
     rounding = 16 * float(np.finfo(np.float32).eps)  # of sums over all layers
     assert certificate(ours).max_relative_row_error < rounding

@@ -18,15 +18,19 @@ ROOMS = {
     "lm": ("types", "errors"),
     "clt": ("types", "errors", "lm.layers", "lm.config"),
     "replacement": ("types", "errors", "lm", "clt"),
-    "graph": ("types", "errors", "shapes", "lm", "clt", "replacement"),
+    "graph": (
+        *("types", "errors", "shapes", "json_text"),
+        *("lm", "clt", "replacement"),
+    ),
     "patching": ("types", "errors", "lm", "clt"),
     "global_weights": ("types", "errors", "shapes", "lm", "clt"),
     "dashboards": (
-        *("types", "errors", "windows", "lm", "clt", "global_weights"),
+        *("types", "errors", "windows", "json_text", "lm", "clt", "global_weights"),
         *("graph.memory", "io.atomic", "io.json_file", "io.npz"),
     ),
     "shapes": (),
-    "viewer": ("errors", "graph.graph", "io.json_file"),
+    "viewer": ("errors", "json_text", "graph.graph", "io.json_file"),
+    "json_text": (),
 }
 
 
@@ -102,6 +106,21 @@ def test_rooms_know_no_tokenizers(room: str) -> None:
         banned |= {"jax", "flax"}
     for path in modules(room):
         assert not {name.split(".")[0] for name in imports(path)} & banned, path
+
+
+def test_no_json_of_ours_can_hold_nan() -> None:
+    """JSON has no word for it: `to_json` writes null, orjson does so by itself."""
+    for path in ROOT.rglob("*.py"):
+        calls = [
+            node
+            for node in ast.walk(ast.parse(path.read_text("utf-8")))
+            if isinstance(node, ast.Call)
+            and ast.unparse(node.func) in ("json.dumps", "json.dump")
+        ]
+        said = [
+            {word.arg: ast.unparse(word.value) for word in c.keywords} for c in calls
+        ]
+        assert all(words.get("allow_nan") == "False" for words in said), path
 
 
 def test_nothing_imports_the_command_line() -> None:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.active import active_features
+from jaxclt.clt.coder import Dictionary
 from jaxclt.graph import bank, columns, influence, rows
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.targets import salient_targets
@@ -41,7 +42,7 @@ def test_padded_equals_unpadded(model: Model, dictionary: Dictionary):
     bare = attribute_recording(
         model.params,
         recording,
-        dictionary.active(model.params, recording, model.cfg),
+        active_features(dictionary, model.params, recording, model.cfg),
         salient_targets(model.params, recording.out_TD[-1]),
         cfg=model.cfg,
         meta=padded.meta,
@@ -59,8 +60,8 @@ def test_padded_equals_unpadded(model: Model, dictionary: Dictionary):
 def test_rows_of_padding_are_not_read(model: Model, dictionary: Dictionary):
     token_T = jnp.arange(3, 11, dtype=jnp.int32)
     recording = record_prompt(model.params, token_T, model.cfg)
-    every = dictionary.active(model.params, recording, model.cfg)
-    few = dictionary.active(model.params, recording, model.cfg, 3)
+    every = active_features(dictionary, model.params, recording, model.cfg)
+    few = active_features(dictionary, model.params, recording, model.cfg, 3)
     keep_A = every.pos_A < 3
     assert keep_A.any()
     for name in ("layer_A", "pos_A", "feature_A", "value_A"):

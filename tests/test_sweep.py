@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxclt import cli, sweep
+from jaxclt import cli, sweep, trace_files
 from jaxclt.errors import InputError
 
 GOLDEN = Path(__file__).parent / "goldens" / "circuit_tracer_clt"
@@ -100,6 +100,28 @@ def test_other_settings_are_traced_again(prompts: Path, tmp_path: Path):
     folder = tmp_path / "out" / index[0]["directory"]
     with np.load(folder / "graph.npz", allow_pickle=False) as graph:
         assert len(graph["layer_A"]) <= 20
+
+
+def test_a_graph_of_other_settings_that_was_not_finished_is_not_taken_for_done(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its graph.npz lies beside the report and the page of the one before."""
+    prompts.write_text(PROMPTS[0])
+    (line,) = run(prompts, tmp_path / "out")
+    file = tmp_path / "out" / line["directory"] / "graph.npz"
+    before, real = file.read_bytes(), trace_files.save_graph
+
+    def killed(*args):
+        real(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trace_files, "save_graph", killed)
+    with pytest.raises(SystemExit):
+        run(prompts, tmp_path / "out", "--max-features", 20)
+    assert file.read_bytes() != before
+    monkeypatch.setattr(trace_files, "save_graph", real)
+    run(prompts, tmp_path / "out")
+    assert file.read_bytes() == before
 
 
 def test_prompts_are_read_from_jsonl(tmp_path: Path):

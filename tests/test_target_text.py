@@ -14,7 +14,7 @@ import pytest
 
 import jaxclt
 from jaxclt import cli
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import VIRTUAL_TOKEN
 from jaxclt.graph.targets import (
@@ -131,6 +131,52 @@ def test_a_text_that_is_one_token_is_that_token(
     assert got.labels == ("<8> − <9>",)
 
 
+@functools.cache
+def sums() -> tuple[Model, Recording]:
+    """The bundled model, whose sums are tokens that its tokenizer cuts into digits."""
+    found = jaxclt.load_model("addition")
+    ids = prompt_tokens(found, "36+59=")
+    return found, record_prompt(found.params, jnp.asarray(ids), found.cfg)
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "tokens"),
+    [
+        (["95"], ("",), [95]),
+        ([" 95", "id:94"], ("", ""), [95, 94]),
+        (["diff: 95|94"], ("95 − 94",), [-1]),
+        (["diff:id:95| id:94@2"], ("95 − 94",), [-1]),
+        (["logp: 95", "prob:id:95"], ("log p(95)", "p(95)"), [-1, -1]),
+        (["2*95", "id:94@-1"], ("", ""), [95, 94]),
+        (["+"], ("",), [200]),
+    ],
+)
+def test_the_vocabulary_comes_before_the_tokenizer(
+    texts: list[str], labels: tuple[str, ...], tokens: list[int]
+) -> None:
+    found, recording = sums()
+    assert found.tokenizer.encode("95", "never") == [9, 5]
+    got = read_targets(texts, found, dictionary(), recording, n_tokens=6)
+    assert got.token_K.tolist() == tokens
+    assert got.labels == labels
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id:203", "the model's tokens are id:0 to id:202"),
+        ("diff:95|id:999", "the model's tokens are id:0 to id:202"),
+        ("999", "it is 3 tokens, not one"),
+        ("id:x", "tokens, not one"),
+        (" ", "it is no token of this model"),
+    ],
+)
+def test_what_is_not_in_the_vocabulary_is_refused(text: str, message: str) -> None:
+    found, recording = sums()
+    with pytest.raises(InputError, match=message):
+        read_targets([text], found, dictionary(), recording, n_tokens=6)
+
+
 class Words:
     """A tokenizer of given words; any other text is two tokens."""
 
@@ -158,10 +204,15 @@ class Words:
         (["nothing"], "it is no token of this model"),
         (["w7", "w7"], "given twice"),
         (["w7", "w7@-1"], "given twice"),
-        (["w90", "top:-1"], "given twice"),
+        (["w90", "top:5"], "given twice"),
         (["w7@99"], "give a position from 0 to 5, or -1"),
         (["w7@-7"], "give a position from 0 to 5, or -1"),
         (["top:x"], "write top:position"),
+        (["top:-1"], "write top:position, a whole number from 0 to 5"),
+        (["feature:99999999999999999999:0:0"], "write feature:layer:position:index"),
+        (["feature:0:0:99999999999999999999"], "write feature:layer:position:index"),
+        (["dif:w7|w8"], 'did you mean "diff"?'),
+        (["vector:resid_mi:1:{probe}"], 'did you mean "resid_mid"?'),
         (["diff:w7"], "write diff:A|B"),
         (["diff:w7|w7"], "so is their difference zero"),
         (["diff:w7|w8 w9"], "write diff:A|B"),

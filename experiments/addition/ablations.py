@@ -18,7 +18,7 @@ import study
 import task
 from global_circuit import weights_at_equals
 
-from jaxclt.clt.active import StoreDictionary
+from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.io.model import Model
 from jaxclt.validation.stats import mean_interval, spearman
 

@@ -12,7 +12,7 @@ import task
 from families import Label
 
 import jaxclt
-from jaxclt.clt.active import StoreDictionary
+from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.io.model import Model
 
 LEAST = 10  # sums on which a feature must be active

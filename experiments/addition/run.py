@@ -29,7 +29,7 @@ import train_model
 from families import Label
 
 import jaxclt
-from jaxclt.clt.active import StoreDictionary
+from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.demo import family_supernodes
 from jaxclt.evaluate import EvalOptions, evaluate
 from jaxclt.evaluation.claims import check_claims

@@ -15,15 +15,16 @@ from families import Label, label, partitions
 from jax import Array
 
 import jaxclt
-from jaxclt.clt.active import Dictionary, StoreDictionary
+from jaxclt.clt.coder import Dictionary, load
 from jaxclt.clt.model import encode
+from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.targets import token_targets
 from jaxclt.io.model import Model
 from jaxclt.patching.effects import clean_effect
 from jaxclt.patching.modes import Mode
-from jaxclt.replacement.model import substitute_logits, substitute_of
+from jaxclt.replacement.model import replacement_logits
 from jaxclt.subject import Subject
 from jaxclt.train.harvest import harvest
 from jaxclt.types import LMParams, Recording, Targets
@@ -73,9 +74,9 @@ def right_share(logits: Callable[[Array], Array]) -> float:
 
 def right_without_errors(model: Model, dictionary: Dictionary) -> float:
     """Share of all sums that the replacement model gets right, nothing kept."""
-    sub = substitute_of(dictionary, model.params)
+    loaded = load(dictionary, model.params, model.cfg)
     logits = partial(
-        substitute_logits, model.params, sub, cfg=model.cfg, keep_first=False
+        replacement_logits, model.params, loaded, cfg=model.cfg, keep_first=False
     )
     return right_share(logits)
 

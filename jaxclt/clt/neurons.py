@@ -1,7 +1,7 @@
 """The model's own MLP neurons as a dictionary that needs no training.
 
 A gated neuron's activation is ``act(gate) * up``: two linear pre-activations. The rule
-here (spec 6.6): the gate is frozen like an attention pattern, so a neuron's
+here (maths 2.7): the gate is frozen like an attention pattern, so a neuron's
 pre-activation is ``up`` times its frozen gate, linear in the stream, equal to its
 activation, and of either sign. A neuron of an MLP without a gate is its own gate:
 ``act(u) = (act(u) / u) u``, where the factor (0 or 1 of a ReLU, smooth of a GELU) is
@@ -23,29 +23,133 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.active import Active
-from jaxclt.clt.sites import fold_reads
+from jaxclt.clt.coder import Encoded
+from jaxclt.clt.config import ReadSite, Shape
 from jaxclt.errors import InputError
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
-from jaxclt.types import Block, LMParams, Recording
+from jaxclt.types import Block, LMParams
 
-__all__ = [
-    "NeuronDictionary",
-    "active_neurons",
-    "kept_neurons",
-    "neuron_values",
-    "parse_neurons",
-    "read_neurons",
-]
+__all__ = ["NeuronCoder", "NeuronDictionary", "NeuronRows", "parse_neurons"]
+
+
+class NeuronRows(NamedTuple):
+    """What some neurons of a layer read, rows [U, D] and biases [U]."""
+
+    up_UD: Any
+    up_bias_U: Any
+    gate_UD: Any | None  # None: the neuron is its own gate
+    gate_bias_U: Any | None
+
+
+@dataclasses.dataclass(frozen=True)
+class NeuronCoder:
+    """How the model's neurons compute, see `jaxclt.clt.coder.Coder`."""
+
+    lm: LMConfig
+    k: int | None = None
+    threshold: float | None = None
+
+    gated = True
+    competes = False
+    signed = True
+
+    @property
+    def shape(self) -> Shape:
+        """A per-layer transcoder's."""
+        return Shape(
+            n_layers=self.lm.n_layers,
+            d_model=self.lm.d_model,
+            n_features=self.lm.d_mlp,
+            span=1,
+        )
+
+    @property
+    def site(self) -> ReadSite:
+        """What the MLP sees."""
+        return "mlp_in"
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the weak ones are left out."""
+        return self.k is not None or self.threshold is not None
+
+    def encode(
+        self,
+        p: Block,
+        enc: NeuronRows | None,
+        read_TD: Array,
+        post_T: Array | None = None,
+    ) -> Encoded:
+        """``up`` and its gate; of some neurons all are on, of all the strong ones."""
+        if enc is not None:
+            return self._some(enc, read_TD, post_T)
+        gate_TI, up_TI = layers.gate_and_up(p, read_TD, cfg=self.lm)
+        if p.post_mlp_LD is not None:
+            if post_T is None:
+                _, post_T = layers.mlp_and_scale(p, read_TD, cfg=self.lm)
+            assert post_T is not None, "there is a norm"
+            gate_TI = gate_TI * post_T[:, None]
+        return Encoded(up_TI, self._kept(p, gate_TI * up_TI), gate_TI)
+
+    def _some(self, enc: NeuronRows, read_TD: Array, post_T: Array | None) -> Encoded:
+        up_TU = jnp.einsum("TD,UD->TU", read_TD, enc.up_UD) + enc.up_bias_U[None]
+        if enc.gate_UD is None:
+            gate_TU = layers.activate_gate(up_TU, cfg=self.lm, own=True)
+        else:
+            gate_TU = jnp.einsum("TD,UD->TU", read_TD, enc.gate_UD)
+            gate_TU = layers.activate_gate(
+                gate_TU + enc.gate_bias_U[None],  # pyright: ignore
+                cfg=self.lm,
+            )
+        if post_T is not None:
+            gate_TU = gate_TU * post_T[:, None]
+        return Encoded(up_TU, jnp.ones(up_TU.shape, bool), gate_TU)
+
+    def _kept(self, p: Block, value_TI: Array) -> Array:
+        """Those of the largest written norm ``|a| * ||W_down||``, bool [T, I]."""
+        k, threshold = self.k, self.threshold
+        if threshold is None and (k is None or k >= value_TI.shape[1]):
+            return jnp.ones(value_TI.shape, bool)
+        norm_I = jnp.linalg.norm(layers.neuron_rows(p), axis=-1)
+        size_TI = jnp.abs(value_TI) * norm_I[None]
+        if threshold is not None:
+            return size_TI >= jnp.asarray(threshold, size_TI.dtype)
+        assert k is not None
+        _, index_TJ = jax.lax.top_k(size_TI, k)
+        none_TI = jnp.zeros(size_TI.shape, bool)
+        return jnp.put_along_axis(none_TI, index_TJ, True, -1, inplace=False)
+
+    def rows(self, enc: NeuronRows) -> tuple[Any, Any]:
+        """What ``up`` reads."""
+        return enc.up_UD, enc.up_bias_U
+
+    def thresholds(self, enc: NeuronRows | None) -> None:
+        """A neuron is never off."""
+        del enc
+
+    def write(self, p: Block, dec: Array | None, a_TF: Array) -> Array:
+        """Activations times rows of ``W_down``."""
+        rows_FD = layers.neuron_rows(p) if dec is None else dec[:, 0]
+        return (a_TF @ rows_FD)[None]
+
+    def bias(self, p: Block, fixed: None) -> Array:
+        """The MLP's own bias, which no norm after the MLP comes with."""
+        del fixed
+        if p.down_bias_LD is None:
+            return jnp.zeros(p.down_LID.shape[-1:], p.down_LID.dtype)
+        return p.down_bias_LD
+
+    def skip(self, fixed: None) -> None:
+        """There is none."""
+        del fixed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,22 +177,46 @@ class NeuronDictionary:
         """The model's, see its hash."""
         return {}
 
-    def active(
-        self,
-        params: LMParams,
-        recording: Recording,
-        cfg: LMConfig,
-        n_tokens: int | None = None,
-    ) -> Active:
-        """The strongest neurons of every layer and position below `n_tokens`."""
-        return active_neurons(
-            params,
-            recording,
-            cfg=cfg,
-            k=self.k,
-            threshold=self.threshold,
-            n_tokens=n_tokens,
+    def coder(self, cfg: LMConfig) -> NeuronCoder:
+        """How they compute."""
+        return NeuronCoder(cfg, self.k, self.threshold)
+
+    def encoders(
+        self, params: LMParams, layer: int, feature_U: np.ndarray | None = None
+    ) -> NeuronRows | None:
+        """Rows of some neurons; of all they are the model's own."""
+        if feature_U is None:
+            return None
+        b = params.blocks
+
+        def rows(W_LDI: Array | None) -> np.ndarray | None:
+            return None if W_LDI is None else np.asarray(W_LDI[layer]).T[feature_U]
+
+        def bias(b_LI: Array | None) -> np.ndarray:
+            if b_LI is None:
+                return np.zeros(len(feature_U), b.up_LDI.dtype)
+            return np.asarray(b_LI[layer])[feature_U]
+
+        gate_bias = None if b.gate_LDI is None else bias(b.gate_bias_LI)
+        return NeuronRows(
+            rows(b.up_LDI), bias(b.up_bias_LI), rows(b.gate_LDI), gate_bias
         )
+
+    def decoders(
+        self, params: LMParams, layer: int, feature_U: np.ndarray | None = None
+    ) -> np.ndarray | None:
+        """Rows [U, 1, D] of ``W_down`` of some neurons; of all, the model's own."""
+        if feature_U is None:
+            return None
+        b = params.blocks
+        rows_UD = np.asarray(b.down_LID[layer])[feature_U]
+        if b.post_mlp_LD is not None:
+            rows_UD = rows_UD * np.asarray(b.post_mlp_LD[layer])[None]
+        return rows_UD[:, None]
+
+    def fixed(self, params: LMParams, layer: int) -> None:
+        """The model's own."""
+        del params, layer
 
 
 def parse_neurons(name: str) -> NeuronDictionary | None:
@@ -104,7 +232,7 @@ def parse_neurons(name: str) -> NeuronDictionary | None:
         return None
     kind, text = found.groups()
     if kind == ":":
-        if not text.isdecimal() or int(text) < 1:
+        if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
             raise InputError(
                 f"dictionary {name!r}: write neurons:k with k a whole number of at "
                 "least 1"
@@ -120,137 +248,3 @@ def parse_neurons(name: str) -> NeuronDictionary | None:
             "counts, above 0"
         )
     return NeuronDictionary(threshold=threshold)
-
-
-def neuron_values(
-    p: Block, mid_TD: Array, scale_T: Array, *, cfg: LMConfig
-) -> tuple[Array, Array]:
-    """Activations [T, I] of all neurons of one layer, and their gates.
-
-    Args:
-      p: one layer of the model's blocks.
-      mid_TD: the residual stream where the MLP reads.
-      scale_T: reciprocal denominator of the norm before the MLP.
-      cfg: model shape.
-    """
-    normed_TD = layers.normalise(mid_TD, scale_T, layers.mlp_norm(p))
-    return read_neurons(p, normed_TD, cfg=cfg)
-
-
-def read_neurons(p: Block, normed_TD: Array, *, cfg: LMConfig) -> tuple[Array, Array]:
-    """`neuron_values` of what the MLP reads."""
-    gate_TI, up_TI = layers.gate_and_up(p, normed_TD, cfg=cfg)
-    if p.post_mlp_LD is not None:
-        _, post_T = layers.mlp_and_scale(p, normed_TD, cfg=cfg)
-        assert post_T is not None, "there is a norm"
-        gate_TI = gate_TI * post_T[:, None]
-    return gate_TI * up_TI, gate_TI
-
-
-def kept_neurons(
-    p: Block, value_TI: Array, *, k: int | None, threshold: Array | float | None = None
-) -> Array | None:
-    """Which neurons of one layer count [T, I]; None if all do.
-
-    Args:
-      p: one layer of the model's blocks.
-      value_TI: activations.
-      k: so many, of the largest written norm ``|a| * ||W_down||``.
-      threshold: those whose written norm is at least so large.
-    """
-    if threshold is None and (k is None or k >= value_TI.shape[1]):
-        return None
-    size_TI = jnp.abs(value_TI) * jnp.linalg.norm(layers.neuron_rows(p), axis=-1)[None]
-    if threshold is not None:
-        return size_TI >= threshold
-    assert k is not None
-    _, index_TJ = jax.lax.top_k(size_TI, k)
-    none_TI = jnp.zeros(size_TI.shape, bool)
-    return jnp.put_along_axis(none_TI, index_TJ, True, -1, inplace=False)
-
-
-@partial(jax.jit, static_argnames=("cfg", "k"))
-def _found(
-    p: Block,
-    mid_TD: Array,
-    scale_T: Array,
-    threshold: Array | None,
-    cfg: LMConfig,
-    k: int | None,
-) -> tuple[Array, Array, Array]:
-    value_TI, gate_TI = neuron_values(p, mid_TD, scale_T, cfg=cfg)
-    keep_TI = kept_neurons(p, value_TI, k=k, threshold=threshold)
-    return (
-        value_TI,
-        gate_TI,
-        jnp.ones(value_TI.shape, bool) if keep_TI is None else keep_TI,
-    )
-
-
-def active_neurons(
-    params: LMParams,
-    recording: Recording,
-    *,
-    cfg: LMConfig,
-    k: int | None,
-    threshold: float | None = None,
-    n_tokens: int | None = None,
-) -> Active:
-    """The strongest neurons as active features of a span-1 dictionary.
-
-    Args:
-      params: the model.
-      recording: its clean pass.
-      cfg: model shape.
-      k: neurons per layer and position; None for no such limit.
-      threshold: least written norm of those that count.
-      n_tokens: positions from there on have none; None for all.
-    """
-    least = None if threshold is None else jnp.asarray(threshold, params.embed_VD.dtype)
-    parts, encoder, decoder = [], [], []
-    for layer in range(cfg.n_layers):
-        p = jax.tree.map(lambda leaf: leaf[layer], params.blocks)  # noqa: B023
-        scale_T = recording.frozen.mlp_scale_LT[layer]
-        found = _found(p, recording.mid_LTD[layer], scale_T, least, cfg, k)
-        value_TI, gate_TI, keep_TI = map(np.asarray, found)
-        pos, index = np.nonzero(keep_TI[:n_tokens])
-        value, gate = value_TI[pos, index], gate_TI[pos, index]
-        unique, row = np.unique(index, return_inverse=True)
-        rows_UD = np.asarray(p.up_LDI).T[unique]
-        rows_UD, bias_U = fold_reads("mlp_in", layers.mlp_norm(p), rows_UD)
-        if p.up_bias_LI is not None:
-            bias_U = bias_U + np.asarray(p.up_bias_LI)[unique]
-        parts.append(
-            (
-                np.full(len(index), layer, np.int32),
-                pos.astype(np.int32),
-                index.astype(np.int32),
-                value,
-                gate,
-                (gate * bias_U[row]).astype(value.dtype),
-                row.astype(np.int32),
-            )
-        )
-        encoder.append(rows_UD)
-        decoder.append(np.asarray(layers.neuron_rows(p))[unique][:, None, :])
-    fields = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    layer_A, pos_A, feature_A, value_A, gate_A, bias_A, row_A = fields
-    down_bias_LD = params.blocks.down_bias_LD
-    return Active(
-        layer_A=layer_A,
-        pos_A=pos_A,
-        feature_A=feature_A,
-        value_A=value_A,
-        preact_A=value_A,
-        read_bias_A=bias_A,
-        gate_A=gate_A,
-        row_A=row_A,
-        encoder=tuple(encoder),
-        decoder=tuple(decoder),
-        scale_LT=np.asarray(recording.frozen.mlp_scale_LT),
-        write_bias_LD=(
-            np.zeros((cfg.n_layers, cfg.d_model), value_A.dtype)
-            if down_bias_LD is None
-            else np.asarray(down_bias_LD)
-        ),
-    )

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.active import Dictionary
-from jaxclt.clt.neurons import NeuronDictionary, neuron_values
-from jaxclt.clt.sites import fold_reads, read_scale
-from jaxclt.clt.store import DictionaryStore
+from jaxclt.clt.active import encode_at
+from jaxclt.clt.coder import Dictionary, in_dtype, stream_rows
+from jaxclt.clt.sites import read_scale
 from jaxclt.errors import InputError
 from jaxclt.lm.config import LMConfig
-from jaxclt.lm.layers import mlp_norm
 from jaxclt.types import LMParams, Recording
 
 __all__ = ["FeatureReads", "feature_reads"]
@@ -39,7 +36,7 @@ def feature_reads(
     """What given features read of the residual stream where the MLP reads.
 
     Args:
-      dictionary: a transcoder, or the model's neurons (their gates are frozen).
+      dictionary: of any kind (gates are frozen).
       params: the model.
       recording: its clean pass.
       place_K3: layer, position and feature index of each.
@@ -48,66 +45,25 @@ def feature_reads(
     Raises:
       InputError: if there is no such layer, position or feature.
     """
+    coder = dictionary.coder(cfg)
     L, T = recording.mid_LTD.shape[:2]
-    store = getattr(dictionary, "store", None)
-    if isinstance(dictionary, NeuronDictionary):
-        n_features = cfg.d_mlp
-    elif store is not None:
-        n_features = store.cfg.n_features
-    else:
-        raise InputError(f"dictionary {dictionary.name}: its encoders cannot be read")
+    dtype, found = recording.mid_LTD.dtype, []
     for layer, pos, feature in place_K3.tolist():
         _check("layer", layer, L)
         _check("position", pos, T)
-        _check("feature", feature, n_features)
-    found = [
-        _neuron(params, recording, layer, pos, feature, cfg)
-        if store is None
-        else _encoder(store, params, recording, layer, pos, feature)
-        for layer, pos, feature in place_K3.tolist()
-    ]
+        _check("feature", feature, coder.shape.n_features)
+    for layer, pos, feature in place_K3.tolist():
+        enc = dictionary.encoders(params, layer, np.array([feature]))
+        enc = in_dtype(enc, dtype)
+        row_1D, const_1 = stream_rows(coder, params, layer, enc)
+        scale_T = read_scale(coder.site, recording.frozen.mlp_scale_LT[layer])
+        here = encode_at(params, recording, layer, np.array([pos]), enc, coder=coder)
+        gate = 1 if here.gate_TF is None else here.gate_TF[0, 0]
+        read_D = jnp.asarray(row_1D[0]) * (scale_T[pos] * gate)
+        found.append((read_D, jnp.asarray(gate * const_1[0], dtype)))
     return FeatureReads(*(jnp.stack(column) for column in zip(*found, strict=True)))
 
 
 def _check(what: str, index: int, size: int) -> None:
     if not 0 <= index < size:
         raise InputError(f"there is no {what} {index}: give one from 0 to {size - 1}")
-
-
-def _encoder(
-    store: DictionaryStore,
-    params: LMParams,
-    recording: Recording,
-    layer: int,
-    pos: int,
-    feature: int,
-) -> tuple[Array, Array]:
-    enc = store.encoder(layer)
-    dtype = recording.mid_LTD.dtype
-    row_1D = np.asarray(enc.W_enc_FD[feature], dtype)[None]
-    row_1D, const_1 = fold_reads(
-        store.cfg.read, mlp_norm(params.blocks).of_layer(layer), row_1D
-    )
-    scale_T = read_scale(store.cfg.read, recording.frozen.mlp_scale_LT[layer])
-    bias = np.asarray(enc.b_enc_F[feature], dtype) + const_1[0]
-    return jnp.asarray(row_1D[0]) * scale_T[pos], jnp.asarray(bias)
-
-
-def _neuron(
-    params: LMParams,
-    recording: Recording,
-    layer: int,
-    pos: int,
-    feature: int,
-    cfg: LMConfig,
-) -> tuple[Array, Array]:
-    p = jax.tree.map(lambda leaf: leaf[layer], params.blocks)
-    scale_T = recording.frozen.mlp_scale_LT[layer, pos : pos + 1]
-    mid_TD = recording.mid_LTD[layer, pos : pos + 1]
-    gate = neuron_values(p, mid_TD, scale_T, cfg=cfg)[1][0, feature]
-    row_1D = np.asarray(p.up_LDI[:, feature])[None]
-    row_1D, const_1 = fold_reads("mlp_in", mlp_norm(p), row_1D)
-    bias = jnp.asarray(const_1[0])
-    if p.up_bias_LI is not None:
-        bias = bias + p.up_bias_LI[feature]
-    return jnp.asarray(row_1D[0]) * (scale_T[0] * gate), gate * bias

@@ -1,10 +1,10 @@
 """Where an encoder reads: maps between the residual stream and the read tensor.
 
 With the norm denominator frozen, every read site is an affine map of the residual
-stream where the MLP reads: that stream itself, or what its norm makes of it (spec 3.1).
-Graphs work at the residual stream, so encoder rows are pulled back through the norm:
-its gain, and of a LayerNorm the removal of the mean, go into the row, its bias into the
-encoder's, and the denominator, which each token has of its own, stays outside.
+stream where the MLP reads: that stream itself, or what its norm makes of it (maths
+2.3). Graphs work at the residual stream, so encoder rows are pulled back through the
+norm: its gain, and of a LayerNorm the removal of the mean, go into the row, its bias
+into the encoder's, and the denominator, which each token has of its own, stays outside.
 """
 
 from __future__ import annotations

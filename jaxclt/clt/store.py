@@ -7,7 +7,7 @@ rows are asked for by feature index and a store may read them lazily from disk.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +21,9 @@ __all__ = ["DictionaryStore", "EncoderLayer", "ParamsStore", "materialise"]
 class EncoderLayer(NamedTuple):
     """The encoder of one layer; rows are features."""
 
-    W_enc_FD: np.ndarray
-    b_enc_F: np.ndarray
-    theta_F: np.ndarray | None
+    W_enc_FD: Any
+    b_enc_F: Any
+    theta_F: Any | None
 
 
 class DictionaryStore(Protocol):

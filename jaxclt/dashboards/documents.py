@@ -101,7 +101,8 @@ def feature_document(
 ) -> bytes:
     """The JSON document of one feature.
 
-    ``examples_quantiles`` are the top activations, then the drawn examples in equal
+    ``examples_quantiles`` are the top activations (of a feature that was on both sides
+    of zero, those of either, the larger first), then the drawn examples in equal
     intervals of activation (of its size, where there are both signs), from the highest
     down; ``quantile_values`` are the intervals' ends. An example is repeated if its
     window is among the top ones too.
@@ -115,12 +116,14 @@ def feature_document(
       transcoder_id: name of the dictionary.
     """
     layer, feature = int(examples.layer_U[u]), int(examples.feature_U[u])
-    top, drawn = examples.top, examples.drawn
-    n_top = int((top.window_UE[u] >= 0).sum())
+    drawn = examples.drawn
     n_drawn = int((drawn.window_UE[u] >= 0).sum())
-    in_top = set(top.window_UE[u, :n_top].tolist())
-    shown = _examples(examples, top, u, range(n_top), strings, set())
-    quantiles = [{"quantile_name": "Top activations", "examples": shown}]
+    quantiles, in_top = [], set()
+    for name, top in _tops(examples, u):
+        n_top = int((top.window_UE[u] >= 0).sum())
+        in_top |= set(top.window_UE[u, :n_top].tolist())
+        shown = _examples(examples, top, u, range(n_top), strings, set())
+        quantiles.append({"quantile_name": name, "examples": shown})
     size_E = np.abs(drawn.value_UE[u, :n_drawn])
     most = float(max(abs(examples.max_U[u]), abs(examples.min_U[u])))
     edge_I = significant(np.linspace(0, most, INTERVALS + 1))
@@ -154,6 +157,16 @@ def feature_document(
         },
     }
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _tops(examples: Examples, u: int) -> list[tuple[str, Excerpts]]:
+    """The top activations, by side of zero if the feature was on both."""
+    name = "Top activations"
+    if not (examples.sides and examples.min_U[u] < 0 < examples.max_U[u]):
+        return [(name, examples.top)]
+    above, below = examples.sides
+    sides = [(f"{name} above zero", above), (f"{name} below zero", below)]
+    return sides if examples.max_U[u] >= -examples.min_U[u] else sides[::-1]
 
 
 def _histogram(examples: Examples, u: int) -> tuple[list[int], float, float]:

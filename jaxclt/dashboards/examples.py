@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Examples", "Excerpts", "Shown"]
+__all__ = ["Examples", "Excerpts", "Shown", "by_size"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,43 @@ class Excerpts:
     pos_UE: np.ndarray
     start_UE: np.ndarray
     act_UEC: np.ndarray
+
+
+def by_size(sides: Sequence[Excerpts]) -> Excerpts:
+    """The E places with the largest activations, from the E largest of each side.
+
+    A window counts once, at the larger of its peaks: the same as if windows had been
+    ranked by size from the start.
+    """
+    if len(sides) == 1:
+        return sides[0]
+    E = sides[0].window_UE.shape[1]
+    window_UJ = np.concatenate([side.window_UE for side in sides], 1)
+    size_UJ = np.abs(np.concatenate([side.value_UE for side in sides], 1))
+    # Equal peaks of a window: the one above zero, which comes first.
+    order_UJ = np.lexsort((-size_UJ, window_UJ), axis=1)
+    sorted_UJ = np.take_along_axis(window_UJ, order_UJ, 1)
+    again_UJ = np.zeros(window_UJ.shape, bool)
+    again_UJ[:, 1:] = sorted_UJ[:, 1:] == sorted_UJ[:, :-1]
+    none_UJ = window_UJ < 0
+    none_UJ |= np.take_along_axis(again_UJ, np.argsort(order_UJ, axis=1), 1)
+    best_UE = np.lexsort((window_UJ, -size_UJ, none_UJ), axis=1)[:, :E]
+    side_UE, place_UE = np.divmod(best_UE, E)
+    side_UE[np.take_along_axis(none_UJ, best_UE, 1)] = len(sides)
+
+    def taken(name: str, empty: int) -> np.ndarray:
+        found = np.full_like(getattr(sides[0], name), empty)
+        for z, side in enumerate(sides):
+            at = np.nonzero(side_UE == z)
+            found[at] = getattr(side, name)[at[0], place_UE[at]]
+        return found
+
+    return Excerpts(
+        **{
+            f.name: taken(f.name, -1 if f.name == "window_UE" else 0)
+            for f in dataclasses.fields(Excerpts)
+        }
+    )
 
 
 class Shown(NamedTuple):
@@ -54,11 +91,13 @@ class Examples:
       histogram_UB: int64 counts of activations in B equal bins over ``edge_U2``, of
         the windows 0, `histogram_every`, 2 `histogram_every`, ...
       edge_U2: lower and upper end of the histogram.
-      top: the windows with the largest activations, largest first.
+      top: the windows with the largest activations by size, largest first.
       drawn: windows drawn at random among those with any activation, largest first.
       fired_UW: uint8, bit-packed along W (`numpy.packbits`, little): whether a feature
         was active anywhere in a window.
       histogram_every: of so many windows one is in the histograms.
+      sides: `top` of activations above zero, and of those below; empty for dictionaries
+        that have none below.
     """
 
     layer_U: np.ndarray
@@ -74,6 +113,7 @@ class Examples:
     drawn: Excerpts
     fired_UW: np.ndarray
     histogram_every: int = 1
+    sides: tuple[Excerpts, ...] = ()
 
     @property
     def frequency(self) -> np.ndarray:
@@ -94,7 +134,7 @@ class Examples:
         """One excerpt as it is shown, cut where the text ends.
 
         Args:
-          excerpts: `top` or `drawn`.
+          excerpts: `top`, `drawn` or one of `sides`.
           u: row of the feature.
           e: which of its excerpts; `excerpts.window_UE[u, e]` must not be -1.
           text: turns token ids into strings (`Tokenizer.token_strings`).

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import gzip
-import json
 import math
 import os
 import re
@@ -27,6 +26,7 @@ import numpy as np
 from jaxclt.errors import InputError, shown
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import MOST, parse_object, read_bounded, read_json
+from jaxclt.json_text import to_json
 
 __all__ = [
     "INDEX",
@@ -112,7 +112,7 @@ def write_index(folder: Path, offsets: dict[int, list[int]]) -> None:
         str(layer): {"filename": layer_file(layer), "offsets": numbers}
         for layer, numbers in offsets.items()
     }
-    text = json.dumps(index, separators=(",", ":")).encode()
+    text = to_json(index, separators=(",", ":")).encode()
     with atomic_path(folder / INDEX) as temporary:
         temporary.write_bytes(gzip.compress(text, mtime=0))
 

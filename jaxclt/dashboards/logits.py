@@ -15,12 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.active import Dictionary
-from jaxclt.clt.neurons import NeuronDictionary
-from jaxclt.clt.store import DictionaryStore
-from jaxclt.errors import InputError
-from jaxclt.global_weights.weights import summed_writes, written_logits
-from jaxclt.lm.layers import neuron_rows
+from jaxclt.clt.coder import Dictionary
+from jaxclt.global_weights.weights import written_logits
 from jaxclt.types import LMParams
 
 __all__ = ["TokenEffects", "token_effects"]
@@ -54,24 +50,14 @@ def token_effects(
       layer: of the features.
       feature_N: which.
       k: tokens each way.
-
-    Raises:
-      InputError: for a dictionary of no known kind.
     """
     V = params.embed_VD.shape[0]
     k, rows = min(k, V), max(1, _CELLS // V)
-    n_layers = params.blocks.norm_mlp_LD.shape[0]
-    store: DictionaryStore | None = getattr(dictionary, "store", None)
-    p = jax.tree.map(lambda leaf: leaf[layer], params.blocks)
     found = []
     for start in range(0, len(feature_N), rows):
         part_R = feature_N[start : start + rows]
-        if isinstance(dictionary, NeuronDictionary):
-            written_RD = neuron_rows(p)[jnp.asarray(part_R)]
-        elif store is not None:
-            written_RD = summed_writes(store, params, layer, n_layers, part_R)
-        else:
-            raise InputError(f"dictionary {dictionary.name} has no decoders")
+        written_RMD = dictionary.decoders(params, layer, np.asarray(part_R))
+        written_RD = jnp.asarray(written_RMD, params.embed_VD.dtype).sum(1)
         # One shape for all parts: padded rows are dropped again.
         n = min(rows, len(feature_N))
         padded = jnp.pad(written_RD, ((0, n - len(part_R)), (0, 0)))

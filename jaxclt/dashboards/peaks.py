@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from jaxclt.clt.encoder import Encoder
+from jaxclt.clt.coder import Loaded
 from jaxclt.lm.block import block
 from jaxclt.lm.run import embed, native_mlp
 from jaxclt.types import LMParams
@@ -28,25 +28,27 @@ __all__ = ["Batch", "Peaks", "batch_peaks", "firing_counts"]
 class Peaks:
     """What features did in W windows; all leaves have a leading L, N features a layer.
 
+    Z is the sides of zero that activations are on: above, and below if they may be.
+
     Attributes:
-      value_WN: the activation that is largest by size, with its sign; 0 if none.
-      pos_WN: int32, the first position that has it.
+      value_ZWN: the activation of a side that is largest by size; 0 if none.
+      pos_ZWN: int32, the first position that has it.
       count_N: int32, positions where a feature was active.
       low_N: least activation where active; +inf if never.
       high_N: largest activation where active; -inf if never.
-      start_WN: int32, where the excerpt starts.
-      act_WCN: activations from there.
+      start_ZWN: int32, where the excerpt starts.
+      act_ZWCN: activations from there.
       priority_WN: int32 above 0, the order in which windows are drawn, largest first.
       sample_HSN: activations in the windows that histograms are made of.
     """
 
-    value_WN: Array
-    pos_WN: Array
-    start_WN: Array
+    value_ZWN: Array
+    pos_ZWN: Array
+    start_ZWN: Array
     count_N: Array
     low_N: Array
     high_N: Array
-    act_WCN: Array
+    act_ZWCN: Array
     priority_WN: Array
     sample_HSN: Array
 
@@ -70,13 +72,14 @@ class Batch:
 
 def _layers(
     params: LMParams,
-    encoder: Encoder,
+    encoder: Loaded,
     batch: Batch,
     per_layer: Any,
     each: Any,
 ) -> Any:
     """Scan over layers; `each` reduces a layer's activations [W, S, F]."""
     cfg = encoder.lm
+    assert cfg is not None
     native = native_mlp(cfg)
 
     def step(resid_WSD: Array, xs: Any) -> tuple[Array, Any]:
@@ -98,13 +101,13 @@ def _layers(
 
     embed_WSD = jax.vmap(partial(embed, params))(jnp.maximum(batch.token_WS, 0))
     layer_L = jnp.arange(cfg.n_layers, dtype=jnp.uint32)
-    xs = (params.blocks, encoder.per_layer, layer_L, per_layer)
+    xs = (params.blocks, encoder.weights, layer_L, per_layer)
     return jax.lax.scan(step, embed_WSD, xs)[1]
 
 
 def batch_peaks(
     params: LMParams,
-    encoder: Encoder,
+    encoder: Loaded,
     pick_LN: Array | None,
     key: Array,
     batch: Batch,
@@ -142,36 +145,42 @@ def batch_peaks(
             priority_WN = priority_WN[:, pick_N]
             a_WSN = a_WSN if narrowed else a_WSN[:, :, pick_N]
         with jax.named_scope("peaks"):
-            value_WN, low_N, high_N = _extremes(a_WSN, signed)
+            sides, low_N, high_N = _extremes(a_WSN, signed)
             pos_S = jnp.arange(S, dtype=jnp.int32)[None, :, None]
-            peak_WSN = a_WSN == value_WN[:, None]
-            pos_WN = jnp.where(peak_WSN, pos_S, S).min(1)
+            places = [
+                jnp.where(a_WSN == value_WN[:, None], pos_S, S).min(1)
+                for value_WN in sides
+            ]
+            value_ZWN, pos_ZWN = jnp.stack(sides), jnp.stack(places)
             count_N = (a_WSN != 0).sum(1, dtype=jnp.int32).sum(0)
         with jax.named_scope("excerpts"):
             # Three quarters before the peak, but inside the text.
-            last_W1 = jnp.maximum(length_W - C, 0)[:, None]
-            start_WN = jnp.clip(pos_WN - before, 0, last_W1)
+            last_1W1 = jnp.maximum(length_W - C, 0)[None, :, None]
+            start_ZWN = jnp.clip(pos_ZWN - before, 0, last_1W1)
             room = max(C - S, 0)
             padded = jnp.pad(a_WSN, ((0, 0), (0, room), (0, 0)))
-            at_WCN = start_WN[:, None] + jnp.arange(C, dtype=jnp.int32)[None, :, None]
-            act_WCN = jnp.take_along_axis(padded, at_WCN, 1)
+            offset_1C1 = jnp.arange(C, dtype=jnp.int32)[None, :, None]
+            excerpts = [
+                jnp.take_along_axis(padded, start_WN[:, None] + offset_1C1, 1)
+                for start_WN in start_ZWN
+            ]
         return Peaks(
-            value_WN,
-            pos_WN,
-            start_WN,
+            value_ZWN,
+            pos_ZWN,
+            start_ZWN,
             count_N,
             low_N,
             high_N,
-            act_WCN,
-            jnp.where(value_WN != 0, priority_WN, 0),
+            jnp.stack(excerpts),
+            jnp.where((value_ZWN != 0).any(0), priority_WN, 0),
             a_WSN[batch.sample_H],
         )
 
     return _layers(params, encoder, batch, pick_LN, each)
 
 
-def _extremes(a_WSN: Array, signed: bool) -> tuple[Array, Array, Array]:
-    """The largest by size [W, N], and least and largest where active [N].
+def _extremes(a_WSN: Array, signed: bool) -> tuple[tuple[Array, ...], Array, Array]:
+    """The largest of each side [W, N], and least and largest where active [N].
 
     Written in maxima without a common operand: XLA's CPU backend fuses more than a few
     reductions of the same mask into one loop that is ten times slower than they are.
@@ -184,7 +193,7 @@ def _extremes(a_WSN: Array, signed: bool) -> tuple[Array, Array, Array]:
     high_WN = a_WSN.max(1)
     high_N = high_WN.max(0)
     if not signed:
-        return high_WN, least_above(a_WSN), jnp.where(high_N > 0, high_N, -inf)
+        return (high_WN,), least_above(a_WSN), jnp.where(high_N > 0, high_N, -inf)
     low_WN = a_WSN.min(1)
     low_N = low_WN.min(0)
 
@@ -197,10 +206,10 @@ def _extremes(a_WSN: Array, signed: bool) -> tuple[Array, Array, Array]:
 
     one_sign = ((low_N == 0) | (high_N == 0)).any()
     low_N, high_N = jax.lax.cond(one_sign, strict, lambda a: (low_N, high_N), a_WSN)
-    return jnp.where(high_WN >= -low_WN, high_WN, low_WN), low_N, high_N
+    return (jnp.maximum(high_WN, 0), jnp.minimum(low_WN, 0)), low_N, high_N
 
 
-def firing_counts(params: LMParams, encoder: Encoder, batch: Batch) -> Array:
+def firing_counts(params: LMParams, encoder: Loaded, batch: Batch) -> Array:
     """On how many positions of a batch each feature is active, [L, F]."""
 
     def each(layer: Array, a_WSF: Array, more: None) -> Array:

@@ -25,21 +25,23 @@ _ROWS = 4096  # features whose excerpts are put in order together
 class Newcomers:
     """Windows of one batch for U features, by number of window.
 
+    Z is the sides of zero: above, and below if activations may be there.
+
     Attributes:
-      value_UW: activation at the peak, 0 if the feature is not active.
-      pos_UW: position of the peak.
-      start_UW: where the excerpt starts.
+      value_ZUW: activation at the peak of a side, 0 if the feature has none there.
+      pos_ZUW: position of the peak.
+      start_ZUW: where the excerpt starts.
       window_W: numbers of the windows, ascending.
-      act_LWCN: excerpts as the device made them.
+      act_LZWCN: excerpts as the device made them.
       layer_U: first index into them.
       column_U: last index into them.
     """
 
-    value_UW: np.ndarray
-    pos_UW: np.ndarray
-    start_UW: np.ndarray
+    value_ZUW: np.ndarray
+    pos_ZUW: np.ndarray
+    start_ZUW: np.ndarray
     window_W: np.ndarray
-    act_LWCN: np.ndarray
+    act_LZWCN: np.ndarray
     layer_U: np.ndarray
     column_U: np.ndarray
 
@@ -72,12 +74,13 @@ class Best:
             act_UKC=np.zeros((U, K, C), value),
         )
 
-    def add(self, key_UW: np.ndarray, new: Newcomers) -> None:
+    def add(self, key_UW: np.ndarray, new: Newcomers, side_UW: np.ndarray) -> None:
         """Take in those of a batch that are among the best.
 
         Args:
           key_UW: what windows are ranked by; 0 keeps a window out.
           new: the windows, later ones than all before.
+          side_UW: the side of zero whose peak and excerpt to keep.
         """
         K = self.key_UK.shape[1]
         if not K:
@@ -99,12 +102,13 @@ class Best:
         self.slot_UK[row_R] = slot_RK
         self.key_UK[row_R] = np.take_along_axis(key_RJ, keep_RK, 1)
         u_E, w_E = row_R[row_E], keep_RK[row_E, rank_E] - K
-        self.value_UK[u_E, slot_E] = new.value_UW[u_E, w_E]
+        z_E = side_UW[u_E, w_E]
+        self.value_UK[u_E, slot_E] = new.value_ZUW[z_E, u_E, w_E]
         self.window_UK[u_E, slot_E] = new.window_W[w_E]
-        self.pos_UK[u_E, slot_E] = new.pos_UW[u_E, w_E]
-        self.start_UK[u_E, slot_E] = new.start_UW[u_E, w_E]
-        self.act_UKC[u_E, slot_E] = new.act_LWCN[
-            new.layer_U[u_E], w_E, :, new.column_U[u_E]
+        self.pos_UK[u_E, slot_E] = new.pos_ZUW[z_E, u_E, w_E]
+        self.start_UK[u_E, slot_E] = new.start_ZUW[z_E, u_E, w_E]
+        self.act_UKC[u_E, slot_E] = new.act_LZWCN[
+            new.layer_U[u_E], z_E, w_E, :, new.column_U[u_E]
         ]
 
     def excerpts(self) -> Excerpts:
@@ -201,9 +205,9 @@ class Histogram:
 
 @dataclasses.dataclass
 class Seen:
-    """Everything kept of the windows so far."""
+    """Everything kept of the windows so far; `tops` are of the sides of zero."""
 
-    top: Best
+    tops: tuple[Best, ...]
     drawn: Best
     histogram: Histogram
     count_U: np.ndarray
@@ -218,8 +222,8 @@ class Seen:
             found[name] = getattr(self, name)
         for name in ("count_UB", "power_U"):
             found[f"histogram.{name}"] = getattr(self.histogram, name)
-        for part in ("top", "drawn"):
-            best = getattr(self, part)
+        parts = dict(zip(("top", "below"), self.tops, strict=False))
+        for part, best in (parts | {"drawn": self.drawn}).items():
             for field in dataclasses.fields(best):
                 found[f"{part}.{field.name}"] = getattr(best, field.name)
         return found
@@ -233,9 +237,11 @@ class Seen:
         high_U: np.ndarray,
     ) -> None:
         """Take in a batch, all but the histograms' counts."""
-        size_UW = np.abs(new.value_UW)
-        self.top.add(size_UW, new)
-        self.drawn.add(priority_UW, new)
+        size_ZUW = np.abs(new.value_ZUW)
+        size_UW, side_UW = size_ZUW.max(0), size_ZUW.argmax(0)
+        for z, top in enumerate(self.tops):
+            top.add(size_ZUW[z], new, np.full_like(side_UW, z))
+        self.drawn.add(priority_UW, new, side_UW)
         self.histogram.reach(size_UW.max(1))
         self.count_U += count_U
         np.minimum(self.low_U, low_U, out=self.low_U)

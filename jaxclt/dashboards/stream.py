@@ -6,8 +6,9 @@ The device reduces every feature and window to its peak and the excerpt around i
 the host keeps the best of them while the device works on the next batch. Windows are
 ranked in two ways: by the largest activation, and by a random number that depends on
 layer, feature, window and seed alone, so that the windows drawn are a uniform sample of
-those with the feature, in whatever batches or subsets they come. Activations of either
-sign are ranked by size.
+those with the feature, in whatever batches or subsets they come. Where activations are
+of either sign, the best of both sides of zero are kept, and drawn windows are shown at
+the larger of their peaks.
 
 Memory does not grow with the text, but for its tokens and one bit for every feature and
 window. A pass with a `state` directory goes on where it was killed, bit for bit.
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable
@@ -29,16 +29,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.encoder import Encoder
-from jaxclt.dashboards.examples import Examples
+from jaxclt.clt.coder import Loaded
+from jaxclt.dashboards.examples import Examples, by_size
 from jaxclt.dashboards.peaks import Batch, Peaks, batch_peaks
 from jaxclt.dashboards.state import Best, Histogram, Newcomers, Seen
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least
 from jaxclt.global_weights.subset import Subset
 from jaxclt.graph.memory import host_available_bytes
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import COUNT, json_schema, record
 from jaxclt.io.npz import Must, check_array, open_npz
+from jaxclt.json_text import to_json
 from jaxclt.types import LMParams
 from jaxclt.windows import BATCH_TOKENS, TokenWindows, batches
 
@@ -77,6 +78,7 @@ class Sizes:
       context: tokens of an excerpt.
       bins: of histograms.
       histogram_every: see `gather_examples`.
+      sides: of zero that activations are on, 1 or 2.
       itemsize: bytes of an activation.
     """
 
@@ -91,6 +93,7 @@ class Sizes:
     context: int
     bins: int
     histogram_every: int
+    sides: int = 1
     itemsize: int = 4
 
     @property
@@ -100,14 +103,16 @@ class Sizes:
         # Activations and their peak; key, slot, window, position, start.
         excerpt = (self.context + 1) * item + (4 + 2 + 3 * 4)
         feature = 8 * self.bins + 8 + 4 + 2 * item + -(-self.n_windows // 8)
-        kept = (self.n_top + self.n_drawn) * excerpt + self.n_top * (item - 4)
+        n_top = self.sides * self.n_top
+        kept = (n_top + self.n_drawn) * excerpt + n_top * (item - 4)
         return self.n_features * (kept + feature)
 
     @property
     def batch_bytes(self) -> int:
         """Bytes of what two batches, one seen and one on its way, add to it."""
         W, item = self.batch_windows, self.itemsize
-        peaks = W * ((self.context + 1) * item + 3 * 4) + 4 + 2 * item
+        peaks = W * self.sides * ((self.context + 1) * item + 2 * 4)
+        peaks += W * 4 + 4 + 2 * item
         sampled = -(-W // self.histogram_every) * self.size * item
         one_layer = 3 * W * self.size * self.width * item
         return 2 * self.n_layers * self.width * (peaks + sampled) + one_layer
@@ -118,7 +123,9 @@ class Sizes:
         Raises:
           InputError: if it takes more than `free` bytes.
         """
-        need = self.state_bytes + self.batch_bytes
+        # At the end both sides are ranked together, batches are over by then.
+        ranked = self.state_bytes if self.sides > 1 else 0
+        need = self.state_bytes + max(self.batch_bytes, ranked)
         if need > free:
             raise InputError(
                 f"the examples of {self.n_features:,} features take "
@@ -140,7 +147,7 @@ class _Places(NamedTuple):
 
 def gather_examples(
     params: LMParams,
-    encoder: Encoder,
+    encoder: Loaded,
     windows: TokenWindows,
     *,
     n_top: int = 16,
@@ -164,7 +171,7 @@ def gather_examples(
 
     Args:
       params: the model.
-      encoder: from `encoder_of`.
+      encoder: from `jaxclt.clt.coder.load`.
       windows: the text.
       n_top: windows with the largest activations to keep of each feature.
       n_drawn: windows to draw among those with any activation.
@@ -187,8 +194,9 @@ def gather_examples(
       InputError: for numbers out of range, more memory than is free, or a `state` of
         another run.
     """
-    _check_numbers(n_top, n_drawn, context, bins, histogram_every)
+    check_numbers(n_top, n_drawn, context, bins, histogram_every)
     n, S = windows.token_WS.shape
+    signed = is_signed(encoder)
     places = _places(encoder, subset)
     sizes = Sizes(
         n_features=len(places.layer_U),
@@ -202,11 +210,11 @@ def gather_examples(
         context=context,
         bins=bins,
         histogram_every=histogram_every,
+        sides=1 + signed,
         itemsize=max(4, params.embed_VD.dtype.itemsize),
     )
     sizes.check(host_available_bytes())
-    signed = is_signed(encoder)
-    seen = _nothing(sizes, np.dtype(f"f{sizes.itemsize}"), signed=signed)
+    seen = _nothing(sizes, np.dtype(f"f{sizes.itemsize}"))
     told = {
         "windows": windows.digest,
         "features": _digest(places),
@@ -228,7 +236,11 @@ def gather_examples(
     def absorb(peaks: Peaks, start: int, done: int) -> None:
         _absorb(seen, places, peaks, start, done, histogram_every)
         keep.save(seen, done, last=done == n)
-        on_tokens(int(windows.mask_WS[:done].sum()), windows.n_tokens)
+        try:
+            on_tokens(int(windows.mask_WS[:done].sum()), windows.n_tokens)
+        except KeyboardInterrupt:
+            keep.save(seen, done, last=True)
+            raise
 
     for token_WS, mask_WS, done in batches(windows, first, batch_tokens):
         W = len(token_WS)
@@ -260,31 +272,26 @@ def gather_examples(
     return _examples(seen, places, windows, histogram_every)
 
 
-def is_signed(encoder: Encoder) -> bool:
+def is_signed(encoder: Loaded) -> bool:
     """Whether a dictionary has activations below zero."""
-    if encoder.clt is None or encoder.clt.signed:
+    if encoder.coder.signed:
         return True
-    theta_LF: Array | None = encoder.theta_LF
+    theta_LF = encoder.coder.thresholds(encoder.weights.enc)
     return theta_LF is not None and bool((np.asarray(theta_LF) < 0).any())
 
 
-def _check_numbers(
+def check_numbers(
     n_top: int, n_drawn: int, context: int, bins: int, histogram_every: int
 ) -> None:
-    for name, value, least in (
-        ("top", n_top, 1),
-        ("drawn", n_drawn, 0),
-        ("excerpt", context, 1),
-        ("bins", bins, 2),
-        ("histogram-every", histogram_every, 1),
-    ):
-        if value < least:
-            raise InputError(f"--{name} {value}: give at least {least}")
+    """Raise InputError for numbers that `gather_examples` cannot take."""
+    check_at_least(1, top=n_top, excerpt=context, histogram_every=histogram_every)
+    check_at_least(0, drawn=n_drawn)
+    check_at_least(2, bins=bins)
     if bins % 2:
         raise InputError(f"--bins {bins}: give an even number, they merge in pairs")
 
 
-def _places(encoder: Encoder, subset: Subset | None) -> _Places:
+def _places(encoder: Loaded, subset: Subset | None) -> _Places:
     if subset is None or len(subset) == encoder.n_layers * encoder.n_features:
         everything = Subset.everything(encoder)
         feature_U = everything.feature_U
@@ -306,15 +313,15 @@ def _places(encoder: Encoder, subset: Subset | None) -> _Places:
     return _Places(subset.layer_U, subset.feature_U, column_U, starts, pick_LN, width)
 
 
-def _narrow(encoder: Encoder, pick_LN: np.ndarray | None) -> tuple[Encoder, bool]:
+def _narrow(encoder: Loaded, pick_LN: np.ndarray | None) -> tuple[Loaded, bool]:
     """An encoder of some features only, where they do not compete with others."""
-    if encoder.clt is None or encoder.clt.competes or pick_LN is None:
+    enc = encoder.weights.enc
+    if enc is None or encoder.coder.competes or pick_LN is None:
         return encoder, False
     layer_L1 = np.arange(len(pick_LN))[:, None]
-    names = ("W_LFD", "b_LF", "theta_LF")
-    rows = {name: getattr(encoder, name) for name in names}
-    rows = {k: None if x is None else x[layer_L1, pick_LN] for k, x in rows.items()}
-    return dataclasses.replace(encoder, **rows), True
+    few = jax.tree.map(lambda x: x[layer_L1, pick_LN], enc)
+    weights = dataclasses.replace(encoder.weights, enc=few)
+    return dataclasses.replace(encoder, weights=weights), True
 
 
 def _digest(places: _Places) -> str:
@@ -322,12 +329,14 @@ def _digest(places: _Places) -> str:
     return hashlib.sha256(place_U2.tobytes()).hexdigest()
 
 
-def _nothing(sizes: Sizes, dtype: np.dtype, *, signed: bool) -> Seen:
+def _nothing(sizes: Sizes, dtype: np.dtype) -> Seen:
     U, C = sizes.n_features, sizes.context
     return Seen(
-        top=Best.empty(U, sizes.n_top, C, dtype, dtype),
+        tops=tuple(
+            Best.empty(U, sizes.n_top, C, dtype, dtype) for _ in range(sizes.sides)
+        ),
         drawn=Best.empty(U, sizes.n_drawn, C, np.int32, dtype),
-        histogram=Histogram.empty(U, sizes.bins, signed=signed),
+        histogram=Histogram.empty(U, sizes.bins, signed=sizes.sides > 1),
         count_U=np.zeros(U, np.int64),
         low_U=np.full(U, np.inf, dtype),
         high_U=np.full(U, -np.inf, dtype),
@@ -344,15 +353,18 @@ def _absorb(
     def each(x_LWN: Array) -> np.ndarray:
         return np.asarray(x_LWN)[places.layer_U, :n, places.column_U]
 
+    def of_sides(x_LZWN: Array) -> np.ndarray:
+        return np.stack([each(x_LZWN[:, z]) for z in range(x_LZWN.shape[1])])
+
     def of_all(x_LN: Array) -> np.ndarray:
         return np.asarray(x_LN)[places.layer_U, places.column_U]
 
     new = Newcomers(
-        value_UW=each(peaks.value_WN).astype(dtype),
-        pos_UW=each(peaks.pos_WN),
-        start_UW=each(peaks.start_WN),
+        value_ZUW=of_sides(peaks.value_ZWN).astype(dtype),
+        pos_ZUW=of_sides(peaks.pos_ZWN),
+        start_ZUW=of_sides(peaks.start_ZWN),
         window_W=np.arange(start, done, dtype=np.int32),
-        act_LWCN=np.asarray(peaks.act_WCN),
+        act_LZWCN=np.asarray(peaks.act_ZWCN),
         layer_U=places.layer_U,
         column_U=places.column_U,
     )
@@ -375,6 +387,7 @@ def _examples(
     seen: Seen, places: _Places, windows: TokenWindows, every: int
 ) -> Examples:
     never_U = seen.count_U == 0
+    sides = tuple(top.excerpts() for top in seen.tops)
     return Examples(
         layer_U=places.layer_U,
         feature_U=places.feature_U,
@@ -385,7 +398,8 @@ def _examples(
         max_U=np.where(never_U, 0, seen.high_U).astype(seen.high_U.dtype),
         histogram_UB=seen.histogram.count_UB,
         edge_U2=seen.histogram.edges,
-        top=seen.top.excerpts(),
+        top=by_size(sides),
+        sides=sides if len(sides) > 1 else (),
         drawn=seen.drawn.excerpts(),
         fired_UW=seen.fired_UW,
         histogram_every=every,
@@ -404,6 +418,7 @@ class _Keeping:
         self.path = None if directory is None else Path(directory) / STATE
         self.identity, self.save_s = identity, save_s
         self.saved, self.cost = time.monotonic(), 0.0
+        self.kept = 0  # windows that the file is of
 
     def load(self, seen: Seen, windows: TokenWindows) -> int:
         """Fill in what an earlier call left; how many of the windows that was.
@@ -434,14 +449,14 @@ class _Keeping:
 
     def save(self, seen: Seen, windows: int, *, last: bool) -> None:
         """Write everything if it is time to, or for the last time."""
-        if self.path is None:
+        if self.path is None or windows == self.kept:
             return
         wait = max(self.save_s, self.cost / SAVE_SHARE) if self.save_s else 0.0
         started = time.monotonic()
         if started - self.saved < wait and not last:
             return
-        meta = json.dumps({"identity": self.identity, "windows": windows})
+        meta = to_json({"identity": self.identity, "windows": windows})
         with atomic_path(self.path) as temporary, temporary.open("wb") as stream:
             np.savez(stream, allow_pickle=False, meta=np.asarray(meta), **seen.arrays())
-        self.saved = time.monotonic()
+        self.kept, self.saved = windows, time.monotonic()
         self.cost = self.saved - started

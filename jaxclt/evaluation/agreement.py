@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxclt.clt.coder import Loaded
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import forward
-from jaxclt.replacement.model import Substitute, substitute_logits
+from jaxclt.replacement.model import replacement_logits
 from jaxclt.types import LMParams
 
 __all__ = [
@@ -64,7 +65,7 @@ def divergence(true_TV: Array, found_TV: Array) -> Array:
 @partial(jax.jit, static_argnames=("cfg", "keep_first"))
 def _compare(
     params: LMParams,
-    sub: Substitute,
+    loaded: Loaded,
     token_WS: Array,
     cfg: LMConfig,
     keep_first: tuple[bool, ...],
@@ -75,7 +76,9 @@ def _compare(
         confidence_S = jax.nn.softmax(true_SV).max(-1)
         rows = []
         for keep in keep_first:
-            found_SV = substitute_logits(params, sub, token_S, cfg=cfg, keep_first=keep)
+            found_SV = replacement_logits(
+                params, loaded, token_S, cfg=cfg, keep_first=keep
+            )
             kl_S = divergence(true_SV, found_SV)
             rows.append((said_S, found_SV.argmax(-1), kl_S, confidence_S))
         return rows
@@ -94,7 +97,7 @@ def _chunks(token_WS: np.ndarray) -> Iterator[np.ndarray]:
 
 def compare(
     params: LMParams,
-    sub: Substitute,
+    loaded: Loaded,
     token_WS: np.ndarray,
     *,
     cfg: LMConfig,
@@ -105,7 +108,7 @@ def compare(
 
     Args:
       params: model weights.
-      sub: from `jaxclt.replacement.model.substitute_of`.
+      loaded: the dictionary, from `jaxclt.clt.coder.load`.
       token_WS: windows, padded with -1 behind the text.
       cfg: model shape.
       keep_first: whether the true MLPs stay at the first position; for each entry a
@@ -118,7 +121,7 @@ def compare(
     chunks = []
     W = len(token_WS)
     for part_WS in _chunks(token_WS):
-        found = _compare(params, sub, jnp.asarray(part_WS), cfg, keep_first)
+        found = _compare(params, loaded, jnp.asarray(part_WS), cfg, keep_first)
         chunks.append(jax.tree.map(np.asarray, found))
         on_windows(min(W, len(chunks) * len(part_WS)), W)
     whole = jax.tree.map(lambda *x: np.concatenate(x)[:W], *chunks)
@@ -137,14 +140,14 @@ _logits = jax.jit(
 @partial(jax.jit, static_argnames="cfg")
 def _one_layer(
     params: LMParams,
-    sub: Substitute,
+    loaded: Loaded,
     token_WS: Array,
     true_WSV: Array,
     layer_L: Array,
     cfg: LMConfig,
 ) -> tuple[Array, Array]:
     def one(token_S: Array, true_SV: Array) -> tuple[Array, Array]:
-        found_SV = substitute_logits(params, sub, token_S, cfg=cfg, layer_L=layer_L)
+        found_SV = replacement_logits(params, loaded, token_S, cfg=cfg, layer_L=layer_L)
         same_S = true_SV.argmax(-1) == found_SV.argmax(-1)
         return same_S, divergence(true_SV, found_SV)
 
@@ -153,7 +156,7 @@ def _one_layer(
 
 def compare_layers(
     params: LMParams,
-    sub: Substitute,
+    loaded: Loaded,
     token_WS: np.ndarray,
     *,
     cfg: LMConfig,
@@ -165,7 +168,7 @@ def compare_layers(
 
     Args:
       params: model weights.
-      sub: from `jaxclt.replacement.model.substitute_of`.
+      loaded: the dictionary, from `jaxclt.clt.coder.load`.
       token_WS: windows, padded with -1 behind the text.
       cfg: model shape.
       on_layer: progress, (layers done, of).
@@ -179,7 +182,7 @@ def compare_layers(
     rows = []
     for layer in range(L):
         chosen = jnp.arange(L) == layer
-        found = _one_layer(params, sub, tokens, true_WSV, chosen, cfg)
+        found = _one_layer(params, loaded, tokens, true_WSV, chosen, cfg)
         rows.append([np.asarray(x) for x in found])
         on_layer(layer + 1, L)
     same_LWS, kl_LWS = (np.stack(x) for x in zip(*rows, strict=True))
@@ -217,7 +220,7 @@ def predict(
 
 def agreement(
     params: LMParams,
-    sub: Substitute,
+    loaded: Loaded,
     token_WS: np.ndarray,
     valid_WS: np.ndarray,
     *,
@@ -228,13 +231,13 @@ def agreement(
 
     Args:
       params: model weights.
-      sub: from `jaxclt.replacement.model.substitute_of`.
+      loaded: the dictionary, from `jaxclt.clt.coder.load`.
       token_WS: windows, padded with -1.
       valid_WS: positions that count.
       cfg: model shape.
       keep_first: the true MLPs stay at the first position.
     """
-    (found,) = compare(params, sub, token_WS, cfg=cfg, keep_first=(keep_first,))
+    (found,) = compare(params, loaded, token_WS, cfg=cfg, keep_first=(keep_first,))
     return {
         "top1": float(found.same_WS[valid_WS].mean()),
         "kl": float(found.kl_WS[valid_WS].mean()),

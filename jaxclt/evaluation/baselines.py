@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.neurons import neuron_values
+from jaxclt.clt.neurons import NeuronCoder
 from jaxclt.lm.config import LMConfig
-from jaxclt.lm.layers import neuron_rows
+from jaxclt.lm.layers import mlp_norm, neuron_rows, normalise
 from jaxclt.lm.run import record
 from jaxclt.types import LMParams
 
@@ -33,7 +33,8 @@ def _written_norms(params: LMParams, token_S: Array, cfg: LMConfig) -> Array:
 
     def one(x: tuple) -> Array:
         p, mid_TD, scale_T = x
-        value_TI, _ = neuron_values(p, mid_TD, scale_T, cfg=cfg)
+        normed_TD = normalise(mid_TD, scale_T, mlp_norm(p))
+        value_TI = NeuronCoder(cfg).encode(p, None, normed_TD).pre_TF
         return jnp.abs(value_TI) * jnp.linalg.norm(neuron_rows(p), axis=-1)[None]
 
     return jax.lax.map(one, (params.blocks, done.mid_LTD, done.frozen.mlp_scale_LT))

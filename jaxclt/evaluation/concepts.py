@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.encoder import Encoder
+from jaxclt.clt.coder import Loaded
 from jaxclt.errors import InputError
 from jaxclt.io.json_file import MOST, parse_json, read_bounded
+from jaxclt.io.lines import json_rows
 from jaxclt.io.model import Model
-from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import embed, native_mlp, run
 from jaxclt.types import Block, LMParams
 from jaxclt.windows import BATCH_TOKENS, batches, read_windows
@@ -46,15 +46,10 @@ def load_pairs(path: str | os.PathLike[str] | None = None) -> tuple[ConceptPair,
       InputError: if the file is not that.
     """
     file = Path(path or Path(__file__).with_name("concepts.json"))
-    try:
-        text = read_bounded(file, MOST).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text") from error
     if file.suffix == ".jsonl":
-        lines = enumerate(text.splitlines(), 1)
-        entries = [parse_json(x, f"{file}:{i}") for i, x in lines if x.strip()]
+        entries = [entry for _, entry in json_rows(file)]
     else:
-        entries = parse_json(text, file)
+        entries = parse_json(read_bounded(file, MOST), file)
         if not isinstance(entries, list):
             raise InputError(f"{file} must hold a JSON list of pairs")
     if not entries:
@@ -96,7 +91,7 @@ def readable(model: Model, pairs: Sequence[ConceptPair]) -> list[ConceptPair]:
 
 
 def sentence_peaks(
-    encoder: Encoder,
+    encoder: Loaded,
     model: Model,
     pairs: Sequence[ConceptPair],
     layer_U: np.ndarray,
@@ -135,9 +130,10 @@ def sentence_peaks(
 
 @jax.jit
 def _peaks(
-    params: LMParams, encoder: Encoder, token_WS: Array, mask_WS: Array, at_2U: Array
+    params: LMParams, encoder: Loaded, token_WS: Array, mask_WS: Array, at_2U: Array
 ) -> Array:
-    cfg: LMConfig = encoder.lm
+    cfg = encoder.lm
+    assert cfg is not None
 
     def one(token_S: Array, mask_S: Array) -> Array:
         def policy(
@@ -158,7 +154,7 @@ def _peaks(
             policy,
             cfg=cfg,
             carry=(jnp.zeros((), jnp.int32), empty),
-            per_layer=encoder.per_layer,
+            per_layer=encoder.weights,
             keep_patterns=False,
         )
         return done.carry[1][at_2U[0], at_2U[1]]

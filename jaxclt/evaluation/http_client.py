@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import email.utils
 import hashlib
-import json
 import os
 import threading
 import time
@@ -22,9 +21,10 @@ from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_at_least, check_positive
 from jaxclt.io.json_file import COUNT, TEXT, json_schema, named, record
 from jaxclt.io.lines import append_line, read_lines
+from jaxclt.json_text import to_json
 
 __all__ = ["BudgetError", "Client", "Completion", "Message"]
 
@@ -102,6 +102,19 @@ class Client:
         Raises:
           InputError: without the `openai` package, or for an address that is none.
         """
+        check_positive(
+            timeout=timeout,
+            requests_per_minute=requests_per_minute,
+            tries=tries,
+            concurrency=concurrency,
+            max_tokens=max_tokens,
+        )
+        check_at_least(
+            0,
+            temperature=temperature,
+            backoff=backoff,
+            max_tokens_total=max_tokens_total,
+        )
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or not model:
             raise InputError(f"judge {url!r}: give http(s)://host/v1#model")
@@ -209,7 +222,7 @@ class Client:
 
     def ask(self, messages: Sequence[Message]) -> Completion:
         """The reply to a conversation, from disk if it is there; see `complete`."""
-        text = json.dumps([self._asked, list(messages)], sort_keys=True)
+        text = to_json([self._asked, list(messages)], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()
         with self._lock:
             waiting = self._asking.setdefault(key, threading.Lock())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -13,6 +12,7 @@ import numpy as np
 
 from jaxclt.dashboards.examples import Examples, Shown
 from jaxclt.evaluation.trials import Trial
+from jaxclt.json_text import to_json
 
 __all__ = [
     "Answer",
@@ -206,8 +206,7 @@ def _sides(trial: Trial) -> tuple[str, str]:
     else:
         sides, shared = trial.query, trial.shown
     first, second = (
-        hashlib.sha256(json.dumps([side, shared]).encode()).hexdigest()
-        for side in sides
+        hashlib.sha256(to_json([side, shared]).encode()).hexdigest() for side in sides
     )
     return first, second
 

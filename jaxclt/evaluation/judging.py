@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxclt.clt.encoder import Encoder
+from jaxclt.clt.coder import Loaded
 from jaxclt.dashboards.examples import Examples
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean, shown
 from jaxclt.evaluation.concepts import ConceptPair, sentence_peaks
 from jaxclt.evaluation.http_client import Client
 from jaxclt.evaluation.http_judge import HttpJudge
@@ -33,6 +33,7 @@ from jaxclt.evaluation.trials import Trial, contrastive_trials, sort_trials
 from jaxclt.io.json_file import COUNT, TEXT, json_schema, named, record
 from jaxclt.io.lines import append_line, read_lines
 from jaxclt.io.model import Model, load_model
+from jaxclt.json_text import to_json
 from jaxclt.validation.stats import ratio_interval, wilson
 
 __all__ = ["Row", "interpretability", "judge_score", "judge_trials", "read_judge"]
@@ -112,7 +113,7 @@ def _row(judge: str, key: str, trial: Trial, answer: Answer) -> Row:
 
 def _plain(row: Row) -> Row:
     """The same whether it comes from the log or not: lists, no tuples."""
-    return json.loads(json.dumps(row))
+    return json.loads(to_json(row))
 
 
 def judge_score(
@@ -227,15 +228,15 @@ def read_judge(
     }
     if text not in known:
         raise InputError(
-            f"judge {text!r} is unknown; use {', '.join(known)}, local:MODEL or "
-            "http(s)://host/v1#model"
+            f"judge {shown(text)} is unknown; use {', '.join(known)}, local:MODEL or "
+            f"http(s)://host/v1#model{did_you_mean(text, known)}"
         )
     return known[text]
 
 
 def interpretability(
     examples: Examples,
-    encoder: Encoder,
+    encoder: Loaded,
     model: Model,
     judge: Judge,
     *,

@@ -82,9 +82,7 @@ class LocalJudge:
 
     def _fit(self, prefix: Sequence[int], text: Sequence[int]) -> _Job:
         """A job no longer than the model's context."""
-        tokenizer, room = self.model.tokenizer, self.model.cfg.n_ctx
-        bos = tokenizer.bos_id
-        opening = [bos] if tokenizer.adds_bos and bos is not None else []
+        opening, room = self.model.tokenizer.opening, self.model.cfg.n_ctx
         # Something must stand before the first token of the text.
         text = text[: room - len(opening) - 1]
         left = room - len(opening) - len(text)

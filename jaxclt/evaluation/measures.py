@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import re
 import time
@@ -21,11 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclt import __version__
-from jaxclt.clt.active import Dictionary
-from jaxclt.clt.encoder import encoder_of
+from jaxclt.clt.coder import Dictionary, Loaded, load
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.stream import gather_examples
-from jaxclt.errors import InputError
+from jaxclt.errors import (
+    InputError,
+    check_at_least,
+    check_choice,
+    check_finite,
+    check_positive,
+    check_share,
+)
 from jaxclt.evaluation.agreement import Compared, compare, compare_layers
 from jaxclt.evaluation.concepts import ConceptPair, readable
 from jaxclt.evaluation.graphs import graph_means, graph_row
@@ -35,7 +40,6 @@ from jaxclt.evaluation.prompts import EvalText, unsure
 from jaxclt.evaluation.reconstruction import (
     Reconstruction,
     decoder_reach,
-    read_site,
     reconstructed,
 )
 from jaxclt.graph.attribute import AttributeConfig
@@ -43,9 +47,9 @@ from jaxclt.graph.graph import Graph
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import MOST_DATA, check_json, json_schema, read_json, record
 from jaxclt.io.model import Model
-from jaxclt.lm.layers import neuron_rows
+from jaxclt.json_text import finite, to_json
 from jaxclt.perturb import by_distance, faithfulness
-from jaxclt.replacement.model import Substitute, substitute_of
+from jaxclt.prompts import Prompt
 from jaxclt.subject import Subject
 from jaxclt.trace import trace_prompt
 from jaxclt.train.harvest import harvest
@@ -81,7 +85,11 @@ _OPTIONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """How much to measure."""
+    """How much to measure.
+
+    Raises:
+      InputError: for a value out of its range.
+    """
 
     tokens: int = 8_192  # reconstruction, and what features are judged by
     agreement_tokens: int = 2_048  # replacement model
@@ -98,6 +106,27 @@ class EvalOptions:
     baselines: tuple[float, ...] = (1.0, 4.0)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_at_least(
+            1,
+            tokens=self.tokens,
+            agreement_tokens=self.agreement_tokens,
+            max_features=self.max_features,
+        )
+        check_at_least(
+            0,
+            layer_tokens=self.layer_tokens,
+            graphs=self.graphs,
+            perturbed=self.perturbed,
+            sort=self.sort,
+            contrastive=self.contrastive,
+        )
+        check_choice("filter", self.filter, ("auto", "paper", "none"))
+        check_share(zero=True, one=False, tolerance=self.tolerance)
+        for factor in self.baselines:
+            check_positive(baselines=factor)
+        check_finite(seed=self.seed)
+
 
 class Measures:
     """One dictionary, and where its measures are kept."""
@@ -107,7 +136,7 @@ class Measures:
         model: Model,
         dictionary: Dictionary,
         text: EvalText,
-        prompts: list[str | Sequence[int]],
+        prompts: list[Prompt],
         options: EvalOptions,
         out: Path | None,
         on_stage: Stage,
@@ -116,15 +145,16 @@ class Measures:
         self.prompts, self.options, self.out = prompts, options, out
         self.on_stage = on_stage
         self.key = jax.random.key(options.seed)
-        self._sub: Substitute | None = None
+        self._loaded: Loaded | None = None
         self._held: dict[int, Graph] = {}
 
     @property
-    def sub(self) -> Substitute:
+    def loaded(self) -> Loaded:
         """The dictionary in memory, read when it is first needed."""
-        if self._sub is None:
-            self._sub = substitute_of(self.dictionary, self.model.params)
-        return self._sub
+        if self._loaded is None:
+            model = self.model
+            self._loaded = load(self.dictionary, model.params, model.cfg)
+        return self._loaded
 
     def told(self, what: str) -> Callable[[int, int], None]:
         """Progress of one measure."""
@@ -138,7 +168,7 @@ class Measures:
         """A measure from its file if that is of exactly this, else measured."""
         settings = dataclasses.asdict(self.options)
         prompts = [x if isinstance(x, str) else list(x) for x in self.prompts]
-        identity = json.dumps(
+        identity = to_json(
             [
                 *(self.model.hash, self.dictionary.hash, self.dictionary.name),
                 *(self.text.digest, name, depends, __version__),
@@ -156,13 +186,13 @@ class Measures:
         start = time.perf_counter()
         row, raw = measure()
         took = round(time.perf_counter() - start, 1)
-        row, raw = _plain(row), _plain(raw)
+        row, raw = finite(row), finite(raw)
         # What a judge was not asked yet is asked by the next run; its log has the rest.
         open_ = any(score["not_asked"] for score in row.get("judged", {}).values())
         if file is not None and not open_:
             with atomic_path(file) as temporary:
                 kept = {"row": row, "raw": raw, "seconds": took, "measure": name}
-                temporary.write_text(json.dumps(kept, allow_nan=False), "utf-8")
+                temporary.write_text(to_json(kept), "utf-8")
         return row, raw, took
 
     def row(
@@ -196,15 +226,15 @@ class Measures:
 
     def described(self) -> dict[str, Any]:
         """What a dictionary is."""
-        cfg = getattr(self.dictionary, "cfg", None)
-        shape: dict[str, Any] = {"kind": "neurons", "span": 1}
-        if cfg is None:
-            shape["features"] = self.model.cfg.d_mlp
-        else:
-            shape |= {"kind": "clt" if cfg.span > 1 else "plt", "span": cfg.span}
-            shape["features"] = cfg.n_features
-            assert self.sub.clt is not None
-            shape["decoder_reach"] = decoder_reach(self.sub.clt)
+        size, dec_LFMD = self.loaded.coder.shape, self.loaded.weights.dec
+        kind = "clt" if size.span > 1 else "plt"
+        shape: dict[str, Any] = {
+            "kind": "neurons" if dec_LFMD is None else kind,
+            "span": size.span,
+            "features": size.n_features,
+        }
+        if dec_LFMD is not None:
+            shape["decoder_reach"] = decoder_reach(dec_LFMD)
         return {"dictionary": self.dictionary.name, **shape, "intervals": {}}
 
     # -- measures ----------------------------------------------------------------------
@@ -212,7 +242,7 @@ class Measures:
     def reconstruction(self) -> Part:
         """FVU, L0, silent and dense features."""
         model, windows = self.model, self.text.windows
-        per_token = 4 * model.cfg.n_layers * self._n_features()
+        per_token = 4 * model.cfg.n_layers * self.loaded.n_features
         n_tokens = max(windows.token_WS.shape[1], BATCH_BYTES // per_token)
         told, parts = self.told("reconstruction"), []
         for token_WS, mask_WS, done in batches(windows, 0, min(n_tokens, 2048)):
@@ -221,16 +251,15 @@ class Measures:
                 jnp.asarray(token_WS),
                 None,
                 cfg=model.cfg,
-                site=read_site(self.sub),
+                site=self.loaded.coder.site,
             )
             found = reconstructed(
-                self.sub,
+                self.loaded,
                 read_LTD,
                 write_LTD,
                 mask_WS.reshape(-1),
                 n_groups=len(token_WS),
                 params=model.params,
-                cfg=model.cfg,
             )
             parts.append(found)
             told(int(windows.mask_WS[:done].sum()), windows.n_tokens)
@@ -242,10 +271,6 @@ class Measures:
         lines = [{"window": w, "fvu": x} for w, x in enumerate(found.fvu_W())]
         intervals = {"fvu": _quantiles(fvu), "l0": _quantiles(l0)}
         return found.summary() | {"intervals": intervals}, lines
-
-    def _n_features(self) -> int:
-        cfg = self.sub.clt_cfg
-        return self.model.cfg.d_mlp if cfg is None else cfg.n_features
 
     def agreement(self) -> Part:
         """The replacement model, with the first position's MLPs and without."""
@@ -260,7 +285,7 @@ class Measures:
         lines = [{"window": w} for w in range(W)]
         both = compare(
             self.model.params,
-            self.sub,
+            self.loaded,
             text.windows.token_WS,
             cfg=self.model.cfg,
             keep_first=(True, False),
@@ -309,7 +334,7 @@ class Measures:
         text = self.text.take(max(1, int(np.searchsorted(asked_W, wanted, "right"))))
         same_LWS, kl_LWS = compare_layers(
             self.model.params,
-            self.sub,
+            self.loaded,
             text.windows.token_WS,
             cfg=self.model.cfg,
             on_layer=self.told("layer by layer"),
@@ -321,13 +346,14 @@ class Measures:
 
     def graphs(self) -> Part:
         """Scores of the graphs of all prompts."""
-        lines, told = [], self.told("graphs")
-        for i in range(len(self.prompts)):
-            lines.append(graph_row(self._traced(i)))
-            told(i + 1, len(self.prompts))
+        lines, told, n = [], self.told("graphs"), len(self.prompts)
+        for i in range(n):
+            graph = self._traced(i, lambda *_, i=i: told(i, n))
+            lines.append(graph_row(graph))
+            told(i + 1, n)
         return graph_means(lines, self.key), lines
 
-    def _traced(self, i: int) -> Graph:
+    def _traced(self, i: int, on_rows: Callable[[int, int], None]) -> Graph:
         """The graph of a prompt; those that are perturbed too are made once."""
         if i in self._held:
             return self._held[i]
@@ -335,6 +361,7 @@ class Measures:
             self.model,
             self.dictionary,
             self.prompts[i],
+            on_rows=on_rows,
             config=AttributeConfig(
                 max_features=self.options.max_features,
                 tolerance=self.options.tolerance,
@@ -349,13 +376,15 @@ class Measures:
         lines, told = [], self.told("perturbations")
         n = min(self.options.perturbed, len(self.prompts))
         for i in range(n):
-            subject = Subject.of(self.model, self.dictionary, self._traced(i))
+            graph = self._traced(i, lambda *_, i=i: told(i, n))
+            subject = Subject.of(self.model, self.dictionary, graph)
             tables, layers = faithfulness(
                 subject,
                 jax.random.fold_in(self.key, i),
                 n_layers=5,
                 n_perturbed=2,
                 live=False,
+                on_batch=lambda _, i=i: told(i, n),
             )
             lines.append({"layers": layers, "tables": tables})
             told(i + 1, n)
@@ -364,7 +393,7 @@ class Measures:
     def judged(self, judge: Judge, pairs: Sequence[ConceptPair]) -> Part:
         """Sort and Contrastive Evals; the trials are logged in ``judged/``."""
         model, options = self.model, self.options
-        encoder = encoder_of(self.dictionary, model.params, model.cfg)
+        encoder = self.loaded
         examples = gather_examples(
             model.params,
             encoder,
@@ -394,14 +423,11 @@ class Measures:
 
     def _directions(self, examples: Examples) -> np.ndarray:
         """What each feature writes to its own layer's MLP output, [U, D]."""
-        clt, layer_U = self.sub.clt, examples.layer_U
-        decoders = (
-            jax.vmap(neuron_rows)(self.model.params.blocks)
-            if clt is None
-            else [W_FMD[:, 0] for W_FMD in clt.W_dec]
-        )
+        layer_U, dtype = examples.layer_U, self.model.params.embed_VD.dtype
         parts = [
-            np.asarray(decoders[layer])[examples.feature_U[layer_U == layer]]
+            self.dictionary.decoders(
+                self.model.params, int(layer), examples.feature_U[layer_U == layer]
+            )[:, 0].astype(dtype)
             for layer in np.unique(layer_U)
         ]
         return np.concatenate(parts)
@@ -409,16 +435,3 @@ class Measures:
 
 def _quantiles(x: Sequence[float]) -> list[float]:
     return np.quantile(x, [0.025, 0.975]).tolist() if x else [math.nan] * 2
-
-
-def _plain(x: Any) -> Any:
-    """For JSON, which has neither nan nor numpy."""
-    if isinstance(x, dict):
-        return {str(k): _plain(v) for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return [_plain(v) for v in x]
-    if isinstance(x, np.ndarray | np.generic):
-        return _plain(x.tolist())
-    if isinstance(x, float) and not math.isfinite(x):
-        return None
-    return x

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 
 from jaxclt.io.model import Model
+from jaxclt.prompts import PromptRow, prompt_rows, prompt_text
 from jaxclt.train.text import PAD
-from jaxclt.windows import TokenWindows, prompt_rows, read_windows
+from jaxclt.windows import TokenWindows, read_windows, row_ids
 
 __all__ = ["EvalText", "graph_filter", "pick_prompts", "read_eval_text", "unsure"]
 
@@ -73,8 +74,9 @@ def read_eval_text(
 
     Args:
       model: from `load_model`.
-      data: as for `jaxclt train --data`; or a .jsonl file of ``{"prompt": ...}``, each
-        with the right ``answer`` (its first token counts) if there is one.
+      data: as for `jaxclt train --data`; or a .jsonl file of ``{"prompt": ...}`` (or
+        ``{"messages": ...}``), each with the right ``answer`` (its first token counts)
+        if there is one.
       tokens: positions to evaluate.
       context: positions of a window of text.
       count_tokens: tokens among which it is counted how rare a token is.
@@ -97,15 +99,16 @@ def read_eval_text(
             count_V=_counts(every.token_WS, model.cfg.d_vocab),
             prompts=False,
         )
-    windows = read_windows(model, [prompt for prompt, _ in rows])
+    answers = [row.answer for row in rows]  # before any work
+    windows = read_windows(model, row_ids(model.tokenizer, rows))
     last_W = (windows.token_WS != PAD).sum(1) - 1
     here = np.arange(len(rows)), last_W
     ask_WS = np.zeros(windows.token_WS.shape, bool)
     next_WS = np.full_like(windows.token_WS, PAD)
     ask_WS[here] = True
     next_WS[here] = [
-        _answer(model, prompt, answer, int(last))
-        for (prompt, answer), last in zip(rows, last_W, strict=True)
+        _answer(model, row, answer, int(last))
+        for row, answer, last in zip(rows, answers, last_W, strict=True)
     ]
     enough = windows.first(tokens)
     found = EvalText(
@@ -118,11 +121,11 @@ def read_eval_text(
     return found.take(len(enough.token_WS))
 
 
-def _answer(model: Model, prompt: str, answer: str | None, last: int) -> int:
+def _answer(model: Model, row: PromptRow, answer: str, last: int) -> int:
     """The token behind a prompt, or -1."""
     if not answer:
         return PAD
-    ids = model.tokenizer.encode(prompt + answer)
+    ids = model.tokenizer.encode(prompt_text(model.tokenizer, row.prompt) + answer)
     return ids[last + 1] if len(ids) > last + 1 else PAD
 
 

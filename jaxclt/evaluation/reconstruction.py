@@ -1,7 +1,7 @@
 """How well a dictionary writes what the MLPs write: FVU, L0, silent and dense features.
 
-Circuit Tracing (2025), section 5.1, and spec 6.4. Everything is sums over tokens, kept
-by window, so that windows can be drawn again for an interval.
+Circuit Tracing (2025), section 5.1; maths 18.1. Everything is sums over tokens, kept by
+window, so that windows can be drawn again for an interval.
 """
 
 from __future__ import annotations
@@ -16,15 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.config import ReadSite
-from jaxclt.clt.model import decode, encode
-from jaxclt.clt.neurons import kept_neurons, read_neurons
-from jaxclt.lm import layers
-from jaxclt.lm.config import LMConfig
-from jaxclt.replacement.model import Substitute
-from jaxclt.types import CLTParams, LMParams
+from jaxclt.clt.coder import Loaded, constant
+from jaxclt.types import LMParams
 
-__all__ = ["DENSE", "Reconstruction", "decoder_reach", "read_site", "reconstructed"]
+__all__ = ["DENSE", "Reconstruction", "decoder_reach", "reconstructed"]
 
 DENSE = 0.1  # a feature active on more of the tokens than this is called dense
 
@@ -112,46 +107,34 @@ class Reconstruction:
         }
 
 
-def read_site(sub: Substitute) -> ReadSite:
-    """Where a dictionary reads; neurons read the MLP's input."""
-    return "mlp_in" if sub.clt_cfg is None else sub.clt_cfg.read
-
-
 def _written(
-    params: LMParams | None, sub: Substitute, read_LTD: Array, cfg: LMConfig | None
+    params: LMParams | None, loaded: Loaded, read_LTD: Array
 ) -> tuple[Array, Array]:
     """Which features are active [L, T, F] and what they write [L, T, D]."""
-    if sub.clt is not None:
-        assert sub.clt_cfg is not None
-        a_LTF = encode(sub.clt, read_LTD, cfg=sub.clt_cfg)
-        return a_LTF != 0, decode(sub.clt, a_LTF, read_LTD)
-    if params is None or cfg is None:
-        raise ValueError("neurons need the model's params and cfg")
+    coder, (_, T, D) = loaded.coder, read_LTD.shape
 
-    def one(p: Any, read_TD: Array) -> tuple[Array, Array]:
-        value_TI, _ = read_neurons(p, read_TD, cfg=cfg)
-        keep_TI = kept_neurons(p, value_TI, k=sub.k, threshold=sub.threshold)
-        if keep_TI is not None:
-            value_TI = jnp.where(keep_TI, value_TI, 0)
-        write_TD = value_TI @ layers.neuron_rows(p)
-        if p.down_bias_LD is not None:
-            write_TD = write_TD + p.down_bias_LD[None]
-        return value_TI != 0, write_TD
+    def step(ahead_MTD: Array, x: Any) -> tuple[Array, tuple[Array, Array]]:
+        p, w, read_TD = x
+        a_TF = coder.encode(p, w.enc, read_TD).a_TF
+        ahead_MTD = ahead_MTD + coder.write(p, w.dec, a_TF)
+        write_TD = ahead_MTD[0] + constant(coder, p, w.fixed, read_TD)
+        return jnp.roll(ahead_MTD, -1, 0).at[-1].set(0), (a_TF != 0, write_TD)
 
-    return jax.lax.map(lambda x: one(*x), (params.blocks, read_LTD))
+    none_MTD = jnp.zeros((coder.shape.span, T, D), read_LTD.dtype)
+    blocks = None if params is None else params.blocks
+    return jax.lax.scan(step, none_MTD, (blocks, loaded.weights, read_LTD))[1]
 
 
-@partial(jax.jit, static_argnames=("cfg", "n_groups"))
+@partial(jax.jit, static_argnames="n_groups")
 def _sums(
     params: LMParams | None,
-    sub: Substitute,
+    loaded: Loaded,
     read_LTD: Array,
     write_LTD: Array,
     mask_T: Array,
-    cfg: LMConfig | None,
     n_groups: int,
 ) -> dict[str, Array]:
-    on_LTF, found_LTD = _written(params, sub, read_LTD, cfg)
+    on_LTF, found_LTD = _written(params, loaded, read_LTD)
     on_LTF = on_LTF & mask_T[None, :, None]
     L, T, _ = write_LTD.shape
 
@@ -170,48 +153,43 @@ def _sums(
 
 
 def reconstructed(
-    sub: Substitute,
+    loaded: Loaded,
     read_LTD: Array | np.ndarray,
     write_LTD: Array | np.ndarray,
     mask_T: Array | np.ndarray | None = None,
     *,
     n_groups: int = 1,
     params: LMParams | None = None,
-    cfg: LMConfig | None = None,
 ) -> Reconstruction:
     """Sums over some tokens.
 
     Args:
-      sub: from `jaxclt.replacement.model.substitute_of`.
-      read_LTD: what its encoders read, see `read_site`.
+      loaded: the dictionary in memory.
+      read_LTD: what its encoders read, see `jaxclt.clt.coder.Coder.site`.
       write_LTD: what the MLPs wrote.
       mask_T: which tokens count; None for all.
       n_groups: T falls into so many equal groups, one after the other.
-      params: the model, for neurons.
-      cfg: its shape, for neurons.
+      params: the model, for a dictionary whose weights are the model's own.
     """
     T = read_LTD.shape[1]
-    dtype = sub.clt.W_enc_LFD.dtype if sub.clt is not None else None
+    own = jax.tree.leaves(loaded.weights)
+    dtype = own[0].dtype if own else None
     found = _sums(
-        params if sub.clt is None else None,
-        sub,
+        params,
+        loaded,
         jnp.asarray(read_LTD, dtype),
         jnp.asarray(write_LTD, dtype),
         jnp.ones(T, bool) if mask_T is None else jnp.asarray(mask_T),
-        cfg if sub.clt is None else None,
         n_groups,
     )
     return Reconstruction(**{k: np.asarray(v, np.float64) for k, v in found.items()})
 
 
-def decoder_reach(clt: CLTParams) -> list[float]:
+def decoder_reach(dec_LFMD: Array | np.ndarray) -> list[float]:
     """Share of the squared decoder norm by distance, source to target layer.
 
     Sparsity through the decoder norm can reward features that skip the layers between;
     a share that grows with distance says so.
     """
-    span = max(W.shape[1] for W in clt.W_dec)
-    total = np.zeros(span)
-    for W_FMD in clt.W_dec:
-        total[: W_FMD.shape[1]] += np.square(np.asarray(W_FMD)).sum((0, 2))
-    return (total / max(total.sum(), 1e-30)).tolist()
+    total_M = np.square(np.asarray(dec_LFMD)).sum((0, 1, 3))
+    return (total_M / max(total_M.sum(), 1e-30)).tolist()

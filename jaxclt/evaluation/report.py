@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from jaxclt.evaluation import plots
 from jaxclt.evaluation.claims import Claim
 from jaxclt.io.atomic import atomic_path
+from jaxclt.json_text import to_json
 
 __all__ = ["COLUMNS", "cells", "markdown", "write_evaluation"]
 
@@ -124,8 +124,8 @@ def write_evaluation(
     ]
     document = {**meta, "rows": list(rows), "claims": told}
     for name, text in {
-        "eval.json": json.dumps(document, indent=1, allow_nan=False) + "\n",
-        "rows.jsonl": "".join(json.dumps(line, allow_nan=False) + "\n" for line in raw),
+        "eval.json": to_json(document, indent=1) + "\n",
+        "rows.jsonl": "".join(to_json(line) + "\n" for line in raw),
         "table.md": markdown(rows, claims),
     }.items():
         with atomic_path(out / name) as temporary:

@@ -3,8 +3,8 @@
 Sort eval: the strongest excerpts of two features are shown, and one more text on which
 exactly one of them is active; which one? Contrastive eval: the excerpts of one feature
 are shown, and two sentences that differ in one concept, on exactly one of which it is
-active; which one? (Circuit Tracing 2025, section 5.1.2; spec 6.5.) By chance half of
-the answers are right.
+active; which one? (Circuit Tracing 2025, section 5.1.2; maths 18.7, 18.8.) By chance
+half of the answers are right.
 
 Everything here is a function of its arguments and a key: the same trials come out of
 the same examples, and the first n of more trials are the n trials.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ import numpy as np
 
 from jaxclt.dashboards.examples import Examples, Excerpts, Shown
 from jaxclt.evaluation.concepts import ConceptPair
+from jaxclt.json_text import to_json
 
 __all__ = ["Trial", "contrastive_trials", "shown_excerpt", "sort_trials"]
 
@@ -87,7 +87,7 @@ class Trial:
     @property
     def key(self) -> str:
         """Tells trials apart by all they hold."""
-        text = json.dumps(self.as_json(), sort_keys=True)
+        text = to_json(self.as_json(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def swapped(self) -> Trial:

@@ -10,8 +10,8 @@ at position c', the head moves it to c, and a target of layer l or above reads i
 
 with q the reciprocal norm denominators before the head (and behind it, at c, where the
 model has a norm there), and before the target's encoder where it reads after the norm:
-n ERA = V_h ind_h is then exactly the sum over graphs of the edges' one-hop parts (spec
-3.4, 11.4). There is no version without q here.
+n ERA = V_h ind_h is then exactly the sum over graphs of the edges' one-hop parts (maths
+7.3, 17.10). There is no version without q here.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.store import DictionaryStore
+from jaxclt.clt.coder import Bound
 from jaxclt.global_weights.weights import folded_encoder, summed_writes
 from jaxclt.lm.block import FrozenLayer, frozen_pattern
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import attn_norm, fold_norm
-from jaxclt.types import Block, LMParams
+from jaxclt.types import Block
 
 __all__ = ["Head", "head_block", "head_sums", "rows_by_layer"]
 
@@ -119,8 +119,7 @@ def _through(read_RD: Array, write_ND: Array, value_DC: Array, out_CD: Array) ->
 
 
 def head_block(
-    store: DictionaryStore,
-    params: LMParams,
+    on: Bound,
     head: Head,
     target: tuple[int, np.ndarray],
     source: tuple[int, np.ndarray],
@@ -130,8 +129,7 @@ def head_block(
     """Virtual weights [R, N] through one head between some features of two layers.
 
     Args:
-      store: the dictionary.
-      params: the model.
+      on: the dictionary on its model.
       head: layer and head.
       target: layer and feature indices [R]; zeros if it does not see the head.
       source: layer and feature indices [N]; zeros unless below the head's layer.
@@ -140,13 +138,13 @@ def head_block(
     (to, feature_R), (of, feature_N) = target, source
     layer, h = head
     if not of < layer <= to - cfg.parallel:
-        return np.zeros((len(feature_R), len(feature_N)), params.embed_VD.dtype)
-    p = params.blocks
+        return np.zeros((len(feature_R), len(feature_N)), on.dtype)
+    p = on.params.blocks
     value_DC = p.v_LDGC[layer, :, h // cfg.n_queries_per_kv]
     value_DC = fold_norm(value_DC.T, attn_norm(p).of_layer(layer)).T
     out_CD = p.o_LHCD[layer, h]
     if p.post_attn_LD is not None:
         out_CD = out_CD * p.post_attn_LD[layer][None, :]
-    read_RD = folded_encoder(store, params, to, feature_R)
-    write_ND = summed_writes(store, params, of, layer, feature_N)
+    read_RD = folded_encoder(on, to, feature_R)
+    write_ND = summed_writes(on, of, layer, feature_N)
     return np.asarray(_through(jnp.asarray(read_RD), write_ND, value_DC, out_CD))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from scipy.sparse import csr_array
 
-from jaxclt.clt.store import DictionaryStore
+from jaxclt.clt.coder import Bound
 from jaxclt.errors import InputError
 from jaxclt.global_weights.attention import Head, head_block
 from jaxclt.global_weights.ranking import GlobalWeights, Kind
@@ -19,14 +19,12 @@ from jaxclt.global_weights.weights import (
     virtual_tiles,
 )
 from jaxclt.lm.config import LMConfig
-from jaxclt.types import LMParams
 
 __all__ = ["build", "head_weights", "virtual_blocks"]
 
 
 def build(
-    store: DictionaryStore,
-    params: LMParams,
+    on: Bound,
     statistics: Coactivation,
     *,
     kind: Kind = "twera",
@@ -38,34 +36,29 @@ def build(
     ones a weight for each pair that fires together.
 
     Args:
-      store: the dictionary.
-      params: the model it reads.
+      on: the dictionary on its model.
       statistics: of the same dictionary.
       kind: what links are ranked by by default.
       on_block: progress, (pairs of layers done, in all).
     """
     subset = statistics.subset
     starts = subset.starts
-    blocks = _blocks(virtual_tiles(store, params, subset, on_block), starts)
+    blocks = _blocks(virtual_tiles(on, subset, on_block), starts)
     fill = _sparse if statistics.sparse else _dense
-    virtual = fill(statistics.sums["both"], blocks, params.embed_VD.dtype)
+    virtual = fill(statistics.sums["both"], blocks, on.dtype)
     input_virtual_UY = output_virtual_YU = None
     live = [i for i in range(subset.n_layers) if starts[i + 1] > starts[i]]
     if len(statistics.input_Y):
         input_virtual_UY = np.concatenate(
             [
-                embedding_weights(
-                    store, params, i, subset.features(i), statistics.input_Y
-                )
+                embedding_weights(on, i, subset.features(i), statistics.input_Y)
                 for i in live
             ]
         )
     if len(statistics.output_Y):
         output_virtual_YU = np.concatenate(
             [
-                logit_weights(
-                    store, params, i, subset.features(i), statistics.output_Y
-                ).T
+                logit_weights(on, i, subset.features(i), statistics.output_Y).T
                 for i in live
             ],
             axis=1,
@@ -80,8 +73,7 @@ def build(
 
 
 def head_weights(
-    store: DictionaryStore,
-    params: LMParams,
+    on: Bound,
     statistics: Coactivation,
     head: Head,
     layer: int,
@@ -94,8 +86,7 @@ def head_weights(
     Norm-aware: n ERA is the sum of the graphs' edges through this head alone.
 
     Args:
-      store: the dictionary.
-      params: the model.
+      on: the dictionary on its model.
       statistics: gathered with this head.
       head: layer and head.
       layer: of the target, at or above the head's.
@@ -122,7 +113,7 @@ def head_weights(
     at = statistics.heads.index(head)
     target = (layer, np.asarray([feature]))
     weight = [
-        head_block(store, params, head, target, (of, subset.features(of)), cfg=cfg)[0]
+        head_block(on, head, target, (of, subset.features(of)), cfg=cfg)[0]
         for of in range(head[0])
         if len(subset.features(of))
     ]
@@ -139,12 +130,10 @@ def head_weights(
 Blocks = Iterator[tuple[int, int, np.ndarray]]
 
 
-def virtual_blocks(
-    store: DictionaryStore, params: LMParams, statistics: Coactivation
-) -> Blocks:
+def virtual_blocks(on: Bound, statistics: Coactivation) -> Blocks:
     """All virtual weights of the statistics' features, as `interference` takes them."""
     subset = statistics.subset
-    return _blocks(virtual_tiles(store, params, subset), subset.starts)
+    return _blocks(virtual_tiles(on, subset), subset.starts)
 
 
 def _blocks(tiles: Iterator[Tile], starts: tuple[int, ...]) -> Blocks:

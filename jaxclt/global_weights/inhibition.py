@@ -1,7 +1,7 @@
 """Sources that keep a target from firing, over text: what TWERA cannot see.
 
 For a target j and a source i below it, over the tokens n where j is silent and would
-fire without i's residual-direct edge V a_i q_j (spec 11, idea 3):
+fire without i's residual-direct edge V a_i q_j (maths 14.2):
 
     effect[j, i] = sum V a_i q_j 1(h_j <= theta_j < h_j - V a_i q_j)      (negative)
     released[j, i] = sum 1(h_j <= theta_j < h_j - V a_i q_j)
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.store import DictionaryStore
+from jaxclt.clt.coder import Bound
 from jaxclt.errors import InputError
 from jaxclt.global_weights.statistics import Encoders, Plan, watch
 from jaxclt.global_weights.subset import Subset
@@ -31,32 +31,28 @@ from jaxclt.types import LMParams
 __all__ = ["inhibition_of", "rows_of_weights", "thresholds"]
 
 
-def thresholds(
-    store: DictionaryStore, params: LMParams, subset: Subset, slot_R: np.ndarray
-) -> np.ndarray:
+def thresholds(on: Bound, subset: Subset, slot_R: np.ndarray) -> np.ndarray:
     """Thresholds [R] of some features of a subset.
 
     Raises:
       InputError: for TopK, whose features have none of their own.
     """
-    if store.cfg.competes:
-        raise InputError(
-            "features of a TopK dictionary have no thresholds of their own: inhibition "
-            "needs ReLU or JumpReLU"
-        )
-    theta_R = np.zeros(len(slot_R), params.embed_VD.dtype)
+    theta_R = np.zeros(len(slot_R), on.dtype)
     for i, slot in enumerate(slot_R):
-        theta_F = store.encoder(int(subset.layer_U[slot])).theta_F
-        if theta_F is not None:
-            theta_R[i] = theta_F[subset.feature_U[slot]]
+        layer, feature = int(subset.layer_U[slot]), subset.feature_U[slot : slot + 1]
+        theta_1 = on.coder.thresholds(on.encoders(layer, feature))
+        if theta_1 is None:
+            raise InputError(
+                "features of a TopK dictionary have no thresholds of their own: "
+                "inhibition needs ReLU or JumpReLU"
+            )
+        theta_R[i] = theta_1[0]
     return theta_R
 
 
-def rows_of_weights(
-    store: DictionaryStore, params: LMParams, subset: Subset, slot_R: np.ndarray
-) -> np.ndarray:
+def rows_of_weights(on: Bound, subset: Subset, slot_R: np.ndarray) -> np.ndarray:
     """Virtual weights [R, U] into some features from all of a subset."""
-    V_RU = np.zeros((len(slot_R), len(subset)), params.embed_VD.dtype)
+    V_RU = np.zeros((len(slot_R), len(subset)), on.dtype)
     layer_R = subset.layer_U[slot_R]
     for to in np.unique(layer_R).tolist():
         row = np.flatnonzero(layer_R == to)
@@ -64,7 +60,7 @@ def rows_of_weights(
         for of in range(to):
             chosen = subset.features(of)
             if len(chosen):
-                block = virtual_block(store, params, target, (of, chosen))
+                block = virtual_block(on, target, (of, chosen))
                 V_RU[row[:, None], np.arange(len(subset))[subset.of_layer(of)]] = block
     return V_RU
 
@@ -94,7 +90,7 @@ def inhibition_of(
       plan: static sizes.
     """
     seen = watch(params, enc, token_WS, mask_WS, plan=plan)
-    layer_U = np.repeat(np.arange(plan.clt.n_layers), np.diff(plan.starts))
+    layer_U = np.repeat(np.arange(plan.coder.shape.n_layers), np.diff(plan.starts))
     zero = jnp.zeros((), seen.a_UT.dtype)
 
     def one(x: tuple[Array, Array, Array]) -> tuple[Array, Array]:

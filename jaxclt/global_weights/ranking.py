@@ -6,7 +6,7 @@
 Circuit Tracing (2025), section 4; expectations over tokens, source and target at the
 same one. With ``_norm`` every term holds the reciprocal norm denominator at the target,
 where the encoder reads after the norm: then n ERA is exactly the sum of the
-residual-direct edges of the tokens' attribution graphs (spec 4.2, T-W4). Where the
+residual-direct edges of the tokens' attribution graphs (maths 17.8). Where the
 encoder reads the stream itself both are the same.
 
 TWERA is blind to inhibition: a source that keeps its target from firing is never active
@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from scipy.sparse import csr_array
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, check_choice
 from jaxclt.global_weights.statistics import Coactivation, Matrix
 from jaxclt.global_weights.subset import Subset
 
@@ -118,8 +118,7 @@ class GlobalWeights:
         V is multiplied by their product to give `kind`; for ``coactivation`` that is
         the value itself. Without sums, for ``virtual``, V stays as it is.
         """
-        if kind not in KINDS:
-            raise InputError(f"kind {kind!r}: choose one of {', '.join(KINDS)}")
+        check_choice("kind", kind, KINDS)
         sums, n = self.statistics.sums, max(self.statistics.n_tokens, 1)
         here = self.subset.of_layer(layer)
         mean_R = np.full(here.stop - here.start, 1 / n)
@@ -306,7 +305,9 @@ class GlobalWeights:
         era_Y, twera_Y = era_Y * virtual_Y, twera_Y * virtual_Y
         value = {"virtual": virtual_Y, "era": era_Y, "twera": twera_Y}
         value["coactivation"] = share_Y
-        order = largest(value[(by or self.kind).removesuffix("_norm")], k)
+        kind = (by or self.kind).removesuffix("_norm")
+        check_choice("kind", kind, value)
+        order = largest(value[kind], k)
         columns = (token_Y, virtual_Y, era_Y, twera_Y, share_Y)
         return TokenLinks(*(column[order] for column in columns))
 
@@ -325,7 +326,13 @@ def _at(x: Matrix, row: np.ndarray, column: np.ndarray) -> np.ndarray:
 
 
 def largest(value_N: np.ndarray, k: int) -> np.ndarray:
-    """Where the k largest sizes of a vector are, descending; zeros are left out."""
+    """Where the k largest sizes of a vector are, descending; zeros are left out.
+
+    Raises:
+      InputError: if `k` is below 1.
+    """
+    if k < 1:
+        raise InputError(f"k={k}: ask for at least one link")
     size_N = np.abs(value_N)
     if k < len(size_N):
         some = np.argpartition(-size_N, k)[:k]

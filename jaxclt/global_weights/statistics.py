@@ -6,8 +6,8 @@ For targets j and sources i of lower layers, over the tokens n that count,
 
 with 1(a) for "fires" (a != 0), as Circuit Tracing (2025), section 4, needs for ERA and
 TWERA. Encoders that read after the norm also get ``ind_norm`` and ``act_norm``, each
-term multiplied by the reciprocal norm denominator at the target (spec 4.2): with these
-the sums over graph edges are exact.
+term multiplied by the reciprocal norm denominator at the target (maths 17.8): with
+these the sums over graph edges are exact.
 
 Everything is one product per target layer. Sums of a few thousand tokens are made in
 the model's dtype on the device, and added up in float64 on the host: rates far below
@@ -28,10 +28,8 @@ import numpy as np
 from jax import Array
 from scipy.sparse import csr_array
 
-from jaxclt.clt.activations import activate, jumprelu, relu
-from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.coder import Bound, Coder
 from jaxclt.clt.sites import read_site
-from jaxclt.clt.store import DictionaryStore
 from jaxclt.errors import InputError
 from jaxclt.global_weights.attention import Head, head_sums, rows_by_layer
 from jaxclt.global_weights.subset import Subset
@@ -145,42 +143,34 @@ class Plan:
     """What is summed: hashable, a static argument of jit."""
 
     lm: LMConfig
-    clt: CLTConfig
+    coder: Coder
     starts: tuple[int, ...]  # of the layers in the subset, see `Subset.starts`
     heads: tuple[Head, ...] = ()
 
     @property
     def scaled(self) -> bool:
         """Whether encoders read after the norm."""
-        return self.clt.read != "resid_mid"
+        return self.coder.site != "resid_mid"
 
 
 class Encoders(NamedTuple):
     """Encoders of a subset on the device, one entry a layer."""
 
-    W: tuple[Array, ...]  # [U, D]; all features for TopK, where they compete
-    b: tuple[Array, ...]
-    theta: tuple[Array, ...] | None
-    pick: tuple[Array, ...] | None  # rows of the subset among all, for TopK
+    enc: tuple[Any, ...]  # leaves [U, ..]; of all features where they compete
+    pick: tuple[Array, ...] | None  # rows of the subset among all, where they compete
 
 
-def encoders(store: DictionaryStore, params: LMParams, subset: Subset) -> Encoders:
+def encoders(on: Bound, subset: Subset) -> Encoders:
     """The encoders that a subset needs, in the model's dtype."""
-    dtype, cfg = params.embed_VD.dtype, store.cfg
-    W, b, theta, pick = [], [], [], []
-    for layer in range(cfg.n_layers):
-        enc, chosen = store.encoder(layer), subset.features(layer)
-        rows = np.arange(cfg.n_features) if cfg.competes else chosen
-        W.append(jnp.asarray(enc.W_enc_FD[rows], dtype))
-        b.append(jnp.asarray(enc.b_enc_F[rows], dtype))
-        if enc.theta_F is not None:
-            theta.append(jnp.asarray(enc.theta_F[rows], dtype))
-        pick.append(jnp.asarray(chosen))
+    competes, every = on.coder.competes, np.arange(on.shape.n_features)
+    chosen = [subset.features(layer) for layer in range(on.shape.n_layers)]
+    found = [
+        on.encoders(layer, every if competes else some)
+        for layer, some in enumerate(chosen)
+    ]
     return Encoders(
-        tuple(W),
-        tuple(b),
-        tuple(theta) if theta and cfg.activation == "jumprelu" else None,
-        tuple(pick) if cfg.competes else None,
+        tuple(jax.tree.map(jnp.asarray, found)),
+        tuple(map(jnp.asarray, chosen)) if competes else None,
     )
 
 
@@ -231,21 +221,16 @@ def watch(
     L, W, S, D = mid_LWSD.shape
     scale_LT = scale_LWS.reshape(L, W * S)
     mask_T = mask_WS.reshape(-1).astype(scale_LT.dtype)
-    pre, a, norms = [], [], mlp_norm(params.blocks)
+    coder, pre, a, norms = plan.coder, [], [], mlp_norm(params.blocks)
     for layer in range(L):
         norm, mid_TD = norms.of_layer(layer), mid_LWSD[layer].reshape(W * S, D)
-        read_TD = read_site(plan.clt.read, norm, mid_TD, scale_LT[layer])
+        read_TD = read_site(coder.site, norm, mid_TD, scale_LT[layer])
+        p = jax.tree.map(lambda leaf: leaf[layer], params.blocks)  # noqa: B023
         with jax.named_scope("encode"):
-            pre_UT = jnp.einsum("UD,TD->UT", enc.W[layer], read_TD)
-        pre_UT = pre_UT + enc.b[layer][:, None]
-        if plan.clt.competes:
-            assert enc.pick is not None
-            a_UT = activate(pre_UT.T, None, cfg=plan.clt).T[enc.pick[layer]]
-            pre_UT = pre_UT[enc.pick[layer]]
-        elif enc.theta is None:
-            a_UT = relu(pre_UT)
-        else:
-            a_UT = jumprelu(pre_UT, enc.theta[layer][:, None])
+            found = coder.encode(p, enc.enc[layer], read_TD)
+        pre_UT, a_UT = found.pre_TF.T, found.a_TF.T
+        if enc.pick is not None:
+            pre_UT, a_UT = pre_UT[enc.pick[layer]], a_UT[enc.pick[layer]]
         pre.append(pre_UT)
         a.append(a_UT * mask_T[None])
     return Seen(

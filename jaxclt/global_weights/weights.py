@@ -2,7 +2,7 @@
 
     V[t, s] = <sum of s's decoders below t's layer, t's encoder>      l_s < l_t, else 0
 
-Circuit Tracing (2025), section 4; spec 4.1. An encoder that reads after the norm has
+Circuit Tracing (2025), section 4; maths 17.1. An encoder that reads after the norm has
 its gain folded in, and a LayerNorm's removal of the mean; the denominator depends on
 the token and stays outside: a local residual-direct edge is activation x V x reciprocal
 denominator. A dictionary's linear skip is not part of V: with the norm between, it is
@@ -23,11 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.config import CLTConfig
-from jaxclt.clt.sites import fold_reads
-from jaxclt.clt.store import DictionaryStore
+from jaxclt.clt.coder import Bound
+from jaxclt.clt.config import Shape
 from jaxclt.global_weights.subset import Subset
-from jaxclt.lm.layers import mlp_norm, normalise, out_norm
+from jaxclt.lm.layers import normalise, out_norm
 from jaxclt.lm.run import readout, token_vectors
 from jaxclt.types import LMParams
 
@@ -48,37 +47,25 @@ _GROUP = 8  # columns whose largest is looked at first
 
 
 def folded_encoder(
-    store: DictionaryStore,
-    params: LMParams,
+    on: Bound,
     layer: int,
     feature_R: np.ndarray | None = None,
 ) -> np.ndarray:
     """Encoder rows [R, D] at the residual stream, the norm but its scale folded in.
 
     Args:
-      store: the dictionary.
-      params: the model, for its norms; their dtype is the result's.
+      on: the dictionary on its model.
       layer: of the features.
       feature_R: which; None for all.
     """
-    norm = mlp_norm(params.blocks).of_layer(layer)
-    W_FD = np.asarray(store.encoder(layer).W_enc_FD)
-    W_RD = W_FD if feature_R is None else W_FD[feature_R]
-    return fold_reads(store.cfg.read, norm, np.asarray(W_RD, norm.gain.dtype))[0]
+    if feature_R is None:
+        feature_R = np.arange(on.shape.n_features)
+    return on.stream_rows(layer, feature_R)[0]
 
 
-def writes_below(cfg: CLTConfig, source: int, target: int) -> int:
+def writes_below(cfg: Shape, source: int, target: int) -> int:
     """How many of a source's decoders write below a target's encoder."""
     return min(target - source, cfg.n_writes(source))
-
-
-def _decoders(
-    store: DictionaryStore, params: LMParams, source: int, feature_N: np.ndarray
-) -> np.ndarray:
-    """Decoder rows [N, M, D] in the model's dtype."""
-    rows_NMD = np.asarray(store.decoder_rows(source, feature_N), params.embed_VD.dtype)
-    shape = (len(feature_N), store.cfg.n_writes(source), store.cfg.d_model)
-    return rows_NMD.reshape(shape)
 
 
 @jax.jit
@@ -89,38 +76,35 @@ def block(read_RD: Array, prefix_ND: Array) -> Array:
 
 
 def virtual_block(
-    store: DictionaryStore,
-    params: LMParams,
+    on: Bound,
     target: tuple[int, np.ndarray],
     source: tuple[int, np.ndarray],
 ) -> np.ndarray:
     """Virtual weights [R, N] between some features of two layers.
 
     Args:
-      store: the dictionary.
-      params: the model it reads.
+      on: the dictionary on its model.
       target: layer and feature indices [R].
       source: layer and feature indices [N]; zeros unless it lies below.
     """
     (to, feature_R), (of, feature_N) = target, source
     feature_R, feature_N = np.asarray(feature_R), np.asarray(feature_N)
     if of >= to:
-        return np.zeros((len(feature_R), len(feature_N)), params.embed_VD.dtype)
-    read_RD = folded_encoder(store, params, to, feature_R)
-    written_ND = summed_writes(store, params, of, to, feature_N)
+        return np.zeros((len(feature_R), len(feature_N)), on.dtype)
+    read_RD = folded_encoder(on, to, feature_R)
+    written_ND = summed_writes(on, of, to, feature_N)
     return np.asarray(block(jnp.asarray(read_RD), written_ND))
 
 
 def summed_writes(
-    store: DictionaryStore,
-    params: LMParams,
+    on: Bound,
     source: int,
     target: int,
     feature_N: np.ndarray,
 ) -> Array:
     """What features of a layer write below the encoders of a higher one, [N, D]."""
-    n = writes_below(store.cfg, source, target)
-    return jnp.asarray(_decoders(store, params, source, feature_N)[:, :n].sum(1))
+    n = writes_below(on.shape, source, target)
+    return jnp.asarray(on.decoders(source, feature_N)[:, :n].sum(1))
 
 
 class Tile(NamedTuple):
@@ -132,16 +116,14 @@ class Tile(NamedTuple):
 
 
 def virtual_tiles(
-    store: DictionaryStore,
-    params: LMParams,
+    on: Bound,
     subset: Subset,
     on_block: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Tile]:
     """All blocks of virtual weights among some features, source layer by source layer.
 
     Args:
-      store: the dictionary.
-      params: the model it reads.
+      on: the dictionary on its model.
       subset: the features.
       on_block: progress, (blocks done, blocks in all).
 
@@ -149,7 +131,7 @@ def virtual_tiles(
       Blocks of pairs of layers that both have features, each of the shape [U, U] with
       U the most features of a layer; rows and columns beyond a layer's are zero.
     """
-    cfg, starts = store.cfg, subset.starts
+    cfg, starts = on.shape, subset.starts
     count_L = np.diff(starts)
     width = int(count_L.max())
     live = [layer for layer in range(cfg.n_layers) if count_L[layer]]
@@ -159,14 +141,12 @@ def virtual_tiles(
         return np.pad(x, pad) if len(x) < width else x
 
     read = {
-        layer: jnp.asarray(
-            padded(folded_encoder(store, params, layer, subset.features(layer)))
-        )
+        layer: jnp.asarray(padded(folded_encoder(on, layer, subset.features(layer))))
         for layer in live[1:]
     }
     total, done = len(live) * (len(live) - 1) // 2, 0
     for i, source in enumerate(live[:-1]):
-        rows_NMD = _decoders(store, params, source, subset.features(source))
+        rows_NMD = on.decoders(source, subset.features(source))
         written_ND, n = jnp.zeros_like(read[live[-1]]), 0
         for target in live[i + 1 :]:
             below = writes_below(cfg, source, target)
@@ -236,8 +216,7 @@ def _update(
 
 
 def strongest_virtual(
-    store: DictionaryStore,
-    params: LMParams,
+    on: Bound,
     subset: Subset,
     k: int,
     on_block: Callable[[int, int], None] = lambda done, total: None,
@@ -247,14 +226,13 @@ def strongest_virtual(
     Streams `virtual_tiles`: memory is of one block and of the result.
 
     Args:
-      store: the dictionary.
-      params: the model it reads.
+      on: the dictionary on its model.
       subset: the features.
       k: how many of each.
       on_block: progress.
     """
     count_L = np.diff(subset.starts)
-    width, dtype = int(count_L.max()), params.embed_VD.dtype
+    width, dtype = int(count_L.max()), on.dtype
 
     def none() -> Best:
         return jnp.zeros((width, k), dtype), -jnp.ones((width, k), jnp.int32)
@@ -262,7 +240,7 @@ def strongest_virtual(
     L = subset.n_layers
     into: list[Best | None] = [none() if n else None for n in count_L]
     out: list[Best | None] = [none() if n else None for n in count_L]
-    for tile in virtual_tiles(store, params, subset, on_block):
+    for tile in virtual_tiles(on, subset, on_block):
         t, s = tile.target, tile.source
         first = np.asarray([subset.starts[t], subset.starts[s]], np.int32)
         best_t, best_s = into[t], out[s]
@@ -285,8 +263,7 @@ def strongest_virtual(
 
 
 def embedding_weights(
-    store: DictionaryStore,
-    params: LMParams,
+    on: Bound,
     layer: int,
     feature_R: np.ndarray | None = None,
     token_Y: np.ndarray | None = None,
@@ -297,15 +274,14 @@ def embedding_weights(
     well, are left out.
 
     Args:
-      store: the dictionary.
-      params: the model it reads.
+      on: the dictionary on its model.
       layer: of the features.
       feature_R: which; None for all.
       token_Y: which tokens; None for the whole vocabulary.
     """
-    read_RD = jnp.asarray(folded_encoder(store, params, layer, feature_R))
-    token_Y = np.arange(len(params.embed_VD)) if token_Y is None else token_Y
-    return np.asarray(block(read_RD, token_vectors(params, jnp.asarray(token_Y))))
+    read_RD = jnp.asarray(folded_encoder(on, layer, feature_R))
+    token_Y = np.arange(len(on.params.embed_VD)) if token_Y is None else token_Y
+    return np.asarray(block(read_RD, token_vectors(on.params, jnp.asarray(token_Y))))
 
 
 @jax.jit
@@ -319,8 +295,7 @@ def written_logits(params: LMParams, written_ND: Array) -> Array:
 
 
 def logit_weights(
-    store: DictionaryStore,
-    params: LMParams,
+    on: Bound,
     layer: int,
     feature_N: np.ndarray | None = None,
     token_Y: np.ndarray | None = None,
@@ -332,16 +307,13 @@ def logit_weights(
     vocabulary the weights of a feature sum to zero.
 
     Args:
-      store: the dictionary.
-      params: the model it reads.
+      on: the dictionary on its model.
       layer: of the features.
       feature_N: which; None for all.
       token_Y: which tokens; None for the whole vocabulary.
     """
-    cfg = store.cfg
+    cfg = on.shape
     feature_N = np.arange(cfg.n_features) if feature_N is None else feature_N
-    written_ND = summed_writes(
-        store, params, layer, cfg.n_layers, np.asarray(feature_N)
-    )
-    logit_NV = np.asarray(written_logits(params, written_ND))
+    written_ND = summed_writes(on, layer, cfg.n_layers, np.asarray(feature_N))
+    logit_NV = np.asarray(written_logits(on.params, written_ND))
     return logit_NV if token_Y is None else logit_NV[:, token_Y]

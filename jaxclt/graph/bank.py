@@ -200,12 +200,6 @@ class Bank:
         """W."""
         return self.shared_row_XTW.shape[2]
 
-    @property
-    def packed_bytes(self) -> int:
-        """Memory that the written-out tiles take."""
-        n = self.shared_row_XTW.size + self.overflow_row_YW.size
-        return n * self.tables[0].shape[1] * self.tables[0].itemsize
-
     def place(self, index: np.ndarray, start: int, P: int) -> np.ndarray:
         """Where owners are in edges [Z, P, W] of positions from `start` on; -1: not."""
         pos = self.pos_A[index] - start

@@ -1,7 +1,7 @@
 """Proof that a graph is exact: every row sums to what it explains.
 
 One number per graph says whether reading the weights, the hook points or the frozen
-maps went wrong, and three say what else than nodes the rows consist of (spec 3.3).
+maps went wrong, and three say what else than nodes the rows consist of (maths 6.11).
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from jaxclt.graph.rows import make_puller, pull_flops
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import LMParams
 
-__all__ = ["compute_edges", "memory_budget", "plan_attribution"]
+__all__ = ["compute_edges", "memory_budget", "plan_attribution", "row_mesh"]
 
 
 def plan_attribution(
@@ -78,7 +78,7 @@ def plan_attribution(
         sizes,
         budget,
         chunk_size=config.chunk_size,
-        n_copies=1 if apart else _mesh(config).size,
+        n_copies=1 if apart else row_mesh(config).size,
         host_budget=host_available_bytes() if apart else None,
     )
 
@@ -95,13 +95,18 @@ def memory_budget(config: AttributeConfig) -> int:
     return int(config.memory_gb * 1e9)
 
 
-def _mesh(config: AttributeConfig) -> Mesh:
+def row_mesh(config: AttributeConfig) -> Mesh:
+    """The devices that share the rows.
+
+    Raises:
+      InputError: if the machine has fewer.
+    """
     devices = jax.devices()
     # Several CPU devices share the same cores: splitting gains nothing.
     n_all = 1 if devices[0].platform == "cpu" else len(devices)
     n = n_all if config.devices is None else config.devices
     if not 1 <= n <= len(devices):
-        raise InputError(f"devices {n}: this machine has {len(devices)}")
+        raise InputError(f"--devices {n}: this machine has {len(devices)}")
     return Mesh(np.array(devices[:n]), ("rows",))
 
 
@@ -112,7 +117,7 @@ def compute_edges(p: Prompt, on_rows: Callable[[int, int], None]) -> Computed:
     memory = plan_attribution(
         p.active, K, cfg=p.cfg, params=p.params, config=config, n_tokens=T
     )
-    mesh = _mesh(config)
+    mesh = row_mesh(config)
     bank = pack(writers(p.active), T)
     plan = make_plan(
         p.n_selected + K,

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
+
+from jaxclt.errors import InputError, check_at_least, check_choice, check_share
 
 __all__ = ["AttributeConfig"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttributeConfig:
-    """How much of a graph to compute, and how."""
+    """How much of a graph to compute, and how.
+
+    Raises:
+      InputError: for a value out of its range.
+    """
 
     max_features: int | None = 8192  # most feature nodes; None: every active feature
     tolerance: float = 0.02  # stop when less influence than this is unexplored
@@ -25,3 +32,22 @@ class AttributeConfig:
     direction: Literal["auto", "pull", "push"] = "auto"  # rows or columns; by cost
     devices: int | None = None  # how many share the rows; None: all accelerators
     memory_gb: float | None = None  # most memory to use; None: what is free
+
+    def __post_init__(self) -> None:
+        check_at_least(
+            1,
+            max_features=self.max_features,
+            chunk_size=self.chunk_size,
+            n_bands=self.n_bands,
+            rows_per_update=self.rows_per_update,
+            devices=self.devices,
+        )
+        check_at_least(0, heads=self.heads)
+        check_share(zero=True, one=False, tolerance=self.tolerance)
+        check_share(
+            node_threshold=self.node_threshold, edge_threshold=self.edge_threshold
+        )
+        check_choice("convention", self.convention, ("paper", "circuit-tracer"))
+        check_choice("direction", self.direction, ("auto", "pull", "push"))
+        if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
+            raise InputError(f"--memory {self.memory_gb}: give GB above 0")

@@ -3,7 +3,7 @@
     edge = residual-direct + attention-mediated
          = residual-direct + heads listed + other heads
 
-(spec 3.4). Numbers come from the graph; hops, and heads of edges that the graph does
+(maths 7.4). Numbers come from the graph; hops, and heads of edges that the graph does
 not list, take the model (`jaxclt.explain`).
 """
 
@@ -31,6 +31,7 @@ class EdgeParts:
     edge: float  # signed effect
     share: float  # of all that the target reads, counted without sign
     kept: bool  # by the graph's pruning
+    activation: float | None  # of a target that is a feature
     direct: float | None  # residual-direct
     attention: float | None  # all that passed a head
     heads: tuple[tuple[int, int, float], ...] | None = None  # last head: layer, number
@@ -55,6 +56,10 @@ class EdgeParts:
             lines.append(f"{name:<20} {part:+12.4g} {part / self.edge:8.1%}")
         shown = "shown" if self.kept else "not shown, pruned"
         lines.append(f"{self.share:.2%} of what the target reads; {shown}")
+        if self.activation is not None and self.activation < 0:
+            does = "strengthens" if self.edge < 0 else "weakens"
+            at = f"the target's activation, {self.activation:.4g}, is"
+            lines.append(f"{at} below zero: the edge {does} it")
         if self.direct is None:
             lines.append("parts: not in this file; trace the prompt again")
         elif self.heads is None:
@@ -99,6 +104,7 @@ def edge_parts(graph: Graph, source: str, target: str) -> EdgeParts:
         edge=edge,
         share=abs(edge) / float(total),
         kept=bool(graph.pruning.keep_edge_RN[row, col]),
+        activation=float(graph.value_A[row]) if row < A else None,
         direct=direct,
         attention=attention,
         heads=heads,

@@ -22,7 +22,7 @@ def arrived_influence(
     """Influence that arrives at every active feature through the known rows, [A].
 
     An underestimate for features above which rows are missing: it grows as rows are
-    added, never shrinks (T-P6).
+    added, never shrinks (maths 10.2).
 
     Args:
       edge_RN: known rows, in any order; the first columns are the A active features.

@@ -2,7 +2,7 @@
 
 Rows are what is explained (features, then targets), columns are sources (features, then
 error nodes layer-major, then embeddings). Everything a row needs to sum to what it
-explains is kept: ``edge_RN.sum(1) + bias_R + rest_R == readout_R`` (spec 3.3, T-E1).
+explains is kept: ``edge_RN.sum(1) + bias_R + rest_R == readout_R`` (maths 6.3).
 
 Arrays live on the host (numpy): a graph is a result, shared by the scores, the file
 formats and the viewer. No code but this file computes column offsets.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from scipy.sparse import csr_array
 
 from jaxclt.graph.blocks import row_strength
 from jaxclt.graph.head_table import HeadLoads
+from jaxclt.json_text import to_json
 
 __all__ = ["VIRTUAL_TOKEN", "Graph", "GraphMeta", "Pruning"]
 
@@ -39,6 +39,8 @@ class GraphMeta:
     tokens: tuple[str, ...]  # T token strings, untrusted: escape where shown
     target_tokens: tuple[str, ...]  # K token strings, or labels of other targets
     n_layers: int
+    # of a chat: role and content, untrusted like tokens; `prompt` is its text
+    messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
     convention: str = "paper"  # or "circuit-tracer"
     weights: str = "probability"  # what target_prob_K holds, or "chosen"
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -54,7 +56,7 @@ class GraphMeta:
 
     def to_json(self) -> str:
         """Serialise; `of` reads it, parsed."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        return to_json(dataclasses.asdict(self), ensure_ascii=False)
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> GraphMeta:
@@ -109,7 +111,7 @@ class Graph:
     # output. Left out (graphs of older files): the output at the last position.
     target_layer_K: np.ndarray = dataclasses.field(default_factory=_absent)
     target_pos_K: np.ndarray = dataclasses.field(default_factory=_absent)
-    # How edges travelled (spec 3.4); None in graphs of versions that did not say.
+    # How edges travelled (maths 7); None in graphs of versions that did not say.
     direct_RN: csr_array | None = None  # residual-direct parts, between equal positions
     heads: HeadLoads | None = None  # the strongest kept edges by their last head
 
@@ -125,6 +127,18 @@ class Graph:
     def row_strength(self) -> np.ndarray:
         """Sum of the absolute edges of every row."""
         return row_strength(self.edge_RN, self.n_features)
+
+    @functools.cached_property
+    def side_R(self) -> np.ndarray:  # noqa: N802  an axis, as in the fields
+        """The side of zero that rows are on, [R]: -1 for features below it, else 1.
+
+        An edge times its row's side is positive where the source strengthens a feature
+        (raises a target): what lowers a feature that is below zero makes it larger.
+        Which side a neuron is on means nothing by itself, it could read and write the
+        opposite and be the same neuron.
+        """
+        side_A = np.where(self.value_A < 0, -1, 1)
+        return np.concatenate([side_A, np.ones(self.n_targets, side_A.dtype)])
 
     @property
     def is_next_token(self) -> np.ndarray:

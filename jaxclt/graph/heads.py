@@ -2,8 +2,8 @@
 
     A = A0 + sum over (l, h) of load(l, h)
 
-load(l, h) holds the paths whose last hop before the target is head h of layer l (spec
-3.4). Sources are pushed forward once, which makes every last head of every target
+load(l, h) holds the paths whose last hop before the target is head h of layer l (maths
+7.4). Sources are pushed forward once, which makes every last head of every target
 readable on the way; pulling targets back would take one pass per target and head.
 
 Columns are pushed from the first of their layers, and no earlier than the first of
@@ -35,8 +35,10 @@ from jaxclt.graph.provenance import (
     FrozenStream,
     direct_edges,
     frozen_stream,
+    layer_pattern,
     residual_reads,
 )
+from jaxclt.graph.scores import edge_influence
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.shapes import bucket
@@ -95,8 +97,9 @@ def _push(stream: FrozenStream, x: _Pushed, *, cfg: LMConfig, width: int) -> Arr
 
     def level(layer: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         resid_WBD, mixed_LWHBC = state
-        p, pattern_HTS, scale_T, skip = jax.tree.map(lambda leaf: leaf[layer], stream)
-        pattern_HTS = window(pattern_HTS, (1, 2))
+        one: FrozenStream = jax.tree.map(lambda leaf: leaf[layer], stream)
+        p, scale_T, skip = one.blocks, one.scale_LT, one.skip
+        pattern_HTS = window(layer_pattern(one, cfg=cfg), (1, 2))
         mixed_WHBC = mix(p, pattern_HTS, window(scale_T, (0,)), resid_WBD)
         mixed_LWHBC = mixed_LWHBC.at[layer].set(mixed_WHBC)
         before_WBD = resid_WBD
@@ -256,16 +259,11 @@ class _Table:
 def strongest_kept(graph: Graph, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns of the n strongest kept edges, in the order of the rows.
 
-    Strong is what most influence passes: an edge's share of its row, times the row's
-    influence.
+    Strong is what most influence passes, see `edge_influence`.
     """
     row_E, col_E = np.nonzero(graph.pruning.keep_edge_RN)
     if n < len(row_E):
-        visit_R = np.concatenate(
-            [graph.influence_N[graph.feature_cols], graph.target_prob_K]
-        )
-        scale_R = visit_R / np.where(graph.row_strength > 0, graph.row_strength, 1)
-        score_E = np.abs(graph.edge_RN[row_E, col_E]) * scale_R[row_E]
+        score_E = edge_influence(graph, row_E, graph.edge_RN[row_E, col_E])
         best = np.sort(np.argsort(-score_E, kind="stable")[:n])
         row_E, col_E = row_E[best], col_E[best]
     return row_E, col_E

@@ -83,7 +83,7 @@ def influence_series(
     """The same sum term by term, [n_layers + 1, N]: term k holds paths of k + 1 edges.
 
     Exactly n_layers + 1 steps: the longest path is embedding, one feature per layer,
-    target (spec 3.5). Path lengths are read off the terms.
+    target (maths 8.3). Path lengths are read off the terms.
     """
     A = edge_RN.shape[0] - weight_K.shape[0]
     total_R = jnp.where(total_R > 0, total_R, jnp.ones((), total_R.dtype))
@@ -100,7 +100,7 @@ def total_effect(edge_RN: Array, value_A: Array, n_targets: int) -> Array:
     """Signed total effect of every feature on every target, [K, A].
 
     The derivative of the target with respect to a factor on the feature's activation in
-    the local replacement model, all paths included, no gate flipping (spec 3.5):
+    the local replacement model, all paths included, no gate flipping (maths 9.1):
     ``T = U_kf (I - U_ff)^-1 diag(value)`` with ``U = A / value`` per source column.
 
     Args:

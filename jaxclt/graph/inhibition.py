@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxclt.clt.active import Active, encoded_layers
-from jaxclt.clt.store import DictionaryStore
+from jaxclt.clt.coder import Dictionary, picked, stream_rows
 from jaxclt.errors import InputError
 from jaxclt.graph.bank import RowTargets, pack, writers
 from jaxclt.graph.plan import make_plan, mean_flops
@@ -85,9 +85,10 @@ class Inhibition:
 
 
 def near_threshold(
-    store: DictionaryStore,
+    dictionary: Dictionary,
     params: LMParams,
     recording: Recording,
+    cfg: LMConfig,
     *,
     margin: float,
     limit: int | None = None,
@@ -98,45 +99,54 @@ def near_threshold(
     Ordered by layer, then position, then feature index.
 
     Args:
-      store: the dictionary.
+      dictionary: one with thresholds.
       params: the model.
       recording: the clean pass.
+      cfg: model shape.
       margin: in units of the pre-activation; `math.inf` for all inactive features.
       limit: most candidates, the closest ones; None for no limit.
       n_tokens: length of the prompt if the recording is padded beyond it.
 
     Raises:
       InputError: if the margin is negative, or the dictionary has no thresholds because
-        it keeps the top k.
+        its features compete or have gates.
     """
     if not margin >= 0:
         raise InputError(f"margin {margin}: give a number that is not negative")
-    if store.cfg.competes:
-        raise InputError(
-            "a topk dictionary has no thresholds: what is released depends on all of "
-            "its features, use a relu or jumprelu dictionary"
-        )
-    found = None
-    for layer, enc in enumerate(encoded_layers(store, params, recording)):
-        theta_F = np.zeros_like(enc.b_F) if enc.theta_F is None else enc.theta_F
-        below_TF = theta_F[None, :] - enc.pre_TF[:n_tokens]
+    coder, found = dictionary.coder(cfg), None
+    for layer, here in enumerate(encoded_layers(dictionary, params, recording, cfg)):
+        theta_F = coder.thresholds(here.enc)
+        if theta_F is None:
+            raise InputError(_without_thresholds(dictionary.name, coder.competes))
+        below_TF = theta_F[None, :] - here.pre_TF[:n_tokens]
         pos, feature = np.nonzero((below_TF >= 0) & (below_TF <= margin))
-        near = _closest(below_TF[pos, feature], limit)
-        pos, feature = pos[near], feature[near]
+        kept = _closest(below_TF[pos, feature], limit)
+        pos, feature = pos[kept], feature[kept]
         unique, row = np.unique(feature, return_inverse=True)
-        here = Candidates(
+        enc = picked(dictionary, params, layer, unique, here.enc)
+        read_UD, _ = stream_rows(coder, params, layer, enc)
+        near = Candidates(
             layer_U=np.full(len(pos), layer, np.int32),
             pos_U=pos.astype(np.int32),
             feature_U=feature.astype(np.int32),
-            preact_U=enc.pre_TF[pos, feature],
+            preact_U=here.pre_TF[pos, feature],
             theta_U=theta_F[feature],
-            read_UD=enc.folded(unique)[0][row] * enc.scale_T[pos][:, None],
+            read_UD=read_UD[row] * here.scale_T[pos][:, None],
         )
         # Cut after every layer, so that few read vectors are held.
-        found = here if found is None else _joined(found, here)
+        found = near if found is None else _joined(found, near)
         found = found.take(_closest(found.theta_U - found.preact_U, limit))
     assert found is not None
     return found
+
+
+def _without_thresholds(name: str, competes: bool) -> str:
+    if competes:
+        return (
+            "a topk dictionary has no thresholds: what is released depends on all of "
+            "its features, use a relu or jumprelu dictionary"
+        )
+    return f"{name} has no thresholds: inhibition takes a transcoder"
 
 
 def _closest(below_U: np.ndarray, limit: int | None) -> np.ndarray:
@@ -180,7 +190,7 @@ def _sorted(released: Released) -> Released:
 def find_inhibition(
     params: LMParams,
     recording: Recording,
-    store: DictionaryStore,
+    dictionary: Dictionary,
     active: Active,
     cfg: LMConfig,
     *,
@@ -200,7 +210,7 @@ def find_inhibition(
     Args:
       params: the model.
       recording: its clean pass on the prompt.
-      store: the dictionary.
+      dictionary: one with thresholds.
       active: its active features on the prompt, the sources.
       cfg: model shape.
       margin: how far below the threshold to look, see `near_threshold`.
@@ -213,7 +223,13 @@ def find_inhibition(
     """
     with jax.default_matmul_precision(precision):
         found = near_threshold(
-            store, params, recording, margin=margin, limit=limit, n_tokens=n_tokens
+            dictionary,
+            params,
+            recording,
+            cfg,
+            margin=margin,
+            limit=limit,
+            n_tokens=n_tokens,
         )
         error_LTD = error_nodes(active, recording)
         L, T, _ = error_LTD.shape

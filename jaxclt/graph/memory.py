@@ -16,7 +16,6 @@ that a plan is of one of them.
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 import jax
@@ -246,22 +245,11 @@ def available_bytes() -> int:
 
 def host_available_bytes() -> int:
     """Memory that the machine has free, whatever accelerators it has."""
-    free = _meminfo() or 8 << 30
+    import psutil
+
+    free = psutil.virtual_memory().available
     limit = _cgroup_room()
     return free if limit is None else min(free, limit)
-
-
-def _meminfo() -> int | None:
-    """MemAvailable on Linux, physical memory elsewhere."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    if "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
 
 
 def _cgroup_room() -> int | None:

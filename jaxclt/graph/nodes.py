@@ -7,18 +7,19 @@
 | token | ``embed 2`` | ``E_504_2`` | ``token " the"@2`` |
 | target | ``target 0``, ``0`` or its text | ``31_7042_8`` | ``output " Paris"`` |
 
-Nodes are numbered as the graph's columns; target k is number N + k, after the last.
+A target that is a token is found by ``id:7042`` too. Nodes are numbered as the graph's
+columns; target k is number N + k, after the last.
 """
 
 from __future__ import annotations
 
-import json
 import re
 
 import numpy as np
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean, on_one_line
 from jaxclt.graph.graph import Graph
+from jaxclt.json_text import to_json
 
 __all__ = ["find_column", "find_node", "find_row", "quoted"]
 
@@ -28,7 +29,7 @@ _FORMS = {
     "error": r"error (?P<layer>\d{1,9}):(?P<pos>\d{1,9})"
     r"|L(?P<layer2>\d{1,9}) error@(?P<pos2>\d{1,9})",
     "token": r'(?:embed|token) (?P<pos>\d{1,9})|token ".*"@(?P<pos2>\d{1,9})',
-    "target": r"(?:target )?(?P<target>\d{1,9})",
+    "target": r"target (?P<target>\d{1,9})",
     "json": r"(?P<layer>E|\d{1,9})_(?P<feature>-?\d{1,9})_(?P<pos>\d{1,9})",
 }
 
@@ -37,7 +38,7 @@ def find_node(graph: Graph, name: str) -> int:
     """Number of a node: its column, or N + k for target k.
 
     Raises:
-      InputError: if there is no such node, or several targets have that text.
+      InputError: if there is no such node, or several targets have that name.
     """
     text = name.strip()
     for kind, form in _FORMS.items():
@@ -47,7 +48,7 @@ def find_node(graph: Graph, name: str) -> int:
                 k.rstrip("2"): v for k, v in match.groupdict().items() if v is not None
             }
             return _find(graph, name, kind, part)
-    return graph.embed_cols.stop + _target_by_text(graph, name)
+    return graph.embed_cols.stop + _target_by_name(graph, name)
 
 
 def find_column(graph: Graph, name: str) -> int:
@@ -76,8 +77,7 @@ def find_row(graph: Graph, name: str) -> int:
 
 def quoted(token: str) -> str:
     """A text in quotes on one line; nothing in it can steer a terminal."""
-    inside = json.dumps(token, ensure_ascii=False)
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in inside)
+    return on_one_line(to_json(token, ensure_ascii=False))
 
 
 def _find(graph: Graph, name: str, kind: str, part: dict[str, str]) -> int:
@@ -134,21 +134,35 @@ def _targets(graph: Graph) -> str:
     return f"targets are {', '.join(names)}"
 
 
-def _target_by_text(graph: Graph, name: str) -> int:
-    """Target with this text, exactly or but for spaces around it."""
-    match = re.fullmatch(r'output (".*")', name.strip(), re.DOTALL)
-    tokens = list(graph.meta.target_tokens)
-    if match:
-        found = [k for k, token in enumerate(tokens) if quoted(token) == match[1]]
+def _target_by_name(graph: Graph, name: str) -> int:
+    """Target with this text, exactly or but for spaces around it, token or number."""
+    text, tokens = name.strip(), list(graph.meta.target_tokens)
+    in_path = r'(?:output|target) (".*")(?:@(\d{1,9}))?'
+    if match := re.fullmatch(in_path, text, re.DOTALL):
+        at_K = graph.target_pos_K.tolist()
+        found = [
+            k
+            for k, token in enumerate(tokens)
+            if quoted(token) == match[1] and int(match[2] or at_K[k]) == at_K[k]
+        ]
     else:
         found = [k for k, token in enumerate(tokens) if token == name] or [
-            k for k, token in enumerate(tokens) if token.strip() == name.strip()
+            k for k, token in enumerate(tokens) if token.strip() == text
         ]
+    if not found and (match := re.fullmatch(r"id:(\d{1,9})", text)):
+        found = np.flatnonzero(graph.target_token_K == int(match[1])).tolist()
+    # A model of sums has tokens that read like numbers of targets.
+    if re.fullmatch(r"[0-9]{1,9}", text) and int(text) < len(tokens):
+        found = [*found, *({int(text)} - set(found))]
     if len(found) == 1:
         return found[0]
     if found:
-        raise InputError(f"several targets read {quoted(name)}: {_targets(graph)}")
+        raise InputError(
+            f"{quoted(name)} names several targets, write 'target K' with K from 0: "
+            f"{_targets(graph)}"
+        )
     raise InputError(
         f"no node {quoted(name)} in this graph: write layer:position:feature, "
         f"'error layer:position', 'embed position', or a target; {_targets(graph)}"
+        f"{did_you_mean(name, tokens)}"
     )

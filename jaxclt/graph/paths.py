@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, on_one_line
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.nodes import find_column, find_row, quoted
 from jaxclt.graph.scores import shares_total
@@ -31,7 +31,7 @@ class Path:
 
     nodes: tuple[int, ...]  # columns of the graph, input first; target k is N + k
     strength: float  # never negative
-    sign: int  # of the product of the edges, 1 or -1
+    sign: int  # of its part of the signed total effect, 1 or -1
     share: bool = True  # strength is a share of the target, not an effect on it
 
     @property
@@ -63,7 +63,7 @@ def strongest_paths(
       k: how many.
       share: rank by row shares, as influence does. Otherwise by the size of a path's
         part of the signed total effect (see `jaxclt.graph.effects`): the product of the
-        edges over the activations passed through.
+        edges over the activations passed through, which the sign is of in either case.
       kept: only through the nodes and edges that `graph.pruning` keeps. Shares stay
         those of the full rows.
 
@@ -185,11 +185,13 @@ class _Best:
 
 def _sign(graph: Graph, nodes: Sequence[int]) -> int:
     N, A = graph.edge_RN.shape[1], graph.n_features
-    negative = False
+    sign = 1
     for source, node in itertools.pairwise(nodes):
         row = node if node < N else node - N + A
-        negative ^= bool(graph.edge_RN[row, source] < 0)
-    return -1 if negative else 1
+        sign *= -1 if graph.edge_RN[row, source] < 0 else 1
+        # What a feature below zero hands on changes against what it reads.
+        sign *= 1 if node == nodes[-1] else int(graph.side_R[row])
+    return sign
 
 
 def node_name(graph: Graph, index: int) -> str:
@@ -237,4 +239,4 @@ def _labelled(graph: Graph, node: int) -> str:
     if node >= graph.n_features:
         return name
     label = graph.meta.label(int(graph.layer_A[node]), int(graph.feature_A[node]))
-    return f"{name} [{quoted(label)[1:-1]}]" if label else name
+    return f"{name} [{on_one_line(label)}]" if label else name

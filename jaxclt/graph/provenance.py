@@ -1,7 +1,7 @@
 """How an edge travelled: straight up the residual stream, or moved by which heads.
 
 The frozen stream is a polynomial in one gate per attention head, so an edge splits
-exactly, without enumerating paths (spec 3.4):
+exactly, without enumerating paths (maths 7.1):
 
     A = A0 + A1 + ... + AL                     by the number of heads passed
     A = A0 + sum over (l, h) of load(l, h)     by the last head before the target
@@ -29,10 +29,10 @@ from jax import Array
 from scipy.sparse import csr_array
 
 from jaxclt.clt.active import Active
-from jaxclt.errors import InputError
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.target_reads import target_reads
+from jaxclt.lm.block import FrozenLayer, frozen_pattern
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import fold_post_attn, frozen_attention
 from jaxclt.types import Block, Frozen, LMParams, Recording
@@ -46,27 +46,19 @@ __all__ = [
     "graph_rows",
     "hop_spectrum",
     "layer_cut",
+    "layer_pattern",
     "residual_reads",
 ]
 
-_NO_PATTERNS = (
-    "which heads moved an edge needs the attention patterns, which are not kept for so "
-    "long a prompt: raise --memory, shorten the prompt, or use --heads 0"
-)
 _CHUNK_BYTES = 2**28  # of the cotangents held at once
 
 
 def crop(
     recording: Recording, active: Active, n_tokens: int
 ) -> tuple[Recording, Active]:
-    """A padded recording without its padding; everything else here expects that.
-
-    Raises:
-      InputError: if the recording has no attention patterns.
-    """
+    """A padded recording without its padding; everything else here expects that."""
     n, frozen = n_tokens, recording.frozen
-    if frozen.pattern_LHTS is None:
-        raise InputError(_NO_PATTERNS)
+    pattern_LHTS = frozen.pattern_LHTS
 
     def start(x_LT: Array | None) -> Array | None:
         return None if x_LT is None else x_LT[:, :n]
@@ -79,10 +71,11 @@ def crop(
         write_LTD=recording.write_LTD[:, :n],
         out_TD=recording.out_TD[:n],
         frozen=Frozen(
-            pattern_LHTS=frozen.pattern_LHTS[:, :, :n, :n],
+            pattern_LHTS=None if pattern_LHTS is None else pattern_LHTS[:, :, :n, :n],
             attn_scale_LT=frozen.attn_scale_LT[:, :n],
             mlp_scale_LT=frozen.mlp_scale_LT[:, :n],
             out_scale_T=frozen.out_scale_T[:n],
+            clean_LTD=start(frozen.clean_LTD),
             post_attn_scale_LT=start(frozen.post_attn_scale_LT),
             post_mlp_scale_LT=start(frozen.post_mlp_scale_LT),
         ),
@@ -229,12 +222,17 @@ def _direct_block(
 
 
 class FrozenStream(NamedTuple):
-    """The frozen stream on the device; a norm behind the attention is folded in."""
+    """The frozen stream on the device; a norm behind the attention is folded in.
+
+    Scanned over it is one layer, without the leading L.
+    """
 
     blocks: Block
-    pattern_LHTS: Array
+    pattern_LHTS: Array | None
     scale_LT: Array
     skip: tuple[Array, Array] | None
+    clean_LTD: Array | None  # instead of patterns that are not kept
+    post_scale_LT: Array | None  # for these: of the norm behind the attention
 
 
 def frozen_stream(
@@ -242,13 +240,27 @@ def frozen_stream(
 ) -> FrozenStream:
     """Everything of a recorded prompt that moves what sources write."""
     frozen = recording.frozen
-    if frozen.pattern_LHTS is None:
-        raise InputError(_NO_PATTERNS)
     blocks, pattern_LHTS = fold_post_attn(
         params.blocks, frozen.pattern_LHTS, frozen.post_attn_scale_LT
     )
-    assert pattern_LHTS is not None, "checked above"
-    return FrozenStream(blocks, pattern_LHTS, frozen.attn_scale_LT, active.skip)
+    again = pattern_LHTS is None
+    return FrozenStream(
+        blocks,
+        pattern_LHTS,
+        frozen.attn_scale_LT,
+        active.skip,
+        clean_LTD=frozen.clean_LTD if again else None,
+        post_scale_LT=frozen.post_attn_scale_LT if again else None,
+    )
+
+
+def layer_pattern(layer: FrozenStream, *, cfg: LMConfig) -> Array:
+    """One layer's attention pattern [H, T, S], kept or computed again."""
+    scale_T, post_T = layer.scale_LT, layer.post_scale_LT
+    held = FrozenLayer(layer.pattern_LHTS, scale_T, scale_T, layer.clean_LTD)
+    pattern_HTS = frozen_pattern(layer.blocks, held, cfg=cfg)
+    assert pattern_HTS is not None, "a recording has patterns or the clean stream"
+    return pattern_HTS if post_T is None else pattern_HTS * post_T[None, :, None]
 
 
 class _States(NamedTuple):
@@ -278,7 +290,9 @@ def _pull_states(
         return g_TQBD.at[pos_B, 0, jnp.arange(len(pos_B))].add(here_BD)
 
     def level(g_TQBD: Array, x: tuple) -> tuple[Array, Array]:
-        layer, (p, pattern_HTS, scale_T, skip), (into_QQ, gate_QH) = x
+        layer, one, (into_QQ, gate_QH) = x
+        p, scale_T, skip = one.blocks, one.scale_LT, one.skip
+        pattern_HTS = layer_pattern(one, cfg=cfg)
         write_TQBD = g_TQBD
         if skip is not None:
             back_TQBD = jnp.einsum("TQBE,DE->TQBD", g_TQBD, skip[1])

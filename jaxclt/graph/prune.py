@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from jaxclt.errors import InputError
+from jaxclt.errors import check_share
 from jaxclt.graph.blocks import submatrix
 from jaxclt.graph.graph import Graph, Pruning
 from jaxclt.graph.head_table import only_columns
@@ -91,9 +91,7 @@ def prune(
     Raises:
       InputError: if a threshold lies outside (0, 1].
     """
-    for name, value in (("node", node_threshold), ("edge", edge_threshold)):
-        if not 0 < value <= 1:
-            raise InputError(f"--{name}-threshold {value}: give a share in (0, 1]")
+    check_share(node_threshold=node_threshold, edge_threshold=edge_threshold)
     peer = graph.meta.convention == "circuit-tracer"
     keep_N = kept_by_mass(graph.influence_N, node_threshold, ties=peer)
     keep_N[graph.embed_cols] = True

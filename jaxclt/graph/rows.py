@@ -3,7 +3,7 @@
     A[t, s] = sum over layers l  < g_t[l, pos_s], value_s W_dec(s -> l) >
 
 where g_t[l] is the cotangent of target t at MLP output l: the transpose of the frozen
-attention maps applied from the target's own layer downwards (spec 3.3). The transpose
+attention maps applied from the target's own layer downwards (maths 6.2). The transpose
 is `jax.vjp` of one layer's frozen attention, batched over a chunk of targets.
 
 What is known to be zero is not computed: a chunk holds targets of nearby positions and

@@ -7,6 +7,10 @@ in something pruned, unattributed or outside the graph), lambda its mean length.
     replacement  = embeddings / (embeddings + E)        bias endings are left out
     completeness = 1 - E / lambda
 
+and of the targets' own inputs alone, without the walk,
+
+    completeness_logit_edges = from features and embeddings / from all but the bias
+
 On a pruned graph the shares stay those of the full graph and everything dropped counts
 as error: nothing is renormalised, nothing cancels.
 
@@ -47,7 +51,7 @@ from jaxclt.graph.graph import Graph, Pruning
 from jaxclt.graph.influence import influence_series, solve_walk
 from jaxclt.graph.prune import kept_rows
 
-__all__ = ["Scores", "path_length_curve", "scores"]
+__all__ = ["Scores", "edge_influence", "path_length_curve", "scores"]
 
 _series = jax.jit(influence_series, static_argnames="n_layers")
 
@@ -59,6 +63,7 @@ class Scores:
     replacement: float
     completeness: float  # the paper's: over targets that have inputs
     completeness_ct: float  # circuit-tracer's: over all nodes, systematically higher
+    completeness_logit_edges: float  # over the edges into the targets alone
     mean_path_length: float  # of embedding-to-target paths; nan if there are none
     mean_walk_length: float  # lambda, over all endings
     embedding_share: float  # of the walk's endings; the four sum to 1
@@ -75,6 +80,22 @@ def shares_total(graph: Graph) -> np.ndarray:
     if graph.meta.convention == "paper":
         total_R = total_R + np.abs(graph.bias_R) + graph.rest_abs_R
     return total_R
+
+
+def edge_influence(graph: Graph, row_E: np.ndarray, edge_E: np.ndarray) -> np.ndarray:
+    """How much influence passes edges: shares of their rows times the rows' influence.
+
+    Args:
+      graph: attributed.
+      row_E: rows of some edges.
+      edge_E: the edges.
+    """
+    visit_R = np.concatenate(
+        [graph.influence_N[graph.feature_cols], graph.target_prob_K]
+    )
+    total_R = shares_total(graph)
+    scale_R = visit_R / np.where(total_R > 0, total_R, 1)
+    return np.abs(edge_E) * scale_R[row_E]
 
 
 def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
@@ -133,6 +154,7 @@ def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
         replacement=replacement,
         completeness=completeness,
         completeness_ct=1 - lost / (length + 1),
+        completeness_logit_edges=_logit_edges(graph, edge_RN[A:, ~error_N]),
         mean_path_length=paths / embedding if embedding > 0 else float("nan"),
         mean_walk_length=length,
         embedding_share=embedding,
@@ -142,6 +164,16 @@ def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
         replacement_at_most=most[0],
         completeness_at_most=most[1],
     )
+
+
+def _logit_edges(graph: Graph, kept_KM: np.ndarray) -> float:
+    """Share of what targets read, but for the bias, that some of their edges are."""
+    read_K = graph.row_strength[graph.target_rows].astype(np.float64)
+    if graph.meta.convention == "paper":
+        read_K += graph.rest_abs_R[graph.target_rows]
+    kept_K = np.abs(kept_KM).sum(1, dtype=np.float64)
+    weight_K = graph.target_prob_K
+    return float(weight_K @ kept_K / max(weight_K @ read_K, 1e-30))
 
 
 def path_length_curve(graph: Graph) -> np.ndarray:

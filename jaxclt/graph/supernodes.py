@@ -2,11 +2,13 @@
 
 With A' the edges over the sums of their rows' absolute inputs (`shares_total`), and f
 the fraction of a node's input that comes from outside its own group, group t gets from
-group s (Circuit Tracing 2025, sections 3.4 and J; spec 3.9)
+group s (Circuit Tracing 2025, sections 3.4 and J; maths 13.3)
 
     S(t, s) = sum over n in t of  f(n) * (sum over m in s of A'(n, m))  /  sum of f(n)
 
-so that members which only hand on what their own group wrote do not count. A group
+so that members which only hand on what their own group wrote do not count. A' is
+positive where m strengthens n (`Graph.side_R`), so members on both sides of zero add up
+and the signs along a path multiply. A group
 without any input from outside (only tokens or errors, or closed in itself) has no
 links to it: 0 / 0 is 0.
 
@@ -29,12 +31,12 @@ from typing import Literal
 
 import numpy as np
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, on_one_line
 from jaxclt.graph.blocks import submatrix
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph, Pruning
 from jaxclt.graph.influence import solve_influence
-from jaxclt.graph.nodes import find_node, quoted
+from jaxclt.graph.nodes import find_node
 from jaxclt.graph.paths import node_name
 from jaxclt.graph.prune import kept_rows
 from jaxclt.graph.scores import scores, shares_total
@@ -61,7 +63,7 @@ class SupernodeGraph:
 
     names: tuple[str, ...]
     members: tuple[np.ndarray, ...]  # columns of the graph; target k is N + k
-    edge_GG: np.ndarray  # S, signed
+    edge_GG: np.ndarray  # S, signed: positive where the source strengthens the target
     size_GG: np.ndarray  # S of absolute edges, the group's links to itself included
     outside_G: np.ndarray  # share of the members' input that is not from the group
     influence_G: np.ndarray  # visits of the members by the walk, targets' own included
@@ -120,7 +122,8 @@ def describe_supernodes(small: SupernodeGraph, *, k: int = 20) -> str:
     """The k strongest links between groups, a line each, then what the graph explains.
 
     A line gives the share of all influence that takes the link (visits of its target
-    times its share), the sign, the two groups, and its share of the target's input.
+    times its share), the sign (+ strengthens the target), the two groups, and its share
+    of the target's input.
 
     Raises:
       InputError: if `k` is below 1.
@@ -137,7 +140,8 @@ def describe_supernodes(small: SupernodeGraph, *, k: int = 20) -> str:
         edge = small.edge_GG[target, source]
         lines.append(
             f"{100 * through_GG[target, source]:6.2f}% {'+' if edge > 0 else '-'}  "
-            f"{_shown(small.names[source])} -> {_shown(small.names[target])}  "
+            f"{on_one_line(small.names[source])} -> "
+            f"{on_one_line(small.names[target])}  "
             f"({100 * abs(edge):.0f}% of its input)"
         )
     lines.append(
@@ -157,11 +161,12 @@ def suggest_supernodes(
 ) -> list[Supernode]:
     """Group the kept features by where their input comes from and what they do.
 
-    A feature's profile is the signed total effect of every token on it, and its own on
-    every target, all paths counted and gates as they are; each half is scaled to length
-    1. Two features are as far apart as 1 minus the mean cosine of the halves; groups
-    are the average-linkage clusters (spec 7.5). Tokens that have influence and all
-    targets come along as groups of one: `supernode_graph` takes the result as it is.
+    A feature's profile is how every token strengthens it and its own effect on every
+    target, signed, all paths counted and gates as they are; each half is scaled to
+    length 1. Two features are as far apart as 1 minus the mean cosine of the halves;
+    groups are the average-linkage clusters (maths 13.8). Tokens that have influence and
+    all targets come along as groups of one: `supernode_graph` takes the result as it
+    is.
 
     Args:
       graph: attributed; `graph.pruning` says which features to group.
@@ -322,7 +327,7 @@ def _contract(
             weight_M = np.where(f_M > 0, 1 / total_M, 0)
         weight_M /= f_M.sum()
         edge_MC = submatrix(graph.edge_RN, row_M, col_C).astype(np.float64)
-        edge_GG[g] = weight_M @ edge_MC @ one_CG
+        edge_GG[g] = (weight_M * graph.side_R[row_M]) @ edge_MC @ one_CG
         size_GG[g] = weight_M @ np.abs(edge_MC) @ one_CG
     if norm == "external":
         np.fill_diagonal(edge_GG, 0)
@@ -370,11 +375,6 @@ def _read(
     return exact_G, float(off)
 
 
-def _shown(name: str) -> str:
-    """A group's name on one line, nothing in it for a terminal."""
-    return quoted(name)[1:-1]
-
-
 # -- suggestions -----------------------------------------------------------------------
 
 
@@ -386,7 +386,7 @@ def _tree(
     from scipy.cluster.hierarchy import linkage
     from scipy.spatial.distance import squareform
 
-    input_BT = token_effects(graph)[kept_B]
+    input_BT = (token_effects(graph) * graph.side_R[: graph.n_features, None])[kept_B]
     effect_BK = solve_total_effect(graph).T[kept_B].astype(np.float64)
     distance_BB = 1 - (_cosine(input_BT) + _cosine(effect_BK)) / 2
     key_BX = np.zeros((len(kept_B), 2))

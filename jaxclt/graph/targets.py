@@ -38,10 +38,10 @@ import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
 
-from jaxclt.clt.active import Dictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.reads import feature_reads
 from jaxclt.clt.sites import fold_reads
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import attn_norm, mlp_norm
 from jaxclt.lm.run import unembed
@@ -360,13 +360,14 @@ def functional_targets(
 
 def _site(site: str, n_layers: int) -> tuple[str, int]:
     """Name and layer of a site."""
-    found = re.fullmatch(r"(\w+):(\d+)", site)
+    found = re.fullmatch(r"(\w+):(\d{1,9})", site)
     if site == "out":
         return "out", n_layers
     if found is None or found[1] not in SITES[1:]:
         raise InputError(
             f"target site {site!r} is unknown: write out, or one of "
             f"{', '.join(SITES[1:])} with a layer, for example resid_mid:3"
+            f"{did_you_mean(site.partition(':')[0], SITES)}"
         )
     if int(found[2]) >= n_layers:
         raise InputError(

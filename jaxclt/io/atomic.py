@@ -2,7 +2,8 @@
 
 The new content is made beside the target (the same file system, so that the last step
 is a rename), forced to disk and renamed over it. When the body raises, the target is as
-it was before and nothing is left behind.
+it was before and nothing is left behind. What a killed process leaves has that
+process's word in its name, and is removed by the next one that writes there.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from jaxclt.errors import InputError
+from jaxclt.io.owner import OWNER, is_gone, owner
 
-__all__ = ["atomic_directory", "atomic_path"]
+__all__ = ["atomic_directory", "atomic_path", "blame", "is_temporary", "sweep"]
+
+_TEMPORARY = re.compile(rf"\.(?P<target>.+)\.(?P<owner>{OWNER})-\w+")
 
 
 @contextlib.contextmanager
@@ -29,17 +34,17 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         disk is full.
     """
     target = Path(path)
-    with _blame(target):
+    with blame(target):
         if target.is_dir():
             raise InputError(f"{target} is a directory: give the name of a file")
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=_prefix(target))
         os.close(handle)
     temporary = Path(name)
     try:
         with _blame_full_disk(target):
             yield temporary
-        with _blame(target):
+        with blame(target):
             # mkstemp makes private files; the result gets the mode of any new file.
             temporary.chmod(0o666 & ~_umask())
             _sync(temporary)
@@ -60,17 +65,20 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         the disk is full.
     """
     target = Path(path)
-    with _blame(target):
+    with blame(target):
         if target.exists() and not target.is_dir():
             raise InputError(f"{target} is a file: give the name of a directory")
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        for name in os.listdir(target.parent):
+            if name.startswith(f".{target.name}."):
+                _remove_dead(target.parent / name)
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target)))
     temporary = scratch / "new"
     try:
         temporary.mkdir()
         with _blame_full_disk(target):
             yield temporary
-        with _blame(target):
+        with blame(target):
             for file in temporary.rglob("*"):
                 _sync(file)
             # A folder cannot be renamed over a full one: move the old one aside.
@@ -87,8 +95,47 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name is one of those yielded above."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def sweep(directory: str | os.PathLike[str]) -> None:
+    """Remove the temporaries of processes that have ended.
+
+    Args:
+      directory: where, and in the folders two levels below it: nothing is written
+        deeper, and it may be the root of a large tree.
+    """
+    root = Path(directory)
+    for folder, folders, names in os.walk(root):
+        for name in [*folders, *names]:
+            _remove_dead(Path(folder, name))
+        if len(Path(folder).relative_to(root).parts) == 2:
+            folders.clear()
+
+
+def _remove_dead(path: Path) -> None:
+    """Remove what a process that has ended left, or finish it if all was there."""
+    found = _TEMPORARY.fullmatch(path.name)
+    if found is None or not is_gone(found["owner"]):
+        return
+    with contextlib.suppress(OSError):
+        if not path.is_dir() or path.is_symlink():
+            path.unlink()
+            return
+        target = path.parent / found["target"]
+        if (path / "old").exists() and not target.exists():
+            os.replace(path / "new", target)
+        shutil.rmtree(path)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.{owner()}-"
+
+
 @contextlib.contextmanager
-def _blame(target: Path) -> Iterator[None]:
+def blame(target: Path) -> Iterator[None]:
     """Turn an operating system error into one line about `target`."""
     try:
         yield
@@ -100,15 +147,15 @@ def _blame(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _blame_full_disk(target: Path) -> Iterator[None]:
-    """The same for a disk or a quota that the body filled; its other errors stay."""
+    """The same for a disk or a limit that the body filled; its other errors stay."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise InputError(
-            f"no room left to write {target}: free some of the disk, or choose "
-            "another place"
+            f"no room left to write {target} ({error.strerror}): free some of the "
+            "disk, raise the limit on files, or choose another place"
         ) from error
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean
 from jaxclt.io.atomic import atomic_directory
 from jaxclt.io.dictionary import LABELS, open_dictionary, read_labels
 from jaxclt.io.formats.write import About, write_files
 from jaxclt.io.formats.write_folders import TARGETS
+from jaxclt.io.lock import held
 
 __all__ = ["convert"]
 
@@ -46,7 +47,8 @@ def convert(
         that would be lost and is not in `lossy`, or an `out` that exists.
     """
     if to not in TARGETS:
-        raise InputError(f"--to {to}: the formats are {', '.join(TARGETS)}")
+        hint = did_you_mean(to, TARGETS)
+        raise InputError(f"--to {to}: the formats are {', '.join(TARGETS)}{hint}")
     target, store, place = TARGETS[to], open_dictionary(source), Path(out)
     if os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
         raise InputError(f"{place} exists; choose another output directory")
@@ -60,7 +62,8 @@ def convert(
     unknown = sorted(set(lossy) - set(lost))
     if unknown:
         possible = ", ".join(lost) or "nothing"
-        raise InputError(f"--lossy {unknown[0]}: {possible} is lost in {to}")
+        hint = did_you_mean(unknown[0], lost)
+        raise InputError(f"--lossy {unknown[0]}: {possible} is lost in {to}{hint}")
     for name, why in lost.items():
         if name not in lossy:
             raise InputError(
@@ -68,7 +71,7 @@ def convert(
                 f"accept that with --lossy {name}"
             )
     read_labels(store.path)  # said before anything is written
-    with atomic_directory(place) as folder:
+    with held(place, beside=True), atomic_directory(place) as folder:
         kept = about._replace(skip=about.skip and "skip" not in lost)
         write_files(target, store, kept, folder, on_layer=on_layer)
         if (store.path / LABELS).is_file():

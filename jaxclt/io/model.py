@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from jax.sharding import Mesh
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean, shown
 from jaxclt.io.bundled import MODELS, bundled
-from jaxclt.io.digest import digest_ends
-from jaxclt.io.fetch import HUB_FILES, HUB_NOT, KNOWN_MODELS, fetch, sha256
+from jaxclt.io.digest import fingerprint
+from jaxclt.io.fetch import HUB_FILES, HUB_NOT, KNOWN_MODELS, fetch
 from jaxclt.io.gguf_file import open_gguf
 from jaxclt.io.hub import download, parse_hub_id
+from jaxclt.io.published import repositories
 from jaxclt.io.tokenizer import Tokenizer, load_tokenizer
 from jaxclt.io.weights_gguf import config_from_gguf, params_from_gguf
 from jaxclt.io.weights_hf import load_hf, save_hf
@@ -22,8 +24,13 @@ from jaxclt.lm.config import LMConfig
 from jaxclt.lm.sharding import kept_whole, leaf_shapes, model_mesh
 from jaxclt.types import LMParams
 
-__all__ = ["Model", "fingerprint", "load_model", "save_hf"]
+__all__ = ["Model", "load_model", "save_hf"]
 
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -35,7 +42,7 @@ class Model:
     cfg: LMConfig
     tokenizer: Tokenizer
     name: str  # as the user gave it
-    hash: str  # of the files it came from, see `fingerprint`
+    hash: str  # of its weights, config and tokenizer, see `jaxclt.io.digest`
     mesh: Mesh | None = None  # that its weights are split over; None: on one device
 
 
@@ -64,18 +71,17 @@ def load_model(
         wrong with the files.
     """
     if dtype not in _DTYPES:
-        raise InputError(f"dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}")
+        raise InputError(
+            f"dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}"
+            f"{did_you_mean(dtype, _DTYPES)}"
+        )
     mesh = None if mesh is None else model_mesh(mesh)
     path = _locate(name_or_path, progress)
     if path.is_dir() and not (path / "config.json").is_file():
         path = _only_gguf(path)
     read = _read_directory if path.is_dir() else _read_gguf
     params, cfg, tokenizer, files = read(path, dtype, mesh)
-    if tokenizer.vocab_size > cfg.d_vocab:
-        raise InputError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
-            f"only {cfg.d_vocab}; they do not belong together"
-        )
+    tokenizer = _of_model(path, tokenizer, cfg.d_vocab)
     if mesh is not None and progress is not None:
         for line in kept_whole(leaf_shapes(params), mesh):
             progress(line)
@@ -84,21 +90,29 @@ def load_model(
         cfg=cfg,
         tokenizer=tokenizer,
         name=str(name_or_path),
-        hash=fingerprint(files),
+        hash=fingerprint({file.name: file for file in files}),
         mesh=mesh,
     )
 
 
-def fingerprint(files: Sequence[Path]) -> str:
-    """Hex sha256 that tells models apart.
+def _of_model(path: Path, tokenizer: Tokenizer, n_rows: int) -> Tokenizer:
+    """A tokenizer that knows how many tokens the model has embeddings of.
 
-    For one file it is the sha256 of the file. For several it covers their names, sizes
-    and first and last MiB, in the order of names: enough to notice other weights, and
-    quick for shards of many GB.
+    Tokens that were added to it later, as Gemma 3's mark of an image, may have none.
+
+    Raises:
+      InputError: if it was learned with more tokens than that.
     """
-    if len(files) == 1:
-        return sha256(files[0])
-    return digest_ends({file.name: file for file in files})
+    backend = tokenizer.backend
+    # Only then: a large vocabulary takes a while to list.
+    if tokenizer.vocab_size > n_rows:
+        without = {i for i in backend.get_vocab().values() if i >= n_rows}
+        if without - backend.added_tokens_decoder.keys():
+            raise InputError(
+                f"{path}: the tokenizer has {tokenizer.vocab_size} tokens but the "
+                f"model only {n_rows}; they do not belong together"
+            )
+    return dataclasses.replace(tokenizer, n_rows=n_rows)
 
 
 _Parts = tuple[LMParams, LMConfig, Tokenizer, list[Path]]
@@ -107,14 +121,23 @@ _Parts = tuple[LMParams, LMConfig, Tokenizer, list[Path]]
 def _read_directory(path: Path, dtype: str, mesh: Mesh | None) -> _Parts:
     params, cfg = load_hf(path, dtype=dtype, mesh=mesh)
     files = [path / "config.json", *path.glob("*.safetensors")]
-    return params, cfg, load_tokenizer(path), files
+    return params, cfg, load_tokenizer(path), files + _tokenizer_files(path)
 
 
 def _read_gguf(path: Path, dtype: str, mesh: Mesh | None) -> _Parts:
     file = open_gguf(path)
     cfg = config_from_gguf(file)
     params = params_from_gguf(file, cfg, dtype=dtype, mesh=mesh)
-    return params, cfg, load_tokenizer(file), [path]
+    files, folder = [path], path.parent
+    if (folder / "tokenizer.json").is_file():  # preferred to what the file itself says
+        files += _tokenizer_files(folder)
+    return params, cfg, load_tokenizer(file), files
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """What `load_tokenizer` reads of a folder."""
+    there = (folder / name for name in _TOKENIZER_FILES)
+    return [file for file in there if file.is_file()]
 
 
 def _locate(
@@ -126,14 +149,20 @@ def _locate(
         return inside
     if name in KNOWN_MODELS:
         return fetch(name, progress=progress)
-    path = Path(name).expanduser()
-    if name and path.exists():
+    path = Path(os.path.expanduser(name))
+    if name and os.path.exists(path):  # not for a name that no file can have
         return path
-    if parse_hub_id(name) and not name.endswith(".gguf"):
-        return download(name, "model", allow=HUB_FILES, ignore=HUB_NOT)
+    hub = parse_hub_id(name)
+    if hub and not name.endswith(".gguf"):
+        try:
+            return download(name, "model", allow=HUB_FILES, ignore=HUB_NOT)
+        except InputError as error:
+            hint = did_you_mean(hub[0], repositories("model"))
+            raise InputError(f"{error}{hint}") from error
+    known = (*MODELS, *KNOWN_MODELS)
     raise InputError(
-        f"no model {name!r}: it is no file or directory, and the known names are "
-        f"{', '.join((*MODELS, *KNOWN_MODELS))}"
+        f"no model {shown(name)}: it is no file or directory, and the known names are "
+        f"{', '.join(known)}{did_you_mean(name, known)}"
     )
 
 

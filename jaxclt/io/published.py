@@ -8,11 +8,11 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 from jaxclt.io.hub import parse_hub_ref
 
-__all__ = ["Pair", "pairs", "supplement"]
+__all__ = ["Pair", "pairs", "repositories", "supplement"]
 
 _CHOICE = re.compile(r"\{([^{}]*)\}")
 
@@ -43,6 +43,12 @@ def pairs() -> tuple[Pair, ...]:
         for model, dictionary in names:
             found.append(Pair(**{**row, "model": model, "dictionary": dictionary}))
     return tuple(found)
+
+
+def repositories(what: Literal["model", "dictionary"]) -> set[str]:
+    """Names of the repositories in one column of the table."""
+    refs = (parse_hub_ref(getattr(pair, what)) for pair in pairs())
+    return {ref.repo for ref in refs if ref is not None}
 
 
 def supplement(name: str) -> Mapping[str, Any]:

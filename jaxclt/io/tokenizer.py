@@ -9,6 +9,7 @@ transformers is imported when a tokenizer is loaded, not with this module.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxclt.errors import InputError
+from jaxclt.io.chat import Message, find_template, render
 from jaxclt.io.gguf_file import GGUFFile, open_gguf
 from jaxclt.io.json_file import read_json
 from jaxclt.io.tokenizer_gguf import fast_tokenizer, kept_tokenizer
@@ -25,6 +27,7 @@ __all__ = ["Bos", "Tokenizer", "load_tokenizer"]
 Bos = Literal["auto", "always", "never"]
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+_BARE = {"add_special_tokens": False}
 
 
 @dataclass(frozen=True)
@@ -38,38 +41,114 @@ class Tokenizer:
     special_ids: frozenset[int]
     vocab_size: int  # with added tokens
     adds_bos: bool  # whether the model was trained with bos in front
+    n_rows: int | None = None  # of the model's embedding; None: not known
 
     def encode(self, text: str, bos: Bos = "auto") -> list[int]:
         """Token ids of `text`; special tokens written out in it are recognised.
 
         Args:
           text: the prompt.
-          bos: "auto" puts the bos token first if the model was trained so, which is
-            what its tokenizer does by itself. "never" adds nothing. "always" puts bos
-            first, or where a tokenizer has none its pad, eos or another special token,
-            in this order: circuit-tracer's rule. No second one is put before a text
-            that starts with a special token.
+          bos: "auto" puts the bos token first if the model's own tokenizer does, and
+            not before a text that begins with it. "never" adds nothing. "always" sees
+            besides that a special token stands first: bos, or where a tokenizer has
+            none its pad, eos or another one, in this order: circuit-tracer's rule.
 
         Raises:
-          InputError: for an unknown `bos`, or "always" without any special token.
+          InputError: for an unknown `bos`, "always" without any special token, or a
+            text with a token that the model has no embedding of.
         """
         if bos not in ("auto", "always", "never"):
             raise InputError(f"bos must be auto, always or never, not {bos!r}")
-        ids = list(self.backend.encode(text, add_special_tokens=False))
-        if bos == "never" or (bos == "auto" and not self.adds_bos):
+        ids = self._known(list(self.backend.encode(_whole(text), **_BARE)), text)
+        if bos == "never":
             return ids
-        if ids and ids[0] in self.special_ids:
+        ids = self.opened(ids)
+        if bos == "auto" or (ids and ids[0] in self.special_ids):
             return ids
         known = (self.bos_id, self.pad_id, self.eos_id, *sorted(self.special_ids))
-        first = [i for i in known if i is not None][:1]
+        first = [i for i in known if i is not None and self.has_row(i)][:1]
         if not first:
             raise InputError("this tokenizer has no special token: use --bos auto")
         return first + ids
 
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts, nothing put in front of them.
+
+        Raises:
+          InputError: for a text with a token that the model has no embedding of.
+        """
+        found = self.backend([_whole(text) for text in texts], **_BARE)["input_ids"]
+        return [self._known(ids, text) for ids, text in zip(found, texts, strict=True)]
+
+    def opened(self, ids: list[int]) -> list[int]:
+        """Ids with what "auto" puts before them."""
+        return ids if ids[:1] == self.opening else self.opening + ids
+
+    @property
+    def opening(self) -> list[int]:
+        """What "auto" puts before a text."""
+        return [self.bos_id] if self.adds_bos and self.bos_id is not None else []
+
+    def chat(self, messages: Sequence[Message]) -> str:
+        """The text of a chat by the model's template, the assistant's turn begun.
+
+        Raises:
+          InputError: for messages that are none, or that the template refuses.
+        """
+        return render(self.backend, messages)
+
+    def find(self, text: str) -> int | None:
+        """The token that a text is, None if it is not exactly one.
+
+        That whose string it is; without one, what the tokenizer makes of the text,
+        which may set a space before it or bring it to another form.
+
+        Raises:
+          InputError: if it is several tokens' string, or the model has no embedding of
+            the one that it is.
+        """
+        ids = self.backend.encode(_whole(text), **_BARE)
+        own = ids[0] if len(ids) == 1 else None
+        if own is None or self._string(own) != text:
+            same = self._by_string.get(text, [])
+            if len(same) > 1:  # a letter rather than its byte, which reads the same
+                piece = self.backend.convert_ids_to_tokens
+                same = [i for i in same if piece(i).replace("▁", " ") == text] or same
+            if len(same) > 1:
+                listed = ", ".join(f"id:{i}" for i in same[:5])
+                raise InputError(f"{text!r} is the string of several tokens: {listed}")
+            unknown = own == getattr(self.backend, "unk_token_id", None)
+            own = same[0] if same else None if unknown else own
+        return None if own is None else self._known([own], text)[0]
+
+    @functools.cached_property
+    def _by_string(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        ids = range(max(self.vocab_size, self.n_rows or 0))
+        for i, text in zip(ids, self.token_strings(ids), strict=True):
+            found.setdefault(text, []).append(i)
+        return found
+
+    def has_row(self, i: int) -> bool:
+        """Whether the model has an embedding of a token."""
+        return self.n_rows is None or i < self.n_rows
+
+    def _known(self, ids: list[int], text: str) -> list[int]:
+        """The ids, if the model has an embedding of each."""
+        if self.has_row(max(ids, default=0)):
+            return ids
+        i = next(i for i in ids if not self.has_row(i))
+        where = text if len(text) <= 60 else text[:59] + "…"
+        raise InputError(
+            f"{self._string(i)!r} in {where!r} is token {i}, but the model has "
+            f"embeddings of tokens below {self.n_rows} only: leave it out"
+        )
+
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         """Each token as text of its own, with the space that it begins with.
 
-        A token that holds part of a character only reads as U+FFFD.
+        A token that holds part of a character only reads as U+FFFD, and a row of the
+        embedding that the tokenizer has no token for as id:N.
         """
         return [self._string(int(i)) for i in ids]
 
@@ -82,9 +161,11 @@ class Tokenizer:
         )
 
     def _string(self, i: int) -> str:
+        piece = self.backend.convert_ids_to_tokens(i)
+        if piece is None:
+            return f"id:{i}"
         text = self.decode([i])
         # SentencePiece decoders strip the space of what they take for the first word.
-        piece = self.backend.convert_ids_to_tokens(i) or ""
         return f" {text}" if piece.startswith("▁") and text[:1] != " " else text
 
 
@@ -97,28 +178,37 @@ def load_tokenizer(source: str | os.PathLike[str] | GGUFFile) -> Tokenizer:
       InputError: if there is no tokenizer, it is damaged, or a GGUF file's kind of
         tokenizer is not supported.
     """
-    path = source.path if isinstance(source, GGUFFile) else Path(source)
-    folder = path if path.is_dir() else path.parent
-    if (folder / "tokenizer.json").is_file():
-        backend = _from_json(folder)
-    elif path.is_dir():
-        backend = _from_directory(path)
+    if isinstance(source, GGUFFile):
+        file, folder = source, source.path.parent
+    elif Path(source).is_dir():
+        file, folder = None, Path(source)
     else:
-        backend = _from_gguf(
-            source if isinstance(source, GGUFFile) else open_gguf(path)
-        )
+        file, folder = open_gguf(source), Path(source).parent
+    if (folder / "tokenizer.json").is_file():
+        backend, adds_bos = _from_json(folder)
+    else:
+        backend = _from_directory(folder) if file is None else _from_gguf(file)
+        adds_bos = False
+    if file is not None and not backend.chat_template:
+        template = file.meta.get("tokenizer.chat_template")
+        backend.chat_template = template if isinstance(template, str) else None
     try:
-        return _wrap(backend)
+        return _wrap(backend, adds_bos=adds_bos)
     except Exception as error:  # for special tokens that it does not have, anything
+        place = folder if file is None else file.path
         raise InputError(
-            f"{path}: its tokenizer is damaged ({_line(error)})"
+            f"{place}: its tokenizer is damaged ({_line(error)})"
         ) from error
 
 
-def _wrap(backend: Any) -> Tokenizer:
-    bos_id = backend.bos_token_id
+def _wrap(backend: Any, *, adds_bos: bool) -> Tokenizer:
+    """A tokenizer; `adds_bos` says that its configuration asks for bos."""
+    # What a tokenizer puts before a text is marked as no part of it.
+    tried = backend("a", return_special_tokens_mask=True)
+    front = tried["input_ids"][:1] if tried["special_tokens_mask"][:1] == [1] else []
+    bos_id = front[0] if front else backend.bos_token_id
     return Tokenizer(
-        adds_bos=bos_id is not None and backend.encode("a")[:1] == [bos_id],
+        adds_bos=bos_id is not None and (adds_bos or bool(front)),
         backend=backend,
         bos_id=bos_id,
         eos_id=backend.eos_token_id,
@@ -136,9 +226,9 @@ def _transformers() -> Any:
     return transformers
 
 
-def _from_json(folder: Path) -> Any:
-    """tokenizer.json, with the special tokens that tokenizer_config.json names."""
-    special = {}
+def _from_json(folder: Path) -> tuple[Any, bool]:
+    """tokenizer.json, and what its neighbours name: special tokens, template, bos."""
+    special, config = {}, {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             config = read_json(folder / name)
@@ -151,9 +241,12 @@ def _from_json(folder: Path) -> Any:
     file = folder / "tokenizer.json"
     fast = _transformers().PreTrainedTokenizerFast
     try:
-        return fast(tokenizer_file=str(file), **special)
+        backend = fast(tokenizer_file=str(file), **special)
     except Exception as error:  # the Rust tokenizer raises a bare Exception
         raise InputError(f"{file} is damaged ({_line(error)})") from error
+    backend.chat_template = find_template(folder, config)
+    # Where tokenizer.json does not say it, as in Llama 2's layout, this does.
+    return backend, config.get("add_bos_token") is True
 
 
 def _from_directory(folder: Path) -> Any:
@@ -178,6 +271,22 @@ def _from_gguf(file: GGUFFile) -> Any:
             return make(tokenizer_file=str(path), **special)
     fast, special = fast_tokenizer(file)
     return make(tokenizer_object=fast, **special)
+
+
+def _whole(text: str) -> str:
+    """A text without half characters, which no tokenizer takes.
+
+    Raises:
+      InputError: if it has one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{text[max(0, error.start - 20) : error.end + 20]!a} holds half a "
+            "character, no UTF-8 text: leave it out"
+        ) from None
+    return text
 
 
 def _text(token: Any) -> str:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from jaxclt.errors import InputError, shown
 from jaxclt.io.atomic import atomic_path
-from jaxclt.io.fetch import cache_root
+from jaxclt.io.digest import cache_root
 from jaxclt.io.gguf_file import GGUFFile
+from jaxclt.json_text import to_json
 
 __all__ = ["fast_tokenizer", "kept_tokenizer"]
 
@@ -98,7 +98,7 @@ def _cache_path(meta: dict[str, Any]) -> Path:
     from tokenizers import __version__
 
     told = {key: x for key, x in meta.items() if key.startswith("tokenizer.")}
-    text = json.dumps([_BUILD, __version__, sorted(told.items())])
+    text = to_json([_BUILD, __version__, sorted(told.items())])
     digest = hashlib.sha256(text.encode()).hexdigest()
     return cache_root() / "tokenizers" / f"{digest}.json"
 

@@ -7,7 +7,6 @@ Reading accepts what transformers 4 and 5 write, of the families of
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,6 +24,7 @@ from jaxclt.io.json_file import read_json
 from jaxclt.io.names import LLAMA, Layout, from_leaf, tensor_name
 from jaxclt.io.read_params import read_params
 from jaxclt.io.weights_safetensors import open_weights
+from jaxclt.json_text import to_json
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import LMParams
 
@@ -132,7 +132,7 @@ def save_hf(params: LMParams, cfg: LMConfig, directory: str | os.PathLike[str]) 
     with atomic_path(root / "model.safetensors") as path:
         save_file(tensors, path, metadata={"format": "pt"})
     with atomic_path(root / "config.json") as path:
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        path.write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _our_name(name: str, layout: Layout) -> str:

@@ -154,7 +154,8 @@ def frozen_pattern(p: Block, frozen: FrozenLayer, *, cfg: LMConfig) -> Array | N
     """The clean attention pattern [H, T, S], kept or computed again; None: live."""
     if frozen.clean_TD is None or frozen.pattern_HTS is not None:
         return frozen.pattern_HTS
-    assert frozen.attn_scale_T is not None, "a pattern comes from the clean norm"
-    norm = layers.attn_norm(p)
-    normed_TD = layers.normalise(frozen.clean_TD, frozen.attn_scale_T, norm)
+    norm, scale_T = layers.attn_norm(p), frozen.attn_scale_T
+    if scale_T is None:  # norms may be live where patterns are held
+        scale_T = layers.norm_scale(frozen.clean_TD, norm, eps=cfg.norm_eps)
+    normed_TD = layers.normalise(frozen.clean_TD, scale_T, norm)
     return layers.attention_pattern(p, normed_TD, cfg=cfg)

@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.active import Active, Dictionary, StoreDictionary
-from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.clt.active import Active
+from jaxclt.clt.coder import Coder, Dictionary, in_dtype, load
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import Run
 from jaxclt.patching.edits import Edits
-from jaxclt.patching.features import dictionary_config
 from jaxclt.patching.modes import (
     Gates,
     Mode,
@@ -82,18 +81,16 @@ def make_patchable(
     dictionary: Dictionary, params: LMParams, recording: Recording, cfg: LMConfig
 ) -> Patchable:
     """A recording and the dictionary's conventions together."""
+    coder = dictionary.coder(cfg)
+    skips = [
+        coder.skip(dictionary.fixed(params, layer)) for layer in range(cfg.n_layers)
+    ]
     skip_LDD = None
-    if isinstance(dictionary, StoreDictionary):
-        skips = [dictionary.store.skip(layer) for layer in range(cfg.n_layers)]
-        if skips[0] is not None:
-            dtype = recording.mid_LTD.dtype
-            skip_LDD = jnp.stack([jnp.asarray(W, dtype) for W in skips])
+    if skips[0] is not None:
+        dtype = recording.mid_LTD.dtype
+        skip_LDD = jnp.stack([jnp.asarray(W, dtype) for W in skips])
     return Patchable(
-        params=params,
-        recording=recording,
-        skip_LDD=skip_LDD,
-        cfg=cfg,
-        clt_cfg=dictionary_config(dictionary, cfg),
+        params=params, recording=recording, skip_LDD=skip_LDD, cfg=cfg, coder=coder
     )
 
 
@@ -113,67 +110,66 @@ def make_local(
     Args:
       dictionary: whose features.
       model: the recording.
-      active: its active features; for `neurons:k` they are the kept ones.
+      active: its active features.
       also: int (layer, feature) rows that must be in the tables, edited ones.
       limit: bytes of encoder and decoder rows above which only features that are active
         somewhere on the prompt are held.
     """
-    rec, cfg, clt_cfg = model.recording, model.cfg, model.clt_cfg
-    L, T, dtype = cfg.n_layers, len(rec.token_T), rec.mid_LTD.dtype
-    if isinstance(dictionary, NeuronDictionary):
-        kept_LTI = np.zeros((L, T, cfg.d_mlp), bool)
-        kept_LTI[active.layer_A, active.pos_A, active.feature_A] = True
-        tables = Tables(
-            clean_LTU=jnp.zeros(kept_LTI.shape, dtype), kept_LTU=jnp.asarray(kept_LTI)
-        )
-        every = tuple(np.arange(cfg.d_mlp) for _ in range(L))
-        complete = dictionary.k is None
+    rec, coder, params = model.recording, model.coder, model.params
+    L, F, dtype = model.cfg.n_layers, coder.shape.n_features, rec.mid_LTD.dtype
+    own = not jax.tree.leaves(dictionary.encoders(params, 0))
+    size = L * F * (coder.shape.span + 1) * model.cfg.d_model * dtype.itemsize
+    if own or size <= limit:
+        weights = load(dictionary, params, model.cfg).weights
+        tables = Tables(enc=weights.enc, dec=weights.dec)
+        every = (np.arange(F),) * L
+        # Of neurons only those that counted on the prompt respond.
+        complete = not coder.chooses
     else:
-        assert isinstance(dictionary, StoreDictionary)
-        F, M, D = clt_cfg.n_features, clt_cfg.span, cfg.d_model
-        complete = L * F * (M + 1) * D * dtype.itemsize <= limit
         also = np.zeros((0, 2), int) if also is None else also
-        every = tuple(
-            np.arange(F)
-            if complete
-            else np.union1d(
-                active.feature_A[active.of_layer(layer)], also[also[:, 0] == layer, 1]
-            )
-            for layer in range(L)
+        every = _level(
+            [
+                np.union1d(
+                    active.feature_A[active.of_layer(layer)],
+                    also[also[:, 0] == layer, 1],
+                )
+                for layer in range(L)
+            ],
+            F,
         )
-        tables = _rows(dictionary, every, clt_cfg.span, dtype)
-        zero = jnp.zeros((L, T, tables.b_LU.shape[1]), dtype)  # pyright: ignore
-        tables = dataclasses.replace(tables, clean_LTU=zero)
+        tables, complete = _rows(dictionary, params, every, coder, dtype), False
     return Local(
         tables=_clean_tables(model, tables), feature_LU=every, complete=complete
     )
 
 
-def _rows(
-    dictionary: StoreDictionary, every: tuple[np.ndarray, ...], M: int, dtype: Any
-) -> Tables:
-    """Rows of the chosen features; short layers padded with silent features."""
-    cfg = dictionary.cfg
-    L, U, D = cfg.n_layers, max(1, *(len(f) for f in every)), cfg.d_model
-    W_enc_LUD, W_dec_LUMD = np.zeros((L, U, D), dtype), np.zeros((L, U, M, D), dtype)
-    b_LU, theta_LU = np.zeros((L, U), dtype), np.zeros((L, U), dtype)
-    for layer, feature_U in enumerate(every):
-        n, enc = len(feature_U), dictionary.store.encoder(layer)
-        W_enc_LUD[layer, :n] = enc.W_enc_FD[feature_U]
-        b_LU[layer, :n] = enc.b_enc_F[feature_U]
-        b_LU[layer, n:] = np.finfo(dtype).min  # never among the top k either
-        if enc.theta_F is not None:
-            theta_LU[layer, :n] = enc.theta_F[feature_U]
-        m = cfg.n_writes(layer)
-        rows = dictionary.store.decoder_rows(layer, feature_U)
-        W_dec_LUMD[layer, :n, :m] = np.asarray(rows).reshape(n, m, D)
-    return Tables(
-        clean_LTU=jnp.zeros((), dtype),
-        W_enc_LUD=jnp.asarray(W_enc_LUD),
-        b_LU=jnp.asarray(b_LU),
-        theta_LU=None if cfg.activation != "jumprelu" else jnp.asarray(theta_LU),
-        W_dec_LUMD=jnp.asarray(W_dec_LUMD),
+def _level(wanted: list[np.ndarray], n_features: int) -> tuple[np.ndarray, ...]:
+    """As many features of every layer, sorted: the wanted ones and the first others."""
+    most = max(1, *map(len, wanted))
+    every = np.arange(n_features)
+    return tuple(
+        np.union1d(some, np.setdiff1d(every, some)[: most - len(some)])
+        for some in wanted
     )
+
+
+def _rows(
+    dictionary: Dictionary,
+    params: LMParams,
+    every: tuple[np.ndarray, ...],
+    coder: Coder,
+    dtype: Any,
+) -> Tables:
+    """Weights of the chosen features of each layer."""
+    U, M, D = len(every[0]), coder.shape.span, coder.shape.d_model
+    dec_LUMD = np.zeros((len(every), U, M, D), dtype)
+    encs = []
+    for layer, feature_U in enumerate(every):
+        encs.append(in_dtype(dictionary.encoders(params, layer, feature_U), dtype))
+        rows_UMD = dictionary.decoders(params, layer, feature_U)
+        dec_LUMD[layer, :, : rows_UMD.shape[1]] = rows_UMD
+    enc = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *encs)
+    return Tables(enc=enc, dec=jnp.asarray(dec_LUMD))
 
 
 def default_range(
@@ -188,8 +184,8 @@ def default_range(
     transcoder writes is all in its own layer, and a longer range would only shut out
     the model's answer. For the same reason they leave the model's last MLP to answer
     unless it is edited itself: once it is clamped too, nothing of the model responds
-    but attention, and the patch returns the graph's own edges to the targets (T-C3),
-    whatever the model would have done.
+    but attention, and the patch returns the graph's own edges to the targets (maths
+    15.9), whatever the model would have done.
     """
     if mode == "additive":
         return 0, n_layers - 1
@@ -284,6 +280,7 @@ def chunk_size(model: Patchable, n_edits: int, span: int) -> int:
     per_patch = D * (3 * L * T + 2 * span * T + n_edits * (span + 2)) + 8 * T * (
         model.cfg.d_mlp
     )
+    per_patch += 2 * model.cfg.n_heads * T * T  # a layer's patterns, where they respond
     size = CHUNK_BYTES // (per_patch * model.recording.mid_LTD.dtype.itemsize)
     return int(max(1, min(64, size)))
 

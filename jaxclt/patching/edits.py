@@ -9,7 +9,6 @@ inhibits (Circuit Tracing 2025, section 3.5).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
@@ -18,20 +17,27 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from jaxclt.clt.active import Dictionary
-from jaxclt.errors import InputError
+from jaxclt.clt.coder import Dictionary
+from jaxclt.errors import InputError, check_finite
 from jaxclt.lm.config import LMConfig
-from jaxclt.patching.features import Features, dictionary_config, gather_features
+from jaxclt.patching.features import Features, gather_features
 from jaxclt.types import LMParams, Recording, Supernode
 
 __all__ = [
+    "Change",
     "Edit",
     "Edits",
+    "acting",
     "amounts",
     "batch_edits",
+    "changes_of",
     "expand_edits",
     "make_edits",
 ]
+
+
+# Of one feature: layer, position, feature, and the factor and offset that it gets.
+Change = tuple[int, int, int, float, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,9 @@ class Edit:
     """One change: a feature at a position or slice, or a supernode; one operation.
 
     Positions count from 0, negative ones from the end of the prompt. A slice without an
-    end also covers tokens that are generated later.
+    end also covers tokens that are generated later. Where a feature is silent, `scale`
+    and ``set=0`` leave it so: over a slice they act where it is active. Other values
+    of `set`, and `add`, act wherever they are said to.
 
     Raises:
       InputError: unless there is one target and one finite operation.
@@ -66,9 +74,7 @@ class Edit:
         }
         if len(given) != 1:
             raise InputError("an edit needs exactly one of scale, set and add")
-        ((name, value),) = given.items()
-        if not math.isfinite(value):
-            raise InputError(f"{name} {value}: give a finite number")
+        check_finite(**given)
 
     @property
     def affine(self) -> tuple[float, float]:
@@ -95,7 +101,7 @@ def amounts(edits: Edits, value_E: Array) -> Array:
 
 def expand_edits(
     edits: Sequence[Edit], *, n_tokens: int, n_later: int = 0
-) -> list[tuple[int, int, int, float, float]]:
+) -> list[Change]:
     """Single changes (layer, position, feature, factor, offset).
 
     Args:
@@ -107,18 +113,74 @@ def expand_edits(
       InputError: for a position outside the prompt, an empty slice, nothing to change,
         or a feature that two edits change at one position.
     """
-    single: dict[tuple[int, int, int], tuple[float, float]] = {}
-    for edit in edits:
-        for node in _nodes(edit, n_tokens, n_later):
-            if node in single:
-                raise InputError(
-                    f"feature {node[2]} of layer {node[0]} at position {node[1]} is "
-                    "edited twice: give one edit for it"
-                )
-            single[node] = edit.affine
-    if not single:
+    groups = changes_of(edits, n_tokens=n_tokens, n_later=n_later)
+    return [change for group in groups for change in group]
+
+
+def changes_of(
+    edits: Sequence[Edit], *, n_tokens: int, n_later: int = 0
+) -> list[list[Change]]:
+    """The single changes of each edit; see `expand_edits`."""
+    groups = [
+        [(*node, *edit.affine) for node in _nodes(edit, n_tokens, n_later)]
+        for edit in edits
+    ]
+    seen: set[tuple[int, int, int]] = set()
+    for layer, pos, feature, *_ in (change for group in groups for change in group):
+        if (layer, pos, feature) in seen:
+            raise InputError(
+                f"feature {feature} of layer {layer} at position {pos} is edited "
+                "twice: give one edit for it"
+            )
+        seen.add((layer, pos, feature))
+    if not seen:
         raise InputError("no edit: give at least one feature to change")
-    return [(*node, *change) for node, change in single.items()]
+    return groups
+
+
+def acting(
+    edits: Sequence[Edit],
+    groups: Sequence[Sequence[Change]],
+    value_E: np.ndarray,
+    n_tokens: int,
+) -> list[Change]:
+    """The single changes, of slices only those that do something.
+
+    Scaling does nothing to a silent feature. Members of a supernode are named one by
+    one and stay.
+
+    Args:
+      edits: as the user gave them.
+      groups: the single changes of each.
+      value_E: activations on the prompt, of all of them; any for tokens to come.
+      n_tokens: of the prompt.
+
+    Raises:
+      InputError: for an edit that does nothing anywhere.
+    """
+    kept: list[Change] = []
+    value = iter(value_E)
+    for edit, group in zip(edits, groups, strict=True):
+        # What is still to come may fire.
+        does = [
+            change[1] >= n_tokens or now != 0 or change[4] != 0 or change[3] == 1
+            for change, now in zip(group, value, strict=False)
+        ]
+        if not any(does):
+            raise InputError(_silent(edit, group))
+        some = isinstance(edit.pos, slice)
+        kept += [c for c, acts in zip(group, does, strict=True) if acts or not some]
+    return kept
+
+
+def _silent(edit: Edit, group: Sequence[Change]) -> str:
+    layer, pos, feature, factor, _ = group[0]
+    at = f"position {pos}" if len(group) == 1 else f"positions {pos} to {group[-1][1]}"
+    who = f"feature {feature} of layer {layer} is not active at {at}"
+    if edit.supernode is not None:
+        who = f"no feature of supernode {edit.supernode.name!r} is active"
+    what = "scaling does nothing" if factor else "there is nothing to ablate"
+    return f"{who}, so {what}: choose an active one, or set a value"
 
 
 def _nodes(edit: Edit, n_tokens: int, n_later: int) -> list[tuple[int, int, int]]:
@@ -156,13 +218,12 @@ def _position(pos: int, n_tokens: int) -> int:
 
 
 def make_edits(
-    single: Sequence[tuple[int, int, int, float, float]],
+    single: Sequence[Change],
     dictionary: Dictionary,
     params: LMParams,
     recording: Recording,
     *,
     cfg: LMConfig,
-    silent: bool = False,
 ) -> Edits:
     """The pytree of some single changes.
 
@@ -172,23 +233,21 @@ def make_edits(
       params: the model.
       recording: the clean pass.
       cfg: model shape.
-      silent: allow scaling a feature that is not active, which changes nothing.
 
     Raises:
-      InputError: for a layer or feature that the dictionary does not have, or (unless
-        `silent`) for scaling a feature that is not active.
+      InputError: for a layer or feature that the dictionary does not have.
     """
-    clt_cfg = dictionary_config(dictionary, cfg)
+    shape = dictionary.coder(cfg).shape
     for layer, _, feature, _, _ in single:
-        if not 0 <= layer < clt_cfg.n_layers:
+        if not 0 <= layer < shape.n_layers:
             raise InputError(
                 f"layer {layer} is unknown: the dictionary has layers 0 to "
-                f"{clt_cfg.n_layers - 1}"
+                f"{shape.n_layers - 1}"
             )
-        if not 0 <= feature < clt_cfg.n_features:
+        if not 0 <= feature < shape.n_features:
             raise InputError(
                 f"feature {feature} is unknown: layer {layer} of the dictionary has "
-                f"features 0 to {clt_cfg.n_features - 1}"
+                f"features 0 to {shape.n_features - 1}"
             )
     node_E3 = np.array([change[:3] for change in single], np.int32).reshape(-1, 3)
     T = len(recording.token_T)
@@ -196,27 +255,8 @@ def make_edits(
     inside_E3[:, 1] = np.minimum(node_E3[:, 1], T - 1)
     features = gather_features(dictionary, params, recording, inside_E3, cfg=cfg)
     later_E = node_E3[:, 1] >= T
-    if later_E.any() and features.post_E is not None:
-        raise InputError(
-            "neurons of positions behind the prompt cannot be patched in a model that "
-            "normalises what its MLPs write (post_mlp_LD): patch the prompt's positions"
-        )
     value_E = np.where(later_E, 0, np.asarray(features.value_E))
     dtype = features.value_E.dtype
-    for (layer, pos, feature, factor, offset), value in zip(
-        single, value_E, strict=True
-    ):
-        no_op = value == 0 and offset == 0 and factor != 1 and pos < T
-        if no_op and factor != 0 and not silent:
-            raise InputError(
-                f"feature {feature} of layer {layer} is not active at position {pos}, "
-                "so scaling does nothing: choose an active one, or set a value"
-            )
-        if no_op and factor == 0 and not silent:
-            raise InputError(
-                f"feature {feature} of layer {layer} is not active at position {pos}, "
-                "so there is nothing to ablate: choose an active one, or set a value"
-            )
     features = dataclasses.replace(
         features, pos_E=jnp.asarray(node_E3[:, 1]), value_E=jnp.asarray(value_E)
     )
@@ -231,9 +271,9 @@ def make_edits(
 def batch_edits(many: Sequence[Edits]) -> Edits:
     """Stack edits that are made separately, [B, E].
 
-    Short ones are padded with edits of layer -1, which no layer sees.
+    Short and empty ones are padded with edits of layer -1, which change nothing.
     """
-    E = max(len(edits.factor_E) for edits in many)
+    E = max(1, *(len(edits.factor_E) for edits in many))
 
     def padded(edits: Edits) -> Edits:
         n = E - len(edits.factor_E)

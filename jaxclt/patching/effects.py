@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from functools import partial
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
-from jaxclt.clt.sites import read_site
-from jaxclt.lm.layers import mlp_norm
 from jaxclt.lm.run import Run, cap_logits, readout
 from jaxclt.patching.features import Features, activation
 from jaxclt.patching.modes import Patchable
 
-__all__ = ["Ask", "Effect", "clean_effect", "measure_effect", "watch_values"]
+__all__ = [
+    "Ask",
+    "Effect",
+    "clean_effect",
+    "diverged",
+    "measure_effect",
+    "nats",
+    "sound",
+    "watch_values",
+]
 
 
 @struct.dataclass
@@ -41,6 +49,20 @@ class Effect:
     watch_W: Array | None  # activations of the watched features
 
 
+def diverged(effect: Effect) -> np.ndarray:
+    """Whether a patch, each of a batch, left the range of its numbers: no answer."""
+    parts = (effect.logit_K, effect.raw_logit_K, effect.prob_K)
+    fine = np.isfinite(np.asarray(effect.kl))
+    for part in parts:
+        fine = fine & np.isfinite(np.asarray(part)).all(-1)
+    return ~fine
+
+
+def nats(kl: float) -> float | None:
+    """A divergence, which rounding may leave below 0; None where there is no answer."""
+    return max(0.0, float(kl)) if math.isfinite(kl) else None
+
+
 def measure_effect(model: Patchable, done: Run, ask: Ask) -> Effect:
     """Measure one run of a patch."""
     clean_V = readout(model.params, model.recording.out_TD[ask.last])
@@ -57,15 +79,29 @@ def clean_effect(model: Patchable, ask: Ask) -> Effect:
 
 def watch_values(model: Patchable, done: Run, watch: Features) -> Array:
     """Activations [W] of watched features in a run."""
-    read_LTD = jax.vmap(partial(read_site, model.clt_cfg.read))(
-        mlp_norm(model.params.blocks), done.taps.mid_TD, done.taps.mlp_scale_T
+    at = watch.layer_E, watch.pos_E
+    blocks = jax.tree.map(lambda x: x[watch.layer_E], model.params.blocks)
+    taps = done.taps
+    return activation(
+        watch, blocks, taps.mid_TD[at], taps.mlp_scale_T[at], coder=model.coder
     )
-    read_WD = read_LTD[watch.layer_E, watch.pos_E]
-    return activation(watch, read_WD, cfg=model.cfg)
+
+
+def sound(done: Run) -> Array:
+    """Whether no norm of a pass met numbers whose squares are too large.
+
+    Its reciprocal denominator is then 0, which makes zeros of them: no NaN tells.
+    """
+    taps = done.taps
+    scales = (taps.attn_scale_T, taps.mlp_scale_T, taps.post_attn_scale_T)
+    scales = (*scales, done.out_scale_T)
+    parts = [(scale > 0).all() for scale in scales if scale is not None]
+    return jnp.stack(parts).all()
 
 
 def _effect(model: Patchable, done: Run, ask: Ask, clean_V: Array) -> Effect:
     logit_V = readout(model.params, done.out_TD[ask.last])
+    logit_V = jnp.where(sound(done), logit_V, jnp.full((), jnp.nan, logit_V.dtype))
     watch = None if ask.watch is None else watch_values(model, done, ask.watch)
     return _answer(model, logit_V, clean_V, ask, watch)
 

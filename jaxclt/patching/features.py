@@ -1,12 +1,12 @@
 """Features at positions of a recording, with all that a patch must know of them.
 
 The same struct serves the features that are edited and those whose activations are
-watched. Transcoder features and neurons differ in one thing: a neuron's activation is
-its gate times what it reads, so it brings a second row. (That of an MLP
-without a gate gates itself: the second row is the first.)
+watched, of any kind of dictionary: each brings its own encoder, of one feature.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,41 +14,31 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from jaxclt.clt.activations import activate
-from jaxclt.clt.active import Dictionary, StoreDictionary
-from jaxclt.clt.config import CLTConfig
-from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.clt.active import encode_at
+from jaxclt.clt.coder import Coder, Dictionary, Encoded, in_dtype
 from jaxclt.clt.sites import read_site
-from jaxclt.errors import InputError
-from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
+from jaxclt.lm.layers import mlp_norm
 from jaxclt.types import Block, LMParams, Recording
 
-__all__ = ["Features", "activation", "dictionary_config", "gather_features"]
+__all__ = ["Features", "activation", "gather_features"]
 
 
 @struct.dataclass
 class Features:
     """E features, each at one position.
 
-    ``pre = encoder · read + bias`` with `read` what the dictionary reads there; the
-    activation is `pre` where ``pre > theta``, or ``act(gate · read + gate_bias) * pre``
-    for a neuron (times the recorded scale of a norm behind the MLP). A topk feature
-    keeps the gate it has on the recording (its theta is infinite with either sign),
-    because the gate depends on all other features.
+    A feature that competes with others keeps the gate it has on the recording, because
+    it depends on all of them; the scale of a norm after the MLP is the recorded one.
     """
 
     layer_E: Array  # int32
     pos_E: Array  # int32
     value_E: Array  # activation on the recording
-    encoder_ED: Array
-    bias_E: Array
-    theta_E: Array
+    enc: Any  # encoders, leaves with a leading E and an axis of 1
     decoder_EMD: Array  # what it writes to its own layer and the following ones
-    gate_ED: Array | None = None
-    gate_bias_E: Array | None = None
-    post_E: Array | None = None  # recorded scale of a norm behind the MLP
-    own_gate: bool = struct.field(pytree_node=False, default=False)
+    on_E: Array | None = None  # bool, where features compete; None: as they are found
+    post_E: Array | None = None
 
     @property
     def span(self) -> int:
@@ -56,37 +46,33 @@ class Features:
         return self.decoder_EMD.shape[-2]
 
 
-def activation(features: Features, read_ED: Array, *, cfg: LMConfig) -> Array:
-    """Activations [E] of features that read the rows `read_ED`."""
-    pre_E = (features.encoder_ED * read_ED).sum(-1) + features.bias_E
-    if features.gate_ED is None or features.gate_bias_E is None:
-        fires_E = pre_E > features.theta_E
-        return jnp.where(fires_E, pre_E, jnp.zeros((), pre_E.dtype))
-    gate_E = (features.gate_ED * read_ED).sum(-1) + features.gate_bias_E
-    a_E = layers.activate_gate(gate_E, cfg=cfg, own=features.own_gate) * pre_E
-    return a_E if features.post_E is None else a_E * features.post_E
+def activation(
+    features: Features, p: Block, mid_ED: Array, scale_E: Array, *, coder: Coder
+) -> Array:
+    """Activations [E] of features that see these rows of the stream.
 
-
-def dictionary_config(dictionary: Dictionary, cfg: LMConfig) -> CLTConfig:
-    """Shape and conventions of a dictionary; neurons are a PLT that reads MLP inputs.
-
-    Raises:
-      InputError: for a kind of dictionary that cannot be patched.
+    Args:
+      features: which.
+      p: the model's blocks of their layer; or, with a leading E, of each one's.
+      mid_ED: the residual stream where the MLP reads.
+      scale_E: reciprocal denominators of the norm before the MLP.
+      coder: of the dictionary.
     """
-    if isinstance(dictionary, NeuronDictionary):
-        return CLTConfig(
-            n_layers=cfg.n_layers,
-            d_model=cfg.d_model,
-            n_features=cfg.d_mlp,
-            span=1,
-            activation="relu",
-            read="mlp_in",
-        )
-    if isinstance(dictionary, StoreDictionary):
-        return dictionary.cfg
-    raise InputError(
-        f"a {type(dictionary).__name__} cannot be patched: use a transcoder or neurons"
+    norm = mlp_norm(p)
+    each = 0 if norm.gain.ndim == 2 else None
+
+    def one(p: Block, enc: Any, mid_D: Array, scale: Array, post: Any) -> Encoded:
+        read_1D = read_site(coder.site, mlp_norm(p), mid_D[None], scale[None])
+        post_1 = None if post is None else post[None]
+        return jax.tree.map(lambda x: x[0, 0], coder.encode(p, enc, read_1D, post_1))
+
+    axes = (each, 0, 0, 0, None if features.post_E is None else 0)
+    found = jax.vmap(one, in_axes=axes)(
+        p, features.enc, mid_ED, scale_E, features.post_E
     )
+    if features.on_E is not None:
+        found = found._replace(on_TF=features.on_E)
+    return found.a_TF
 
 
 def gather_features(
@@ -108,80 +94,36 @@ def gather_features(
       node_E3: int (layer, position, feature) rows, all within range.
       cfg: model shape.
     """
-    clt_cfg = dictionary_config(dictionary, cfg)
-    dtype = recording.mid_LTD.dtype
-    E, D, M = len(node_E3), cfg.d_model, clt_cfg.span
-    layer_E, pos_E, feature_E = np.asarray(node_E3, np.int32).reshape(E, 3).T
-    encoder_ED, decoder_EMD = np.zeros((E, D), dtype), np.zeros((E, M, D), dtype)
-    bias_E, theta_E, value_E = (np.zeros(E, dtype) for _ in range(3))
-    neurons = isinstance(dictionary, NeuronDictionary)
-    own_gate = neurons and params.blocks.gate_LDI is None
-    gate_ED, gate_bias_E = np.zeros((E, D), dtype), np.zeros(E, dtype)
-    for layer in np.unique(layer_E):
+    coder, dtype = dictionary.coder(cfg), recording.mid_LTD.dtype
+    layer_E, pos_E, feature_E = np.asarray(node_E3, np.int32).reshape(-1, 3).T
+    E, M, D = len(layer_E), coder.shape.span, cfg.d_model
+    decoder_EMD = np.zeros((E, M, D), dtype)
+    value_E, on_E = np.zeros(E, dtype), np.zeros(E, bool)
+    order, encs = [], []
+    for layer in np.unique(layer_E).tolist():
         here = np.flatnonzero(layer_E == layer)
         unique, row = np.unique(feature_E[here], return_inverse=True)
-        read_TD = read_site(
-            clt_cfg.read,
-            layers.mlp_norm(params.blocks).of_layer(layer),
-            recording.mid_LTD[layer],
-            recording.frozen.mlp_scale_LT[layer],
-        )
-        read_ED = np.asarray(read_TD)[pos_E[here]]
-        if neurons:
-            p = jax.tree.map(lambda leaf: leaf[layer], params.blocks)  # noqa: B023
-            rows = _neuron_rows(p, unique)
-            encoder_ED[here], gate_ED[here], decoder_EMD[here, 0] = (
-                rows_UD[row] for rows_UD in rows[:3]
-            )
-            bias_E[here], gate_bias_E[here] = (bias_U[row] for bias_U in rows[3:])
-            gate_E = (gate_ED[here] * read_ED).sum(-1) + gate_bias_E[here]
-            pre_E = (encoder_ED[here] * read_ED).sum(-1) + bias_E[here]
-            gate_E = layers.activate_gate(jnp.asarray(gate_E), cfg=cfg, own=own_gate)
-            value_E[here] = np.asarray(gate_E) * pre_E
-            theta_E[here] = -np.inf
-            continue
-        assert isinstance(dictionary, StoreDictionary)
-        enc = dictionary.store.encoder(int(layer))
-        encoder_ED[here] = np.asarray(enc.W_enc_FD[unique], dtype)[row]
-        bias_E[here] = np.asarray(enc.b_enc_F[unique], dtype)[row]
-        n = clt_cfg.n_writes(int(layer))
-        rows = np.asarray(dictionary.store.decoder_rows(int(layer), unique), dtype)
-        decoder_EMD[here, :n] = rows.reshape(len(unique), n, D)[row]
-        if clt_cfg.competes:
-            pre_EF = read_ED @ np.asarray(enc.W_enc_FD, dtype).T
-            pre_EF = pre_EF + np.asarray(enc.b_enc_F, dtype)[None]
-            a_EF = np.asarray(activate(jnp.asarray(pre_EF), None, cfg=clt_cfg))
-            value_E[here] = a_EF[np.arange(len(here)), feature_E[here]]
-            theta_E[here] = np.where(value_E[here] != 0, -np.inf, np.inf)
-            continue
-        if enc.theta_F is not None:
-            theta_E[here] = np.asarray(enc.theta_F, dtype)[feature_E[here]]
-        pre_E = (encoder_ED[here] * read_ED).sum(-1) + bias_E[here]
-        value_E[here] = np.where(pre_E > theta_E[here], pre_E, 0)
+        # Those that compete are only found among all.
+        chosen = None if coder.competes else unique
+        enc = in_dtype(dictionary.encoders(params, layer, chosen), dtype)
+        found = encode_at(params, recording, layer, pos_E[here], enc, coder=coder)
+        of = np.arange(len(here)), feature_E[here] if coder.competes else row
+        value_E[here], on_E[here] = found.a_TF[of], found.on_TF[of]
+        order.append(here)
+        encs.append(jax.tree.map(lambda x, of=of: x[of[1]][:, None], enc))
+        rows_UMD = dictionary.decoders(params, layer, unique)
+        decoder_EMD[here, : rows_UMD.shape[1]] = rows_UMD[row]
+    back = np.argsort(np.concatenate(order or [np.zeros(0, int)]))
     made = {
         "layer_E": layer_E,
         "pos_E": pos_E,
         "value_E": value_E,
-        "encoder_ED": encoder_ED,
-        "bias_E": bias_E,
-        "theta_E": theta_E,
+        "enc": jax.tree.map(lambda *x: np.concatenate(x)[back], *encs),
         "decoder_EMD": decoder_EMD,
     }
-    if neurons:
-        made |= {"gate_ED": gate_ED, "gate_bias_E": gate_bias_E}
-        post_LT = recording.frozen.post_mlp_scale_LT
-        if post_LT is not None:
-            made["post_E"] = np.asarray(post_LT)[layer_E, pos_E]
-            made["value_E"] = value_E * made["post_E"]
-    return Features(**jax.tree.map(jnp.asarray, made), own_gate=own_gate)
-
-
-def _neuron_rows(p: Block, unit_U: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Up, gate and written rows [U, D] of one layer's neurons, and two biases [U]."""
-    gate = p.gate_LDI, p.gate_bias_LI
-    gate_DI, gate_bias_I = (p.up_LDI, p.up_bias_LI) if gate[0] is None else gate
-    assert gate_DI is not None
-    zero_I = jnp.zeros(p.down_LID.shape[:1], p.down_LID.dtype)
-    biases = (zero_I if x is None else x for x in (p.up_bias_LI, gate_bias_I))
-    rows = (p.up_LDI.T, gate_DI.T, layers.neuron_rows(p), *biases)
-    return tuple(np.asarray(x)[unit_U] for x in rows)
+    if coder.competes:
+        made["on_E"] = on_E
+    post_LT = recording.frozen.post_mlp_scale_LT
+    if post_LT is not None and coder.gated:
+        made["post_E"] = np.asarray(post_LT)[layer_E, pos_E]
+    return Features(**jax.tree.map(jnp.asarray, made))

@@ -16,15 +16,14 @@ All three run the one model of `jaxclt.lm.run` with other writes at the MLPs' pl
   what the later writes add (section H). For a per-layer transcoder it is plain
   steering.
 
-A neuron (dictionary `neurons:k`) has the activation ``act(gate) * up``, or without a
-gate ``act(up)``, which is ``(act(up) / up) * up``: its own gate. Patching it
-means: its whole written contribution ``activation * W_down`` is changed. Constrained
-and additive patches need no more, and an additive ablation removes the neuron from the
-running model. In the local replacement model (`iterative`) the kept neurons respond and
-all others are part of the constant errors; with `gates="frozen"` a neuron keeps its
-recorded gate, which is what graphs say of it, with "live" the gate is computed anew.
-Where the model normalises what its MLPs write, a neuron's activation is times the
-recorded scale of that norm, and its row has that norm's gain.
+Features with a gate of their own (neurons: ``act(gate) * up``) are patched as a whole:
+``activation * W_down`` is changed. Constrained and additive patches need no more, and
+an additive ablation removes a neuron from the running model. In the local replacement
+model (`iterative`) a feature keeps its recorded gate with `gates="frozen"`, which is
+what graphs say of it, and computes it anew with "live". Which neurons count is a choice
+that stays as it was: the others are part of the constant errors. Where the model
+normalises what its MLPs write, a neuron's activation is times the recorded scale of
+that norm, and its row has that norm's gain.
 
 Attention patterns are those of the clean pass unless asked otherwise, norm denominators
 are live unless asked otherwise (`hold_of`).
@@ -40,8 +39,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from jaxclt.clt.activations import activate
-from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.coder import Coder, Encoded
 from jaxclt.clt.sites import read_site
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
@@ -74,21 +72,17 @@ Gates = Literal["live", "frozen"]
 
 @struct.dataclass
 class Tables:
-    """What the local replacement model re-encodes, and the clean activations.
+    """What the local replacement model re-encodes, and what is clean of it; leading L.
 
-    Transcoder rows of U features a layer (all of them, or those that are active
-    somewhere on the prompt); for neurons only which ones are kept, their rows being the
-    model's own.
+    All features of each layer, or U of them (those that are on somewhere on the prompt,
+    and some more, so that every layer has as many).
     """
 
-    clean_LTU: Array  # activations on the recording
-    W_enc_LUD: Array | None = None
-    b_LU: Array | None = None
-    theta_LU: Array | None = None
-    W_dec_LUMD: Array | None = None  # padded to one span
-    gate_LTU: Array | None = None  # neurons: act(gate) on the recording
-    kept_LTU: Array | None = None  # neurons: bool, the others belong to the errors
-    post_LT: Array | None = None  # neurons: scale of the norm behind the MLP
+    enc: Any  # encoders; None: the model's own
+    dec: Any  # decoder rows [U, M, D], padded to one M; None: the model's own
+    clean_LTU: Array | None = None  # activations on the recording
+    on_LTU: Array | None = None
+    gate_LTU: Array | None = None  # of features that have one
 
 
 @struct.dataclass
@@ -99,7 +93,7 @@ class Patchable:
     recording: Recording
     skip_LDD: Array | None  # linear path of the dictionary
     cfg: LMConfig = struct.field(pytree_node=False)
-    clt_cfg: CLTConfig = struct.field(pytree_node=False)
+    coder: Coder = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -177,6 +171,7 @@ def constrained(
         cfg=model.cfg,
         per_layer=per_layer,
         frozen=hold,
+        keep_patterns=False,
     )
 
 
@@ -208,8 +203,8 @@ def additive(
         carry: Array, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[Array, Array]:
         index, live, write_TD, post_T = x
-        read_TD = read(model, mid_TD, scale_T, p)
-        now_E = activation(features, read_TD[features.pos_E], cfg=model.cfg)
+        at_E = features.pos_E
+        now_E = activation(features, p, mid_TD[at_E], scale_T[at_E], coder=model.coder)
         here_E = features.layer_E == index
         amount_E = jnp.where(here_E, amounts(edits, now_E), carry)
         inside = (first <= index) & (index <= last)
@@ -225,6 +220,7 @@ def additive(
         carry=jnp.zeros_like(features.value_E),
         per_layer=(index_L, live_L, rec.write_LTD, hold.post_mlp_scale_LT),
         frozen=hold,
+        keep_patterns=False,
     )
 
 
@@ -274,7 +270,7 @@ def iterative(
         carry: Array, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[Array, Array]:
         index, live, local, write_TD, clean_mid_TD, clean_scale_T, *more = x
-        skip_DD, table, post_T = more
+        skip_DD, table, post_T, local_T = more
         mid_TD, scale_T, push_TD = _nudged(
             model, nudge, index, mid_TD, scale_T, p, hold
         )
@@ -282,7 +278,7 @@ def iterative(
         read_TD = read(model, mid_TD, scale_T, p)
 
         def responded() -> Array:
-            a_TU = encode(model, table, read_TD, p, gates=gates)
+            a_TU = encode(model, table, read_TD, p, local_T, gates=gates)
             change_TU = a_TU - table.clean_LTU
             change_TU = jnp.where(inside, change_TU, jnp.zeros_like(change_TU))
             # Edited features are held: what they would do by themselves is replaced.
@@ -291,10 +287,7 @@ def iterative(
             change_TU = change_TU.at[features.pos_E, slot_E].add(
                 jnp.where(here_E, off_E, jnp.zeros_like(off_E))
             )
-            W_dec_UMD = table.W_dec_LUMD
-            if W_dec_UMD is None:
-                W_dec_UMD = layers.neuron_rows(p)[:, None, :]
-            return carry + jnp.einsum("TU,UMD->MTD", change_TU, W_dec_UMD)
+            return carry + model.coder.write(p, table.dec, change_TU)
 
         ahead_MTD = jax.lax.cond(local, responded, lambda: carry)
         clamped_TD = write_TD + ahead_MTD[0]
@@ -308,7 +301,7 @@ def iterative(
 
     per_layer = (
         index_L, live_L, local_L, rec.write_LTD, rec.mid_LTD, rec.frozen.mlp_scale_LT,
-        model.skip_LDD, tables, hold.post_mlp_scale_LT,
+        model.skip_LDD, tables, hold.post_mlp_scale_LT, rec.frozen.post_mlp_scale_LT,
     )  # fmt: skip
     return run(
         model.params,
@@ -318,6 +311,7 @@ def iterative(
         carry=jnp.zeros((M, T, D), rec.embed_TD.dtype),
         per_layer=per_layer,
         frozen=hold,
+        keep_patterns=False,
     )
 
 
@@ -353,6 +347,7 @@ def underlying(model: Patchable, nudge: Nudge, *, hold: Held) -> Run:
             hold.post_mlp_scale_LT,
         ),
         frozen=hold,
+        keep_patterns=False,
     )
 
 
@@ -362,57 +357,41 @@ def clean_tables(model: Patchable, tables: Tables) -> Tables:
     The same code, so that re-encoding an unchanged stream changes nothing.
     """
 
-    def one(x: Any) -> tuple[Array, Array | None]:
-        p, table, mid_TD, scale_T = x
+    def one(x: Any) -> Encoded:
+        p, table, mid_TD, scale_T, post_T = x
         read_TD = read(model, mid_TD, scale_T, p)
-        gate_TU = None
-        if table.kept_LTU is not None:
-            gate_TU, _ = layers.gate_and_up(p, read_TD, cfg=model.cfg)
-        return encode(model, table, read_TD, p, gates="live"), gate_TU
+        return model.coder.encode(p, table.enc, read_TD, post_T)
 
     rec = model.recording
-    post_LT = None
-    if tables.kept_LTU is not None:
-        post_LT = rec.frozen.post_mlp_scale_LT
-        tables = dataclasses.replace(tables, post_LT=post_LT)
-    xs = (model.params.blocks, tables, rec.mid_LTD, rec.frozen.mlp_scale_LT)
-    clean_LTU, gate_LTU = jax.lax.map(one, xs)
-    return Tables(
-        clean_LTU=clean_LTU,
-        W_enc_LUD=tables.W_enc_LUD,
-        b_LU=tables.b_LU,
-        theta_LU=tables.theta_LU,
-        W_dec_LUMD=tables.W_dec_LUMD,
-        gate_LTU=gate_LTU,
-        kept_LTU=tables.kept_LTU,
-        post_LT=post_LT,
+    scales = rec.frozen.mlp_scale_LT, rec.frozen.post_mlp_scale_LT
+    found = jax.lax.map(one, (model.params.blocks, tables, rec.mid_LTD, *scales))
+    return dataclasses.replace(
+        tables, clean_LTU=found.a_TF, on_LTU=found.on_TF, gate_LTU=found.gate_TF
     )
 
 
 def encode(
-    model: Patchable, table: Tables, read_TD: Array, p: Block, *, gates: Gates
+    model: Patchable,
+    table: Tables,
+    read_TD: Array,
+    p: Block,
+    post_T: Array | None,
+    *,
+    gates: Gates,
 ) -> Array:
     """Activations [T, U] of one layer of the tables."""
-    if table.kept_LTU is not None:
-        gate_TU, up_TU = layers.gate_and_up(p, read_TD, cfg=model.cfg)
-        if gates == "frozen":
-            assert table.gate_LTU is not None
-            gate_TU = table.gate_LTU
-        a_TU = gate_TU * up_TU
-        if table.post_LT is not None:
-            a_TU = a_TU * table.post_LT[:, None]
-        return jnp.where(table.kept_LTU, a_TU, jnp.zeros((), a_TU.dtype))
-    assert table.W_enc_LUD is not None
-    assert table.b_LU is not None
-    pre_TU = read_TD @ table.W_enc_LUD.T + table.b_LU[None]
+    assert table.on_LTU is not None
+    found = model.coder.encode(p, table.enc, read_TD, post_T)
     if gates == "frozen":
-        return jnp.where(table.clean_LTU != 0, pre_TU, jnp.zeros((), pre_TU.dtype))
-    return activate(pre_TU, table.theta_LU, cfg=model.clt_cfg)
+        found = Encoded(found.linear_TF, table.on_LTU, table.gate_LTU)
+    elif model.coder.chooses:
+        found = found._replace(on_TF=table.on_LTU)
+    return found.a_TF
 
 
 def read(model: Patchable, mid_TD: Array, scale_T: Array, p: Block) -> Array:
     """What the dictionary reads of the stream."""
-    return read_site(model.clt_cfg.read, layers.mlp_norm(p), mid_TD, scale_T)
+    return read_site(model.coder.site, layers.mlp_norm(p), mid_TD, scale_T)
 
 
 def _real(

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import StoreDictionary
 from jaxclt.clt.store import ParamsStore
+from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.testing.zoo import Planted
 from jaxclt.train.export import to_dictionary
 from jaxclt.train.harvest import harvest, mlp_response

@@ -27,15 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.active import Dictionary, StoreDictionary
-from jaxclt.clt.model import encode
-from jaxclt.clt.sites import read_site
+from jaxclt.clt.active import active_features
+from jaxclt.clt.coder import Dictionary, load
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.graph import Graph, GraphMeta
 from jaxclt.graph.scores import scores
 from jaxclt.graph.supernodes import supernode_graph
 from jaxclt.graph.targets import functional_targets
-from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import Run, embed, native_mlp, record, run, unembed
 from jaxclt.patching.batch import make_local, make_patchable
@@ -50,7 +48,7 @@ from jaxclt.patching.modes import (
     underlying,
 )
 from jaxclt.testing.zoo import Case, Planted
-from jaxclt.types import Block, Held, LMParams, Recording, Supernode
+from jaxclt.types import Held, LMParams, Recording, Supernode
 from jaxclt.validation.faithfulness import Perturbation, nudged
 
 __all__ = [
@@ -143,23 +141,8 @@ def _activations(
     dictionary: Dictionary, params: LMParams, rec_P: Recording, cfg: LMConfig
 ) -> Array:
     """Dense activations [P, L, T, F] on recordings with a leading P."""
-    if isinstance(dictionary, StoreDictionary):
-        clt, clt_cfg = dictionary.params, dictionary.cfg
-
-        def features(mid_LTD: Array, scale_LT: Array) -> Array:
-            read = jax.vmap(partial(read_site, clt_cfg.read))
-            norms = layers.mlp_norm(params.blocks)
-            return encode(clt, read(norms, mid_LTD, scale_LT), cfg=clt_cfg)
-
-        dense = features
-    else:
-
-        def neurons(p: Block, mid_TD: Array, scale_T: Array) -> Array:
-            normed_TD = layers.normalise(mid_TD, scale_T, layers.mlp_norm(p))
-            gate_TI, up_TI = layers.gate_and_up(p, normed_TD, cfg=cfg)
-            return gate_TI * up_TI
-
-        dense = partial(jax.vmap(neurons), params.blocks)
+    loaded = load(dictionary, params, cfg, decoders=False)
+    dense = partial(jax.vmap(loaded.layer), params.blocks, loaded.weights)
     return jax.jit(jax.vmap(dense))(rec_P.mid_LTD, rec_P.frozen.mlp_scale_LT)
 
 
@@ -181,7 +164,7 @@ def case_graph(planted: Planted, dictionary: Dictionary, case: Case) -> Graph:
     return attribute_recording(
         params,
         rec,
-        dictionary.active(params, rec, cfg),
+        active_features(dictionary, params, rec, cfg),
         targets,
         cfg=cfg,
         meta=GraphMeta(
@@ -289,14 +272,14 @@ def swap_error(
     params, cfg = planted.params, planted.cfg
     rec = record_prompt(params, case.token_T, cfg)
     model = make_patchable(dictionary, params, rec, cfg)
-    local = make_local(dictionary, model, dictionary.active(params, rec, cfg))
+    local = make_local(dictionary, model, active_features(dictionary, params, rec, cfg))
     idle = make_edits([(0, 0, 0, 1.0, 0.0)], dictionary, params, rec, cfg=cfg)
     swap_D = np.asarray(case.swap_D, rec.mid_LTD.dtype)
     change = nudged(
         idle, case.swap_layer, case.swap_pos, swap_D, len(case.token_T), slot=0
     )
     if gates is None:
-        gates = "live" if isinstance(dictionary, StoreDictionary) else "frozen"
+        gates = "frozen" if model.coder.gated else "live"
     said_K, real_K = _responses(
         model, local.tables, change, jnp.asarray(planted.readout_K), gates=gates
     )

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxclt.clt import params as clt_params
-from jaxclt.clt.active import Active, StoreDictionary
+from jaxclt.clt.active import Active, active_features
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import ParamsStore
+from jaxclt.clt.transcoder import StoreDictionary, loaded_params
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.graph import Graph, GraphMeta
 from jaxclt.graph.targets import salient_targets
@@ -46,14 +47,13 @@ class Tiny:
     @property
     def active(self) -> Active:
         """Its active features on the prompt."""
-        return self.dictionary.active(self.params, self.recording, self.cfg)
+        return active_features(self.dictionary, self.params, self.recording, self.cfg)
 
     @property
     def lrm(self) -> LocalReplacement:
         """The local replacement model of the prompt."""
-        return local_replacement(
-            self.params, self.clt, self.recording, cfg=self.cfg, clt_cfg=self.clt_cfg
-        )
+        loaded = loaded_params(self.clt, self.clt_cfg)
+        return local_replacement(self.params, loaded, self.recording, cfg=self.cfg)
 
     @property
     def meta(self) -> GraphMeta:

@@ -12,7 +12,7 @@ Three tricks make the format (RMSNorm, rotary attention, gated MLP) say what is 
 
 | member | circuit | the temptation |
 |---|---|---|
-| `two_hop` | token -> first hop -> second hop -> answer | a cross-layer feature that writes both hops leaves the second out (spec 7.6) |
+| `two_hop` | token -> first hop -> second hop -> answer | a cross-layer feature that writes both hops leaves the second out (maths 19.15) |
 | `absolute` | every coordinate: token -> its sign's unit -> its absolute value | one feature for a point that occurs often (*A Toy Model of Mechanistic (Un)Faithfulness*, 2025) |
 | `induction` | value: token -> copy -> answer; why there: key, query | frozen patterns: the second half has no edges (Circuit Tracing 2025, section 7.1) |
 """  # noqa: E501  a table
@@ -26,9 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import StoreDictionary
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import ParamsStore
+from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import Block, CLTParams, LMParams
 

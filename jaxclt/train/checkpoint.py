@@ -8,7 +8,6 @@ and the one before it is used.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +27,17 @@ from jaxclt.io.json_file import (
     read_json,
     record,
 )
+from jaxclt.json_text import to_json
 from jaxclt.train import processes
 
-__all__ = ["newest_intact", "restore_checkpoint", "save_checkpoint"]
+__all__ = [
+    "newest_intact",
+    "restore_checkpoint",
+    "save_checkpoint",
+    "tidy_checkpoints",
+]
+
+KEPT = 2
 
 _PLACE = {"type": "integer", "minimum": 0, "maximum": (1 << 31) - 1}
 _POSITION = record(dict.fromkeys(("chunk", "turn", "offset"), _PLACE))
@@ -46,16 +53,22 @@ _MANIFEST = json_schema(
 
 
 def save_checkpoint(
-    folder: Path, step: int, state: Any, position: dict[str, Any], *, keep: int = 2
+    folder: Path,
+    step: int,
+    state: Any,
+    position: dict[str, Any],
+    *,
+    regular: Callable[[int], bool] = lambda step: True,
 ) -> Path:
-    """Write ``folder/step`` and drop the oldest beyond `keep`; return its path.
+    """Write ``folder/step`` and drop all but the newest ones; return its path.
 
     Args:
       folder: of all checkpoints of a run.
       step: number of steps done.
       state: any pytree of arrays.
       position: JSON beside it: where the data goes on.
-      keep: newest checkpoints to keep.
+      regular: whether a run that is never stopped has a checkpoint of a step. The
+        newest of these are kept beside the newest of all.
     """
     path = (folder / f"{step:08d}").resolve()
     if processes.is_first():
@@ -71,12 +84,28 @@ def save_checkpoint(
         return path
     manifest = {"step": step, "position": position, "files": _digests(path)}
     with atomic_path(path / "manifest.json") as temporary:
-        temporary.write_text(json.dumps(manifest), "utf-8")
+        temporary.write_text(to_json(manifest), "utf-8")
     # Newer ones can only be damaged: this run went on from before them.
     numbered = [p for p in _numbered(folder) if int(p.name) <= step]
-    for old in {*_numbered(folder)} - {*numbered[-keep:]}:
-        shutil.rmtree(old, ignore_errors=True)
+    usual = [p for p in numbered if regular(int(p.name))]
+    _keep_only(folder, {*numbered[-KEPT:], *usual[-KEPT:]})
     return path
+
+
+def tidy_checkpoints(folder: Path, regular: Callable[[int], bool]) -> None:
+    """Leave what a run that was never stopped leaves at its end.
+
+    Args:
+      folder: of all checkpoints of a run.
+      regular: as for `save_checkpoint`.
+    """
+    usual = [p for p in _numbered(folder) if regular(int(p.name))]
+    _keep_only(folder, {*usual[-KEPT:]})
+
+
+def _keep_only(folder: Path, kept: set[Path]) -> None:
+    for old in {*_numbered(folder)} - kept:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def newest_intact(

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -41,6 +40,7 @@ from jaxclt.io.json_file import (
     read_json,
     record,
 )
+from jaxclt.json_text import to_json
 from jaxclt.lm.config import LMConfig
 from jaxclt.train.harvest import harvest
 from jaxclt.train.normalise import (
@@ -444,7 +444,7 @@ class Chunks:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         manifest["files"][file.name] = {"sha256": digest, "bytes": file.stat().st_size}
         with atomic_path(store / "manifest.json") as temporary:
-            temporary.write_text(json.dumps(manifest, indent=1), "utf-8")
+            temporary.write_text(to_json(manifest, indent=1), "utf-8")
 
     def _checked(self, store: Path, name: str) -> Path | None:
         entry = self._manifest(store)["files"].get(name)

@@ -4,38 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import math
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
-from jaxclt.cli_progress import lines, stoppable
+from jaxclt.cli_progress import Run, Stages, lines, long_command
 from jaxclt.compiled import use_compilation_cache
+from jaxclt.json_text import to_json
 from jaxclt.train.config import PRESETS, TrainConfig, preset
 
 if TYPE_CHECKING:
     from jaxclt.train.trainer import Listener
 
-__all__ = ["TrainCommand", "run_train", "train_defaults"]
+__all__ = ["TrainCommand", "run_train"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainCommand(TrainConfig):
     """Train a cross-layer or per-layer transcoder; resumes from --out by itself.
-    Ctrl-C ends it with a checkpoint."""
+    Ctrl-C and SIGTERM end it with a checkpoint."""
 
     model: Annotated[str, tyro.conf.arg(metavar="M")]
     """Known name (see `jaxclt fetch --list`), local directory, GGUF file or hub id."""
@@ -69,6 +60,22 @@ class TrainCommand(TrainConfig):
     def __post_init__(self) -> None:
         """The values are checked by `config`, once errors are reported as lines."""
 
+    @classmethod
+    def defaults(cls, args: Sequence[str]) -> TrainCommand:
+        """The command with the defaults of the preset that a command line names.
+
+        Read before the command line is parsed, so that --help shows what would be used.
+        """
+        name = "default"
+        for word, following in zip(args, [*args[1:], ""], strict=False):
+            if word == "--preset":
+                name = following
+            elif word.startswith("--preset="):
+                name = word.partition("=")[2]
+        known: Any = PRESETS.get(name, {})  # an unknown one is refused when it is run
+        missing: Any = tyro.MISSING
+        return cls(model=missing, data=missing, out=missing, preset=name, **known)
+
     def config(self) -> TrainConfig:
         """The recipe without what only this command knows.
 
@@ -79,23 +86,8 @@ class TrainCommand(TrainConfig):
         return TrainConfig(**{name: getattr(self, name) for name in names})
 
 
-def train_defaults(argv: Sequence[str]) -> TrainCommand:
-    """The command with the defaults of the preset that `argv` names.
-
-    Read before the command line is parsed, so that --help shows what would be used.
-    """
-    name = "default"
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        if word == "--preset":
-            name = following
-        elif word.startswith("--preset="):
-            name = word.partition("=")[2]
-    known: Any = PRESETS.get(name, {})  # an unknown one is refused when it is run
-    missing: Any = tyro.MISSING
-    return TrainCommand(model=missing, data=missing, out=missing, preset=name, **known)
-
-
-def run_train(command: TrainCommand, say: Console) -> None:
+@long_command
+def run_train(command: TrainCommand, say: Console, run: Run) -> None:
     """Run the command; results on stdout, progress on `say`."""
     from jaxclt.io.model import load_model
     from jaxclt.train import dryrun, processes, sharding
@@ -107,16 +99,19 @@ def run_train(command: TrainCommand, say: Console) -> None:
 
     use_compilation_cache()
     config = command.config()
+    if processes.is_first() and not command.dry_run:
+        run.own(command.out)
     model = load_model(command.model, progress=lines(say))
     if command.dry_run:
         found = dryrun.estimate(config, model.cfg, sizes)
         if command.json:
-            print(json.dumps(dryrun.as_json(found)))  # noqa: T201
+            print(to_json(dryrun.as_json(found)))  # noqa: T201
         else:
             for text in found.lines():
                 Console().print(text, markup=False, soft_wrap=True)
         return
-    with _progress(say, config.n_steps, alone=not command.processes) as listener:
+    run.look()
+    with _listener(say, config.n_steps, run) as listener:
         card = train(
             model,
             command.data,
@@ -136,9 +131,9 @@ def run_train(command: TrainCommand, say: Console) -> None:
             markup=False,
             soft_wrap=True,
         )
-        sys.exit(130)
+        sys.exit(run.stop.status)
     if command.json:
-        print(json.dumps(card))  # noqa: T201
+        print(to_json(card))  # noqa: T201
         return
     metrics = card["metrics"]
     Console().print(
@@ -150,40 +145,27 @@ def run_train(command: TrainCommand, say: Console) -> None:
 
 
 @contextlib.contextmanager
-def _progress(say: Console, n_steps: int, *, alone: bool) -> Iterator[Listener]:
-    """A bar with tokens/s, ETA, FVU, L0 and the dead share; Ctrl-C stops if alone."""
+def _listener(say: Console, n_steps: int, run: Run) -> Iterator[Listener]:
+    """Progress with tokens/s, FVU, L0 and the dead share, and a stop."""
     from jaxclt.train.trainer import Listener
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeRemainingColumn(),
-    )
-    quiet = not say.is_terminal
-    with Progress(*columns, console=say, transient=True, disable=quiet) as bar:
-        task = bar.add_task("starting", total=None, state="")
+    with Stages(say) as stages:
 
         def stage(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total, state="")
+            run.look()
+            stages(what, done, total)
 
         def step(record: dict[str, Any]) -> None:
-            eta = record["eta_s"]
-            minutes = f"{eta / 60:,.1f} min left" if math.isfinite(eta) else ""
-            state = (
+            # No look: a run that is asked to stop here ends with a checkpoint.
+            note = (
                 f"{record['tokens_per_s']:,.0f} tokens/s, FVU {record['fvu']:.3f}, "
-                f"L0 {record['l0']:.1f}, dead {record['dead']:.1%}, {minutes}"
+                f"L0 {record['l0']:.1f}, dead {record['dead']:.1%}"
             )
-            bar.update(
-                task,
-                description="steps",
-                completed=record["step"],
-                total=n_steps,
-                state=state,
-            )
+            stages("steps", record["step"], n_steps, note=note)
 
-        heard = Listener(stage=stage, step=step, line=lines(say))
-        if alone:  # several processes would have to stop at the same step
-            heard = dataclasses.replace(heard, stoppable=partial(stoppable, say))
-        yield heard
+        yield Listener(
+            stage=stage,
+            step=step,
+            line=lines(say),
+            stoppable=lambda: contextlib.nullcontext(run.stop),
+        )

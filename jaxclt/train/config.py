@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 from jaxclt.clt.config import ReadSite
-from jaxclt.errors import InputError
+from jaxclt.errors import (
+    InputError,
+    check_at_least,
+    check_finite,
+    check_positive,
+    check_share,
+    did_you_mean,
+)
 from jaxclt.lm.config import LMConfig
 from jaxclt.train.chunks import ChunkConfig
 from jaxclt.train.evaluate import PROMPTS
@@ -17,20 +27,29 @@ from jaxclt.train.step import Recipe
 
 __all__ = ["PRESETS", "TrainConfig", "preset"]
 
-_AT_LEAST_ONE = (
-    "features",
-    "tokens",
-    "batch_tokens",
-    "accumulate",
-    "chunk_tokens",
-    "reuse",
-    "windows_per_call",
-    "norm_tokens",
-    "heldout_tokens",
-    "dead_tokens",
-    "log_every",
-    "checkpoint_every",
-    "kl_windows",
+# How fields are checked, by their names.
+_RANGES: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
+    (
+        partial(check_at_least, 1),
+        (
+            *("features", "tokens", "batch_tokens", "accumulate", "context"),
+            *("chunk_tokens", "reuse", "windows_per_call", "norm_tokens"),
+            *("heldout_tokens", "dead_tokens", "log_every", "checkpoint_every"),
+            "kl_windows",
+        ),
+    ),
+    (
+        partial(check_at_least, 0),
+        (
+            *("span", "l0", "sparsity", "preactivation", "auxk", "auxk_features"),
+            *("jacobian", "warmup", "clip", "outlier", "eval_every"),
+            *("agreement_windows", "graph_features", "kl_steps"),
+        ),
+    ),
+    (check_positive, ("c", "bandwidth", "lr", "kl_lr")),
+    (partial(check_share, zero=True), ("ramp",)),
+    (partial(check_share, one=False), ("heldout_share",)),
+    (check_finite, ("seed", "theta")),
 )
 
 
@@ -66,7 +85,7 @@ class TrainConfig:
     """Dead features per layer and token in AuxK; 0: half the model's width, at most
     512."""
     jacobian: float = 0.0
-    """Weight of Jacobian matching (spec 6.3)."""
+    """Weight of Jacobian matching: learn the MLPs' derivatives too (maths 19.5)."""
     matryoshka: tuple[int, ...] = ()
     """Prefixes of features that must reconstruct by themselves too."""
     skip: bool = False
@@ -149,10 +168,14 @@ class TrainConfig:
     """Windows of text of a step of fine-tuning."""
 
     def __post_init__(self) -> None:
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} {getattr(self, name)}: give at least 1")
+        for check, names in _RANGES:
+            check(**{name: getattr(self, name) for name in names})
+        ends = (0, *self.matryoshka, self.features)
+        if any(a >= b for a, b in pairwise(ends)):
+            raise InputError(
+                f"--matryoshka {' '.join(map(str, self.matryoshka))}: give numbers "
+                f"below --features {self.features}, the smallest first"
+            )
         if self.batch_tokens % self.accumulate:
             raise InputError(
                 f"--accumulate {self.accumulate} must divide --batch-tokens "
@@ -162,12 +185,6 @@ class TrainConfig:
             raise InputError(
                 f"--tokens {self.tokens} is less than one step of --batch-tokens "
                 f"{self.batch_tokens}"
-            )
-        if self.kl_steps < 0:
-            raise InputError(f"--kl-steps {self.kl_steps}: give 0 or more")
-        if not 0 < self.heldout_share < 1:
-            raise InputError(
-                f"--heldout-share {self.heldout_share:g} must lie between 0 and 1"
             )
         if self.skip and self.span != 1:
             raise InputError("--skip needs --span 1: a CLT's format has no skip")
@@ -284,5 +301,6 @@ def preset(name: str) -> TrainConfig:
       InputError: if there is none of that name.
     """
     if name not in PRESETS:
-        raise InputError(f"--preset {name!r}: there are {', '.join(PRESETS)}")
+        hint = did_you_mean(name, PRESETS)
+        raise InputError(f"--preset {name!r}: there are {', '.join(PRESETS)}{hint}")
     return TrainConfig(**PRESETS[name])

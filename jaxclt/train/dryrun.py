@@ -20,12 +20,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxclt.errors import InputError
+from jaxclt.graph.memory import available_bytes, host_available_bytes
 from jaxclt.lm.config import LMConfig
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.params import Spec, n_params
+from jaxclt.train.text import check_context
 
 __all__ = [
     "Estimate",
+    "check_memory",
     "device_bytes",
     "estimate",
     "flop_per_token",
@@ -178,7 +182,11 @@ def estimate(
       lm: the model's shape.
       sizes: of the mesh, from `parse_mesh`.
       peak: FLOP/s of a device; measured on this machine if not given.
+
+    Raises:
+      InputError: if its windows do not fit the model.
     """
+    check_context(config.context, lm.n_ctx)
     spec = config.spec(lm)
     flop = flop_per_token(spec, recompute=recomputes(config.memory))
     harvest = lm_flop_per_token(lm, config.context) / config.reuse
@@ -195,6 +203,33 @@ def estimate(
         devices=n,
         seconds=tokens * (flop + harvest) / (n * peak * SHARE_OF_PEAK),
     )
+
+
+def check_memory(config: TrainConfig, lm: LMConfig, sizes: dict[str, int]) -> None:
+    """Refuse a run that cannot fit, by what is certain: activations are left out.
+
+    Args:
+      config: the recipe.
+      lm: the model's shape.
+      sizes: of the mesh, from `parse_mesh`.
+
+    Raises:
+      InputError: if it takes more memory than there is.
+    """
+    parts = device_bytes(config.spec(lm), config, sizes)
+    device = sum(parts[x] for x in ("weights", "adam", "gradients", "batch"))
+    host = host_bytes(config, lm)
+    needed = [(device, available_bytes()), (host, host_available_bytes())]
+    if jax.local_devices()[0].platform == "cpu":  # the same memory, for all devices
+        needed = [(device * sizes["data"] * sizes["feature"] + host, needed[1][1])]
+    for n_bytes, free in needed:
+        if n_bytes > free:
+            raise InputError(
+                f"this run needs at least {n_bytes / 1e9:,.1f} GB of memory and "
+                f"{free / 1e9:,.1f} GB are free: lower --features (now "
+                f"{config.features:,}), --batch-tokens or --chunk-tokens, or share "
+                "them with --mesh"
+            )
 
 
 def as_json(found: Estimate) -> dict[str, Any]:

@@ -9,14 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxclt.clt.active import StoreDictionary
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import ParamsStore
+from jaxclt.clt.transcoder import StoreDictionary, loaded_params
 from jaxclt.evaluation.reconstruction import Reconstruction, reconstructed
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.scores import scores
 from jaxclt.io.model import Model
-from jaxclt.replacement.model import Substitute
 from jaxclt.trace import trace_prompt
 from jaxclt.types import CLTParams
 
@@ -39,7 +38,7 @@ def reconstruction(
 ) -> dict[str, Any]:
     """FVU and L0 per layer, dead and dense features, on the given tokens.
 
-    ``fvu_L = Σ|y - ŷ|² / Σ|y - mean y|²`` (spec 6.4); a feature is dead here if it is
+    ``fvu_L = Σ|y - ŷ|² / Σ|y - mean y|²`` (maths 18.1); a feature is dead here if it is
     silent on all these tokens.
 
     Args:
@@ -50,10 +49,12 @@ def reconstruction(
       rows: tokens computed together.
     """
     T = read_LTD.shape[1]
-    sub = Substitute(clt=clt, clt_cfg=cfg)
+    loaded = loaded_params(clt, cfg)
     parts = [
         reconstructed(
-            sub, read_LTD[:, start : start + rows], write_LTD[:, start : start + rows]
+            loaded,
+            read_LTD[:, start : start + rows],
+            write_LTD[:, start : start + rows],
         )
         for start in range(0, T, rows)
     ]

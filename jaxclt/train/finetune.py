@@ -20,6 +20,7 @@ import optax
 from jax import Array
 
 from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.transcoder import loaded_params
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import forward
 from jaxclt.replacement.model import replacement_logits
@@ -52,7 +53,11 @@ def replacement_kl(
     """
     true_TV = forward(params, token_T, cfg=cfg)
     found_TV = replacement_logits(
-        params, clt, token_T, cfg=cfg, clt_cfg=clt_cfg, keep_first=keep_first
+        params,
+        loaded_params(clt, clt_cfg),
+        token_T,
+        cfg=cfg,
+        keep_first=keep_first,
     )
     log_p_TV = jax.lax.stop_gradient(jax.nn.log_softmax(true_TV))
     log_q_TV = jax.nn.log_softmax(found_TV)

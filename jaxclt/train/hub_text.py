@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import parse_qsl
 
 from jaxclt.errors import InputError
+from jaxclt.io.lines import text_of
 
 __all__ = ["PREFIX", "HubText", "parse_hub_text", "stream_texts"]
 
@@ -69,27 +71,34 @@ def stream_texts(source: str, characters: int) -> Iterator[str]:
             f"--data {source} needs the package datasets: pip install 'jaxclt[hub]'"
         ) from error
     taken = 0
-    try:
-        stream = iter(
-            datasets.load_dataset(
-                spec.name,
-                spec.config,
-                split=spec.split,
-                revision=spec.revision,
-                streaming=True,
+    for number, row in enumerate(_rows(source, spec, datasets), 1):
+        if spec.text not in row:
+            names = ", ".join(sorted(row))
+            raise InputError(
+                f"--data {source}: there is no column {spec.text!r}; its columns are "
+                f"{names}: add ?text=NAME"
             )
+        text = text_of(row, spec.text, f"--data {source}, row {number}")
+        yield text
+        taken += len(text)
+        if taken >= characters:
+            return
+
+
+def _rows(source: str, spec: HubText, datasets: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset as they come.
+
+    Raises:
+      InputError: if it cannot be read, or not further.
+    """
+    try:
+        yield from datasets.load_dataset(
+            spec.name,
+            spec.config,
+            split=spec.split,
+            revision=spec.revision,
+            streaming=True,
         )
-        row = next(stream, None)
     except Exception as error:  # whatever its HTTP and file libraries raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--data {source} cannot be read ({reason})") from error
-    if row is not None and not isinstance(row.get(spec.text), str):
-        names = ", ".join(sorted(row))
-        raise InputError(
-            f"--data {source}: there is no text in the column {spec.text!r}; its "
-            f"columns are {names}: add ?text=NAME"
-        )
-    while row is not None and taken < characters:
-        yield row[spec.text]
-        taken += len(row[spec.text])
-        row = next(stream, None)

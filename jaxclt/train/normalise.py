@@ -167,7 +167,7 @@ def fold(clt: CLTParams, scales: Scales) -> CLTParams:
 
     ``W_enc / s_r``, ``b_enc - W_enc mean_r / s_r``, decoders times the scale of the
     layer they write, ``b_dec s_w + mean_w``; pre-activations, thresholds and
-    activations stay as they are (T-CLT1).
+    activations stay as they are (maths 19.8).
 
     Args:
       clt: trained on normalised reads and writes.

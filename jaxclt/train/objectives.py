@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean
 from jaxclt.train import penalties
 from jaxclt.train.activations import gate, kth_largest
 from jaxclt.train.matmul import matmul
@@ -368,6 +368,9 @@ def separable_loss(
     }
 
 
+_SHIPPED = ("tanh", "l1", "l0", "none")
+
+
 def load_objective(name: str, terms: Terms) -> Objective:
     """A shipped objective by its sparsity term, or ``file.py:function``.
 
@@ -378,12 +381,13 @@ def load_objective(name: str, terms: Terms) -> Objective:
     Raises:
       InputError: if there is no such objective.
     """
-    if name in ("tanh", "l1", "l0", "none"):
+    if name in _SHIPPED:
         return Standard(dataclasses.replace(terms, sparsity=name))  # pyright: ignore
     path, _, attribute = name.rpartition(":")
     if not path.endswith(".py"):
         raise InputError(
-            f"--objective {name!r}: give tanh, l1, l0, none, or file.py:function"
+            f"--objective {name!r}: give {', '.join(_SHIPPED)}, or file.py:function"
+            f"{did_you_mean(name, _SHIPPED)}"
         )
     if not Path(path).is_file():
         raise InputError(f"--objective {name!r}: there is no file {path}")

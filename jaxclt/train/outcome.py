@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.transcoder import loaded_params
 from jaxclt.evaluation.agreement import agreement
 from jaxclt.evaluation.reconstruction import decoder_reach
 from jaxclt.io.dictionary import save_dictionary
 from jaxclt.io.model import Model
-from jaxclt.replacement.model import Substitute
 from jaxclt.train.chunks import Chunks, rows_of
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.evaluate import graph_scores, reconstruction
@@ -65,7 +65,7 @@ class Outcome:
         """Export to ``dictionary/``; what was measured."""
         clt, cfg = self._dictionary(params)
         found = reconstruction(clt, cfg, *self._held_rows())
-        found["decoder_reach"] = decoder_reach(clt)
+        found["decoder_reach"] = decoder_reach(loaded_params(clt, cfg).weights.dec)
         return found | self._export(
             fold(clt, self.scales), cfg, self.out / "dictionary"
         )
@@ -153,7 +153,7 @@ class Outcome:
         if len(held_WS):
             found = agreement(
                 self.model.params,
-                Substitute(clt=raw, clt_cfg=cfg),
+                loaded_params(raw, cfg),
                 held_WS,
                 self.windows.valid(held_WS),
                 cfg=self.model.cfg,

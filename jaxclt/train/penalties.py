@@ -76,8 +76,8 @@ def jacobian(
     """``mean_t |J_CLT(x) v - J_MLP(x) v|² / D`` along one random tangent per token.
 
     Its expectation over ``v ~ N(0, I)`` is the squared Frobenius distance of the two
-    Jacobians (spec 6.3). Of a CLT, the decoders of the same layer only: that is all of
-    a PLT, and the only part that reads the MLP's own input.
+    Jacobians (maths 19.5). Of a CLT, the decoders of the same layer only: that is all
+    of a PLT, and the only part that reads the MLP's own input.
 
     Args:
       a_TF: activations; their support is the gate, which has no derivative.

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxclt.errors import InputError
-from jaxclt.io.atomic import atomic_path
+from jaxclt.io.atomic import atomic_path, is_temporary
 from jaxclt.io.json_file import TEXT, check_json, json_schema, read_json, record
+from jaxclt.io.lock import LOCK
 from jaxclt.io.model import Model
 from jaxclt.io.npz import Must, open_npz
+from jaxclt.json_text import to_json
+from jaxclt.trace import prompt_tokens
 from jaxclt.train.config import TrainConfig
+from jaxclt.train.evaluate import PROMPTS
 from jaxclt.train.sample import sample_windows
-from jaxclt.train.text import Windows, cut_windows, read_documents, split_documents
+from jaxclt.train.text import (
+    Windows,
+    check_context,
+    cut_windows,
+    read_documents,
+    split_documents,
+)
+from jaxclt.windows import check_windows
 
-__all__ = ["claim_directory", "identity", "run_windows", "write_json"]
+__all__ = ["claim_directory", "claimed", "fitted", "identity", "run_windows"]
+__all__ += ["write_json"]
 
 _RUN = json_schema(record({"config": {"type": "object"}, "model": TEXT, "data": TEXT}))
 # What may change between two parts of a run without changing its weights.
@@ -30,13 +43,41 @@ _FREE = (
 )
 
 
+def fitted(config: TrainConfig, model: Model, given: Windows | None) -> TrainConfig:
+    """The recipe for a model, without those of our own prompts that it cannot read.
+
+    Args:
+      config: the recipe.
+      model: what it is to be trained on.
+      given: windows instead of text.
+
+    Raises:
+      InputError: if windows or prompts do not fit the model.
+    """
+    if given is None:
+        check_context(config.context, model.cfg.n_ctx)
+    else:
+        check_windows(model, given.train_WS)
+        check_windows(model, given.held_WS)
+    kept = []
+    for prompt in config.prompts if config.graph_features else ():
+        try:
+            prompt_tokens(model, prompt)
+            kept.append(prompt)
+        except InputError as error:
+            # A model of a small domain reads none of those that come with the recipe.
+            if prompt not in PROMPTS:
+                raise InputError(f"--prompts {prompt[:40]!r}: {error}") from None
+    return dataclasses.replace(config, prompts=tuple(kept))
+
+
 def identity(config: TrainConfig, model: Model, data: str) -> dict[str, Any]:
     """What the same command would give again."""
     ours = dataclasses.asdict(config)
     for name in _FREE:
         ours.pop(name)
     return {
-        "config": json.loads(json.dumps(ours)),
+        "config": json.loads(to_json(ours)),
         "model": model.hash,
         "data": data,
     }
@@ -44,6 +85,8 @@ def identity(config: TrainConfig, model: Model, data: str) -> dict[str, Any]:
 
 def claim_directory(out: Path, ours: dict[str, Any]) -> None:
     """Make the directory that of this run, or see that it is.
+
+    A directory in which another run came to nothing is free.
 
     Args:
       out: directory.
@@ -53,13 +96,15 @@ def claim_directory(out: Path, ours: dict[str, Any]) -> None:
       InputError: if it holds anything else.
     """
     file = out / "run.json"
-    if not file.is_file():
-        if out.is_dir() and any(out.iterdir()):
-            raise InputError(
-                f"--out {out} is not empty and holds no run: give another directory"
-            )
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    names = {name for name in names if name != LOCK and not is_temporary(name)}
+    if names <= {file.name}:
         write_json(file, ours)
         return
+    if file.name not in names:
+        raise InputError(
+            f"--out {out} is not empty and holds no run: give another directory"
+        )
     theirs = read_json(file)
     check_json(theirs, _RUN, f"{file} is damaged, give another --out")
     config, rest = theirs["config"], {k: theirs[k] for k in ("model", "data")}
@@ -75,6 +120,25 @@ def claim_directory(out: Path, ours: dict[str, Any]) -> None:
             raise InputError(
                 f"--out {out} holds a run of another {name}: give another directory"
             )
+
+
+@contextlib.contextmanager
+def claimed(out: Path, ours: dict[str, Any]) -> Iterator[None]:
+    """`claim_directory`, undone if the body fails and has left nothing there.
+
+    Raises:
+      InputError: as `claim_directory`.
+    """
+    file = out / "run.json"
+    claim_directory(out, ours)
+    try:
+        yield
+    except BaseException:
+        if all(path.name[0] == "." for path in out.iterdir() if path != file):
+            file.unlink()
+            with contextlib.suppress(OSError):  # unless something hidden is there
+                out.rmdir()
+        raise
 
 
 def run_windows(
@@ -182,4 +246,4 @@ def _sampled(
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON, whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1), "utf-8")
+        temporary.write_text(to_json(content, indent=1), "utf-8")

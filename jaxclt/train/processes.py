@@ -12,6 +12,7 @@ written by process 0.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,9 +21,9 @@ from jax.experimental import multihost_utils
 
 from jaxclt.errors import InputError
 
-__all__ = ["is_first", "parse_processes", "same", "start", "to_host", "wait"]
+__all__ = ["agree", "is_first", "parse_processes", "same", "start", "to_host", "wait"]
 
-_WHERE = re.compile(r"(?P<address>[^,\s]+:\d+),(?P<n>\d+),(?P<i>\d+)")
+_WHERE = re.compile(r"(?P<address>[^,\s]+:\d{1,5}),(?P<n>\d{1,9}),(?P<i>\d{1,9})")
 
 
 def parse_processes(text: str) -> dict[str, Any]:
@@ -54,6 +55,8 @@ def start(text: str) -> None:
     if not text:
         return
     arguments = parse_processes(text)
+    # It would take SIGTERM for itself, on which this process writes a checkpoint.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**arguments)
     except (RuntimeError, ValueError) as error:
@@ -77,6 +80,13 @@ def same(tree: Any) -> Any:
     if jax.process_count() == 1:
         return tree
     return multihost_utils.broadcast_one_to_all(tree)
+
+
+def agree(ask: Callable[[], bool], met: bool) -> bool:
+    """Whether all processes are to stop here, as process 0 finds where they meet."""
+    if jax.process_count() == 1:
+        return ask()
+    return met and bool(same(np.asarray(ask())))
 
 
 def to_host(tree: Any) -> Any:

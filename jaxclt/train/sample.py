@@ -40,7 +40,7 @@ def start_token(tokenizer: Tokenizer) -> int:
     """
     known = (tokenizer.bos_id, tokenizer.eos_id, *sorted(tokenizer.special_ids))
     for token in known:
-        if token is not None:
+        if token is not None and tokenizer.has_row(token):
             return int(token)
     raise InputError("--data model needs a tokenizer with a special token to start at")
 

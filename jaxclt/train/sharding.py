@@ -7,6 +7,7 @@ The only module that names mesh axes.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, did_you_mean
 
 __all__ = [
     "batch_sharding",
@@ -46,8 +47,9 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes = {"data": 1, "feature": 1}
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
-        if name not in sizes or not size.isdecimal() or int(size) < 1:
-            raise InputError(f"--mesh {text!r}: write it like data=1,feature=8")
+        if name not in sizes or not re.fullmatch(r"0*[1-9]\d{0,8}", size):
+            hint = "" if name in sizes else did_you_mean(name, sizes)
+            raise InputError(f"--mesh {text!r}: write it like data=1,feature=8{hint}")
         sizes[name] = int(size)
     return sizes
 

@@ -118,8 +118,8 @@ def gradients(
       batch: tokens.
       values: schedule values.
       spec: what is trained.
-      accumulate: parts of the batch, one after the other; gradients and metrics are
-        their means.
+      accumulate: parts of the batch, one after the other, each of every
+        `accumulate`-th token; gradients and metrics are their means.
       remat: recompute layers in the backward pass (separable objectives).
     """
 
@@ -136,30 +136,18 @@ def gradients(
     if accumulate == 1:
         return grad(params, batch)
 
-    def part(carry: Any, batch: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, carry, grad(params, batch)), None
+    def part(tokens: dict[str, Array]) -> tuple[TrainParams, Metrics]:
+        return grad(params, dataclasses.replace(batch, **tokens))
 
-    parts = _parts(batch, accumulate)
-    first = jax.tree.map(lambda x: x[0], parts)
-    rest = jax.tree.map(lambda x: x[1:], parts)
-    total, _ = jax.lax.scan(part, grad(params, first), rest)
-    return jax.tree.map(lambda x: x / jnp.asarray(accumulate, x.dtype), total)
-
-
-def _parts(batch: Batch, n: int) -> Batch:
-    """The batch cut along its tokens, on a new leading axis."""
-
-    def cut(x_LTD: Array) -> Array:
-        L, T, D = x_LTD.shape
-        return x_LTD.reshape(L, n, T // n, D).swapaxes(0, 1)
-
-    return Batch(
-        read_LTD=cut(batch.read_LTD),
-        write_LTD=cut(batch.write_LTD),
-        dead_LF=jnp.broadcast_to(batch.dead_LF[None], (n, *batch.dead_LF.shape)),
-        tangent_LTD=None if batch.tangent_LTD is None else cut(batch.tangent_LTD),
-        response_LTD=None if batch.response_LTD is None else cut(batch.response_LTD),
+    names = ("read_LTD", "write_LTD", "tangent_LTD", "response_LTD")
+    mean = optax.microbatching.microbatch(
+        part,
+        argnums=0,
+        in_axes=1,
+        microbatch_size=batch.read_LTD.shape[1] // accumulate,
+        accumulator=optax.microbatching.AccumulationType.MEAN,
     )
+    return mean({name: getattr(batch, name) for name in names})
 
 
 def first_pass(
@@ -247,11 +235,8 @@ def two_pass(
 
 def clip_norm_squared(grad: LayerParams) -> Array:
     """Squared norm of a layer's gradient without its thresholds, float32."""
-    rest = dataclasses.replace(grad, theta_F=None)
-    return sum(
-        (jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(rest)),
-        start=jnp.float32(0),
-    )
+    rest: Any = dataclasses.replace(grad, theta_F=None)
+    return optax.tree.norm(optax.tree.cast(rest, jnp.float32), squared=True)
 
 
 def update_layer(

@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from jaxclt.errors import InputError
-from jaxclt.io.json_file import parse_json
+from jaxclt.io.lines import json_rows, text_of
 from jaxclt.io.tokenizer import Tokenizer
 from jaxclt.train.hub_text import PREFIX, stream_texts
 
 __all__ = [
     "Windows",
+    "check_context",
     "cut_windows",
     "pack_windows",
     "read_documents",
@@ -34,7 +35,7 @@ __all__ = [
 SUFFIXES = (".txt", ".md", ".rst", ".utf8", ".jsonl")
 PIECE = 20_000  # characters
 CHARACTERS = 6  # of a token, more than in most text, so that there are enough
-SHORTEST = 16  # tokens of a window worth running
+SHORTEST = 16  # tokens of a window worth running, if the context allows more
 PAD = -1
 
 
@@ -88,6 +89,24 @@ class Windows:
         return valid_WS
 
 
+def check_context(size: int, n_ctx: int) -> None:
+    """Raise InputError if windows of text cannot have so many positions.
+
+    The first is never trained on; beyond its context a model does not know where it is.
+    """
+    if size < 2:
+        raise InputError(f"--context {size}: windows need at least 2 tokens")
+    if size <= n_ctx:
+        return
+    most = f"--context {size}: the model takes at most {n_ctx}"
+    if n_ctx <= SHORTEST:
+        most += (
+            f", too short for running text: give --context {n_ctx}, or (not to train) "
+            'give a .jsonl of prompts, lines {"prompt": ...}'
+        )
+    raise InputError(most)
+
+
 def read_documents(path: str | Path, *, tokens: int = 1_000_000) -> Iterator[str]:
     """Documents of a file, of all text files of a folder, or of a dataset on the hub.
 
@@ -110,24 +129,21 @@ def read_documents(path: str | Path, *, tokens: int = 1_000_000) -> Iterator[str
     if not files:
         raise InputError(f"--data {path}: no file ends in {', '.join(SUFFIXES)}")
     for file in files:
-        text = file.read_text("utf-8", errors="replace")
-        if file.suffix != ".jsonl":
-            for document in text.split("<|endoftext|>"):
-                yield from _pieces(document.strip())
-            continue
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                yield from _pieces(_jsonl_text(file, number, line))
+        if file.suffix == ".jsonl":
+            texts = _jsonl_texts(file)
+        else:
+            text = file.read_text("utf-8-sig", errors="replace")
+            texts = text.split("<|endoftext|>")
+        for document in texts:
+            yield from _pieces(document.strip())
 
 
-def _jsonl_text(file: Path, number: int, line: str) -> str:
-    try:
-        text = parse_json(line, f"{file}:{number}")["text"]
-    except (InputError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{file}:{number}: each line must be a JSON object with `text`"
-        ) from error
-    return str(text).strip()
+def _jsonl_texts(file: Path) -> Iterator[str]:
+    for number, row in json_rows(file, "replace"):
+        place = f"{file}:{number}"
+        if not isinstance(row, dict) or "text" not in row:
+            raise InputError(f"{place}: each line must be a JSON object with `text`")
+        yield text_of(row, "text", place)
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -220,23 +236,22 @@ def pack_windows(
     Raises:
       InputError: if windows would be too small, or no document is long enough.
     """
-    opening = [tokenizer.bos_id] if tokenizer.adds_bos else []
-    if size < SHORTEST + 1:
-        raise InputError(f"--context {size}: windows need at least {SHORTEST + 1}")
+    check_context(size, size)
+    # A model of a short context reads short texts.
+    shortest = SHORTEST if size > SHORTEST else 2
     rows, count = [], 0
-    body = size - len(opening)
+    body = size - len(tokenizer.opening)
     for start in range(0, len(documents), 64):
-        batch = documents[start : start + 64]
-        encoded = tokenizer.backend(batch, add_special_tokens=False)["input_ids"]
-        for ids in encoded:
-            for i in range(0, len(ids), body):
-                part = opening + ids[i : i + body]
-                if len(part) >= SHORTEST:
+        for ids in tokenizer.encode_many(documents[start : start + 64]):
+            text = tokenizer.opened(ids)[len(tokenizer.opening) :]
+            for i in range(0, len(text), body):
+                part = tokenizer.opening + text[i : i + body]
+                if len(part) >= shortest:
                     rows.append(part + [PAD] * (size - len(part)))
                     count += len(part) - 1
         on_tokens(min(count, n_tokens), n_tokens)
         if count >= n_tokens:
             break
     if not rows:
-        raise InputError(f"the data has no document of {SHORTEST} tokens")
+        raise InputError(f"the data has no document of {shortest} tokens")
     return np.asarray(rows, np.int32)

@@ -18,7 +18,7 @@ checkpoint, on one device with the same bits:
 from __future__ import annotations
 
 import dataclasses
-import json
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -35,7 +35,9 @@ from jaxclt.io.atomic import atomic_path
 from jaxclt.io.json_file import parse_object
 from jaxclt.io.model import Model
 from jaxclt.io.npz import Must, Npz, open_npz
-from jaxclt.train import card, checkpoint, processes, sharding
+from jaxclt.json_text import to_json
+from jaxclt.pace import logged
+from jaxclt.train import card, checkpoint, dryrun, processes, sharding
 from jaxclt.train.chunks import Chunks, Position
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.harvest import mlp_response
@@ -45,7 +47,8 @@ from jaxclt.train.objectives import Batch, load_objective
 from jaxclt.train.outcome import Outcome
 from jaxclt.train.params import Spec, init
 from jaxclt.train.prepare import (
-    claim_directory,
+    claimed,
+    fitted,
     identity,
     run_windows,
     write_json,
@@ -108,7 +111,7 @@ def train(
       mesh: ``data=1,feature=8``; all on one device if empty.
       store: folder that keeps harvested chunks, for several runs on the same data.
       wandb: project that metrics are sent to as well, if not empty.
-      listener: progress.
+      listener: progress; to the log if not given.
       stop_at: pause after this step with a checkpoint, as if interrupted there.
 
     Returns:
@@ -118,13 +121,14 @@ def train(
       InputError: for what cannot be trained, or when `out` holds another run.
       DivergedError: if the loss is not finite; names the last good checkpoint.
     """
-    listener = listener or Listener()
+    listener = listener or _logging(config.n_steps)
     if wandb:
         require(wandb)
     given = data if isinstance(data, Windows) else None
     name = f"windows {given.digest}" if given is not None else str(data)
     if given is None and not name.startswith(PREFIX) and name != "model":
         name = str(Path(name))
+    config = fitted(config, model, given)
     run = _Run(model, name, given, Path(out), config, mesh, store, listener)
     if wandb and processes.is_first():
         run.tracker = Tracker(wandb, run.out, run.identity()["config"])
@@ -133,6 +137,16 @@ def train(
     finally:
         if run.tracker is not None:
             run.tracker.close()
+
+
+def _logging(n_steps: int) -> Listener:
+    """One that writes to the log."""
+    told = logged()
+    return Listener(
+        stage=told,
+        step=lambda record: told("steps", record["step"], n_steps),
+        line=logging.getLogger("jaxclt").info,
+    )
 
 
 class _Run:
@@ -164,12 +178,13 @@ class _Run:
             raise InputError(
                 f"--processes needs a --mesh of all {jax.device_count()} devices"
             )
+        dryrun.check_memory(config, model.cfg, sizes)
         rate = learning_rate(config.lr, config.n_steps, warmup=config.warmup)
         self.tx = optimiser(rate)
         self.step_fn = make_step(self.objective, self.spec, self.tx, self.recipe)
         if processes.is_first():
-            claim_directory(out, self.identity())
-            self._windows()
+            with claimed(out, self.identity()):
+                self._windows()
         processes.wait("windows")
         self.windows = self._windows()
         self.chunks = Chunks(
@@ -257,13 +272,16 @@ class _Run:
         return step, state, Position(**position)
 
     def _cut_log(self, step: int) -> None:
-        """Drop what was logged after the state that the run goes on from."""
+        """Drop what was logged after the state that the run goes on from.
+
+        The last evaluation comes after the last checkpoint, and is made again.
+        """
         if not processes.is_first():
             return
         file = self.out / "metrics.jsonl"
         text = file.read_text("utf-8", "replace") if file.is_file() else ""
-        lines = text.splitlines()
-        kept = [line for line in lines if _step_of(line) <= step]
+        lines, n_steps = text.splitlines(), self.config.n_steps
+        kept = [line for line in lines if _step_of(line, n_steps) <= step]
         with atomic_path(file) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
 
@@ -285,10 +303,11 @@ class _Run:
                 with _spent(self.clock, "step"):
                     state, metrics = self.step_fn(state, batch)
                     step += 1
-                    last_step = step if stopped() else last_step
-                    if step % config.log_every == 0 or step == last_step:
+                    due = step % config.log_every == 0
+                    last_step = step if processes.agree(stopped, due) else last_step
+                    if due or step == last_step:
                         jax.block_until_ready(metrics)
-                if step % config.log_every == 0 or step == last_step:
+                if due or step == last_step:
                     now = self.clock.data + self.clock.step
                     rate = (step - logged) * config.batch_tokens / max(now - busy, 1e-9)
                     logged, busy = step, now
@@ -307,6 +326,7 @@ class _Run:
                             step,
                             state,
                             dataclasses.asdict(at),
+                            regular=self._regular,
                         )
         if step < n_steps:
             return record
@@ -318,7 +338,13 @@ class _Run:
         if config.kl_steps:
             final["finetuned"] = self.outcome.finetune(params, self.say.stage)
         self.chunks.close()
+        checkpoint.tidy_checkpoints(self.out / "checkpoints", self._regular)
         return self._write_card(final, seconds, step - first)
+
+    def _regular(self, step: int) -> bool:
+        """Whether a run that nothing stops has a checkpoint of this step."""
+        n_steps = self.config.n_steps
+        return step % self.config.checkpoint_every == 0 or step == n_steps
 
     def _batch(self, state: TrainState, at: Position) -> tuple[Batch, Position]:
         read, write, at = self.chunks.batch(at, self.config.batch_tokens)
@@ -368,7 +394,9 @@ class _Run:
             "eta_s": (self.config.n_steps - step) * self.config.batch_tokens / rate,
         }
         if processes.is_first():
-            self._append(record)
+            # Where a run was stopped is not told: it would have no line there.
+            if step % self.config.log_every == 0 or step == self.config.n_steps:
+                self._append(record)
             self.say.step(record)
         return record
 
@@ -386,7 +414,7 @@ class _Run:
 
     def _append(self, record: dict[str, Any]) -> None:
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+            stream.write(to_json(record) + "\n")
         if self.tracker is not None:
             self.tracker.log(record)
 
@@ -443,10 +471,13 @@ class _spent:  # noqa: N801
         setattr(self.clock, self.name, getattr(self.clock, self.name) + spent)
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of the log; a torn last line counts as too late."""
+def _step_of(line: str, n_steps: int) -> float:
+    """The step that a line of the log was written in; a torn one counts as too late."""
     try:
-        step = parse_object(line, "a line").get("step")
+        found = parse_object(line, "a line")
     except InputError:
         return math.inf
-    return step if isinstance(step, int) else math.inf
+    step = found.get("step")
+    if not isinstance(step, int):
+        return math.inf
+    return step + (found.get("kind") == "eval" and step == n_steps)

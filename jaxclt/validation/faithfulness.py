@@ -64,12 +64,13 @@ class Agreement:
     cosine_L: Array
     nmse_L: Array
     ratio_L: Array  # |delta| / |delta'|
+    finite: Array  # bool, of both responses: a perturbation may diverge
 
 
 def compare(local_LTD: Array, real_LTD: Array) -> Agreement:
     """Cosine, normalised squared error and size ratio of two responses, by layer.
 
-    ``nmse = 1 + ratio^2 - 2 ratio cosine`` (T-F3).
+    ``nmse = 1 + ratio^2 - 2 ratio cosine`` (maths 16.7).
     """
     inner_L = (local_LTD * real_LTD).sum((1, 2))
     local_L, real_L = ((x * x).sum((1, 2)) for x in (local_LTD, real_LTD))
@@ -78,6 +79,7 @@ def compare(local_LTD: Array, real_LTD: Array) -> Agreement:
         cosine_L=inner_L / jnp.sqrt(local_L * real_L),
         nmse_L=error_L / real_L,
         ratio_L=jnp.sqrt(local_L / real_L),
+        finite=jnp.isfinite(local_L + real_L).all(),
     )
 
 
@@ -137,9 +139,11 @@ def agreement(
         jnp.where(behind_T[None, :, None], real_LTD, zero),
     )
     before_L = index_L < nudge.layer
-    return jax.tree.map(
-        lambda x: jnp.where(before_L, jnp.full((), jnp.nan, x.dtype), x), found
+    cosine_L, nmse_L, ratio_L = (
+        jnp.where(before_L, jnp.full((), jnp.nan, x_L.dtype), x_L)
+        for x_L in (found.cosine_L, found.nmse_L, found.ratio_L)
     )
+    return Agreement(cosine_L, nmse_L, ratio_L, found.finite)
 
 
 @partial(jax.jit, static_argnames=("norms", "gates"))

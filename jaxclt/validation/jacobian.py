@@ -5,7 +5,7 @@ With v ~ N(0, 1) added to the stream that the MLP reads,
     nmse = E |J_dict v - J_mlp v|^2 / E |J_mlp v|^2
 
 estimates the squared Frobenius distance of the two Jacobians as a share of the MLP's
-own (spec 6.3; 1 is what a dictionary without any response gets). Of a cross-layer
+own (maths 16.9; 1 is what a dictionary without any response gets). Of a cross-layer
 transcoder, the decoders into the same layer only: the others read other layers. The
 reconstruction can be good and this bad, for it asks about directions, not values.
 """
@@ -61,10 +61,8 @@ def jacobian_agreement(
 
         def replaced(mid_TD: Array) -> Array:
             read_TD = read(model, mid_TD, scale(mid_TD), p)
-            a_TU = encode(model, table, read_TD, p, gates=gates)
-            W_dec_UMD = table.W_dec_LUMD
-            same_UD = layers.neuron_rows(p) if W_dec_UMD is None else W_dec_UMD[:, 0]
-            out_TD = a_TU @ same_UD
+            a_TU = encode(model, table, read_TD, p, post_T, gates=gates)
+            out_TD = model.coder.write(p, table.dec, a_TU)[0]
             return out_TD if skip_DD is None else out_TD + read_TD @ skip_DD
 
         def real(mid_TD: Array) -> Array:
@@ -79,7 +77,9 @@ def jacobian_agreement(
         found = compare(
             *(response(f).reshape(1, n_probes, -1) for f in (replaced, real))
         )
-        return jax.tree.map(lambda value_1: value_1[0], found)
+        return Agreement(
+            found.cosine_L[0], found.nmse_L[0], found.ratio_L[0], found.finite
+        )
 
     xs = (
         model.params.blocks, tables, model.skip_LDD, rec.mid_LTD,

@@ -50,7 +50,7 @@ def draw_patch(
 ) -> None:
     """Target probability against the factor, and against the end layer if swept."""
     figure, axes = _figure(1 if sweep is None else 2)
-    probability = np.asarray(curve["probability"])
+    probability = np.asarray(curve["probability"], float)  # nan where it diverged
     for k, target in enumerate(result.targets[:most]):
         axes[0].plot(
             curve["scale"], probability[:, k], marker=".", label=_plain(target["token"])
@@ -60,7 +60,7 @@ def draw_patch(
     axes[0].set_ylabel("probability")
     axes[0].set_title(f"{result.mode}, layers {result.layers[0]}-{result.layers[1]}")
     if sweep is not None:
-        ends = np.asarray(sweep["probability"])
+        ends = np.asarray(sweep["probability"], float)
         for k in range(min(most, ends.shape[1])):
             axes[1].plot(sweep["last_layers"], ends[:, k], marker=".")
             axes[1].axhline(result.targets[k]["p_before"], color="grey", linewidth=0.5)

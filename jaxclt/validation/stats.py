@@ -1,83 +1,114 @@
-"""Correlations, shares and means with their intervals, in numpy.
+"""Correlations, shares and means with their intervals.
 
-The bootstrap of a correlation draws whole features, not pairs: what one feature does to
-several targets is not independent.
+Intervals are percentiles over draws of whole units (features, clusters), not of pairs:
+what one feature does to several targets is not independent. A draw in which a measure
+is undefined is left out; scipy's own bootstrap has no interval then.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
-from scipy.special import ndtri
 
 __all__ = [
     "bootstrap",
     "mean_interval",
     "pearson",
-    "ranks",
     "ratio_interval",
+    "resampled",
     "spearman",
     "wilson",
 ]
 
-_DRAWN = 1 << 22  # random numbers that are held at a time
+_DRAWN = 1 << 22  # numbers that are drawn at a time
 
 
-def ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks from 0, ties sharing their mean."""
-    _, place, count = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return (last - (count + 1) / 2)[place]
+def pearson(x: np.ndarray, y: np.ndarray, axis: int | None = None) -> Any:
+    """Linear correlation; nan if a side does not vary or there are under 3 pairs.
 
+    Args:
+      x: any shape.
+      y: as `x`.
+      axis: of the pairs; None takes all of them and gives one number.
+    """
+    from scipy import stats
 
-def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Linear correlation; nan if a side does not vary or there are under 3 pairs."""
-    x, y = np.asarray(x, np.float64).ravel(), np.asarray(y, np.float64).ravel()
-    if len(x) < 3:
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if x.size < 3:
         return float("nan")
-    x, y = x - x.mean(), y - y.mean()
-    size = np.sqrt((x @ x) * (y @ y))
-    return float((x @ y) / size) if size > 0 else float("nan")
+    if axis is None:
+        x, y, axis = x.ravel(), y.ravel(), 0
+    with warnings.catch_warnings():  # nan says it
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        return stats.pearsonr(x, y, axis=axis)[0]
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Rank correlation, ties sharing their mean rank."""
-    return pearson(ranks(np.ravel(x)), ranks(np.ravel(y)))
+def spearman(x: np.ndarray, y: np.ndarray, axis: int | None = None) -> Any:
+    """Rank correlation, ties sharing their mean rank; see `pearson`."""
+    from scipy.stats import rankdata
+
+    return pearson(rankdata(x, axis=axis), rankdata(y, axis=axis), axis)
+
+
+def resampled(
+    measure: Callable[[np.ndarray], np.ndarray],
+    n_units: int,
+    key: jax.Array,
+    *,
+    n: int,
+    level: float = 0.95,
+    width: int = 1,
+) -> tuple[float, float]:
+    """Percentile interval of a measure of independent units that are drawn again.
+
+    Args:
+      measure: values of draws of units, [draws, units]; nan ones are left out.
+      n_units: units there are, and of a draw.
+      key: PRNG key.
+      n: draws.
+      level: of the interval.
+      width: numbers that `measure` holds of a unit; bounds its memory.
+
+    Returns:
+      Lower and upper end; nan if no draw has a value.
+    """
+    shape = (min(n, max(1, _DRAWN // (n_units * width))), n_units)
+    keys = (jax.random.fold_in(key, i) for i in range(-(-n // shape[0])))
+    draws = (np.asarray(jax.random.randint(k, shape, 0, n_units)) for k in keys)
+    value_N = np.concatenate([measure(draw_NC) for draw_NC in draws])[:n]
+    if np.isnan(value_N).all():
+        return float("nan"), float("nan")
+    tail = (1 - level) / 2
+    low, high = np.nanquantile(value_N, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def bootstrap(
-    measure: Callable[[np.ndarray, np.ndarray], float],
+    measure: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
     x: np.ndarray,
     y: np.ndarray,
     key: jax.Array,
-    *,
-    n: int = 500,
-    level: float = 0.95,
 ) -> tuple[float, float]:
-    """Percentile interval of a correlation, resampling the first axis.
+    """The 95% interval of a correlation over 500 draws of the first axis.
 
     Args:
-      measure: of two arrays of one shape.
+      measure: `pearson` or `spearman`.
       x: first axis independent units.
       y: as `x`.
       key: PRNG key.
-      n: resamples.
-      level: of the interval.
     """
-    if len(x) < 3:
+    if min(len(x), x.size) < 3:
         return float("nan"), float("nan")
-    draw = np.asarray(jax.random.randint(key, (n, len(x)), 0, len(x)))
-    with np.errstate(invalid="ignore"):
-        found = np.array([measure(x[i], y[i]) for i in draw])
-    tail = (1 - level) / 2
-    low, high = (
-        np.nanquantile(found, [tail, 1 - tail])
-        if np.isfinite(found).any()
-        else (np.nan, np.nan)
-    )
-    return float(low), float(high)
+
+    def along(draw_NC: np.ndarray) -> np.ndarray:
+        N = len(draw_NC)
+        return measure(x[draw_NC].reshape(N, -1), y[draw_NC].reshape(N, -1), 1)
+
+    return resampled(along, len(x), key, n=500, width=x.size // len(x))
 
 
 def wilson(hits: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -86,15 +117,12 @@ def wilson(hits: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
     The shares p with ``(hits/n - p)² <= z² p (1 - p) / n``: unlike the normal interval
     it stays within 0..1 and has a width at 0 and at n hits.
     """
+    from scipy.stats import binomtest
+
     if n < 1:
         return float("nan"), float("nan")
-    z2 = float(ndtri((1 + level) / 2)) ** 2
-    middle = (hits + z2 / 2) / (n + z2)
-    half = np.sqrt(z2 * (hits * (n - hits) / n + z2 / 4)) / (n + z2)
-    # The ends are exact where rounding would leave them short.
-    low = float(middle - half) if hits > 0 else 0.0
-    high = float(middle + half) if hits < n else 1.0
-    return low, high
+    found = binomtest(hits, n).proportion_ci(level, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def mean_interval(
@@ -137,21 +165,13 @@ def ratio_interval(
       level: of the interval.
 
     Returns:
-      Lower and upper end; nan if there are fewer than 2 units.
+      Lower and upper end; nan if there are fewer than 2 units or one is nan.
     """
-    C = len(top_C)
-    if C < 2:
+    if len(top_C) < 2 or np.isnan(top_C + bottom_C).any():
         return float("nan"), float("nan")
-    rows = min(n, max(1, _DRAWN // C))
-    found: list[np.ndarray] = []
-    for i in range(-(-n // rows)):
-        part = jax.random.fold_in(key, i)
-        draw_NC = np.asarray(jax.random.randint(part, (rows, C), 0, C))
+
+    def ratio(draw_NC: np.ndarray) -> np.ndarray:
         bottom_N = bottom_C[draw_NC].sum(1)
-        found.append((top_C[draw_NC].sum(1))[bottom_N != 0] / bottom_N[bottom_N != 0])
-    ratio_N = np.concatenate(found)[:n]
-    if not len(ratio_N):
-        return float("nan"), float("nan")
-    tail = (1 - level) / 2
-    low, high = np.quantile(ratio_N, [tail, 1 - tail])
-    return float(low), float(high)
+        return top_C[draw_NC].sum(1) / np.where(bottom_N != 0, bottom_N, np.nan)
+
+    return resampled(ratio, len(top_C), key, n=n, level=level)

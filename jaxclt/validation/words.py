@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxclt.errors import on_one_line
 from jaxclt.graph.nodes import quoted
 
 __all__ = ["left_out", "markdown", "verdict"]
@@ -92,6 +93,11 @@ def verdict(report: dict[str, Any]) -> str:
         "A perturbation keeps its direction one layer on with cosine "
         f"{_show(near)} (the paper reports about 0.8)."
     )
+    if lost := report["diverged"]:
+        parts.append(
+            f"{lost} of {report['patches']} patches diverged (their numbers left the "
+            "range that can be held); they are counted here and ranked nowhere."
+        )
     return " ".join(parts)
 
 
@@ -199,7 +205,7 @@ def left_out(report: dict[str, Any]) -> list[str]:
     """A line for each supernode some of whose members were not ablated."""
     return [
         f"Supernode {quoted(name)}, not ablated, as no feature of this graph: "
-        f"{quoted(', '.join(members))[1:-1]}"
+        f"{on_one_line(', '.join(members))}"
         for name, members in report["supernodes"]["left_out"].items()
     ]
 

@@ -6,11 +6,10 @@ end its block, put in place as text only, and a content security policy forbids 
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from typing import Any
 
-from jaxclt.viewer.graph_json import finite
+from jaxclt.json_text import finite, to_json
 
 __all__ = ["globals_page"]
 
@@ -27,7 +26,7 @@ def globals_page(doc: dict[str, Any]) -> str:
         tokens out]] with [[token, weight]] each, ``links`` [[source slot, target slot,
         virtual, era, twera, coactivation]], strongest first.
     """
-    data = json.dumps(finite(doc), allow_nan=False, separators=(",", ":"))
+    data = to_json(finite(doc), separators=(",", ":"))
     template = resources.files("jaxclt.viewer").joinpath("static/globals.html")
     # Split, not replaced: the data may itself contain the marker.
     head, _, tail = template.read_text(encoding="utf-8").partition(_MARKER)

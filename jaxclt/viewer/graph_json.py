@@ -30,9 +30,11 @@ import orjson
 
 from jaxclt.errors import InputError, shown
 from jaxclt.graph.graph import Graph
+from jaxclt.graph.scores import edge_influence
 from jaxclt.io.json_file import TEXT, Schema, check_json, json_schema
+from jaxclt.json_text import finite, well_formed
 
-__all__ = ["finite", "graph_json", "validate"]
+__all__ = ["graph_json", "validate"]
 
 _WRONG = "not a graph document"
 _NUMBERS = {int, float}
@@ -47,9 +49,9 @@ def graph_json(
     """State the kept nodes and links of ``graph`` in the shared schema.
 
     Features and errors without a kept link are dropped; embeddings and logits always
-    stay. Links come strongest first, by their share of the target's inputs times the
-    target's influence. Strings are well-formed and numbers finite: ``json.dumps(doc,
-    allow_nan=False)`` and any encoding work.
+    stay. Links come strongest first, by the influence that passes them (see
+    `jaxclt.graph.scores.edge_influence`). Strings are well-formed and numbers finite:
+    ``json.dumps(doc, allow_nan=False)`` and any encoding work.
 
     Args:
         graph: what to show; ``graph.pruning`` says which part.
@@ -67,7 +69,7 @@ def graph_json(
         influence_N=graph.influence_N,
         readout_R=graph.readout_R[graph.target_rows],
     )
-    strongest = np.argsort(-_strength(graph, row_R, weight_R), kind="stable")
+    strongest = np.argsort(-edge_influence(graph, row_R, weight_R), kind="stable")
     row_R, col_R, weight_R = row_R[strongest], col_R[strongest], weight_R[strongest]
     # Nodes are numbered as columns, then logits: a row of a feature is its column.
     n_cols, n_features = len(graph.influence_N), graph.n_features
@@ -98,12 +100,13 @@ def graph_json(
         "links": links,
         "jaxclt": finite(
             {
-                "model": _text(graph.meta.model),
-                "dictionary": _text(graph.meta.dictionary),
+                "model": well_formed(graph.meta.model),
+                "dictionary": well_formed(graph.meta.dictionary),
                 "convention": graph.meta.convention,
                 "version": graph.meta.version,
                 "hashes": dict(graph.meta.hashes),
                 "scores": scores,
+                **({"messages": graph.meta.messages} if graph.meta.messages else {}),
             }
         ),
     }
@@ -181,19 +184,6 @@ def validate(doc: Any, *, foreign: bool = False) -> None:
             _check_link(i, link, ids)
 
 
-def finite(value: Any) -> Any:
-    """Copy a JSON value with numpy scalars made plain and NaN or infinity made null."""
-    if isinstance(value, dict):
-        return {_text(str(k)): finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return finite(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return _text(value) if isinstance(value, str) else value
-
-
 def _all_good(links: list[Any], ids: set[str]) -> bool:
     """Whether all links pass `_check_link`, a key at a time: there may be millions."""
     try:
@@ -261,9 +251,9 @@ def _metadata(graph: Graph, slug: str) -> dict[str, Any]:
     return {
         "slug": _name(slug),
         "scan": _name(meta.model),
-        "prompt_tokens": [_text(token) for token in meta.tokens],
-        "prompt": _text(meta.prompt),
-        "transcoder_list": [_text(meta.dictionary)],
+        "prompt_tokens": [well_formed(token) for token in meta.tokens],
+        "prompt": well_formed(meta.prompt),
+        "transcoder_list": [well_formed(meta.dictionary)],
         "node_threshold": float(pruning.node_threshold),
         "schema_version": 1,
         "info": {"generator": {"name": "jaxclt", "version": meta.version}},
@@ -295,7 +285,7 @@ def _nodes(graph: Graph, shown: np.ndarray) -> dict[int, dict[str, Any]]:
                 influence=influence,
                 activation=float(str(np.float32(graph.value_A[i]))),
                 abs_input=abs_input_R[i],
-                clerp=_text(graph.meta.label(layer, feature)),
+                clerp=well_formed(graph.meta.label(layer, feature)),
             )
         elif i < graph.error_cols.stop:
             layer, pos = divmod(i - graph.error_cols.start, T)
@@ -339,7 +329,11 @@ def _logit(graph: Graph, k: int, abs_input: float | None) -> dict[str, Any]:
             "readout": float(f"{graph.readout_R[graph.n_features + k]:.7g}"),
         }
     # Readers cut the token at the first two quotes and the rest at "(p=".
-    token = _text(graph.meta.target_tokens[k]).replace('"', "”").replace("(p=", "( p=")
+    token = (
+        well_formed(graph.meta.target_tokens[k])
+        .replace('"', "”")
+        .replace("(p=", "( p=")
+    )
     return _node(
         node_id=f"{layer}_{vocab}_{pos}",
         jsNodeId=f"L_{vocab}-{pos}",
@@ -367,16 +361,6 @@ def _node(**fields: Any) -> dict[str, Any]:
         "activation": None,
         **fields,
     }
-
-
-def _strength(graph: Graph, row_R: np.ndarray, weight_R: np.ndarray) -> np.ndarray:
-    """Score of every link: share of its target's inputs x the target's influence."""
-    visit_R = np.concatenate(
-        [graph.influence_N[graph.feature_cols], graph.target_prob_K]
-    )
-    total_R = graph.row_strength
-    scale_R = visit_R / np.where(total_R > 0, total_R, 1)
-    return np.abs(weight_R) * scale_R[row_R]
 
 
 def _cumulative_influence(influence_N: np.ndarray) -> np.ndarray:
@@ -407,8 +391,3 @@ def _cantor(layer: int, feature: int) -> int:
 
 def _name(text: str) -> str:
     return re.sub(r"[^a-zA-Z0-9_.-]+", "-", text).strip("-") or "graph"
-
-
-def _text(text: str) -> str:
-    """Join surrogate pairs and replace lone ones, which no UTF-8 file can hold."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

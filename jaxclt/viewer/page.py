@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 
 from jaxclt.errors import InputError
-from jaxclt.viewer.graph_json import finite
+from jaxclt.json_text import finite
 
 __all__ = ["MAX_LINKS", "page"]
 
@@ -52,9 +52,9 @@ def page(
         validation: the content of ``validation.json``, shown beside them.
         patches: what patches did, as `jaxclt.patch_log.patch_record` says it.
         other: a second graph document to compare with.
-        serve: what `jaxclt.cli_serve` tells its own pages: the graph's ``path``, the
-            list of all ``graphs`` and whether the server can ``patch`` this one. Only
-            with it may the page talk to its server.
+        serve: what `jaxclt.serve` tells its own pages: the graph's ``path``, the
+            ``version`` of its file and whether the server can ``patch`` it. Only with
+            it may the page talk to its server.
 
     Raises:
         InputError: ``doc`` holds a number or an object that JSON has no word for.

@@ -84,7 +84,7 @@ def test_competing_features(activation: str, want: list) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_active_features_are_the_nonzero_activations(name: str) -> None:
-    """Every read site and activation, against numpy; T-N2's nnz(a)."""
+    """Every read site and activation, against numpy; maths 5.1, nnz(a)."""
     t, active = case(name), case_active(name)
     pre, a = dense(t)
     layer, pos, feature = np.nonzero(a)
@@ -131,7 +131,7 @@ def test_decode_needs_the_read_only_for_a_skip() -> None:
 
 
 def test_plt_is_a_clt_with_only_diagonal_decoders() -> None:
-    """T-CLT2: same activations, same decoding, same graph."""
+    """Maths 2.1: same activations, same decoding, same graph."""
     t = case("plt")
     L = t.cfg.n_layers
     padded = dataclasses.replace(
@@ -164,7 +164,7 @@ def test_plt_is_a_clt_with_only_diagonal_decoders() -> None:
 
 
 def test_source_and_target_major_are_inverse() -> None:
-    """T-CLT3: a transposition, not a reshape."""
+    """Maths 2.5: a transposition, not a reshape."""
     t = case("clt")
     W_dec = tuple(np.asarray(W) for W in t.clt.W_dec)
     by_target = to_target_major(W_dec)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from cases import MODELS, case, close
 
+from jaxclt.clt.active import active_features
 from jaxclt.clt.neurons import NeuronDictionary, parse_neurons
 from jaxclt.errors import InputError
 from jaxclt.replacement.errors import error_nodes
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", MODELS)
 def test_all_neurons_leave_no_error(name: str) -> None:
     t = case(name)
-    active = NeuronDictionary().active(t.params, t.recording, t.cfg)
+    active = active_features(NeuronDictionary(), t.params, t.recording, t.cfg)
     assert len(active.layer_A) == t.cfg.n_layers * len(t.token_T) * t.cfg.d_mlp
     size = np.abs(np.asarray(t.recording.write_LTD)).max()
     assert np.abs(error_nodes(active, t.recording)).max() < 1e-14 * size
@@ -26,7 +27,7 @@ def test_all_neurons_leave_no_error(name: str) -> None:
 def test_a_neuron_is_linear_in_the_stream(k: int | None) -> None:
     """Its row with the gate frozen gives its activation, of either sign."""
     t = case("clt")
-    active = NeuronDictionary(k).active(t.params, t.recording, t.cfg)
+    active = active_features(NeuronDictionary(k), t.params, t.recording, t.cfg)
     mid_AD = np.asarray(t.recording.mid_LTD)[active.layer_A, active.pos_A]
     close((active.reads() * mid_AD).sum(1) + active.read_bias_A, active.value_A, 1e-13)
     assert (active.value_A < 0).any()
@@ -34,8 +35,8 @@ def test_a_neuron_is_linear_in_the_stream(k: int | None) -> None:
 
 def test_k_neurons_are_the_strongest() -> None:
     t = case("clt")
-    every = NeuronDictionary().active(t.params, t.recording, t.cfg)
-    few = NeuronDictionary(5).active(t.params, t.recording, t.cfg)
+    every = active_features(NeuronDictionary(), t.params, t.recording, t.cfg)
+    few = active_features(NeuronDictionary(5), t.params, t.recording, t.cfg)
     shape = (t.cfg.n_layers, len(t.token_T), t.cfg.d_mlp)
     value = every.value_A.reshape(shape)
     norm_LI = np.linalg.norm(np.asarray(t.params.blocks.down_LID), axis=-1)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxclt.clt.encoder import Encoder, encoder_of
+from jaxclt.clt.coder import Loaded, load
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.dashboards import stream
 from jaxclt.dashboards.examples import Examples, Excerpts
@@ -46,11 +46,11 @@ KINDS = {
 
 
 @cache
-def case(kind: str) -> tuple[Tiny, Encoder]:
+def case(kind: str) -> tuple[Tiny, Loaded]:
     made = KINDS[kind]
     neurons = isinstance(made, NeuronDictionary)
     t = tiny(n_layers=3, dtype=jnp.float64, **({} if neurons else made))
-    return t, encoder_of(made if neurons else t.dictionary, t.params, t.cfg)
+    return t, load(made if neurons else t.dictionary, t.params, t.cfg)
 
 
 @cache
@@ -77,7 +77,7 @@ def dense(kind: str) -> np.ndarray:
         layers = []
         for layer in range(t.cfg.n_layers):
             p = jax.tree.map(lambda x: x[layer], t.params.blocks)  # noqa: B023
-            x = jax.tree.map(lambda x: x[layer], encoder.per_layer)  # noqa: B023
+            x = jax.tree.map(lambda x: x[layer], encoder.weights)  # noqa: B023
             scale_S = seen.frozen.mlp_scale_LT[layer]
             layers.append(encoder.layer(p, x, seen.mid_LTD[layer], scale_S))
         return jnp.stack(layers)
@@ -98,6 +98,10 @@ def same(a: Any, b: Any, compare: Callable[..., None]) -> None:
         x, y = getattr(a, field.name), getattr(b, field.name)
         if dataclasses.is_dataclass(x):
             same(x, y, compare)
+        elif field.name == "sides":
+            assert len(x) == len(y)
+            for one, other in zip(x, y, strict=True):
+                same(one, other, compare)
         else:
             compare(x, y, err_msg=field.name)
 
@@ -111,8 +115,11 @@ def close(x: Any, y: Any, err_msg: str) -> None:
     np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12, err_msg=err_msg)
 
 
-def check_excerpts(found: Excerpts, a_UWS: np.ndarray) -> None:
-    """Whatever the choice of windows: each is shown as it is."""
+def check_excerpts(
+    found: Excerpts, a_UWS: np.ndarray, peak_UWS: np.ndarray | None = None
+) -> None:
+    """Whatever the choice of windows: each is shown as it is, about its peak."""
+    peak_UWS = a_UWS if peak_UWS is None else peak_UWS
     length_W = (text().token_WS >= 0).sum(1)
     for u in range(len(a_UWS)):
         windows = found.window_UE[u][found.window_UE[u] >= 0]
@@ -124,7 +131,7 @@ def check_excerpts(found: Excerpts, a_UWS: np.ndarray) -> None:
                 continue
             a_S = a_UWS[u, window]
             pos, start = int(found.pos_UE[u, e]), int(found.start_UE[u, e])
-            assert pos == np.abs(a_S).argmax()
+            assert pos == np.abs(peak_UWS[u, window]).argmax()
             assert start == np.clip(pos - C * 3 // 4, 0, max(length_W[window] - C, 0))
             close(found.value_UE[u, e], a_S[pos], "value")
             padded = np.pad(a_S, (0, C))[start : start + C]
@@ -159,6 +166,23 @@ def test_everything_is_as_dense_activations_say(kind: str) -> None:
         assert (peak_W[drawn] > 0).all()
     check_excerpts(found.top, a_UWS)
     check_excerpts(found.drawn, a_UWS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_sides_of_zero_have_their_best_windows(kind: str) -> None:
+    """Each as if the other side were not; these top-k features have one in fact."""
+    found, a_UWS = gathered(kind), dense(kind)
+    signed = stream.is_signed(case(kind)[1])
+    assert len(found.sides) == 2 * signed
+    for sign, side in zip((1, -1), found.sides, strict=False):
+        one_UWS = np.where(a_UWS * sign > 0, a_UWS, 0)
+        for u, peak_W in enumerate(np.abs(one_UWS).max(2)):
+            order = np.argsort(-peak_W, kind="stable")[:4]
+            shown = side.window_UE[u][side.window_UE[u] >= 0]
+            np.testing.assert_array_equal(shown, order[peak_W[order] > 0])
+        assert (side.window_UE >= 0).any() or (kind, sign) == ("topk", -1)
+        assert (side.value_UE * sign >= 0).all()
+        check_excerpts(side, a_UWS, one_UWS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -219,6 +243,8 @@ def test_a_subset_shows_what_all_features_show(kind: str) -> None:
         if dataclasses.is_dataclass(x):
             values = {f.name: getattr(x, f.name)[of] for f in dataclasses.fields(x)}
             return Excerpts(**values)
+        if isinstance(x, tuple):
+            return tuple(map(part, x))
         return x[of] if isinstance(x, np.ndarray) else x
 
     wanted = {
@@ -344,9 +370,11 @@ def test_memory_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         histogram_every=1,
         itemsize=8,
     )
-    seen = stream._nothing(sizes, np.dtype("f8"), signed=False)
-    held = sum(array.nbytes for array in seen.arrays().values())
-    assert sizes.state_bytes == held
+    for sides in (2, 1):
+        sizes = dataclasses.replace(sizes, sides=sides)
+        seen = stream._nothing(sizes, np.dtype("f8"))
+        held = sum(array.nbytes for array in seen.arrays().values())
+        assert sizes.state_bytes == held
     monkeypatch.setattr(stream, "host_available_bytes", lambda: 10_000)
     with pytest.raises(InputError, match="lower --drawn, --top or --excerpt"):
         gather_examples(t.params, encoder, text(), **NUMBERS)

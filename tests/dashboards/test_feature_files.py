@@ -16,7 +16,7 @@ import pytest
 
 import jaxclt
 from jaxclt import cli, feature_dashboards, pages
-from jaxclt.clt.encoder import encoder_of
+from jaxclt.clt.coder import Bound, load
 from jaxclt.dashboards import documents, files
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.files import FeatureFiles
@@ -127,12 +127,45 @@ def test_records_hold_what_examples_do(tmp_path: Path, data: Path) -> None:
     assert found.record(0, 10**6) is None
 
 
+def test_records_of_neurons_show_both_sides(tmp_path: Path, data: Path) -> None:
+    """The larger side first; a feature on one side has one list, as any other."""
+    places = [(0, 0), (0, 3), (1, 1), (1, 5), (2, 2)]
+    _, examples = make(
+        tmp_path, data, dictionary=dictionary("neurons:9"), features=places
+    )
+    found, both = FeatureFiles(tmp_path), 0
+    for u, place in enumerate(places):
+        doc = found.record(*place)
+        assert doc is not None
+        tops = [
+            [e["tokens_acts_list"][e["train_token_ind"]] for e in q["examples"]]
+            for q in doc["examples_quantiles"]
+            if q["quantile_name"].startswith("Top")
+        ]
+        names = [q["quantile_name"] for q in doc["examples_quantiles"]]
+        low, high = examples.min_U[u], examples.max_U[u]
+        if low < 0 < high:
+            both += 1
+            order = ["above", "below"] if high >= -low else ["below", "above"]
+            assert names[:2] == [f"Top activations {side} zero" for side in order]
+            above, below = tops if high >= -low else tops[::-1]
+            assert above == sorted(above, reverse=True)
+            assert below == sorted(below)
+            assert above[0] == pytest.approx(high, rel=1e-3)
+            assert below[0] == pytest.approx(low, rel=1e-3)
+            assert above[-1] > 0 > below[-1]
+        else:
+            assert names[0] == "Top activations"
+            assert len(tops) == 1
+    assert both > 1
+
+
 def test_the_packed_form_is_circuit_tracers(tmp_path: Path, data: Path) -> None:
     """Read as its page does: a range of bytes, a length, gzip."""
     make(tmp_path, data, features=[(0, 2), (1, 0), (1, 5)])
     folder = tmp_path / "features"
     index = json.loads(gzip.decompress((folder / "index.json.gz").read_bytes()))
-    F = encoder_of(dictionary(), model().params, model().cfg).n_features
+    F = load(dictionary(), model().params, model().cfg).n_features
     assert len(index) == model().cfg.n_layers
     for layer, feature in ((0, 2), (1, 0), (1, 5)):
         entry = index[str(layer)]
@@ -175,8 +208,12 @@ def test_killed_anywhere_the_files_are_the_same(
         with pytest.raises(KilledError):
             make(tmp_path / "killed", data, on_stage=die)
     kept = (tmp_path / "killed" / "features" / "layer_0.bin").stat().st_mtime_ns
-    again, _ = make(tmp_path / "killed", data, on_stage=die)
     folder = tmp_path / "killed" / "features"
+    # Of a process on another machine, which may live: left alone, and not counted.
+    foreign = folder / ".layer_1.bin.ffffff-ffffff-1-ffffff-abc"
+    foreign.write_bytes(bytes(99))
+    again, _ = make(tmp_path / "killed", data, on_stage=die)
+    foreign.unlink()
     assert (folder / "layer_0.bin").stat().st_mtime_ns == kept
     assert contents(folder) == contents(tmp_path / "whole" / "features")
     for timed in ("seconds", "tokens_per_second"):
@@ -205,7 +242,9 @@ def test_tokens_that_decoders_raise_and_lower(name: str) -> None:
         logit_NV = gained_ND @ np.asarray(raw_DV)
         logit_NV = logit_NV - logit_NV.mean(1, keepdims=True)
     else:
-        logit_NV = logit_weights(dictionary().store, params, layer, feature_N)
+        logit_NV = logit_weights(
+            Bound(dictionary(), params, model().cfg), layer, feature_N
+        )
     found = token_effects(dictionary(name), params, layer, feature_N, k=4)
     order_NV = np.argsort(-logit_NV, 1)
     np.testing.assert_array_equal(found.top_NK, order_NV[:, :4])
@@ -263,7 +302,7 @@ def test_neurons_have_dashboards(name: str, tmp_path: Path, data: Path) -> None:
     assert doc["top_logits"]
     assert doc["act_min"] < 0 < doc["act_max"]
     windows = read_windows(model(), data, tokens=500, context=24)
-    encoder = encoder_of(dictionary(name), model().params, model().cfg)
+    encoder = load(dictionary(name), model().params, model().cfg)
     whole = gather_examples(model().params, encoder, windows)
     u = layer * encoder.n_features + feature
     assert whole.count_U[u] == examples.count_U[0]

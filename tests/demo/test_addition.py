@@ -12,6 +12,7 @@ import task
 import train_model
 
 import jaxclt
+from jaxclt.clt.coder import load
 from jaxclt.io.bundled import DICTIONARIES, bundled
 from jaxclt.lm.run import forward
 from jaxclt.replacement.model import replacement_logits
@@ -50,9 +51,8 @@ def test_its_transcoders_add_without_error_nodes(model, name: str):
     logits = partial(
         replacement_logits,
         model.params,
-        dictionary.params,
+        load(dictionary, model.params, model.cfg),
         cfg=model.cfg,
-        clt_cfg=dictionary.cfg,
         keep_first=False,
     )
     assert share_right(lambda token_T: logits(token_T)) >= 0.98

@@ -26,6 +26,8 @@ def test_the_graph_is_exact_and_labelled(traced):
     assert case.prompt == "calc: 36+59="
     assert graph.meta.target_tokens[0] == "95"
     assert jaxclt.certificate(graph).max_relative_row_error < 1e-4
+    found = jaxclt.scores(graph).completeness_logit_edges
+    assert found == pytest.approx(0.976, abs=1e-3)
     assert len(graph.meta.labels) > 10
     assert any("9" in text for text in graph.meta.labels.values())
     paths = jaxclt.describe_paths(graph, jaxclt.strongest_paths(graph, k=20))

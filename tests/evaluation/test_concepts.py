@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxclt.clt.encoder import encoder_of
+from jaxclt.clt.active import active_features
+from jaxclt.clt.coder import load
 from jaxclt.errors import InputError
 from jaxclt.evaluation import concepts
 from jaxclt.evaluation.concepts import ConceptPair, load_pairs, sentence_peaks
@@ -93,7 +94,7 @@ def test_peaks_are_those_of_a_trace(model: Model, kind, together, monkeypatch):
     monkeypatch.setattr(concepts, "_NUMBERS", together)
     spec = str(GOLDENS / "circuit_tracer_clt" / "dictionary")
     dictionary = load_dictionary("neurons" if kind == "neurons" else spec, model)
-    encoder = encoder_of(dictionary, model.params, model.cfg)
+    encoder = load(dictionary, model.params, model.cfg)
     L, F = model.cfg.n_layers, encoder.n_features
     layer_U, feature_U = np.divmod(np.arange(L * F)[::-3], F)
     got_P2U = sentence_peaks(encoder, model, PAIRS, layer_U, feature_U)
@@ -116,7 +117,7 @@ def test_peaks_are_those_of_a_trace(model: Model, kind, together, monkeypatch):
 def dense(model: Model, dictionary, ids: list[int]) -> np.ndarray:
     token_T = jnp.asarray(ids, jnp.int32)
     rec = _record(model.params, token_T, cfg=model.cfg)
-    active = dictionary.active(model.params, rec, model.cfg)
+    active = active_features(dictionary, model.params, rec, model.cfg)
     a_LTF = np.zeros((model.cfg.n_layers, len(ids), 512), np.float32)
     keep = np.asarray(active.value_A) != 0
     at = (np.asarray(x)[keep] for x in (active.layer_A, active.pos_A, active.feature_A))

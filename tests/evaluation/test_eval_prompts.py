@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny_run import tiny_model, write_text
 
+from jaxclt.clt.active import active_features
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.errors import InputError
 from jaxclt.evaluation.baselines import neuron_thresholds
@@ -115,8 +116,11 @@ def test_thresholds_keep_as_many_neurons_as_wanted():
         counts = []
         for token_S in token_WS:
             recording = record(model.params, jnp.asarray(token_S), cfg=model.cfg)
-            active = NeuronDictionary(threshold=threshold).active(
-                model.params, recording, model.cfg
+            active = active_features(
+                NeuronDictionary(threshold=threshold),
+                model.params,
+                recording,
+                model.cfg,
             )
             counts.append((active.pos_A > 0).sum())
         # three digits of the threshold are kept

@@ -70,7 +70,7 @@ def test_rows_hold_every_measure(done, dictionary):
     assert clt["dictionary"] == dictionary.name
     assert (clt["kind"], neurons["kind"], few["kind"]) == ("clt", "neurons", "neurons")
     assert sum(clt["decoder_reach"]) == pytest.approx(1)
-    # All neurons are the model: T-RM1, T-S4. (A threshold: one program for both rows.)
+    # All neurons are the model: maths 3.2, 12.7. (A threshold: one program for both.)
     assert neurons["fvu"] < 1e-9
     assert neurons["top1_strict"] == 1.0
     assert abs(neurons["kl_strict"]) < 1e-5

@@ -351,7 +351,7 @@ def reader(trials):
 
 
 def test_the_order_of_features_does_not_matter():
-    """T-Q2."""
+    """Maths 18.10."""
     trials = trials_of(15)
     with FakeChat(reader(trials)) as server, client_of(server) as client:
         judge = HttpJudge(client)

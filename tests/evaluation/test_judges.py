@@ -1,4 +1,4 @@
-"""Judges without an API: T-Q1, T-Q2, and words and models that beat chance."""
+"""Judges without an API: maths 18.9, 18.10, and words and models that beat chance."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def local() -> LocalJudge:
 
 
 def test_who_knows_is_always_right():
-    """T-Q1."""
+    """Maths 18.9."""
     trials = sort_of(100) + contrastive_of(20)
     assert len(trials) == 120
     assert accuracy(OracleJudge(), trials) == 1
@@ -81,7 +81,7 @@ def test_who_knows_is_always_right():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_coin_is_at_chance(seed: int):
-    """T-Q1: within its binomial interval."""
+    """Maths 18.9: within its binomial interval."""
     trials = sort_of(250)
     rows = judge_trials(CoinJudge(seed), trials)
     low, high = wilson(sum(r["correct"] for r in rows), len(rows), level=0.999)
@@ -92,7 +92,7 @@ def test_a_coin_is_at_chance(seed: int):
 
 
 def assert_order_does_not_matter(judge, trials):
-    """T-Q2."""
+    """Maths 18.10."""
     there = dict(judge.judge(trials))
     back = dict(judge.judge([t.swapped() for t in trials]))
     for i, trial in enumerate(trials):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_cases import SHOWN, WORDS, make_examples, planted
 
-from jaxclt.clt.encoder import encoder_of
+from jaxclt.clt.coder import load
 from jaxclt.dashboards.stream import gather_examples
 from jaxclt.errors import InputError
 from jaxclt.evaluation.concepts import ConceptPair
@@ -196,7 +196,7 @@ def test_judges_by_name(tmp_path: Path, monkeypatch):
 def golden():
     model = load_model(GOLDENS / "circuit_tracer_clt" / "model")
     path = str(GOLDENS / "circuit_tracer_clt" / "dictionary")
-    return model, encoder_of(load_dictionary(path, model), model.params, model.cfg)
+    return model, load(load_dictionary(path, model), model.params, model.cfg)
 
 
 PAIRS = [
@@ -225,7 +225,7 @@ def evaluate(golden, judge, folder, seed=0, **more):
 
 
 def test_both_evals_from_end_to_end(golden, tmp_path: Path):
-    """T-Q1 and T-Q4 on a model, a dictionary and sentences."""
+    """Maths 18.9 and 18.12 on a model, a dictionary and sentences."""
     found = evaluate(golden, OracleJudge(), tmp_path)
     names = {"sort", "sort_similar", "contrastive", "contrastive_weighted"}
     assert set(found) == {"judge", *names}
@@ -254,7 +254,7 @@ def test_words_do_better_than_chance_on_planted_features(golden):
 
 
 def test_on_examples_of_a_pass_over_text(golden):
-    """T-Q1 on features as they are: many fire often, and queries are rare."""
+    """Maths 18.9 on features as they are: many fire often, and queries are rare."""
     model, encoder = golden
     token_WS = np.asarray(jax.random.randint(KEY, (150, 12), 3, 97))
     windows = read_windows(model, list(token_WS))

@@ -91,7 +91,7 @@ def test_padding_is_not_shown():
 
 
 def test_the_key_decides_and_more_trials_only_add():
-    """T-Q4."""
+    """Maths 18.12."""
     examples = planted()
     first = sort_trials(examples, WORDS, 20, KEY, n_shown=SHOWN)
     assert len(first) == 20
@@ -111,7 +111,7 @@ def test_answers_are_balanced():
 
 
 def test_identical_features_give_no_query():
-    """T-Q3: also where they are the most similar pair."""
+    """Maths 18.11: also where they are the most similar pair."""
     examples = make_examples([{1, 2}, {1, 2}, {1, 2}], make_windows())
     assert sort_trials(examples, WORDS, 5, KEY, n_shown=SHOWN) == []
     same_UD = np.ones((3, 2))
@@ -182,7 +182,7 @@ def test_contrastive_features_are_active_on_one_sentence(data, seed):
 
 
 def test_contrastive_is_seeded_and_balanced():
-    """T-Q4."""
+    """Maths 18.12."""
     examples = planted(10)
     peak_P2U = np.zeros((20, 2, 10), np.float32)
     peak_P2U[:, 0] = 1

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from cases import case
 
-from jaxclt.clt.active import Active
+from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.coder import Bound
 from jaxclt.global_weights.build import build
 from jaxclt.global_weights.ranking import GlobalWeights
 from jaxclt.global_weights.sparse import sparse_sums
@@ -61,9 +62,11 @@ def subset(name: str, part: bool = False) -> Subset:
 @functools.cache
 def parts(name: str, part: bool = False) -> tuple[Encoders, Plan]:
     t, chosen = case(name), subset(name, part)
-    plan = Plan(lm=t.cfg, clt=t.clt_cfg, starts=chosen.starts, heads=HEADS)
+    plan = Plan(
+        lm=t.cfg, coder=t.dictionary.coder(t.cfg), starts=chosen.starts, heads=HEADS
+    )
     with jax.enable_x64(True):
-        return encoders(t.dictionary.store, t.params, chosen), plan
+        return encoders(Bound(t.dictionary, t.params, t.cfg), chosen), plan
 
 
 def gather(
@@ -101,7 +104,7 @@ def gathered(name: str) -> Coactivation:
 def weights(name: str) -> GlobalWeights:
     t = case(name)
     with jax.enable_x64(True):
-        return build(t.dictionary.store, t.params, gathered(name))
+        return build(Bound(t.dictionary, t.params, t.cfg), gathered(name))
 
 
 @functools.cache
@@ -116,7 +119,9 @@ def recordings(name: str) -> tuple[Recording, ...]:
 def actives(name: str) -> tuple[Active, ...]:
     t = case(name)
     with jax.enable_x64(True):
-        return tuple(t.dictionary.active(t.params, r, t.cfg) for r in recordings(name))
+        return tuple(
+            active_features(t.dictionary, t.params, r, t.cfg) for r in recordings(name)
+        )
 
 
 @functools.cache

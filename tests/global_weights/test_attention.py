@@ -24,6 +24,7 @@ from global_cases import (
     subset,
 )
 
+from jaxclt.clt.coder import Bound
 from jaxclt.errors import InputError
 from jaxclt.global_circuit import head_inputs
 from jaxclt.global_weights.attention import head_block, head_sums
@@ -71,8 +72,7 @@ def whole_block(name: str, head: tuple[int, int]) -> np.ndarray:
         [
             [
                 head_block(
-                    t.dictionary.store,
-                    t.params,
+                    Bound(t.dictionary, t.params, t.cfg),
                     head,
                     (to, every),
                     (of, every),
@@ -88,7 +88,7 @@ def whole_block(name: str, head: tuple[int, int]) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plt", "clt", "topk", "gemma3", "gpt2", "neox"])
 def test_heads_sum_to_the_one_hop_edges_of_the_graphs(name: str):
-    """n ERA of all heads together == the edges with exactly one hop (T-W4, T-H2)."""
+    """Maths 17.10: n ERA of all heads together == the edges with exactly one hop."""
     t, found, chosen = case(name), sums(name), subset(name)
     U, F = len(chosen), t.clt_cfg.n_features
     got_UU, want_UU = np.zeros((U, U)), np.zeros((U, U))
@@ -131,7 +131,7 @@ def test_sums_of_one_head_by_a_loop():
     close(found.sums["head_ind"][0], ind)
     close(found.sums["head_act"][0], act)
     t, F = case("clt"), case("clt").clt_cfg.n_features
-    args = (t.dictionary.store, t.params, found)
+    args = (Bound(t.dictionary, t.params, t.cfg), found)
     V_FN = whole_block("clt", HEADS[0])[F:]  # into layer 3
     total_F = a_UWS.sum((1, 2))[3 * F :]
     feature = int((total_F > 0).argmax())
@@ -156,7 +156,7 @@ def test_sums_of_one_head_by_a_loop():
 def test_block_of_a_head_by_hand():
     t = case("skip")  # reads with the gain of the norm
     p, clt = t.params.blocks, t.clt
-    args = (t.dictionary.store, t.params, (2, 3))
+    args = (Bound(t.dictionary, t.params, t.cfg), (2, 3))
     got = head_block(*args, (3, np.r_[5, 1]), (0, np.r_[2, 9]), cfg=t.cfg)
     written_ND = np.asarray(clt.W_dec[0])[[2, 9], :2].sum(1)
     read_RD = np.asarray(clt.W_enc_LFD[3])[[5, 1]] * np.asarray(p.norm_mlp_LD[3])

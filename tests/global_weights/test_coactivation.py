@@ -27,6 +27,7 @@ from global_cases import (
     windows,
 )
 
+from jaxclt.clt.coder import Bound
 from jaxclt.errors import InputError
 from jaxclt.global_weights import ranking
 from jaxclt.global_weights.build import build, virtual_blocks
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("masked", [False, True])
 def test_sums_are_those_of_the_stored_activations(name: str, masked: bool):
-    """T-W1, the sums; positions that do not count are left out."""
+    """The sums of maths 17.5; positions that do not count are left out."""
     mask = some() if masked else EVERY
     found = gather(name, mask) if masked else gathered(name)
     a_UN = (stored(name) * mask[None]).reshape(len(subset(name)), -1)
@@ -69,7 +70,7 @@ def test_sums_are_those_of_the_stored_activations(name: str, masked: bool):
 
 @pytest.mark.parametrize("name", FEW)
 def test_era_and_twera_by_their_formulas(name: str):
-    """T-W1, and T-W2: TWERA is a weighted mean of the source's activation times V."""
+    """Maths 17.5, 17.6: TWERA is a weighted mean of the source's activation times V."""
     found, V = weights(name), brute_virtual(name)
     a_UN = stored(name).reshape(len(V), -1)
     mean_act = (a_UN @ a_UN.T) / a_UN.shape[1]
@@ -91,7 +92,7 @@ def test_era_and_twera_by_their_formulas(name: str):
 
 @pytest.mark.parametrize("name", [*FEW, "neox"])
 def test_norm_aware_era_is_the_sum_of_the_graphs_direct_edges(name: str):
-    """T-W4: n ERA_norm == residual-direct edges summed over the graphs of all prompts.
+    """Maths 17.8: n ERA_norm == residual-direct edges summed over all prompts' graphs.
 
     Feature to feature, token to feature, and feature to logit weighted by probability.
     """
@@ -146,7 +147,7 @@ def test_norm_aware_era_is_the_sum_of_the_graphs_direct_edges(name: str):
 
 @pytest.mark.parametrize("name", ["clt", pytest.param("skip", marks=pytest.mark.slow)])
 def test_streams_merge_and_sparse_sums_are_the_dense_ones(name: str):
-    """T-W3, dense and sparse."""
+    """Maths 17.7, dense and sparse."""
     whole = gathered(name)
     streams = [EVERY * (np.arange(W) == i)[:, None] for i in range(W)]
     parts = [gather(name, mask) for mask in streams]
@@ -179,7 +180,7 @@ def test_a_subset_has_the_entries_of_all_features(name: str):
 
 
 def test_constant_targets_have_the_mean_activation():
-    """T-W5: a_j constant makes TWERA = E[a_i] V."""
+    """Maths 17.9: a_j constant makes TWERA = E[a_i] V."""
     found = weights("clt")
     tiles = list(found.statistics.sums["act"])
     total_U = np.array(found.statistics.sums["sum_U"])
@@ -202,7 +203,7 @@ def test_constant_targets_have_the_mean_activation():
 def test_links_are_ranked_by_any_kind(sparse: bool):
     t = case("skip")  # reads after the norm
     stats = gather("skip", EVERY, sparse=True) if sparse else gathered("skip")
-    found = build(t.dictionary.store, t.params, stats)
+    found = build(Bound(t.dictionary, t.params, t.cfg), stats)
     F = t.clt_cfg.n_features
     kinds = [k for k in ranking.KINDS if not (sparse and k == "virtual")]
     for kind in kinds:
@@ -262,7 +263,7 @@ def test_tracked_tokens_are_ranked():
 def test_interference_is_the_share_that_never_fires_together(sparse: bool):
     t, V, keep = case("clt"), brute_virtual("clt"), below("clt")
     stats = gather("clt", EVERY, sparse=True) if sparse else gathered("clt")
-    blocks = virtual_blocks(t.dictionary.store, t.params, stats)
+    blocks = virtual_blocks(Bound(t.dictionary, t.params, t.cfg), stats)
     found = ranking.interference(stats, blocks, (0.01, 0.2))
     on_UN = (stored("clt").reshape(len(V), -1) != 0) * 1.0
     both, alive_U = on_UN @ on_UN.T, on_UN.any(1)

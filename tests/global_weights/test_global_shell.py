@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import jaxclt
 from jaxclt import cli, global_gather, global_text
+from jaxclt.clt.active import active_features
+from jaxclt.clt.coder import Bound
 from jaxclt.errors import InputError
 from jaxclt.global_weights.sparse import check_size
 from jaxclt.global_weights.subset import Subset
@@ -115,7 +119,7 @@ def test_prompt_family_to_neighbourhood(model: Model, dictionary, tmp_path: Path
     for w, ids in enumerate(WINDOWS):
         token = np.asarray(ids, np.int32)
         recording = jaxclt.trace.record_prompt(model.params, token, model.cfg)
-        active = dictionary.active(model.params, recording, model.cfg)
+        active = active_features(dictionary, model.params, recording, model.cfg)
         for layer, pos, feature, value in zip(
             active.layer_A, active.pos_A, active.feature_A, active.value_A, strict=True
         ):
@@ -217,6 +221,42 @@ def test_interrupted_runs_go_on_and_shards_merge(
         )
 
 
+@pytest.mark.parametrize("save_s", [0.0, 60.0])
+def test_wherever_a_run_is_stopped_its_sums_are_the_same_bits(
+    save_s: float,
+    model: Model,
+    dictionary,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Between two flushes too, where sums are still in the model's dtype."""
+    args = {"features": "top:50", "tokens": 1500, "context": 48}
+    whole = jaxclt.coactivation(model, dictionary, text, **args)
+    monkeypatch.setattr(global_gather, "SAVE_S", save_s)
+    for n_reports in (1, 2, 3, 4, 5):
+        state, left = tmp_path / str(n_reports), [n_reports] * 4
+
+        def stop(what: str, *_: int, left: list[int] = left) -> None:
+            if what == "statistics" and left:
+                left[0] -= 1
+                if not left[0]:
+                    del left[0]
+                    raise KeyboardInterrupt
+
+        found = None
+        while found is None:
+            with contextlib.suppress(KeyboardInterrupt):
+                found = jaxclt.coactivation(
+                    model, dictionary, text, state=state, on_stage=stop, **args
+                )
+        assert len(left) < 4
+        assert list(found.sums) == list(whole.sums)
+        parts = (jax.tree.leaves(sums) for sums in (found.sums, whole.sums))
+        for a, b in zip(*parts, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.slow
 def test_all_features_are_held_sparsely(model: Model, dictionary):
     dense = jaxclt.coactivation(model, dictionary, WINDOWS, features="all")
@@ -245,22 +285,19 @@ def test_inhibition_is_one_ablation_away(model: Model, dictionary):
     found = jaxclt.global_inhibition(
         model, dictionary, WINDOWS, targets, features=sources, mask="all"
     )
-    store, every = dictionary.store, np.arange(40)
+    on, every = Bound(dictionary, model.params, model.cfg), np.arange(40)
     from jaxclt.clt.active import encoded_layers
     from jaxclt.global_weights.weights import virtual_block
 
-    V = [
-        virtual_block(store, model.params, (3, every), (layer, every))
-        for layer in (0, 1)
-    ]
+    V = [virtual_block(on, (3, every), (layer, every)) for layer in (0, 1)]
     effect = np.zeros((40, 80))
     released = np.zeros((40, 80))
     for ids in WINDOWS:
         recording = jaxclt.trace.record_prompt(
             model.params, np.asarray(ids, np.int32), model.cfg
         )
-        layers = list(encoded_layers(store, model.params, recording))
-        theta_F = layers[3].theta_F
+        layers = list(encoded_layers(dictionary, model.params, recording, model.cfg))
+        theta_F = layers[3].enc.theta_F
         theta_F = np.zeros(40) if theta_F is None else theta_F
         for pos in range(len(ids)):
             h_F = layers[3].pre_TF[pos]

@@ -10,8 +10,9 @@ import pytest
 from cases import FEW, case, case_active, close
 from global_cases import brute_virtual, subset
 
-from jaxclt.clt.active import StoreDictionary
+from jaxclt.clt.coder import Bound
 from jaxclt.clt.store import ParamsStore
+from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.errors import InputError
 from jaxclt.global_weights import weights
 from jaxclt.global_weights.subset import Subset
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 def tiled(name: str, chosen: Subset) -> np.ndarray:
     t, starts = case(name), chosen.starts
     V = np.zeros((len(chosen), len(chosen)))
-    for tile in weights.virtual_tiles(t.dictionary.store, t.params, chosen):
+    for tile in weights.virtual_tiles(Bound(t.dictionary, t.params, t.cfg), chosen):
         rows = slice(starts[tile.target], starts[tile.target + 1])
         columns = slice(starts[tile.source], starts[tile.source + 1])
         value = np.asarray(tile.value_RN)
@@ -36,7 +37,7 @@ def tiled(name: str, chosen: Subset) -> np.ndarray:
 
 @pytest.mark.parametrize("name", FEW)
 def test_blocks_are_the_loop_over_pairs_and_layers(name: str):
-    """T-V1: all pairs, a ragged subset, and one sub-block on request."""
+    """Maths 17.1: all pairs, a ragged subset, and one sub-block on request."""
     want = brute_virtual(name)
     close(tiled(name, subset(name)), want)
     few = subset(name, part=True)
@@ -44,26 +45,27 @@ def test_blocks_are_the_loop_over_pairs_and_layers(name: str):
     close(tiled(name, few), want[np.ix_(slot, slot)])
     t, F = case(name), case(name).clt_cfg.n_features
     got = weights.virtual_block(
-        t.dictionary.store, t.params, (3, np.r_[4, 2]), (1, np.r_[19, 0, 7])
+        Bound(t.dictionary, t.params, t.cfg), (3, np.r_[4, 2]), (1, np.r_[19, 0, 7])
     )
     close(got, want[np.ix_([3 * F + 4, 3 * F + 2], [F + 19, F, F + 7])])
     same = weights.virtual_block(
-        t.dictionary.store, t.params, (1, np.r_[4, 2]), (1, np.r_[3])
+        Bound(t.dictionary, t.params, t.cfg), (1, np.r_[4, 2]), (1, np.r_[3])
     )
     assert not same.any()
 
 
 @pytest.mark.parametrize("name", ["plt", pytest.param("clt", marks=pytest.mark.slow)])
 def test_weights_are_linear_in_the_decoders(name: str):
-    """T-V2; and a PLT's weight is one dot product."""
+    """Maths 17.2; and a PLT's weight is one dot product."""
     t = case(name)
     other = tuple(W[::-1] for W in t.clt.W_dec)
     mixed = tuple(2 * a - 3 * b for a, b in zip(t.clt.W_dec, other, strict=True))
 
     def weigh(decoders: tuple[jax.Array, ...]) -> np.ndarray:
         store = ParamsStore(dataclasses.replace(t.clt, W_dec=decoders), t.clt_cfg)
+        on = Bound(StoreDictionary(store), t.params, t.cfg)
         every = np.arange(t.clt_cfg.n_features)
-        return weights.virtual_block(store, t.params, (3, every), (1, every))
+        return weights.virtual_block(on, (3, every), (1, every))
 
     close(weigh(mixed), 2 * weigh(t.clt.W_dec) - 3 * weigh(other))
     if name == "plt":
@@ -74,7 +76,7 @@ def test_weights_are_linear_in_the_decoders(name: str):
 
 @pytest.mark.parametrize("name", [*FEW, "gpt2", "neox"])
 def test_local_direct_edges_are_value_times_weight_times_norm(name: str):
-    """T-V3: what `provenance` calls residual-direct, with the skip left out (T-H5)."""
+    """Maths 17.3, 7.6: what `provenance` calls residual-direct, the skip left out."""
     t = case(name)
     no_skip = {"skip_LDD": None}
     active = dataclasses.replace(case_active(name), **no_skip)
@@ -100,27 +102,26 @@ def test_local_direct_edges_are_value_times_weight_times_norm(name: str):
 
 @pytest.mark.parametrize("name", ["clt", pytest.param("span2", marks=pytest.mark.slow)])
 def test_vocabulary_weights(name: str):
-    """Embeddings by hand; T-V4: logit weights of a feature sum to zero."""
+    """Embeddings by hand; maths 17.4: logit weights of a feature sum to zero."""
     t, params = case(name), case(name).params
-    store, embed = t.dictionary.store, np.asarray(params.embed_VD)
-    got = weights.embedding_weights(store, params, 2, np.r_[3, 5], np.r_[8, 0])
+    on = Bound(t.dictionary, params, t.cfg)
+    embed = np.asarray(params.embed_VD)
+    got = weights.embedding_weights(on, 2, np.r_[3, 5], np.r_[8, 0])
     close(got, np.asarray(t.clt.W_enc_LFD)[2][[3, 5]] @ embed[[8, 0]].T)
-    all_NV = weights.logit_weights(store, params, 1)
+    all_NV = weights.logit_weights(on, 1)
     assert np.abs(all_NV.sum(1)).max() < 1e-13
     unembed_DV = embed.T if params.unembed_DV is None else np.asarray(params.unembed_DV)
     written_FD = np.asarray(t.clt.W_dec[1]).sum(1) * np.asarray(params.norm_out_D)
     want = written_FD @ (unembed_DV - unembed_DV.mean(1, keepdims=True))
     close(all_NV, want)
-    close(
-        weights.logit_weights(store, params, 1, np.r_[6], np.r_[3]), want[[6]][:, [3]]
-    )
+    close(weights.logit_weights(on, 1, np.r_[6], np.r_[3]), want[[6]][:, [3]])
 
 
 @pytest.mark.parametrize(("part", "k"), [(True, 1), (False, 3)])
 def test_streamed_strongest_are_those_of_the_square(part: bool, k: int):
     t, chosen = case("clt"), subset("clt", part)
     V = tiled("clt", chosen)
-    found = weights.strongest_virtual(t.dictionary.store, t.params, chosen, k)
+    found = weights.strongest_virtual(Bound(t.dictionary, t.params, t.cfg), chosen, k)
     for matrix, slot_UK, weight_UK in (
         (V, found.input_UK, found.input_weight_UK),
         (V.T, found.output_UK, found.output_weight_UK),

@@ -129,7 +129,7 @@ def test_the_bound_holds_on_random_models(seed: int, tolerance: float) -> None:
 
 
 def test_the_bound_shrinks_as_the_tolerance_does() -> None:
-    """T-P6: estimates of influence and scores only grow, and end at the exact ones."""
+    """Maths 10.2: estimates of influence and scores only grow, to the exact ones."""
     made, exact = model(0)
     before: tuple[float, ...] = (0.0, 0.0)
     influence_N = np.zeros(exact.edge_RN.shape[1])

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from cases import case, case_active, close, random_graph
+from cases import case, case_active, close, random_graph, share_matrix, solved
 
 from jaxclt.errors import InputError
 from jaxclt.graph import heads, provenance
@@ -56,7 +56,7 @@ def places(g: Graph) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_direct_and_heads_sum_to_the_edges_of_the_graph(name: str) -> None:
-    """T-H1, T-H3: of a traced graph, whatever was selected and kept."""
+    """Maths 7.2, 7.4: of a traced graph, whatever was selected and kept."""
     g = graph(name)
     table = g.heads
     assert table is not None
@@ -74,7 +74,7 @@ def test_direct_and_heads_sum_to_the_edges_of_the_graph(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["half", "skip"])
 def test_other_splits_of_a_traced_graph_agree(name: str) -> None:
-    """T-H2, T-H4: hops and a layer's cut sum to the edges, 0 hops are the direct part.
+    """Maths 7.3, 7.5: hops, and a layer's cut, sum to the edges; 0 hops are direct.
 
     Sources outside the graph are in neither.
     """
@@ -102,6 +102,28 @@ def test_the_strongest_edges_are_listed() -> None:
     assert {
         (find_row(g, link["target"]), find_column(g, link["source"])) for link in links
     } == listed
+
+
+@pytest.mark.parametrize("convention", ["paper", "circuit-tracer"])
+def test_edges_are_ranked_by_shares_of_whole_rows(convention: str) -> None:
+    """Bias and rest are part of a row: heads and links go where influence does."""
+    g = random_graph(2, counts=(5, 6, 4), convention=convention)
+    bias_R = np.where(np.arange(len(g.edge_RN)) % 3 == 0, 20.0, 0.1)
+    g = solved(dataclasses.replace(g, bias_R=bias_R))
+    share = share_matrix(g)
+    visit_R = np.r_[g.influence_N[: g.n_features], g.target_prob_K]
+    N = g.edge_RN.shape[1]
+    row = np.r_[np.arange(g.n_features), N + np.arange(g.n_targets)]
+    through_RN = visit_R[:, None] * share[row, :N]
+    want = np.argsort(-through_RN, axis=None, kind="stable")[:12]
+    row_E, col_E = heads.strongest_kept(g, 12)
+    assert sorted(want) == sorted(row_E * N + col_E)
+    links = graph_json(g, slug="g")["links"][:12]
+    found = [
+        find_row(g, link["target"]) * N + find_column(g, link["source"])
+        for link in links
+    ]
+    assert found == want.tolist()
 
 
 @pytest.mark.parametrize("name", ["clt", "peer"])
@@ -346,6 +368,34 @@ def test_same_target_texts_are_told_apart() -> None:
     with pytest.raises(InputError, match="several targets"):
         find_node(g, " a")
     assert find_node(g, "target 1") == g.edge_RN.shape[1] + 1
+
+
+def test_a_target_is_found_by_number_token_text_and_name_in_paths() -> None:
+    """Where texts are numbers too, what may be either is refused."""
+    g = graph("clt")
+    N, K = g.edge_RN.shape[1], g.n_targets
+    texts = ("95", "1", "0", *(str(200 + k) for k in range(3, K)))
+    g = dataclasses.replace(g, meta=dataclasses.replace(g.meta, target_tokens=texts))
+    for name in ("95", " 95", "target 0", 'output "95"', f"id:{g.target_token_K[0]}"):
+        assert find_node(g, name) == N
+    for k in range(K):
+        assert find_node(g, node_name(g, N + k)) == N + k
+    assert find_node(g, "1") == N + 1  # both ways the same
+    assert find_node(g, "3") == N + 3
+    with pytest.raises(InputError, match=r"several targets, write 'target K'"):
+        find_node(g, "0")
+    with pytest.raises(InputError, match='no node "id:99999"'):
+        find_node(g, "id:99999")
+    # paths name targets that are no next tokens with their places
+    elsewhere = g.target_pos_K.copy()
+    elsewhere[2] -= 1
+    same = dataclasses.replace(g.meta, target_tokens=("95", "1", "95", *texts[3:]))
+    g = dataclasses.replace(g, meta=same, target_pos_K=elsewhere)
+    for k in (0, 2):
+        name = node_name(g, N + k)
+        if k == 0:
+            name += f"@{g.target_pos_K[0]}"
+        assert find_node(g, name) == N + k
 
 
 def test_paths_between_any_node_and_the_targets() -> None:

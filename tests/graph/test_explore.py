@@ -28,7 +28,7 @@ def place_in_full(part: Graph, full: Graph) -> np.ndarray:
 
 @pytest.mark.parametrize("max_features", [80, 1])
 def test_a_partial_graph_is_part_of_the_full_one(max_features: int) -> None:
-    """Its edges are those of the full graph; what is left out sums to rest (T-E1)."""
+    """Maths 6.5: its edges are those of the full graph; what is left out is in rest."""
     full = case_graph("clt")
     config = AttributeConfig(
         max_features=max_features, tolerance=0.0, rows_per_update=20
@@ -52,7 +52,7 @@ def test_a_partial_graph_is_part_of_the_full_one(max_features: int) -> None:
 
 
 def test_more_features_than_there_are_is_all_of_them() -> None:
-    """T-P6: N = all equals the full graph."""
+    """Maths 10.2: N = all equals the full graph."""
     full = case_graph("clt")
     part = case("clt").graph(
         AttributeConfig(max_features=full.n_features, tolerance=0.0)
@@ -62,7 +62,7 @@ def test_more_features_than_there_are_is_all_of_them() -> None:
 
 
 def test_exploring_everything_step_by_step_is_the_full_graph() -> None:
-    """T-P6: the adaptive order leads to the same rows."""
+    """Maths 10.2: the adaptive order leads to the same rows."""
     full = case_graph("clt")
     config = AttributeConfig(max_features=None, tolerance=1e-12, rows_per_update=60)
     part = case("clt").graph(config)
@@ -103,7 +103,7 @@ def parts_of(full: Graph) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
 
 
 def test_the_estimate_grows_with_every_row_and_ends_at_the_influence() -> None:
-    """T-P6: monotone in the explored set, whatever the order of rows."""
+    """Maths 10.2: monotone in the explored set, whatever the order of rows."""
     full = case_graph("clt")
     rows, feature_R, total_R, weight_K = parts_of(full)
     A, K = full.n_features, full.n_targets
@@ -160,7 +160,7 @@ def test_rest_counts_as_unexplained_in_shares() -> None:
 
 
 def test_circuit_tracer_convention_moves_position_zero_to_rest() -> None:
-    """Its features are no nodes and its errors are empty, but rows still sum (T-E1)."""
+    """Its features are no nodes, its errors empty, and rows still sum (maths 6.3)."""
     full = case_graph("clt")
     config = AttributeConfig(
         max_features=None, tolerance=0.0, convention="circuit-tracer"

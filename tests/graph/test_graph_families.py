@@ -21,6 +21,8 @@ from cases import (
     close,
 )
 
+from jaxclt.clt.active import active_features
+from jaxclt.clt.coder import load
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.errors import InputError
 from jaxclt.graph import provenance
@@ -31,7 +33,7 @@ from jaxclt.lm.frozen import frozen_reads
 from jaxclt.lm.run import readout, record, unembed
 from jaxclt.replacement.errors import error_nodes
 from jaxclt.replacement.local import run_local
-from jaxclt.replacement.model import neuron_logits
+from jaxclt.replacement.model import replacement_logits
 from jaxclt.testing import tiny
 from jaxclt.types import Reads, Sources
 
@@ -43,7 +45,7 @@ GPT2 = pytest.param("gpt2", marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_local_replacement_model_equals_the_model(name: str) -> None:
-    """T-LRM1, T-LRM2: every stream, activation and logit."""
+    """Maths 4.3, 4.4: every stream, activation and logit."""
     t, local, active = case(name), case_local(name), case_active(name)
     rec = t.recording
     close(local.mid_LTD, rec.mid_LTD, 1e-13)
@@ -54,7 +56,7 @@ def test_the_local_replacement_model_equals_the_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rows_sum_to_preactivations_and_uncapped_logits(name: str) -> None:
-    """T-E1."""
+    """Maths 6.3."""
     t, graph = case(name), case_graph(name)
     total_R = graph.edge_RN.sum(1) + graph.bias_R + graph.rest_R
     logit_V = np.asarray(readout(t.params, t.recording.out_TD))[-1]
@@ -67,7 +69,7 @@ def test_rows_sum_to_preactivations_and_uncapped_logits(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_edge_predicts_a_change_of_any_size(name: str) -> None:
-    """T-E3: the strongest column of each kind times -7 moves rows by -8 edges."""
+    """Maths 6.6: the strongest column of each kind times -7 moves rows by -8 edges."""
     t, graph, lrm = case(name), case_graph(name), case_lrm(name)
     run = jax.jit(partial(run_local, lrm))
     clean = [np.asarray(x) for x in (lrm.embed_TD, lrm.error_LTD)]
@@ -132,7 +134,7 @@ def test_patterns_computed_again_give_the_same_graph(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*NORMS_BEHIND, "neox", GPT2])
 def test_parts_of_edges_sum_to_the_edges(name: str) -> None:
-    """T-H1 to T-H4: direct and by heads, by hops, and cut at a layer."""
+    """Maths 7.2 to 7.5: direct and by heads, by hops, and cut at a layer."""
     t, active = case(name), case_active(name)
     g = t.graph(AttributeConfig(max_features=None, heads=1 << 30))
     assert g.heads is not None
@@ -150,7 +152,7 @@ def test_parts_of_edges_sum_to_the_edges(name: str) -> None:
 def neuron_graph(name: str, k: int | None) -> tuple[Graph, np.ndarray]:
     """Graph of a model's neurons, and their error nodes."""
     t = case(name)
-    active = NeuronDictionary(k).active(t.params, t.recording, t.cfg)
+    active = active_features(NeuronDictionary(k), t.params, t.recording, t.cfg)
     graph = t.graph(active=active)
     return graph, error_nodes(active, t.recording)
 
@@ -163,7 +165,7 @@ def test_neurons_are_exact(name: str) -> None:
     """
     t = case(name)
     size = np.abs(np.asarray(t.recording.write_LTD)).max()
-    every = NeuronDictionary().active(t.params, t.recording, t.cfg)
+    every = active_features(NeuronDictionary(), t.params, t.recording, t.cfg)
     assert np.abs(error_nodes(every, t.recording)).max() < 1e-13 * size
     graph, error_LTD = neuron_graph(name, 5)
     assert np.abs(error_LTD).max() > 1e-3 * size
@@ -173,15 +175,21 @@ def test_neurons_are_exact(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*NORMS_BEHIND, "neox", GPT2])
 def test_neurons_with_their_errors_are_the_model(name: str) -> None:
-    """T-RM3, and T-RM1 with all neurons."""
+    """Maths 3.4, and 3.2 with all neurons."""
     t, error_LTD = case(name), neuron_graph(name, 5)[1]
-    logits = jax.jit(
-        partial(neuron_logits, cfg=t.cfg, keep_first=False), static_argnames="k"
-    )
+
+    @jax.jit
+    def logits(params, loaded, token_T, **more):
+        return replacement_logits(
+            params, loaded, token_T, cfg=t.cfg, keep_first=False, **more
+        )
+
+    few = load(NeuronDictionary(5), t.params, t.cfg)
+    every = load(NeuronDictionary(), t.params, t.cfg)
     want = unembed(t.params, t.recording.out_TD)
-    close(logits(t.params, t.token_T, k=5, error_LTD=error_LTD), want, 1e-11)
-    close(logits(t.params, t.token_T), want, 1e-12)
-    assert np.abs(logits(t.params, t.token_T, k=5) - want).max() > 1e-3
+    close(logits(t.params, few, t.token_T, error_LTD=error_LTD), want, 1e-11)
+    close(logits(t.params, every, t.token_T), want, 1e-12)
+    assert np.abs(logits(t.params, few, t.token_T) - want).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", FAMILY_CASES)

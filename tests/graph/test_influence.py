@@ -41,7 +41,7 @@ def solved(graph: Graph, weight_K: np.ndarray | None = None) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["clt", "plt"])
 def test_solve_series_and_inverse_agree(name: str) -> None:
-    """T-I1: back substitution == L + 1 terms == (I - A)^-1 - I."""
+    """Maths 8.2: back substitution == L + 1 terms == (I - A)^-1 - I."""
     graph = case_graph(name)
     terms = influence_series(
         graph.edge_RN,
@@ -58,7 +58,7 @@ def test_solve_series_and_inverse_agree(name: str) -> None:
 
 
 def test_paths_end_after_one_feature_per_layer() -> None:
-    """T-I2: the longest path has L + 1 edges, and there is one that long."""
+    """Maths 8.3: the longest path has L + 1 edges, and there is one that long."""
     graph = case_graph("clt")
     share = share_matrix(graph)
     power = np.linalg.matrix_power(share, graph.n_layers + 1)
@@ -67,7 +67,7 @@ def test_paths_end_after_one_feature_per_layer() -> None:
 
 
 def test_the_papers_pseudocode_is_identically_zero() -> None:
-    """Trap 1: B @ weights instead of weights @ B."""
+    """Maths 8.7: B @ weights instead of weights @ B."""
     graph = case_graph("clt")
     share = share_matrix(graph)
     weight = np.zeros(len(share))
@@ -80,7 +80,7 @@ def test_the_papers_pseudocode_is_identically_zero() -> None:
 
 @pytest.mark.parametrize("name", ["clt", "no_bias"])
 def test_roots_share_the_weight_of_the_targets(name: str) -> None:
-    """T-I3: every walk ends in an error, an embedding, the bias or outside."""
+    """Maths 8.4: every walk ends in an error, an embedding, the bias or outside."""
     graph = case_graph(name)
     visits = np.r_[graph.influence_N[: graph.n_features], graph.target_prob_K]
     share_R = (np.abs(graph.bias_R) + graph.rest_abs_R) / shares_total(graph)
@@ -91,7 +91,7 @@ def test_roots_share_the_weight_of_the_targets(name: str) -> None:
 
 
 def test_roots_share_the_weight_with_rest_and_zero_rows() -> None:
-    """T-I3, with features that nothing feeds: the walk ends in them."""
+    """Maths 8.4, with features that nothing feeds: the walk ends in them."""
     graph = random_graph(3, zero_rows=0.3)
     total_R = shares_total(graph)
     assert (total_R == 0).any()
@@ -103,7 +103,7 @@ def test_roots_share_the_weight_with_rest_and_zero_rows() -> None:
 
 
 def test_scaling_a_row_changes_nothing() -> None:
-    """T-I4: only the shares of a row matter."""
+    """Maths 8.5: only the shares of a row matter."""
     graph = random_graph(4)
     factor = np.exp(np.sin(np.arange(len(graph.edge_RN)) * 3.0) * 3)
     scaled = dataclasses.replace(
@@ -116,7 +116,7 @@ def test_scaling_a_row_changes_nothing() -> None:
 
 
 def test_order_within_a_layer_changes_nothing() -> None:
-    """T-I4: permuting the features of a layer permutes their influence."""
+    """Maths 8.5: permuting the features of a layer permutes their influence."""
     graph = random_graph(5, counts=(4, 5, 3))
     A, N = graph.n_features, graph.edge_RN.shape[1]
     order = np.r_[[2, 0, 3, 1], 4 + np.array([4, 1, 0, 3, 2]), [11, 9, 10]]
@@ -131,7 +131,7 @@ def test_order_within_a_layer_changes_nothing() -> None:
 
 
 def test_influence_is_the_chance_that_a_walk_visits() -> None:
-    """T-I5: 40,000 seeded walks from the targets; no node off by five deviations."""
+    """Maths 8.6: 40,000 seeded walks from the targets; none off by five deviations."""
     graph = random_graph(6, zero_rows=0.2)
     share = share_matrix(graph)
     n, N = 40_000, graph.edge_RN.shape[1]
@@ -154,7 +154,7 @@ def test_influence_is_the_chance_that_a_walk_visits() -> None:
 
 @pytest.mark.parametrize("block", [2, 5, 512])
 def test_blocks_of_the_substitution_change_nothing(block: int) -> None:
-    """The host's blocked solve against the plain one, and its lengths (T-L1)."""
+    """The host's blocked solve against the plain one, and its lengths (maths 12.9)."""
     graph = random_graph(7, zero_rows=0.2)
     args = (graph.edge_RN, shares_total(graph), graph.target_prob_K)
     got = solve_walk(*args, block=block)
@@ -177,7 +177,7 @@ def test_row_totals_by_convention() -> None:
 
 @pytest.mark.parametrize("name", ["clt", "skip"])
 def test_total_effect_is_the_derivative_of_the_local_model(name: str) -> None:
-    """Signed twin of 3.5: d target / d factor on a feature, gates held, all paths.
+    """Maths 9.1: d target / d factor on a feature, gates held, all paths.
 
     Features are re-encoded layer by layer (L passes settle a layered system); the gate
     of each is the clean one, and only the activation of one feature is multiplied.

@@ -13,6 +13,7 @@ from cases import case, case_active, case_local, case_lrm, close
 
 from jaxclt.clt.active import Active
 from jaxclt.clt.store import ParamsStore
+from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.inhibition import (
     Inhibition,
@@ -33,7 +34,7 @@ def find(name: str, **options) -> Inhibition:
     return find_inhibition(
         t.params,
         t.recording,
-        t.dictionary.store,
+        t.dictionary,
         case_active(name),
         t.cfg,
         **{"margin": math.inf, "limit": None, "chunk_size": 32, **options},
@@ -113,7 +114,7 @@ def test_margin_and_limit_cut_the_far_ones() -> None:
     assert 0 < len(want) < len(pairs(find("clt")))
     assert pairs(found) == want
     t = case("clt")
-    args = (t.dictionary.store, t.params, t.recording)
+    args = (t.dictionary, t.params, t.recording, t.cfg)
     nearest = near_threshold(*args, margin=math.inf, limit=25)
     index = np.sort(np.argsort(below)[:25])
     for name, got in vars(nearest).items():
@@ -122,10 +123,15 @@ def test_margin_and_limit_cut_the_far_ones() -> None:
 
 def test_a_dictionary_without_thresholds_releases_at_zero() -> None:
     t = case("clt")
-    store = ParamsStore(
-        t.clt.replace(theta_LF=None), dataclasses.replace(t.clt_cfg, activation="relu")
+    dictionary = StoreDictionary(
+        ParamsStore(
+            t.clt.replace(theta_LF=None),
+            dataclasses.replace(t.clt_cfg, activation="relu"),
+        )
     )
-    c = near_threshold(store, t.params, t.recording, margin=math.inf, n_tokens=4)
+    c = near_threshold(
+        dictionary, t.params, t.recording, t.cfg, margin=math.inf, n_tokens=4
+    )
     pre = np.asarray(case_local("clt").pre_LTF)[:, :4]
     place = np.nonzero(pre <= 0)
     np.testing.assert_array_equal((c.layer_U, c.pos_U, c.feature_U), place)
@@ -140,11 +146,11 @@ def test_no_candidates_and_fewer_sources() -> None:
     t, active = case("clt"), case_active("clt")
     keep_A = np.arange(len(active.layer_A)) % 3 == 0
     some: Active = active.where(keep_A)
-    store = t.dictionary.store
+    dictionary = t.dictionary
     found = find_inhibition(
         t.params,
         t.recording,
-        store,
+        dictionary,
         some,
         t.cfg,
         margin=math.inf,
@@ -171,8 +177,9 @@ def test_released_by_states_the_rule() -> None:
 def test_bad_requests_are_refused() -> None:
     t = case("clt")
     cfg = dataclasses.replace(t.clt_cfg, activation="topk", k=4)
+    topk = StoreDictionary(ParamsStore(t.clt, cfg))
     with pytest.raises(InputError, match="topk"):
-        near_threshold(ParamsStore(t.clt, cfg), t.params, t.recording, margin=1.0)
+        near_threshold(topk, t.params, t.recording, t.cfg, margin=1.0)
     for margin in (-1.0, math.nan):
         with pytest.raises(InputError, match="margin"):
             find("clt", margin=margin)

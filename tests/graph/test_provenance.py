@@ -113,7 +113,7 @@ def whole(name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_direct_part_is_the_edge_with_all_gates_off(name: str) -> None:
-    """T-H1, T-H2: and nothing of it crosses positions."""
+    """Maths 7.2, 7.3: and nothing of it crosses positions."""
     close(direct(name), gated(name)(gates(name, 0.0)), 1e-13)
     target, (L, T, _) = rows(name), errors(name).shape
     pos_N = np.r_[case_active(name).pos_A, np.tile(np.arange(T), L), np.arange(T)]
@@ -124,7 +124,7 @@ def test_direct_part_is_the_edge_with_all_gates_off(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["plt", "skip"])
 def test_direct_part_is_the_virtual_weight_times_the_norm(name: str) -> None:
-    """T-H5: value x <decoder rows up to the target, encoder> x scale, no skip."""
+    """Maths 7.6: value x <decoder rows up to the target, encoder> x scale, no skip."""
     t = case(name)
     none = {"skip_LDD": None}
     active = dataclasses.replace(case_active(name), **none)
@@ -148,7 +148,7 @@ def test_direct_part_is_the_virtual_weight_times_the_norm(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hops_sum_to_the_edge_and_are_its_polynomial(name: str) -> None:
-    """T-H2: A(z) = sum of A^(k) z^k at any z, A^(0) the direct part."""
+    """Maths 7.3: A(z) = sum of A^(k) z^k at any z, A^(0) the direct part."""
     t = case(name)
     args = (t.params, t.recording, case_active(name), errors(name), rows(name))
     hop_QRN = provenance.hop_spectrum(*args, cfg=t.cfg, max_hops=4)
@@ -172,7 +172,7 @@ def test_few_hops_keep_the_remainder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_direct_and_head_loads_sum_to_the_edge(name: str) -> None:
-    """T-H3, with all heads listed and with few."""
+    """Maths 7.4, with all heads listed and with few."""
     edge_E = whole(name).ravel()
     close(loads(name).edge, edge_E, 1e-13)
     assert not loads(name).rest_E.any()
@@ -201,7 +201,7 @@ def test_head_loads_are_differences_of_gates(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_layer_is_a_cut(name: str) -> None:
-    """T-H4: bypass + through = edge; through one head is what its gate takes away."""
+    """Maths 7.5: bypass + through = edge; through a head is what its gate removes."""
     t, edge_RN = case(name), whole(name)
     args = (t.params, t.recording, case_active(name), errors(name), rows(name))
     for layer in range(t.cfg.n_layers):

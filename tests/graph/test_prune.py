@@ -24,7 +24,7 @@ def as_peer(graph: Graph) -> Graph:
 
 
 def test_threshold_one_keeps_everything_with_a_score() -> None:
-    """T-P1: a special case, not the end of a float cumsum."""
+    """Maths 11.2: a special case, not the end of a float cumsum."""
     graph = random_graph(1, zero_rows=0.3)
     got = prune(graph, node_threshold=1.0, edge_threshold=1.0)
     fixed = np.arange(graph.edge_RN.shape[1]) >= graph.n_features
@@ -37,7 +37,7 @@ def test_threshold_one_keeps_everything_with_a_score() -> None:
 
 @pytest.mark.parametrize("name", ["clt", "plt"])
 def test_node_sets_grow_with_the_threshold(name: str) -> None:
-    """T-P2."""
+    """Maths 11.3."""
     graph = case_graph(name)
     kept = [
         prune(graph, node_threshold=x).keep_N for x in (0.3, 0.6, 0.8, 0.95, 0.999, 1.0)
@@ -49,7 +49,7 @@ def test_node_sets_grow_with_the_threshold(name: str) -> None:
 
 
 def test_edge_sets_grow_with_the_threshold_at_a_fixed_node_set() -> None:
-    """T-P2."""
+    """Maths 11.3."""
     graph = case_graph("clt")
     kept = [prune(graph, edge_threshold=x) for x in (0.2, 0.5, 0.9, 0.98, 1.0)]
     for small, large in itertools.pairwise(kept):
@@ -59,7 +59,7 @@ def test_edge_sets_grow_with_the_threshold_at_a_fixed_node_set() -> None:
 
 
 def test_embeddings_and_errors_survive() -> None:
-    """T-P3: paper mode keeps them all, circuit-tracer's the embeddings."""
+    """Maths 11.4: paper mode keeps them all, circuit-tracer's the embeddings."""
     graph = case_graph("clt")
     got = prune(graph, node_threshold=0.1, edge_threshold=0.1)
     assert got.keep_N[graph.embed_cols].all()
@@ -71,7 +71,7 @@ def test_embeddings_and_errors_survive() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_circuit_tracer_mode_leaves_no_dead_ends(seed: int) -> None:
-    """T-P4: every kept feature has an edge in and an edge out, every error one out."""
+    """Maths 11.5: every kept feature has edges in and out, every error one out."""
     graph = random_graph(
         seed, counts=(6, 6, 6), zero_rows=0.2, density=0.4, convention="circuit-tracer"
     )
@@ -86,7 +86,7 @@ def test_circuit_tracer_mode_leaves_no_dead_ends(seed: int) -> None:
 
 
 def test_pruning_ignores_the_scale_of_the_target_weights() -> None:
-    """T-P5."""
+    """Maths 11.6."""
     graph = random_graph(2, counts=(8, 8, 8))
     scaled = dataclasses.replace(
         graph,
@@ -99,7 +99,7 @@ def test_pruning_ignores_the_scale_of_the_target_weights() -> None:
 
 
 def test_the_shortest_prefix_that_holds_the_mass() -> None:
-    """The node that crosses the threshold is kept (trap 2)."""
+    """The node that crosses the threshold is kept (maths 11.7)."""
     score = np.array([1.0, 5.0, 0.0, 3.0, 1.0])
     assert kept_by_mass(score, 0.5, ties=False).tolist() == [0, 1, 0, 0, 0]
     assert kept_by_mass(score, 0.51, ties=False).tolist() == [0, 1, 0, 1, 0]
@@ -150,7 +150,7 @@ def test_kept_nodes_hold_the_mass_and_no_smaller_set_does() -> None:
 
 @pytest.mark.parametrize("convention", ["paper", "circuit-tracer"])
 def test_the_restricted_graph_still_sums(convention: str) -> None:
-    """T-E1 after pruning: what dropped nodes gave is in rest, and unexplained."""
+    """Maths 6.3 after pruning: what dropped nodes gave is in rest, and unexplained."""
     graph = random_graph(2, counts=(8, 8, 8), convention=convention)
     pruning = prune(graph, node_threshold=0.6, edge_threshold=1.0)
     small = restrict(dataclasses.replace(graph, pruning=pruning))

@@ -45,7 +45,7 @@ thresholds = st.floats(0.05, 1.0)
 def test_pruning_is_monotone_and_consistent(
     graph: Graph, x: float, y: float, edge: float
 ) -> None:
-    """T-P2, T-P3: sets grow with thresholds; no kept edge touches a dropped node."""
+    """Maths 11.3, 11.4: sets grow with thresholds; no edge touches a dropped node."""
     low, high = sorted((x, y))
     small = prune(graph, node_threshold=low, edge_threshold=edge)
     large = prune(graph, node_threshold=high, edge_threshold=edge)
@@ -82,7 +82,7 @@ def test_pruning_what_is_pruned_at_one_drops_nothing(graph: Graph, x: float) -> 
 def test_circuit_tracer_mode_has_no_dead_ends(
     graph: Graph, node: float, edge: float
 ) -> None:
-    """T-P4."""
+    """Maths 11.5."""
     got = prune(graph, node_threshold=node, edge_threshold=edge)
     A = graph.n_features
     kept = got.keep_N[:A]
@@ -97,7 +97,7 @@ def test_circuit_tracer_mode_has_no_dead_ends(
 def test_scores_of_any_graph_are_ordered_shares(
     graph: Graph, node: float, edge: float
 ) -> None:
-    """T-S1, T-S2, T-S3: endings sum to one, R <= C = 1 - E / length, pruning loses."""
+    """Maths 12.1, 12.3, 12.4, 12.6: R <= C = 1 - E / length, and pruning loses."""
     full = scores(graph)
     part = scores(graph, prune(graph, node_threshold=node, edge_threshold=edge))
     for got in (full, part):
@@ -117,7 +117,7 @@ def test_scores_of_any_graph_are_ordered_shares(
 @quick
 @given(st.integers(0, 10**6))
 def test_curve_and_solve_agree_on_any_graph(seed: int) -> None:
-    """T-L1, T-L5; one shape, since the series compiles per shape."""
+    """Maths 12.9; one shape, since the series compiles per shape."""
     graph = random_graph(seed, density=0.4)
     curve = path_length_curve(graph)
     assert (np.diff(curve) >= -1e-15).all()

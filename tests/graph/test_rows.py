@@ -69,7 +69,7 @@ def one_source_changed(name: str, factor: float) -> list[np.ndarray]:
     "name", ["clt", "skip", pytest.param("span2", marks=pytest.mark.slow)]
 )
 def test_an_edge_predicts_a_change_of_any_size(name: str) -> None:
-    """T-E3: source times M with all else held changes a readout by (M - 1) A[t, s].
+    """Maths 6.6: source times M, all else held, changes a readout by (M - 1) A[t, s].
 
     Every feature, error and embedding, every row, M = -7.
     """
@@ -114,7 +114,7 @@ def test_rows_equal_jax_reverse_mode_of_the_frozen_stream(name: str) -> None:
 
 @pytest.mark.parametrize("name", FEW)
 def test_rows_sum_to_what_they_explain(name: str) -> None:
-    """T-E1: sum of edges + bias = pre-activation, or demeaned logit."""
+    """Maths 6.3: sum of edges + bias = pre-activation, or demeaned logit."""
     t, graph = case(name), case_graph(name)
     total_R = graph.edge_RN.sum(1) + graph.bias_R + graph.rest_R
     close(total_R, graph.readout_R, 1e-13)
@@ -128,7 +128,7 @@ def test_rows_sum_to_what_they_explain(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["clt", "skip", "span2"])
 def test_bias_column_is_the_run_without_sources(name: str) -> None:
-    """T-E2: embeddings, errors and activations zero, everything else pushed through."""
+    """Maths 6.4: embeddings, errors and activations zero, all else pushed through."""
     t, graph, lrm = case(name), case_graph(name), case_lrm(name)
     clean = (lrm.embed_TD, lrm.error_LTD, case_local(name).a_LTF)
     embed, error, a = (np.zeros(x.shape) for x in clean)
@@ -144,7 +144,7 @@ def test_without_biases_the_bias_column_is_zero() -> None:
 
 @pytest.mark.parametrize("name", FEW)
 def test_edges_go_up_in_layers_and_forward_in_positions(name: str) -> None:
-    """T-E4, T-E5: exact zeros where nothing can flow."""
+    """Maths 6.7: exact zeros where nothing can flow."""
     graph = case_graph(name)
     L, T = graph.n_layers, graph.n_tokens
     layer_N = np.r_[graph.layer_A, np.repeat(np.arange(L), T), np.full(T, -1)]
@@ -162,7 +162,7 @@ def test_edges_go_up_in_layers_and_forward_in_positions(name: str) -> None:
 
 
 def test_a_node_for_every_active_feature_error_token_and_target() -> None:
-    """T-N2: nnz(a) + L T + T + 1 + K, the bias being a vector of its own."""
+    """Maths 5.1: nnz(a) + L T + T + 1 + K, the bias being a vector of its own."""
     t, graph = case("clt"), case_graph("clt")
     nnz = int((np.asarray(case_local("clt").a_LTF) != 0).sum())
     L, T, K = t.cfg.n_layers, len(t.token_T), len(t.targets.token_K)
@@ -174,7 +174,7 @@ def test_a_node_for_every_active_feature_error_token_and_target() -> None:
 
 @pytest.mark.parametrize(("chunk_size", "n_bands"), [(32, 1), (64, 3)], ids=str)
 def test_chunks_and_bands_change_nothing(chunk_size: int, n_bands: int) -> None:
-    """T-E6: how rows are batched is invisible; every band meets every chunk edge."""
+    """Maths 6.8: batching of rows is invisible; every band meets every chunk edge."""
     config = AttributeConfig(
         max_features=None, tolerance=0.0, chunk_size=chunk_size, n_bands=n_bands
     )
@@ -183,7 +183,7 @@ def test_chunks_and_bands_change_nothing(chunk_size: int, n_bands: int) -> None:
 
 
 def test_order_of_targets_changes_nothing() -> None:
-    """T-E6."""
+    """Maths 6.8."""
     t, graph = case("clt"), case_graph("clt")
     K, A = graph.n_targets, graph.n_features
     flip = np.arange(K)[::-1]
@@ -195,7 +195,7 @@ def test_order_of_targets_changes_nothing() -> None:
 
 @pytest.mark.slow  # every operation compiles on its own
 def test_jit_changes_nothing() -> None:
-    """T-E6: op by op gives the same graph."""
+    """Maths 6.8: op by op gives the same graph."""
     t = tiny(7, n_layers=2, n_tokens=3, n_features=4, skip=True, dtype=jnp.float64)
     want = t.graph()
     assert want.n_features > 3
@@ -207,7 +207,7 @@ def test_jit_changes_nothing() -> None:
 
 
 def test_splitting_a_feature_splits_its_edges() -> None:
-    """T-E7: two copies with half the decoder; every other row is untouched."""
+    """Maths 6.9: two copies with half the decoder; every other row is untouched."""
     t, graph = case("clt"), case_graph("clt")
     layer, F = 1, t.clt_cfg.n_features
     feature = int(graph.feature_A[np.flatnonzero(graph.layer_A == layer)[0]])

@@ -15,9 +15,10 @@ from cases import (
     walk_visits,
 )
 
+from jaxclt.clt.active import active_features
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.graph.graph import Graph, Pruning
-from jaxclt.graph.prune import prune
+from jaxclt.graph.prune import prune, restrict
 from jaxclt.graph.scores import path_length_curve, scores
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -26,7 +27,7 @@ near = pytest.approx
 
 
 def by_definition(graph: Graph, pruning: Pruning | None = None) -> dict[str, float]:
-    """Section 3.7's formulas term by term, over all nodes, with an inverse."""
+    """The formulas of maths 12 term by term, over all nodes, with an inverse."""
     edge_RN = graph.edge_RN
     if pruning is not None:
         edge_RN = np.where(pruning.keep_edge_RN, edge_RN, 0)
@@ -47,11 +48,26 @@ def by_definition(graph: Graph, pruning: Pruning | None = None) -> dict[str, flo
         "replacement": embed / (embed + lost),
         "completeness": 1 - lost / length,
         "completeness_ct": 1 - lost / (length + 1),
+        "completeness_logit_edges": logit_edges(graph, edge_RN),
         "mean_walk_length": length,
         "embedding_share": embed,
         "error_share": visit[graph.error_cols].sum(),
         "bias_share": bias,
     }
+
+
+def logit_edges(graph: Graph, edge_RN: np.ndarray) -> float:
+    """Maths 12.11: target by target; what is no node counts as error."""
+    explained = read = 0.0
+    for k, weight in enumerate(graph.target_prob_K.tolist()):
+        row = graph.n_features + k
+        for s in range(edge_RN.shape[1]):
+            read += weight * abs(graph.edge_RN[row, s])
+            if s < graph.n_features or s >= graph.embed_cols.start:
+                explained += weight * abs(edge_RN[row, s])
+        if graph.meta.convention == "paper":
+            read += weight * graph.rest_abs_R[row]
+    return explained / read
 
 
 def check_definition(graph: Graph, pruning: Pruning | None = None) -> None:
@@ -60,7 +76,7 @@ def check_definition(graph: Graph, pruning: Pruning | None = None) -> None:
         assert got[name] == near(want, rel=1e-11, abs=1e-13), name
     endings = ("embedding_share", "error_share", "bias_share", "unexplored_share")
     assert sum(got[name] for name in endings) == near(1, rel=1e-12)
-    # T-S1, T-S2
+    # Maths 12.4, then 12.3.
     assert 0 <= got["replacement"] <= got["completeness"] <= 1
     assert got["completeness"] <= got["completeness_ct"] <= 1
     lost = got["error_share"] + got["unexplored_share"]
@@ -69,7 +85,7 @@ def check_definition(graph: Graph, pruning: Pruning | None = None) -> None:
 
 @pytest.mark.parametrize("name", ["clt", "plt", "no_bias"])
 def test_scores_are_their_definitions(name: str) -> None:
-    """T-S1, T-S2: the paper's completeness is a ratio over targets with inputs."""
+    """Maths 12.1 to 12.4: the paper's completeness is a ratio over rows with inputs."""
     graph = case_graph(name)
     check_definition(graph)
     check_definition(graph, graph.pruning)
@@ -80,7 +96,7 @@ def test_scores_are_their_definitions(name: str) -> None:
 def test_scores_with_rest_and_empty_rows_are_their_definitions(
     seed: int, convention: str
 ) -> None:
-    """T-S1, T-S2 where every class of ending occurs."""
+    """Maths 12.1 to 12.4 where every class of ending occurs."""
     graph = random_graph(seed, zero_rows=0.25, convention=convention)
     check_definition(graph)
     check_definition(graph, prune(graph, node_threshold=0.6, edge_threshold=0.8))
@@ -98,8 +114,20 @@ def keep_features(graph: Graph, keep_A: np.ndarray) -> Pruning:
     )
 
 
+def test_a_graph_cut_to_what_is_kept_has_the_score_of_its_logit_edges() -> None:
+    """Pruned nodes count as error, whether they are in the file or not."""
+    graph = random_graph(3, counts=(5, 6, 4), bias=True)
+    pruning = prune(graph, node_threshold=0.5, edge_threshold=1.0)
+    graph = dataclasses.replace(graph, pruning=pruning)
+    small = restrict(graph)
+    assert small.n_features < graph.n_features
+    pruned = scores(graph, pruning).completeness_logit_edges
+    assert scores(small).completeness_logit_edges == near(pruned, rel=1e-12)
+    assert 0 < pruned < scores(graph).completeness_logit_edges < 1
+
+
 def test_more_features_explain_more() -> None:
-    """T-S3: R + E = 1 for every kept set (no bias), R grows with the set."""
+    """Maths 12.6: R + E = 1 for every kept set (no bias), R grows with the set."""
     graph = case_graph("no_bias")
     strongest = np.argsort(-graph.influence_N[: graph.n_features])
     replacement = []
@@ -115,9 +143,9 @@ def test_more_features_explain_more() -> None:
 
 
 def test_without_error_everything_is_explained() -> None:
-    """T-S4: the model's own neurons replace it completely."""
+    """Maths 12.7: the model's own neurons replace it completely."""
     t = case("no_bias")
-    active = NeuronDictionary().active(t.params, t.recording, t.cfg)
+    active = active_features(NeuronDictionary(), t.params, t.recording, t.cfg)
     graph = t.graph(active=active)
     got = scores(graph)
     assert got.replacement == near(1, abs=1e-12)
@@ -126,7 +154,7 @@ def test_without_error_everything_is_explained() -> None:
 
 
 def test_without_features_replacement_is_the_direct_share() -> None:
-    """T-S5: only embedding-to-logit edges are left."""
+    """Maths 12.8: only embedding-to-logit edges are left."""
     graph = case_graph("no_bias")
     got = scores(graph, keep_features(graph, np.zeros(graph.n_features, bool)))
     target = np.abs(graph.edge_RN[graph.target_rows])
@@ -137,7 +165,7 @@ def test_without_features_replacement_is_the_direct_share() -> None:
 
 
 def test_replacement_is_the_embeddings_influence() -> None:
-    """T-S6: with normalised weights and no bias, R normalises path lengths."""
+    """Maths 12.2: with normalised weights and no bias, R normalises path lengths."""
     graph = case_graph("no_bias")
     got = graph.influence_N[graph.embed_cols].sum() / graph.target_prob_K.sum()
     assert scores(graph).replacement == near(got, rel=1e-12)
@@ -158,7 +186,7 @@ def mean_length_by_inverse(graph: Graph) -> float:
 
 @pytest.mark.parametrize("graph", ["clt", "plt", 1, 2], ids=str)
 def test_three_forms_of_the_mean_path_length_agree(graph: str | int) -> None:
-    """T-L1, T-L2, T-L5."""
+    """Maths 12.9."""
     graph = case_graph(graph) if isinstance(graph, str) else random_graph(graph)
     curve = path_length_curve(graph)
     assert curve.shape == (graph.n_layers + 1,)
@@ -171,7 +199,7 @@ def test_three_forms_of_the_mean_path_length_agree(graph: str | int) -> None:
 
 
 def test_embeddings_that_feed_only_targets_are_one_step_away() -> None:
-    """T-L3: only direct embedding edges."""
+    """Maths 12.10: only direct embedding edges."""
     graph = random_graph(3)
     edge_RN = graph.edge_RN.copy()
     edge_RN[graph.feature_cols, graph.embed_cols] = 0
@@ -216,7 +244,7 @@ def insert(graph: Graph, at: int, edge_RN: np.ndarray, layer: int, row: int) -> 
 
 
 def test_a_duplicate_feature_leaves_lengths_alone() -> None:
-    """T-L4: two copies that share their outputs."""
+    """Maths 12.10: two copies that share their outputs."""
     graph, f = random_graph(9), 5  # a feature of the middle layer
     edge_RN = np.insert(graph.edge_RN, f, graph.edge_RN[f], axis=0)
     edge_RN[:, f] *= 0.25
@@ -229,7 +257,7 @@ def test_a_duplicate_feature_leaves_lengths_alone() -> None:
 
 
 def test_a_relay_adds_its_mass_to_the_length() -> None:
-    """T-L4: a feature put between another and everything it feeds."""
+    """Maths 12.10: a feature put between another and everything it feeds."""
     graph, f = random_graph(9, bias=False, rest=False), 2  # of the first layer
     at = 4  # the first slot of the middle layer
     edge_RN = np.insert(graph.edge_RN, at, 0, axis=0)

@@ -1,4 +1,4 @@
-"""Supernode graphs against their formula (spec 3.9), and the groups suggested."""
+"""Supernode graphs against their formula (maths 13.3), and the groups suggested."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def signed_share(graph: Graph) -> np.ndarray:
 def by_formula(
     graph: Graph, groups: list[np.ndarray], norm: str = "total"
 ) -> np.ndarray:
-    """The sums of section 3.9, one by one."""
+    """The sums of maths 13.3, one by one."""
     share = signed_share(graph)
     full = share_matrix(graph)[: len(share)]
     out = np.zeros((len(groups),) * 2)
@@ -109,7 +109,7 @@ def test_links_are_the_formula(seed: int, norm: str) -> None:
 
 @pytest.mark.parametrize("convention", ["paper", "circuit-tracer"])
 def test_groups_of_one_are_the_graph(convention: str) -> None:
-    """T-G1: links are the normalised edges, scores those of the graph, no blur."""
+    """Maths 13.4: links are normalised edges, scores those of the graph, no blur."""
     graph = random_graph(1, zero_rows=0.2, convention=convention)
     X = graph.edge_RN.shape[1] + graph.n_targets
     small = supernode_graph(graph, groups_of(graph, np.arange(X)))
@@ -123,7 +123,7 @@ def test_groups_of_one_are_the_graph(convention: str) -> None:
 
 
 def test_groups_of_one_on_a_traced_graph() -> None:
-    """T-G1 where edges come from a model."""
+    """Maths 13.4 where edges come from a model."""
     graph = case_graph("clt")
     X = graph.edge_RN.shape[1] + graph.n_targets
     small = supernode_graph(graph, groups_of(graph, np.arange(X)))
@@ -133,7 +133,7 @@ def test_groups_of_one_on_a_traced_graph() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_shares_of_a_partition_sum_to_one(seed: int) -> None:
-    """T-G2: nothing but bias and rest is missing; here there is neither."""
+    """Maths 13.5: nothing but bias and rest is missing; here there is neither."""
     graph = random_graph(seed, bias=False, rest=False, zero_rows=0.2)
     groups = groups_of(graph, random_labels(graph, seed, 7))
     small = supernode_graph(graph, groups)
@@ -175,7 +175,7 @@ def split(graph: Graph, a: int) -> Graph:
 
 
 def test_splitting_a_source_changes_nothing_downstream() -> None:
-    """T-G3."""
+    """Maths 13.6."""
     graph, a = random_graph(2), 2
     label_X = random_labels(graph, 5, 5)
     small = supernode_graph(graph, groups_of(graph, label_X))
@@ -402,7 +402,7 @@ def test_only_kept_features_are_grouped() -> None:
 
 
 def test_profiles_are_total_effects() -> None:
-    """What clusters: effects of tokens on features, by the inverse (spec 3.5)."""
+    """What clusters: effects of tokens on features, by the inverse (maths 9.3)."""
     graph = random_graph(5, counts=(5, 5, 5), bias=False, rest=False)
     A = graph.n_features
     unit_AA = graph.edge_RN[:A, :A] / graph.value_A

@@ -13,6 +13,7 @@ import pytest
 from cases import case, case_active, case_local, case_lrm, close
 from jax import Array
 
+from jaxclt.clt.active import active_features
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
@@ -213,7 +214,7 @@ def wanted_readouts(name: str, run: dict[str, np.ndarray]) -> np.ndarray:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_every_kind_sum_to_the_functional(name: str) -> None:
-    """T-E1 at 1e-12: edges + bias + rest = the functional of the clean run."""
+    """Maths 6.3 at 1e-12: edges + bias + rest = the functional of the clean run."""
     graph, local = graph_of(name), case_local(name)
     total_R = graph.edge_RN.sum(1) + graph.bias_R + graph.rest_R
     close(total_R, graph.readout_R, 1e-12)
@@ -229,7 +230,7 @@ def test_rows_of_every_kind_sum_to_the_functional(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["clt", "skip", "neox"])
 def test_an_edge_into_any_functional_predicts_a_change_of_any_size(name: str) -> None:
-    """T-E3: every feature, error and embedding times -7, every target."""
+    """Maths 6.6: every feature, error and embedding times -7, every target."""
     graph = graph_of(name)
     changed_NK = wanted_readouts(name, exact_runs(name, -7.0))
     readout_K = graph.readout_R[graph.target_rows]
@@ -239,7 +240,7 @@ def test_an_edge_into_any_functional_predicts_a_change_of_any_size(name: str) ->
 
 @pytest.mark.parametrize("name", ["clt", "skip"])
 def test_the_bias_of_a_target_is_the_run_without_sources(name: str) -> None:
-    """T-E2."""
+    """Maths 6.4."""
     lrm, t = case_lrm(name), case(name)
     zero = [jnp.zeros_like(x) for x in (lrm.embed_TD, lrm.error_LTD)]
     a_LTF = jnp.zeros_like(case_local(name).a_LTF)
@@ -255,7 +256,7 @@ def test_the_bias_of_a_target_is_the_run_without_sources(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_later_is_a_source(name: str) -> None:
-    """T-E4, T-E5: exact zeros above the layer read and beyond the position."""
+    """Maths 6.7: exact zeros above the layer read and beyond the position."""
     graph, targets = graph_of(name), all_targets(name)
     L, T = graph.n_layers, graph.n_tokens
     layer_N = np.r_[graph.layer_A, np.repeat(np.arange(L), T), np.full(T, -1)]
@@ -291,14 +292,14 @@ def test_an_active_feature_as_a_target_has_the_row_of_its_node() -> None:
 def test_a_neuron_as_a_target() -> None:
     """Its gate frozen, chosen by `neurons:k` or not: the readout is its activation."""
     t, neurons = case("clt"), NeuronDictionary(3)
-    every = NeuronDictionary().active(t.params, t.recording, t.cfg)
+    every = active_features(NeuronDictionary(), t.params, t.recording, t.cfg)
     at = np.array([5, 200, 333])
     place_K3 = np.stack([every.layer_A, every.pos_A, every.feature_A], 1)[at]
     targets = feature_targets(neurons, t.params, t.recording, place_K3, cfg=t.cfg)
     graph = attribute_recording(
         t.params,
         t.recording,
-        neurons.active(t.params, t.recording, t.cfg),
+        active_features(neurons, t.params, t.recording, t.cfg),
         targets,
         cfg=t.cfg,
         meta=t.meta,

@@ -24,7 +24,7 @@ def probabilities(name: str) -> np.ndarray:
 
 
 def test_edges_into_all_logits_cancel() -> None:
-    """T-N1: targets are logits minus their mean, so a source moves them by nothing."""
+    """Maths 5.2: targets are logits minus their mean, whose sum no source moves."""
     t = case("clt")
     every = jnp.arange(t.cfg.d_vocab, dtype=jnp.int32)
     targets = token_targets(t.params, t.recording.out_TD[-1], every)
@@ -47,7 +47,7 @@ def test_a_target_reads_its_logit_minus_the_mean(name: str) -> None:
 
 
 def test_enough_targets_to_hold_the_mass() -> None:
-    """T-N3: the fewest top tokens that hold the mass, ten at most."""
+    """Maths 5.3: the fewest top tokens that hold the mass, ten at most."""
     t = case("clt")
     prob = np.sort(probabilities("clt"))[::-1]
     out_D = t.recording.out_TD[-1]
@@ -61,7 +61,7 @@ def test_enough_targets_to_hold_the_mass() -> None:
 
 
 def test_a_certain_prediction_has_one_target() -> None:
-    """T-N3: p = 1 gives K = 1."""
+    """Maths 5.3: p = 1 gives K = 1."""
     t = case("clt")
     sure = salient_targets(t.params, t.recording.out_TD[-1] * 1e3)
     assert sure.token_K.tolist() == [int(probabilities("clt").argmax())]
@@ -69,7 +69,7 @@ def test_a_certain_prediction_has_one_target() -> None:
 
 
 def test_no_preference_has_ten_targets_in_order() -> None:
-    """T-N3: the cap, and ties by token id."""
+    """Maths 5.3: the cap, and ties by token id."""
     t = case("clt")
     flat = salient_targets(t.params, jnp.zeros_like(t.recording.out_TD[-1]))
     assert flat.token_K.tolist() == list(range(10))

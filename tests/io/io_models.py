@@ -58,18 +58,28 @@ def assert_same(a, b, atol=0.0):
         np.testing.assert_allclose(x, y, atol=atol, rtol=0)
 
 
-def write_word_tokenizer(folder, *, bos="<bos>", adds_bos=True):
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
+    "{{ raise_exception('no system role') }}{% elif m.role in ['user', 'model'] %}"
+    " <eos> {{ m.content | trim }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} <eos> mat{% endif %}"
+)
+
+
+def write_word_tokenizer(folder, *, bos="<bos>", adds_bos=True, late=(), config=()):
     """A word-level tokenizer.json and its special tokens, as fast tokenizers save it.
 
-    A decoder of its own keeps the space that a word begins with.
+    A decoder of its own keeps the space that a word begins with. `late` tokens are
+    added behind the words; `config` goes into tokenizer_config.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     special = [w for w in WORDS if w.startswith("<")]
+    numbered = [*enumerate(WORDS), *enumerate(late, len(WORDS))]
     content = {
         "version": "1.0",
         "added_tokens": [
             {
-                "id": WORDS.index(w),
+                "id": i,
                 "content": w,
                 "special": True,
                 "single_word": False,
@@ -77,7 +87,8 @@ def write_word_tokenizer(folder, *, bos="<bos>", adds_bos=True):
                 "rstrip": False,
                 "normalized": False,
             }
-            for w in special
+            for i, w in numbered
+            if w in special or w in late
         ],
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "model": {
@@ -98,6 +109,6 @@ def write_word_tokenizer(folder, *, bos="<bos>", adds_bos=True):
             },
         }
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    config = {"eos_token": {"content": "<eos>"}, "unk_token": "<unk>"}
+    config = dict(config) | {"eos_token": {"content": "<eos>"}, "unk_token": "<unk>"}
     config |= {"pad_token": "<pad>"} if bos is None else {"bos_token": bos}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -1,9 +1,13 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from jaxclt.errors import InputError
-from jaxclt.io.atomic import atomic_directory, atomic_path
+from jaxclt.io.atomic import atomic_directory, atomic_path, is_temporary, sweep
+from jaxclt.io.owner import owner
 
 
 def names(folder):
@@ -96,3 +100,69 @@ def _new_file_mode(folder):
     mode = plain.stat().st_mode & 0o777
     plain.unlink()
     return mode
+
+
+@pytest.fixture
+def dead():
+    """The word of a process that has ended."""
+    code = "import os; print(os.getpid())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    machine, boot, _, process = owner().split("-")
+    return f"{machine}-{boot}-{int(done.stdout)}-{process}"
+
+
+def test_what_dead_processes_left_is_swept(tmp_path, dead):
+    machine, boot, pid, process = owner().split("-")
+    gone = {
+        dead,
+        f"{machine}-ffffff-{pid}-{process}",  # before this machine was started anew
+        f"{machine}-{boot}-{pid}-ffffff",  # another that had our number
+    }
+    kept = {
+        owner(),
+        f"{machine}-{boot}-{os.getppid()}-ffffff",
+        f"ffffff-{boot}-{pid}-ffffff",  # on another machine: who knows
+    }
+    deep = tmp_path / "a" / "b"
+    (deep / "c").mkdir(parents=True)
+    for folder in (tmp_path, deep):
+        for word in gone | kept:
+            (folder / f".x.npz.{word}-k3_9a").write_text("")
+            assert is_temporary(f".x.npz.{word}-k3_9a")
+    (deep / "c" / f".x.{dead}-abc").write_text("")  # too deep to be one of ours
+    (tmp_path / ".x.npz.mine").write_text("")
+    (tmp_path / f".new.{dead}-abc" / "new").mkdir(parents=True)
+    sweep(tmp_path)
+    left = {f".x.npz.{word}-k3_9a" for word in kept}
+    assert set(names(tmp_path)) == left | {".x.npz.mine", "a"}
+    assert set(names(deep)) == left | {"c"}
+    assert len(names(deep / "c")) == 1
+
+
+def test_what_is_written_has_its_owner_in_its_name(tmp_path):
+    with atomic_path(tmp_path / "a.json") as temporary:
+        assert is_temporary(temporary.name)
+        assert owner() in temporary.name
+        sweep(tmp_path)
+        assert temporary.exists()
+    assert not is_temporary("a.json")
+    assert not is_temporary(".a.json.x7_kq2mz")
+
+
+def test_a_directory_that_was_all_but_there_is_finished(tmp_path, dead):
+    """Killed between the two renames: the old one aside, the new one not yet there."""
+    scratch = tmp_path / f".model.{dead}-abc"
+    for name in ("old", "new"):
+        (scratch / name).mkdir(parents=True)
+        (scratch / name / "version").write_text(name)
+    sweep(tmp_path)
+    assert names(tmp_path) == ["model"]
+    assert (tmp_path / "model" / "version").read_text() == "new"
+
+
+def test_a_directory_sweeps_only_its_own_beside_it(tmp_path, dead):
+    for name in ("model", "other"):
+        (tmp_path / f".{name}.{dead}-abc" / "new").mkdir(parents=True)
+    with atomic_directory(tmp_path / "model"):
+        pass
+    assert names(tmp_path) == [f".other.{dead}-abc", "model"]

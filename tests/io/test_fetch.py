@@ -176,6 +176,24 @@ def test_hub_comes_first(tiny, monkeypatch):
         fetch("tiny")
 
 
+@pytest.mark.parametrize("damage", ["no files", "weights left out", "one more file"])
+def test_files_that_a_manifest_does_not_vouch_for(tiny, monkeypatch, damage):
+    """Changed weights under a manifest that lists nothing passed as verified."""
+    hub(monkeypatch, served=b"weights", promised=b"weights")
+    folder = fetch("tiny")
+    monkeypatch.setattr(room, "_GETTERS", {"hub": refuse, "registry": refuse})
+    manifest = json.loads((folder / "source.json").read_text())
+    if damage == "no files":
+        manifest["files"] = {}
+    elif damage == "weights left out":
+        del manifest["files"]["model.safetensors"]
+    else:
+        (folder / "more.safetensors").write_bytes(b"other")
+    (folder / "source.json").write_text(json.dumps(manifest))
+    with pytest.raises(pytest.fail.Exception, match="the network was asked"):
+        fetch("tiny")
+
+
 def test_broken_hub_download_is_refused(tiny, monkeypatch):
     hub(monkeypatch, served=b"weigh", promised=b"weights")
     with pytest.raises(InputError, match=r"model.safetensors arrived with sha256"):

@@ -55,7 +55,7 @@ def test_replay_through_a_skip_is_the_recording() -> None:
 
 @pytest.mark.parametrize("name", ["skip", "no_bias", "gemma2"])
 def test_replay_is_its_linear_part_plus_its_bias_path(name: str) -> None:
-    """T-E2: a read is linear in the sources, plus what it holds without any."""
+    """Maths 4.8: a read is linear in the sources, plus what it holds without any."""
     t = case(name)
     skip, frozen = case_active(name).skip, t.recording.frozen
     some = jax.tree.map(lambda x: -3 * np.asarray(x) + 1, clean_sources(name))
@@ -69,7 +69,7 @@ def test_replay_is_its_linear_part_plus_its_bias_path(name: str) -> None:
 
 
 def test_bias_path_is_the_derivative_along_all_biases() -> None:
-    """T-E2: the bias column from the Jacobian equals the zero-source forward."""
+    """Maths 4.8: the bias column from the Jacobian equals the zero-source forward."""
     t = case("skip")
     skip, frozen, b = case_active("skip").skip, t.recording.frozen, t.params.blocks
     names = ("v_bias_LGC", "o_bias_LD")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxclt.clt.active import StoreDictionary
+from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.io.dictionary import open_dictionary
 from jaxclt.io.model import load_model
 from jaxclt.lm.run import record, unembed
@@ -62,7 +62,6 @@ def test_logits_are_circuit_tracers(
                 model.params,
                 model.recording,
                 cfg=model.cfg,
-                silent=True,
             )
             for case in arrays["change_CE4"]
         ]

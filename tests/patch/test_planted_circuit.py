@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from cases import close
 
+from jaxclt.clt.active import active_features
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.effects import solve_total_effect
@@ -63,7 +64,7 @@ def planted() -> tuple[Graph, Patchable, Any]:
         graph = attribute_recording(
             params,
             rec,
-            dictionary.active(params, rec, t.cfg),
+            active_features(dictionary, params, rec, t.cfg),
             targets,
             cfg=t.cfg,
             meta=t.meta,

@@ -25,6 +25,7 @@ from jaxclt.types import Supernode
 from jaxclt.validate import ValidateOptions, _groups
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
+MODEL, DICTIONARY = GOLDEN / "model", GOLDEN / "dictionary"
 PROMPT = str(np.load(GOLDEN / "graph.npz")["prompt"])
 T, L = 7, 4
 
@@ -210,7 +211,7 @@ def test_validation_says_which_members_it_leaves_out():
 
 
 def test_a_factor_of_one_and_the_curve_pass_through_the_clean_model():
-    """T-R1 in float32."""
+    """Maths 15.7 in float32."""
     node = strongest()[0]
     for mode in ("constrained", "iterative", "additive"):
         result = jaxclt.patch(*parts(), [edit(node, scale=1.0)], mode=mode)  # pyright: ignore
@@ -279,7 +280,7 @@ def test_open_slices_act_on_generated_tokens_too():
 
 
 def test_positions_from_the_end_are_the_prompts_also_when_text_follows():
-    """T-R1: a position means one token, counted from either side."""
+    """Maths 15.18: a position means one token, counted from either side."""
     s, (layer, pos, feature) = subject(), strongest()[0]
     change: dict[str, Any] = {"layer": layer, "feature": feature, "scale": -4.0}
     found = [

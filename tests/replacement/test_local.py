@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 from cases import CASES, case, case_local, case_lrm, close, run_local_jit
 
+from jaxclt.clt.transcoder import loaded_params
 from jaxclt.lm.run import unembed
 from jaxclt.replacement.errors import error_nodes
 from jaxclt.replacement.local import LocalReplacement, local_replacement, run_local
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-freeze_jit = jax.jit(local_replacement, static_argnames=("cfg", "clt_cfg"))
+freeze_jit = jax.jit(local_replacement, static_argnames="cfg")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_it_equals_the_model_at_every_layer_and_position(name: str) -> None:
-    """T-LRM1: every residual stream and the logits of all positions."""
+    """Maths 4.3: every residual stream and the logits of all positions."""
     rec, local = case(name).recording, case_local(name)
     close(local.mid_LTD, rec.mid_LTD, 1e-13)
     close(local.out_TD, rec.out_TD, 1e-13)
@@ -32,7 +33,7 @@ def test_it_equals_the_model_at_every_layer_and_position(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_reencoded_activations_are_the_clean_ones(name: str) -> None:
-    """T-LRM2, and T-CLT4: layer by layer (padded scan) equals all layers at once."""
+    """Maths 4.4: layer by layer (padded scan) equals all layers at once."""
     t, local = case(name), case_local(name)
     active = t.active
     dense = np.zeros(local.a_LTF.shape)
@@ -61,7 +62,7 @@ def corners(lrm: LocalReplacement, clean_a: jax.Array, key: jax.Array) -> list:
 
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_affine_in_embeddings_errors_and_activations(name: str) -> None:
-    """T-LRM3 at any distance: mixed differences vanish with activations free."""
+    """Maths 4.5 at any distance: mixed differences vanish with activations free."""
     lrm = case_lrm(name)
     points = corners(lrm, case_local(name).a_LTF, jax.random.key(1))
 
@@ -83,7 +84,7 @@ def test_it_is_affine_in_embeddings_errors_and_activations(name: str) -> None:
 
 
 def test_second_derivatives_are_zero() -> None:
-    """T-LRM3: exactly, by forward-over-forward; none of the frozen parts moves."""
+    """Maths 4.5: exactly, by forward-over-forward; none of the frozen parts moves."""
     lrm = case_lrm("skip")
     x, u, v, _ = corners(lrm, case_local("skip").a_LTF, jax.random.key(2))
     du = [b - a for a, b in zip(x, u, strict=True)]
@@ -103,12 +104,12 @@ def test_second_derivatives_are_zero() -> None:
 
 @pytest.mark.parametrize("scale", [30.0, 0.0])
 def test_any_dictionary_gives_the_model(scale: float) -> None:
-    """T-LRM4: whatever the dictionary says wrong, error nodes take up."""
+    """Maths 4.6: whatever the dictionary says wrong, error nodes take up."""
     t = case("clt")
     loud = dataclasses.replace(
         t.clt, W_dec=tuple(np.asarray(W) * scale for W in t.clt.W_dec)
     )
-    lrm = freeze_jit(t.params, loud, t.recording, cfg=t.cfg, clt_cfg=t.clt_cfg)
+    lrm = freeze_jit(t.params, loaded_params(loud, t.clt_cfg), t.recording, cfg=t.cfg)
     change = np.abs(np.asarray(lrm.error_LTD) - case_lrm("clt").error_LTD).max()
     assert change > 0.1
     local = run_local_jit(lrm)

@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import tiny_model, write_text
+from tiny_run import tiny_config, tiny_model, write_text
 
 from jaxclt.clt.model import decode, encode
 from jaxclt.errors import InputError
+from jaxclt.io.model import load_model
 from jaxclt.lm.run import record
 from jaxclt.train import chunks as chunking
 from jaxclt.train.chunks import ChunkConfig, Chunks, Position, window_order
+from jaxclt.train.dryrun import estimate
 from jaxclt.train.export import calibrate, threshold_form
 from jaxclt.train.harvest import harvest, mlp_response
 from jaxclt.train.normalise import (
@@ -30,12 +32,15 @@ from jaxclt.train.normalise import (
     scales_of,
 )
 from jaxclt.train.params import Spec, init, to_clt
+from jaxclt.train.prepare import fitted
 from jaxclt.train.text import (
     Windows,
     cut_windows,
+    pack_windows,
     read_documents,
     split_documents,
 )
+from jaxclt.train.trainer import train
 
 
 def test_documents_of_every_kind(tmp_path: Path):
@@ -53,6 +58,65 @@ def test_documents_of_every_kind(tmp_path: Path):
         list(read_documents(tmp_path))
     with pytest.raises(InputError, match="no file ends in"):
         list(read_documents(tmp_path / "c.pdf"))
+
+
+def test_a_short_context_reads_short_texts(tmp_path: Path):
+    """As the bundled model's, whose sums have eight tokens."""
+    tokenizer = tiny_model().tokenizer
+    sums = ["w3 w4 w5", "w6", "w7 w8 w9 w10"]
+    token_WS = pack_windows(sums, tokenizer, size=16, n_tokens=99)
+    first = tokenizer.encode("w3 w4 w5")
+    assert token_WS[0].tolist() == first + [-1] * (16 - len(first))
+    assert len(token_WS) == 2  # nothing of the other one would be trained on
+    for size in (17, 64):
+        with pytest.raises(InputError, match="no document of 16 tokens"):
+            pack_windows(sums, tokenizer, size=size, n_tokens=99)
+
+
+def test_a_run_that_does_not_fit_the_model_is_refused_at_once(tmp_path: Path):
+    model, out = tiny_model(), tmp_path / "run"
+    text, long_WS = write_text(tmp_path / "text", 2), np.full((9, 65), 5)
+    for data, config, message in (
+        (text, tiny_config(context=65), "--context 65: the model takes at most 64"),
+        ("model", tiny_config(context=65), "--context 65: the model takes at most"),
+        (text, tiny_config(context=1), "--context 1: windows need at least 2"),
+        (Windows.of(long_WS, long_WS), tiny_config(), "has 65 tokens, the model"),
+        (
+            Windows.of(long_WS[:, :9] + 95, long_WS[:, :9]),
+            tiny_config(),
+            r"not in 0\.\.96",
+        ),
+        (
+            text,
+            tiny_config(graph_features=9, prompts=("w3", "w3 " * 65)),
+            "--prompts 'w3 .*': the prompt has 65 tokens",
+        ),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            train(model, data, out, config)
+        assert len(str(error.value)) <= 300
+        assert not out.exists()
+    with pytest.raises(InputError, match="--context 65: the model takes at most 64"):
+        estimate(tiny_config(context=65), model.cfg, {"data": 1, "feature": 1}, peak=1)
+    # prompts that come with the recipe are left out where they do not fit
+    short = dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, n_ctx=7))
+    config = tiny_config(context=7, graph_features=9)
+    assert len(config.prompts) == 3
+    kept = fitted(config, short, None).prompts
+    assert kept == tuple(p for p in config.prompts if len(p.split()) <= 7)
+    assert 0 < len(kept) < 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # orbax's threads
+def test_the_bundled_model_can_be_trained_on(tmp_path: Path):
+    """At the flags' own prompts, none of which it has room for."""
+    sums = [f"calc: {a}+{b}={a + b}" for a in range(40) for b in range(40)]
+    (tmp_path / "sums.txt").write_text("<|endoftext|>".join(sums))
+    config = tiny_config(context=16, graph_features=64, checkpoint_every=99)
+    card = train(load_model("addition"), tmp_path / "sums.txt", tmp_path / "r", config)
+    assert card["metrics"]["fvu"] < 1
+    assert "graphs" not in card["metrics"]
 
 
 def test_held_out_documents_are_never_trained_on():
@@ -330,7 +394,7 @@ def random_scales(L: int, D: int, seed: int = 5) -> Scales:
     [pytest.param(1, "jumprelu", marks=pytest.mark.slow), (3, "jumprelu"), (2, "relu")],
 )
 def test_folding_the_normalisation_changes_nothing(span: int, activation):
-    """T-CLT1, with a skip and thresholds, in float64."""
+    """Maths 19.8, with a skip and thresholds, in float64."""
     L, T, D = 3, 9, 6
     with jax.enable_x64(True):
         spec = Spec(

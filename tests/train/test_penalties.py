@@ -92,7 +92,7 @@ def test_preactivation_pulls_only_what_it_should(some):
 
 
 def test_jacobian_penalty_is_the_frobenius_distance_in_expectation(some):
-    """Over all D unit tangents its sum is |J_CLT - J_MLP|_F² / D exactly (spec 6.3)."""
+    """Maths 19.5: summed over all D unit tangents it is |J_CLT - J_MLP|_F² / D."""
     pre, a, _, p = some
     J_mlp = draw(8, D, D)  # x -> y as v @ J
     one = a[:1]

@@ -10,18 +10,15 @@ import numpy as np
 import pytest
 
 import jaxclt.evaluation.agreement as comparing
-from jaxclt.clt.neurons import parse_neurons
+from jaxclt.clt.active import active_features
+from jaxclt.clt.coder import load
+from jaxclt.clt.neurons import NeuronDictionary, parse_neurons
+from jaxclt.clt.transcoder import loaded_params
 from jaxclt.evaluation.agreement import agreement
 from jaxclt.evaluation.reconstruction import Reconstruction, reconstructed
 from jaxclt.lm.run import forward
 from jaxclt.replacement.errors import error_nodes
-from jaxclt.replacement.model import (
-    Substitute,
-    neuron_logits,
-    replacement_logits,
-    substitute_logits,
-    substitute_of,
-)
+from jaxclt.replacement.model import replacement_logits
 from jaxclt.testing import tiny
 from jaxclt.train.finetune import finetune_kl, replacement_kl
 from jaxclt.train.text import Windows
@@ -61,7 +58,7 @@ def test_each_encoder_reads_the_replacements_own_stream(case):
         resid = mid + write.at[0].set(true[0])
     scale = layers.norm_scale(resid, layers.out_norm(p), eps=cfg.norm_eps)
     want = layers.normalise(resid, scale, layers.out_norm(p)) @ p.unembed_DV
-    got = replacement_logits(p, clt, case.token_T, cfg=cfg, clt_cfg=case.clt_cfg)
+    got = replacement_logits(p, loaded_params(clt, case.clt_cfg), case.token_T, cfg=cfg)
     np.testing.assert_allclose(got, want, atol=1e-12)
     # the first position keeps its MLPs and sees only itself: the model's own logits
     true_TV = forward(p, case.token_T, cfg=cfg)
@@ -70,9 +67,15 @@ def test_each_encoder_reads_the_replacements_own_stream(case):
 
 
 def test_all_neurons_are_the_model_and_few_are_not(case):
-    """T-RM1: a dictionary that is the MLP gives the model's own logits."""
+    """Maths 3.2: a dictionary that is the MLP gives the model's own logits."""
     true_TV = forward(case.params, case.token_T, cfg=case.cfg)
-    whole = partial(neuron_logits, case.params, case.token_T, cfg=case.cfg)
+
+    def whole(k, **more):
+        loaded = load(NeuronDictionary(k), case.params, case.cfg)
+        return replacement_logits(
+            case.params, loaded, case.token_T, cfg=case.cfg, **more
+        )
+
     every = whole(k=case.cfg.d_mlp, keep_first=False)
     np.testing.assert_allclose(every, true_TV, atol=1e-12)
     few = whole(k=3)
@@ -82,17 +85,16 @@ def test_all_neurons_are_the_model_and_few_are_not(case):
 
 
 def test_zero_decoders_are_the_mean_mlp_model(case):
-    """T-RM2: what is left is a constant in every MLP's place."""
+    """Maths 3.3: what is left is a constant in every MLP's place."""
     from jaxclt.lm.run import embed, run, unembed
 
     mean_LD = case.recording.write_LTD.mean(1)
     empty = jax.tree.map(jnp.zeros_like, case.clt).replace(b_dec_LD=mean_LD)
     got = replacement_logits(
         case.params,
-        empty,
+        loaded_params(empty, case.clt_cfg),
         case.token_T,
         cfg=case.cfg,
-        clt_cfg=case.clt_cfg,
         keep_first=False,
     )
 
@@ -111,14 +113,14 @@ def test_zero_decoders_are_the_mean_mlp_model(case):
 
 @pytest.mark.parametrize("kind", ["clt", "neurons:3", "neurons@0.01"])
 def test_with_its_error_vectors_it_is_the_model(case, kind):
-    """T-RM3: the errors of this prompt make up for any dictionary."""
+    """Maths 3.4: the errors of this prompt make up for any dictionary."""
     dictionary = case.dictionary if kind == "clt" else parse_neurons(kind)
-    active = dictionary.active(case.params, case.recording, case.cfg)
+    active = active_features(dictionary, case.params, case.recording, case.cfg)
     error_LTD = jnp.asarray(error_nodes(active, case.recording))
     assert np.abs(error_LTD).max() > 1e-3
-    got = substitute_logits(
+    got = replacement_logits(
         case.params,
-        substitute_of(dictionary, case.params),
+        load(dictionary, case.params, case.cfg),
         case.token_T,
         cfg=case.cfg,
         keep_first=False,
@@ -132,8 +134,8 @@ def test_with_its_error_vectors_it_is_the_model(case, kind):
 def test_one_layer_can_be_replaced(case, kind):
     """None is the model, all is the replacement model, the last is in between."""
     dictionary = case.dictionary if kind == "clt" else parse_neurons(kind)
-    sub = substitute_of(dictionary, case.params)
-    at = partial(substitute_logits, case.params, sub, case.token_T, cfg=case.cfg)
+    sub = load(dictionary, case.params, case.cfg)
+    at = partial(replacement_logits, case.params, sub, case.token_T, cfg=case.cfg)
     L = case.cfg.n_layers
     true_TV = forward(case.params, case.token_T, cfg=case.cfg)
     none = at(keep_first=False, layer_L=jnp.zeros(L, bool))
@@ -141,7 +143,7 @@ def test_one_layer_can_be_replaced(case, kind):
     every = at(keep_first=False, layer_L=jnp.ones(L, bool))
     np.testing.assert_allclose(every, at(keep_first=False), atol=1e-12)
     # The last layer alone: the clean stream with one error taken away.
-    active = dictionary.active(case.params, case.recording, case.cfg)
+    active = active_features(dictionary, case.params, case.recording, case.cfg)
     error_TD = error_nodes(active, case.recording)[-1]
     resid_TD = case.recording.mid_LTD[-1] + case.recording.write_LTD[-1] - error_TD
     from jaxclt.lm import layers
@@ -156,9 +158,9 @@ def test_one_layer_can_be_replaced(case, kind):
 @pytest.mark.parametrize("kind", ["clt", "neurons", "neurons:3", "neurons@0.01"])
 def test_reconstruction_is_that_of_the_error_nodes(case, kind):
     dictionary = case.dictionary if kind == "clt" else parse_neurons(kind)
-    active = dictionary.active(case.params, case.recording, case.cfg)
+    active = active_features(dictionary, case.params, case.recording, case.cfg)
     error_LTD = error_nodes(active, case.recording)
-    sub = substitute_of(dictionary, case.params)
+    sub = load(dictionary, case.params, case.cfg)
     r = case.recording
     gain_LTD = case.params.blocks.norm_mlp_LD[:, None]
     read_LTD = r.mid_LTD * r.frozen.mlp_scale_LT[..., None] * gain_LTD  # mlp_in
@@ -174,7 +176,6 @@ def test_reconstruction_is_that_of_the_error_nodes(case, kind):
                 here,
                 n_groups=2,
                 params=case.params,
-                cfg=case.cfg,
             )
         )
     found = Reconstruction.joined(groups)
@@ -202,7 +203,7 @@ def test_two_replacements_share_one_pass_of_the_model(case, monkeypatch):
 
     monkeypatch.setattr(comparing, "forward", counted)
     token_WS = np.asarray(case.token_T)[None]
-    sub = Substitute(clt=case.clt, clt_cfg=case.clt_cfg)
+    sub = loaded_params(case.clt, case.clt_cfg)
     args = (case.params, sub, token_WS)
     both = comparing.compare(*args, cfg=case.cfg, keep_first=(True, False))
     assert len(passes) == 1
@@ -216,12 +217,10 @@ def test_two_replacements_share_one_pass_of_the_model(case, monkeypatch):
 def test_agreement_counts_valid_positions(case):
     token_WS = np.stack([np.asarray(case.token_T)] * 2)
     valid = np.ones((2, 7), bool)
-    sub = Substitute(clt=case.clt, clt_cfg=case.clt_cfg)
+    sub = loaded_params(case.clt, case.clt_cfg)
     found = agreement(case.params, sub, token_WS, valid, cfg=case.cfg)
     true = forward(case.params, case.token_T, cfg=case.cfg)
-    other = replacement_logits(
-        case.params, case.clt, case.token_T, cfg=case.cfg, clt_cfg=case.clt_cfg
-    )
+    other = replacement_logits(case.params, sub, case.token_T, cfg=case.cfg)
     same = np.asarray(true.argmax(-1) == other.argmax(-1))
     assert found["top1"] == same.mean()
     p = jax.nn.softmax(true)

@@ -70,6 +70,16 @@ def test_datasets_stream_what_is_needed(tmp_path: Path):
         list(read_documents(f"{name}?text=body&split=other"))
 
 
+def test_rows_of_a_dataset_without_text_are_passed_over(tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"text": [None, "one", "", None, "two"], "id": [1, 2, 3, 4, 5]}
+    file = tmp_path / "train-00000-of-00001.parquet"
+    datasets.Dataset.from_dict(rows).to_parquet(str(file))
+    assert list(read_documents(f"hub:{tmp_path}")) == ["one", "two"]
+    with pytest.raises(InputError, match="row 1: `id` is no text but int"):
+        list(read_documents(f"hub:{tmp_path}?text=id"))
+
+
 def test_datasets_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"pip install 'jaxclt\[hub\]'"):

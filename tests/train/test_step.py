@@ -136,7 +136,7 @@ def test_the_loss_is_the_dictionarys_error(span: int):
 
 
 def test_span_1_is_one_transcoder_per_layer():
-    """Loss and gradient are sums over layers trained alone (T-CLT2)."""
+    """Loss and gradient are sums over layers trained alone (maths 19.13)."""
     spec, batch = spec_of(span=1), a_batch()
     params = weights(spec)
     one = Spec(n_layers=1, d_model=D, n_features=F, span=1, compute="float64")

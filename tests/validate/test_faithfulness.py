@@ -1,4 +1,4 @@
-"""How perturbations spread: T-F1 to T-F4, and the exact dictionary (spec 6.2)."""
+"""How perturbations spread (maths 16.4 to 16.9), and the exact dictionary."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from cases import case, case_active, close
 
-from jaxclt.clt.active import Active, Dictionary
+from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.lm import layers
 from jaxclt.patching.batch import Local, make_local, make_patchable
@@ -43,7 +44,7 @@ def parts(kind: str) -> tuple[Dictionary, Active, Patchable, Local]:
         name, neurons = KINDS[kind]
         t = case(name)
         dictionary = NeuronDictionary(None) if neurons else t.dictionary
-        active = dictionary.active(t.params, t.recording, t.cfg)
+        active = active_features(dictionary, t.params, t.recording, t.cfg)
         model = make_patchable(dictionary, t.params, t.recording, t.cfg)
         return dictionary, active, model, make_local(dictionary, model, active)
 
@@ -85,7 +86,7 @@ def measured(kind: str, norms: Any) -> Agreement:
 @pytest.mark.parametrize("norms", ["frozen", "live"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_models_start_from_the_same_perturbation(kind: str, norms: str):
-    """T-F1, and nothing is said of layers before it."""
+    """Maths 16.5, and nothing is said of layers before it."""
     found = measured(kind, norms)
     for row, one in enumerate(perturbations(kind)):
         layer = int(one.nudge.layer)
@@ -96,7 +97,7 @@ def test_both_models_start_from_the_same_perturbation(kind: str, norms: str):
 
 @pytest.mark.parametrize("kind", ["neurons", "parallel"])
 def test_the_exact_dictionary_with_live_norms_is_faithful_everywhere(kind: str):
-    """T-F2: all neurons, gates and norms live. With frozen norms it is not."""
+    """Maths 16.6: all neurons, gates and norms live. With frozen norms it is not."""
     live, frozen = measured(kind, "live"), measured(kind, "frozen")
     behind = ~np.isnan(live.cosine_L)
     assert behind.sum() == 3 * (3 + 2)
@@ -107,7 +108,7 @@ def test_the_exact_dictionary_with_live_norms_is_faithful_everywhere(kind: str):
 
 
 def test_the_error_is_a_function_of_cosine_and_size_ratio():
-    """T-F3, and so nmse is at least 1 - cosine squared."""
+    """Maths 16.7, and so nmse is at least 1 - cosine squared."""
     one, other = jax.random.normal(jax.random.key(3), (2, L, T, D), jnp.float64)
     for found in (compare(one, other), measured("clt", "frozen")):
         rho, cosine = np.asarray(found.ratio_L), np.asarray(found.cosine_L)
@@ -118,7 +119,7 @@ def test_the_error_is_a_function_of_cosine_and_size_ratio():
 
 
 def test_small_perturbations_measure_the_jacobians():
-    """T-F4: the limit is the agreement of the two linear responses."""
+    """Maths 16.8: the limit is the agreement of the two linear responses."""
     _, _, model, local = parts("clt")
     one = perturbations("clt")[1]
     small = dataclasses.replace(
@@ -156,7 +157,7 @@ def test_small_perturbations_measure_the_jacobians():
 
 @pytest.mark.parametrize("kind", ["neurons", "parallel"])
 def test_all_neurons_have_the_mlps_derivative_and_others_do_not(kind: str):
-    """Spec 6.3: zero distance for the exact dictionary, gates live."""
+    """Maths 16.9: zero distance for the exact dictionary, gates live."""
     key = jax.random.key(0)
     for norms in ("frozen", "live"):
         _, _, model, local = parts(kind)
@@ -177,7 +178,7 @@ def test_jacobian_distance_is_the_frobenius_norm():
     cfg, rec, layer = model.cfg, model.recording, 1
     p, table = jax.tree.map(lambda x: x[layer], (model.params.blocks, local.tables))
     scale_T, mid_TD = rec.frozen.mlp_scale_LT[layer], rec.mid_LTD[layer]
-    assert model.clt_cfg.read == "resid_mid"
+    assert model.coder.site == "resid_mid"
     top = bottom = 0.0
     for t in range(len(mid_TD)):
 
@@ -188,9 +189,8 @@ def test_jacobian_distance_is_the_frobenius_norm():
 
         J_mlp = np.asarray(jax.jit(jax.jacobian(mlp))(mid_TD[t]))
         on_U = np.asarray(table.clean_LTU[t]) != 0
-        J_clt = (
-            np.asarray(table.W_dec_LUMD)[on_U, 0].T @ np.asarray(table.W_enc_LUD)[on_U]
-        )
+        read_UD = np.asarray(table.enc.W_enc_FD)[on_U]
+        J_clt = np.asarray(table.dec)[on_U, 0].T @ read_UD
         top += ((J_clt - J_mlp) ** 2).sum()
         bottom += (J_mlp**2).sum()
     np.testing.assert_allclose(got.nmse_L[layer], top / bottom, rtol=0.05)

@@ -77,7 +77,7 @@ def test_trace_validate_writes_the_report_of_the_contract(traced: Path):
 
 
 def test_the_graph_predicts_its_replacement_model_exactly(traced: Path):
-    """Every active feature is a node here: correlation 1 (spec 6.1)."""
+    """Every active feature is a node here: correlation 1 (maths 16.1)."""
     report = json.loads((traced / "validation.json").read_text())
     assert report["total_effect"]["replacement"]["pearson"] > 1 - 1e-5
     assert report["complete_replacement"] is True

@@ -1,4 +1,4 @@
-"""Correlations against scipy's, and what the graph predicts of groups."""
+"""Correlations and intervals, and what the graph predicts of groups."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from jaxclt.validation.stats import (
     bootstrap,
     mean_interval,
     pearson,
-    ranks,
     ratio_interval,
+    resampled,
     spearman,
     wilson,
 )
@@ -33,12 +33,24 @@ def test_correlations_are_scipys(seed: int):
     y = np.round(y + x, 0)  # ties
     assert abs(spearman(x, y) - scipy.stats.spearmanr(x, y).statistic) < 1e-12
     assert abs(pearson(x, y) - scipy.stats.pearsonr(x, y).statistic) < 1e-12
-    np.testing.assert_array_equal(ranks(y) + 1, scipy.stats.rankdata(y))
+    assert abs(pearson(x, y) - np.corrcoef(x, y)[0, 1]) < 1e-12
+    rank_x, rank_y = (
+        (v[:, None] > v).mean(1) + (v[:, None] >= v).mean(1) for v in (x, y)
+    )
+    assert abs(spearman(x, y) - np.corrcoef(rank_x, rank_y)[0, 1]) < 1e-12
+    both = spearman(np.stack([x, y]), np.stack([y, y]), 1)
+    np.testing.assert_allclose(both, [spearman(x, y), 1], atol=1e-12)
+    square = (x.reshape(8, 5), y.reshape(8, 5))
+    assert abs(pearson(*square) - pearson(x, y)) < 1e-12
 
 
 def test_nothing_that_varies_is_no_correlation():
     assert np.isnan(spearman(np.ones(5), np.arange(5.0)))
     assert np.isnan(pearson(np.arange(2.0), np.arange(2.0)))
+    assert np.isnan(pearson(np.full(5, 0.1), np.arange(5.0)))
+    assert np.isnan(spearman(np.zeros(0), np.zeros(0)))
+    # A side that hardly varies: whatever it is, nothing is said on the terminal.
+    assert abs(pearson(1e9 + 1e-7 * np.arange(5), np.arange(5.0))) <= 1
 
 
 def test_the_interval_holds_the_correlation_and_shrinks():
@@ -50,6 +62,39 @@ def test_the_interval_holds_the_correlation_and_shrinks():
     few = bootstrap(spearman, x[:40], y[:40], key)
     assert few[1] - few[0] > 2 * (high - low)
     assert bootstrap(spearman, x, y, key) == (low, high)
+
+
+def test_draws_without_a_correlation_are_left_out():
+    """Of three units, a ninth of the draws are one unit alone."""
+    x, key = np.arange(3.0), jax.random.key(0)
+    assert bootstrap(pearson, x, x, key) == pytest.approx((1, 1))
+    assert np.isnan(bootstrap(spearman, np.ones(3), x, key)).all()
+    assert np.isnan(bootstrap(pearson, x[:2], x[:2], key)).all()
+    assert ratio_interval(2 * x, x, key) == (2, 2)
+    assert np.isnan(ratio_interval(x, 0 * x, key)).all()
+    assert np.isnan(ratio_interval(np.append(x, np.nan), np.ones(4), key)).all()
+
+
+def test_whole_units_are_drawn():
+    """Targets that repeat one another hold no more than one of them."""
+    x, y = draws(5, 60)
+    y = x + y
+    key = jax.random.key(3)
+    alone = bootstrap(spearman, x, y, key)
+    ten = bootstrap(spearman, np.tile(x, (10, 1)).T, np.tile(y, (10, 1)).T, key)
+    np.testing.assert_allclose(np.diff(ten), np.diff(alone), rtol=0.15)
+
+
+def test_draws_in_parts_are_as_many():
+    calls = []
+
+    def first(draw_NC: np.ndarray) -> np.ndarray:
+        calls.append(draw_NC.shape)
+        return draw_NC[:, 0].astype(float)
+
+    found = resampled(first, 5, jax.random.key(0), n=30, width=1 << 18)
+    assert calls == [(3, 5)] * 10
+    assert 0 <= found[0] < found[1] <= 4
 
 
 def test_pairwise_influence_is_the_walk_from_a_feature():
@@ -83,7 +128,11 @@ def test_a_groups_effect_does_not_count_paths_between_members():
 @pytest.mark.parametrize("level", [0.9, 0.95])
 def test_wilson_is_scipys(hits: int, n: int, level: float):
     want = scipy.stats.binomtest(hits, n).proportion_ci(level, method="wilson")
-    assert np.allclose(wilson(hits, n, level=level), (want.low, want.high), atol=1e-12)
+    found = np.array(wilson(hits, n, level=level))
+    assert np.allclose(found, (want.low, want.high), atol=1e-12)
+    # The equation that the ends solve, where they are not 0 or 1.
+    p, z = found[(found > 0) & (found < 1)], scipy.stats.norm.ppf((1 + level) / 2)
+    np.testing.assert_allclose((hits / n - p) ** 2, z**2 * p * (1 - p) / n, rtol=1e-9)
 
 
 def test_nothing_asked_has_no_interval():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from test_graph_json import make_graph
 from test_page import open_file
+from test_serve import TOKEN
 from test_serve_patch import serving
 
 from jaxclt.errors import InputError
@@ -110,7 +111,7 @@ def test_they_are_served_and_saved(open_url, docs, tmp_path: Path):
     )["node_id"]
     with serving(tmp_path, None) as port:
         origin = f"http://127.0.0.1:{port}"
-        tab = open_url(f"{origin}/", origin)
+        tab = open_url(f"{origin}/?token={TOKEN}", origin)
         assert tab.locator("li a").count() == 2
         for style in docs:
             tab.goto(f"{origin}/view/{style}.json")

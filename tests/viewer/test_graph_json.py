@@ -14,7 +14,8 @@ import pytest
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import VIRTUAL_TOKEN, Graph, GraphMeta, Pruning
 from jaxclt.graph.nodes import find_node
-from jaxclt.viewer.graph_json import finite, graph_json, validate
+from jaxclt.json_text import finite
+from jaxclt.viewer.graph_json import graph_json, validate
 
 HOSTILE = (
     "</script><img src=x onerror=alert(1)>",

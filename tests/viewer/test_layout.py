@@ -1,4 +1,4 @@
-"""No text lies over another, leaves its panel or is cut, at both widths of the issue.
+"""No text lies over another, leaves its panel or is cut, at both widths.
 
 What is not HTML, the picture, is measured in its SVG export, which the same code draws.
 """

@@ -11,10 +11,10 @@ from test_foreign_files import KINDS
 from test_graph_json import make_graph
 from test_page import open_file
 
-from jaxclt.cli_serve import save_view
 from jaxclt.errors import InputError
-from jaxclt.graph_list import graphs_in
 from jaxclt.pages import directory_page, read_graph
+from jaxclt.serve.folder import Folder
+from jaxclt.serve.save import save_view
 from jaxclt.viewer.graph_json import graph_json, validate
 from jaxclt.viewer.page import page
 
@@ -111,7 +111,7 @@ def test_a_file_with_its_keys_in_any_order_is_listed(tmp_path: Path):
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "cfg.json").write_text('{"d_in": 8, "metadata": {"slug": "no graph"}}')
     (tmp_path / "list.json").write_text('[{"metadata": {}, "nodes": [], "links": []}]')
-    found = graphs_in(tmp_path)
+    found = Folder(tmp_path).graphs()
     assert [g["path"] for g in found] == sorted(orders)
     assert {g["slug"] for g in found} == {"my graph"}
     assert {g["prompt"] for g in found} == {doc["metadata"]["prompt"]}

@@ -350,9 +350,22 @@ def test_supernodes_are_grouped_renamed_moved_and_ungrouped(open_page, doc):
     assert not tab.is_visible("#subgraph")
 
 
+def half_below_zero(doc: dict) -> dict:
+    """The same with every other feature on the other side."""
+    doc = copy.deepcopy(doc)
+    for node in [n for n in doc["nodes"] if n["feature_type"] == FEATURE][::2]:
+        node["activation"] *= -1
+    return doc
+
+
+def sides_of(doc: dict) -> dict[str, int]:
+    """-1 of features below zero, 1 of all other nodes."""
+    return {n["node_id"]: -1 if (n["activation"] or 0) < 0 else 1 for n in doc["nodes"]}
+
+
 def merged(doc: dict, groups: list[list[str]]) -> dict[tuple[int, int], float]:
     """Links of supernodes as the paper defines them, written out slowly."""
-    size = {n["node_id"]: 0.0 for n in doc["nodes"]}
+    size, side = {n["node_id"]: 0.0 for n in doc["nodes"]}, sides_of(doc)
     for link in doc["links"]:
         size[link["target"]] += abs(link["weight"])
     found = {}
@@ -369,7 +382,10 @@ def merged(doc: dict, groups: list[list[str]]) -> dict[tuple[int, int], float]:
         }
         for s, sources in enumerate(groups):
             total = sum(
-                outside[link["target"]] * link["weight"] / size[link["target"]]
+                outside[link["target"]]
+                * side[link["target"]]
+                * link["weight"]
+                / size[link["target"]]
                 for link in doc["links"]
                 if link["target"] in outside and link["source"] in sources
             )
@@ -378,10 +394,11 @@ def merged(doc: dict, groups: list[list[str]]) -> dict[tuple[int, int], float]:
     return found
 
 
-def test_links_between_supernodes_are_merged_as_in_the_paper(open_page, doc):
+@pytest.mark.parametrize("make", [copy.deepcopy, half_below_zero])
+def test_links_between_supernodes_are_merged_as_in_the_paper(open_page, doc, make):
     features = ids_of(doc, FEATURE)
     groups = [features[:4], features[-5:], ids_of(doc, "logit")[:1]]
-    doc = copy.deepcopy(doc)
+    doc = make(doc)
     doc["qParams"]["supernodes"] = json.dumps([["g", *ids] for ids in groups[:2]])
     doc["qParams"]["pinnedIds"] = ",".join(groups[2])
     tab = open_page(page(doc))
@@ -622,6 +639,34 @@ def test_two_graphs_are_compared(open_page, doc):
         "() => document.getElementById('comparenote').textContent !== ''"
     )
     assert "dictionaries differ" in tab.text_content("#comparenote")
+
+
+def test_a_chat_shows_who_says_what(open_page):
+    """Roles in the heading, as text whatever they are; of a long chat the end."""
+    graph = make_graph()
+    said = [
+        {"role": "system", "content": "x" * 300},
+        {"role": "<b>user</b>", "content": HOSTILE[0]},
+        {"role": "model", "content": "Two\nlines"},
+    ]
+    meta = dataclasses.replace(graph.meta, messages=said)
+    doc = graph_json(dataclasses.replace(graph, meta=meta), slug="chat")
+    validate(doc)
+    tab = open_page(page(doc))
+    roles = tab.locator("#h1 .role").all_inner_texts()
+    assert roles == ["system", "<b>user</b>", "model"]
+    heading = tab.text_content("#h1")
+    assert f"<b>user</b> {HOSTILE[0]} model Two⏎lines  → " in heading
+    assert re.search(r"system …x{50,120} <b>", heading)
+    assert tab.locator("#h1 b, #h1 img").count() == 0
+    assert tab.get_attribute("#h1", "title") == graph.meta.prompt
+    # what was saved from the page is still that chat
+    assert tab.evaluate("__jaxclt.document().jaxclt.messages") == said
+    plain = graph_json(graph, slug="plain")
+    assert "messages" not in plain["jaxclt"]
+    for wrong in ("x", [3], [{"role": "user"}], [{"role": 1, "content": "x"}]):
+        with pytest.raises(InputError, match=r"\$.jaxclt.messages"):
+            validate(plain | {"jaxclt": {"messages": wrong}})
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

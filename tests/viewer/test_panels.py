@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
+from xml.etree import ElementTree
 
 import pytest
 from test_graph_json import make_graph
-from test_page import FEATURE, VALIDATION, feature_file, ids_of, patched
+from test_page import (
+    FEATURE,
+    REPORT,
+    VALIDATION,
+    feature_file,
+    half_below_zero,
+    ids_of,
+    patched,
+    sides_of,
+)
 
 from jaxclt.viewer.graph_json import graph_json, validate
 from jaxclt.viewer.page import page
@@ -184,6 +195,102 @@ def test_activations_below_zero_are_shaded_otherwise(open_page, doc):
     assert styles[2][3] == "activation −4"
     assert "below zero" in tab.text_content(".shades")
     assert tab.locator(".histogram .zero").count() == 1
+
+
+def product(doc: dict, sides: dict[str, int], nodes: list[str]) -> float:
+    """What a path does to its last node: edges, each as its target's side takes it."""
+    weight = {(x["source"], x["target"]): x["weight"] for x in doc["links"]}
+    sign = 1.0
+    for source, target in itertools.pairwise(nodes):
+        sign *= weight[source, target] * sides[target]
+    return sign
+
+
+def test_signs_say_what_strengthens_a_feature_on_either_side(open_page, doc):
+    """In the lists, read aloud, in the paths and in the picture."""
+    doc = half_below_zero(doc)
+    sides = sides_of(doc)
+    tab = open_page(page(doc, REPORT))
+    seen = set()
+    for node in [n["node_id"] for n in doc["nodes"]][::3]:
+        tab.evaluate("id => __jaxclt.select(id)", node)
+        note = "Below zero: what strengthens it (+) makes it more negative"
+        assert (note in tab.text_content("#sidebody")) == (sides[node] < 0)
+        links = [x for x in doc["links"] if node in (x["source"], x["target"])]
+        pushes = [x["weight"] * sides[x["target"]] for x in links]
+        root = ElementTree.fromstring(tab.evaluate("__jaxclt.svg()"))
+        dashed = [e for e in root.iter() if e.get("stroke-dasharray") == "5 3"]
+        assert len(dashed) == sum(push < 0 for push in pushes)
+        said = tab.locator("#sidebody .links:not(.out) .sign").all_text_contents()
+        output = ("+ raises", "− lowers")
+        feature = ("+ strengthens", "− weakens")
+        want = [
+            (output if x["target"] in ids_of(doc, "logit") else feature)[push < 0]
+            for x, push in zip(links, pushes, strict=True)
+        ]
+        assert sorted(said) == sorted(want)
+        seen.update(want)
+        if tab.locator("details.paths").count():
+            tab.click("details.paths summary")
+            rows = tab.locator("button.path")
+            for i in range(rows.count()):
+                rows.nth(i).click()
+                nodes = tab.evaluate(
+                    "(({app: {model: m, path: p}}) =>"
+                    "[m.from(p[0]).id, ...p.map(e => m.to(e).id)])(__jaxclt)"
+                )
+                sign = rows.nth(i).locator(".sign").text_content()
+                assert (sign[0] == "+") == (product(doc, sides, nodes) > 0)
+                seen.add(sign[2:])
+    assert len(seen) == 8
+
+
+def test_a_feature_below_zero_shows_what_that_side_writes(open_page, doc):
+    """Tokens turned round, its own examples first; said so where there are none."""
+    doc = copy.deepcopy(doc)
+    node = next(n for n in doc["nodes"] if n["feature_type"] == FEATURE)
+    layer, number, _ = node["node_id"].split("_")
+    feature = feature_file(0)
+    (above,) = feature["examples_quantiles"]
+    below = copy.deepcopy(above)
+    below["quantile_name"] = "Top activations below zero"
+    for example in below["examples"]:
+        example["tokens_acts_list"] = [0, -4, 0.5, 0]
+    doc["jaxclt"]["features"] = {f"{layer}_{number}": feature}
+
+    def shown() -> tuple[str, list[str]]:
+        tab = open_page(page(doc))
+        tab.evaluate("id => __jaxclt.select(id)", node["node_id"])
+        names = tab.locator(".feature details summary").all_text_contents()
+        assert tab.locator(".feature details[open]").count() == 1
+        return tab.text_content(".feature"), names
+
+    other = "All examples are of the other side"
+    for activation, quantiles, first, says in (
+        (2.0, [above], above, False),
+        (2.0, [below, above], above, False),
+        (-2.0, [above, below], below, False),
+        (-2.0, [above], above, True),
+    ):
+        node["activation"], feature["examples_quantiles"] = activation, quantiles
+        text, names = shown()
+        assert names[0].startswith(first["quantile_name"] + " (")
+        assert (other in text) == says
+        if activation > 0:
+            assert "Top logits Paris<script>Bottom logits x" in text
+        else:
+            assert "Raises here, below zero xLowers here Paris<script>" in text
+
+
+def test_evidence_holds_the_edges_into_the_output(open_page, doc):
+    report = copy.deepcopy(REPORT)
+    report["scores"]["full"]["completeness_logit_edges"] = 0.976
+    report["scores"]["pruned"]["completeness_logit_edges"] = 0.77
+    tab = open_page(page(doc, report))
+    assert "Output edges98 %" in tab.text_content("#scores")
+    tab.click("#tab-evidence")
+    text = tab.text_content("#sidebody")
+    assert "comes from features and tokens; 77 % in what is shown" in text
 
 
 def test_a_browser_without_base64_of_its_own_reads_the_links(open_page, doc):

@@ -21,6 +21,7 @@ import pytest
 from test_foreign_files import KINDS, links_of
 from test_layout import MEASURE
 from test_page import FEATURE, ids_of, merged, open_file
+from test_serve import TOKEN
 from test_serve_patch import serving
 
 from jaxclt.api import show
@@ -231,7 +232,9 @@ def test_feature_panel(open_page, html, doc):
             tab.wait_for_selector(".feature")
         assert tab.locator(".feature .example").count() > 3
         assert tab.locator(".histogram .column").count() == len(record["histogram"])
-        assert record["top_logits"][0].strip() in tab.text_content(".feature .logits")
+        raised = "bottom" if numbers[number]["activation"] < 0 else "top"
+        first = record[f"{raised}_logits"][0].strip()
+        assert first in tab.text_content(".feature .logits")
         assert tab.locator(".example .up, .example .down").count() > 3
 
 
@@ -289,7 +292,7 @@ def test_served_saved_and_patched(open_url, doc, tmp_path: Path):
     patcher = Patcher(report["model"], report["dictionary"])
     with serving(tmp_path / "runs", patcher) as port:
         origin = f"http://127.0.0.1:{port}"
-        tab = open_url(f"{origin}/", origin)
+        tab = open_url(f"{origin}/?token={TOKEN}", origin)
         tab.locator("li a").first.click()
         tab.click("#suggest")
         tab.locator(".card.group").first.click()

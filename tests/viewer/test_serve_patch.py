@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_serve import save
+from test_serve import TOKEN, save
+from test_serve import serving as serve
 from test_serve import talk as talk_to
 
 from jaxclt import cli
-from jaxclt.cli_serve import MAX_PATCH, make_server
 from jaxclt.errors import InputError
 from jaxclt.pages import read_graph
+from jaxclt.serve.app import MAX_PATCH
 from jaxclt.serve_patch import BUSY, MAX_NODES, Patcher, read_change
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
@@ -41,13 +42,8 @@ def patcher() -> Patcher:
 
 @contextmanager
 def serving(root: Path, patcher) -> Iterator[int]:
-    server = make_server(root, patcher=patcher)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield server.server_address[1]
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serve(root, patcher) as server:
+        yield server.port
 
 
 def features(folder: Path) -> list[str]:
@@ -68,7 +64,7 @@ def test_the_page_patches_a_supernode_and_keeps_what_it_did(
     (folder / "graph.json").write_text(json.dumps(doc))
     with serving(root, patcher) as port:
         origin = f"http://127.0.0.1:{port}"
-        tab = open_url(f"{origin}/view/cat", origin)
+        tab = open_url(f"{origin}/view/cat?token={TOKEN}", origin)
         tab.locator(".card").first.click()
         tab.click(".actions >> text=Patch")
         tab.fill(".patchform input", "-1")

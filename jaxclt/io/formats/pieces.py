@@ -16,7 +16,7 @@ import numpy as np
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import EncoderLayer
 from jaxclt.errors import InputError, shown
-from jaxclt.io.digest import digest_ends
+from jaxclt.io.digest import fingerprint
 from jaxclt.io.tensors import TensorFile, check_finite
 
 __all__ = ["FileStore", "Fold", "Gain", "LayerFiles", "Piece", "WriteSite"]
@@ -203,12 +203,8 @@ class FileStore:
         return np.maximum(norm_F, norm_F.dtype.type(1e-30))
 
     def digest(self) -> str:
-        """Hex hash of names, sizes and the first and last megabyte of every file.
-
-        Cheap for dictionaries of many gigabytes; it tells dictionaries apart but does
-        not prove that all bytes are the same.
-        """
-        return digest_ends(dict(self.files))
+        """Hex hash of the names and contents of all files, see `jaxclt.io.digest`."""
+        return fingerprint(self.files)
 
 
 def _wide(x: np.ndarray) -> np.ndarray:

@@ -131,8 +131,10 @@ def _choose(books: Sequence[_Book], wanted: str, where: str) -> list[_Book]:
         raise InputError(f"{where} has no {wanted}; it has {_listed(books)}")
     by_layer = {x.layer: x for x in fits}
     if len(by_layer) < len(fits):
+        # The line must hold some of the choices, however long a path is.
+        brief = where if len(where) <= 40 else f"...{where[-37:]}"
         raise InputError(
-            f"{where}{wanted and f'//{wanted}'} leaves a choice: name one of "
+            f"{brief}{wanted and f'//{wanted}'} leaves a choice: name one of "
             f"{_listed(fits)}"
         )
     n_layers = 1 + max(x.layer for x in books)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 
 from jaxclt.clt.config import CLTConfig
 from jaxclt.errors import InputError
 from jaxclt.io.formats import saelens, sparsify
 from jaxclt.io.formats.write import LAYOUT_TARGETS, About, Layer, Target, Tensors
+from jaxclt.json_text import to_json
 
 __all__ = ["TARGETS"]
 
@@ -56,7 +55,7 @@ def _saelens_texts(cfg: CLTConfig, about: About) -> dict[str, str]:
                 "hook_name_out": f"blocks.{i}.{_SAELENS_WRITES[about.write]}",
             },
         }
-        texts[f"layer_{i}/{saelens.CONFIG}"] = json.dumps(config, indent=2) + "\n"
+        texts[f"layer_{i}/{saelens.CONFIG}"] = to_json(config, indent=2) + "\n"
     return texts
 
 
@@ -115,7 +114,7 @@ def _sparsify_texts(cfg: CLTConfig, about: About) -> dict[str, str]:
         "transcode": True,
         "d_in": cfg.d_model,
     }
-    text = json.dumps(config, indent=2) + "\n"
+    text = to_json(config, indent=2) + "\n"
     return {f"layers.{i}.mlp/{sparsify.CONFIG}": text for i in range(cfg.n_layers)}
 
 

@@ -67,8 +67,8 @@ export interface Payload {
 
 export interface Serve {
   path: string; // of this graph
+  version: string; // of its file
   patch: boolean; // whether the server can run the model
-  graphs: { path: string; slug: string; prompt: string }[];
 }
 
 export const asObject = (x: unknown): Json =>

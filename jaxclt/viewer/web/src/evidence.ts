@@ -21,6 +21,7 @@ export function scoreList(app: App): Score[] {
   const { replacement, completeness, mean_path_length: steps } = full, worst = number(proof.max_relative_row_error);
   if (isNumber(replacement)) list.push({ name: "Replacement", value: percent(replacement), text: `of the influence on the output runs through features alone${shown("replacement")}${most("replacement_at_most")}` });
   if (isNumber(completeness)) list.push({ name: "Completeness", value: percent(completeness), text: `of what nodes read comes from features and tokens${shown("completeness")}${most("completeness_at_most")}` });
+  if (isNumber(full.completeness_logit_edges)) list.push({ name: "Output edges", value: percent(full.completeness_logit_edges), text: `of what the output reads directly, but for the constant term, comes from features and tokens${shown("completeness_logit_edges")}` });
   if (isNumber(steps)) list.push({ name: "Path length", value: steps.toFixed(1), text: "steps from a token to the output, on average" });
   if (worst !== null) list.push({ name: "Largest sum error", value: percent(worst), text: `between a node and the sum of its inputs: ${worst < 1e-3 ? "rounding only" : "more than rounding, mistrust the weights"}` });
   const origins = ([["errors", proof.error_share], ["constant terms", proof.bias_share], ["left out", proof.rest_share]] as const)

@@ -3,7 +3,7 @@
 import type { App } from "./app";
 import { type Json, asObject, asText } from "./document";
 import { count, el, inPath, isNumber, percent, short, svg, visible } from "./dom";
-import { type GraphNode, cantor } from "./model";
+import { type GraphNode, cantor, isBelow } from "./model";
 
 const FEW_EXAMPLES = 5, BEFORE = 5, AFTER = 20;
 
@@ -74,12 +74,13 @@ export class Features {
   panel(n: GraphNode): HTMLElement | null {
     const f = this.find(n);
     if (!f) return null;
-    const body = el("div", "feature");
+    const body = el("div", "feature"), below = isBelow(n);
     const logits = (title: string, list: string[]) => {
       if (list.length) body.append(el("p", "logits", el("b", "", title), ...list.slice(0, 10).map((t) => el("span", "chip", visible(t)))));
     };
-    logits("Top logits", f.top);
-    logits("Bottom logits", f.bottom);
+    // What it writes is its direction times an activation: below zero, the reverse.
+    logits(below ? "Raises here, below zero" : "Top logits", below ? f.bottom : f.top);
+    logits(below ? "Lowers here" : "Bottom logits", below ? f.top : f.bottom);
     if (f.frequency !== null) body.append(el("p", "note", `Active on ${percent(f.frequency)} of tokens.`));
     if (f.histogram.length) body.append(histogram(f, n.activation));
     const sizes = f.quantiles.flatMap((q) => q.examples.flatMap((e) => e.acts)).map(Math.abs);
@@ -87,7 +88,13 @@ export class Features {
     if (f.quantiles.some((q) => q.examples.some((e) => e.acts.some((v) => v < 0)))) {
       body.append(el("p", "note shades", el("span", "up", "above zero"), " ", el("span", "down much", "below zero")));
     }
-    for (const [i, q] of f.quantiles.entries()) {
+    // Those of the side that it is on here come first.
+    const here = (e: Example) => (e.acts[e.centre] ?? 0) < 0 === below;
+    const quantiles = f.quantiles.slice().sort((a, b) => Number(b.examples.every(here)) - Number(a.examples.every(here)));
+    if (below && quantiles.length && !quantiles.some((q) => q.examples.some(here))) {
+      body.append(el("p", "note", "All examples are of the other side: above zero, not below it as here."));
+    }
+    for (const [i, q] of quantiles.entries()) {
       const list = el("ol", "examples", ...q.examples.slice(0, i === 0 ? 20 : FEW_EXAMPLES).map((e) => el("li", "", example(e, high))));
       const box = el("details", "", el("summary", "", `${q.name || "Examples"} (${count(q.examples.length)})`), list);
       box.open = i === 0;

@@ -1,12 +1,12 @@
 // Files in and out: open, save, export; nothing leaves the page but by the reader.
 
 import type { App } from "./app";
-import { type Json, asObject, readDocument, readSupernodes, readView } from "./document";
-import { $, inPath, plural } from "./dom";
+import { asObject, asText, readDocument, readSupernodes, readView } from "./document";
+import { $, el, inPath, plural, visible } from "./dom";
 import { type Features, isFeatureFile } from "./features";
 import { Model } from "./model";
 import type { Picture } from "./picture";
-import { toDocument, toSave } from "./state";
+import { toDocument } from "./state";
 
 /** A line the reader sees and hears. */
 export function tell(text: string, bad = false): void {
@@ -73,18 +73,14 @@ export function exportAs(app: App, picture: Picture, kind: string): void {
   else picture.png((blob) => { if (blob) download(name, blob); });
 }
 
-/** Write labels, pins and groups into the graph's file through the server. */
-export async function save(app: App): Promise<void> {
-  if (!app.serve) return;
-  try {
-    const answer = await fetch(`/api/save/${inPath(app.serve.path)}`, {
-      method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(toSave(app)),
-    });
-    const said = asObject(await answer.json().catch(() => ({}))) as Json;
-    if (!answer.ok) throw new Error(String(said.error ?? answer.status));
-    tell("Saved");
-  } catch (error) {
-    tell(`Not saved: ${error instanceof Error ? error.message : String(error)}`, true);
+/** Fill the list of the server's other graphs, once it is wanted. */
+export async function listOthers(app: App, list: HTMLSelectElement): Promise<void> {
+  const answer = await fetch("/api/graphs").catch(() => null);
+  if (!answer?.ok) { tell("The server does not answer", true); return; }
+  for (const item of (await answer.json()) as unknown[]) {
+    const { path, prompt, slug, error } = asObject(item);
+    if (error !== undefined || path === app.serve?.path) continue;
+    list.append(Object.assign(el("option", "", visible(asText(prompt) || asText(slug)).slice(0, 80)), { value: asText(path) }));
   }
 }
 

@@ -2,16 +2,17 @@
 
 import { App, type Part, type Tab, type ViewName } from "./app";
 import { Compare } from "./compare";
-import type { Payload } from "./document";
+import { asObject, asText, type Payload } from "./document";
 import { $, count, el, percent, plural, visible } from "./dom";
 import { scoreList } from "./evidence";
 import { Divider } from "./divider";
 import { Features } from "./features";
-import { exportAs, fetchOther, openFiles, save, tell } from "./files";
+import { exportAs, fetchOther, listOthers, openFiles, tell } from "./files";
 import type { GraphNode } from "./model";
 import { showSide } from "./panel";
 import { Patches } from "./patches";
 import { Picture, say } from "./picture";
+import { Saver } from "./save";
 import { fromHash, toDocument, toHash } from "./state";
 import { Subgraph } from "./subgraph";
 import { mergeLinks } from "./supernodes";
@@ -22,6 +23,7 @@ const PROMPT = 130; // letters of it in the header
 const started = performance.now();
 const payload = JSON.parse($("data").textContent ?? "null") as Payload;
 const app = new App(payload);
+const saver = app.serve && new Saver(app); // ahead of what the address adds to the file
 fromHash(app, location.hash);
 const features = new Features(app);
 const picture = new Picture(app, $("graph"), { model: () => app.model, mark: () => null, says: true, choose: (n) => app.select(n) });
@@ -32,12 +34,25 @@ const main = document.querySelector("main") as HTMLElement, left = document.quer
 const dividers = [new Divider(app, "side", main), new Divider(app, "lower", left)];
 const slider = $<HTMLInputElement>("slider"), errors = $<HTMLInputElement>("errors"), search = $<HTMLInputElement>("search");
 
+/** A chat as roles and what they said; of a long one the end. */
+function chat(messages: unknown[]): (HTMLElement | string)[] {
+  const parts: (HTMLElement | string)[] = [];
+  let left = PROMPT;
+  for (const { role, content } of messages.map(asObject).reverse()) {
+    if (left <= 0) { parts.unshift("… "); break; }
+    const letters = Array.from(visible(asText(content))), cut = letters.length > left ? "…" : "";
+    parts.unshift(el("span", "role", visible(asText(role))), ` ${cut}${letters.slice(-left).join("")} `);
+    left -= letters.length;
+  }
+  return parts;
+}
+
 function header(): void {
   const { model } = app, { metadata, jaxclt } = model.doc, first = model.logits[0];
   const whole = visible(metadata.prompt), letters = Array.from(whole);
   const prompt = letters.length > PROMPT ? `…${letters.slice(-PROMPT).join("")}` : whole; // its end is what is explained
   document.title = `Attribution graph · ${whole.slice(0, 80)}`;
-  $("h1").replaceChildren(prompt || "Attribution graph");
+  $("h1").replaceChildren(...(Array.isArray(jaxclt.messages) ? chat(jaxclt.messages) : [prompt || "Attribution graph"]));
   if (first && !first.target) $("h1").append(el("span", "next", ` → ${visible(first.token).trim()}`), el("span", "prob", ` ${percent(first.prob)}`));
   $("h1").title = metadata.prompt.slice(0, 1000);
   const listed = Array.isArray(metadata.transcoder_list) ? metadata.transcoder_list[0] : "";
@@ -152,13 +167,18 @@ $<HTMLSelectElement>("export").addEventListener("change", (e) => {
   exportAs(app, picture, select.value);
   select.value = "";
 });
-if (app.serve) {
-  const serve = app.serve, list = $<HTMLSelectElement>("others");
+if (saver) {
+  const list = $<HTMLSelectElement>("others");
+  let listed = false;
   $("save").hidden = false;
-  $("save").addEventListener("click", () => { void save(app); });
+  $("save").addEventListener("click", () => { void saver.save(); });
   $("home").hidden = false;
   list.hidden = false;
-  for (const g of serve.graphs) if (g.path !== serve.path) list.append(Object.assign(el("option", "", visible(g.prompt || g.slug).slice(0, 80)), { value: g.path }));
+  app.listen(() => {
+    if (app.view !== "compare" || listed) return;
+    listed = true;
+    void listOthers(app, list);
+  });
   list.addEventListener("change", () => { if (list.value) void fetchOther(app, list.value); });
 }
 $("notice").addEventListener("click", () => tell(""));

@@ -115,6 +115,13 @@ export class Model {
     return this.strongest;
   }
 
+  /** A link's weight, turned round where its target is below zero: positive strengthens a
+   * feature or raises an output, and along a path the signs multiply. */
+  push(link: number): number {
+    const weight = this.weight[link] as number;
+    return isBelow(this.to(link)) ? -weight : weight;
+  }
+
   parts(link: number): LinkParts | null {
     const raw = this.extra.get(link);
     if (!raw) return null;
@@ -160,6 +167,13 @@ export class Model {
     return `${this.label(n)} ${n.id} L${n.layer} ${this.tokens[n.pos] ?? ""}`.toLowerCase();
   }
 }
+
+/** Whether a feature's activation is below zero; what lowers it then strengthens it. */
+export const isBelow = (n: GraphNode): boolean => n.kind === "feature" && n.activation !== null && n.activation < 0;
+
+/** What a positive or a negative push does to a node. */
+export const verb = (n: GraphNode | undefined, push: number): string =>
+  n?.kind === "logit" ? (push < 0 ? "lowers" : "raises") : push < 0 ? "weakens" : "strengthens";
 
 /** A number that at least k of these, which are not negative, reach, and few more: by the
  * upper half of their bits, which are in the order of the numbers. */

@@ -68,7 +68,7 @@ function curve(pen: Pen, s: Scene, link: number): void {
 }
 
 function signedLink(pen: Pen, s: Scene, link: number, most: number, faint: number): void {
-  const positive = (s.model.weight[link] as number) >= 0, share = s.model.share[link] as number, relative = share / most;
+  const positive = s.model.push(link) >= 0, share = s.model.share[link] as number, relative = share / most;
   pen.strokeStyle = positive ? s.theme.pos : s.theme.neg;
   pen.setLineDash(positive ? [] : [5, 3]);
   pen.lineWidth = 0.6 + relative + 3 * share;
@@ -150,7 +150,7 @@ function ownLinks(pen: Pen, s: Scene, chosen: GraphNode): Map<number, number> {
 function pathLinks(pen: Pen, s: Scene): Set<number> {
   const on = new Set<number>();
   for (const e of s.path) {
-    const positive = (s.model.weight[e] as number) >= 0;
+    const positive = s.model.push(e) >= 0;
     pen.strokeStyle = positive ? s.theme.pos : s.theme.neg;
     pen.setLineDash(positive ? [] : [6, 3]);
     pen.lineWidth = 2.5;

@@ -5,7 +5,7 @@ import type { Supernode } from "./document";
 import { $, button, clip, count, editText, el, percent, plural, quoted, short, signed, spaced, visible } from "./dom";
 import { evidence } from "./evidence";
 import type { Features } from "./features";
-import type { GraphNode, LinkParts } from "./model";
+import { type GraphNode, type LinkParts, isBelow, verb } from "./model";
 import { type Path, pathsToInputs, pathsToTargets } from "./paths";
 import { mergeLinks } from "./supernodes";
 
@@ -48,6 +48,7 @@ function overview(app: App): HTMLElement[] {
     el("h3", "", "How to read the graph"),
     el("p", "note", "Each column is a token of the prompt, each row a layer. Circles are features the model switched on there; larger ones matter more for the output. Lines are direct effects; the strongest carry most of the output. “·” stands for a space."),
     el("p", "note", "A share says how much of a node's shown inputs one link makes up, counted without sign. The weight is the effect itself: with constant terms and what was pruned, a feature's weights add up to its pre-activation, an output's to its logit. ↑ acts at the same token, ↗ on a later one."),
+    el("p", "note", "+ strengthens a feature, − weakens it, on whichever side of zero its activation is; of an output, + raises the logit. So the signs along a path multiply."),
   ];
 }
 
@@ -81,6 +82,7 @@ function nodePanel(app: App, features: Features, n: GraphNode): HTMLElement[] {
   if (n.absInput && n.read > 0) facts.append(fact("Inputs shown", `${percent(Math.min(1, n.read / n.absInput))} of all it reads`));
   const parts: HTMLElement[] = [el("div", "head", el("div", "", title, el("p", "", where)), actions)];
   if (facts.children.length) parts.push(facts);
+  if (isBelow(n)) parts.push(el("p", "note", "Below zero: what strengthens it (+) makes it more negative, so the weights of its inputs have the other sign."));
   if (n.kind === "error") parts.push(el("p", "note", "What the features of this layer get wrong here, taken as given: nothing feeds it."));
   const feature = n.kind === "feature" ? features.panel(n) : null;
   if (feature) parts.push(feature);
@@ -108,9 +110,10 @@ function linkList(app: App, title: string, links: Int32Array, incoming: boolean)
 
 function linkRow(app: App, e: number, incoming: boolean, most: number): HTMLElement {
   const { model } = app, from = model.from(e), to = model.to(e), other = incoming ? from : to;
-  const row = signedRow(model.weight[e] as number, model.share[e] as number, most, model.label(other), model.brief(other),
+  const row = signedRow(model.push(e), to, model.share[e] as number, most, model.label(other), model.brief(other),
     from.pos === to.pos ? "↑" : "↗", signed(model.weight[e] as number));
-  row.title = `${clip(model.label(other), 300)} · ${model.where(other)}`;
+  const turned = isBelow(to) && !incoming ? " · below zero there, so the weight has the other sign" : "";
+  row.title = `${clip(model.label(other), 300)} · ${model.where(other)}${turned}`;
   const parts = model.parts(e);
   if (parts) row.append(el("span", "parts", partsText(parts)));
   row.addEventListener("click", () => { app.select(other); ($("sidebody").querySelector("h2") as HTMLElement).focus(); });
@@ -126,14 +129,19 @@ function partsText({ direct, attention, heads }: LinkParts): string {
   return said.join(" · ");
 }
 
+/** Plus or minus; read aloud, what that does to a node. */
+function sign(push: number, to: GraphNode | undefined): HTMLElement {
+  return el("span", "sign", push < 0 ? "−" : "+", el("span", "sr", ` ${verb(to, push)}`));
+}
+
 function signedRow(
-  weight: number, share: number, most: number, name: string, brief: string, arrow: string, raw: string,
+  push: number, to: GraphNode | undefined, share: number, most: number, name: string, brief: string, arrow: string, raw: string,
 ): HTMLButtonElement {
-  const positive = weight >= 0, bar = el("b"), row = el("button", positive ? "pos" : "neg");
+  const bar = el("b"), row = el("button", push < 0 ? "neg" : "pos");
   row.type = "button";
   bar.style.width = `${Math.max(3, (100 * share) / most)}%`;
   row.append(
-    el("span", "sign", positive ? "+" : "−", el("span", "sr", positive ? " raises" : " lowers")),
+    sign(push, to),
     el("span", "arrow", arrow),
     el("span", "name", clip(name, 120), "  ", el("i", "", clip(brief, 60))),
     el("span", "bar", bar), el("span", "right", percent(share)), el("span", "raw", raw),
@@ -162,11 +170,11 @@ function pathsBox(app: App, n: GraphNode): HTMLElement {
 function pathRow(app: App, path: Path): HTMLElement {
   const { model } = app, first = path.links[0] as number;
   const names = [model.from(first), ...path.links.map((e) => model.to(e))];
-  const sign = path.links.reduce((s, e) => s * ((model.weight[e] as number) < 0 ? -1 : 1), 1);
-  const row = el("button", `path ${sign < 0 ? "neg" : "pos"}`);
+  const push = path.links.reduce((s, e) => s * (model.push(e) < 0 ? -1 : 1), 1);
+  const row = el("button", `path ${push < 0 ? "neg" : "pos"}`);
   row.type = "button";
   row.append(
-    el("span", "sign", sign < 0 ? "−" : "+"),
+    sign(push, names[names.length - 1]),
     el("span", "", names.map((m) => clip(m.kind === "feature" ? `L${m.layer} ${model.label(m)}` : m.kind === "error" ? `L${m.layer} error` : model.tag(m), 36)).join(" → ")),
     el("span", "right", percent(path.share)),
   );
@@ -213,7 +221,7 @@ function groupPanel(app: App, group: Supernode): HTMLElement[] {
     for (const l of mine) {
       const other = cards[incoming ? l.source : l.target];
       if (!other) continue;
-      const row = signedRow(l.share, Math.abs(l.share), most, other.label, other.group ? plural(other.members.length, "node") : model.brief(other.members[0] as GraphNode), "", "");
+      const row = signedRow(l.share, cards[l.target]?.members[0], Math.abs(l.share), most, other.label, other.group ? plural(other.members.length, "node") : model.brief(other.members[0] as GraphNode), "", "");
       row.addEventListener("click", () => (other.group ? app.selectGroup(app.groups.find((g) => g.ids[0] === other.members[0]?.id) ?? null) : app.select(other.members[0] ?? null)));
       list.append(el("li", "", row));
     }

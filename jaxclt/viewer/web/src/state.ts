@@ -24,7 +24,7 @@ export function toHash(app: App): string {
   return q.toString();
 }
 
-function cardsOf(app: App): [string, number, number][] {
+export function cardsOf(app: App): [string, number, number][] {
   return app.cards().flatMap(({ id }) => {
     const at = app.positions.get(id);
     return at ? [[id, Math.round(at[0]), Math.round(at[1])] as [string, number, number]] : [];

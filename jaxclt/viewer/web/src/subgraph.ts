@@ -4,6 +4,7 @@ import dagre from "@dagrejs/dagre";
 import type { App } from "./app";
 import { readSupernodes } from "./document";
 import { $, clip, count, editText, el, percent, plural, svg, visible } from "./dom";
+import { verb } from "./model";
 import { CARD, type Card, type CardLink, mergeLinks } from "./supernodes";
 
 const [WIDTH, HEIGHT] = CARD, LEAST_SHARE = 0.01, MOST_LINKS = 150;
@@ -93,7 +94,7 @@ export class Subgraph {
     list.setAttribute("aria-label", "Links of the subgraph");
     for (const l of this.links) {
       const a = this.cards[l.source] as Card, b = this.cards[l.target] as Card;
-      list.append(el("li", "", `${clip(visible(a.label), 80)} ${l.share < 0 ? "lowers" : "raises"} ${clip(visible(b.label), 80)}: ${percent(Math.abs(l.share))} of its inputs`));
+      list.append(el("li", "", `${clip(visible(a.label), 80)} ${verb(b.members[0], l.share)} ${clip(visible(b.label), 80)}: ${percent(Math.abs(l.share))} of its inputs`));
     }
     this.stage.replaceChildren(lines, ...made, list);
     this.place();

@@ -11,9 +11,9 @@ export interface Card {
 
 export interface CardLink { source: number; target: number; share: number }
 
-/** Links between cards: of every member's inputs (signed, divided by their sum without
- * sign) what comes from the other card; members count by the fraction of their input
- * that comes from outside their own card. */
+/** Links between cards: of every member's inputs (positive where they strengthen it,
+ * divided by their sum without sign) what comes from the other card; members count by
+ * the fraction of their input that comes from outside their own card. */
 export function mergeLinks(model: Model, cards: Card[]): CardLink[] {
   const cardOf = new Int32Array(model.nodes.length).fill(-1);
   cards.forEach((card, i) => { for (const n of card.members) cardOf[n.index] = i; });
@@ -30,7 +30,7 @@ export function mergeLinks(model: Model, cards: Card[]): CardLink[] {
       for (const e of links) {
         const source = cardOf[model.source[e] as number] as number;
         if (source < 0 || source === target) continue;
-        const share = (model.share[e] as number) * ((model.weight[e] as number) < 0 ? -1 : 1);
+        const share = (model.share[e] as number) * (model.push(e) < 0 ? -1 : 1);
         sum.set(source, (sum.get(source) ?? 0) + fraction * share);
       }
     }

@@ -1,0 +1,238 @@
+"""A patch whose numbers leave their range has no answer: null, a line, no rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_shell import DICTIONARY, MODEL, PROMPT, edit, parts, strongest, subject
+
+import jaxclt
+from jaxclt import cli, intervene, perturb, validate
+from jaxclt.json_text import number, to_json
+from jaxclt.patch_log import keep_patch, patch_record
+from jaxclt.patching.batch import How
+from jaxclt.patching.effects import Ask, Effect
+from jaxclt.subject import Subject
+from jaxclt.validate import ValidateOptions
+from jaxclt.validation.faithfulness import Agreement, compare, perturb_many
+from jaxclt.validation.stats import spearman
+
+HUGE = 1e36  # a factor; float32 ends at 3.4e38, its squares long before
+
+
+def strict(text: str) -> Any:
+    """Python reads NaN, which is no JSON."""
+
+    def refuse(word: str) -> None:
+        pytest.fail(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize(
+    ("mode", "freeze_norm"),
+    [
+        ("constrained", True),
+        ("constrained", False),
+        ("iterative", False),
+        ("additive", True),
+    ],
+)
+def test_there_is_no_answer_and_one_line_says_why(mode: Any, freeze_norm: bool):
+    """With live norms no NaN tells: what is too large to square is divided away."""
+    result = jaxclt.patch(
+        *parts(),
+        [edit(strongest()[0], scale=HUGE)],
+        mode=mode,
+        freeze_norm=freeze_norm,
+        subject=subject(),
+    )
+    out = strict(json.dumps(result.to_json(), allow_nan=False))
+    assert result.kl is out["kl"] is None
+    for target in out["targets"]:
+        assert target["p_after"] is target["logit_after"] is None
+        assert target["p_before"] > 0
+    assert out["logit_difference"]["after"] is None
+    assert out["top_after"] == []
+    assert out["top_before"]
+    said = (result.warning or "").replace(intervene.DOUBLE + "; ", "")
+    assert said.startswith("the patch diverged, its numbers left the range of float32")
+    assert ("held norms do not damp" in said) == freeze_norm
+    assert len(said) <= 300
+    assert "\n" not in said
+    # What it did not reach is known.
+    fine = jaxclt.patch(*parts(), [edit(strongest()[0], scale=2.0)], subject=subject())
+    assert fine.warning is None
+    assert fine.kl is not None
+
+
+def test_the_line_names_the_position_whose_writes_are_huge():
+    s = subject()
+    rec = s.patchable.recording
+    write_LTD = rec.write_LTD.at[2, 0].multiply(500.0)
+    rec = dataclasses.replace(rec, write_LTD=write_LTD)
+    s = dataclasses.replace(
+        s, patchable=dataclasses.replace(s.patchable, recording=rec)
+    )
+    size_T = np.linalg.norm(np.asarray(write_LTD[2]), axis=-1)
+    times = size_T[0] / np.median(size_T)
+    held = s.how(freeze_norm=True)
+    said = intervene._why_diverged(s, [(1, 0, 39, 0.0, 0.0)], held)
+    assert f"position 0's writes are huge ({times:,.0f} times the usual" in said
+    assert "held norms do not damp them" in said
+    # Not of a patch that does not touch it, or whose norms are live.
+    for change, how in (((1, 2, 39, 0.0, 0.0), held), ((1, 0, 39, 0.0, 0.0), s.how())):
+        assert "position 0" not in intervene._why_diverged(s, [change], how)
+
+
+def test_series_have_gaps_and_choose_among_what_is_known():
+    s, one = subject(), edit(strongest()[0])
+    curve = intervene.scale_curve(s, [one], how=s.how(), scales=[0.0, HUGE, 2.0])
+    assert [x is None for x in curve["kl"]] == [False, True, False]
+    assert set(curve["probability"][1]) == {None}
+    strict(to_json(curve))
+    wild = intervene.sweep_end(s, [edit(strongest()[0], scale=HUGE)], how=s.how())
+    assert wild["strongest"] is None
+    assert set(wild["kl"]) == {None}
+
+
+def test_text_ends_where_a_patch_diverges():
+    s, (layer, pos, feature) = subject(), strongest()[0]
+    out = intervene.generate_patched(
+        s, [edit((layer, pos, feature), scale=HUGE)], how=s.how(), n_new=3
+    )
+    assert out["after"] is None
+    assert out["tokens_after"] == []
+    assert len(out["tokens_before"]) == 3
+    assert "diverged" in out["warning"]
+    # On the second token only: the first is what the clean prompt says.
+    later = jaxclt.Edit(layer=layer, pos=slice(6, None), feature=feature, set=1e30)
+    out = intervene.generate_patched(s, [later], how=s.how(), n_new=4)
+    assert out["tokens_after"] == out["tokens_before"][:1]
+    assert out["after"]
+    assert "diverged" in out["warning"]
+
+
+def test_the_command_warns_exits_0_and_keeps_null(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    node = ":".join(map(str, strongest()[0]))
+    names = ("--model", str(MODEL), "--dictionary", str(DICTIONARY))
+    wild = ("--feature", node, "--scale", str(HUGE), "--freeze-norms")
+    cli.main(["patch", PROMPT, *names, *wild, "--json", "--generate", "2"])
+    said = capsys.readouterr()
+    out = strict(said.out)
+    assert out["kl"] is None
+    assert out["generated"]["after"] is None
+    assert said.err.count("the patch diverged") == 1
+    cli.main(["patch", PROMPT, *names, *wild, "--plot", str(tmp_path / "p.png")])
+    said = capsys.readouterr()
+    assert "KL - nats" in said.out
+    assert "nan" not in said.out
+    assert (tmp_path / "p.png").stat().st_size
+    result = jaxclt.patch(*parts(), [edit(strongest()[0], scale=HUGE)])
+    keep_patch(tmp_path, patch_record(result, ["x"], {"scale": HUGE}), parts()[2].meta)
+    (kept,) = strict((tmp_path / "patches.json").read_text())["patches"]
+    assert kept["kl"] is None
+    assert "diverged" in kept["warning"]
+
+
+def test_validation_counts_what_diverged_and_ranks_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Every third patch is given no answer; the figures are those of the others."""
+    options = ValidateOptions(n_features=8, n_small=4, n_replacement=4, n_groups=3)
+    rng, lost = random.Random(0), []
+
+    def uniform(*shape: int) -> np.ndarray:
+        return np.array([rng.random() for _ in range(math.prod(shape))]).reshape(shape)
+
+    def made_up(self: Subject, many: Any, layers: Any, how: How, ask: Ask, **more: Any):
+        B, K = len(many), len(ask.token_K)
+        bad_B = np.arange(B) % 3 == 1
+        lost.append(int(bad_B.sum()))
+        W = 0 if ask.watch is None else len(ask.watch.value_E)
+        parts = (uniform(*shape) for shape in ((B,), *[(B, K)] * 3, (B, W)))
+        kl_B, *three, watch_BW = (
+            np.where(bad_B.reshape(B, *[1] * (x.ndim - 1)), np.nan, x) for x in parts
+        )
+        none_B0 = np.zeros((B, 0))
+        return Effect(kl_B, *three, none_B0, none_B0, watch_BW)  # pyright: ignore
+
+    def faithful(*args: Any, on_batch: Any, **how: Any) -> Any:
+        on_batch(6, 2)
+        table = {"cosine": [[1.0, 0.5, None, None]], "nmse": [[0.0, 0.3, None, None]]}
+        return {"encoder": table}, [0]
+
+    monkeypatch.setattr(Subject, "effects", made_up)
+    monkeypatch.setattr(validate, "faithfulness", faithful)
+    monkeypatch.setattr(validate, "_jacobian", lambda *args: {})
+    report = validate.validate_graph(subject(), options)
+    total = report["total_effect"]
+    assert report["diverged"] == sum(lost) + 2
+    assert f"{sum(lost) + 2} of {report['patches']} patches div" in report["verdict"]
+    for mode in ("constrained", "iterative", "additive"):
+        points = report["_scatter"][mode]
+        assert total[mode]["n"] == len(points["measured"]) == 16 - 5
+        assert np.isfinite(points["measured"]).all()
+        own = spearman(np.array(points["predicted"]), np.array(points["measured"]))
+        assert total[mode]["spearman"] == pytest.approx(own, abs=1e-6)
+        assert total[mode]["small"]["n"] == 8 - 3
+    assert total["replacement"]["n"] == 4 - 1
+    assert report["influence_vs_kl"]["n"] == 16 - 5
+    assert np.isfinite(report["_ranks"]["kl"]).all()
+    assert report["pairwise"]["spearman"] is not None
+    assert report["supernodes"]["n"] == 2
+    known = [g["kl"] is not None for g in report["supernodes"]["groups"]]
+    assert known == [True, False, True]
+    assert len(report["failures"]) == 5
+    assert all(f["measured"] is not None for f in report["failures"])
+    validate.write_validation(report, tmp_path)
+    assert strict((tmp_path / "validation.json").read_text())["diverged"] > 0
+
+
+def test_perturbations_that_diverge_are_in_no_mean(monkeypatch: pytest.MonkeyPatch):
+    """Two of a layer, one of which has no answer: the mean is the other's."""
+    real_LTD = jnp.ones((4, 3, 2), jnp.float32)
+    assert bool(compare(real_LTD, 2 * real_LTD).finite)
+    assert not bool(compare(real_LTD, 1e30 * real_LTD).finite)
+    found, counted = [], []
+
+    def spoilt(*args: Any, **how: Any) -> Agreement:
+        done = perturb_many(*args, **how)
+        found.append(np.asarray(done.cosine_L).copy())
+        lost_B = np.arange(len(done.finite)) % 2 == 1
+        worse = (
+            np.where(lost_B[:, None], 0.5, x) for x in (done.cosine_L, done.nmse_L)
+        )
+        return Agreement(*worse, done.ratio_L, ~lost_B)
+
+    monkeypatch.setattr(perturb, "perturb_many", spoilt)
+    tables, layers = perturb.faithfulness(
+        subject(),
+        jax.random.key(0),
+        n_layers=1,
+        n_perturbed=2,
+        live=False,
+        on_batch=lambda n, lost: counted.append((n, lost)),
+    )
+    assert counted[:2] == [(2, 1), (2, 1)]
+    assert layers == [0]
+    np.testing.assert_allclose(tables["encoder"]["cosine"][0], found[0][0], atol=1e-6)
+
+
+def test_json_has_null_for_what_is_not_finite():
+    value = {"a": [float("nan"), np.float32("inf"), 1.5], "b": (None, "x")}
+    assert strict(to_json(value)) == {"a": [None, None, 1.5], "b": [None, "x"]}
+    assert to_json({"a": 1}, indent=1) == json.dumps({"a": 1}, indent=1)
+    assert number(float("-inf")) is None
+    assert number(np.float32(2)) == 2.0

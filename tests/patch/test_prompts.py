@@ -1,0 +1,214 @@
+"""A prompt is patched without a graph, and recorded again within its memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_shell import DICTIONARY, MODEL, PROMPT, edit, parts, strongest, subject
+
+import jaxclt
+from jaxclt import cli, intervene, provenance
+from jaxclt.graph.graph import Graph
+from jaxclt.patching.modes import Mode
+from jaxclt.subject import Subject
+from jaxclt.types import Supernode
+
+NAMES = ("--model", str(MODEL), "--dictionary", str(DICTIONARY))
+
+
+def run(*args: object) -> int:
+    try:
+        cli.main([str(arg) for arg in args])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def node() -> str:
+    return ":".join(map(str, strongest()[0]))
+
+
+@pytest.mark.parametrize("mode", ["constrained", "iterative", "additive"])
+def test_a_prompt_is_patched_as_its_graph_is(mode: Mode):
+    model, clt, graph = parts()
+    edits = [edit(strongest()[0], scale=-1.0)]
+    how: dict[str, Any] = {"mode": mode, "layers": (0, 2), "freeze_norm": True}
+    want = jaxclt.patch(model, clt, graph, edits, subject=subject(), **how)
+    for prompt in (PROMPT, graph.token_T.tolist()):
+        found = jaxclt.patch(model, clt, prompt, edits, **how)
+        assert found.features == []  # which only a graph has
+        assert want.features
+        same = dataclasses.replace(found, features=want.features)
+        assert same == want
+
+
+def test_everything_that_takes_a_subject_takes_one_of_a_prompt():
+    model, clt, _ = parts()
+    s, edits = Subject.of(model, clt, PROMPT), [edit(strongest()[0])]
+    for mode in ("constrained", "additive"):
+        how = s.how(mode, freeze_pattern=False)
+        assert intervene.scale_curve(s, edits, how=how) == intervene.scale_curve(
+            subject(), edits, how=how
+        )
+        assert intervene.sweep_end(s, edits, how=how) == intervene.sweep_end(
+            subject(), edits, how=how
+        )
+        assert intervene.generate_patched(
+            s, edits, how=how, n_new=3
+        ) == intervene.generate_patched(subject(), edits, how=how, n_new=3)
+
+
+def test_what_takes_the_graph_says_so():
+    model, clt, _ = parts()
+    s = Subject.of(model, clt, PROMPT)
+    group = Supernode("g", (strongest()[0],))
+    plain = jaxclt.patch(model, clt, PROMPT, [jaxclt.Edit(supernode=group, scale=0)])
+    assert plain.kl == pytest.approx(
+        jaxclt.patch(model, clt, PROMPT, [edit(strongest()[0])], subject=s).kl
+    )
+    named = jaxclt.Edit(supernode=Supernode("g", (node(),)), scale=0)
+    with pytest.raises(
+        jaxclt.InputError, match="'g' names nodes in words, which takes"
+    ):
+        jaxclt.patch(model, clt, PROMPT, [named], subject=s)
+    with pytest.raises(jaxclt.InputError, match="trace it first"):
+        s.watch(np.zeros(1, int))
+    with pytest.raises(jaxclt.InputError, match="the prompt is empty"):
+        jaxclt.patch(model, clt, " ", [named])
+
+
+def test_the_command_needs_no_directory_and_writes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    what = ("--feature", "1:0..:39", "--scale", 2, "--mode", "additive")
+    assert run("patch", PROMPT, *NAMES, *what, "--generate", 2, "--json") == 0
+    out = json.loads(capsys.readouterr().out)
+    layer, feature = 1, 39
+    edits = [jaxclt.Edit(layer=layer, pos=slice(0, None), feature=feature, scale=2.0)]
+    want = jaxclt.patch(*parts(), edits, mode="additive", subject=subject())
+    assert out["kl"] == pytest.approx(want.kl)
+    assert out["targets"] == want.targets
+    assert len(out["generated"]["tokens_after"]) == 2
+    assert len(out["curve"]["kl"]) == len(out["curve"]["scale"])
+    assert "plot" not in out
+    assert run("patch", PROMPT, *NAMES, *what) == 0
+    said = capsys.readouterr().out
+    assert "top tokens" in said
+    assert "plot" not in said
+    assert list(tmp_path.iterdir()) == []
+    assert run("patch", PROMPT, *NAMES, *what, "--plot", "p.png", "--sweep-end") == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
+
+
+def test_a_prompt_is_told_from_a_mistyped_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    for args, why in (
+        ((PROMPT,), "is no directory; if it is a prompt, give --model and --dict"),
+        (("out/eifel",), "'out/eifel' is no directory; if it is a prompt"),
+        (("out/eifel", *NAMES), "looks like a directory and is none"),
+        (("eifel", *NAMES[:2]), "'eifel' is no directory"),
+        (("w7 " * 3000,), "is no directory"),
+        (("out",), "no graph in out"),
+        (("out", *NAMES), "no graph in out"),
+        (("", *NAMES), "the prompt is empty"),
+        ((" \n", *NAMES), "the prompt is empty"),
+        ((PROMPT, *NAMES, "--group", "g"), "--group takes supernodes of a graph"),
+        ((PROMPT, *NAMES, "--supernodes", "g.json"), "--group takes supernodes"),
+        (("out", "--bos", "never"), "--bos is of a prompt"),
+    ):
+        assert run("patch", *args, "--feature", node()) == 2
+        said = capsys.readouterr().err
+        assert why in said
+        assert said.count("\n") == 1
+        assert len(said) < 320
+    for text in ("0:-..:8", "0:..-:8"):
+        assert run("patch", PROMPT, *NAMES, "--feature", text) == 2
+        assert "write LAYER:POS:FEATURE" in capsys.readouterr().err
+
+
+def small(graph: Graph) -> Graph:
+    """As if traced with so little memory that patterns were not kept."""
+    config = graph.meta.config | {"memory_gb": 1e-5}
+    return dataclasses.replace(
+        graph, meta=dataclasses.replace(graph.meta, config=config)
+    )
+
+
+@functools.cache
+def recomputed() -> Subject:
+    model, clt, graph = parts()
+    return Subject.of(model, clt, small(graph))
+
+
+@pytest.mark.parametrize(
+    ("mode", "norm"),
+    [
+        ("constrained", True),
+        ("iterative", False),
+        pytest.param("constrained", False, marks=pytest.mark.slow),
+        pytest.param("iterative", True, marks=pytest.mark.slow),
+        pytest.param("additive", False, marks=pytest.mark.slow),
+        pytest.param("additive", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_prompt_is_recorded_again_in_the_memory_of_its_trace(mode: Mode, norm: bool):
+    """Patterns that did not fit are computed again in every kind of patch."""
+    assert recomputed().patchable.recording.frozen.pattern_LHTS is None
+    assert subject().patchable.recording.frozen.pattern_LHTS is not None
+    edits = [edit(n, scale=-1.0) for n in strongest(2)]
+    want, found = (
+        jaxclt.patch(*parts(), edits, subject=s, freeze_norm=norm, mode=mode)
+        for s in (subject(), recomputed())
+    )
+    assert found.kl == pytest.approx(want.kl, rel=1e-4)
+    for a, b in zip(found.features, want.features, strict=True):
+        assert a["after"] == pytest.approx(b["after"], abs=1e-4)
+
+
+def test_text_follows_where_patterns_are_computed_again():
+    edits, how = [edit(strongest()[0], scale=-4.0)], subject().how()
+    want, found = (
+        intervene.generate_patched(s, edits, how=how, n_new=3)
+        for s in (subject(), recomputed())
+    )
+    assert found == want
+
+
+def test_an_edge_is_explained_in_the_memory_of_its_trace():
+    model, clt, graph = parts()
+    recording, _ = provenance.recorded(small(graph), model, clt)
+    assert recording.frozen.pattern_LHTS is None
+    A = graph.n_features
+    row, col = np.unravel_index(np.argmax(np.abs(graph.edge_RN[:A, :A])), (A, A))
+    names = (jaxclt.node_name(graph, int(col)), jaxclt.node_name(graph, int(row)))
+    want, found = (
+        provenance.edge_parts_with_model(g, *names, model=model, dictionary=clt)
+        for g in (graph, small(graph))
+    )
+    np.testing.assert_allclose(found.hops, want.hops, atol=1e-5)
+    np.testing.assert_allclose(
+        [load for *_, load in found.heads or ()],
+        [load for *_, load in want.heads or ()],
+        atol=1e-5,
+    )
+    assert abs(found.hops[1]) > 1e-4  # pyright: ignore[reportOptionalSubscript]
+
+
+def test_nothing_records_a_prompt_past_the_memory_plan():
+    root = Path(jaxclt.__file__).parent
+    calls = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if "record_prompt(" in path.read_text("utf-8")
+    }
+    assert calls == {"trace.py", "testing/recovery.py"}  # which has its own
