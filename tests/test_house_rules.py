@@ -29,7 +29,7 @@ ROOMS = {
         *("graph.memory", "io.atomic", "io.json_file", "io.npz"),
     ),
     "shapes": (),
-    "viewer": ("errors", "json_text", "graph.graph", "io.json_file"),
+    "viewer": ("errors", "json_text", "graph.graph", "graph.shares", "io.json_file"),
     "json_text": (),
 }
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import gzip
-import io
 import math
 import os
 import re
@@ -20,13 +19,13 @@ import struct
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from jaxclt.errors import InputError, shown
 from jaxclt.io.atomic import atomic_path
-from jaxclt.io.json_file import MOST, parse_object, read_json
+from jaxclt.io.json_file import MOST, parse_object, read_bounded, read_json
 from jaxclt.json_text import to_json
 
 __all__ = [
@@ -163,8 +162,8 @@ class FeatureFiles:
                 raw = stream.read(min(end - start, MOST))
             (length,) = _LENGTH.unpack_from(raw)
             packed = raw[_LENGTH.size : _LENGTH.size + length]
-            body = _inflated(io.BytesIO(packed), MOST)
-        except (OSError, struct.error) as error:
+            body = _inflated(packed, MOST)
+        except (OSError, zlib.error, struct.error) as error:
             raise InputError(
                 f"{path}: the record of feature {layer}:{feature} cannot be read "
                 f"({error})"
@@ -172,14 +171,14 @@ class FeatureFiles:
         return parse_object(body, path)
 
 
-def _inflated(file: IO[bytes], most: int) -> bytes:
-    """What is packed in a file, unless that is more; OSError if it is damaged."""
-    try:
-        found = gzip.GzipFile(fileobj=file).read(most + 1)
-    except (EOFError, zlib.error) as error:
-        raise OSError(str(error)) from error
+def _inflated(packed: bytes, most: int) -> bytes:
+    """What gzip packed, unless that is more; zlib.error if it is damaged."""
+    inflate = zlib.decompressobj(wbits=31)  # with gzip's header and checksum
+    found = inflate.decompress(packed, most + 1)
     if len(found) > most:
-        raise OSError(f"more than {most / 1e6:.0f} MB are packed in it")
+        raise zlib.error(f"more than {most / 1e6:.0f} MB are packed in it")
+    if not inflate.eof or inflate.unused_data:
+        raise zlib.error("it ends early, or goes on")
     return found
 
 
@@ -206,9 +205,8 @@ def _index(path: Path, changed: int) -> dict[str, tuple[str, np.ndarray]]:
     del changed
     wrong = f"{path} is no index of feature files"
     try:
-        with path.open("rb") as file:
-            text = _inflated(file, _MOST_INDEX)
-    except OSError as error:
+        text = _inflated(read_bounded(path, _MOST_INDEX), _MOST_INDEX)
+    except zlib.error as error:
         raise InputError(f"{wrong} ({error})") from error
     found = {}
     for layer, entry in parse_object(text, path).items():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import platform
 import shlex
@@ -21,6 +20,7 @@ from typing import Any
 
 from jaxclt.errors import InputError
 from jaxclt.io.atomic import blame
+from jaxclt.io.json_file import parse_object
 from jaxclt.io.owner import is_gone, owner
 from jaxclt.json_text import to_json
 
@@ -131,7 +131,6 @@ def _about() -> dict[str, Any]:
 
 def _read(handle: int) -> dict[str, Any]:
     try:
-        found = json.loads(os.pread(handle, 4096, 0))
-    except ValueError:
+        return parse_object(os.pread(handle, 4096, 0), "a lock")
+    except InputError:
         return {}
-    return found if isinstance(found, dict) else {}

@@ -199,11 +199,12 @@ class Npz:
             if size > max(packed, _MOST_INFLATED):
                 raise ValueError(f"{name} is packed and larger than is unpacked")
             raw = np.empty(size, np.uint8)
-            view = raw.data
-            for start in range(0, size, _CHUNK):
-                part = view[start : start + _CHUNK]
-                if stream.readinto(part) != len(part):  # pyright: ignore
-                    raise ValueError(f"{name} ends early")
+            at = 0
+            while part := stream.read(_CHUNK):  # to the end, where the sum is checked
+                raw.data[at : at + len(part)] = part
+                at += len(part)
+            if at != size:
+                raise ValueError(f"{name} ends early")
         order = "F" if header.fortran else "C"
         return raw.view(dtype).reshape(header.shape, order=order)
 
@@ -240,13 +241,10 @@ def check_array(name: str, x: np.ndarray, must: Must, sizes: Mapping[str, int]) 
     if must.finite and not (low >= -_LARGEST and high <= _LARGEST):
         raise ValueError(f"{name} holds NaN, infinity or a number beyond {_LARGEST:g}")
     below = sizes[must.below] if isinstance(must.below, str) else must.below
-    for bad, value in (
-        (must.least is not None and low < must.least, low),
-        (below is not None and high >= below, high),
-    ):
-        if bad:
-            span = f"{must.least if must.least is not None else ''}..{below}"
-            raise ValueError(f"{name} holds {value}, which is not in {span}")
+    if must.least is not None and low < must.least:
+        raise ValueError(f"{name} holds {low}, below {must.least}")
+    if below is not None and high >= below:
+        raise ValueError(f"{name} holds {high}, not below {below}")
 
 
 def check_order(*keys: np.ndarray) -> None:

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import random
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -175,7 +176,8 @@ def array_of(rng: random.Random, x: np.ndarray) -> np.ndarray:
         return np.array(text[: rng.randrange(len(text) + 1)])
     match rng.randrange(3):
         case 0:
-            with contextlib.suppress(ValueError, TypeError), np.errstate(all="ignore"):
+            with contextlib.suppress(ValueError, TypeError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 return x.astype(rng.choice(TYPES))
             return np.zeros(x.shape, "<f4")
         case 1:

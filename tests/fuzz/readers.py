@@ -21,10 +21,9 @@ import gguf
 import numpy as np
 import safetensors.numpy
 from io_models import CFG, WORDS, random_params, write_word_tokenizer
-from jaxclt.graph_list import graphs_in
 from test_weights_gguf import write_gguf
 
-from jaxclt import pages, subject, supernode_file, sweep, target_text, windows
+from jaxclt import pages, prompts, subject, supernode_file, sweep, target_text
 from jaxclt.clt.store import materialise
 from jaxclt.dashboards import files as feature_files
 from jaxclt.dashboards import stream
@@ -55,6 +54,7 @@ from jaxclt.io.lines import read_lines
 from jaxclt.io.tokenizer import load_tokenizer
 from jaxclt.io.weights_gguf import config_from_gguf, params_from_gguf
 from jaxclt.io.weights_hf import load_hf, save_hf
+from jaxclt.serve.folder import Folder
 from jaxclt.testing import tiny
 from jaxclt.train import checkpoint, prepare, sample, trainer
 from jaxclt.train.chunks import Chunks
@@ -126,7 +126,7 @@ def make_document(folder: Path) -> list[Path]:
 
 
 def open_document(folder: Path) -> None:
-    graphs_in(folder)
+    Folder(folder).graphs()
     pages.with_saved_view(document(), folder)
     doc = pages.read_graph(folder / "graph.json")
     pages.directory_page(folder, compare=doc)
@@ -282,15 +282,16 @@ WINDOWS = TokenWindows(np.zeros((9, 6), np.int32), np.ones((9, 6), bool))
 
 def make_seen(folder: Path) -> list[Path]:
     keep = stream._Keeping(folder, {"model": "a"}, 0.0)
-    keep.save(stream._nothing(SIZES, np.dtype("f4"), signed=False), 4, last=True)
+    keep.save(stream._nothing(SIZES, np.dtype("f4")), 4, last=True)
     write(folder / "run.json", {"model": "a"})
     return [folder / stream.STATE, folder / "run.json"]
 
 
 def open_seen(folder: Path) -> None:
-    seen = stream._nothing(SIZES, np.dtype("f4"), signed=False)
+    seen = stream._nothing(SIZES, np.dtype("f4"))
     assert 0 <= stream._Keeping(folder, {"model": "a"}, 0.0).load(seen, WINDOWS) <= 9
-    seen.top.excerpts()
+    for best in (*seen.tops, seen.drawn):
+        best.excerpts()
     _claim(folder, {"model": "a"})
 
 
@@ -323,9 +324,10 @@ def make_lines(folder: Path) -> list[Path]:
 
     answer = {"not_asked": None, "usage": {"n": 1}}
     logged = {"key": "k", "judge": "j", "correct": True, "answer": answer}
+    chat = [{"role": "user", "content": "a"}]
     pairs = [{"concept": "c", "with": "a b", "without": "b a"}]
     return [
-        lines("prompts.jsonl", [{"prompt": "a"}, {"prompt": "b", "answer": "c"}]),
+        lines("prompts.jsonl", [{"prompt": "a"}, {"messages": chat}]),
         lines("text.jsonl", [{"text": "a b"}, {"text": "c"}]),
         lines("index.jsonl", [{"directory": "00000-a", "prompt": "a"}]),
         lines("log.jsonl", [logged]),
@@ -336,16 +338,16 @@ def make_lines(folder: Path) -> list[Path]:
 
 
 def open_lines(folder: Path) -> None:
-    sweep.read_prompts(folder / "prompts.jsonl")
-    windows.prompt_rows(folder / "prompts.jsonl")
-    windows.prompt_rows(folder / "text.jsonl")
+    prompts.read_prompts(folder / "prompts.jsonl")
+    prompts.prompt_rows(folder / "text.jsonl")
     list(read_documents(folder / "text.jsonl"))
     sweep._index(folder)
     for row in read_lines(folder / "log.jsonl", judging._LOGGED):
         assert row["answer"]["usage"] is not None
     for name in ("pairs.jsonl", "pairs.json"):
         concepts.load_pairs(folder / name)
-    trainer._Run._cut_log(SimpleNamespace(out=folder), 5)  # pyright: ignore
+    run = SimpleNamespace(out=folder, config=SimpleNamespace(n_steps=9))
+    trainer._Run._cut_log(run, 5)  # pyright: ignore
 
 
 # -- training --------------------------------------------------------------------------
@@ -384,9 +386,8 @@ def make_training(folder: Path) -> list[Path]:
 
 def open_training(folder: Path) -> None:
     lm = SimpleNamespace(d_vocab=6, n_layers=2, d_model=3)
-    model = SimpleNamespace(
-        hash="m", cfg=lm, tokenizer=SimpleNamespace(special_ids=[0], bos_id=1, eos_id=2)
-    )
+    tokenizer = mock.Mock(special_ids=[0], bos_id=1, eos_id=2)
+    model = SimpleNamespace(hash="m", cfg=lm, tokenizer=tokenizer)
     config = SimpleNamespace(context=4)
     prepare.run_windows(config, model, "d", folder, print)  # pyright: ignore
     prepare.claim_directory(folder, {"config": {"lr": None}, "model": "m", "data": "d"})
@@ -477,12 +478,15 @@ def open_gguf_model(folder: Path) -> None:
 
 def make_tokenizer(folder: Path) -> list[Path]:
     write_word_tokenizer(folder)
-    return sorted(folder.glob("*.json"))
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    return sorted(folder.glob("*.j*"))
 
 
 def open_tokenizer(folder: Path) -> None:
     found = load_tokenizer(folder)
     found.token_strings(found.encode("the cat sat")[:3])
+    found.chat([{"role": "user", "content": "the cat"}])
 
 
 def make_source(folder: Path) -> list[Path]:

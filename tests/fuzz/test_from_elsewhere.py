@@ -84,7 +84,7 @@ def test_json_nested_deep(traced: Path, capsys, name: str, text: str):
 
 def test_prompts_nested_deep(tmp_path: Path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n' + "[" * DEEP)
-    with refused("line 2"):
+    with refused(r"p\.jsonl:2 is nested deeper"):
         read_prompts(tmp_path / "p.jsonl")
 
 
