@@ -55,7 +55,7 @@ def check(model: Any, encoder: Any, windows: Any) -> None:
             return encoder.layer(p, x, mid_SD, scale_S)
 
         scale_LS = seen.frozen.mlp_scale_LT
-        xs = (params.blocks, encoder.per_layer, seen.mid_LTD, scale_LS)
+        xs = (params.blocks, encoder.weights, seen.mid_LTD, scale_LS)
         return jax.lax.map(each, xs)
 
     found = gather_examples(model.params, encoder, windows)
@@ -160,7 +160,7 @@ def main() -> None:
 
     model = jaxclt.load_model(args.model)
     dictionary: Any = jaxclt.load_dictionary(args.dictionary, model)
-    encoder = load(dictionary, model.params, model.cfg)
+    encoder = load(dictionary, model.params, model.cfg, decoders=False)
     n = args.windows * args.batches
     windows = jaxclt.read_windows(
         model,
