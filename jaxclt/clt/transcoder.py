@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -139,7 +140,11 @@ class StoreDictionary:
     def fixed(self, params: LMParams, layer: int) -> Fixed:
         """Decoder bias, and the linear skip."""
         del params
-        return Fixed(self.store.b_dec()[layer], self.store.skip(layer))
+        return Fixed(self._b_dec[layer], self.store.skip(layer))
+
+    @functools.cached_property
+    def _b_dec(self) -> np.ndarray:
+        return self.store.b_dec()
 
 
 def loaded_params(clt: CLTParams, cfg: CLTConfig) -> Loaded:
