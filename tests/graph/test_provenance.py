@@ -273,10 +273,8 @@ def test_no_edges_is_no_error() -> None:
     assert found.edge.shape == (0,)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["skip", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma2", "neox"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["skip", "gemma2", "neox"])
 def test_patterns_that_are_not_kept_are_computed_again(name: str) -> None:
     """A long prompt is explained as a short one is: a layer's patterns at a time."""
     t = case(name)

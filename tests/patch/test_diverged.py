@@ -57,8 +57,8 @@ def strict(text: str) -> Any:
     [
         ("constrained", True),
         ("constrained", False),
-        ("iterative", False),
-        ("additive", True),
+        pytest.param("iterative", False, marks=pytest.mark.slow),
+        pytest.param("additive", True, marks=pytest.mark.slow),
     ],
 )
 def test_there_is_no_answer_and_one_line_says_why(mode: Any, freeze_norm: bool):
