@@ -21,7 +21,7 @@ Where things are, in the order a prompt passes through them:
 | `jaxclt.global_circuit` | the shell of global weights |
 | `jaxclt.global_views` | their files, page and neighbourhoods |
 | `jaxclt.global_weights` | virtual weights, co-activation, ERA, TWERA |
-| `jaxclt.subject`, `jaxclt.intervene` | the shell of patching a traced prompt |
+| `jaxclt.subject`, `jaxclt.intervene` | the shell of patching a prompt |
 | `jaxclt.patching` | edits, the three modes, batches, generation |
 | `jaxclt.validate`, `jaxclt.validation` | a graph's predictions against patches |
 | `jaxclt.viewer` | graph JSON and the page |

@@ -65,6 +65,9 @@ class PatchConfig(_Reopen):
     """Directory that trace wrote, or the text of a prompt."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Put a beginning-of-sequence token first, of a prompt that was not traced."""
+    chat: bool = False
+    """A prompt that was not traced is what the user says, in the model's own chat
+    template."""
     feature: tuple[str, ...] = ()
     """LAYER:POS:FEATURE; POS from 0, negative from the end, or a slice a..b, b not
     included (0.. is everywhere, generated tokens too): there it is scaled where it is
@@ -126,8 +129,9 @@ def _asked(
         raise InputError("nothing to patch: give --feature LAYER:POS:FEATURE")
     places = [parse_feature(text) for text in config.feature]
     directory = Path(config.prompt) if os.path.isdir(config.prompt) else None
-    if directory is not None and config.bos != "auto":
-        raise InputError("--bos is of a prompt: a traced directory keeps its tokens")
+    if directory is not None and (config.chat or config.bos != "auto"):
+        flag = "--chat" if config.chat else "--bos"
+        raise InputError(f"{flag} is of a prompt: a traced directory keeps its tokens")
     return layers, edits_of, places, directory
 
 
@@ -235,13 +239,15 @@ def _untraced(config: PatchConfig, say: Console) -> Subject:
             "directory, or name the features"
         )
     use_compilation_cache()
+    from jaxclt.io.chat import user_says
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.model import load_model
     from jaxclt.subject import Subject
 
     model = load_model(config.model, progress=lines(say))
     dictionary = load_dictionary(config.dictionary, model)
-    return Subject.of(model, dictionary, prompt, bos=config.bos)
+    given = user_says(prompt) if config.chat else prompt
+    return Subject.of(model, dictionary, given, bos=config.bos)
 
 
 def _beside(path: str) -> bool:

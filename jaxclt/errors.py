@@ -89,20 +89,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f'; did you mean "{by_lower[close[0]]}"?'
 
 
-def check_at_least(least: float, **values: float | None) -> None:
+def check_at_least(
+    least: float, most: float = _LARGEST, /, **values: float | None
+) -> None:
     """Raise InputError unless numbers are finite and not below `least`.
 
     Args:
       least: the smallest that is allowed.
+      most: the largest.
       **values: by the name of their field, which is also that of their flag; None is
         what was not given.
     """
     for name, value in values.items():
-        if value is None or least <= value <= _LARGEST:
+        if value is None or least <= value <= most:
             continue
-        bound = (
-            f"at least {least:,}" if not value > _LARGEST else f"at most {_LARGEST:,}"
-        )
+        bound = f"at most {most:,}" if value > most else f"at least {least:,}"
         raise InputError(f"{_flag(name)} {value}: give {bound}")
 
 

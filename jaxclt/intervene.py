@@ -26,6 +26,7 @@ from jaxclt.patching.edits import Change, Edit, batch_edits
 from jaxclt.patching.effects import Effect, clean_effect, diverged, nats
 from jaxclt.patching.generate import continue_prompt, rivals
 from jaxclt.patching.modes import Gates, Mode
+from jaxclt.prompts import Prompt
 from jaxclt.subject import Subject
 
 __all__ = [
@@ -70,7 +71,7 @@ class PatchResult:
 def patch(
     model: Model,
     dictionary: Dictionary,
-    prompt: Graph | str | Sequence[int],
+    prompt: Graph | Prompt,
     edits: Sequence[Edit],
     *,
     mode: Mode = "constrained",
@@ -87,7 +88,7 @@ def patch(
     Args:
       model: from `load_model`, the one that was traced.
       dictionary: from `load_dictionary`.
-      prompt: the graph of one, or text or token ids, of which no graph is needed.
+      prompt: the graph of one; or text, token ids or a chat, which need no graph.
       edits: made together.
       mode: `constrained`, `iterative` or `additive`, see `jaxclt.patching.modes`.
       layers: first and last layer of the range, included; None: from the first edited

@@ -20,7 +20,7 @@ from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.explain import EdgeParts, edge_parts
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.heads import head_loadings
-from jaxclt.graph.inhibition import Inhibition, find_inhibition
+from jaxclt.graph.inhibition import Inhibition, check_thresholds, find_inhibition
 from jaxclt.graph.memory import available_bytes
 from jaxclt.graph.provenance import crop, graph_active, hop_spectrum
 from jaxclt.graph.target_reads import target_reads
@@ -172,6 +172,7 @@ def inhibition(
     Raises:
       InputError: for a dictionary without thresholds, or not the graph's.
     """
+    check_thresholds(dictionary, model.params, model.cfg)
     recording, active = recorded(graph, model, dictionary)
     return find_inhibition(
         model.params,

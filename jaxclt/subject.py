@@ -49,6 +49,7 @@ from jaxclt.patching.edits import (
 from jaxclt.patching.effects import Ask, Effect, measure_effect
 from jaxclt.patching.features import Features, gather_features
 from jaxclt.patching.modes import Gates, Mode, Patchable
+from jaxclt.prompts import Prompt
 from jaxclt.provenance import record_again, same_hash
 from jaxclt.trace import prompt_tokens, record_text
 from jaxclt.types import Supernode
@@ -123,7 +124,7 @@ class Subject:
         cls,
         model: Model,
         dictionary: Dictionary,
-        prompt: Graph | str | Sequence[int],
+        prompt: Graph | Prompt,
         *,
         bos: Bos = "auto",
     ) -> Subject:
@@ -132,7 +133,7 @@ class Subject:
         Args:
           model: from `load_model`.
           dictionary: from `load_dictionary`.
-          prompt: the graph of one, or text, or token ids.
+          prompt: the graph of one, or text, token ids or a chat.
           bos: for text, whether a beginning-of-sequence token is put first.
 
         Raises:

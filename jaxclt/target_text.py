@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclt.clt.coder import Dictionary
-from jaxclt.errors import InputError, did_you_mean
+from jaxclt.errors import InputError, did_you_mean, shown
 from jaxclt.graph.targets import (
     combine_targets,
     difference_targets,
@@ -101,7 +101,7 @@ def read_targets(
         try:
             parts.append(_one(prompt, body))
         except InputError as error:
-            raise InputError(f"target {text!r}: {error}") from error
+            raise InputError(f"target {shown(text)}: {error}") from error
     found = combine_targets(parts, weights)
     _refuse_twice(found)
     return found

@@ -137,13 +137,14 @@ def identity(
 ) -> dict[str, Any]:
     """What a trace depends on, as JSON: equal identities give equal graphs."""
     chosen = {"dictionary_made_of": dict(dictionary.provenance)}
-    given: dict[str, Any] = {}
-    if is_chat(prompt):
-        given = {"messages": check_messages(prompt)}
-    elif not isinstance(prompt, str):
-        given = {"token_ids": prompt_ids(model.tokenizer, prompt)}
+    given: dict[str, Any] = {"prompt": prompt}
+    if not isinstance(prompt, str):
+        given = {"prompt": prompt_text(model.tokenizer, prompt)}
+        if is_chat(prompt):
+            given["messages"] = check_messages(prompt)
+        else:
+            given["token_ids"] = prompt_ids(model.tokenizer, prompt)
     return {
-        "prompt": prompt_text(model.tokenizer, prompt),
         **given,
         "bos": bos,
         "hashes": {"model": model.hash, "dictionary": dictionary.hash},

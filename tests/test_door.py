@@ -523,12 +523,22 @@ def test_options_of_the_other_calls_check_themselves():
         lambda: EvalOptions(filter="papr"),  # pyright: ignore[reportArgumentType]
         lambda: TrainConfig(lr=math.nan),
         lambda: TrainConfig(matryoshka=(8, 4)),
+        lambda: TrainConfig(dead_tokens=2**31),
+        lambda: TrainConfig(tokens=10**14),
+        lambda: TrainConfig(chunk_tokens=8, context=8, batch_tokens=64),
         lambda: TrainConfig(features=4096, matryoshka=(4096,)),
         lambda: feature_dashboards(nothing, nothing, "x", "y", top=0),
         lambda: feature_dashboards(nothing, nothing, "x", "y", context=-1),
     ):
         with pytest.raises(InputError):
             make()
+
+
+def test_training_without_a_warm_up_starts_at_its_peak():
+    from jaxclt.train.schedules import learning_rate
+
+    rate = learning_rate(0.5, 100, warmup=0)
+    assert [float(rate(step)) for step in (0, 1, 50)] == [0.5] * 3
 
 
 def test_an_unknown_option_of_attribute_names_the_nearest():
@@ -583,7 +593,11 @@ def test_a_training_that_memory_cannot_hold_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     args = ("train", "--model", "addition", "--data", "model", "--context", 16)
-    for flags in (("--features", 10**12), ("--chunk-tokens", 10**13)):
+    for flags in (
+        ("--features", 10**12),
+        ("--chunk-tokens", 10**13),
+        ("--windows-per-call", 10**12),
+    ):
         assert status(*args, *flags, "--out", tmp_path / "run") == 2
         assert "GB of memory" in one_line(capsys)
         assert list(tmp_path.iterdir()) == []

@@ -29,7 +29,7 @@ ROOMS = {
         *("graph.memory", "io.atomic", "io.json_file", "io.npz"),
     ),
     "shapes": (),
-    "viewer": ("errors", "json_text", "graph.graph", "io.json_file"),
+    "viewer": ("errors", "json_text", "graph.graph", "graph.shares", "io.json_file"),
     "json_text": (),
 }
 
@@ -109,8 +109,11 @@ def test_rooms_know_no_tokenizers(room: str) -> None:
 
 
 def test_no_json_of_ours_can_hold_nan() -> None:
-    """JSON has no word for it: `to_json` writes null, orjson does so by itself."""
-    for path in ROOT.rglob("*.py"):
+    """JSON has no word for it: `to_json` writes null, orjson does so by itself.
+
+    Messages quote single characters of names, which is no JSON of ours.
+    """
+    for path in {*ROOT.rglob("*.py")} - {ROOT / "errors.py"}:
         calls = [
             node
             for node in ast.walk(ast.parse(path.read_text("utf-8")))

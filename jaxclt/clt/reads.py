@@ -57,8 +57,12 @@ def feature_reads(
         enc = in_dtype(enc, dtype)
         row_1D, const_1 = stream_rows(coder, params, layer, enc)
         scale_T = read_scale(coder.site, recording.frozen.mlp_scale_LT[layer])
-        here = encode_at(params, recording, layer, np.array([pos]), enc, coder=coder)
-        gate = 1 if here.gate_TF is None else here.gate_TF[0, 0]
+        gate = 1
+        if coder.gated:
+            at = np.array([pos])
+            here = encode_at(params, recording, layer, at, enc, coder=coder)
+            assert here.gate_TF is not None
+            gate = here.gate_TF[0, 0]
         read_D = jnp.asarray(row_1D[0]) * (scale_T[pos] * gate)
         found.append((read_D, jnp.asarray(gate * const_1[0], dtype)))
     return FeatureReads(*(jnp.stack(column) for column in zip(*found, strict=True)))

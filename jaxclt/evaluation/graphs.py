@@ -18,7 +18,8 @@ import numpy as np
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.influence import solve_walk
 from jaxclt.graph.prune import prune
-from jaxclt.graph.scores import path_length_curve, scores, shares_total
+from jaxclt.graph.scores import path_length_curve, scores
+from jaxclt.graph.shares import shares_total
 from jaxclt.validation.stats import mean_interval
 
 __all__ = ["THRESHOLDS", "attention_share", "frontier", "graph_means", "graph_row"]

@@ -25,7 +25,7 @@ from jaxclt.graph.influence import solve_influence
 from jaxclt.graph.prompt import Chooser, Computed, Prompt
 from jaxclt.graph.provenance import direct_edges
 from jaxclt.graph.prune import prune
-from jaxclt.graph.scores import shares_total
+from jaxclt.graph.shares import shares_total
 from jaxclt.graph.target_reads import target_bias, target_readouts
 from jaxclt.graph.targets import place_targets
 from jaxclt.lm.config import LMConfig

@@ -38,7 +38,7 @@ from jaxclt.graph.provenance import (
     layer_pattern,
     residual_reads,
 )
-from jaxclt.graph.scores import edge_influence
+from jaxclt.graph.shares import edge_influence
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.shapes import bucket

@@ -35,6 +35,7 @@ __all__ = [
     "Candidates",
     "Inhibition",
     "Released",
+    "check_thresholds",
     "find_inhibition",
     "near_threshold",
     "released_by",
@@ -113,11 +114,10 @@ def near_threshold(
     """
     if not margin >= 0:
         raise InputError(f"margin {margin}: give a number that is not negative")
+    check_thresholds(dictionary, params, cfg)
     coder, found = dictionary.coder(cfg), None
     for layer, here in enumerate(encoded_layers(dictionary, params, recording, cfg)):
-        theta_F = coder.thresholds(here.enc)
-        if theta_F is None:
-            raise InputError(_without_thresholds(dictionary.name, coder.competes))
+        theta_F = np.asarray(coder.thresholds(here.enc))
         below_TF = theta_F[None, :] - here.pre_TF[:n_tokens]
         pos, feature = np.nonzero((below_TF >= 0) & (below_TF <= margin))
         kept = _closest(below_TF[pos, feature], limit)
@@ -140,13 +140,18 @@ def near_threshold(
     return found
 
 
-def _without_thresholds(name: str, competes: bool) -> str:
-    if competes:
-        return (
+def check_thresholds(dictionary: Dictionary, params: LMParams, cfg: LMConfig) -> None:
+    """Raise InputError for a dictionary whose features have no thresholds."""
+    coder = dictionary.coder(cfg)
+    if coder.competes:
+        raise InputError(
             "a topk dictionary has no thresholds: what is released depends on all of "
             "its features, use a relu or jumprelu dictionary"
         )
-    return f"{name} has no thresholds: inhibition takes a transcoder"
+    if coder.thresholds(dictionary.encoders(params, 0, np.array([0]))) is None:
+        raise InputError(
+            f"{dictionary.name} has no thresholds: inhibition takes a transcoder"
+        )
 
 
 def _closest(below_U: np.ndarray, limit: int | None) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxclt.errors import InputError, on_one_line
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.nodes import find_column, find_row, quoted
-from jaxclt.graph.scores import shares_total
+from jaxclt.graph.shares import shares_total
 
 __all__ = ["Path", "describe_paths", "node_name", "strongest_paths"]
 

@@ -50,8 +50,9 @@ from jaxclt.graph.blocks import submatrix
 from jaxclt.graph.graph import Graph, Pruning
 from jaxclt.graph.influence import influence_series, solve_walk
 from jaxclt.graph.prune import kept_rows
+from jaxclt.graph.shares import shares_total
 
-__all__ = ["Scores", "edge_influence", "path_length_curve", "scores"]
+__all__ = ["Scores", "path_length_curve", "scores"]
 
 _series = jax.jit(influence_series, static_argnames="n_layers")
 
@@ -72,30 +73,6 @@ class Scores:
     unexplored_share: float  # rest of the graph: pruned, unattributed, not a node
     replacement_at_most: float  # of the exact graph, with every feature explored
     completeness_at_most: float
-
-
-def shares_total(graph: Graph) -> np.ndarray:
-    """What row shares are taken of [R], by the graph's convention."""
-    total_R = graph.row_strength
-    if graph.meta.convention == "paper":
-        total_R = total_R + np.abs(graph.bias_R) + graph.rest_abs_R
-    return total_R
-
-
-def edge_influence(graph: Graph, row_E: np.ndarray, edge_E: np.ndarray) -> np.ndarray:
-    """How much influence passes edges: shares of their rows times the rows' influence.
-
-    Args:
-      graph: attributed.
-      row_E: rows of some edges.
-      edge_E: the edges.
-    """
-    visit_R = np.concatenate(
-        [graph.influence_N[graph.feature_cols], graph.target_prob_K]
-    )
-    total_R = shares_total(graph)
-    scale_R = visit_R / np.where(total_R > 0, total_R, 1)
-    return np.abs(edge_E) * scale_R[row_E]
 
 
 def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:

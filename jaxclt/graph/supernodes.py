@@ -39,7 +39,8 @@ from jaxclt.graph.influence import solve_influence
 from jaxclt.graph.nodes import find_node
 from jaxclt.graph.paths import node_name
 from jaxclt.graph.prune import kept_rows
-from jaxclt.graph.scores import scores, shares_total
+from jaxclt.graph.scores import scores
+from jaxclt.graph.shares import shares_total
 from jaxclt.types import Supernode
 
 __all__ = [

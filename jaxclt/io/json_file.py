@@ -72,12 +72,13 @@ def read_bounded(path: Path, most: int) -> bytes:
     return b"".join(pieces)
 
 
-def parse_json(text: str | bytes, where: object) -> Any:
+def parse_json(text: str | bytes, where: object, *, line: int = 1) -> Any:
     """The value that a JSON text stands for.
 
     Args:
       text: UTF-8 if bytes.
       where: its file, or line, for the message.
+      line: number of its first line in the file.
 
     Raises:
       InputError: if it is no JSON, or nested deeper than anybody writes it.
@@ -90,8 +91,13 @@ def parse_json(text: str | bytes, where: object) -> Any:
         deep = opened > DEEPEST and _too_deep(value)
     except RecursionError:
         deep, value = True, None
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error})") from error
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno + line - 1} column {error.colno}"
+        raise InputError(f"{where} is not JSON ({error.msg}: {at})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 text") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise InputError(f"{where} is not JSON ({str(error)[:60]})") from error
     if deep:
         raise InputError(
             f"{where} is nested deeper than the {DEEPEST} levels that are read"

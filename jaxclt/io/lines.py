@@ -89,12 +89,8 @@ def json_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, Any]]:
 
 
 def _parsed(path: Path, number: int, line: bytes, errors: str) -> Any:
-    place = f"{path}:{number}"
-    try:
-        text = line.decode("utf-8-sig", errors)
-    except UnicodeDecodeError:
-        raise InputError(f"{place} is not UTF-8 text") from None
-    return parse_json(text, place)
+    text = line if errors == "strict" else line.decode("utf-8-sig", errors)
+    return parse_json(text, f"{path}:{number}", line=number)
 
 
 def text_of(row: dict[str, Any], key: str, place: str) -> str:

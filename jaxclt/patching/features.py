@@ -15,7 +15,7 @@ from flax import struct
 from jax import Array
 
 from jaxclt.clt.active import encode_at
-from jaxclt.clt.coder import Coder, Dictionary, Encoded, in_dtype
+from jaxclt.clt.coder import Coder, Dictionary, in_dtype
 from jaxclt.clt.sites import read_site
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import mlp_norm
@@ -61,18 +61,20 @@ def activation(
     norm = mlp_norm(p)
     each = 0 if norm.gain.ndim == 2 else None
 
-    def one(p: Block, enc: Any, mid_D: Array, scale: Array, post: Any) -> Encoded:
+    def one(
+        p: Block, enc: Any, mid_D: Array, scale: Array, post: Any, on: Any
+    ) -> Array:
         read_1D = read_site(coder.site, mlp_norm(p), mid_D[None], scale[None])
+        if on is not None:  # held: alone it has nothing to compete with
+            row_1D, bias_1 = coder.rows(enc)
+            linear_1 = (row_1D * read_1D).sum(1) + bias_1
+            return jnp.where(on, linear_1, jnp.zeros_like(linear_1))[0]
         post_1 = None if post is None else post[None]
-        return jax.tree.map(lambda x: x[0, 0], coder.encode(p, enc, read_1D, post_1))
+        return coder.encode(p, enc, read_1D, post_1).a_TF[0, 0]
 
-    axes = (each, 0, 0, 0, None if features.post_E is None else 0)
-    found = jax.vmap(one, in_axes=axes)(
-        p, features.enc, mid_ED, scale_E, features.post_E
-    )
-    if features.on_E is not None:
-        found = found._replace(on_TF=features.on_E)
-    return found.a_TF
+    held = (features.post_E, features.on_E)
+    axes = (each, 0, 0, 0, *(None if x is None else 0 for x in held))
+    return jax.vmap(one, in_axes=axes)(p, features.enc, mid_ED, scale_E, *held)
 
 
 def gather_features(
@@ -100,7 +102,7 @@ def gather_features(
     decoder_EMD = np.zeros((E, M, D), dtype)
     value_E, on_E = np.zeros(E, dtype), np.zeros(E, bool)
     order, encs = [], []
-    for layer in np.unique(layer_E).tolist():
+    for layer in np.unique(layer_E).tolist() or [0]:  # no rows have a shape too
         here = np.flatnonzero(layer_E == layer)
         unique, row = np.unique(feature_E[here], return_inverse=True)
         # Those that compete are only found among all.

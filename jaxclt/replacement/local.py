@@ -12,6 +12,8 @@ features re-encoded.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -37,6 +39,12 @@ class LocalReplacement:
     embed_TD: Array  # clean sources
     error_LTD: Array
     cfg: LMConfig = struct.field(pytree_node=False)
+
+    def reads(self, mid_LTD: Array) -> Array:
+        """What the encoders read of a stream, norm denominators held, [L, T, D]."""
+        site = partial(read_site, self.loaded.coder.site)
+        norms = mlp_norm(self.params.blocks)
+        return jax.vmap(site)(norms, mid_LTD, self.frozen.mlp_scale_LT)
 
 
 @struct.dataclass

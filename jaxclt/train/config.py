@@ -27,6 +27,7 @@ from jaxclt.train.step import Recipe
 
 __all__ = ["PRESETS", "TrainConfig", "preset"]
 
+_INT32 = 2**31 - 1  # steps and silent tokens are counted in 32 bits
 # How fields are checked, by their names.
 _RANGES: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
     (
@@ -34,10 +35,10 @@ _RANGES: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
         (
             *("features", "tokens", "batch_tokens", "accumulate", "context"),
             *("chunk_tokens", "reuse", "windows_per_call", "norm_tokens"),
-            *("heldout_tokens", "dead_tokens", "log_every", "checkpoint_every"),
-            "kl_windows",
+            *("heldout_tokens", "log_every", "checkpoint_every", "kl_windows"),
         ),
     ),
+    (partial(check_at_least, 1, _INT32), ("dead_tokens",)),
     (
         partial(check_at_least, 0),
         (
@@ -185,6 +186,16 @@ class TrainConfig:
             raise InputError(
                 f"--tokens {self.tokens} is less than one step of --batch-tokens "
                 f"{self.batch_tokens}"
+            )
+        if self.n_steps > _INT32:
+            raise InputError(
+                f"--tokens {self.tokens} are more than {_INT32:,} steps: raise "
+                f"--batch-tokens {self.batch_tokens}"
+            )
+        if self.chunk_tokens + self.context < self.batch_tokens:
+            raise InputError(
+                f"--batch-tokens {self.batch_tokens} is more than the tokens of a "
+                f"chunk: raise --chunk-tokens {self.chunk_tokens}"
             )
         if self.skip and self.span != 1:
             raise InputError("--skip needs --span 1: a CLT's format has no skip")

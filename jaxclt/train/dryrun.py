@@ -218,6 +218,8 @@ def check_memory(config: TrainConfig, lm: LMConfig, sizes: dict[str, int]) -> No
     """
     parts = device_bytes(config.spec(lm), config, sizes)
     device = sum(parts[x] for x in ("weights", "adam", "gradients", "batch"))
+    # The stream of the windows that the model reads together.
+    device = max(device, 4 * config.windows_per_call * config.context * lm.d_model)
     host = host_bytes(config, lm)
     needed = [(device, available_bytes()), (host, host_available_bytes())]
     if jax.local_devices()[0].platform == "cpu":  # the same memory, for all devices
@@ -227,8 +229,8 @@ def check_memory(config: TrainConfig, lm: LMConfig, sizes: dict[str, int]) -> No
             raise InputError(
                 f"this run needs at least {n_bytes / 1e9:,.1f} GB of memory and "
                 f"{free / 1e9:,.1f} GB are free: lower --features (now "
-                f"{config.features:,}), --batch-tokens or --chunk-tokens, or share "
-                "them with --mesh"
+                f"{config.features:,}), --batch-tokens, --chunk-tokens or "
+                "--windows-per-call, or share them with --mesh"
             )
 
 

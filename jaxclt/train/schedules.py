@@ -58,7 +58,7 @@ def learning_rate(
       InputError: if the warm-up and the decay leave no step between them.
     """
     down = max(1, int(n_steps * decay))
-    warmup = min(warmup, max(1, n_steps // 10))
+    warmup = max(1, min(warmup, n_steps // 10))
     if peak <= 0:
         raise InputError(f"--lr {peak}: it must be above 0")
     return optax.join_schedules(

@@ -9,7 +9,7 @@ from jax import Array
 
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.scores import shares_total
+from jaxclt.graph.shares import shares_total
 
 __all__ = ["direct_effect", "group_effects", "pairwise_influence"]
 

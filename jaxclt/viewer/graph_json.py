@@ -30,7 +30,7 @@ import orjson
 
 from jaxclt.errors import InputError, shown
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.scores import edge_influence
+from jaxclt.graph.shares import edge_influence
 from jaxclt.io.json_file import TEXT, Schema, check_json, json_schema
 from jaxclt.json_text import finite, well_formed
 
@@ -50,7 +50,7 @@ def graph_json(
 
     Features and errors without a kept link are dropped; embeddings and logits always
     stay. Links come strongest first, by the influence that passes them (see
-    `jaxclt.graph.scores.edge_influence`). Strings are well-formed and numbers finite:
+    `jaxclt.graph.shares.edge_influence`). Strings are well-formed and numbers finite:
     ``json.dumps(doc, allow_nan=False)`` and any encoding work.
 
     Args:

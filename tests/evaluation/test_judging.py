@@ -265,7 +265,9 @@ def test_on_examples_of_a_pass_over_text(golden):
         judge.name: interpretability(
             examples, encoder, model, judge, n_sort=30, n_contrastive=60,
             pairs=PAIRS, seed=0, log_dir=None, n_shown=SHOWN, context=5,
-            directions_UD=np.asarray(encoder.W_LFD).reshape(len(examples.layer_U), -1),
+            directions_UD=np.asarray(encoder.weights.enc.W_enc_FD).reshape(
+                len(examples.layer_U), -1
+            ),
         )
         for judge in (OracleJudge(), CoinJudge())
     }  # fmt: skip

@@ -28,7 +28,7 @@ from jaxclt.graph.influence import (
     solve_walk,
     total_effect,
 )
-from jaxclt.graph.scores import shares_total
+from jaxclt.graph.shares import shares_total
 from jaxclt.replacement.local import run_local
 
 pytestmark = pytest.mark.usefixtures("x64")

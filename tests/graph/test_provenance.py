@@ -271,3 +271,31 @@ def test_no_edges_is_no_error() -> None:
     args = (t.params, t.recording, case_active("clt"), errors("clt"), rows("clt"))
     found = head_loadings(*args, none, none, cfg=t.cfg)
     assert found.edge.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["skip", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma2", "neox"))],
+)
+def test_patterns_that_are_not_kept_are_computed_again(name: str) -> None:
+    """A long prompt is explained as a short one is: a layer's patterns at a time."""
+    t = case(name)
+    frozen = dataclasses.replace(
+        t.recording.frozen, pattern_LHTS=None, clean_LTD=t.recording.resid_LTD
+    )
+    again = dataclasses.replace(t.recording, frozen=frozen)
+    cropped, _ = provenance.crop(again, case_active(name), 4)
+    assert cropped.frozen.clean_LTD is not None
+    row = np.array([len(rows(name).pos_R) - 1])
+    args = (case_active(name), errors(name), rows(name).take(row))
+    index = np.zeros(30, np.int64), np.arange(30)
+    want, found = (
+        (
+            provenance.hop_spectrum(t.params, recording, *args, cfg=t.cfg),
+            head_loadings(t.params, recording, *args, *index, cfg=t.cfg),
+        )
+        for recording in (t.recording, again)
+    )
+    close(found[0], want[0], 1e-13)
+    assert np.abs(want[0][1]).max() > 1e-3
+    close(found[1].load_EJ, want[1].load_EJ, 1e-13)

@@ -29,6 +29,20 @@ from jaxclt.validation.stats import spearman
 HUGE = 1e36  # a factor; float32 ends at 3.4e38, its squares long before
 
 
+def wild(*, pos: int | slice | None = None, **op: float) -> jaxclt.Edit:
+    """An edit larger than `Edit` allows: what is allowed can add up to it."""
+    layer, own, feature = strongest()[0]
+    one = jaxclt.Edit(
+        layer=layer,
+        pos=own if pos is None else pos,
+        feature=feature,
+        **dict.fromkeys(op, 1.0),
+    )
+    for name, value in op.items():
+        object.__setattr__(one, name, value)
+    return one
+
+
 def strict(text: str) -> Any:
     """Python reads NaN, which is no JSON."""
 
@@ -51,7 +65,7 @@ def test_there_is_no_answer_and_one_line_says_why(mode: Any, freeze_norm: bool):
     """With live norms no NaN tells: what is too large to square is divided away."""
     result = jaxclt.patch(
         *parts(),
-        [edit(strongest()[0], scale=HUGE)],
+        [wild(scale=HUGE)],
         mode=mode,
         freeze_norm=freeze_norm,
         subject=subject(),
@@ -96,27 +110,28 @@ def test_the_line_names_the_position_whose_writes_are_huge():
 
 def test_series_have_gaps_and_choose_among_what_is_known():
     s, one = subject(), edit(strongest()[0])
-    curve = intervene.scale_curve(s, [one], how=s.how(), scales=[0.0, HUGE, 2.0])
+    held = s.how(freeze_norm=True)
+    curve = intervene.scale_curve(
+        s, [one], how=held, layers=(1, 1), scales=[0.0, 1e15, 2.0]
+    )
     assert [x is None for x in curve["kl"]] == [False, True, False]
     assert set(curve["probability"][1]) == {None}
     strict(to_json(curve))
-    wild = intervene.sweep_end(s, [edit(strongest()[0], scale=HUGE)], how=s.how())
-    assert wild["strongest"] is None
-    assert set(wild["kl"]) == {None}
+    sweep = intervene.sweep_end(s, [wild(scale=HUGE)], how=s.how())
+    assert sweep["strongest"] is None
+    assert set(sweep["kl"]) == {None}
 
 
 def test_text_ends_where_a_patch_diverges():
-    s, (layer, pos, feature) = subject(), strongest()[0]
-    out = intervene.generate_patched(
-        s, [edit((layer, pos, feature), scale=HUGE)], how=s.how(), n_new=3
-    )
+    s = subject()
+    out = intervene.generate_patched(s, [wild(scale=HUGE)], how=s.how(), n_new=3)
     assert out["after"] is None
     assert out["tokens_after"] == []
     assert len(out["tokens_before"]) == 3
     assert "diverged" in out["warning"]
     # On the second token only: the first is what the clean prompt says.
-    later = jaxclt.Edit(layer=layer, pos=slice(6, None), feature=feature, set=1e30)
-    out = intervene.generate_patched(s, [later], how=s.how(), n_new=4)
+    later = [wild(pos=slice(6, None), set=HUGE)]
+    out = intervene.generate_patched(s, later, how=s.how(), n_new=4)
     assert out["tokens_after"] == out["tokens_before"][:1]
     assert out["after"]
     assert "diverged" in out["warning"]
@@ -127,19 +142,20 @@ def test_the_command_warns_exits_0_and_keeps_null(
 ):
     node = ":".join(map(str, strongest()[0]))
     names = ("--model", str(MODEL), "--dictionary", str(DICTIONARY))
-    wild = ("--feature", node, "--scale", str(HUGE), "--freeze-norms")
-    cli.main(["patch", PROMPT, *names, *wild, "--json", "--generate", "2"])
+    # As far as a flag goes; MLPs after the range square it, and square that.
+    most = ("--feature", node, "--scale", "1e15", "--freeze-norms", "--layers", "1:1")
+    cli.main(["patch", PROMPT, *names, *most, "--json", "--generate", "2"])
     said = capsys.readouterr()
     out = strict(said.out)
     assert out["kl"] is None
     assert out["generated"]["after"] is None
     assert said.err.count("the patch diverged") == 1
-    cli.main(["patch", PROMPT, *names, *wild, "--plot", str(tmp_path / "p.png")])
+    cli.main(["patch", PROMPT, *names, *most, "--plot", str(tmp_path / "p.png")])
     said = capsys.readouterr()
     assert "KL - nats" in said.out
     assert "nan" not in said.out
     assert (tmp_path / "p.png").stat().st_size
-    result = jaxclt.patch(*parts(), [edit(strongest()[0], scale=HUGE)])
+    result = jaxclt.patch(*parts(), [wild(scale=HUGE)])
     keep_patch(tmp_path, patch_record(result, ["x"], {"scale": HUGE}), parts()[2].meta)
     (kept,) = strict((tmp_path / "patches.json").read_text())["patches"]
     assert kept["kl"] is None

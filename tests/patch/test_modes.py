@@ -388,7 +388,7 @@ def test_new_tokens_are_patched_where_the_feature_fires_on_them(name: str):
     for feature in range(20):
         changes = [(0, p, feature, -50.0, 0.0) for p in range(T, T + n)]
         later = make_edits(changes, own, t.params, t.recording, cfg=t.cfg)
-        among = rivals(own, changes)
+        among = rivals(own, prompt, changes)
         new = continue_prompt(prompt, done, later, *rest, n_new=n, among=among)
         if new.tolist() != clean.tolist():
             break

@@ -76,7 +76,7 @@ def test_a_range_is_its_active_positions_one_by_one(mode: Mode, op: dict[str, fl
 
 
 def test_a_range_moves_the_logits_by_the_edges_of_the_graph():
-    """T-C3 over positions: all MLPs clamped and norms held, by numpy from the graph."""
+    """Maths 15.9 over positions, all MLPs clamped and norms held: numpy, the graph."""
     s, graph = subject(), parts()[2]
     here = (graph.layer_A == LAYER) & (graph.feature_A == FEATURE)
     edge_K = graph.edge_RN[graph.target_rows, : graph.n_features][:, here].sum(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,18 @@ def test_the_command_needs_no_directory_and_writes_none(
     assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
 
 
+def test_a_prompt_may_be_a_chat(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    template = "{% for m in messages %}w9 {{ m.content }} {% endfor %}w8"
+    (folder / "chat_template.jinja").write_text(template)
+    names = ("--model", folder, *NAMES[2:], "--feature", "1:2:39", "--set", 3, "--json")
+    assert run("patch", "w31 w7", *names, "--chat") == 0
+    chat = json.loads(capsys.readouterr().out)
+    assert run("patch", "w9 w31 w7 w8", *names) == 0
+    assert chat == json.loads(capsys.readouterr().out)
+    assert chat["kl"] > 0
+
+
 def test_a_prompt_is_told_from_a_mistyped_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -125,6 +138,7 @@ def test_a_prompt_is_told_from_a_mistyped_directory(
         ((PROMPT, *NAMES, "--group", "g"), "--group takes supernodes of a graph"),
         ((PROMPT, *NAMES, "--supernodes", "g.json"), "--group takes supernodes"),
         (("out", "--bos", "never"), "--bos is of a prompt"),
+        (("out", "--chat"), "--chat is of a prompt"),
     ):
         assert run("patch", *args, "--feature", node()) == 2
         said = capsys.readouterr().err

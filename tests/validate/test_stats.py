@@ -9,7 +9,7 @@ import scipy.stats
 from cases import random_graph
 
 from jaxclt.graph.influence import influence
-from jaxclt.graph.scores import shares_total
+from jaxclt.graph.shares import shares_total
 from jaxclt.validation.predictions import group_effects, pairwise_influence
 from jaxclt.validation.stats import (
     bootstrap,

@@ -17,6 +17,7 @@ from test_serve import talk as talk_to
 
 from jaxclt import cli
 from jaxclt.errors import InputError
+from jaxclt.io.graph_file import load_graph
 from jaxclt.pages import read_graph
 from jaxclt.serve.app import MAX_PATCH
 from jaxclt.serve_patch import BUSY, MAX_NODES, Patcher, read_change
@@ -106,6 +107,27 @@ def test_patches_of_another_prompt_are_neither_shown_nor_kept(
     kept = json.loads((folder / "patches.json").read_text())
     assert len(kept["patches"]) == 1
     assert kept["patches"][0]["change"] == {"scale": 0.0}
+
+
+def test_a_supernode_is_patched_where_its_members_are_active(
+    traced: Path, patcher: Patcher, tmp_path: Path
+):
+    folder = Path(shutil.copytree(traced, tmp_path / "cat"))
+    active = features(folder)[0]
+    layer, _, pos = map(int, active.split("_"))
+    graph = load_graph(folder / "graph.npz")
+    here = (graph.layer_A == layer) & (graph.pos_A == pos)
+    off = min(set(range(40)) - set(graph.feature_A[here].tolist()))
+    silent = f"{layer}_{off}_{pos}"
+    both = patcher.patch(folder, {"nodes": [silent, active], "name": "pair"})
+    alone = patcher.patch(folder, {"nodes": [active]})
+    assert both is not None
+    assert alone is not None
+    assert both["kl"] == pytest.approx(alone["kl"], rel=1e-5)
+    # The page finds what it asked for by all members.
+    assert both["nodes"] == [silent, active]
+    with pytest.raises(InputError, match="no feature of supernode 'off' is active"):
+        patcher.patch(folder, {"nodes": [silent], "name": "off"})
 
 
 def test_a_graph_of_another_model_is_refused(traced: Path, tmp_path: Path):

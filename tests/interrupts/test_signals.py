@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,14 @@ from jaxclt.train import processes
 BOTH = pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 )
+
+
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """Ctrl-C is not ignored, as it is where the suite runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def send(number: int, heard: Callable[[], bool]) -> None:
@@ -175,7 +183,8 @@ def test_a_stopped_trace_keeps_its_graph(
     report = json.loads(capsys.readouterr().out)
     assert report["work"]["stopped"]
     assert report == json.loads((out / "report.json").read_text())
-    assert report["graph"]["features_attributed"] > 20
+    assert 20 < report["graph"]["features_attributed"] == report["identity"]["stopped"]
+    assert report["certificate"]["max_relative_row_error"] < 1e-5
     assert (out / "index.html").is_file()
     assert not (out / "validation.json").exists()
 

@@ -205,17 +205,18 @@ def test_prompts_for_windows_pass_over_the_same_rows(tmp_path: Path):
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        (b"not json", "line 2, column 1: Expecting value"),
-        (b"[" * 100_000, "line 2 is nested or long beyond reason"),
-        (b"1" * 10_000, "line 2 is nested or long beyond reason"),
-        (b'{"prompt": "\xff"}', "line 2 is not UTF-8"),
+        (b"not json", r"is not JSON \(Expecting value: line 2 column 1\)"),
+        (b"[" * 100_000, "is nested deeper than"),
+        (b"1" * 10_000, r"is not JSON \(Exceeds the limit"),
+        (b'{"prompt": "\xff"}', "is not UTF-8"),
     ],
 )
 def test_a_line_that_is_no_json_is_named(tmp_path: Path, line: bytes, why: str):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"prompt": "w3"}\n' + line + b"\n")
-    with pytest.raises(InputError, match=rf"rows.jsonl:2 is not JSON \({why}"):
+    with pytest.raises(InputError, match=rf"rows.jsonl:2 {why}") as error:
         read_prompts(file)
+    assert len(str(error.value)) < 250
 
 
 def test_lines_end_where_files_end_them(tmp_path: Path):
