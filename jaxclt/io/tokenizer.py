@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.io.chat import Message, find_template, render
 from jaxclt.io.gguf_file import GGUFFile, open_gguf
-from jaxclt.io.json_file import read_json
+from jaxclt.io.json_file import parse_object, read_json
 from jaxclt.io.tokenizer_gguf import fast_tokenizer, kept_tokenizer
 
 __all__ = ["Bos", "Tokenizer", "load_tokenizer"]
@@ -193,6 +193,7 @@ def load_tokenizer(source: str | os.PathLike[str] | GGUFFile) -> Tokenizer:
         template = file.meta.get("tokenizer.chat_template")
         backend.chat_template = template if isinstance(template, str) else None
     try:
+        _check_template(backend)
         return _wrap(backend, adds_bos=adds_bos)
     except Exception as error:  # for special tokens that it does not have, anything
         place = folder if file is None else file.path
@@ -216,6 +217,22 @@ def _wrap(backend: Any, *, adds_bos: bool) -> Tokenizer:
         special_ids=frozenset(i for i in backend.all_special_ids if i is not None),
         vocab_size=len(backend),
     )
+
+
+def _check_template(backend: Any) -> None:
+    """ValueError if a tokenizer puts tokens around a text that it does not have.
+
+    Where it is used it would panic, which is no `Exception`.
+    """
+    fast = getattr(backend, "backend_tokenizer", None)
+    if fast is None or fast.post_processor is None:
+        return
+    state = parse_object(fast.post_processor.__getstate__(), "its post-processor")
+    for step in (state, *state.get("processors", ())):
+        for part in step.get("single", ()):
+            name = part.get("SpecialToken", {}).get("id")
+            if name is not None and name not in step["special_tokens"]:
+                raise ValueError(f"its template names {shown(name)}, which it lacks")
 
 
 def _transformers() -> Any:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import gguf
+import jax
 import numpy as np
 import safetensors.numpy
 from io_models import CFG, WORDS, random_params, write_word_tokenizer
@@ -55,6 +56,7 @@ from jaxclt.io.tokenizer import load_tokenizer
 from jaxclt.io.weights_gguf import config_from_gguf, params_from_gguf
 from jaxclt.io.weights_hf import load_hf, save_hf
 from jaxclt.serve.folder import Folder
+from jaxclt.serve.save import save_view
 from jaxclt.testing import tiny
 from jaxclt.train import checkpoint, prepare, sample, trainer
 from jaxclt.train.chunks import Chunks
@@ -131,6 +133,7 @@ def open_document(folder: Path) -> None:
     doc = pages.read_graph(folder / "graph.json")
     pages.directory_page(folder, compare=doc)
     supernode_file.read_supernodes(folder / "graph.json", graph())
+    save_view(folder / "graph.json", {"qParams": {"pinnedIds": []}})
 
 
 def make_beside(folder: Path) -> list[Path]:
@@ -514,7 +517,8 @@ def make_dictionary(name: str, folder: Path) -> list[Path]:
 def open_dictionary(folder: Path) -> None:
     store = dictionary.open_dictionary(folder)
     dictionary.read_labels(folder)
-    materialise(store)
+    with jax.numpy_dtype_promotion("standard"):  # as it is outside the tests
+        materialise(store)
 
 
 def make_vector(folder: Path) -> list[Path]:
