@@ -289,6 +289,7 @@ def test_strongest_paths_are_shown_and_pinned(open_page, doc):
     tab.click("details.paths summary")
     for title in ("From tokens and errors", "To the targets"):
         rows = tab.locator(f"ul[aria-label='{title}'] button.path")
+        rows.first.wait_for()
         assert 1 <= rows.count() <= 3
         shares = [float(t.split()[0]) for t in rows.locator(".right").all_inner_texts()]
         assert shares == sorted(shares, reverse=True)
@@ -296,6 +297,7 @@ def test_strongest_paths_are_shown_and_pinned(open_page, doc):
     path = tab.evaluate("window.__jaxclt.app.path.length")
     assert path >= 1
     tab.click("text=Pin path")
+    tab.locator(".card").nth(path).wait_for()
     assert tab.locator(".card").count() == path + 1
 
 
