@@ -233,6 +233,7 @@ def test_signs_say_what_strengthens_a_feature_on_either_side(open_page, doc):
         if tab.locator("details.paths").count():
             tab.click("details.paths summary")
             rows = tab.locator("button.path")
+            rows.first.wait_for()
             for i in range(rows.count()):
                 rows.nth(i).click()
                 nodes = tab.evaluate(
