@@ -86,7 +86,7 @@ def rows(model: Any, encoder: Any, windows: Any, args: Any) -> list[str]:
 
     from jaxclt.dashboards.stream import gather_examples
     from jaxclt.lm.run import embed, native_mlp, run
-    from jaxclt.windows import batches
+    from jaxclt.text.windows import batches
 
     batch_tokens = args.windows * windows.token_WS.shape[1]
 

@@ -52,8 +52,8 @@ def virtual_rows(
     import jax.numpy as jnp
 
     from jaxclt.clt.coder import Bound
+    from jaxclt.clt.subset import Subset
     from jaxclt.global_weights import weights
-    from jaxclt.global_weights.subset import Subset
 
     on = Bound(dictionary, model.params, model.cfg)
     cfg = on.shape
@@ -122,11 +122,11 @@ def statistics_rows(
     import jax
     import jax.numpy as jnp
 
-    from jaxclt import global_text
     from jaxclt.clt.coder import Bound
     from jaxclt.global_weights.statistics import Plan, add_sums, encoders, sums_of
     from jaxclt.lm.run import embed, native_mlp, run, unembed
-    from jaxclt.windows import BATCH_TOKENS, batches
+    from jaxclt.text import features as global_text
+    from jaxclt.text.windows import BATCH_TOKENS, batches
 
     params, on = model.params, Bound(dictionary, model.params, model.cfg)
     features = f"top:{n_features}"
@@ -187,7 +187,15 @@ def statistics_rows(
 
 def whole(model: Any, dictionary: Any, args: Any, features: str) -> list[str]:
     """The command's loop, its memory, and a resumed run."""
-    from jaxclt import global_circuit, global_gather, global_views
+    from jaxclt.global_weights import (
+        circuit as global_circuit,
+    )
+    from jaxclt.global_weights import (
+        gather as global_gather,
+    )
+    from jaxclt.global_weights import (
+        views as global_views,
+    )
 
     state = args.out / "state"
     shutil.rmtree(state, ignore_errors=True)

@@ -51,7 +51,7 @@ def child(args: argparse.Namespace) -> None:
     from jaxclt.clt.transcoder import StoreDictionary
     from jaxclt.graph.attribute import AttributeConfig
     from jaxclt.io.dictionary import load_params
-    from jaxclt.trace import trace_prompt
+    from jaxclt.trace.prompt import trace_prompt
 
     model = jaxclt.load_model(args.model)
     dictionary: Any = jaxclt.load_dictionary(args.dictionary, model)

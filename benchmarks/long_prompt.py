@@ -73,7 +73,7 @@ def main() -> None:
 
     import jaxclt
     from jaxclt.graph.attribute import AttributeConfig
-    from jaxclt.trace import trace_prompt
+    from jaxclt.trace.prompt import trace_prompt
 
     model = jaxclt.load_model(args.model)
     dictionary = jaxclt.load_dictionary(args.dictionary, model)

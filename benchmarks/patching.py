@@ -102,7 +102,7 @@ def main() -> None:
     from jaxclt.patching.batch import default_range, patch_many
     from jaxclt.patching.edits import batch_edits
     from jaxclt.patching.effects import measure_effect
-    from jaxclt.subject import Subject
+    from jaxclt.patching.subject import Subject
 
     model = jaxclt.load_model(args.model)
     dictionary = jaxclt.load_dictionary(args.dictionary, model)

@@ -42,9 +42,9 @@ def worker(job: dict[str, Any]) -> None:
     import jaxclt
     from jaxclt import shapes
     from jaxclt.graph.attribute import AttributeConfig
-    from jaxclt.sweep import sweep_prompts
-    from jaxclt.trace import trace_prompt
-    from jaxclt.trace_files import write_trace
+    from jaxclt.trace.files import write_trace
+    from jaxclt.trace.prompt import trace_prompt
+    from jaxclt.trace.sweep import sweep_prompts
 
     if job["variant"] == "exact shapes":
         bucket = shapes.bucket

@@ -36,7 +36,7 @@ from jaxclt.graph.prune import kept_by_mass, prune, restrict
 from jaxclt.graph.scores import scores, shares_total
 from jaxclt.io.dictionary import load_dictionary
 from jaxclt.io.model import load_model
-from jaxclt.trace import trace_prompt
+from jaxclt.trace.prompt import trace_prompt
 
 HERE = Path(__file__).resolve().parent
 SMOKE_MODEL = HERE.parent / "tests/goldens/circuit_tracer_clt/model"

@@ -50,11 +50,11 @@ from _timing import (
 )
 from make_synthetic_dictionary import TEXTS, synthetic_dictionary
 
-import jaxclt.trace as trace_module
+import jaxclt.trace.prompt as trace_module
 from jaxclt.graph.attribute import AttributeConfig, Timing
 from jaxclt.io.dictionary import load_dictionary, save_dictionary
 from jaxclt.io.model import Model, load_model, save_hf
-from jaxclt.trace import Traced, record_prompt, trace_prompt
+from jaxclt.trace.prompt import Traced, record_prompt, trace_prompt
 from jaxclt.types import CLTParams
 
 HERE = Path(__file__).resolve().parent

@@ -3,38 +3,35 @@
 Explains one prediction of a language model as a graph of interpretable features
 (Ameisen et al. 2025, *Circuit Tracing*), exactly, and checks it against the model.
 
-Where things are, in the order a prompt passes through them:
+The rooms, from bottom to top; none imports what lies above it:
 
 | room | what it holds |
 |---|---|
-| `jaxclt.trace`, `jaxclt.trace_files` | a prompt becomes a graph, then a directory |
-| `jaxclt.provenance` | hops, heads and suppressed features of a traced prompt |
-| `jaxclt.sweep` | the same for many prompts, resumable |
-| `jaxclt.prompts` | what a prompt may be: text, token ids, a chat; files of them |
-| `jaxclt.io` | files and names: models, dictionaries, tokenizers, graphs |
-| `jaxclt.lm` | the decoder: forward, record, and the frozen linear stream |
-| `jaxclt.clt` | dictionaries: encode, decode, what is active on a prompt |
-| `jaxclt.replacement` | replacement models and error nodes |
-| `jaxclt.graph` | targets, edges, influence, pruning, scores, certificate |
-| `jaxclt.windows` | windows of tokens that passes over text run on |
-| `jaxclt.global_text`, `jaxclt.global_gather` | co-activation over text |
-| `jaxclt.global_circuit` | the shell of global weights |
-| `jaxclt.global_views` | their files, page and neighbourhoods |
-| `jaxclt.global_weights` | virtual weights, co-activation, ERA, TWERA |
-| `jaxclt.subject`, `jaxclt.intervene` | the shell of patching a prompt |
-| `jaxclt.patching` | edits, the three modes, batches, generation |
-| `jaxclt.validate`, `jaxclt.validation` | a graph's predictions against patches |
-| `jaxclt.viewer` | graph JSON and the page |
-| `jaxclt.testing` | tiny models for tests and examples; planted circuits |
+| `files`, `runs` | files that are whole or not there; what long runs need |
+| `lm` | the decoder: forward, record, and the frozen linear stream |
+| `clt` | dictionaries: encode, decode, what is active on a prompt |
+| `replacement` | replacement models, error nodes, how close they come |
+| `graph` | targets, edges, influence, pruning, scores, certificate |
+| `io` | models, dictionaries and their formats, tokenizers, graphs |
+| `text` | prompts, text and windows of tokens |
+| `viewer` | graph JSON and the page |
+| `global_weights` | virtual weights, co-activation, ERA, TWERA |
+| `dashboards` | what features respond to |
+| `trace` | a prompt becomes a graph, then a directory; many prompts |
+| `patching` | edits, the three modes, batches, generation |
+| `validation` | a graph's predictions against patches |
+| `train` | training of dictionaries |
+| `evaluation` | dictionaries side by side |
+| `serve`, `cli` | the local server, the command |
+| `testing` | tiny models for tests and examples |
 
 Importing this package touches no device and does not import transformers.
 """
 
-__version__ = "0.1.0"
-
 from jaxclt.api import Page, attribute, explain, influence, prune, show
+from jaxclt.clt.subset import Subset
 from jaxclt.errors import InputError
-from jaxclt.global_circuit import (
+from jaxclt.global_weights.circuit import (
     Inhibitors,
     global_inhibition,
     global_weights,
@@ -42,12 +39,17 @@ from jaxclt.global_circuit import (
     strongest_virtual,
     virtual_weights,
 )
-from jaxclt.global_gather import coactivation
-from jaxclt.global_views import neighbourhood, write_globals
+from jaxclt.global_weights.files import (
+    SavedGlobals,
+    load_globals,
+    load_statistics,
+    save_statistics,
+)
+from jaxclt.global_weights.gather import coactivation
 from jaxclt.global_weights.ranking import GlobalWeights, Links
 from jaxclt.global_weights.statistics import Coactivation
 from jaxclt.global_weights.statistics import merge as merge_coactivation
-from jaxclt.global_weights.subset import Subset
+from jaxclt.global_weights.views import neighbourhood, write_globals
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.certificate import Certificate, certificate
 from jaxclt.graph.effects import solve_total_effect
@@ -63,25 +65,20 @@ from jaxclt.graph.supernodes import (
     suggest_supernodes,
     supernode_graph,
 )
-from jaxclt.intervene import PatchResult, patch
 from jaxclt.io.convert import convert as convert_dictionary
 from jaxclt.io.dictionary import load_dictionary, save_dictionary
-from jaxclt.io.global_file import (
-    SavedGlobals,
-    load_globals,
-    load_statistics,
-    save_statistics,
-)
 from jaxclt.io.graph_file import load_graph, save_graph
 from jaxclt.io.model import Model, load_model
 from jaxclt.patching.edits import Edit
-from jaxclt.provenance import edge_parts_with_model, inhibition
+from jaxclt.patching.patch import PatchResult, patch
 from jaxclt.replacement.local import local_replacement, run_local
-from jaxclt.sweep import sweep_prompts
-from jaxclt.trace import Traced, trace_prompt
-from jaxclt.trace_files import write_trace
+from jaxclt.text.windows import TokenWindows, read_windows
+from jaxclt.trace.again import edge_parts_with_model, inhibition
+from jaxclt.trace.files import write_trace
+from jaxclt.trace.prompt import Traced, trace_prompt
+from jaxclt.trace.sweep import sweep_prompts
 from jaxclt.types import Supernode
-from jaxclt.windows import TokenWindows, read_windows
+from jaxclt.version import __version__
 
 __all__ = [
     "AttributeConfig",

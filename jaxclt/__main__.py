@@ -1,6 +1,6 @@
 """`python -m jaxclt` is the `jaxclt` command."""
 
-from jaxclt.cli import main
+from jaxclt.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -11,20 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from jaxclt import provenance, trace
 from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import did_you_mean
+from jaxclt.files.atomic import atomic_path
 from jaxclt.graph import prune as pruning
 from jaxclt.graph import scores as scoring
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.explain import edge_parts
 from jaxclt.graph.graph import Graph
-from jaxclt.io.atomic import atomic_path
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
-from jaxclt.pace import logged
-from jaxclt.prompts import Prompt
+from jaxclt.runs.pace import logged
+from jaxclt.text.prompts import Prompt
+from jaxclt.trace.again import edge_parts_with_model
+from jaxclt.trace.prompt import TargetChoice, trace_prompt
 from jaxclt.viewer.graph_json import graph_json
 from jaxclt.viewer.page import page
 
@@ -36,7 +37,7 @@ def attribute(
     dictionary: Dictionary,
     prompt: Prompt,
     *,
-    targets: trace.TargetChoice = (),
+    targets: TargetChoice = (),
     bos: Bos = "auto",
     **config: Any,
 ) -> Graph:
@@ -50,7 +51,7 @@ def attribute(
       prompt: text, token ids, or a chat: ``[{"role": "user", "content": "Hi"}]``,
         which the model's own template makes a text of.
       targets: what to explain instead of the top tokens: texts as in
-        `jaxclt.target_text` (``" Paris"``, ``"diff: Paris| London"``,
+        `jaxclt.trace.target_text` (``" Paris"``, ``"diff: Paris| London"``,
         ``"feature:12:5:345"``), `Targets` from `jaxclt.graph.targets`, or a function
         that makes them from ``(params, recording)``.
       bos: whether a beginning-of-sequence token is put first.
@@ -66,7 +67,7 @@ def attribute(
             f"attribute() has no option {sorted(unknown)[0]!r}; there are "
             f"{', '.join(sorted(known))}{did_you_mean(sorted(unknown)[0], known)}"
         )
-    return trace.trace_prompt(
+    return trace_prompt(
         model,
         dictionary,
         prompt,
@@ -116,7 +117,7 @@ def explain(
     """
     if model is None or dictionary is None:
         return edge_parts(graph, source, target).text()
-    found = provenance.edge_parts_with_model(
+    found = edge_parts_with_model(
         graph, source, target, model=model, dictionary=dictionary
     )
     return found.text()

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxclt import cli
-from jaxclt.cli_trace import heading
+from jaxclt.cli import main as cli
+from jaxclt.cli.trace import heading
 from jaxclt.io.graph_file import load_graph
 from jaxclt.viewer.graph_json import validate
 
@@ -349,7 +349,7 @@ def test_a_damaged_graph_is_refused(tmp_path: Path, traced: Path, capsys):
 def test_help_needs_no_transformers():
     code = (
         "import sys; sys.argv=['jaxclt','trace','--help']\n"
-        "from jaxclt import cli\n"
+        "from jaxclt.cli import main as cli\n"
         "try: cli.main()\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "assert not {'transformers', 'starlette', 'uvicorn'} & set(sys.modules)"

@@ -22,9 +22,10 @@ import pytest
 from rich.console import Console
 
 import jaxclt
-from jaxclt import cli, cli_door
 from jaxclt.api import attribute
-from jaxclt.cli_parse import parse
+from jaxclt.cli import door as cli_door
+from jaxclt.cli import main as cli
+from jaxclt.cli.parse import parse
 from jaxclt.errors import InputError, did_you_mean
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.io import model as model_io
@@ -509,10 +510,10 @@ def test_attribute_checks_its_options(option: str, value: Any):
 
 
 def test_options_of_the_other_calls_check_themselves():
+    from jaxclt.dashboards.gather import feature_dashboards
     from jaxclt.evaluation.measures import EvalOptions
-    from jaxclt.feature_dashboards import feature_dashboards
     from jaxclt.train.config import TrainConfig
-    from jaxclt.validate import ValidateOptions
+    from jaxclt.validation.report import ValidateOptions
 
     nothing: Any = None
     for make in (
@@ -614,7 +615,7 @@ def test_a_training_without_text_leaves_nothing(
 
 
 def test_a_run_that_came_to_nothing_leaves_its_directory_free(tmp_path: Path):
-    from jaxclt.feature_dashboards import _claim, _refuse_other
+    from jaxclt.dashboards.gather import _claim, _refuse_other
     from jaxclt.train.prepare import claim_directory
 
     ours = {"config": {"lr": 1}, "model": "m", "data": "d"}

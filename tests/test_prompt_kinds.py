@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 import jaxclt
-from jaxclt import cli
+from jaxclt.cli import main as cli
 from jaxclt.errors import InputError
 from jaxclt.evaluation.prompts import read_eval_text
 from jaxclt.io.graph_file import load_graph
 from jaxclt.io.model import Model
-from jaxclt.prompts import Prompt, prompt_ids, prompt_rows, read_prompts
-from jaxclt.subject import Subject
-from jaxclt.trace import identity, prompt_tokens, trace_prompt
-from jaxclt.train.text import read_documents
-from jaxclt.windows import TokenWindows, read_windows
+from jaxclt.patching.subject import Subject
+from jaxclt.text.corpus import read_documents
+from jaxclt.text.prompts import Prompt, prompt_ids, prompt_rows, read_prompts
+from jaxclt.text.windows import TokenWindows, read_windows
+from jaxclt.trace.prompt import identity, prompt_tokens, trace_prompt
 
 GOLDEN = Path(__file__).parent / "goldens" / "circuit_tracer_clt"
 # Roles are words of the tiny vocabulary.
@@ -139,7 +139,7 @@ def test_a_sweep_of_chats(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_another_template_is_another_trace():
-    config = jaxclt.trace.AttributeConfig()
+    config = jaxclt.trace.prompt.AttributeConfig()
     before = identity(model(), dictionary(), CHAT, config, "auto")
     tokenizer = dataclasses.replace(model().tokenizer, backend=Other())
     other = dataclasses.replace(model(), tokenizer=tokenizer)

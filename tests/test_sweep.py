@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxclt import cli, sweep, trace_files
+from jaxclt.cli import main as cli
 from jaxclt.errors import InputError
+from jaxclt.trace import files as trace_files
+from jaxclt.trace import sweep
 
 GOLDEN = Path(__file__).parent / "goldens" / "circuit_tracer_clt"
 PROMPTS = ["w7 w31 w7 w55 w12 w90", "w3 " * 500, "w12 w90", "w7 w7 w44 w31 w2"]

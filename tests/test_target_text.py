@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxclt
-from jaxclt import cli
+from jaxclt.cli import main as cli
 from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import VIRTUAL_TOKEN
@@ -28,8 +28,8 @@ from jaxclt.graph.targets import (
 )
 from jaxclt.io.graph_file import load_graph
 from jaxclt.io.model import Model
-from jaxclt.target_text import read_targets
-from jaxclt.trace import prompt_tokens, record_prompt
+from jaxclt.trace.prompt import prompt_tokens, record_prompt
+from jaxclt.trace.target_text import read_targets
 from jaxclt.types import LMParams, Recording, Targets
 from jaxclt.viewer.graph_json import validate
 

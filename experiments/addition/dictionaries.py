@@ -15,8 +15,8 @@ from typing import Any
 import task
 
 from jaxclt.io.model import Model
+from jaxclt.text.corpus import Windows
 from jaxclt.train.config import TrainConfig
-from jaxclt.train.text import Windows
 from jaxclt.train.trainer import Listener, train
 
 PROMPTS = tuple(task.prompt(a, b) for a, b in ((36, 59), (8, 7), (42, 13), (95, 88)))

@@ -29,15 +29,15 @@ import train_model
 from families import Label
 
 import jaxclt
+from jaxclt.cli.tour import family_supernodes
 from jaxclt.clt.transcoder import StoreDictionary
-from jaxclt.demo import family_supernodes
-from jaxclt.evaluate import EvalOptions, evaluate
 from jaxclt.evaluation.claims import check_claims
+from jaxclt.evaluation.evaluate import EvalOptions, evaluate
 from jaxclt.evaluation.judges import BaselineJudge
 from jaxclt.evaluation.prompts import read_eval_text
 from jaxclt.evaluation.report import markdown, write_evaluation
+from jaxclt.files.atomic import atomic_path
 from jaxclt.graph.supernodes import SupernodeGraph, describe_supernodes
-from jaxclt.io.atomic import atomic_path
 from jaxclt.io.bundled import MODELS
 from jaxclt.io.dictionary import LABELS
 from jaxclt.io.model import Model

@@ -24,8 +24,8 @@ from jaxclt.graph.targets import token_targets
 from jaxclt.io.model import Model
 from jaxclt.patching.effects import clean_effect
 from jaxclt.patching.modes import Mode
+from jaxclt.patching.subject import Subject
 from jaxclt.replacement.model import replacement_logits
-from jaxclt.subject import Subject
 from jaxclt.train.harvest import harvest
 from jaxclt.types import LMParams, Recording, Targets
 from jaxclt.validation.stats import spearman, wilson

@@ -22,7 +22,7 @@ import optax
 import task
 from jax import Array
 
-from jaxclt.io.atomic import atomic_path
+from jaxclt.files.atomic import atomic_path
 from jaxclt.io.weights_hf import save_hf
 from jaxclt.lm import params as lm_params
 from jaxclt.lm.config import LMConfig

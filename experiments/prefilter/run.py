@@ -21,15 +21,15 @@ import jax
 import numpy as np
 
 import jaxclt
+from jaxclt.cli.compiled import use_compilation_cache
 from jaxclt.clt.active import Active
-from jaxclt.compiled import use_compilation_cache
+from jaxclt.global_weights.files import load_globals
 from jaxclt.global_weights.ranking import Links
 from jaxclt.global_weights.shortlist import Shortlist
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.scores import shares_total
-from jaxclt.io.global_file import load_globals
-from jaxclt.trace import trace_prompt
+from jaxclt.trace.prompt import trace_prompt
 from jaxclt.validation.stats import mean_interval
 
 CHOICES = {

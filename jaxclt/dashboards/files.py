@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from jaxclt.errors import InputError, shown
-from jaxclt.io.atomic import atomic_path
-from jaxclt.io.json_file import MOST, parse_object, read_bounded, read_json
-from jaxclt.json_text import to_json
+from jaxclt.files.atomic import atomic_path
+from jaxclt.files.json_file import MOST, parse_object, read_bounded, read_json
+from jaxclt.files.json_text import to_json
 
 __all__ = [
     "INDEX",

@@ -30,18 +30,18 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.coder import Loaded
+from jaxclt.clt.subset import Subset
 from jaxclt.dashboards.examples import Examples, by_size
-from jaxclt.dashboards.peaks import Batch, Peaks, batch_peaks
 from jaxclt.dashboards.state import Best, Histogram, Newcomers, Seen
 from jaxclt.errors import InputError, check_at_least
-from jaxclt.global_weights.subset import Subset
+from jaxclt.files.atomic import atomic_path
+from jaxclt.files.json_file import COUNT, json_schema, record
+from jaxclt.files.json_text import to_json
+from jaxclt.files.npz import Must, check_array, open_npz
 from jaxclt.graph.memory import host_available_bytes
-from jaxclt.io.atomic import atomic_path
-from jaxclt.io.json_file import COUNT, json_schema, record
-from jaxclt.io.npz import Must, check_array, open_npz
-from jaxclt.json_text import to_json
+from jaxclt.text.peaks import Batch, Peaks, batch_peaks
+from jaxclt.text.windows import BATCH_TOKENS, TokenWindows, batches
 from jaxclt.types import LMParams
-from jaxclt.windows import BATCH_TOKENS, TokenWindows, batches
 
 __all__ = ["SAVE_S", "STATE", "Sizes", "gather_examples", "is_signed"]
 

@@ -50,7 +50,7 @@ def check_claims(
     own, each cross-layer one with every per-layer one.
 
     Args:
-      rows: from `jaxclt.evaluate.evaluate`.
+      rows: from `jaxclt.evaluation.evaluate.evaluate`.
       raw: the raw rows from there.
       key: draws resamples.
     """

@@ -15,12 +15,12 @@ from jax import Array
 
 from jaxclt.clt.coder import Loaded
 from jaxclt.errors import InputError
-from jaxclt.io.json_file import MOST, parse_json, read_bounded
-from jaxclt.io.lines import json_rows
+from jaxclt.files.json_file import MOST, parse_json, read_bounded
+from jaxclt.files.lines import json_rows
 from jaxclt.io.model import Model
 from jaxclt.lm.run import embed, native_mlp, run
+from jaxclt.text.windows import BATCH_TOKENS, batches, read_windows
 from jaxclt.types import Block, LMParams
-from jaxclt.windows import BATCH_TOKENS, batches, read_windows
 
 __all__ = ["ConceptPair", "load_pairs", "readable", "sentence_peaks"]
 

@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from jaxclt.errors import InputError, check_at_least, check_positive
-from jaxclt.io.json_file import COUNT, TEXT, json_schema, named, record
-from jaxclt.io.lines import append_line, read_lines
-from jaxclt.json_text import to_json
+from jaxclt.files.json_file import COUNT, TEXT, json_schema, named, record
+from jaxclt.files.json_text import to_json
+from jaxclt.files.lines import append_line, read_lines
 
 __all__ = ["BudgetError", "Client", "Completion", "Message"]
 

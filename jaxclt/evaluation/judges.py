@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxclt.dashboards.examples import Examples, Shown
 from jaxclt.evaluation.trials import Trial
-from jaxclt.json_text import to_json
+from jaxclt.files.json_text import to_json
 
 __all__ = [
     "Answer",

@@ -30,10 +30,10 @@ from jaxclt.evaluation.judges import (
 )
 from jaxclt.evaluation.local_judge import LocalJudge
 from jaxclt.evaluation.trials import Trial, contrastive_trials, sort_trials
-from jaxclt.io.json_file import COUNT, TEXT, json_schema, named, record
-from jaxclt.io.lines import append_line, read_lines
+from jaxclt.files.json_file import COUNT, TEXT, json_schema, named, record
+from jaxclt.files.json_text import to_json
+from jaxclt.files.lines import append_line, read_lines
 from jaxclt.io.model import Model, load_model
-from jaxclt.json_text import to_json
 from jaxclt.validation.stats import ratio_interval, wilson
 
 __all__ = ["Row", "interpretability", "judge_score", "judge_trials", "read_judge"]

@@ -19,8 +19,8 @@ from jaxclt.io.model import Model
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import embed, native_mlp, run, unembed
 from jaxclt.shapes import bucket
+from jaxclt.text.windows import BATCH_TOKENS
 from jaxclt.types import LMParams
-from jaxclt.windows import BATCH_TOKENS
 
 __all__ = ["LocalJudge"]
 

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt import __version__
 from jaxclt.clt.coder import Dictionary, Loaded, load
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.stream import gather_examples
@@ -31,30 +30,31 @@ from jaxclt.errors import (
     check_positive,
     check_share,
 )
-from jaxclt.evaluation.agreement import Compared, compare, compare_layers
 from jaxclt.evaluation.concepts import ConceptPair, readable
 from jaxclt.evaluation.graphs import graph_means, graph_row
 from jaxclt.evaluation.judges import Judge
 from jaxclt.evaluation.judging import interpretability
 from jaxclt.evaluation.prompts import EvalText, unsure
-from jaxclt.evaluation.reconstruction import (
+from jaxclt.files.atomic import atomic_path
+from jaxclt.files.json_file import MOST_DATA, check_json, json_schema, read_json, record
+from jaxclt.files.json_text import finite, to_json
+from jaxclt.graph.attribute import AttributeConfig
+from jaxclt.graph.graph import Graph
+from jaxclt.io.model import Model
+from jaxclt.patching.subject import Subject
+from jaxclt.replacement.agreement import Compared, compare, compare_layers
+from jaxclt.replacement.reconstruction import (
     Reconstruction,
     decoder_reach,
     reconstructed,
 )
-from jaxclt.graph.attribute import AttributeConfig
-from jaxclt.graph.graph import Graph
-from jaxclt.io.atomic import atomic_path
-from jaxclt.io.json_file import MOST_DATA, check_json, json_schema, read_json, record
-from jaxclt.io.model import Model
-from jaxclt.json_text import finite, to_json
-from jaxclt.perturb import by_distance, faithfulness
-from jaxclt.prompts import Prompt
-from jaxclt.subject import Subject
-from jaxclt.trace import trace_prompt
+from jaxclt.text.prompts import Prompt
+from jaxclt.text.windows import batches
+from jaxclt.trace.prompt import trace_prompt
 from jaxclt.train.harvest import harvest
+from jaxclt.validation.perturb import by_distance, faithfulness
 from jaxclt.validation.stats import ratio_interval
-from jaxclt.windows import batches
+from jaxclt.version import __version__
 
 __all__ = ["EvalOptions", "Measures", "Stage"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxclt.io.atomic import atomic_path
+from jaxclt.files.atomic import atomic_path
 
 __all__ = ["draw_faithfulness", "draw_graphs", "draw_layers"]
 

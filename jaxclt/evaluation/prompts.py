@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from jaxclt.io.model import Model
-from jaxclt.prompts import PromptRow, prompt_rows, prompt_text
-from jaxclt.train.text import PAD
-from jaxclt.windows import TokenWindows, read_windows, row_ids
+from jaxclt.text.corpus import PAD
+from jaxclt.text.prompts import PromptRow, prompt_rows, prompt_text
+from jaxclt.text.windows import TokenWindows, read_windows, row_ids
 
 __all__ = ["EvalText", "graph_filter", "pick_prompts", "read_eval_text", "unsure"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from jaxclt.evaluation import plots
 from jaxclt.evaluation.claims import Claim
-from jaxclt.io.atomic import atomic_path
-from jaxclt.json_text import to_json
+from jaxclt.files.atomic import atomic_path
+from jaxclt.files.json_text import to_json
 
 __all__ = ["COLUMNS", "cells", "markdown", "write_evaluation"]
 
@@ -104,7 +104,7 @@ def write_evaluation(
     """Write eval.json, rows.jsonl, table.md and the plots into a directory.
 
     Args:
-      rows: from `jaxclt.evaluate.evaluate`.
+      rows: from `jaxclt.evaluation.evaluate.evaluate`.
       raw: the raw rows from there.
       claims: from `check_claims`.
       out: directory.

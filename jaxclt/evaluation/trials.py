@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxclt.dashboards.examples import Examples, Excerpts, Shown
 from jaxclt.evaluation.concepts import ConceptPair
-from jaxclt.json_text import to_json
+from jaxclt.files.json_text import to_json
 
 __all__ = ["Trial", "contrastive_trials", "shown_excerpt", "sort_trials"]
 

@@ -22,9 +22,9 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.coder import Bound
+from jaxclt.clt.subset import Subset
 from jaxclt.errors import InputError
 from jaxclt.global_weights.statistics import Encoders, Plan, watch
-from jaxclt.global_weights.subset import Subset
 from jaxclt.global_weights.weights import virtual_block
 from jaxclt.types import LMParams
 

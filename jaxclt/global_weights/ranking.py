@@ -22,9 +22,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from scipy.sparse import csr_array
 
+from jaxclt.clt.subset import Subset
 from jaxclt.errors import InputError, check_choice
 from jaxclt.global_weights.statistics import Coactivation, Matrix
-from jaxclt.global_weights.subset import Subset
 
 __all__ = [
     "KINDS",

@@ -26,7 +26,7 @@ class Shortlist:
     """The most promising active features of any prompt.
 
     Attributes:
-      links: between features, from `jaxclt.io.global_file.load_globals`.
+      links: between features, from `jaxclt.global_weights.files.load_globals`.
       size: features at most.
     """
 

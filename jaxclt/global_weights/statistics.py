@@ -30,9 +30,9 @@ from scipy.sparse import csr_array
 
 from jaxclt.clt.coder import Bound, Coder
 from jaxclt.clt.sites import read_site
+from jaxclt.clt.subset import Subset
 from jaxclt.errors import InputError
 from jaxclt.global_weights.attention import Head, head_sums, rows_by_layer
-from jaxclt.global_weights.subset import Subset
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import mlp_norm
 from jaxclt.lm.run import embed, native_mlp, run, unembed

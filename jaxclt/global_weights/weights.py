@@ -25,7 +25,7 @@ from jax import Array
 
 from jaxclt.clt.coder import Bound
 from jaxclt.clt.config import Shape
-from jaxclt.global_weights.subset import Subset
+from jaxclt.clt.subset import Subset
 from jaxclt.lm.layers import normalise, out_norm
 from jaxclt.lm.run import readout, token_vectors
 from jaxclt.types import LMParams

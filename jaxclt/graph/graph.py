@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
+from jaxclt.files.json_text import to_json
 from jaxclt.graph.blocks import row_strength
 from jaxclt.graph.head_table import HeadLoads
-from jaxclt.json_text import to_json
 
 __all__ = ["VIRTUAL_TOKEN", "Graph", "GraphMeta", "Pruning"]
 

@@ -18,8 +18,8 @@ import re
 import numpy as np
 
 from jaxclt.errors import InputError, did_you_mean, on_one_line
+from jaxclt.files.json_text import to_json
 from jaxclt.graph.graph import Graph
-from jaxclt.json_text import to_json
 
 __all__ = ["find_column", "find_node", "find_row", "quoted"]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxclt.clt.config import CLTConfig
 from jaxclt.errors import InputError, shown
+from jaxclt.files.yaml_file import read_yaml
 from jaxclt.io.circuit_tracer_format import (
     CLT,
     LAYOUTS,
@@ -29,7 +30,6 @@ from jaxclt.io.formats.pieces import (
 )
 from jaxclt.io.hub import fetch_listed
 from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
-from jaxclt.io.yaml_file import read_yaml
 
 __all__ = ["CONFIG", "is_circuit_tracer", "open_circuit_tracer", "open_described"]
 

@@ -9,7 +9,7 @@ from jaxclt.clt import params as clt_params
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import ParamsStore
 from jaxclt.errors import InputError
-from jaxclt.io.atomic import atomic_directory
+from jaxclt.files.atomic import atomic_directory
 from jaxclt.io.circuit_tracer_format import HOOKS_OF_READ, OWN_FILE
 from jaxclt.io.formats.pieces import WriteSite
 from jaxclt.io.formats.write import LAYOUT_TARGETS, About, write_files

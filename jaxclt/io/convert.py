@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxclt.errors import InputError, did_you_mean
-from jaxclt.io.atomic import atomic_directory
+from jaxclt.files.atomic import atomic_directory
 from jaxclt.io.dictionary import LABELS, open_dictionary, read_labels
 from jaxclt.io.formats.write import About, write_files
 from jaxclt.io.formats.write_folders import TARGETS
-from jaxclt.io.lock import held
+from jaxclt.runs.lock import held
 
 __all__ = ["convert"]
 

@@ -14,6 +14,7 @@ from jaxclt.clt.neurons import parse_neurons
 from jaxclt.clt.store import DictionaryStore, materialise
 from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.errors import InputError, did_you_mean, shown
+from jaxclt.files.json_file import read_json
 from jaxclt.io.bundled import DICTIONARIES, bundled
 from jaxclt.io.circuit_tracer_write import save_dictionary
 from jaxclt.io.formats.pieces import FileStore
@@ -25,7 +26,6 @@ from jaxclt.io.formats.table import (
     weight_files,
 )
 from jaxclt.io.hub import download_dictionary, parse_hub_ref
-from jaxclt.io.json_file import read_json
 from jaxclt.io.model import Model
 from jaxclt.io.published import repositories, supplement
 from jaxclt.lm.config import LMConfig

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxclt.errors import InputError, shown
+from jaxclt.files.json_file import TEXT, check_json, json_schema, record
 from jaxclt.io.config_fields import number, whole
-from jaxclt.io.json_file import TEXT, check_json, json_schema, record
 from jaxclt.io.names import GEMMA, GPT2, GPT_NEOX, LLAMA, QWEN, Layout, Row
 from jaxclt.io.rope import KINDS, read_rope
 from jaxclt.lm.config import LMConfig

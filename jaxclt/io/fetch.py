@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import IO
 
 from jaxclt.errors import InputError, did_you_mean, shown
-from jaxclt.io.atomic import atomic_directory
-from jaxclt.io.digest import cache_root, sha256
-from jaxclt.io.json_file import read_json
-from jaxclt.json_text import to_json
+from jaxclt.files.atomic import atomic_directory
+from jaxclt.files.digest import cache_root, sha256
+from jaxclt.files.json_file import read_json
+from jaxclt.files.json_text import to_json
 
 __all__ = ["HUB_FILES", "HUB_NOT", "KNOWN_MODELS", "KnownModel", "Wheel", "fetch"]
 

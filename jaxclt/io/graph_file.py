@@ -18,12 +18,12 @@ import numpy as np
 from scipy.sparse import csr_array, vstack
 
 from jaxclt.errors import InputError
+from jaxclt.files.atomic import atomic_path
+from jaxclt.files.json_file import TEXT, TEXTS, json_schema, named, record
+from jaxclt.files.json_text import to_json
+from jaxclt.files.npz import Must, Npz, check_array, check_order, open_npz
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.head_table import HeadLoads
-from jaxclt.io.atomic import atomic_path
-from jaxclt.io.json_file import TEXT, TEXTS, json_schema, named, record
-from jaxclt.io.npz import Must, Npz, check_array, check_order, open_npz
-from jaxclt.json_text import to_json
 
 __all__ = ["load_graph", "save_graph"]
 

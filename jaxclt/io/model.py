@@ -11,8 +11,8 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from jaxclt.errors import InputError, did_you_mean, shown
+from jaxclt.files.digest import fingerprint
 from jaxclt.io.bundled import MODELS, bundled
-from jaxclt.io.digest import fingerprint
 from jaxclt.io.fetch import HUB_FILES, HUB_NOT, KNOWN_MODELS, fetch
 from jaxclt.io.gguf_file import open_gguf
 from jaxclt.io.hub import download, parse_hub_id
@@ -42,7 +42,7 @@ class Model:
     cfg: LMConfig
     tokenizer: Tokenizer
     name: str  # as the user gave it
-    hash: str  # of its weights, config and tokenizer, see `jaxclt.io.digest`
+    hash: str  # of its weights, config and tokenizer, see `jaxclt.files.digest`
     mesh: Mesh | None = None  # that its weights are split over; None: on one device
 
 

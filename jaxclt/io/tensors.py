@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclt.errors import InputError, shown
-from jaxclt.io.npz import DAMAGE, Header, check_claim, read_header
+from jaxclt.files.npz import DAMAGE, Header, check_claim, read_header
 
 __all__ = ["PICKLES", "TensorFile", "check_finite", "is_pickle", "open_tensors"]
 __all__ += ["pickle_message", "refuse_pickles"]

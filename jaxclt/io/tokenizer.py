@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxclt.errors import InputError, shown
+from jaxclt.files.json_file import parse_object, read_json
 from jaxclt.io.chat import Message, find_template, render
 from jaxclt.io.gguf_file import GGUFFile, open_gguf
-from jaxclt.io.json_file import parse_object, read_json
 from jaxclt.io.tokenizer_gguf import fast_tokenizer, kept_tokenizer
 
 __all__ = ["Bos", "Tokenizer", "load_tokenizer"]

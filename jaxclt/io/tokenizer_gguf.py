@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxclt.errors import InputError, shown
-from jaxclt.io.atomic import atomic_path
-from jaxclt.io.digest import cache_root
+from jaxclt.files.atomic import atomic_path
+from jaxclt.files.digest import cache_root
+from jaxclt.files.json_text import to_json
 from jaxclt.io.gguf_file import GGUFFile
-from jaxclt.json_text import to_json
 
 __all__ = ["fast_tokenizer", "kept_tokenizer"]
 

@@ -18,13 +18,13 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from jaxclt.errors import InputError
-from jaxclt.io.atomic import atomic_path
+from jaxclt.files.atomic import atomic_path
+from jaxclt.files.json_file import read_json
+from jaxclt.files.json_text import to_json
 from jaxclt.io.families import describe_hf, shape_from_hf
-from jaxclt.io.json_file import read_json
 from jaxclt.io.names import LLAMA, Layout, from_leaf, tensor_name
 from jaxclt.io.read_params import read_params
 from jaxclt.io.weights_safetensors import open_weights
-from jaxclt.json_text import to_json
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import LMParams
 

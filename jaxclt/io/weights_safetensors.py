@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxclt.errors import InputError, shown
-from jaxclt.io.json_file import read_json
+from jaxclt.files.json_file import read_json
 from jaxclt.io.read_params import GetPart
 
 __all__ = ["Weights", "open_weights"]

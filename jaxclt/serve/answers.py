@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from starlette.responses import Response
 
-from jaxclt.json_text import to_json
+from jaxclt.files.json_text import to_json
 
 __all__ = ["as_json", "list_page", "locked_page", "refusal"]
 

@@ -2,7 +2,7 @@
 
 Four kinds of things are handed out: the list, a page, a graph's JSON, a feature's JSON;
 and two are taken: labels, pins and groups for a graph's file, and, if the command named
-a model, features to patch (`jaxclt.serve_patch`). What changes a file must come from
+a model, features to patch (`jaxclt.serve.patch`). What changes a file must come from
 the server's own pages.
 """
 
@@ -24,12 +24,12 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from jaxclt.errors import InputError
-from jaxclt.io.json_file import parse_json
-from jaxclt.pages import PATCHES, directory_page, read_graph
+from jaxclt.files.json_file import parse_json
 from jaxclt.serve.answers import as_json, list_page, refusal
 from jaxclt.serve.folder import Folder, NotServedError
+from jaxclt.serve.patch import BUSY, FILES, Patcher
 from jaxclt.serve.save import ChangedError, save_view, version_of
-from jaxclt.serve_patch import BUSY, FILES, Patcher
+from jaxclt.trace.pages import PATCHES, directory_page, read_graph
 
 __all__ = ["MAX_BODY", "MAX_PATCH", "make_app"]
 

@@ -17,7 +17,7 @@ from jaxclt.errors import InputError
 from jaxclt.serve.app import make_app
 from jaxclt.serve.door import Door
 from jaxclt.serve.folder import Folder
-from jaxclt.serve_patch import Patcher
+from jaxclt.serve.patch import Patcher
 
 __all__ = ["Server", "make_server"]
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxclt.errors import InputError
-from jaxclt.io.atomic import atomic_path
-from jaxclt.io.guard import locked
-from jaxclt.io.json_file import TEXT, TEXTS, check_json, json_schema, named, record
-from jaxclt.json_text import to_json, well_formed
-from jaxclt.pages import read_graph
+from jaxclt.files.atomic import atomic_path
+from jaxclt.files.guard import locked
+from jaxclt.files.json_file import TEXT, TEXTS, check_json, json_schema, named, record
+from jaxclt.files.json_text import to_json, well_formed
+from jaxclt.trace.pages import read_graph
 
 __all__ = ["ChangedError", "save_view", "version_of"]
 

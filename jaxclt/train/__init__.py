@@ -4,7 +4,7 @@ Where things are, in the order a token passes through them:
 
 | module | what it holds |
 |---|---|
-| `text`, `hub_text`, `sample` | text of files, of the hub, of the model -> windows |
+| `sample` | text of the model -> windows; other text comes from `jaxclt.text` |
 | `harvest` | windows -> what encoders read and MLPs write |
 | `normalise`, `chunks` | per-layer scales; shuffled chunks by their position |
 | `params`, `activations`, `matmul` | weights by source layer; gates and their STEs |
@@ -14,5 +14,5 @@ Where things are, in the order a token passes through them:
 | `checkpoint`, `trainer`, `dryrun` | the shell: resumable runs, predictions of cost |
 | `finetune` | the replacement model's KL, through all layers |
 | `processes`, `tracking` | several machines; metrics to Weights & Biases |
-| `export`, `card`, `command` | the dictionary, its card, the command line |
+| `export`, `card` | the dictionary and its card |
 """

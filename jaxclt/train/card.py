@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 
-from jaxclt import __version__
-from jaxclt.io.atomic import atomic_path
-from jaxclt.io.lines import read_lines
+from jaxclt.files.atomic import atomic_path
+from jaxclt.files.lines import read_lines
 from jaxclt.io.model import Model
+from jaxclt.text.corpus import Windows
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.params import Spec, n_params
-from jaxclt.train.text import Windows
+from jaxclt.version import __version__
 
 __all__ = ["make_card", "one_line", "plot", "readme"]
 

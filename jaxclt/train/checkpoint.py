@@ -17,8 +17,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxclt.errors import InputError
-from jaxclt.io.atomic import atomic_path
-from jaxclt.io.json_file import (
+from jaxclt.files.atomic import atomic_path
+from jaxclt.files.json_file import (
     COUNT,
     TEXT,
     check_json,
@@ -27,7 +27,7 @@ from jaxclt.io.json_file import (
     read_json,
     record,
 )
-from jaxclt.json_text import to_json
+from jaxclt.files.json_text import to_json
 from jaxclt.train import processes
 
 __all__ = [

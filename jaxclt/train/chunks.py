@@ -30,8 +30,8 @@ from jax import Array
 
 from jaxclt.clt.config import ReadSite
 from jaxclt.errors import InputError
-from jaxclt.io.atomic import atomic_path
-from jaxclt.io.json_file import (
+from jaxclt.files.atomic import atomic_path
+from jaxclt.files.json_file import (
     COUNT,
     TEXT,
     check_json,
@@ -40,8 +40,9 @@ from jaxclt.io.json_file import (
     read_json,
     record,
 )
-from jaxclt.json_text import to_json
+from jaxclt.files.json_text import to_json
 from jaxclt.lm.config import LMConfig
+from jaxclt.text.corpus import PAD, Windows
 from jaxclt.train.harvest import harvest
 from jaxclt.train.normalise import (
     Moments,
@@ -51,7 +52,6 @@ from jaxclt.train.normalise import (
     normalise,
     scales_of,
 )
-from jaxclt.train.text import PAD, Windows
 from jaxclt.types import LMParams
 
 __all__ = ["ChunkConfig", "Chunks", "Position", "rows_of", "window_order"]

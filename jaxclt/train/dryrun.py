@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from jaxclt.errors import InputError
 from jaxclt.graph.memory import available_bytes, host_available_bytes
 from jaxclt.lm.config import LMConfig
+from jaxclt.text.corpus import check_context
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.params import Spec, n_params
-from jaxclt.train.text import check_context
 
 __all__ = [
     "Estimate",

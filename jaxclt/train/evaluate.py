@@ -12,11 +12,11 @@ import numpy as np
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import ParamsStore
 from jaxclt.clt.transcoder import StoreDictionary, loaded_params
-from jaxclt.evaluation.reconstruction import Reconstruction, reconstructed
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.scores import scores
 from jaxclt.io.model import Model
-from jaxclt.trace import trace_prompt
+from jaxclt.replacement.reconstruction import Reconstruction, reconstructed
+from jaxclt.trace.prompt import trace_prompt
 from jaxclt.types import CLTParams
 
 __all__ = ["PROMPTS", "graph_scores", "reconstruction"]

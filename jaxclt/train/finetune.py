@@ -24,7 +24,7 @@ from jaxclt.clt.transcoder import loaded_params
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import forward
 from jaxclt.replacement.model import replacement_logits
-from jaxclt.train.text import Windows
+from jaxclt.text.corpus import Windows
 from jaxclt.types import CLTParams, LMParams
 
 __all__ = ["finetune_kl", "replacement_kl"]

@@ -12,10 +12,11 @@ import numpy as np
 
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.transcoder import loaded_params
-from jaxclt.evaluation.agreement import agreement
-from jaxclt.evaluation.reconstruction import decoder_reach
 from jaxclt.io.dictionary import save_dictionary
 from jaxclt.io.model import Model
+from jaxclt.replacement.agreement import agreement
+from jaxclt.replacement.reconstruction import decoder_reach
+from jaxclt.text.corpus import Windows
 from jaxclt.train.chunks import Chunks, rows_of
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.evaluate import graph_scores, reconstruction
@@ -24,7 +25,6 @@ from jaxclt.train.finetune import finetune_kl
 from jaxclt.train.normalise import Scales, fold
 from jaxclt.train.params import Spec
 from jaxclt.train.prepare import write_json
-from jaxclt.train.text import Windows
 from jaxclt.types import CLTParams
 
 __all__ = ["Outcome"]

@@ -13,24 +13,24 @@ from typing import Any
 import numpy as np
 
 from jaxclt.errors import InputError
-from jaxclt.io.atomic import atomic_path, is_temporary
-from jaxclt.io.json_file import TEXT, check_json, json_schema, read_json, record
-from jaxclt.io.lock import LOCK
+from jaxclt.files.atomic import atomic_path, is_temporary
+from jaxclt.files.json_file import TEXT, check_json, json_schema, read_json, record
+from jaxclt.files.json_text import to_json
+from jaxclt.files.npz import Must, open_npz
 from jaxclt.io.model import Model
-from jaxclt.io.npz import Must, open_npz
-from jaxclt.json_text import to_json
-from jaxclt.trace import prompt_tokens
-from jaxclt.train.config import TrainConfig
-from jaxclt.train.evaluate import PROMPTS
-from jaxclt.train.sample import sample_windows
-from jaxclt.train.text import (
+from jaxclt.runs.lock import LOCK
+from jaxclt.text.corpus import (
     Windows,
     check_context,
     cut_windows,
     read_documents,
     split_documents,
 )
-from jaxclt.windows import check_windows
+from jaxclt.text.windows import check_windows
+from jaxclt.trace.prompt import prompt_tokens
+from jaxclt.train.config import TrainConfig
+from jaxclt.train.evaluate import PROMPTS
+from jaxclt.train.sample import sample_windows
 
 __all__ = ["claim_directory", "claimed", "fitted", "identity", "run_windows"]
 __all__ += ["write_json"]

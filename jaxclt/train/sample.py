@@ -19,12 +19,12 @@ import numpy as np
 from jax import Array
 
 from jaxclt.errors import InputError
-from jaxclt.io.atomic import atomic_path
-from jaxclt.io.npz import Must, open_npz
+from jaxclt.files.atomic import atomic_path
+from jaxclt.files.npz import Must, open_npz
 from jaxclt.io.tokenizer import Tokenizer
 from jaxclt.lm.cache import sample_text
 from jaxclt.lm.config import LMConfig
-from jaxclt.train.text import Windows
+from jaxclt.text.corpus import Windows
 from jaxclt.types import LMParams
 
 __all__ = ["sample", "sample_windows", "start_token"]

@@ -31,17 +31,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclt.errors import InputError
-from jaxclt.io.atomic import atomic_path
-from jaxclt.io.json_file import parse_object
+from jaxclt.files.atomic import atomic_path
+from jaxclt.files.json_file import parse_object
+from jaxclt.files.json_text import to_json
+from jaxclt.files.npz import Must, Npz, open_npz
 from jaxclt.io.model import Model
-from jaxclt.io.npz import Must, Npz, open_npz
-from jaxclt.json_text import to_json
-from jaxclt.pace import logged
+from jaxclt.runs.pace import logged
+from jaxclt.text.corpus import Windows
+from jaxclt.text.hub import PREFIX
 from jaxclt.train import card, checkpoint, dryrun, processes, sharding
 from jaxclt.train.chunks import Chunks, Position
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.harvest import mlp_response
-from jaxclt.train.hub_text import PREFIX
 from jaxclt.train.normalise import Scales
 from jaxclt.train.objectives import Batch, load_objective
 from jaxclt.train.outcome import Outcome
@@ -55,7 +56,6 @@ from jaxclt.train.prepare import (
 )
 from jaxclt.train.schedules import learning_rate
 from jaxclt.train.step import TrainState, init_state, make_step, optimiser
-from jaxclt.train.text import Windows
 from jaxclt.train.tracking import Tracker, require
 
 __all__ = ["DivergedError", "Listener", "train"]
@@ -104,7 +104,7 @@ def train(
 
     Args:
       model: from `jaxclt.load_model`.
-      data: a text file or a folder of them, ``hub:NAME...`` (see `hub_text`), or
+      data: a text file or a folder of them, ``hub:NAME...`` (see `jaxclt.text.hub`), or
         ``model`` for text that the model writes itself; or token windows of your own.
       out: directory of the run.
       config: the recipe.

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxclt.io.atomic import atomic_path
+from jaxclt.files.atomic import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from jaxclt.intervene import PatchResult
+    from jaxclt.patching.patch import PatchResult
 
 __all__ = ["draw_effects", "draw_faithfulness", "draw_patch", "draw_ranks"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import resources
 from typing import Any
 
-from jaxclt.json_text import finite, to_json
+from jaxclt.files.json_text import finite, to_json
 
 __all__ = ["globals_page"]
 

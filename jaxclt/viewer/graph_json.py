@@ -29,10 +29,10 @@ import numpy as np
 import orjson
 
 from jaxclt.errors import InputError, shown
+from jaxclt.files.json_file import TEXT, Schema, check_json, json_schema
+from jaxclt.files.json_text import finite, well_formed
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.shares import edge_influence
-from jaxclt.io.json_file import TEXT, Schema, check_json, json_schema
-from jaxclt.json_text import finite, well_formed
 
 __all__ = ["graph_json", "validate"]
 

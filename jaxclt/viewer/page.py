@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 
 from jaxclt.errors import InputError
-from jaxclt.json_text import finite
+from jaxclt.files.json_text import finite
 
 __all__ = ["MAX_LINKS", "page"]
 
@@ -50,7 +50,7 @@ def page(
         report: the content of ``report.json``; its scores and certificate are shown
             as evidence. Without it, ``doc["jaxclt"]["scores"]`` is.
         validation: the content of ``validation.json``, shown beside them.
-        patches: what patches did, as `jaxclt.patch_log.patch_record` says it.
+        patches: what patches did, as `jaxclt.patching.log.patch_record` says it.
         other: a second graph document to compare with.
         serve: what `jaxclt.serve` tells its own pages: the graph's ``path``, the
             ``version`` of its file and whether the server can ``patch`` it. Only with

@@ -20,16 +20,16 @@ from tiny_run import GOLDEN, tiny_model, write_text
 import jaxclt
 from jaxclt.clt.active import active_features
 from jaxclt.clt.coder import Encoded, load
+from jaxclt.dashboards.gather import feature_dashboards
 from jaxclt.errors import InputError
-from jaxclt.evaluate import EvalOptions, evaluate
+from jaxclt.evaluation.evaluate import EvalOptions, evaluate
 from jaxclt.evaluation.prompts import read_eval_text
-from jaxclt.feature_dashboards import feature_dashboards
 from jaxclt.lm.run import embed, record, unembed
+from jaxclt.patching.subject import Subject
 from jaxclt.replacement.errors import error_nodes
 from jaxclt.replacement.local import local_replacement, run_local
 from jaxclt.replacement.model import replaced
-from jaxclt.subject import Subject
-from jaxclt.validate import ValidateOptions, validate_graph
+from jaxclt.validation.report import ValidateOptions, validate_graph
 
 PROMPT = "w5 w9 w30 w7 w8"
 

@@ -15,14 +15,14 @@ import pytest
 
 from jaxclt.clt.coder import Loaded, load
 from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.clt.subset import Subset
 from jaxclt.dashboards import stream
 from jaxclt.dashboards.examples import Examples, Excerpts
 from jaxclt.dashboards.stream import gather_examples
 from jaxclt.errors import InputError
-from jaxclt.global_weights.subset import Subset
 from jaxclt.lm.run import record
 from jaxclt.testing.tiny import Tiny, tiny
-from jaxclt.windows import TokenWindows
+from jaxclt.text.windows import TokenWindows
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import jaxclt
-from jaxclt import cli, feature_dashboards, pages
+from jaxclt.cli import main as cli
 from jaxclt.clt.coder import Bound, load
 from jaxclt.dashboards import documents, files
+from jaxclt.dashboards import gather as feature_dashboards
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.files import FeatureFiles
 from jaxclt.dashboards.logits import token_effects
@@ -25,7 +26,8 @@ from jaxclt.dashboards.stream import STATE, gather_examples
 from jaxclt.errors import InputError
 from jaxclt.global_weights.weights import logit_weights
 from jaxclt.io.model import Model
-from jaxclt.windows import read_windows
+from jaxclt.text.windows import read_windows
+from jaxclt.trace import pages
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
 MODEL, DICTIONARY = GOLDEN / "model", GOLDEN / "dictionary"

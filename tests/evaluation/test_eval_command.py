@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_run import GOLDEN, MODEL, write_text
 
-from jaxclt import cli
+from jaxclt.cli import main as cli
 
 
 def run(*args: object) -> int:

@@ -13,9 +13,9 @@ from tiny_run import GOLDEN, tiny_model, write_text
 
 import jaxclt
 from jaxclt.errors import InputError
-from jaxclt.evaluate import EvalOptions, choose_prompts, evaluate
 from jaxclt.evaluation import measures
 from jaxclt.evaluation.claims import check_claims
+from jaxclt.evaluation.evaluate import EvalOptions, choose_prompts, evaluate
 from jaxclt.evaluation.judges import Answer
 from jaxclt.evaluation.prompts import read_eval_text
 from jaxclt.evaluation.report import cells, markdown, write_evaluation

@@ -24,7 +24,7 @@ from jaxclt.evaluation.http_client import BudgetError, Client, Completion
 from jaxclt.evaluation.http_judge import HttpJudge, parse_answer, prompt_of
 from jaxclt.evaluation.judging import judge_score, judge_trials
 from jaxclt.evaluation.trials import Trial, sort_trials
-from jaxclt.io.lines import append_line, read_lines
+from jaxclt.files.lines import append_line, read_lines
 
 KEY = jax.random.key(0)
 SECRET = "sk-very-secret"

@@ -34,8 +34,8 @@ from jaxclt.evaluation.local_judge import LocalJudge
 from jaxclt.evaluation.trials import Trial, sort_trials
 from jaxclt.io.dictionary import load_dictionary
 from jaxclt.io.model import load_model
+from jaxclt.text.windows import read_windows
 from jaxclt.validation.stats import wilson
-from jaxclt.windows import read_windows
 
 KEY = jax.random.key(0)
 GOLDENS = Path(__file__).parents[1] / "goldens"

@@ -9,7 +9,7 @@ import pytest
 from fake_chat import FakeChat, reply
 from tiny_run import GOLDEN, MODEL, write_text
 
-from jaxclt import cli
+from jaxclt.cli import main as cli
 from jaxclt.evaluation.labels import LONGEST, MARK, parse_label
 from jaxclt.io.dictionary import LABELS, read_labels
 

@@ -24,18 +24,24 @@ import safetensors.numpy
 from io_models import CFG, WORDS, random_params, write_word_tokenizer
 from test_weights_gguf import write_gguf
 
-from jaxclt import pages, prompts, subject, supernode_file, sweep, target_text
 from jaxclt.clt.store import materialise
+from jaxclt.clt.subset import Subset
 from jaxclt.dashboards import files as feature_files
 from jaxclt.dashboards import stream
+from jaxclt.dashboards.gather import _claim
 from jaxclt.errors import InputError
 from jaxclt.evaluation import concepts, judging
-from jaxclt.feature_dashboards import _claim
-from jaxclt.global_text import _read_features
-from jaxclt.global_views import neighbourhood, page_document
+from jaxclt.files.lines import read_lines
+from jaxclt.global_weights.files import (
+    SavedGlobals,
+    load_globals,
+    load_statistics,
+    save_globals,
+    save_statistics,
+)
 from jaxclt.global_weights.ranking import Links
 from jaxclt.global_weights.statistics import Coactivation, merge
-from jaxclt.global_weights.subset import Subset
+from jaxclt.global_weights.views import neighbourhood, page_document
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.paths import strongest_paths
@@ -43,27 +49,24 @@ from jaxclt.graph.prune import prune, restrict
 from jaxclt.graph.scores import scores
 from jaxclt.io import dictionary, fetch
 from jaxclt.io.gguf_file import open_gguf
-from jaxclt.io.global_file import (
-    SavedGlobals,
-    load_globals,
-    load_statistics,
-    save_globals,
-    save_statistics,
-)
 from jaxclt.io.graph_file import load_graph, save_graph
-from jaxclt.io.lines import read_lines
 from jaxclt.io.tokenizer import load_tokenizer
 from jaxclt.io.weights_gguf import config_from_gguf, params_from_gguf
 from jaxclt.io.weights_hf import load_hf, save_hf
+from jaxclt.patching import subject
 from jaxclt.serve.folder import Folder
 from jaxclt.serve.save import save_view
 from jaxclt.testing import tiny
+from jaxclt.text import prompts
+from jaxclt.text.corpus import read_documents
+from jaxclt.text.features import _read_features
+from jaxclt.text.windows import TokenWindows
+from jaxclt.trace import pages, sweep, target_text
+from jaxclt.trace import supernodes as supernode_file
 from jaxclt.train import checkpoint, prepare, sample, trainer
 from jaxclt.train.chunks import Chunks
 from jaxclt.train.normalise import Scales
-from jaxclt.train.text import read_documents
 from jaxclt.viewer.graph_json import graph_json
-from jaxclt.windows import TokenWindows
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 

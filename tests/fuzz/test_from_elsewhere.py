@@ -26,14 +26,14 @@ from readers import (
     make_model,
 )
 
-from jaxclt import cli
+from jaxclt.cli import main as cli
 from jaxclt.dashboards.files import INDEX, FeatureFiles
 from jaxclt.errors import InputError
+from jaxclt.files.yaml_file import read_yaml
 from jaxclt.io import dictionary
 from jaxclt.io.gguf_file import open_gguf
 from jaxclt.io.weights_hf import load_hf
-from jaxclt.io.yaml_file import read_yaml
-from jaxclt.sweep import read_prompts
+from jaxclt.trace.sweep import read_prompts
 from jaxclt.train.checkpoint import newest_intact
 
 LITTLE = 200 << 20  # bytes

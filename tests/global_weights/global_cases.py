@@ -11,6 +11,7 @@ from cases import case
 
 from jaxclt.clt.active import Active, active_features
 from jaxclt.clt.coder import Bound
+from jaxclt.clt.subset import Subset
 from jaxclt.global_weights.build import build
 from jaxclt.global_weights.ranking import GlobalWeights
 from jaxclt.global_weights.sparse import sparse_sums
@@ -21,7 +22,6 @@ from jaxclt.global_weights.statistics import (
     encoders,
     sums_of,
 )
-from jaxclt.global_weights.subset import Subset
 from jaxclt.lm.run import record
 from jaxclt.types import Recording
 

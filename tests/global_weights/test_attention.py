@@ -26,9 +26,9 @@ from global_cases import (
 
 from jaxclt.clt.coder import Bound
 from jaxclt.errors import InputError
-from jaxclt.global_circuit import head_inputs
 from jaxclt.global_weights.attention import head_block, head_sums
 from jaxclt.global_weights.build import head_weights
+from jaxclt.global_weights.circuit import head_inputs
 from jaxclt.graph import provenance
 from jaxclt.replacement.errors import error_nodes
 

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 
 import jaxclt
-from jaxclt import cli, global_gather, global_text
+from jaxclt.cli import main as cli
 from jaxclt.clt.active import active_features
 from jaxclt.clt.coder import Bound
+from jaxclt.clt.subset import Subset
 from jaxclt.errors import InputError
+from jaxclt.global_weights import gather as global_gather
 from jaxclt.global_weights.sparse import check_size
-from jaxclt.global_weights.subset import Subset
 from jaxclt.io.model import Model
+from jaxclt.text import features as global_text
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
 MODEL, DICTIONARY = GOLDEN / "model", GOLDEN / "dictionary"
@@ -118,7 +120,7 @@ def test_prompt_family_to_neighbourhood(model: Model, dictionary, tmp_path: Path
     a_UN = np.zeros((56, 6))
     for w, ids in enumerate(WINDOWS):
         token = np.asarray(ids, np.int32)
-        recording = jaxclt.trace.record_prompt(model.params, token, model.cfg)
+        recording = jaxclt.trace.prompt.record_prompt(model.params, token, model.cfg)
         active = active_features(dictionary, model.params, recording, model.cfg)
         for layer, pos, feature, value in zip(
             active.layer_A, active.pos_A, active.feature_A, active.value_A, strict=True
@@ -293,7 +295,7 @@ def test_inhibition_is_one_ablation_away(model: Model, dictionary):
     effect = np.zeros((40, 80))
     released = np.zeros((40, 80))
     for ids in WINDOWS:
-        recording = jaxclt.trace.record_prompt(
+        recording = jaxclt.trace.prompt.record_prompt(
             model.params, np.asarray(ids, np.int32), model.cfg
         )
         layers = list(encoded_layers(dictionary, model.params, recording, model.cfg))

@@ -12,10 +12,10 @@ from global_cases import brute_virtual, subset
 
 from jaxclt.clt.coder import Bound
 from jaxclt.clt.store import ParamsStore
+from jaxclt.clt.subset import Subset
 from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.errors import InputError
 from jaxclt.global_weights import weights
-from jaxclt.global_weights.subset import Subset
 from jaxclt.graph import provenance
 from jaxclt.replacement.errors import error_nodes
 

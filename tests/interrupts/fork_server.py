@@ -14,8 +14,11 @@ import traceback
 
 import jax
 
-from jaxclt import cli, feature_dashboards, global_gather
-from jaxclt.train import command, sample, trainer  # noqa: F401
+from jaxclt.cli import main as cli
+from jaxclt.cli import train as command  # noqa: F401
+from jaxclt.dashboards import gather as feature_dashboards
+from jaxclt.global_weights import gather as global_gather
+from jaxclt.train import sample, trainer  # noqa: F401
 
 jax.config.update("jax_disable_most_optimizations", True)
 # States are kept after every batch: there are only seconds to be killed in.

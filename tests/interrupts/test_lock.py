@@ -16,15 +16,15 @@ import pytest
 from killing import LIGHT, Forks
 from tiny_run import GOLDEN, MODEL, as_flags, tiny_config, write_text
 
-from jaxclt import cli
+from jaxclt.cli import main as cli
 from jaxclt.errors import InputError
-from jaxclt.io import lock
 from jaxclt.io.convert import convert
-from jaxclt.io.lock import LOCK, held
+from jaxclt.runs import lock
+from jaxclt.runs.lock import LOCK, held
 
 DICTIONARY = ["--dictionary", str(GOLDEN / "dictionary")]
 HOLD = f"""{LIGHT}
-from jaxclt.io.lock import held
+from jaxclt.runs.lock import held
 with held(sys.argv[1], beside=len(sys.argv) > 2):
     print("ready", flush=True)
     sys.stdin.read()

@@ -12,11 +12,12 @@ from rich.console import Console
 from tiny_run import GOLDEN, MODEL, tiny_config, tiny_model, write_text
 
 import jaxclt
-from jaxclt import cli, pace
-from jaxclt.cli_progress import Stages, lines, progress
-from jaxclt.global_gather import coactivation
-from jaxclt.pace import Pace
-from jaxclt.sweep import sweep_prompts
+from jaxclt.cli import main as cli
+from jaxclt.cli.progress import Stages, lines, progress
+from jaxclt.global_weights.gather import coactivation
+from jaxclt.runs import pace
+from jaxclt.runs.pace import Pace
+from jaxclt.trace.sweep import sweep_prompts
 from jaxclt.train.trainer import train
 
 

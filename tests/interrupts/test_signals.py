@@ -18,8 +18,8 @@ from killing import LIGHT
 from rich.console import Console
 from tiny_run import GOLDEN, MODEL, as_flags, tiny_config, write_text
 
-from jaxclt import cli
-from jaxclt.cli_progress import Interrupted, Stages, Stop, stoppable
+from jaxclt.cli import main as cli
+from jaxclt.cli.progress import Interrupted, Stages, Stop, stoppable
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.train import processes
 
@@ -110,7 +110,7 @@ def test_a_signal_in_a_callback_of_the_collector_is_not_lost():
 STUCK = f"""{LIGHT}
 import ctypes
 from rich.console import Console
-from jaxclt.cli_progress import stoppable
+from jaxclt.cli.progress import stoppable
 with stoppable(Console(stderr=True)):
     print("ready", flush=True)
     c, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
@@ -159,8 +159,8 @@ def test_a_stopped_trace_keeps_its_graph(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    from jaxclt import trace
     from jaxclt.graph import attribute
+    from jaxclt.trace import prompt as trace
 
     small = partial(
         AttributeConfig, chunk_size=8, n_bands=3, rows_per_update=20, direction="pull"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from jaxclt.errors import InputError
-from jaxclt.io.atomic import atomic_directory, atomic_path, is_temporary, sweep
-from jaxclt.io.owner import owner
+from jaxclt.files.atomic import atomic_directory, atomic_path, is_temporary, sweep
+from jaxclt.files.owner import owner
 
 
 def names(folder):

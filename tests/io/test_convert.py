@@ -12,7 +12,7 @@ import safetensors.numpy
 import yaml
 
 import jaxclt
-from jaxclt import cli
+from jaxclt.cli import main as cli
 from jaxclt.clt.model import decode, encode
 from jaxclt.clt.store import materialise
 from jaxclt.errors import InputError

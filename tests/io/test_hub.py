@@ -14,7 +14,7 @@ import yaml
 from fake_hub import FakeHub
 from huggingface_hub import errors
 
-from jaxclt import cli
+from jaxclt.cli import main as cli
 from jaxclt.errors import InputError
 from jaxclt.io import dictionary, hub
 from jaxclt.io.model import load_model

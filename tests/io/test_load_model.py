@@ -12,12 +12,12 @@ from test_weights_gguf import write_gguf
 
 import jaxclt.io.model as room
 from jaxclt.errors import InputError
-from jaxclt.io import digest
-from jaxclt.io.digest import fingerprint, sha256
+from jaxclt.files import digest
+from jaxclt.files.digest import fingerprint, sha256
 from jaxclt.io.model import load_model, save_hf
-from jaxclt.trace import prompt_tokens
-from jaxclt.train.text import pack_windows
-from jaxclt.windows import read_windows
+from jaxclt.text.corpus import pack_windows
+from jaxclt.text.windows import read_windows
+from jaxclt.trace.prompt import prompt_tokens
 
 
 @pytest.fixture

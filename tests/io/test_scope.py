@@ -16,7 +16,7 @@ from jaxclt.errors import InputError
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.io import dictionary
 from jaxclt.io.convert import convert
-from jaxclt.trace import identity
+from jaxclt.trace.prompt import identity
 
 FORMATS = Path(__file__).resolve().parents[1] / "goldens" / "formats"
 REPO = "google/gemma-scope-2b-pt-transcoders"

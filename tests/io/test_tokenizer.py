@@ -7,7 +7,7 @@ from io_models import CHAT, WORDS, write_word_tokenizer
 
 from jaxclt.errors import InputError
 from jaxclt.io.tokenizer import load_tokenizer
-from jaxclt.train.text import pack_windows
+from jaxclt.text.corpus import pack_windows
 
 # A byte-level vocabulary with a few merges, as GPT-2's alphabet writes bytes.
 MERGES = ["t h", "th e", "Ġ the", "Ġ c", "Ġc a", "Ġca t", "1 2", "Ġ Ġ"]

@@ -16,14 +16,17 @@ import pytest
 from test_shell import DICTIONARY, MODEL, PROMPT, edit, parts, strongest, subject
 
 import jaxclt
-from jaxclt import cli, intervene, perturb, validate
-from jaxclt.json_text import number, to_json
-from jaxclt.patch_log import keep_patch, patch_record
+from jaxclt.cli import main as cli
+from jaxclt.files.json_text import number, to_json
+from jaxclt.patching import patch as intervene
 from jaxclt.patching.batch import How
 from jaxclt.patching.effects import Ask, Effect
-from jaxclt.subject import Subject
-from jaxclt.validate import ValidateOptions
+from jaxclt.patching.log import keep_patch, patch_record
+from jaxclt.patching.subject import Subject
+from jaxclt.validation import perturb
+from jaxclt.validation import report as validate
 from jaxclt.validation.faithfulness import Agreement, compare, perturb_many
+from jaxclt.validation.report import ValidateOptions
 from jaxclt.validation.stats import spearman
 
 HUGE = 1e36  # a factor; float32 ends at 3.4e38, its squares long before

@@ -9,8 +9,8 @@ import pytest
 from test_shell import L, greedy, parts, subject
 
 import jaxclt
-from jaxclt import intervene
 from jaxclt.lm.run import unembed
+from jaxclt.patching import patch as intervene
 from jaxclt.patching.edits import Edit
 from jaxclt.patching.modes import Mode
 from jaxclt.types import Supernode

@@ -14,10 +14,12 @@ import pytest
 from test_shell import DICTIONARY, MODEL, PROMPT, edit, parts, strongest, subject
 
 import jaxclt
-from jaxclt import cli, intervene, provenance
+from jaxclt.cli import main as cli
 from jaxclt.graph.graph import Graph
+from jaxclt.patching import patch as intervene
 from jaxclt.patching.modes import Mode
-from jaxclt.subject import Subject
+from jaxclt.patching.subject import Subject
+from jaxclt.trace import again as provenance
 from jaxclt.types import Supernode
 
 NAMES = ("--model", str(MODEL), "--dictionary", str(DICTIONARY))
@@ -224,4 +226,4 @@ def test_nothing_records_a_prompt_past_the_memory_plan():
         for path in root.rglob("*.py")
         if "record_prompt(" in path.read_text("utf-8")
     }
-    assert calls == {"trace.py", "testing/recovery.py"}  # which has its own
+    assert calls == {"trace/prompt.py", "testing/recovery.py"}  # which has its own

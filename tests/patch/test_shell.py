@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 
 import jaxclt
-from jaxclt import intervene
 from jaxclt.graph.graph import Graph
 from jaxclt.io.model import Model
 from jaxclt.lm.run import forward
+from jaxclt.patching import patch as intervene
 from jaxclt.patching.batch import default_range
 from jaxclt.patching.edits import Edit, expand_edits
 from jaxclt.patching.modes import Mode
-from jaxclt.subject import Subject
+from jaxclt.patching.subject import Subject
 from jaxclt.types import Supernode
-from jaxclt.validate import ValidateOptions, _groups
+from jaxclt.validation.report import ValidateOptions, _groups
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
 MODEL, DICTIONARY = GOLDEN / "model", GOLDEN / "dictionary"

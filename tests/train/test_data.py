@@ -17,6 +17,13 @@ from jaxclt.clt.model import decode, encode
 from jaxclt.errors import InputError
 from jaxclt.io.model import load_model
 from jaxclt.lm.run import record
+from jaxclt.text.corpus import (
+    Windows,
+    cut_windows,
+    pack_windows,
+    read_documents,
+    split_documents,
+)
 from jaxclt.train import chunks as chunking
 from jaxclt.train.chunks import ChunkConfig, Chunks, Position, window_order
 from jaxclt.train.dryrun import estimate
@@ -33,13 +40,6 @@ from jaxclt.train.normalise import (
 )
 from jaxclt.train.params import Spec, init, to_clt
 from jaxclt.train.prepare import fitted
-from jaxclt.train.text import (
-    Windows,
-    cut_windows,
-    pack_windows,
-    read_documents,
-    split_documents,
-)
 from jaxclt.train.trainer import train
 
 

@@ -9,19 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxclt.evaluation.agreement as comparing
+import jaxclt.replacement.agreement as comparing
 from jaxclt.clt.active import active_features
 from jaxclt.clt.coder import load
 from jaxclt.clt.neurons import NeuronDictionary, parse_neurons
 from jaxclt.clt.transcoder import loaded_params
-from jaxclt.evaluation.agreement import agreement
-from jaxclt.evaluation.reconstruction import Reconstruction, reconstructed
 from jaxclt.lm.run import forward
+from jaxclt.replacement.agreement import agreement
 from jaxclt.replacement.errors import error_nodes
 from jaxclt.replacement.model import replacement_logits
+from jaxclt.replacement.reconstruction import Reconstruction, reconstructed
 from jaxclt.testing import tiny
+from jaxclt.text.corpus import Windows
 from jaxclt.train.finetune import finetune_kl, replacement_kl
-from jaxclt.train.text import Windows
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -18,10 +18,10 @@ from tiny_run import MODEL, as_flags, tiny_config, tiny_model, write_text
 import jaxclt
 from jaxclt.errors import InputError
 from jaxclt.lm.run import forward
-from jaxclt.train.hub_text import HubText, parse_hub_text
+from jaxclt.text.corpus import read_documents
+from jaxclt.text.hub import HubText, parse_hub_text
 from jaxclt.train.processes import parse_processes
 from jaxclt.train.sample import sample, sample_windows, start_token
-from jaxclt.train.text import read_documents
 from jaxclt.train.tracking import flat
 from jaxclt.train.trainer import train
 

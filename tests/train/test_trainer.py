@@ -20,9 +20,9 @@ import pytest
 from tiny_run import MODEL, as_flags, tiny_config, tiny_model, write_text
 
 import jaxclt
-from jaxclt import cli
+from jaxclt.cli import main as cli
 from jaxclt.errors import InputError
-from jaxclt.train.text import Windows
+from jaxclt.text.corpus import Windows
 from jaxclt.train.trainer import DivergedError, Listener, train
 
 # orbax starts threads and event loops of its own, and warns about both

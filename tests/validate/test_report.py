@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxclt import cli
-from jaxclt.cli_causal import parse_feature
+from jaxclt.cli import main as cli
+from jaxclt.cli.patch import parse_feature
 from jaxclt.errors import InputError
 from jaxclt.io.graph_file import load_graph
 

@@ -13,7 +13,7 @@ from test_serve import TOKEN
 from test_serve_patch import serving
 
 from jaxclt.errors import InputError
-from jaxclt.pages import directory_page, read_graph
+from jaxclt.trace.pages import directory_page, read_graph
 from jaxclt.viewer.graph_json import graph_json, validate
 from jaxclt.viewer.page import page
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from jaxclt.errors import InputError
+from jaxclt.files.json_text import finite
 from jaxclt.graph.graph import VIRTUAL_TOKEN, Graph, GraphMeta, Pruning
 from jaxclt.graph.nodes import find_node
-from jaxclt.json_text import finite
 from jaxclt.viewer.graph_json import graph_json, validate
 
 HOSTILE = (

@@ -12,9 +12,9 @@ from test_graph_json import make_graph
 from test_page import open_file
 
 from jaxclt.errors import InputError
-from jaxclt.pages import directory_page, read_graph
 from jaxclt.serve.folder import Folder
 from jaxclt.serve.save import save_view
+from jaxclt.trace.pages import directory_page, read_graph
 from jaxclt.viewer.graph_json import graph_json, validate
 from jaxclt.viewer.page import page
 

@@ -697,7 +697,7 @@ def test_one_layer_and_no_links_still_draw(open_page):
 
 
 def patched(doc: dict, ids: list[str] | None = None) -> dict:
-    """What `jaxclt.patch_log` keeps of a patch."""
+    """What `jaxclt.patching.log` keeps of a patch."""
     return {
         "name": "two <b>",
         "change": {"scale": 0.0},

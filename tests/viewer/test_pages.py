@@ -11,7 +11,7 @@ from test_page import FEATURE, REPORT, VALIDATION, data_of
 
 from jaxclt.api import show
 from jaxclt.errors import InputError
-from jaxclt.pages import carry_over, read_graph, traced_digest, write_page
+from jaxclt.trace.pages import carry_over, read_graph, traced_digest, write_page
 from jaxclt.viewer.graph_json import graph_json, validate
 
 

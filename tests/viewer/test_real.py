@@ -27,8 +27,8 @@ from test_serve_patch import serving
 from jaxclt.api import show
 from jaxclt.dashboards.files import FeatureFiles, uncantor
 from jaxclt.io.graph_file import load_graph
-from jaxclt.pages import directory_page, read_graph, with_suggestions
-from jaxclt.serve_patch import Patcher
+from jaxclt.serve.patch import Patcher
+from jaxclt.trace.pages import directory_page, read_graph, with_suggestions
 from jaxclt.viewer.graph_json import validate
 
 TRACED = os.environ.get("JAXCLT_TRACED")

@@ -15,10 +15,10 @@ from test_graph_json import HOSTILE, make_graph
 
 from jaxclt.dashboards import files
 from jaxclt.errors import InputError
-from jaxclt.pages import directory_page, read_graph
 from jaxclt.serve.app import MAX_BODY
 from jaxclt.serve.listen import Server, make_server
 from jaxclt.serve.save import save_view
+from jaxclt.trace.pages import directory_page, read_graph
 from jaxclt.viewer.graph_json import graph_json
 
 SECRET = "outside the folder"

@@ -15,12 +15,12 @@ from test_serve import TOKEN, save
 from test_serve import serving as serve
 from test_serve import talk as talk_to
 
-from jaxclt import cli
+from jaxclt.cli import main as cli
 from jaxclt.errors import InputError
 from jaxclt.io.graph_file import load_graph
-from jaxclt.pages import read_graph
 from jaxclt.serve.app import MAX_PATCH
-from jaxclt.serve_patch import BUSY, MAX_NODES, Patcher, read_change
+from jaxclt.serve.patch import BUSY, MAX_NODES, Patcher, read_change
+from jaxclt.trace.pages import read_graph
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
 MODEL, DICTIONARY = GOLDEN / "model", GOLDEN / "dictionary"

@@ -20,8 +20,8 @@ import pytest
 from test_graph_json import HOSTILE, make_graph
 from test_serve import TOKEN, serving, write
 
-from jaxclt.pages import read_graph
-from jaxclt.serve_patch import read_change
+from jaxclt.serve.patch import read_change
+from jaxclt.trace.pages import read_graph
 from jaxclt.viewer.graph_json import graph_json
 
 SECRET = "text of another file"

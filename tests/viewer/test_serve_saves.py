@@ -20,9 +20,9 @@ from test_graph_json import make_graph
 from test_serve import TOKEN, save, serving, talk, write
 
 from jaxclt.errors import InputError
-from jaxclt.io import guard
-from jaxclt.pages import read_graph
+from jaxclt.files import guard
 from jaxclt.serve.save import ChangedError, save_view, version_of
+from jaxclt.trace.pages import read_graph
 from jaxclt.viewer.graph_json import graph_json
 
 DOC = graph_json(make_graph(), slug="cat")
@@ -323,7 +323,7 @@ def test_a_page_of_a_graph_that_was_traced_again_says_so(tabs, root: Path):
 
 def test_patches_of_several_processes_are_all_kept(root: Path):
     """The same read, change and replace, of patches.json."""
-    from jaxclt.patch_log import keep_patch
+    from jaxclt.patching.log import keep_patch
 
     meta = make_graph().meta
     records = [{"name": str(i), "nodes": [str(i)], "mode": "x"} for i in range(24)]

@@ -20,6 +20,7 @@ from typing import Any
 
 from jaxclt.clt.config import CLTConfig
 from jaxclt.errors import InputError, shown
+from jaxclt.files.yaml_file import read_yaml
 from jaxclt.io.circuit_tracer_format import READ_OF_HOOK, WRITE_OF_HOOK
 from jaxclt.io.circuit_tracer_read import CONFIG
 from jaxclt.io.config_fields import whole
@@ -32,7 +33,6 @@ from jaxclt.io.formats.pieces import (
     stored_shape,
 )
 from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
-from jaxclt.io.yaml_file import read_yaml
 
 __all__ = ["WEIGHTS", "is_crosslayer", "open_crosslayer"]
 

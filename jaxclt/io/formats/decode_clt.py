@@ -18,10 +18,10 @@ from typing import Any
 
 from jaxclt.clt.config import Activation, CLTConfig
 from jaxclt.errors import InputError, shown
+from jaxclt.files.json_file import read_json
 from jaxclt.io.config_fields import whole
 from jaxclt.io.formats.fields import READS, WRITES, check_fields, of_layer
 from jaxclt.io.formats.pieces import FileStore, Fold, LayerFiles, Piece, check_tensors
-from jaxclt.io.json_file import read_json
 from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
 
 __all__ = ["CONFIG", "WEIGHTS", "is_decode_clt", "open_decode_clt"]

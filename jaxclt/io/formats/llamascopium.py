@@ -20,6 +20,7 @@ from typing import Any
 
 from jaxclt.clt.config import Activation, CLTConfig, ReadSite
 from jaxclt.errors import InputError, shown
+from jaxclt.files.json_file import read_json
 from jaxclt.io.config_fields import whole
 from jaxclt.io.formats.fields import READS, WRITES, check_fields, of_layer
 from jaxclt.io.formats.pieces import (
@@ -31,7 +32,6 @@ from jaxclt.io.formats.pieces import (
     check_tensors,
     stored_shape,
 )
-from jaxclt.io.json_file import read_json
 from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
 
 __all__ = ["CONFIG", "WEIGHTS", "is_llamascopium", "open_llamascopium"]

@@ -16,7 +16,7 @@ import numpy as np
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import EncoderLayer
 from jaxclt.errors import InputError, shown
-from jaxclt.io.digest import fingerprint
+from jaxclt.files.digest import fingerprint
 from jaxclt.io.tensors import TensorFile, check_finite
 
 __all__ = ["FileStore", "Fold", "Gain", "LayerFiles", "Piece", "WriteSite"]
@@ -203,7 +203,7 @@ class FileStore:
         return np.maximum(norm_F, norm_F.dtype.type(1e-30))
 
     def digest(self) -> str:
-        """Hex hash of the names and contents of all files, see `jaxclt.io.digest`."""
+        """Hex hash of the names and contents of all files (`files.digest`)."""
         return fingerprint(self.files)
 
 

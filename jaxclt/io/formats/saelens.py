@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from jaxclt.clt.config import CLTConfig
 from jaxclt.errors import InputError
+from jaxclt.files.json_file import read_json
 from jaxclt.io.formats.fields import READS, WRITES, check_fields, contiguous, of_layer
 from jaxclt.io.formats.pieces import (
     FileStore,
@@ -24,7 +25,6 @@ from jaxclt.io.formats.pieces import (
     check_tensors,
     stored_shape,
 )
-from jaxclt.io.json_file import read_json
 from jaxclt.io.tensors import open_tensors, refuse_pickles
 
 __all__ = ["ARCHITECTURES", "CONFIG", "WEIGHTS", "is_saelens", "open_saelens"]

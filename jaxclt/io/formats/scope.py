@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxclt.errors import InputError
+from jaxclt.files.json_file import read_json
+from jaxclt.files.yaml_file import read_yaml
 from jaxclt.io.circuit_tracer_format import (
     CLT,
     PLT,
@@ -31,8 +33,6 @@ from jaxclt.io.circuit_tracer_format import (
 from jaxclt.io.circuit_tracer_read import CONFIG, open_described
 from jaxclt.io.formats.fields import READS, WRITES, check_fields, of_layer
 from jaxclt.io.formats.pieces import FileStore
-from jaxclt.io.json_file import read_json
-from jaxclt.io.yaml_file import read_yaml
 
 __all__ = ["chosen_files", "is_scope", "open_scope"]
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from jaxclt.clt.config import Activation, CLTConfig
 from jaxclt.errors import InputError, shown
+from jaxclt.files.json_file import read_json
 from jaxclt.io.config_fields import whole
 from jaxclt.io.formats.fields import check_fields, contiguous
 from jaxclt.io.formats.pieces import (
@@ -35,7 +36,6 @@ from jaxclt.io.formats.pieces import (
     check_tensors,
     stored_shape,
 )
-from jaxclt.io.json_file import read_json
 from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
 
 __all__ = ["ACTIVATIONS", "CONFIG", "WEIGHTS", "is_sparsify", "open_sparsify"]

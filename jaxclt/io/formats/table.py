@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxclt.errors import InputError
+from jaxclt.files.yaml_file import read_yaml
 from jaxclt.io.circuit_tracer_format import OWN_FILE
 from jaxclt.io.circuit_tracer_read import (
     CONFIG,
@@ -23,7 +24,6 @@ from jaxclt.io.formats import (
 )
 from jaxclt.io.formats.pieces import FileStore
 from jaxclt.io.tensors import is_pickle, pickle_message, refuse_pickles
-from jaxclt.io.yaml_file import read_yaml
 
 __all__ = ["FORMATS", "LABELS", "Format", "config_files", "open_files", "weight_files"]
 

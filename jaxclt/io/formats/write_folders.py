@@ -6,9 +6,9 @@ import numpy as np
 
 from jaxclt.clt.config import CLTConfig
 from jaxclt.errors import InputError
+from jaxclt.files.json_text import to_json
 from jaxclt.io.formats import saelens, sparsify
 from jaxclt.io.formats.write import LAYOUT_TARGETS, About, Layer, Target, Tensors
-from jaxclt.json_text import to_json
 
 __all__ = ["TARGETS"]
 

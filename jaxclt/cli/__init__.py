@@ -1,0 +1,1 @@
+"""The `jaxclt` command: one file for each subcommand, on shared pieces."""

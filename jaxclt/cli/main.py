@@ -1,0 +1,148 @@
+"""The `jaxclt` command: one frozen config dataclass per subcommand, no logic.
+
+Results go to stdout, progress and logs to stderr. Exit status:
+
+| status | meaning |
+|---|---|
+| 0 | done |
+| 2 | bad input, or no room for the work or its results: one line says what to change |
+| 70 | a fault of jaxclt's own: one line names it; `--debug` shows where |
+| 130, 143 | interrupted by Ctrl-C, by SIGTERM |
+| 141 | whoever read the output closed it, as in ``jaxclt --help | head -1`` |
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import operator
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
+
+from jaxclt.cli.door import guarded
+from jaxclt.errors import InputError, did_you_mean
+from jaxclt.version import __version__
+
+__all__ = ["main"]
+
+START = """jaxclt explains a prediction of a language model as a graph of features.
+
+begin with
+  jaxclt demo              the whole method on a bundled model, in a minute
+  jaxclt trace "The Eiffel Tower is in the city of" \\
+      --model smollm2-135m --dictionary neurons:32 --out out/eiffel
+                           a graph of a prompt of yours (98 MB, fetched once)
+  jaxclt serve out         look at all your graphs in the browser
+
+all commands: jaxclt --help; the flags of one: jaxclt trace --help"""
+
+
+class _Command(NamedTuple):
+    """Where a command is, imported when it is asked for."""
+
+    module: str
+    config: str
+    run: str
+    lower: str = "a smaller model or dictionary"  # what helps if memory runs out
+    resumes: bool = False
+
+
+_GRAPH = "a smaller --max-features, or a shorter prompt"
+_COMMANDS = {
+    "demo": _Command("demo", "DemoConfig", "run_demo_command"),
+    "trace": _Command("trace", "TraceConfig", "run_trace", _GRAPH),
+    "sweep": _Command("trace", "SweepConfig", "run_sweep", _GRAPH, resumes=True),
+    "fetch": _Command("fetch", "FetchConfig", "run_fetch"),
+    "convert": _Command("convert", "ConvertConfig", "run_convert"),
+    "view": _Command("view", "ViewConfig", "run_view"),
+    "serve": _Command("serve", "ServeConfig", "run_serve"),
+    "explain": _Command("explain", "ExplainConfig", "run_explain"),
+    "patch": _Command("patch", "PatchConfig", "run_patch"),
+    "validate": _Command(
+        *("patch", "ValidateConfig", "run_validate"), lower="fewer --n-features"
+    ),
+    "eval": _Command(
+        *("eval", "EvalConfig", "run_eval"),
+        lower="a smaller --max-features, --tokens or --context",
+        resumes=True,
+    ),
+    "globals": _Command(
+        *("globals", "GlobalsConfig", "run_globals"),
+        lower="fewer features (--features top:K) or a smaller --context",
+        resumes=True,
+    ),
+    "features": _Command(
+        *("features", "FeaturesConfig", "run_features"),
+        lower="fewer features (--features top:K), or smaller --top, --drawn, --context",
+        resumes=True,
+    ),
+    "train": _Command(
+        *("train", "TrainCommand", "run_train"),
+        lower="smaller --features, --batch-tokens or --chunk-tokens, or --memory "
+        "per_source",
+        resumes=True,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command line; exits with a status unless it is 0."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    while args[:1] == ["--debug"]:
+        del args[0]
+    command = _COMMANDS.get(args[0]) if args else None
+    status = guarded(
+        functools.partial(_run, args),
+        debug=debug,
+        lower=command.lower if command else "",
+        kept="the same command goes on from what is kept"
+        if command and command.resumes
+        else "every file is whole",
+    )
+    if status:
+        sys.exit(status)
+
+
+def _run(args: list[str], say: Any) -> None:
+    first = args[0] if args else ""
+    if not args:
+        print(START)  # noqa: T201
+    elif first == "--version":
+        print(f"jaxclt {__version__}")  # noqa: T201
+    elif first in ("-h", "--help", "help"):
+        _show_help()
+    elif first not in _COMMANDS:
+        hint = did_you_mean(first, _COMMANDS)
+        raise InputError(
+            f"there is no command {first!r}: `jaxclt --help` lists them{hint}"
+        )
+    else:
+        from jaxclt.cli.parse import parse
+
+        command = _COMMANDS[first]
+        config = parse(_part(command, "config"), first, args[1:])
+        _part(command, "run")(config, say)
+
+
+def _part(command: _Command, which: str) -> Any:
+    module = importlib.import_module(f"jaxclt.cli.{command.module}")
+    return getattr(module, getattr(command, which))
+
+
+def _show_help() -> None:
+    """All commands, a paragraph each."""
+    import tyro
+
+    kinds: list[Any] = [
+        Annotated[_part(command, "config"), tyro.conf.subcommand(name)]
+        for name, command in _COMMANDS.items()
+    ]
+    tyro.cli(
+        functools.reduce(operator.or_, kinds),
+        args=["--help"],
+        prog="jaxclt",
+        description="Circuit tracing in JAX: explain a prediction as a feature graph.",
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )

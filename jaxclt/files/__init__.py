@@ -1,0 +1,1 @@
+"""Files as such: whole or not there, checked as they are read; no model in them."""

@@ -1,0 +1,130 @@
+"""Patches that a served page asks for: the model behind `jaxclt serve --model`.
+
+The model and the dictionary are those that the command named, never what a file in the
+folder names; they are loaded when first asked for and must be the traced ones. One
+patch runs at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxclt.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxclt.patching.subject import Subject
+
+__all__ = ["BUSY", "FILES", "MAX_NODES", "MAX_SCALE", "Patcher"]
+
+BUSY = "another patch is running: ask again when it is done"
+FILES = ("graph.npz", "report.json")  # read for a patch, beside graph.json
+MAX_NODES = 512
+MAX_SCALE = 100.0
+MAX_NAME = 300
+MODES = ("constrained", "iterative", "additive")
+
+
+class Patcher:
+    """Patches the prompts of traced directories, the last of which stays recorded."""
+
+    def __init__(self, model: str, dictionary: str) -> None:
+        self.model, self.dictionary = model, dictionary
+        self._running = threading.Lock()
+        self._stamp: tuple[str, int, int] | None = None
+        self._subject: Subject | None = None
+
+    def patch(self, directory: Path, change: Any) -> dict[str, Any] | None:
+        """Change features as asked, and keep what it did beside the graph.
+
+        Args:
+          directory: that trace wrote.
+          change: ``{"nodes": [layer_feature_pos, ...], "scale": number, "name": text,
+            "mode": one of `MODES`}``; scale is 0, mode constrained if not given.
+
+        Returns:
+          The record that the page shows (`jaxclt.patching.log.patch_record`); None if
+          another patch is running.
+
+        Raises:
+          InputError: for a change that does not fit, or another model's graph.
+        """
+        nodes, scale, mode, name = read_change(change)
+        if not self._running.acquire(blocking=False):
+            return None
+        try:
+            from jaxclt.patching.edits import Edit
+            from jaxclt.patching.log import keep_patch, patch_record
+            from jaxclt.patching.patch import patch
+            from jaxclt.types import Supernode
+
+            subject = self._of(directory)
+            places = tuple((layer, pos, feature) for layer, feature, pos in nodes)
+            group = Supernode(name or "patched", places)
+            result = patch(
+                subject.model,
+                subject.dictionary,
+                subject.graph,
+                [Edit(supernode=group, scale=scale)],
+                mode=mode,
+                subject=subject,
+            )
+            record = patch_record(result, [name], {"scale": scale})
+            keep_patch(directory, record, subject.graph.meta)
+            return record
+        finally:
+            self._running.release()
+
+    def _of(self, directory: Path) -> Subject:
+        """The recorded prompt of a directory, again only if its graph is another."""
+        from jaxclt.patching.subject import Subject, reopen
+
+        state = (directory / FILES[0]).stat()
+        stamp = (str(directory), state.st_mtime_ns, state.st_size)
+        if self._subject is None or stamp != self._stamp:
+            self._subject = None  # never two models at once
+            opened = reopen(directory, model=self.model, dictionary=self.dictionary)
+            self._subject = Subject.of(opened.model, opened.dictionary, opened.graph)
+            self._stamp = stamp
+        return self._subject
+
+
+def read_change(change: Any) -> tuple[list[tuple[int, int, int]], float, Any, str]:
+    """(layer, feature, pos) of the nodes, factor, mode and name of what was asked.
+
+    Raises:
+      InputError: if it is not as `Patcher.patch` says.
+    """
+    if not isinstance(change, dict):
+        raise InputError("what is to be patched is no JSON object")
+    ids, scale = change.get("nodes"), change.get("scale", 0.0)
+    mode, name = change.get("mode", MODES[0]), change.get("name", "")
+    if not isinstance(ids, list) or not 0 < len(ids) <= MAX_NODES:
+        raise InputError(f"nodes must be a list of 1 to {MAX_NODES} node ids")
+    nodes = []
+    for i in ids:
+        match = (
+            re.fullmatch(r"(\d{1,9})_(\d{1,9})_(\d{1,9})", i, re.ASCII)
+            if isinstance(i, str)
+            else None
+        )
+        if match is None:
+            raise InputError(
+                f"{str(i)[:60]!r} is no feature: ids are layer_feature_pos"
+            )
+        layer, feature, pos = map(int, match.groups())
+        nodes.append((layer, feature, pos))
+    if (
+        type(scale) not in (int, float)
+        or not math.isfinite(scale)
+        or abs(scale) > MAX_SCALE
+    ):
+        raise InputError(f"scale must be a number from -{MAX_SCALE:g} to {MAX_SCALE:g}")
+    if mode not in MODES:
+        raise InputError(f"mode must be one of {', '.join(MODES)}")
+    if not isinstance(name, str) or len(name) > MAX_NAME:
+        raise InputError(f"name must be text of at most {MAX_NAME} characters")
+    return nodes, float(scale), mode, name

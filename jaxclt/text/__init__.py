@@ -1,0 +1,1 @@
+"""Prompts and text: what they may be, where they come from, windows of tokens."""

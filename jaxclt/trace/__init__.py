@@ -1,0 +1,1 @@
+"""A prompt becomes a graph, a graph a directory."""

@@ -1,0 +1,185 @@
+"""What a traced prompt's model can still say about a graph, computed on demand.
+
+The prompt is recorded again, a fraction of a second; rows are pulled back or columns
+pushed for what is asked only. Graphs themselves keep what is cheap for all edges.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.coder import Dictionary
+from jaxclt.errors import InputError, check_at_least
+from jaxclt.graph.bank import RowTargets
+from jaxclt.graph.explain import EdgeParts, edge_parts
+from jaxclt.graph.graph import Graph
+from jaxclt.graph.heads import head_loadings
+from jaxclt.graph.inhibition import Inhibition, check_thresholds, find_inhibition
+from jaxclt.graph.memory import available_bytes
+from jaxclt.graph.provenance import crop, graph_active, hop_spectrum
+from jaxclt.graph.target_reads import target_reads
+from jaxclt.graph.targets import token_targets
+from jaxclt.io.model import Model
+from jaxclt.replacement.errors import error_nodes
+from jaxclt.trace.prompt import record_text
+from jaxclt.types import Recording
+
+__all__ = [
+    "edge_parts_with_model",
+    "inhibition",
+    "record_again",
+    "recorded",
+    "same_hash",
+]
+
+
+def same_hash(what: str, name: str, found: str, traced: str | None) -> None:
+    """Raise InputError if a model or dictionary is not the one that was traced."""
+    if found != traced:
+        raise InputError(
+            f"the {what} {name!r} is not the one that was traced but another {what} "
+            f"(hash {found[:12]} instead of {str(traced)[:12]}): give the traced one "
+            f"with --{what}, or trace again"
+        )
+
+
+def record_again(
+    graph: Graph, model: Model, dictionary: Dictionary, *, pad: bool = True
+) -> Recording:
+    """The clean pass of a graph's prompt, in the memory that its trace was given.
+
+    Less if less is free.
+
+    Raises:
+      InputError: if the graph comes from another model or dictionary.
+    """
+    for what, ours in (("model", model), ("dictionary", dictionary)):
+        theirs = graph.meta.hashes.get(what, ours.hash)
+        same_hash(what, ours.name, ours.hash, theirs)
+    given, budget = graph.meta.config.get("memory_gb"), available_bytes()
+    if isinstance(given, int | float):
+        budget = min(budget, int(given * 1e9))
+    return record_text(model, graph.token_T, budget, pad=pad)
+
+
+def recorded(
+    graph: Graph, model: Model, dictionary: Dictionary
+) -> tuple[Recording, Active]:
+    """The clean pass of a graph's prompt, and all features active on it.
+
+    Raises:
+      InputError: if the graph comes from another model or dictionary.
+    """
+    recording = record_again(graph, model, dictionary)
+    active = active_features(dictionary, model.params, recording, model.cfg)
+    if graph.meta.convention == "circuit-tracer":
+        active = active.where(active.pos_A > 0)
+    return crop(recording, active, graph.n_tokens)
+
+
+def edge_parts_with_model(
+    graph: Graph,
+    source: str,
+    target: str,
+    *,
+    model: Model,
+    dictionary: Dictionary,
+    max_hops: int = 3,
+) -> EdgeParts:
+    """`edge_parts` with its hops, and its heads even if the graph does not list them.
+
+    Raises:
+      InputError: if there is no such edge, the graph is not from this model, or
+        `max_hops` is below 1.
+    """
+    check_at_least(1, max_hops=max_hops)
+    max_hops = min(max_hops, model.cfg.n_layers)  # a path passes no more heads
+    parts = edge_parts(graph, source, target)
+    with jax.default_matmul_precision("highest"):
+        recording, active = recorded(graph, model, dictionary)
+        error_LTD = error_nodes(active, recording)
+        nodes = graph_active(graph, active)
+        rows = _row(graph, parts.row, nodes, model, recording)
+        args = (model.params, recording, nodes, error_LTD, rows)
+        hop_Q = hop_spectrum(*args, cfg=model.cfg, max_hops=max_hops)[:, 0, parts.col]
+    if not math.isclose(hop_Q.sum(), parts.edge, rel_tol=1e-2, abs_tol=1e-4):
+        raise InputError(
+            f"the model gives this edge {hop_Q.sum():.4g}, the graph {parts.edge:.4g}: "
+            "trace the prompt again"
+        )
+    parts = dataclasses.replace(
+        parts,
+        hops=tuple(hop_Q.tolist()),
+        direct=float(hop_Q[0]),
+        attention=parts.edge - float(hop_Q[0]),
+    )
+    if parts.heads is None:
+        only = np.zeros(1, np.int64), np.array([parts.col])
+        loads = head_loadings(*args, *only, cfg=model.cfg)
+        parts = dataclasses.replace(
+            parts, heads=loads.listed(0), other_heads=float(loads.rest_E[0])
+        )
+    return parts
+
+
+def _row(
+    graph: Graph, row: int, nodes: Active, model: Model, recording: Recording
+) -> RowTargets:
+    """What one row reads."""
+    if row < graph.n_features:
+        at = np.array([row])
+        return RowTargets(
+            layer_R=nodes.layer_A[at], pos_R=nodes.pos_A[at], read_RD=nodes.reads(at)
+        )
+    token = int(graph.target_token_K[row - graph.n_features])
+    if token < 0:
+        raise InputError(
+            "this target is a direction of its own, which the file does not hold: only "
+            "features and tokens can be followed with the model"
+        )
+    last = graph.n_tokens - 1
+    chosen = token_targets(model.params, recording.out_TD[last], jnp.asarray([token]))
+    return RowTargets(
+        layer_R=np.array([graph.n_layers], np.int32),
+        pos_R=np.array([last], np.int32),
+        read_RD=target_reads(model.params, recording, chosen.vec_KD, last),
+    )
+
+
+def inhibition(
+    graph: Graph,
+    model: Model,
+    dictionary: Dictionary,
+    *,
+    margin: float = math.inf,
+    limit: int | None = 4096,
+) -> Inhibition:
+    """Features that one active feature alone keeps from firing on a graph's prompt.
+
+    Args:
+      graph: traced.
+      model: it was traced with.
+      dictionary: it was traced with.
+      margin: how far below its threshold a feature may be, in units of pre-activation.
+      limit: most such features, the closest ones; None for no limit.
+
+    Raises:
+      InputError: for a dictionary without thresholds, or not the graph's.
+    """
+    check_thresholds(dictionary, model.params, model.cfg)
+    recording, active = recorded(graph, model, dictionary)
+    return find_inhibition(
+        model.params,
+        recording,
+        dictionary,
+        active,
+        model.cfg,
+        margin=margin,
+        limit=limit,
+    )

@@ -1,0 +1,197 @@
+"""What a trace leaves in its directory: the graph, a report, its JSON and its page."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orjson
+
+from jaxclt.errors import InputError
+from jaxclt.files.atomic import atomic_path, sweep
+from jaxclt.files.json_text import to_json
+from jaxclt.graph.certificate import certificate
+from jaxclt.graph.graph import Graph
+from jaxclt.graph.paths import describe_paths, strongest_paths
+from jaxclt.graph.prune import restrict
+from jaxclt.graph.scores import scores
+from jaxclt.io.graph_file import save_graph
+from jaxclt.runs.lock import held
+from jaxclt.trace.pages import grouped_ids, with_saved_view, write_page
+from jaxclt.trace.prompt import Traced
+from jaxclt.types import Supernode
+from jaxclt.version import __version__
+from jaxclt.viewer.graph_json import graph_json, validate
+
+__all__ = ["FULL_GRAPH_BYTES", "MAKES", "check_writable", "write_trace"]
+
+FULL_GRAPH_BYTES = 512 << 20  # larger graphs are saved pruned unless asked otherwise
+# What tells which command a directory is of.
+MAKES = {
+    "trace": ("a traced graph", ("graph.npz",)),
+    "globals": ("global weights", ("statistics.npz", "partial.npz")),
+    "run": ("a run of features or train", ("run.json",)),
+}
+
+
+def write_trace(
+    traced: Traced,
+    out: str | os.PathLike[str],
+    *,
+    save: str = "auto",
+    environment: dict[str, Any] | None = None,
+    supernodes: Sequence[Supernode] = (),
+) -> dict[str, Any]:
+    """Write graph.npz, report.json, graph.json and index.html; return the report.
+
+    Files are written one by one, each atomically, the page last. It shows what lies
+    beside it of the same prompt and dictionary: validation, patches, features. What a
+    reader saved there (labels, pins, groups) is kept.
+
+    Args:
+      traced: from `trace_prompt`.
+      out: directory, created if absent.
+      save: `full`, `pruned`, or `auto` (full up to 512 MB).
+      environment: added to the report's environment.
+      supernodes: groups of features that the page opens with, and that `jaxclt patch
+        --group` knows by name.
+
+    Raises:
+      InputError: if the directory cannot be written.
+    """
+    out = Path(out)
+    started = time.perf_counter()
+    graph = traced.graph
+    report = _report(traced) | {"environment": _environment() | (environment or {})}
+    doc = graph_json(graph, slug=out.name or "graph", scores=report["scores"])
+    doc = with_saved_view(doc, out)
+    if groups := grouped_ids(doc, supernodes):
+        pinned = [i for _, *ids in groups for i in ids]
+        doc["qParams"] |= {"supernodes": groups, "pinnedIds": pinned}
+    validate(doc)
+    small = save == "pruned" or (save == "auto" and _bytes(graph) > FULL_GRAPH_BYTES)
+    # Without a page the directory counts as unfinished: another graph may have been
+    # there, whose report would be found beside the files of this one.
+    (out / "index.html").unlink(missing_ok=True)
+    save_graph(out / "graph.npz", restrict(graph) if small else graph)
+    with atomic_path(out / "graph.json") as temporary:
+        temporary.write_bytes(orjson.dumps(doc))
+    report["graph"]["saved"] = "pruned" if small else "full"
+    report["timing_s"]["write"] = round(time.perf_counter() - started, 3)
+    _write_text(out / "report.json", to_json(report, indent=1, ensure_ascii=False))
+    write_page(out, doc=doc)
+    return report
+
+
+def check_writable(out: str | os.PathLike[str], *, makes: str = "") -> None:
+    """Raise InputError now if `out` cannot be written later, or another command does.
+
+    Leaves nothing there; what killed commands left unfinished is removed.
+
+    Args:
+      out: directory.
+      makes: what of `MAKES` is to be written. What another command made has a
+        report and a page of the same names, which would be lost.
+    """
+    for kind, (what, names) in MAKES.items():
+        there = any(os.path.exists(Path(out) / name) for name in names)
+        if makes and kind != makes and there:
+            raise InputError(
+                f"{out} holds {what}, whose report would be replaced: give another "
+                "--out"
+            )
+    with held(out):
+        probe = Path(out) / ".jaxclt"
+        with atomic_path(probe):
+            pass
+        probe.unlink()
+        sweep(out)
+
+
+def _report(traced: Traced) -> dict[str, Any]:
+    graph = traced.graph
+    pruning = graph.pruning
+    n_kept = int(pruning.keep_N.sum()) + graph.n_targets
+    full = scores(graph)
+    return {
+        "prompt": graph.meta.prompt,
+        "model": graph.meta.model,
+        "dictionary": graph.meta.dictionary,
+        "convention": graph.meta.convention,
+        "top_tokens": [list(pair) for pair in traced.top_tokens],
+        **({"targets": _explained(graph)} if "targets" in traced.identity else {}),
+        "scores": {
+            "full": dataclasses.asdict(full),
+            "pruned": dataclasses.asdict(scores(graph, pruning)),
+        },
+        "certificate": dataclasses.asdict(certificate(graph)),
+        "graph": {
+            "features_active": traced.n_active,
+            "features_attributed": int(graph.attributed_R[graph.feature_cols].sum()),
+            "nodes": graph.edge_RN.shape[1] + graph.n_targets,
+            "edges": int(np.count_nonzero(graph.edge_RN)),
+            "kept_nodes": n_kept,
+            "kept_edges": int(pruning.keep_edge_RN.sum()),
+            # circuit-tracer's shares leave out what is unexplored.
+            "unexplored_influence": full.unexplored_share
+            if graph.meta.convention == "paper"
+            else None,
+        },
+        "paths": describe_paths(graph, strongest_paths(graph, k=5)).splitlines(),
+        "pruning": {
+            "node_threshold": pruning.node_threshold,
+            "edge_threshold": pruning.edge_threshold,
+        },
+        "work": traced.work,
+        "identity": traced.identity,
+        "timing_s": {k: round(v, 3) for k, v in traced.timing.items()},
+    }
+
+
+def _explained(graph: Graph) -> list[dict[str, Any]]:
+    """Given targets: where they read, what influence starts with, what they are."""
+    value_K = graph.readout_R[graph.target_rows]
+    return [
+        {
+            "label": label,
+            "layer": None if layer == graph.n_layers else layer,  # null: the output
+            "pos": int(graph.target_pos_K[k]),
+            "weight": round(float(graph.target_prob_K[k]), 6),
+            "readout": float(value_K[k]),
+        }
+        for k, label in enumerate(graph.meta.target_tokens)
+        for layer in [int(graph.target_layer_K[k])]
+    ]
+
+
+def _environment() -> dict[str, Any]:
+    device = jax.devices()[0]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+    return {
+        "jaxclt": __version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.platform}:{device.device_kind}",
+        "n_devices": jax.device_count(),
+        "cpus": os.cpu_count(),
+        "peak_memory_gb": round(peak * unit / 1e9, 2),
+    }
+
+
+def _bytes(graph: Graph) -> int:
+    return graph.edge_RN.nbytes + graph.pruning.keep_edge_RN.nbytes
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,211 @@
+"""A directory that trace wrote, as a page: graph, scores, validation, features.
+
+What a reader saved (labels in the nodes, pins and supernodes in ``qParams``) lies in
+``graph.json`` and outlives the page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxclt.dashboards.files import FeatureFiles, uncantor
+from jaxclt.errors import InputError
+from jaxclt.files.atomic import atomic_path
+from jaxclt.files.json_file import MOST_DATA, find_json
+from jaxclt.files.json_text import to_json
+from jaxclt.graph.graph import Graph
+from jaxclt.graph.supernodes import suggest_supernodes
+from jaxclt.types import Supernode
+from jaxclt.viewer.graph_json import validate
+from jaxclt.viewer.page import page
+
+__all__ = [
+    "PATCHES",
+    "carry_over",
+    "directory_page",
+    "grouped_ids",
+    "read_graph",
+    "traced_digest",
+    "with_features",
+    "with_saved_view",
+    "with_suggestions",
+    "write_page",
+]
+
+FEATURES = "features"  # folder of feature files beside graph.json
+PATCHES = "patches.json"  # what patches did, see `jaxclt.patching.log`
+
+
+def read_graph(path: Path) -> dict[str, Any]:
+    """A checked graph document, of any tool that writes this format.
+
+    Raises:
+        InputError: there is none, or it is not one.
+    """
+    doc = find_json(path, most=MOST_DATA)
+    if doc is None:
+        raise InputError(f"no {path.name} in {path.parent}: trace a prompt into it")
+    validate(doc, foreign=True)
+    return doc
+
+
+def directory_page(
+    directory: Path,
+    *,
+    doc: dict[str, Any] | None = None,
+    compare: dict[str, Any] | None = None,
+    serve: dict[str, Any] | None = None,
+) -> str:
+    """The page of a traced prompt with all that lies beside its graph.
+
+    Args:
+        directory: with graph.json, and report.json, validation.json, patches.json,
+            features/ if any.
+        doc: the graph to show instead of graph.json, pruned in another way perhaps.
+        compare: a second graph document.
+        serve: see `jaxclt.viewer.page.page`; features are then asked for one by one.
+
+    Raises:
+        InputError: a file is not what it should be.
+    """
+    doc = read_graph(directory / "graph.json") if doc is None else doc
+    if serve is None:
+        doc = with_features(doc, directory / FEATURES)
+    own = (doc.get("jaxclt") or {}).get("scores") or {}
+    return page(
+        doc,
+        # Scores of another pruning than trace's come with the document.
+        None if "certificate" in own else _beside(directory, "report.json", doc),
+        validation=_validation(directory, doc),
+        patches=(_beside(directory, PATCHES, doc) or {}).get("patches"),
+        other=compare,
+        serve=serve,
+    )
+
+
+def write_page(directory: Path, **parts: Any) -> Path:
+    """Write ``index.html`` again; see `directory_page`."""
+    path = directory / "index.html"
+    text = directory_page(directory, **parts)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def with_features(doc: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The document with the feature files of its nodes, under ``jaxclt.features``.
+
+    Args:
+        doc: of a graph.
+        folder: of feature files, loose or packed (see `FeatureFiles`).
+
+    Raises:
+        InputError: a feature's file is no JSON object.
+    """
+    if not folder.is_dir():
+        return doc
+    files = FeatureFiles(folder)
+    numbers = {
+        node["feature"]
+        for node in doc["nodes"]
+        if isinstance(node.get("feature"), int) and node["feature"] >= 0
+    }
+    found = {str(n): files.record(*uncantor(n)) for n in sorted(numbers)}
+    found = {key: feature for key, feature in found.items() if feature is not None}
+    own = dict(doc.get("jaxclt") or {})
+    own["features"] = {**(own.get("features") or {}), **found}
+    return {**doc, "jaxclt": own}
+
+
+def with_suggestions(doc: dict[str, Any], graph: Graph) -> dict[str, Any]:
+    """The document with supernodes that the page offers (`suggest_supernodes`).
+
+    Under ``jaxclt.suggested_supernodes``: lists of a name and the members' ids. Groups
+    of one feature are left out.
+
+    Args:
+        doc: of the graph.
+        graph: attributed and pruned.
+    """
+    groups = grouped_ids(doc, suggest_supernodes(graph))
+    many = [group for group in groups if len(group) > 2]
+    own = {**(doc.get("jaxclt") or {}), "suggested_supernodes": many}
+    return {**doc, "jaxclt": own}
+
+
+def grouped_ids(
+    doc: dict[str, Any], supernodes: Sequence[Supernode]
+) -> list[list[str]]:
+    """Name and ids of each group's features, as far as the document shows them."""
+    shown = {node["node_id"] for node in doc["nodes"]}
+    groups = []
+    for group in supernodes:
+        ids = [f"{layer}_{feature}_{pos}" for layer, pos, feature in group.features]
+        if ids := [i for i in ids if i in shown]:
+            groups.append([group.name, *ids])
+    return groups
+
+
+def carry_over(doc: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """A fresh document with the labels, pins and groups of a saved one.
+
+    Labels of features that the fresh one does not show are kept under
+    ``jaxclt.labels_not_shown``, for a document that shows them again.
+    """
+    own = {**(saved.get("jaxclt") or {}), **(doc.get("jaxclt") or {})}
+    labels = dict(own.pop("labels_not_shown", {})) | {
+        node["jsNodeId"]: node["clerp"]
+        for node in saved["nodes"]
+        if node["clerp"] and node["feature_type"] != "logit"
+    }
+    nodes = [
+        {**node, "clerp": labels[node["jsNodeId"]]}
+        if not node["clerp"] and node["jsNodeId"] in labels
+        else node
+        for node in doc["nodes"]
+    ]
+    shown = {node["jsNodeId"] for node in nodes}
+    if rest := {key: text for key, text in labels.items() if key not in shown}:
+        own["labels_not_shown"] = rest
+    return {**doc, "nodes": nodes, "qParams": saved["qParams"], "jaxclt": own}
+
+
+def with_saved_view(doc: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """A fresh document with what a reader saved in the one that it replaces.
+
+    Only if that is of the same prompt, model and dictionary, and whole.
+    """
+    try:
+        saved = read_graph(directory / "graph.json")
+    except InputError:
+        return doc
+    what = ("prompt_tokens", "scan", "transcoder_list")
+    same = all(saved["metadata"].get(key) == doc["metadata"][key] for key in what)
+    return carry_over(doc, saved) if same else doc
+
+
+def traced_digest(report: dict[str, Any]) -> str:
+    """What tells the graph of a report.json from one traced with other settings."""
+    same = to_json(report.get("identity"), sort_keys=True)
+    return hashlib.sha256(same.encode()).hexdigest()
+
+
+def _validation(directory: Path, doc: dict[str, Any]) -> dict[str, Any] | None:
+    """What validate found of this graph, not of one that was here before."""
+    found = _beside(directory, "validation.json", doc)
+    if found is None or "traced" not in found:
+        return found
+    report = find_json(directory / "report.json") or {}
+    return found if found["traced"] == traced_digest(report) else None
+
+
+def _beside(directory: Path, name: str, doc: dict[str, Any]) -> dict[str, Any] | None:
+    """A file about this graph, unless another prompt or dictionary left it."""
+    found = find_json(directory / name)
+    if found is None or found.get("prompt") != doc["metadata"]["prompt"]:
+        return None
+    dictionary = (doc.get("jaxclt") or {}).get("dictionary", found.get("dictionary"))
+    return found if found.get("dictionary") == dictionary else None
