@@ -90,6 +90,7 @@ def run_eval(config: EvalConfig, say: Console, run: Run) -> None:
     from jaxclt.evaluation.claims import check_claims
     from jaxclt.evaluation.concepts import load_pairs
     from jaxclt.evaluation.evaluate import EvalOptions, evaluate
+    from jaxclt.evaluation.http_client import ClientOptions
     from jaxclt.evaluation.judging import read_judge
     from jaxclt.evaluation.prompts import read_eval_text
     from jaxclt.evaluation.report import cells, write_evaluation
@@ -115,9 +116,11 @@ def run_eval(config: EvalConfig, say: Console, run: Run) -> None:
     if config.judge != "none":
         judge = read_judge(
             config.judge,
-            cache_dir=config.out / "judge",
-            max_tokens_total=config.judge_budget,
-            requests_per_minute=config.judge_per_minute,
+            ClientOptions(
+                cache_dir=config.out / "judge",
+                max_tokens_total=config.judge_budget,
+                requests_per_minute=config.judge_per_minute,
+            ),
         )
     started = time.perf_counter()
     model = load_model(
@@ -126,6 +129,7 @@ def run_eval(config: EvalConfig, say: Console, run: Run) -> None:
     )
     dictionaries = [load_dictionary(name, model) for name in config.dictionary]
     text = read_eval_text(model, data, tokens=config.tokens, context=config.context)
+    text = dataclasses.replace(text, pairs=pairs)
     with Stages(say, unit="done/s", look=run.look) as stages:
         rows, raw = evaluate(
             model,
@@ -134,7 +138,6 @@ def run_eval(config: EvalConfig, say: Console, run: Run) -> None:
             options=options,
             prompts=prompts,
             judge=judge,
-            pairs=pairs,
             out=config.out,
             on_stage=stages,
         )

@@ -70,7 +70,7 @@ class FeaturesConfig:
 def run_features(config: FeaturesConfig, say: Console, run: Run) -> None:
     """Gather, write, print."""
     from jaxclt.dashboards.gather import check_options, feature_dashboards
-    from jaxclt.evaluation.http_client import Client
+    from jaxclt.evaluation.http_client import Client, ClientOptions
     from jaxclt.evaluation.labels import automatic_labels
     from jaxclt.files.atomic import atomic_path
     from jaxclt.io.dictionary import LABELS, load_dictionary
@@ -89,12 +89,10 @@ def run_features(config: FeaturesConfig, say: Console, run: Run) -> None:
     client = None
     if config.labels:
         url, _, name = config.labels.partition("#")
-        client = Client(
-            url,
-            name,
-            cache_dir=config.out / "judge",
-            max_tokens_total=config.labels_budget,
+        options = ClientOptions(
+            cache_dir=config.out / "judge", max_tokens_total=config.labels_budget
         )
+        client = Client(url, name, options)
     use_compilation_cache()
     model = load_model(
         config.model,

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from jaxclt.evaluation.concepts import ConceptPair
 from jaxclt.io.model import Model
 from jaxclt.text.corpus import PAD
 from jaxclt.text.prompts import PromptRow, prompt_rows, prompt_text
@@ -37,6 +38,7 @@ class EvalText:
       next_WS: int32, the next token of the text; -1 where it is not known.
       count_V: how often each token occurs in the text (more than `windows` holds).
       prompts: whether each window is a prompt by itself, whose last position asks.
+      pairs: of sentences, for the Contrastive Eval; None: the built-in ones.
     """
 
     windows: TokenWindows
@@ -44,6 +46,7 @@ class EvalText:
     next_WS: np.ndarray
     count_V: np.ndarray
     prompts: bool
+    pairs: Sequence[ConceptPair] | None = None
 
     @property
     def digest(self) -> str:

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.coder import Loaded, constant
+from jaxclt.clt.coder import Loaded
+from jaxclt.replacement.model import written
 from jaxclt.types import LMParams
 
 __all__ = ["DENSE", "Reconstruction", "decoder_reach", "reconstructed"]
@@ -107,24 +108,6 @@ class Reconstruction:
         }
 
 
-def _written(
-    params: LMParams | None, loaded: Loaded, read_LTD: Array
-) -> tuple[Array, Array]:
-    """Which features are active [L, T, F] and what they write [L, T, D]."""
-    coder, (_, T, D) = loaded.coder, read_LTD.shape
-
-    def step(ahead_MTD: Array, x: Any) -> tuple[Array, tuple[Array, Array]]:
-        p, w, read_TD = x
-        a_TF = coder.encode(p, w.enc, read_TD).a_TF
-        ahead_MTD = ahead_MTD + coder.write(p, w.dec, a_TF)
-        write_TD = ahead_MTD[0] + constant(coder, p, w.fixed, read_TD)
-        return jnp.roll(ahead_MTD, -1, 0).at[-1].set(0), (a_TF != 0, write_TD)
-
-    none_MTD = jnp.zeros((coder.shape.span, T, D), read_LTD.dtype)
-    blocks = None if params is None else params.blocks
-    return jax.lax.scan(step, none_MTD, (blocks, loaded.weights, read_LTD))[1]
-
-
 @partial(jax.jit, static_argnames="n_groups")
 def _sums(
     params: LMParams | None,
@@ -134,7 +117,7 @@ def _sums(
     mask_T: Array,
     n_groups: int,
 ) -> dict[str, Array]:
-    on_LTF, found_LTD = _written(params, loaded, read_LTD)
+    on_LTF, found_LTD = written(params, loaded, read_LTD)
     on_LTF = on_LTF & mask_T[None, :, None]
     L, T, _ = write_LTD.shape
 

@@ -21,7 +21,7 @@ from jaxclt.train.chunks import Chunks, rows_of
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.evaluate import graph_scores, reconstruction
 from jaxclt.train.export import calibrate, threshold_form
-from jaxclt.train.finetune import finetune_kl
+from jaxclt.train.finetune import Finetune, finetune_kl
 from jaxclt.train.normalise import Scales, fold
 from jaxclt.train.params import Spec
 from jaxclt.train.prepare import write_json
@@ -85,11 +85,11 @@ class Outcome:
             self.model.params,
             fold(clt, self.scales),
             self.windows,
+            Finetune(
+                n_steps=config.kl_steps, windows=config.kl_windows, lr=config.kl_lr
+            ),
             cfg=self.model.cfg,
             clt_cfg=cfg,
-            n_steps=config.kl_steps,
-            windows_per_step=config.kl_windows,
-            lr=config.kl_lr,
             on_step=heard,
         )
         read_LTD, write_LTD = (np.array(x) for x in self._held_rows())

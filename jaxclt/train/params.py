@@ -25,7 +25,6 @@ __all__ = [
     "Spec",
     "TrainParams",
     "decoder_norm",
-    "from_clt",
     "init",
     "n_params",
     "to_clt",
@@ -161,21 +160,6 @@ def to_clt(params: TrainParams) -> CLTParams:
         b_dec_LD=jnp.stack([p.b_dec_D for p in params]),
         theta_LF=jnp.stack(theta) if theta else None,
         W_skip_LDD=jnp.stack(skip) if skip else None,
-    )
-
-
-def from_clt(clt: CLTParams) -> TrainParams:
-    """Inverse of `to_clt`: start from an existing dictionary."""
-    return tuple(
-        LayerParams(
-            W_enc_FD=clt.W_enc_LFD[l],
-            b_enc_F=clt.b_enc_LF[l],
-            W_dec_FMD=W_FMD,
-            b_dec_D=clt.b_dec_LD[l],
-            theta_F=None if clt.theta_LF is None else clt.theta_LF[l],
-            W_skip_DD=None if clt.W_skip_LDD is None else clt.W_skip_LDD[l],
-        )
-        for l, W_FMD in enumerate(clt.W_dec)
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge_cases import SHOWN, WORDS, planted
+from judge_cases import WORDS, planted, source
 
 from jaxclt.dashboards.examples import Shown
 from jaxclt.evaluation.concepts import ConceptPair
@@ -34,7 +34,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
 def sort_of(n: int, features: int = 25) -> list[Trial]:
-    return sort_trials(planted(features), WORDS, n, KEY, n_shown=SHOWN)
+    return sort_trials(source(planted(features)), n, KEY)
 
 
 def contrastive_of(n: int) -> list[Trial]:
@@ -50,14 +50,12 @@ def contrastive_of(n: int) -> list[Trial]:
                 if i // 2 < 20:
                     peak_P2U[p, side, i // 2] = 1 + p
     return contrastive_trials(
-        examples,
-        WORDS,
+        source(examples),
         pairs,
         peak_P2U,
         n,
         KEY,
         encode=lambda text: [int(i) for i in text.split()],
-        n_shown=SHOWN,
     )
 
 

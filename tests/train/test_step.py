@@ -13,7 +13,7 @@ from jaxclt.clt.model import decode, encode
 from jaxclt.errors import InputError
 from jaxclt.train import step as steps
 from jaxclt.train.objectives import Batch, Standard, Terms, read_out
-from jaxclt.train.params import Spec, from_clt, init, n_params, to_clt
+from jaxclt.train.params import LayerParams, Spec, init, n_params, to_clt
 from jaxclt.train.schedules import Weights, control_start, learning_rate, steer, values
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -71,6 +71,17 @@ def close(a, b, atol: float) -> None:
         np.testing.assert_allclose(x, y, atol=atol)
 
 
+def two_pass(params, batch: Batch, spec: Spec):
+    """As the step of `--memory per_source` does it, layer by layer."""
+    ours = Standard(ALL)
+    back, metrics = steps.first_pass(ours, params, batch, now(), spec)
+    grads = []
+    for l, p in enumerate(params):
+        near = steps.near(back, l, spec)
+        grads.append(steps.source_gradient(ours, p, near, batch.layer(l), now(), spec))
+    return tuple(grads), metrics
+
+
 @pytest.mark.parametrize(
     "activation",
     [
@@ -86,9 +97,7 @@ def test_two_passes_equal_autodiff(activation: str):
     plain = jax.jit(lambda p: steps.gradients(Standard(ALL), p, batch, now(), spec))(
         params
     )
-    twice = jax.jit(lambda p: steps.two_pass(Standard(ALL), p, batch, now(), spec))(
-        params
-    )
+    twice = jax.jit(lambda p: two_pass(p, batch, spec))(params)
     close(plain[0], twice[0], 1e-13)
     close(plain[1], twice[1], 1e-13)
 
@@ -295,7 +304,22 @@ def test_bfloat16_inputs_leave_masters_in_float32():
 
 def test_to_clt_and_back():
     params = weights(spec_of())
-    close(params, from_clt(to_clt(params)), 0.0)
+    clt = to_clt(params)
+    assert clt.theta_LF is not None
+    assert clt.W_skip_LDD is not None
+    again = tuple(
+        LayerParams(*leaves)
+        for leaves in zip(
+            clt.W_enc_LFD,
+            clt.b_enc_LF,
+            clt.W_dec,
+            clt.b_dec_LD,
+            clt.theta_LF,
+            clt.W_skip_LDD,
+            strict=True,
+        )
+    )
+    close(params, again, 0.0)
     assert n_params(spec_of(), skip=True) == sum(
         x.size for x in jax.tree.leaves(params)
     )
