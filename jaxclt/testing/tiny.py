@@ -13,6 +13,7 @@ from jax import Array
 from jaxclt.clt import params as clt_params
 from jaxclt.clt.active import Active, active_features
 from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.gates import GATES
 from jaxclt.clt.store import ParamsStore
 from jaxclt.clt.transcoder import StoreDictionary, loaded_params
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
@@ -220,8 +221,8 @@ def tiny(
         d_model=16,
         n_features=n_features,
         span=span or n_layers,
-        activation=activation,  # pyright: ignore[reportArgumentType]
-        k=4 if activation == "topk" else None,
+        activation=activation,
+        k=4 if GATES[activation].competes else None,
         read=read,  # pyright: ignore[reportArgumentType]
     )
     params = _init_lm(
