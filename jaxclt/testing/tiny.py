@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxclt.clt.store import ParamsStore
 from jaxclt.clt.transcoder import StoreDictionary, loaded_params
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.graph import Graph, GraphMeta
+from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.targets import salient_targets
 from jaxclt.lm.config import LMConfig, RopeScaling
 from jaxclt.lm.run import record
@@ -79,6 +81,7 @@ class Tiny:
         config: AttributeConfig | None = None,
         *,
         active: Active | None = None,
+        stop: Callable[[], bool] = lambda: False,
         **more: Any,
     ) -> Graph:
         """The attribution graph of the prompt; all features unless `config` says.
@@ -86,19 +89,20 @@ class Tiny:
         Args:
           config: how much to compute.
           active: features of another dictionary, or those of this one at hand.
+          stop: see `jaxclt.graph.prompt.Prompt`.
           **more: arguments of `jaxclt.graph.attribute.attribute_recording`.
         """
-        return attribute_recording(
+        every = AttributeConfig(max_features=None, tolerance=0.0, devices=1)
+        prompt = Prompt(
             self.params,
             self.recording,
             self.active if active is None else active,
             self.targets,
             cfg=self.cfg,
-            meta=self.meta,
-            config=config
-            or AttributeConfig(max_features=None, tolerance=0.0, devices=1),
-            **more,
+            config=config or every,
+            stop=stop,
         )
+        return attribute_recording(prompt, self.meta, **more)
 
 
 @dataclasses.dataclass(frozen=True)
