@@ -16,6 +16,7 @@ from jaxclt.clt.params import check
 from jaxclt.clt.sites import fold_reads, read_scale, read_site
 from jaxclt.errors import InputError
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
+from jaxclt.graph.prompt import Prompt
 from jaxclt.lm.layers import Norm
 from jaxclt.replacement.errors import error_nodes, reconstruct
 from jaxclt.testing import Tiny
@@ -155,13 +156,15 @@ def test_plt_is_a_clt_with_only_diagonal_decoders() -> None:
 
     def edges(active: object) -> np.ndarray:
         return attribute_recording(
-            t.params,
-            t.recording,
-            active,
-            t.targets,
-            cfg=t.cfg,
-            meta=t.meta,
-            config=AttributeConfig(max_features=None, tolerance=0.0),
+            Prompt(
+                t.params,
+                t.recording,
+                active,
+                t.targets,
+                cfg=t.cfg,
+                config=AttributeConfig(max_features=None, tolerance=0.0),
+            ),
+            t.meta,
         ).edge_RN
 
     close(edges(wide_active), edges(narrow_active), 1e-13)
