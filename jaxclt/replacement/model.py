@@ -24,7 +24,7 @@ from jaxclt.clt.coder import Coder, Loaded, Weights, constant
 from jaxclt.clt.sites import read_site
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
-from jaxclt.lm.run import Run, embed, run, unembed
+from jaxclt.lm.run import Policy, Run, embed, run, unembed
 from jaxclt.types import Block, Frozen, LMParams
 
 __all__ = ["Sources", "replaced", "replacement_logits", "written"]
@@ -117,8 +117,7 @@ def replaced(
     post_LT = None if frozen is None else frozen.post_mlp_scale_LT
 
     def true(p: Block, mid_TD: Array, scale_T: Array) -> Array:
-        normed_TD = layers.normalise(mid_TD, scale_T, layers.mlp_norm(p))
-        return layers.mlp(p, normed_TD, cfg=cfg)
+        return layers.mlp_at(p, mid_TD, scale_T, cfg=cfg)[0]
 
     def write(
         carry: Array, mid_TD: Array, scale_T: Array, p: Block, x: Any
@@ -134,13 +133,13 @@ def replaced(
             write_TD = write_TD.at[0].set(true(p, mid_TD[:1], scale_T[:1])[0])
         return ahead_MTD, write_TD
 
+    none_MTD = _nothing_ahead(coder, given.embed_TD)
+    per_layer = (loaded.weights, given.a_LTF, given.error_LTD, layer_L, post_LT)
     return run(
         params,
         given.embed_TD,
-        write,
+        Policy(write, none_MTD, per_layer),
         cfg=cfg,
-        carry=_nothing_ahead(coder, given.embed_TD),
-        per_layer=(loaded.weights, given.a_LTF, given.error_LTD, layer_L, post_LT),
         frozen=frozen,
         keep_patterns=False,
     )

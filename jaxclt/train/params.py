@@ -16,11 +16,12 @@ from flax import struct
 from jax import Array
 
 from jaxclt.clt.config import CLTConfig, ReadSite
+from jaxclt.clt.gates import GATES, Gate
 from jaxclt.errors import InputError
 from jaxclt.types import CLTParams
 
 __all__ = [
-    "Gate",
+    "GateName",
     "LayerParams",
     "Spec",
     "TrainParams",
@@ -30,7 +31,8 @@ __all__ = [
     "to_clt",
 ]
 
-Gate = Literal["relu", "jumprelu", "topk", "batch_topk"]
+# those of `GATES` that are trained, spelled out for the command line
+GateName = Literal["relu", "jumprelu", "topk", "batch_topk"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class Spec:
     d_model: int
     n_features: int  # per layer
     span: int  # MLP outputs a feature writes, its own layer included; 1 is a PLT
-    activation: Gate = "jumprelu"
+    activation: GateName = "jumprelu"
     k: int | None = None  # features a layer keeps per token, topk and batch_topk
     bandwidth: float = 1.0  # of the straight-through estimator, in pre-activation units
     ste_to_input: bool = True  # the estimator's gradient reaches the pre-activation too
@@ -57,14 +59,18 @@ class Spec:
             raise InputError(f"--span {self.span} must lie in 1..{self.n_layers}")
         if self.n_features < 1:
             raise InputError(f"--features {self.n_features}: give at least 1")
-        sparse = self.activation in ("topk", "batch_topk")
-        if sparse and not (self.k and 1 <= self.k <= self.n_features):
+        if self.gate.competes and not (self.k and 1 <= self.k <= self.n_features):
             raise InputError(
                 f"{self.activation} keeps --l0 features per layer and token: it must "
                 f"lie in 1..{self.n_features}, not {self.k}"
             )
         if self.bandwidth <= 0:
             raise InputError(f"bandwidth {self.bandwidth} must be above 0")
+
+    @property
+    def gate(self) -> Gate:
+        """What lets features through."""
+        return GATES[self.activation]
 
     def n_writes(self, layer: int) -> int:
         """How many MLP outputs a feature of `layer` writes."""
@@ -77,7 +83,7 @@ class Spec:
             d_model=self.d_model,
             n_features=self.n_features,
             span=self.span,
-            activation="relu" if self.activation == "relu" else "jumprelu",
+            activation="relu" if self.gate.switch == "zero" else "jumprelu",
             read=self.read,
         )
 
@@ -120,7 +126,7 @@ def init(
       dtype: of every leaf; masters are float32.
     """
     L, F, D = spec.n_layers, spec.n_features, spec.d_model
-    jump = spec.activation == "jumprelu"
+    jump = spec.gate.switch == "theta"
 
     def layer(key: Array, l: int) -> LayerParams:
         key_enc, key_dec = jax.random.split(key)
@@ -167,5 +173,5 @@ def n_params(spec: Spec, *, skip: bool = False) -> int:
     """How many numbers are trained."""
     L, F, D = spec.n_layers, spec.n_features, spec.d_model
     writes = sum(spec.n_writes(l) for l in range(L))
-    per_feature = 2 if spec.activation == "jumprelu" else 1  # bias, threshold
+    per_feature = 2 if spec.gate.switch == "theta" else 1  # bias, threshold
     return L * F * (D + per_feature) + writes * F * D + L * D + skip * L * D * D
