@@ -100,13 +100,8 @@ def evaluate(
     l0 = [row["l0"] for row in rows if row["kind"] != "neurons" and row["l0"] > 0]
     if l0 and options.baselines:
         typical = float(np.exp(np.mean(np.log(l0))))
-        for threshold in neuron_thresholds(
-            model.params,
-            text.windows.token_WS,
-            text.windows.mask_WS,
-            [factor * typical for factor in options.baselines],
-            cfg=model.cfg,
-        ):
+        wanted = [factor * typical for factor in options.baselines]
+        for threshold in neuron_thresholds(model, text.windows, wanted):
             add(NeuronDictionary(threshold=threshold, hash=model.hash))
     return rows, raw
 

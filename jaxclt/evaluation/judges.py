@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -49,10 +49,6 @@ class Answer:
     from_cache: bool = False
     usage: Mapping[str, int] = dataclasses.field(default_factory=dict)
     not_asked: str | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings."""
-        return dataclasses.asdict(self)
 
 
 class Judge(Protocol):

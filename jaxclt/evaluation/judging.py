@@ -112,7 +112,7 @@ def _row(judge: str, key: str, trial: Trial, answer: Answer) -> Row:
         "key": key,
         "judge": judge,
         "correct": None if choice is None else choice == trial.answer,
-        "answer": answer.as_json(),
+        "answer": dataclasses.asdict(answer),
         "trial": trial.as_json(),
     }
     return _plain(row)

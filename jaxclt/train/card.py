@@ -10,21 +10,16 @@ import jax
 
 from jaxclt.files.atomic import atomic_path
 from jaxclt.files.lines import read_lines
-from jaxclt.io.model import Model
 from jaxclt.text.corpus import Windows
-from jaxclt.train.config import TrainConfig
-from jaxclt.train.params import Spec, n_params
+from jaxclt.train.params import n_params
+from jaxclt.train.prepare import Job
 from jaxclt.version import __version__
 
 __all__ = ["make_card", "one_line", "plot", "readme"]
 
 
 def make_card(
-    *,
-    config: TrainConfig,
-    spec: Spec,
-    model: Model,
-    data: str,
+    job: Job,
     windows: Windows,
     final: dict[str, Any],
     seconds: dict[str, float],
@@ -33,15 +28,14 @@ def make_card(
     """Recipe, data and metrics of a finished run as JSON.
 
     Args:
-      config: the recipe.
-      spec: what was trained.
-      model: what it was trained on.
-      data: where the text came from.
-      windows: the tokens.
+      job: the run.
+      windows: its tokens.
       final: the last evaluation.
       seconds: spent by the last process, by activity.
       steps_timed: steps that process made.
     """
+    model, config = job.model, job.config
+    spec = config.spec(model.cfg)
     device = jax.devices()[0]
     return {
         "model": model.name,
@@ -51,7 +45,7 @@ def make_card(
         "dictionary": dataclasses.asdict(spec.clt_config()),
         "recipe": dataclasses.asdict(config),
         "data": {
-            "path": data,
+            "path": job.data,
             "train_windows": len(windows.train_WS),
             "heldout_windows": len(windows.held_WS),
             "context": windows.train_WS.shape[1],

@@ -41,7 +41,7 @@ from jaxclt.files.json_file import (
     record,
 )
 from jaxclt.files.json_text import to_json
-from jaxclt.lm.config import LMConfig
+from jaxclt.io.model import Model
 from jaxclt.text.corpus import PAD, Windows
 from jaxclt.train.harvest import harvest
 from jaxclt.train.normalise import (
@@ -52,9 +52,8 @@ from jaxclt.train.normalise import (
     normalise,
     scales_of,
 )
-from jaxclt.types import LMParams
 
-__all__ = ["ChunkConfig", "Chunks", "Position", "rows_of", "window_order"]
+__all__ = ["ChunkConfig", "Chunks", "Position", "window_order"]
 
 UNITS = "units.safetensors"
 MOMENT_ROWS = 2048  # of a chunk, converted to float32 together
@@ -108,42 +107,6 @@ def bound(norm_LT: np.ndarray, outlier: float) -> np.ndarray:
     return (outlier * np.median(norm_LT, axis=1)).astype(np.float32)
 
 
-def rows_of(
-    params: LMParams,
-    token_WS: np.ndarray,
-    windows: Windows,
-    scales: Scales | None,
-    *,
-    cfg: LMConfig,
-    config: ChunkConfig,
-    dtype: str,
-    bound_L: np.ndarray | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Valid reads and writes [L, T, D], a few windows at a time.
-
-    Some models make further attention sinks in the middle of a text (a newline, a
-    bracket), whose MLP outputs are tens of times larger than any other: a handful of
-    tokens then is most of a layer's variance, its scale and its loss. Such tokens are
-    left out like the first position: those above `bound_L` anywhere, by default
-    ``scales.bound_L``.
-    """
-    W = config.windows_per_call
-    if bound_L is None and scales is not None:
-        bound_L = np.asarray(scales.bound_L)
-    for start in range(0, len(token_WS), W):
-        part_WS = token_WS[start : start + W]
-        full_WS = np.full((W, part_WS.shape[1]), PAD, np.int32)
-        full_WS[: len(part_WS)] = part_WS
-        read_LTD, write_LTD, norm_LT = harvest(
-            params, jnp.asarray(full_WS), scales, cfg=cfg, site=config.site, dtype=dtype
-        )
-        keep_T = np.flatnonzero(windows.valid(full_WS))
-        if bound_L is not None:
-            fits_LT = np.asarray(norm_LT)[:, keep_T] <= bound_L[:, None]
-            keep_T = keep_T[fits_LT.all(0)]
-        yield np.asarray(read_LTD)[:, keep_T], np.asarray(write_LTD)[:, keep_T]
-
-
 @jax.jit
 def _renormalise(change: Scales, read: Array, write: Array) -> tuple[Array, Array]:
     return normalise(change, read.astype(jnp.float32), write.astype(jnp.float32))
@@ -169,24 +132,23 @@ class Chunks:
 
     def __init__(
         self,
-        params: LMParams,
-        cfg: LMConfig,
+        model: Model,
         windows: Windows,
         config: ChunkConfig,
         *,
-        model_hash: str = "",
         store: Path | None = None,
         spool: Path | None = None,
         read_only: bool = False,
     ) -> None:
-        self.params, self.cfg, self.windows, self.config = params, cfg, windows, config
+        self.params, self.cfg = model.params, model.cfg
+        self.windows, self.config = windows, config
         self.units: Scales | None = None
         self.scales: Scales | None = None
         self.store = store
         self.spool = spool if store is None else None
         self.read_only = read_only  # of the store: another process writes
         self.identity = {
-            "model": model_hash,
+            "model": model.hash,
             "windows": windows.digest,
             "config": {
                 k: v for k, v in dataclasses.asdict(config).items() if k != "reuse"
@@ -204,6 +166,42 @@ class Chunks:
         size = self.windows.train_WS.shape[1]
         return max(1, self.config.chunk_tokens // size)
 
+    def harvested(
+        self, token_WS: np.ndarray, scales: Scales | None, dtype: str
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Valid reads and writes [L, T, D] of windows, a few at a time.
+
+        Some models make further attention sinks in the middle of a text (a newline, a
+        bracket), whose MLP outputs are tens of times larger than any other: a handful
+        of tokens then is most of a layer's variance, its scale and its loss. Such
+        tokens are left out like the first position: those above ``scales.bound_L``
+        anywhere.
+
+        Args:
+          token_WS: the windows.
+          scales: normalise by these; None leaves raw units, outliers and all.
+          dtype: of the result.
+        """
+        W, site = self.config.windows_per_call, self.config.site
+        for start in range(0, len(token_WS), W):
+            part_WS = token_WS[start : start + W]
+            full_WS = np.full((W, part_WS.shape[1]), PAD, np.int32)
+            full_WS[: len(part_WS)] = part_WS
+            read_LTD, write_LTD, norm_LT = harvest(
+                self.params,
+                jnp.asarray(full_WS),
+                scales,
+                cfg=self.cfg,
+                site=site,
+                dtype=dtype,
+            )
+            keep_T = np.flatnonzero(self.windows.valid(full_WS))
+            if scales is not None:
+                bound_L = np.asarray(scales.bound_L)
+                fits_LT = np.asarray(norm_LT)[:, keep_T] <= bound_L[:, None]
+                keep_T = keep_T[fits_LT.all(0)]
+            yield np.asarray(read_LTD)[:, keep_T], np.asarray(write_LTD)[:, keep_T]
+
     def first_units(self) -> Scales:
         """Normalisation from the first windows: near enough to hold activations in.
 
@@ -211,20 +209,9 @@ class Chunks:
           InputError: if no token of them is trained on.
         """
         n = len(self.windows.train_WS)
-        first = window_order(
-            self.config.seed, n, 0, min(n, self.config.windows_per_call)
-        )
-        rows = list(
-            rows_of(
-                self.params,
-                self.windows.train_WS[first],
-                self.windows,
-                None,
-                cfg=self.cfg,
-                config=self.config,
-                dtype="float32",
-            )
-        )
+        count = min(n, self.config.windows_per_call)
+        first = window_order(self.config.seed, n, 0, count)
+        rows = list(self.harvested(self.windows.train_WS[first], None, "float32"))
         read_LTD, write_LTD = (np.concatenate(x, 1) for x in zip(*rows, strict=True))
         if not read_LTD.shape[1]:
             raise InputError("the data has no token to train on: all are special")
@@ -377,15 +364,8 @@ class Chunks:
         dtype = _DTYPE[self.config.dtype]
         read_LND, write_LND = np.empty(shape, dtype), np.empty(shape, dtype)
         at = 0
-        for read_LTD, write_LTD in rows_of(
-            self.params,
-            token_WS,
-            self.windows,
-            self._ready(),
-            cfg=self.cfg,
-            config=self.config,
-            dtype=self.config.dtype,
-        ):
+        rows = self.harvested(token_WS, self._ready(), self.config.dtype)
+        for read_LTD, write_LTD in rows:
             end = at + read_LTD.shape[1]
             read_LND[:, at:end], write_LND[:, at:end] = read_LTD, write_LTD
             at = end

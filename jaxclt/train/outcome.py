@@ -13,18 +13,14 @@ import numpy as np
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.transcoder import loaded_params
 from jaxclt.io.dictionary import save_dictionary
-from jaxclt.io.model import Model
 from jaxclt.replacement.agreement import agreement
 from jaxclt.replacement.reconstruction import decoder_reach
-from jaxclt.text.corpus import Windows
-from jaxclt.train.chunks import Chunks, rows_of
-from jaxclt.train.config import TrainConfig
+from jaxclt.train.chunks import Chunks
 from jaxclt.train.evaluate import graph_scores, reconstruction
 from jaxclt.train.export import calibrate, threshold_form
 from jaxclt.train.finetune import Finetune, finetune_kl
 from jaxclt.train.normalise import Scales, fold
-from jaxclt.train.params import Spec
-from jaxclt.train.prepare import write_json
+from jaxclt.train.prepare import Job, write_json
 from jaxclt.types import CLTParams
 
 __all__ = ["Outcome"]
@@ -36,30 +32,22 @@ class Outcome:
     """Turns the weights of a run into a dictionary on disk and its measures.
 
     Args:
-      model: whose MLPs it stands for.
-      config: of the run.
-      spec: what is trained.
-      windows: with those that are held out.
-      chunks: activations, for the calibration of thresholds.
-      scales: what they are normalised by.
-      out: directory of the run.
+      job: the run.
+      chunks: its activations and normalisation, for the calibration of thresholds.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        config: TrainConfig,
-        spec: Spec,
-        windows: Windows,
-        chunks: Chunks,
-        scales: Scales,
-        out: Path,
-    ) -> None:
-        self.model, self.config, self.spec = model, config, spec
-        self.windows, self.chunks, self.scales = windows, chunks, scales
-        self.out = out
+    def __init__(self, job: Job, chunks: Chunks) -> None:
+        self.model, self.config, self.out = job.model, job.config, job.out
+        self.spec = job.config.spec(job.model.cfg)
+        self.chunks, self.windows = chunks, chunks.windows
         self._held: tuple[np.ndarray, np.ndarray] | None = None
         self._calibration: np.ndarray | None = None
+
+    @property
+    def scales(self) -> Scales:
+        """What activations are normalised by."""
+        assert self.chunks.scales is not None
+        return self.chunks.scales
 
     def evaluate(self, params: Any) -> dict[str, Any]:
         """Export to ``dictionary/``; what was measured."""
@@ -121,15 +109,8 @@ class Outcome:
 
     def _held_rows(self) -> tuple[np.ndarray, np.ndarray]:
         if self._held is None:
-            rows = rows_of(
-                self.model.params,
-                self.windows.held_WS,
-                self.windows,
-                self.scales,
-                cfg=self.model.cfg,
-                config=self.config.chunk_config(),
-                dtype="float32",
-            )
+            held_WS = self.windows.held_WS
+            rows = self.chunks.harvested(held_WS, self.scales, "float32")
             read, write = zip(*rows, strict=True)
             n = self.config.heldout_tokens
             self._held = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def rows_of(hits, weights, *, kind="sort", concepts=None, features=None):
             concept="" if concepts is None else concepts[i],
         )
         row = {"trial": trial.as_json(), "correct": hit}
-        rows.append(row | {"answer": Answer(choice=1).as_json()})
+        rows.append(row | {"answer": dataclasses.asdict(Answer(choice=1))})
     return json.loads(json.dumps(rows))
 
 

@@ -393,9 +393,10 @@ def make_training(folder: Path) -> list[Path]:
 def open_training(folder: Path) -> None:
     lm = SimpleNamespace(d_vocab=6, n_layers=2, d_model=3)
     tokenizer = mock.Mock(special_ids=[0], bos_id=1, eos_id=2)
-    model = SimpleNamespace(hash="m", cfg=lm, tokenizer=tokenizer)
+    model = SimpleNamespace(hash="m", cfg=lm, tokenizer=tokenizer, params=None)
     config = SimpleNamespace(context=4)
-    prepare.run_windows(config, model, "d", folder, print)  # pyright: ignore
+    job = SimpleNamespace(config=config, model=model, data="d", out=folder)
+    prepare.run_windows(job, print)  # pyright: ignore
     prepare.claim_directory(folder, {"config": {"lr": None}, "model": "m", "data": "d"})
     chunks = SimpleNamespace(use=lambda *_: None)
     run = SimpleNamespace(out=folder, model=model, chunks=chunks)
@@ -409,8 +410,8 @@ def open_training(folder: Path) -> None:
     shutil.copy(partial, folder / "once.npz")  # it is deleted when all is drawn
     with mock.patch.object(sample, "sample", return_value=drawn):
         sample.sample_windows(
-            None, model.tokenizer, cfg=lm, size=4, train_tokens=9, held_tokens=3,  # pyright: ignore
-            per_call=2, seed=0, partial_file=folder / "once.npz",
+            model, size=4, train_tokens=9, held_tokens=3, per_call=2,  # pyright: ignore
+            seed=0, partial_file=folder / "once.npz",
         )  # fmt: skip
 
 

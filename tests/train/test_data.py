@@ -162,17 +162,8 @@ CONFIG = ChunkConfig(chunk_tokens=256, reuse=2, dtype="float32", site="mlp_in")
 def make(
     windows: Windows, store: Path | None = None, spool: Path | None = None, **more
 ) -> Chunks:
-    model = tiny_model()
     config = dataclasses.replace(CONFIG, **more)
-    found = Chunks(
-        model.params,
-        model.cfg,
-        windows,
-        config,
-        model_hash=model.hash,
-        store=store,
-        spool=spool,
-    )
+    found = Chunks(tiny_model(), windows, config, store=store, spool=spool)
     found.normalisation(600)
     return found
 
