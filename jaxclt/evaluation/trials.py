@@ -73,15 +73,6 @@ class Trial:
         text = to_json(self.as_json(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def swapped(self) -> Trial:
-        """The same question with what is called "1" and "2" the other way round."""
-        other: Literal[1, 2] = 2 if self.answer == 1 else 1
-        if self.kind == "contrastive":
-            return dataclasses.replace(self, query=self.query[::-1], answer=other)
-        return dataclasses.replace(
-            self, features=self.features[::-1], shown=self.shown[::-1], answer=other
-        )
-
 
 class Source:
     """Excerpts of features as trials show them, made once each.

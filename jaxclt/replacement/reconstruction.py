@@ -22,6 +22,8 @@ from jaxclt.types import LMParams
 
 __all__ = ["DENSE", "Reconstruction", "decoder_reach", "reconstructed"]
 
+# Fields that have windows, and their axis.
+_WINDOWS = {"error_LW": 1, "write_LWD": 1, "square_LW": 1, "active_W": 0, "token_W": 0}
 DENSE = 0.1  # a feature active on more of the tokens than this is called dense
 
 
@@ -48,24 +50,20 @@ class Reconstruction:
     @classmethod
     def joined(cls, parts: Sequence[Reconstruction]) -> Reconstruction:
         """Several groups of windows as one."""
-        axis = {"error_LW": 1, "write_LWD": 1, "square_LW": 1}
         found = {
-            name: np.concatenate([getattr(part, name) for part in parts], n)
-            for name, n in (axis | {"active_W": 0, "token_W": 0}).items()
+            name: np.concatenate([getattr(part, name) for part in parts], axis)
+            for name, axis in _WINDOWS.items()
         }
         return cls(**found, count_LF=np.sum([part.count_LF for part in parts], axis=0))
 
     def where_tokens(self) -> Reconstruction:
         """Without windows that have no token that counts (those that fill a batch)."""
         some_W = self.token_W > 0
-        return dataclasses.replace(
-            self,
-            error_LW=self.error_LW[:, some_W],
-            write_LWD=self.write_LWD[:, some_W],
-            square_LW=self.square_LW[:, some_W],
-            active_W=self.active_W[some_W],
-            token_W=self.token_W[some_W],
-        )
+        kept: dict[str, Any] = {
+            name: np.compress(some_W, getattr(self, name), axis)
+            for name, axis in _WINDOWS.items()
+        }
+        return dataclasses.replace(self, **kept)
 
     def fvu_L(self, draw_W: np.ndarray | None = None) -> np.ndarray:  # noqa: N802
         """``Σ|y - ŷ|² / Σ|y - mean y|²`` by layer, of all windows or those drawn."""

@@ -20,13 +20,18 @@ from jaxclt.errors import (
 )
 from jaxclt.lm.config import LMConfig
 from jaxclt.train.chunks import ChunkConfig
-from jaxclt.train.evaluate import PROMPTS
 from jaxclt.train.objectives import Terms
 from jaxclt.train.params import GateName, Spec
 from jaxclt.train.schedules import Weights
 from jaxclt.train.step import Recipe
 
-__all__ = ["PRESETS", "TrainConfig", "preset"]
+__all__ = ["PRESETS", "PROMPTS", "TrainConfig", "preset"]
+
+PROMPTS = (
+    "The Eiffel Tower is in the city of",
+    "The capital of France is",
+    "The opposite of hot is",
+)
 
 _INT32 = 2**31 - 1  # steps and silent tokens are counted in 32 bits
 # How fields are checked, by their names.

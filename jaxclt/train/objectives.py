@@ -74,12 +74,8 @@ class Batch:
 
     def layer(self, l: int) -> LayerBatch:
         """What one layer's features see."""
-        return LayerBatch(
-            read_TD=self.read_LTD[l],
-            dead_F=self.dead_LF[l],
-            tangent_TD=None if self.tangent_LTD is None else self.tangent_LTD[l],
-            response_TD=None if self.response_LTD is None else self.response_LTD[l],
-        )
+        seen = self.read_LTD, self.dead_LF, self.tangent_LTD, self.response_LTD
+        return LayerBatch(*(None if x is None else x[l] for x in seen))  # pyright: ignore[reportArgumentType]
 
 
 @struct.dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclt.clt.config import CLTConfig
-from jaxclt.clt.transcoder import loaded_params
+from jaxclt.clt.store import ParamsStore
+from jaxclt.clt.transcoder import StoreDictionary, loaded_params
+from jaxclt.graph.attribute import AttributeConfig
+from jaxclt.graph.scores import scores
 from jaxclt.io.dictionary import save_dictionary
+from jaxclt.io.model import Model
 from jaxclt.replacement.agreement import agreement
-from jaxclt.replacement.reconstruction import decoder_reach
+from jaxclt.replacement.reconstruction import (
+    Reconstruction,
+    decoder_reach,
+    reconstructed,
+)
+from jaxclt.trace.prompt import trace_prompt
 from jaxclt.train.chunks import Chunks
-from jaxclt.train.evaluate import graph_scores, reconstruction
 from jaxclt.train.export import calibrate, threshold_form
 from jaxclt.train.finetune import Finetune, finetune_kl
 from jaxclt.train.normalise import Scales, fold
 from jaxclt.train.prepare import Job, write_json
 from jaxclt.types import CLTParams
 
-__all__ = ["Outcome"]
+__all__ = ["Outcome", "graph_scores", "reconstruction"]
 
 CALIBRATION_TOKENS = 4096
 
@@ -149,3 +157,59 @@ class Outcome:
                 max_features=self.config.graph_features,
             )
         return found
+
+
+def reconstruction(
+    clt: CLTParams,
+    cfg: CLTConfig,
+    read_LTD: np.ndarray,
+    write_LTD: np.ndarray,
+    *,
+    rows: int = 1024,
+) -> dict[str, Any]:
+    """FVU and L0 per layer, dead and dense features, on the given tokens.
+
+    ``fvu_L = Σ|y - ŷ|² / Σ|y - mean y|²`` (maths 18.1); a feature is dead here if it is
+    silent on all these tokens.
+
+    Args:
+      clt: dictionary in the units of the activations.
+      cfg: its shape.
+      read_LTD: what encoders read.
+      write_LTD: what the MLPs wrote.
+      rows: tokens computed together.
+    """
+    T = read_LTD.shape[1]
+    loaded = loaded_params(clt, cfg)
+    cuts = [slice(start, start + rows) for start in range(0, T, rows)]
+    parts = [reconstructed(loaded, read_LTD[:, x], write_LTD[:, x]) for x in cuts]
+    return Reconstruction.joined(parts).summary()
+
+
+def graph_scores(
+    model: Model,
+    clt: CLTParams,
+    cfg: CLTConfig,
+    prompts: Sequence[str],
+    *,
+    max_features: int,
+) -> dict[str, Any]:
+    """Replacement, completeness and path length of graphs of fixed prompts.
+
+    Args:
+      model: the language model.
+      clt: dictionary in raw units.
+      cfg: its shape.
+      prompts: texts.
+      max_features: most feature nodes of each graph; the rest counts as unexplained.
+    """
+    clt = jax.tree.map(np.asarray, clt)
+    dictionary = StoreDictionary(ParamsStore(clt, cfg), name="training")
+    config = AttributeConfig(max_features=max_features)
+    keys = ("replacement", "completeness", "mean_path_length")
+    each: list[dict[str, Any]] = []
+    for prompt in prompts:
+        found = scores(trace_prompt(model, dictionary, prompt, config=config).graph)
+        each.append({"prompt": prompt} | {key: getattr(found, key) for key in keys})
+    means = {key: float(np.mean([one[key] for one in each])) for key in keys}
+    return means | {"prompts": each}

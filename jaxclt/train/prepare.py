@@ -28,8 +28,7 @@ from jaxclt.text.corpus import (
 )
 from jaxclt.text.windows import check_windows
 from jaxclt.trace.prompt import prompt_tokens
-from jaxclt.train.config import TrainConfig
-from jaxclt.train.evaluate import PROMPTS
+from jaxclt.train.config import PROMPTS, TrainConfig
 from jaxclt.train.sample import sample_windows
 
 __all__ = ["Job", "claim_directory", "claimed", "fitted", "run_windows", "write_json"]

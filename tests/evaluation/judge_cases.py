@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -95,3 +96,13 @@ def trial_of(data: dict[str, Any]) -> Trial:
         "query": tuple(map(tuple, data["query"])),
     }
     return Trial(**fields)
+
+
+def swapped(trial: Trial) -> Trial:
+    """The same question with what is called "1" and "2" exchanged."""
+    answer = 2 if trial.answer == 1 else 1
+    if trial.kind == "contrastive":
+        return dataclasses.replace(trial, query=trial.query[::-1], answer=answer)
+    return dataclasses.replace(
+        trial, features=trial.features[::-1], shown=trial.shown[::-1], answer=answer
+    )

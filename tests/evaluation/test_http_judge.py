@@ -18,7 +18,7 @@ import pytest
 from fake_chat import FakeChat, failure, reply
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge_cases import planted, source
+from judge_cases import planted, source, swapped
 
 from jaxclt.dashboards.examples import Shown
 from jaxclt.errors import InputError
@@ -373,7 +373,7 @@ def test_activations_are_marked_by_their_size():
 
 def reader(trials):
     """A model that finds the right answer by what stands in the prompt."""
-    known = {prompt_of(t): t.answer for s in trials for t in (s, s.swapped())}
+    known = {prompt_of(t): t.answer for s in trials for t in (s, swapped(s))}
     return lambda body, n: reply(f"Hm.\nANSWER: {known[last(body)]}")
 
 
@@ -383,7 +383,7 @@ def test_the_order_of_features_does_not_matter():
     with FakeChat(reader(trials)) as server, client_of(server) as client:
         judge = HttpJudge(client)
         rows = judge_trials(judge, trials)
-        back = judge_trials(judge, [t.swapped() for t in trials])
+        back = judge_trials(judge, [swapped(t) for t in trials])
     for one, other in zip(rows, back, strict=True):
         assert one["answer"]["choice"] == 3 - other["answer"]["choice"]
     assert judge_score(rows, KEY)["accuracy"] == judge_score(back, KEY)["accuracy"] == 1

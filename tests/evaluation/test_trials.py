@@ -15,6 +15,7 @@ from judge_cases import (
     make_windows,
     planted,
     source,
+    swapped,
     trial_of,
 )
 
@@ -208,8 +209,8 @@ def test_a_trial_is_json_and_back_and_swaps():
         again = trial_of(json.loads(text))
         assert again == trial
         assert again.key == trial.key
-        swapped = trial.swapped()
-        assert swapped.answer == 3 - trial.answer
-        assert swapped.key != trial.key
-        assert swapped.swapped() == trial
+        other = swapped(trial)
+        assert other.answer == 3 - trial.answer
+        assert other.key != trial.key
+        assert swapped(other) == trial
     assert len({t.key for t in trials}) == 6
