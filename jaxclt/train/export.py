@@ -44,12 +44,8 @@ def calibrate(params: TrainParams, read_LTD: np.ndarray | Array, k: int) -> Arra
       read_LTD: training tokens; some thousands.
       k: features per layer and token.
     """
-    return jnp.stack(
-        [
-            _layer_threshold(p, jnp.asarray(read_TD), k)
-            for p, read_TD in zip(params, read_LTD, strict=True)
-        ]
-    )
+    layers = zip(params, read_LTD, strict=True)
+    return jnp.stack([_layer_threshold(p, jnp.asarray(x_TD), k) for p, x_TD in layers])
 
 
 def threshold_form(
