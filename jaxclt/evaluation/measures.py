@@ -239,7 +239,7 @@ class Measures:
         model, windows = self.model, self.text.windows
         per_token = 4 * model.cfg.n_layers * self.loaded.n_features
         n_tokens = max(windows.token_WS.shape[1], BATCH_BYTES // per_token)
-        told, parts = self.progress("reconstruction"), []
+        report, parts = self.progress("reconstruction"), []
         for token_WS, mask_WS, done in batches(windows, 0, min(n_tokens, 2048)):
             read_LTD, write_LTD, _ = harvest(
                 model.params,
@@ -257,7 +257,7 @@ class Measures:
                 params=model.params,
             )
             parts.append(found)
-            told(int(windows.mask_WS[:done].sum()), windows.n_tokens)
+            report(int(windows.mask_WS[:done].sum()), windows.n_tokens)
         found = Reconstruction.joined(parts).where_tokens()
         W = len(found.token_W)
         draw = np.asarray(jax.random.randint(self.key, (200, W), 0, W))
@@ -274,7 +274,7 @@ class Measures:
         text = text.take(
             int(np.searchsorted(asked_W, self.options.agreement_tokens)) + 1
         )
-        W, told = len(text.windows.token_WS), self.progress("replacement model")
+        W, report = len(text.windows.token_WS), self.progress("replacement model")
 
         row: dict[str, Any] = {"intervals": {}}
         lines = [{"window": w} for w in range(W)]
@@ -284,7 +284,7 @@ class Measures:
             text.windows.token_WS,
             cfg=self.model.cfg,
             keep_first=(True, False),
-            on_windows=told,
+            on_windows=report,
         )
         for name, found in zip(("", "_strict"), both, strict=True):
             unsure_WS = unsure(found.model_WS, found.confidence_WS, text.next_WS)
@@ -341,11 +341,11 @@ class Measures:
 
     def graphs(self) -> Part:
         """Scores of the graphs of all prompts."""
-        lines, told, n = [], self.progress("graphs"), len(self.prompts)
+        lines, report, n = [], self.progress("graphs"), len(self.prompts)
         for i in range(n):
-            graph = self._traced(i, lambda *_, i=i: told(i, n))
+            graph = self._traced(i, lambda *_, i=i: report(i, n))
             lines.append(graph_row(graph))
-            told(i + 1, n)
+            report(i + 1, n)
         return graph_means(lines, self.key), lines
 
     def _traced(self, i: int, on_rows: Callable[[int, int], None]) -> Graph:
@@ -368,10 +368,10 @@ class Measures:
 
     def faithfulness(self) -> Part:
         """How perturbations spread, by layers between."""
-        lines, told = [], self.progress("perturbations")
+        lines, report = [], self.progress("perturbations")
         n = min(self.options.perturbed, len(self.prompts))
         for i in range(n):
-            graph = self._traced(i, lambda *_, i=i: told(i, n))
+            graph = self._traced(i, lambda *_, i=i: report(i, n))
             subject = Subject.of(self.model, self.dictionary, graph)
             tables, layers = faithfulness(
                 subject,
@@ -379,10 +379,10 @@ class Measures:
                 n_layers=5,
                 n_perturbed=2,
                 live=False,
-                on_batch=lambda _, i=i: told(i, n),
+                on_batch=lambda _, i=i: report(i, n),
             )
             lines.append({"layers": layers, "tables": tables})
-            told(i + 1, n)
+            report(i + 1, n)
         return {"faithfulness": by_distance(lines)}, lines
 
     def judged(self, judge: Judge) -> Part:

@@ -231,7 +231,7 @@ def contrastive_trials(
     found = []
     for i, (side,) in zip(order_N.tolist(), _draws(key_sides, 1), strict=False):
         p, u = int(pair_N[i]), int(able_E[index_N[i]])
-        turned = bool(side < 0.5)
+        exchanged = bool(side < 0.5)
         query = tuple(tuple(source.text(encode(x))) for x in pairs[p].sentences)
         first_is_on = bool(peak_P2U[p, 0, u] != 0)
         found.append(
@@ -239,8 +239,8 @@ def contrastive_trials(
                 kind="contrastive",
                 features=(source.name(u),),
                 shown=(source.shown(u),),
-                query=query[::-1] if turned else query,
-                answer=1 if first_is_on != turned else 2,
+                query=query[::-1] if exchanged else query,
+                answer=1 if first_is_on != exchanged else 2,
                 # Neurons of some dictionaries count when they are negative.
                 weight=_short(abs(float(peak_P2U[p, :, u].sum()))),
                 concept=pairs[p].concept,

@@ -248,11 +248,11 @@ class Chunks:
             self.windows.train_WS
         ):
 
-            def heard(done: int, n: int = n) -> None:
+            def report(done: int, n: int = n) -> None:
                 on_tokens(min(n + done, n_tokens), n_tokens)
 
             self._chunk = None  # two need not fit into memory
-            read_LND, write_LND = self._load(chunk, heard)
+            read_LND, write_LND = self._load(chunk, report)
             for start in range(0, read_LND.shape[1], MOMENT_ROWS):
                 here = slice(start, start + MOMENT_ROWS)
                 read = merge_moments(read, Moments.of(read_LND[:, here]))
@@ -349,7 +349,7 @@ class Chunks:
         return self.units
 
     def _load(
-        self, chunk: int, heard: Callable[[int], None] = lambda done: None
+        self, chunk: int, report: Callable[[int], None] = lambda done: None
     ) -> tuple[np.ndarray, np.ndarray]:
         """A chunk from the disk, or harvested (and stored)."""
         for folder in (self.store, self.spool):
@@ -369,7 +369,7 @@ class Chunks:
             end = at + read_LTD.shape[1]
             read_LND[:, at:end], write_LND[:, at:end] = read_LTD, write_LTD
             at = end
-            heard(at)
+            report(at)
         read_LND, write_LND = read_LND[:, :at], write_LND[:, :at]  # no outliers
         if self.store is not None and not self.read_only:
             self._write_stored(self.store, chunk, read_LND, write_LND)

@@ -1,4 +1,4 @@
-"""What a run is told: one frozen dataclass, and presets as values of it."""
+"""The recipe of a run: one frozen dataclass, and presets as values of it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class TrainConfig:
     theta: float = 0.03
     """Initial JumpReLU threshold."""
     read: ReadSite = "resid_mid"
-    """What encoders read: the stream ahead of the MLP, that divided by its norm, or
+    """What encoders read: the stream before the MLP, that divided by its norm, or
     what the MLP reads."""
 
     tokens: int = 100_000_000

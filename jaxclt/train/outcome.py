@@ -73,7 +73,7 @@ class Outcome:
         config = self.config
         clt, cfg = self._dictionary(params)
 
-        def heard(step: int, kl: float) -> None:
+        def report(step: int, kl: float) -> None:
             del kl
             stage("fine-tuning", step + 1, config.kl_steps)
 
@@ -86,7 +86,7 @@ class Outcome:
             ),
             cfg=self.model.cfg,
             clt_cfg=cfg,
-            on_step=heard,
+            on_step=report,
         )
         read_LTD, write_LTD = (np.array(x) for x in self._held_rows())
         s = jax.tree.map(np.asarray, self.scales)
@@ -129,13 +129,13 @@ class Outcome:
 
     def _export(self, raw: CLTParams, cfg: CLTConfig, folder: Path) -> dict[str, Any]:
         """Write a dictionary in raw units; measure its replacement model and graphs."""
-        behind_norm = self.model.params.blocks.post_mlp_LD is not None
+        after_norm = self.model.params.blocks.post_mlp_LD is not None
         save_dictionary(
             raw,
             cfg,
             folder,
             model_name=self.model.name,
-            write="stream" if behind_norm else None,
+            write="stream" if after_norm else None,
         )
         held_WS = self.windows.held_WS[: self.config.agreement_windows]
         found: dict[str, Any] = {}

@@ -217,7 +217,7 @@ def _sampled(job: Job, stage: Stage) -> Windows:
     config = job.config
     if config.heldout:
         raise InputError(
-            f"--data {job.data} holds out samples of its own: leave --heldout away"
+            f"--data {job.data} holds out samples of its own: leave out --heldout"
         )
     return sample_windows(
         job.model,

@@ -125,10 +125,10 @@ def train(
 
 def _logging(n_steps: int) -> Listener:
     """One that writes to the log."""
-    told = logged()
+    report = logged()
     return Listener(
-        stage=told,
-        step=lambda record: told("steps", record["step"], n_steps),
+        stage=report,
+        step=lambda record: report("steps", record["step"], n_steps),
         line=logging.getLogger("jaxclt").info,
     )
 
@@ -362,7 +362,7 @@ class _Run:
             "eta_s": (self.config.n_steps - step) * self.config.batch_tokens / rate,
         }
         if processes.is_first():
-            # Where a run was stopped is not told: it would have no line there.
+            # A run that was never stopped would have no line there.
             if step % self.config.log_every == 0 or step == self.config.n_steps:
                 self._append(record)
             self.say.step(record)

@@ -158,7 +158,7 @@ def test_a_run_on_the_models_own_text(tmp_path: Path):
     card = train(tiny_model(), "model", tmp_path / "run", tiny_config(**SHORT))
     assert card["data"]["path"] == "model"
     assert 0 < card["metrics"]["fvu"] < 2
-    with pytest.raises(InputError, match="leave --heldout away"):
+    with pytest.raises(InputError, match="leave out --heldout"):
         train(tiny_model(), "model", tmp_path / "b", tiny_config(heldout="x", **SHORT))
 
 
