@@ -64,8 +64,8 @@ from jaxclt.text.windows import TokenWindows
 from jaxclt.trace import pages, sweep, target_text
 from jaxclt.trace import supernodes as supernode_file
 from jaxclt.train import checkpoint, prepare, sample, trainer
-from jaxclt.train.chunks import Chunks
 from jaxclt.train.normalise import Scales
+from jaxclt.train.store import ChunkStore
 from jaxclt.viewer.graph_json import graph_json
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
@@ -401,10 +401,9 @@ def open_training(folder: Path) -> None:
     chunks = SimpleNamespace(use=lambda *_: None)
     run = SimpleNamespace(out=folder, model=model, chunks=chunks)
     trainer._Run._scales(run)  # pyright: ignore
-    store = SimpleNamespace(identity={"model": "m"}, spool=folder)
-    store._manifest = functools.partial(Chunks._manifest, store)
-    Chunks._check_store(store, folder)  # pyright: ignore
-    Chunks._checked(store, folder, "chunk_000000.safetensors")  # pyright: ignore
+    store = ChunkStore(folder, {"model": "m"}, (2, 3), passing=True)
+    store.check()
+    store.read(0)
     drawn = np.ones((2, 4), np.int32)
     partial = folder / "samples.npz"
     shutil.copy(partial, folder / "once.npz")  # it is deleted when all is drawn
