@@ -143,42 +143,29 @@ def run_patch(config: PatchConfig, say: Console) -> None:
     from jaxclt.patching import patch as patching
     from jaxclt.patching.edits import Edit
     from jaxclt.patching.log import patch_record
+    from jaxclt.patching.patchable import How
 
     edits = [Edit(layer=l, pos=p, feature=f, **edits_of) for l, p, f in places]
     if opened is not None and directory is not None:
         groups = _chosen(config, directory, opened)
         edits += [Edit(supernode=group, **edits_of) for group in groups]
-    gates = None if config.gates == "auto" else config.gates
-    how = subject.how(
-        config.mode,
-        freeze_pattern=config.freeze_patterns,
-        freeze_norm=config.freeze_norms,
-        gates=gates,
-    )
-    result = patching.patch(
-        subject.model,
-        subject.dictionary,
-        subject.traced or config.prompt,
-        edits,
+    how = How(
         mode=config.mode,
-        layers=layers,
         freeze_pattern=config.freeze_patterns,
         freeze_norm=config.freeze_norms,
-        gates=gates,
-        n_later=config.generate,
-        subject=subject,
+        gates=None if config.gates == "auto" else config.gates,
     )
-    out, later = result.to_json(), config.generate
+    patch = patching.plan_patch(
+        subject, edits, how, layers=layers, n_later=config.generate
+    )
+    result = patching.measure(patch)
+    out = result.to_json()
     if config.sweep_end:
         first = None if layers is None else layers[0]
-        out["sweep_end"] = patching.sweep_end(
-            subject, edits, how=how, first=first, n_later=later
-        )
+        out["sweep_end"] = patching.sweep_end(patch, first=first)
     plot = config.plot or (directory and directory / "patch.png")
     if plot or config.json:
-        out["curve"] = patching.scale_curve(
-            subject, edits, how=how, layers=layers, n_later=later
-        )
+        out["curve"] = patching.scale_curve(patch)
     if plot:
         from jaxclt.validation.plots import draw_patch
 
@@ -188,15 +175,9 @@ def run_patch(config: PatchConfig, say: Console) -> None:
         names = [*config.group, *config.feature]
         _keep(directory, opened, patch_record(result, names, edits_of))
     said = [result.warning]
-    if later:
-        out["generated"] = patching.generate_patched(
-            subject,
-            edits,
-            how=how,
-            n_new=later,
-            layers=layers,
-            temperature=config.temperature,
-            seed=config.seed,
+    if config.generate:
+        out["generated"] = patching.generate(
+            patch, temperature=config.temperature, seed=config.seed
         )
         said.append(out["generated"]["warning"])
     for line in dict.fromkeys(filter(None, said)):

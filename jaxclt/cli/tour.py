@@ -29,7 +29,7 @@ from jaxclt.io.bundled import bundled
 from jaxclt.io.dictionary import load_dictionary
 from jaxclt.io.model import Model, load_model
 from jaxclt.patching.edits import Edit
-from jaxclt.patching.patch import PatchResult, patch
+from jaxclt.patching.patch import PatchResult, measure, plan_patch
 from jaxclt.patching.subject import Subject
 from jaxclt.trace.files import check_writable, write_trace
 from jaxclt.trace.prompt import prompt_tokens, record_text, trace_prompt
@@ -182,9 +182,9 @@ def run_demo(
     edits = swap_edits(model, dictionary, case)
     subject = Subject.of(model, dictionary, graph)
     layer_E = [edit.layer or 0 for edit in edits]
-    # Behind the edited layers the model's own MLPs answer.
+    # After the edited layers the model's own MLPs answer.
     layers = (min(layer_E), max(layer_E))
-    swapped = patch(model, dictionary, graph, edits, layers=layers, subject=subject)
+    swapped = measure(plan_patch(subject, edits, layers=layers))
     with progress("validating", "patches/s") as on_done:
         validation = validate_graph(subject, VALIDATION, on_done=on_done)
     write_validation(validation, out)

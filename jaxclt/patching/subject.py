@@ -36,26 +36,15 @@ from jaxclt.io.dictionary import load_dictionary
 from jaxclt.io.graph_file import load_graph
 from jaxclt.io.model import Model, load_model
 from jaxclt.io.tokenizer import Bos
-from jaxclt.patching.batch import (
-    How,
-    Local,
-    default_range,
-    make_local,
-    make_patchable,
-    patch_many,
-)
-from jaxclt.patching.edits import (
-    Change,
-    Edit,
-    Edits,
-    acting,
-    batch_edits,
-    changes_of,
-    make_edits,
-)
-from jaxclt.patching.effects import Ask, Effect, measure_effect
+from jaxclt.lm.run import Run
+from jaxclt.patching.batch import default_range, patch_many
+from jaxclt.patching.change import Change, batched
+from jaxclt.patching.edits import Edit, acting, expand_edits
+from jaxclt.patching.effects import Ask, Effect
 from jaxclt.patching.features import Features, gather_features
-from jaxclt.patching.modes import Gates, Mode, Patchable
+from jaxclt.patching.local import Local, Tables, make_local
+from jaxclt.patching.modes import patched
+from jaxclt.patching.patchable import How, Mode, Patchable, make_patchable
 from jaxclt.text.prompts import Prompt
 from jaxclt.trace.again import record_again, same_hash
 from jaxclt.trace.prompt import prompt_tokens, record_text
@@ -184,19 +173,17 @@ class Subject:
     @functools.cached_property
     def local(self) -> Local:
         """The local replacement model's tables."""
-        return self.local_with(None)
+        return make_local(self.dictionary, self.patchable, self.active)
 
-    def local_with(self, also: np.ndarray | None) -> Local:
-        """Tables that also hold some (layer, feature) rows."""
-        return make_local(self.dictionary, self.patchable, self.active, also=also)
-
-    def local_for(self, single: Sequence[Change]) -> tuple[Local, np.ndarray]:
-        """Tables that hold the features of some changes, and where these are."""
+    def _placed(self, change: Change, how: How) -> tuple[Tables | None, Change]:
+        """Tables that hold what is changed, and the change with its slots in them."""
+        if how.mode != "iterative":
+            return None, change
         local = self.local
-        pair_E2 = np.array([(c[0], c[2]) for c in single], int).reshape(-1, 2)
-        if any(f not in local.feature_LU[l] for l, f in pair_E2):
-            local = self.local_with(pair_E2)
-        return local, local.slots(*pair_E2.T)
+        if not local.holds(change):
+            parts = self.dictionary, self.patchable, self.active
+            local = make_local(*parts, also=change)
+        return local.tables, local.placed(change)
 
     @functools.cached_property
     def targets(self) -> np.ndarray:
@@ -236,18 +223,11 @@ class Subject:
     def watch(self, nodes: np.ndarray) -> Features:
         """Rows of the graph's features by slot."""
         g = self.graph
-        node_W3 = np.stack([g.layer_A, g.pos_A, g.feature_A], 1)[nodes]
-        return self.gather(node_W3)
+        return self.gather(np.stack([g.layer_A, g.pos_A, g.feature_A], 1)[nodes])
 
-    def gather(self, node_E3: np.ndarray) -> Features:
-        """Rows of any features."""
-        return gather_features(
-            self.dictionary,
-            self.model.params,
-            self.patchable.recording,
-            node_E3,
-            cfg=self.model.cfg,
-        )
+    def gather(self, node_E3: np.ndarray | Sequence[tuple[int, int, int]]) -> Features:
+        """Rows of any features, see `gather_features`."""
+        return gather_features(self.dictionary, self.patchable, node_E3)
 
     def ask(self, watch: Features | None = None, *, n_top: int = 0) -> Ask:
         """What to measure: `answers` at the last position."""
@@ -273,16 +253,16 @@ class Subject:
             )
         return with_features(self.traced, group)
 
-    def single(self, edits: Sequence[Edit], *, n_later: int = 0) -> list[Change]:
-        """The single changes that edits make, see `expand_edits` and `acting`.
+    def change(self, edits: Sequence[Edit], *, n_later: int = 0) -> Change:
+        """What edits change, with the rows of its features.
 
         Args:
           edits: made together.
           n_later: tokens that will be generated, which slices without an end cover.
 
         Raises:
-          InputError: as these two and `make_edits`, or for a name that the graph does
-            not have.
+          InputError: as `expand_edits`, `gather_features` and `acting`, or for a name
+            that the graph does not have.
         """
         found = [
             edit
@@ -290,74 +270,41 @@ class Subject:
             else dataclasses.replace(edit, supernode=self.named(edit.supernode))
             for edit in edits
         ]
-        groups = changes_of(found, n_tokens=self.n_tokens, n_later=n_later)
-        made = self.edits([change for group in groups for change in group])
-        value_E = np.asarray(made.features.value_E)
-        return acting(found, groups, value_E, self.n_tokens)
+        groups = expand_edits(found, n_tokens=self.n_tokens, n_later=n_later)
+        edit_E = np.repeat(np.arange(len(found)), [len(group) for group in groups])
+        features = self.gather([place for group in groups for place in group])
+        factor_E, offset_E = np.array([edit.affine for edit in found])[edit_E].T
+        change = Change.of(features, factor_E, offset_E)
+        return acting(found, edit_E, change, self.n_tokens)
 
-    def edits(self, single: Sequence[Change]) -> Edits:
-        """The pytree of single changes (layer, position, feature, factor, offset)."""
-        return make_edits(
-            single,
-            self.dictionary,
-            self.model.params,
-            self.patchable.recording,
-            cfg=self.model.cfg,
-        )
-
-    def how(
-        self,
-        mode: Mode = "constrained",
-        *,
-        freeze_pattern: bool = True,
-        freeze_norm: bool = False,
-        gates: Gates | None = None,
-    ) -> How:
-        """Semantics; neurons keep their gates unless asked, as in the graph."""
-        gated = self.patchable.coder.gated
-        return How(
-            mode=mode,
-            freeze_pattern=freeze_pattern,
-            freeze_norm=freeze_norm,
-            gates=gates or ("frozen" if gated else "live"),
-        )
+    def run(self, change: Change, layers: tuple[int, int], how: How) -> Run:
+        """The whole pass of one patch."""
+        change = batched(change, [len(change.factor_E)]).where(0)
+        tables, change = self._placed(change, how)
+        layers_2 = jnp.asarray(layers, jnp.int32)
+        with jax.default_matmul_precision("highest"):
+            return _run(self.patchable, change, layers_2, how=how, tables=tables)
 
     def effects(
         self,
-        many: Sequence[Sequence[Change]],
-        layers: Sequence[tuple[int, int]],
+        change: Change,
+        layers: Sequence[tuple[int, int]] | np.ndarray,
         how: How,
         ask: Ask,
         *,
         chunk: int | None = None,
         on_done: Callable[[int, int], None] = lambda done, total: None,
     ) -> Effect:
-        """Separate patches (each some single changes), measured; numpy, leading B."""
-        flat = [change for one in many for change in one]
-        whole = self.edits(flat)
-        ends = np.cumsum([len(one) for one in many])
-        parts = [
-            jax.tree.map(lambda x, a=a, b=b: np.asarray(x)[a:b], whole)
-            for a, b in zip([0, *ends[:-1]], ends, strict=True)
-        ]
-        edits = batch_edits(parts)
-        local = slot_BE = None
-        if how.mode == "iterative":
-            local, slot_N = self.local_for(flat)
-            slot_BE = np.zeros(edits.factor_E.shape, np.int32)
-            sizes = np.diff(ends, prepend=0)[:, None]
-            filled = np.arange(slot_BE.shape[1])[None] < sizes
-            slot_BE[filled] = slot_N
+        """Separate patches, measured; numpy, leading B. See `patch_many`."""
+        tables, change = self._placed(change, how)
         with jax.default_matmul_precision("highest"):
             return patch_many(
                 self.patchable,
-                edits,
+                change,
                 np.asarray(layers, np.int32).reshape(-1, 2),
-                how=how,
-                measure=measure_effect,
+                how=how.of(self.patchable.coder),
                 ask=ask,
-                local=local,
-                slot_BE=slot_BE,
+                tables=tables,
                 chunk=chunk,
                 on_done=on_done,
             )
@@ -386,3 +333,6 @@ class Subject:
                 f"{L - 1}, both ends are included"
             )
         return first, last
+
+
+_run = jax.jit(patched, static_argnames="how")
