@@ -41,7 +41,7 @@ from flax import struct
 from jax import Array
 
 from jaxclt.lm import layers
-from jaxclt.lm.run import Run, run
+from jaxclt.lm.run import Policy, Run, run
 from jaxclt.patching.change import Change
 from jaxclt.patching.features import activation
 from jaxclt.patching.local import Tables, encode
@@ -177,11 +177,12 @@ def iterative(model: Patchable, change: Change, how: How) -> Writing:
     def write(ahead_MTD: Array, here: Here) -> tuple[Array, Array]:
         was, table = here.was, here.was.table
         assert table is not None
-        assert table.clean_LTU is not None
+        clean_TU = table.clean_LTU
+        assert clean_TU is not None
 
         def responded() -> Array:
             a_TU = encode(model, table, here.read_TD, here.p, was.post_T, gates=gates)
-            change_TU = a_TU - table.clean_LTU
+            change_TU = a_TU - clean_TU
             change_TU = jnp.where(here.inside, change_TU, jnp.zeros_like(change_TU))
             # Edited features are held: what they would do by themselves is replaced.
             off_E = amount_E - change_TU[at_E]
@@ -274,7 +275,7 @@ def _run(
         table=tables,
     )
 
-    def policy(
+    def write(
         carry: Any, mid_TD: Array, scale_T: Array, p: Block, x: Recorded
     ) -> tuple[Any, Array]:
         push_TD = None if nudge is None else _push(model, nudge, x.index)
@@ -285,8 +286,10 @@ def _run(
                 scale_T = layers.norm_scale(mid_TD, norm, eps=model.cfg.norm_eps)
 
         def mlp() -> Array:
-            normed_TD = layers.normalise(mid_TD, scale_T, layers.mlp_norm(p))
-            return layers.mlp(p, normed_TD, cfg=model.cfg, scale_T=x.held_post_T)
+            post_T = x.held_post_T
+            return layers.mlp_at(
+                p, mid_TD, scale_T, cfg=model.cfg, post_scale_T=post_T
+            )[0]
 
         real_TD = jax.lax.cond(x.real, mlp, lambda: x.write_TD)
         inside = (first <= x.index) & (x.index <= last)
@@ -303,10 +306,8 @@ def _run(
     return run(
         model.params,
         embed_TD,
-        policy,
+        Policy(write, writing.carry, recorded_L),
         cfg=model.cfg,
-        carry=writing.carry,
-        per_layer=recorded_L,
         frozen=hold,
         keep_patterns=False,
     )
