@@ -171,6 +171,7 @@ def run_demo(flags: DemoFlags, say: Console, run: Run) -> None:
     edits = swap_edits(model, dictionary, case)
     subject = Subject.of(model, dictionary, traced.graph)
     layer_E = [edit.layer or 0 for edit in edits]
+    layers = min(layer_E), max(layer_E)  # the model's own MLPs answer after them
     swapped = measure(plan_patch(subject, edits, layers=layers))
     # Small graphs: fewer patches say the same, in a third of the time.
     options = validation.ValidateOptions(n_features=30, n_small=10, n_layers=3)
