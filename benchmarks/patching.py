@@ -99,7 +99,7 @@ def main() -> None:
     import jax
 
     import jaxclt
-    from jaxclt.patching.batch import default_range, patch_many
+    from jaxclt.patching.batch import default_range
     from jaxclt.patching.change import Change, batched
     from jaxclt.patching.patchable import How
     from jaxclt.patching.subject import Subject
@@ -122,7 +122,7 @@ def main() -> None:
     print(hardware, flush=True)
 
     def run(mode: Any) -> list[str]:
-        how = How(mode=mode).of(subject.patchable.coder)
+        how = How(mode=mode)
         layers = np.array(
             [
                 default_range(
@@ -132,29 +132,18 @@ def main() -> None:
             ]
         )
 
-        def call(change: Change, rows: Any) -> Any:
-            with jax.default_matmul_precision("highest"):
-                return patch_many(
-                    subject.patchable, change, rows, how=how, ask=ask, chunk=args.chunk
-                )
+        def call(change: Change, rows: Any, chunk: int | None = None) -> Any:
+            return subject.effects(change, rows, how, ask, chunk=chunk)
 
-        rows = []
-        if mode != "iterative":  # which takes tables beside the edits
-            rows = compare(
-                f"{mode}, compiled programs",
-                lambda: call(whole, layers),
-                lambda n: [call(whole.where([i]), layers[i : i + 1]) for i in range(n)],
-                args,
-            )
-        return rows + compare(
+        return compare(
+            f"{mode}, compiled programs",
+            lambda: call(whole, layers, args.chunk),
+            lambda n: [call(whole.where([i]), layers[[i]]) for i in range(n)],
+            args,
+        ) + compare(
             f"{mode}, calls",
-            lambda: subject.effects(
-                ablation(node_3), layers, how, ask, chunk=args.chunk
-            ),
-            lambda count: [
-                subject.effects(ablation(node_3[[i]]), layers[[i]], how, ask)
-                for i in range(count)
-            ],
+            lambda: call(ablation(node_3), layers, args.chunk),
+            lambda n: [call(ablation(node_3[[i]]), layers[[i]]) for i in range(n)],
             args,
         )
 

@@ -21,7 +21,7 @@ from jaxclt.patching.local import Tables
 from jaxclt.patching.modes import needed, patched
 from jaxclt.patching.patchable import How, Mode, Patchable
 
-__all__ = ["chunk_size", "default_range", "in_chunks", "patch_many"]
+__all__ = ["chunk_size", "default_range", "in_chunks", "patch_chunk"]
 
 CHUNK_BYTES = 512 << 20
 
@@ -51,7 +51,7 @@ def default_range(
 
 
 @partial(jax.jit, static_argnames="how")
-def _chunk(
+def patch_chunk(
     model: Patchable,
     change: Change,
     layers_B2: Array,
@@ -60,6 +60,7 @@ def _chunk(
     *,
     how: How,
 ) -> Effect:
+    """B separate patches, measured: leaves with a leading B, ranges [B, 2]."""
     need = needed(change, layers_B2, how=how, n_layers=model.cfg.n_layers)
 
     def one(change: Change, layers_2: Array) -> Effect:
@@ -109,41 +110,3 @@ def in_chunks(
         on_done(min(start + size, B), B)
     back = np.argsort(order_B)
     return jax.tree.map(lambda *x: np.concatenate(x)[back], *parts)
-
-
-def patch_many(
-    model: Patchable,
-    change: Change,
-    layers_B2: np.ndarray,
-    *,
-    how: How,
-    ask: Ask,
-    tables: Tables | None = None,
-    chunk: int | None = None,
-    on_done: Callable[[int, int], None] = lambda done, total: None,
-) -> Effect:
-    """B separate patches, measured; compiled once per shape.
-
-    Args:
-      model: the recording.
-      change: of each patch, leaves with a leading B, see `batched`.
-      layers_B2: first and last layer of every patch's range.
-      how: the semantics of all of them.
-      ask: what to measure.
-      tables: for the iterative mode.
-      chunk: patches run together, padded up to; None: as many as fit, at most B.
-      on_done: progress, (patches done, patches planned).
-
-    Returns:
-      The effects, numpy, with a leading B in the given order.
-    """
-    B, E = np.shape(change.factor_E)
-    layers_B2 = np.asarray(layers_B2, np.int32)
-    return in_chunks(
-        lambda part: _chunk(model, *part, tables, ask, how=how),
-        (change, layers_B2),
-        np.lexsort((layers_B2[:, 1], layers_B2[:, 0])),
-        # A given size is padded up to, so that batches of any length share a program.
-        chunk or min(chunk_size(model, E), B),
-        on_done,
-    )

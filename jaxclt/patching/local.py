@@ -10,16 +10,15 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
 
 from jaxclt.clt.active import Active
-from jaxclt.clt.coder import Coder, Dictionary, Encoded, in_dtype, load
+from jaxclt.clt.coder import Dictionary, Encoded, load
 from jaxclt.patching.change import Change
 from jaxclt.patching.patchable import Gates, Patchable, read
-from jaxclt.types import Block, LMParams
+from jaxclt.types import Block
 
 __all__ = ["Local", "Tables", "encode", "make_local"]
 
@@ -88,24 +87,22 @@ def make_local(
       limit: bytes of encoder and decoder rows above which only features that are active
         somewhere on the prompt are held.
     """
-    rec, coder, params = model.recording, model.coder, model.params
-    L, F, dtype = model.cfg.n_layers, coder.shape.n_features, rec.mid_LTD.dtype
+    coder, params, L = model.coder, model.params, model.cfg.n_layers
+    F, dtype = coder.shape.n_features, model.recording.mid_LTD.dtype
     native = not jax.tree.leaves(dictionary.encoders(params, 0))
     size = L * F * (coder.shape.span + 1) * model.cfg.d_model * dtype.itemsize
-    if native or size <= limit:
-        weights = load(dictionary, params, model.cfg).weights
-        tables = Tables(enc=weights.enc, dec=weights.dec)
-        every = (np.arange(F),) * L
-        # Of neurons only those that counted on the prompt respond.
-        complete = not coder.chooses
-    else:
+    some = None
+    if not native and size > limit:
         wanted = [set(active.feature_A[active.of_layer(l)].tolist()) for l in range(L)]
         for layer, feature in [] if also is None else _pairs(also):
             wanted[layer].add(feature)
-        every = _level(wanted, F)
-        tables, complete = _rows(dictionary, params, every, coder, dtype), False
+        some = _level(wanted, F)
+    weights = load(dictionary, params, model.cfg, feature_LU=some).weights
     return Local(
-        tables=_clean_tables(model, tables), feature_LU=every, complete=complete
+        tables=_clean_tables(model, Tables(enc=weights.enc, dec=weights.dec)),
+        feature_LU=some or (np.arange(F),) * L,
+        # Of neurons only those that counted on the prompt respond.
+        complete=some is None and not coder.chooses,
     )
 
 
@@ -117,25 +114,6 @@ def _level(wanted: list[set[int]], n_features: int) -> tuple[np.ndarray, ...]:
         np.union1d(np.array(list(some), int), others[: most - len(some)])
         for some, others in zip(wanted, rest, strict=True)
     )
-
-
-def _rows(
-    dictionary: Dictionary,
-    params: LMParams,
-    every: tuple[np.ndarray, ...],
-    coder: Coder,
-    dtype: Any,
-) -> Tables:
-    """Weights of the chosen features of each layer."""
-    U, M, D = len(every[0]), coder.shape.span, coder.shape.d_model
-    dec_LUMD = np.zeros((len(every), U, M, D), dtype)
-    encs = []
-    for layer, feature_U in enumerate(every):
-        encs.append(in_dtype(dictionary.encoders(params, layer, feature_U), dtype))
-        rows_UMD = dictionary.decoders(params, layer, feature_U)
-        dec_LUMD[layer, :, : rows_UMD.shape[1]] = rows_UMD
-    enc = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *encs)
-    return Tables(enc=enc, dec=jnp.asarray(dec_LUMD))
 
 
 @jax.jit

@@ -1,33 +1,25 @@
-"""The three ways to patch, as pure functions of a recording (Circuit Tracing 2025).
+"""The three ways to patch, as pure functions of a recording (maths 15.2 to 15.5).
 
-All three run the one model of `jaxclt.lm.run` with other writes at the MLPs' places,
-and differ in what they write inside a range of layers; before it stands what was
-recorded, after it the real MLPs run:
+All run the one model of `jaxclt.lm.run`. Before a range of layers stands what was
+recorded, after it the real MLPs run; inside it, MLP outputs are:
 
-- `constrained` (sections 3.5 and H): MLP outputs are clamped to ``recorded + sum of
-  amount * decoder``, computed once at the outset; attention responds. What the edits
-  would write after the range is dropped.
-- `iterative` (section K): features are encoded again, layer by layer, the edited ones
-  held at their edited values; ``recorded + sum of (a' - a) * decoder`` is written. With
-  errors constant this is the local replacement model.
-- `additive`: the real MLPs run everywhere and ``amount * decoder`` is added to what
-  they write, with the amount taken from the current activation. This is what
-  circuit-tracer calls iterative. For a cross-layer transcoder it counts effects twice:
-  the real MLPs of later layers respond to the first write and already produce part of
-  what the later writes add (section H). For a per-layer transcoder it is plain
-  steering.
+- `constrained`: ``recorded + sum of amount * decoder``, with amounts of the recording.
+  What the edits would write after the range is dropped.
+- `iterative`: ``recorded + sum of (a' - a) * decoder``, where features are encoded
+  again, layer by layer, and the edited ones held at their edited values: the local
+  replacement model.
+- `additive`: what the real MLPs write, ``+ sum of amount * decoder``, with amounts of
+  the current activations. circuit-tracer calls this iterative. It counts the effects of
+  a cross-layer transcoder twice, as later MLPs respond to the first write already; for
+  a per-layer transcoder it is plain steering.
 
 Features with a gate of their own (neurons: ``act(gate) * up``) are patched as a whole:
-``activation * W_down`` is changed. Constrained and additive patches need no more, and
-an additive ablation removes a neuron from the running model. In the local replacement
-model (`iterative`) a feature keeps its recorded gate with `gates="frozen"`, which is
-what graphs say of it, and computes it anew with "live". Which neurons count is a choice
-that stays as it was: the others are part of the constant errors. Where the model
-normalises what its MLPs write, a neuron's activation is times the recorded scale of
-that norm, and its row has that norm's gain.
-
-Attention patterns are those of the clean pass unless asked otherwise, norm denominators
-are live unless asked otherwise (`hold_of`).
+``activation * W_down`` is changed, which in an additive ablation removes a neuron from
+the running model. In the local replacement model a feature keeps its recorded gate with
+`gates="frozen"`, which is what graphs say of it, and computes it anew with "live".
+Which neurons count is a choice that stays as it was: the others are part of the
+constant errors. Where the model normalises what its MLPs write, a neuron's activation
+is times the recorded scale of that norm, and its row has that norm's gain.
 """
 
 from __future__ import annotations
@@ -100,7 +92,7 @@ def needed(change: Change, layers_2: Array, *, how: How, n_layers: int) -> Neede
 
 
 @struct.dataclass
-class Recorded:
+class CleanLayer:
     """One layer of the recording as the scan hands it on; stacked, a leading L."""
 
     index: Array
@@ -118,7 +110,7 @@ class Recorded:
 class Here(NamedTuple):
     """One layer of a patched pass: what was recorded, and how it is now."""
 
-    was: Recorded
+    was: CleanLayer
     p: Block
     mid_TD: Array
     scale_T: Array
@@ -262,7 +254,7 @@ def _run(
 ) -> Run:
     """The recording up to the range, `writing` inside it, the real model after it."""
     rec, first, last = model.recording, layers_2[0], layers_2[1]
-    recorded_L = Recorded(
+    clean_L = CleanLayer(
         index=jnp.arange(model.cfg.n_layers, dtype=jnp.int32),
         real=need.real_L,
         local=need.local_L,
@@ -276,7 +268,7 @@ def _run(
     )
 
     def write(
-        carry: Any, mid_TD: Array, scale_T: Array, p: Block, x: Recorded
+        carry: Any, mid_TD: Array, scale_T: Array, p: Block, x: CleanLayer
     ) -> tuple[Any, Array]:
         push_TD = None if nudge is None else _push(model, nudge, x.index)
         if push_TD is not None and not model.cfg.parallel:
@@ -306,7 +298,7 @@ def _run(
     return run(
         model.params,
         embed_TD,
-        Policy(write, writing.carry, recorded_L),
+        Policy(write, writing.carry, clean_L),
         cfg=model.cfg,
         frozen=hold,
         keep_patterns=False,

@@ -212,23 +212,21 @@ def _result(
         names = tokenizer.token_strings([int(i) for i in effect.top_token_J])
         return [(n, float(p)) for n, p in zip(names, effect.top_prob_J, strict=True)]
 
+    was_K, is_K = before.raw_logit_K, after.raw_logit_K
     targets = [
         {
-            "token": text[k],
+            "token": token,
             "p_before": float(before.prob_K[k]),
             "p_after": known(after.prob_K[k]),
-            "logit_before": float(before.raw_logit_K[k]),
-            "logit_after": known(after.raw_logit_K[k]),
+            "logit_before": float(was_K[k]),
+            "logit_after": known(is_K[k]),
         }
-        for k in range(len(text))
+        for k, token in enumerate(text)
     ]
     difference = None
     if len(text) > 1:
-        was_K, is_K = before.raw_logit_K, after.raw_logit_K
-        difference = {
-            "before": float(was_K[0] - was_K[1]),
-            "after": known(is_K[0] - is_K[1]),
-        }
+        was, new = was_K[0] - was_K[1], is_K[0] - is_K[1]
+        difference = {"before": float(was), "after": known(new)}
     assert before.watch_W is not None
     assert after.watch_W is not None
     features = zip(watched.tolist(), before.watch_W, after.watch_W, strict=True)

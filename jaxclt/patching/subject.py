@@ -37,7 +37,12 @@ from jaxclt.io.graph_file import load_graph
 from jaxclt.io.model import Model, load_model
 from jaxclt.io.tokenizer import Bos
 from jaxclt.lm.run import Run
-from jaxclt.patching.batch import default_range, patch_many
+from jaxclt.patching.batch import (
+    chunk_size,
+    default_range,
+    in_chunks,
+    patch_chunk,
+)
 from jaxclt.patching.change import Change, batched
 from jaxclt.patching.edits import Edit, acting, expand_edits
 from jaxclt.patching.effects import Ask, Effect
@@ -295,19 +300,32 @@ class Subject:
         chunk: int | None = None,
         on_done: Callable[[int, int], None] = lambda done, total: None,
     ) -> Effect:
-        """Separate patches, measured; numpy, leading B. See `patch_many`."""
+        """B separate patches, measured; compiled once per shape.
+
+        Args:
+          change: of each patch, leaves with a leading B, see `batched`.
+          layers: first and last layer of every patch's range.
+          how: the semantics of all of them.
+          ask: what to measure.
+          chunk: patches run together, padded up to, so that batches of any length share
+            a program; None: as many as fit, at most B.
+          on_done: progress, (patches done, patches planned).
+
+        Returns:
+          The effects, numpy, with a leading B in the given order.
+        """
+        layers_B2 = np.asarray(layers, np.int32).reshape(-1, 2)
         tables, change = self._placed(change, how)
+        how = how.of(self.patchable.coder)
+        B, E = change.factor_E.shape
+
+        def call(part: tuple[Change, np.ndarray]) -> Effect:
+            return patch_chunk(self.patchable, *part, tables, ask, how=how)
+
+        order_B = np.lexsort((layers_B2[:, 1], layers_B2[:, 0]))
+        size = chunk or min(chunk_size(self.patchable, E), B)
         with jax.default_matmul_precision("highest"):
-            return patch_many(
-                self.patchable,
-                change,
-                np.asarray(layers, np.int32).reshape(-1, 2),
-                how=how.of(self.patchable.coder),
-                ask=ask,
-                tables=tables,
-                chunk=chunk,
-                on_done=on_done,
-            )
+            return in_chunks(call, (change, layers_B2), order_B, size, on_done)
 
     def check_range(
         self, layers: tuple[int, int] | None, layer_E: np.ndarray, mode: Mode

@@ -33,7 +33,7 @@ class Counter:
         on_done(0, planned)
 
     def within(self, done: int, total: int) -> None:
-        """Progress of one batch, as `patch_many` reports it."""
+        """Progress of one batch, as `Subject.effects` reports it."""
         self.on_done(min(self.done + done, self.planned), self.planned)
         if done == total:
             self.done += total

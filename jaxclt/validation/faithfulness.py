@@ -13,19 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxclt.patching.change import Change
+from jaxclt.patching.change import Change, batched
 from jaxclt.patching.patchable import How
 from jaxclt.patching.subject import Subject
-from jaxclt.validation.perturb import (
-    Perturbation,
-    nudged,
-    perturb_many,
-    stack,
-    upstream,
-)
+from jaxclt.validation.perturb import Perturbation, nudged, perturb_many, upstream
 
 __all__ = ["VARIANTS", "by_distance", "faithfulness"]
 
+KINDS = ("encoder", "random", "upstream")
 # The replacement model as it is in the graph, and as it is in the model, by its norms.
 VARIANTS = {
     "frozen": How(mode="iterative", freeze_norm=True),
@@ -66,27 +61,25 @@ def faithfulness(
     made = _perturbations(subject, layers, key, n_perturbed, size)
     out: dict[str, Any] = {}
     for norms, how in list(VARIANTS.items())[: 2 if live else 1]:
-        for kind, (rows, batch) in made.items():
+        for kind, (row_B, batch) in made.items():
             name = kind if norms == "frozen" else f"{kind}_live"
-            cosine, nmse = (np.full((len(layers), L), np.nan) for _ in range(2))
-            lost = 0
-            if batch:
+            tables, lost = np.full((2, len(layers), L), np.nan), 0
+            if len(row_B):
                 with jax.default_matmul_precision("highest"):
                     done = perturb_many(
                         subject.patchable,
                         subject.local.tables,
-                        stack(batch),
+                        batch,
                         how=how.of(subject.patchable.coder),
                     )
                 fine_B = np.asarray(done.finite)
                 lost = int((~fine_B).sum())
-                for row in range(len(layers)):
-                    mine = np.flatnonzero((np.array(rows) == row) & fine_B)
-                    if len(mine):
-                        cosine[row] = np.asarray(done.cosine_L)[mine].mean(0)
-                        nmse[row] = np.asarray(done.nmse_L)[mine].mean(0)
-            on_batch(len(batch), lost)
-            out[name] = {"cosine": _table(cosine), "nmse": _table(nmse)}
+                for row in set(row_B[fine_B].tolist()):
+                    mine = (row_B == row) & fine_B
+                    tables[0, row] = np.asarray(done.cosine_L)[mine].mean(0)
+                    tables[1, row] = np.asarray(done.nmse_L)[mine].mean(0)
+            on_batch(len(row_B), lost)
+            out[name] = {"cosine": _table(tables[0]), "nmse": _table(tables[1])}
     return out, layers
 
 
@@ -124,14 +117,9 @@ def _perturbations(
     key: jax.Array,
     n_perturbed: int,
     size: float,
-) -> dict[str, tuple[list[int], list[Perturbation]]]:
+) -> dict[str, tuple[np.ndarray, Perturbation | None]]:
     """Rows of the heat map and perturbations of each kind."""
-    a, rec = subject.active, subject.patchable.recording
-    T, D = subject.n_tokens, subject.model.cfg.d_model
-    dtype = np.asarray(rec.mid_LTD[0, 0, 0]).dtype
-    made: dict[str, tuple[list[int], list[Perturbation]]] = {
-        kind: ([], []) for kind in ("encoder", "random", "upstream")
-    }
+    a, T = subject.active, subject.n_tokens
     live_A = a.value_A != 0
     if T > 1:
         # The first position's stream is so large in many models that float32 hides a
@@ -140,37 +128,43 @@ def _perturbations(
     drawn: list[tuple[int, int, bool]] = []  # row, feature, upstream
     for row, layer in enumerate(layers):
         key, here_key, before_key = jax.random.split(key, 3)
-        n = n_perturbed
-        here = _draw(live_A & (a.layer_A == layer), n, here_key)
-        before = _draw(live_A & (a.layer_A < layer), n, before_key)
-        drawn += [(row, int(s), False) for s in here]
-        drawn += [(row, int(s), True) for s in before]
+        here = _draw(live_A & (a.layer_A == layer), n_perturbed, here_key)
+        before = _draw(live_A & (a.layer_A < layer), n_perturbed, before_key)
+        drawn += [(row, s, False) for s in here] + [(row, s, True) for s in before]
     if not drawn:
-        return made
-    slot_N = np.array([s for _, s, _ in drawn])
-    node_N3 = np.stack([a.layer_A, a.pos_A, a.feature_A], 1)[slot_N]
+        return {kind: (np.zeros(0, int), None) for kind in KINDS}
+    row_N, slot_N, up_N = (np.array(column) for column in zip(*drawn, strict=True))
+    layer_N, pos_N, value_N = (
+        np.array(layers)[row_N],
+        a.pos_A[slot_N],
+        a.value_A[slot_N],
+    )
     # Upstream changes raise an activation; the others only lend their shape.
-    up_N = np.array([is_upstream for *_, is_upstream in drawn])
-    rise_N = size * a.value_A[slot_N].astype(float) * up_N
-    every = Change.of(subject.gather(node_N3), 1.0, rise_N)
+    node_N3 = np.stack([a.layer_A[slot_N], pos_N, a.feature_A[slot_N]], 1)
+    rise_N = np.where(up_N, size * value_N.astype(float), 0)
+    every = batched(Change.of(subject.gather(node_N3), 1.0, rise_N), [1] * len(row_N))
     every = subject.local.placed(every)
-    way_ND = np.asarray(jax.random.normal(key, (len(drawn), D))).astype(dtype)
     read_ND = a.reads(slot_N)
-    zero_TD = np.zeros((T, D), dtype)
-    for i, (row, s, is_upstream) in enumerate(drawn):
-        one, layer, pos = every.where([i]), layers[row], int(a.pos_A[s])
-        if is_upstream:
-            made["upstream"][0].append(row)
-            made["upstream"][1].append(upstream(one, layer, zero_TD))
-            continue
-        read_D = read_ND[i]
-        step = size * a.value_A[s] / (read_D @ read_D)
-        vector_D = (step * read_D).astype(dtype)
-        any_D = way_ND[i] * (np.linalg.norm(vector_D) / np.linalg.norm(way_ND[i]))
-        for kind, vector in (("encoder", vector_D), ("random", any_D)):
-            made[kind][0].append(row)
-            made[kind][1].append(nudged(one, layer, pos, vector, T))
+    way_ND = np.asarray(jax.random.normal(key, read_ND.shape)).astype(read_ND.dtype)
+    inner_N = np.array([read_D @ read_D for read_D in read_ND])
+    vector_ND = (size * value_N / inner_N)[:, None] * read_ND
+    longer_N1 = _length(vector_ND) / _length(way_ND)
+    direct = np.flatnonzero(~up_N)
+    made: dict[str, tuple[np.ndarray, Perturbation | None]] = {
+        kind: (
+            row_N[direct],
+            nudged(
+                every.where(direct), layer_N[direct], pos_N[direct], x_ND[direct], T
+            ),
+        )
+        for kind, x_ND in (("encoder", vector_ND), ("random", way_ND * longer_N1))
+    }
+    made["upstream"] = row_N[up_N], upstream(every.where(up_N), layer_N[up_N], T)
     return made
+
+
+def _length(x_ND: np.ndarray) -> np.ndarray:
+    return np.array([np.linalg.norm(x_D) for x_D in x_ND])[:, None]
 
 
 def _draw(mask_A: np.ndarray, n: int, key: jax.Array) -> np.ndarray:

@@ -162,33 +162,28 @@ def perturb_many(
     return in_chunks(call, perturbations, order_B, chunk)
 
 
-def stack(perturbations: list[Perturbation]) -> Perturbation:
-    """A batch of perturbations."""
-    return jax.tree.map(lambda *x: np.stack([np.asarray(y) for y in x]), *perturbations)
-
-
-def upstream(change: Change, layer: int, zero_TD: np.ndarray) -> Perturbation:
-    """The perturbation that a change of an earlier feature causes at `layer`."""
-    start, pos, _ = change.node_E3[0]
-    return _perturbation(layer, zero_TD, change, start, pos)
+def upstream(change: Change, layer_B: np.ndarray, n_tokens: int) -> Perturbation:
+    """The perturbations that changes [B, 1] of earlier features cause at layers."""
+    dtype, (B, _, _, D) = change.factor_E.dtype, change.features.decoder_EMD.shape
+    none_BTD = np.zeros((B, n_tokens, D), dtype)
+    start_B, pos_B, _ = change.node_E3[:, 0].T
+    return Perturbation(Nudge(np.int32(layer_B), none_BTD), change, start_B, pos_B)
 
 
 def nudged(
-    change: Change, layer: int, pos: int, vector_D: np.ndarray, n_tokens: int
+    change: Change,
+    layer_B: np.ndarray,
+    pos_B: np.ndarray,
+    vector_BD: np.ndarray,
+    n_tokens: int,
 ) -> Perturbation:
-    """A vector added to the stream; `change` only lends its shape."""
-    delta_TD = np.zeros((n_tokens, len(vector_D)), vector_D.dtype)
-    delta_TD[pos] = vector_D
-    layer_E = np.full(np.shape(change.factor_E), -1, np.int32)
-    idle = dataclasses.replace(
-        change, features=dataclasses.replace(change.features, layer_E=layer_E)
+    """Vectors added to the stream; the change [B, 1] only lends its shape."""
+    B, D = vector_BD.shape
+    delta_BTD = np.zeros((B, n_tokens, D), vector_BD.dtype)
+    delta_BTD[np.arange(B), pos_B] = vector_BD
+    features = dataclasses.replace(
+        change.features, layer_E=np.full((B, 1), -1, np.int32)
     )
-    return _perturbation(layer, delta_TD, idle, layer, pos)
-
-
-def _perturbation(
-    layer: int, delta_TD: np.ndarray, change: Change, start: int, pos: int
-) -> Perturbation:
-    """On the host, in the types that the program takes."""
-    at, start_at, pos_at = (np.asarray(x, np.int32) for x in (layer, start, pos))
-    return Perturbation(Nudge(at, delta_TD), change, start_at, pos_at)  # pyright: ignore
+    idle = dataclasses.replace(change, features=features)
+    layer_B, pos_B = np.int32(layer_B), np.int32(pos_B)
+    return Perturbation(Nudge(layer_B, delta_BTD), idle, layer_B, pos_B)

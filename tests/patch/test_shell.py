@@ -336,7 +336,7 @@ def test_sampling_follows_the_seed():
 
 
 def test_patches_are_compiled_once_for_a_shape():
-    from jaxclt.patching.batch import _chunk
+    from jaxclt.patching.batch import patch_chunk
 
     s, nodes = subject(), strongest(3)
 
@@ -345,8 +345,8 @@ def test_patches_are_compiled_once_for_a_shape():
         s.effects(change, [layers], How(), s.ask())
 
     go(nodes[0], 0.0, (0, 3))
-    before = _chunk._cache_size()  # pyright: ignore
+    before = patch_chunk._cache_size()  # pyright: ignore
     for node in nodes:
         go(node, 2.0, (0, 2))
-    assert _chunk._cache_size() == before  # pyright: ignore
+    assert patch_chunk._cache_size() == before  # pyright: ignore
     assert jax.devices()
