@@ -38,7 +38,7 @@ from jaxclt.graph.supernodes import supernode_graph
 from jaxclt.graph.targets import functional_targets
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import Run, embed, native_mlp, record, run, unembed
-from jaxclt.patching.change import Change
+from jaxclt.patching.change import Change, batched
 from jaxclt.patching.features import gather_features
 from jaxclt.patching.local import Tables, make_local
 from jaxclt.patching.modes import patched, underlying
@@ -271,10 +271,14 @@ def swap_error(
     model = make_patchable(dictionary, params, rec, cfg)
     local = make_local(dictionary, model, active_features(dictionary, params, rec, cfg))
     idle = Change.of(gather_features(dictionary, model, [(0, 0, 0)]), 1.0)
-    swap_D = np.asarray(case.swap_D, rec.mid_LTD.dtype)
-    swap = nudged(
-        local.placed(idle), case.swap_layer, case.swap_pos, swap_D, len(case.token_T)
+    swaps = nudged(
+        local.placed(batched(idle, [1])),
+        np.array([case.swap_layer]),
+        np.array([case.swap_pos]),
+        np.asarray(case.swap_D, rec.mid_LTD.dtype)[None],
+        len(case.token_T),
     )
+    swap = jax.tree.map(lambda leaf_B: leaf_B[0], swaps)
     how = How(mode="iterative", freeze_norm=True, gates=gates)
     readout_K = jnp.asarray(planted.readout_K)
     said_K, real_K = _responses(model, local.tables, swap, readout_K, how=how)

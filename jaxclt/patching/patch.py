@@ -101,9 +101,7 @@ def plan_patch(
       subject: the recorded prompt.
       edits: made together.
       how: the semantics.
-      layers: first and last layer of the range, included; None: from the first edited
-        layer to two after the last one (constrained: as far as the dictionary writes,
-        and the model's last MLP is left to answer; additive: all).
+      layers: first and last layer of the range, see `patch`.
       n_later: tokens that are to be generated, which edits may wait for.
 
     Raises:
@@ -144,7 +142,9 @@ def patch(
       dictionary: from `load_dictionary`.
       prompt: the graph of one; or text, token ids or a chat, which need no graph.
       edits: made together.
-      layers: first and last layer of the range, see `plan_patch`.
+      layers: first and last layer of the range, included; None: from the first edited
+        layer to two after the last one (constrained: as far as the dictionary writes,
+        and the model's last MLP is left to answer; additive: all).
       n_features: how many of the graph's features after the edits to watch.
       **how: fields of `jaxclt.patching.patchable.How`, for example
         ``mode="iterative"`` (or constrained, the default, or additive) and

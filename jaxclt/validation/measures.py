@@ -6,7 +6,7 @@ Circuit Tracing (2025), sections G.1 and G.2; maths 16.1 to 16.3.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -32,12 +32,16 @@ __all__ = [
     "total_effects",
 ]
 
-MODES: tuple[Mode, ...] = ("constrained", "iterative", "additive")
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 def rounded(x: float | None) -> float | None:
     """For JSON, which has no nan."""
     return None if x is None or number(x) is None else round(float(x), 6)
+
+
+def _both(interval: tuple[float, float]) -> list[float | None]:
+    return [rounded(x) for x in interval]
 
 
 def _correlations(
@@ -50,8 +54,8 @@ def _correlations(
         "n": len(x),
     }
     if key is not None:
-        out["interval"] = [rounded(v) for v in bootstrap(spearman, x, y, key)]
-        out["pearson_interval"] = [rounded(v) for v in bootstrap(pearson, x, y, key)]
+        out["interval"] = _both(bootstrap(spearman, x, y, key))
+        out["pearson_interval"] = _both(bootstrap(pearson, x, y, key))
     return out
 
 
@@ -147,8 +151,7 @@ def influence_against_kl(
     out: dict[str, Any] = {k: rounded(spearman(v, kl_B)) for k, v in score.items()}
     out["n"] = len(node_B)
     out["intervals"] = {
-        k: [rounded(x) for x in bootstrap(spearman, v, kl_B, key)]
-        for k, v in score.items()
+        k: _both(bootstrap(spearman, v, kl_B, key)) for k, v in score.items()
     }
     # The paper's text says log-log Pearson where its caption says Spearman.
     log_kl = np.log(np.maximum(kl_B, 1e-12))
@@ -179,8 +182,7 @@ def pairwise(bench: Bench, done: Ablated) -> dict[str, Any]:
             pairs = ((influence_BW[i], change_BW[i], later[i]) for i in draw_NB)
             return np.array([spearman(x[ok], y[ok]) for x, y, ok in pairs])
 
-        interval = resampled(of, len(node_B), bench.key, n=200)
-        out["interval"] = [rounded(x) for x in interval]
+        out["interval"] = _both(resampled(of, len(node_B), bench.key, n=200))
     return out
 
 

@@ -1,17 +1,11 @@
 """How a perturbation of the stream spreads, in the replacement model and the model.
 
-Circuit Tracing (2025), sections 5.3 and G.3. A vector is added to the stream where
-the MLP of a layer reads, at one position, in the local replacement model and in the
-model; with delta the perturbed minus the clean stream at a later layer,
-
-    cosine = <delta, delta'> / (|delta| |delta'|)
-    nmse   = |delta - delta'|^2 / |delta'|^2
-
-primes are the model's, over all positions from the perturbed one on. Attention patterns
-are frozen in both, errors are constant, silent features may fire. The model's norms are
-live; the replacement model's are frozen (as in the paper) or live. For neurons the
-frozen variant also keeps their gates, as graphs do, and the live one computes them:
-with all neurons it is the model itself.
+A vector is added where the MLP of a layer reads, at one position, in the local
+replacement model and in the model, and the changes of their streams are compared at all
+later layers and positions (Circuit Tracing 2025, sections 5.3 and G.3; maths 16.4 says
+what is held in each). For neurons, a replacement model with frozen norms also keeps
+their gates, as graphs do, and one with live norms computes them: with all neurons it is
+the model itself.
 """
 
 from __future__ import annotations

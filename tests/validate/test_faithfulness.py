@@ -16,7 +16,7 @@ from jaxclt.clt.active import Active, active_features
 from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.lm import layers
-from jaxclt.patching.change import Change
+from jaxclt.patching.change import Change, batched
 from jaxclt.patching.features import gather_features
 from jaxclt.patching.local import Local, make_local
 from jaxclt.patching.modes import Nudge, patched, underlying
@@ -29,7 +29,6 @@ from jaxclt.validation.perturb import (
     compare,
     nudged,
     perturb_many,
-    stack,
     upstream,
 )
 
@@ -51,25 +50,26 @@ def parts(kind: str) -> tuple[Dictionary, Active, Patchable, Local]:
         return dictionary, active, model, make_local(dictionary, model, active)
 
 
-def perturbations(kind: str, size: float = 0.1) -> list[Perturbation]:
-    """Encoder, random and upstream, at layers 1 and 2."""
+@functools.cache
+def perturbations(kind: str, size: float = 0.1) -> Perturbation:
+    """Along encoders, at random and upstream, each at layers 1 and 2."""
     dictionary, a, model, local = parts(kind)
-    made = []
-    for layer in (1, 2):
-        s = int(np.flatnonzero((a.layer_A == layer) & (a.pos_A > 0))[0])
-        before = int(np.flatnonzero(a.layer_A == layer - 1)[3])
+    layers = np.array([1, 2])
+    here = [np.flatnonzero((a.layer_A == l) & (a.pos_A > 0))[0] for l in layers]
+    before = [np.flatnonzero(a.layer_A == l - 1)[3] for l in layers]
 
-        def change(i: int, offset: float) -> Change:
-            place = (int(a.layer_A[i]), int(a.pos_A[i]), int(a.feature_A[i]))
-            features = gather_features(dictionary, model, [place])
-            return local.placed(Change.of(features, 1.0, offset))
+    def change(slots: Any, offset: float) -> Change:
+        places = np.stack([a.layer_A, a.pos_A, a.feature_A], 1)[slots]
+        features = gather_features(dictionary, model, places)
+        return local.placed(batched(Change.of(features, 1.0, offset), [1, 1]))
 
-        read = a.reads(np.array([s]))[0]
-        way = np.asarray(jax.random.normal(jax.random.key(layer), (D,), jnp.float64))
-        for vector in (size * read, size * way):
-            made.append(nudged(change(s, 0.0), layer, int(a.pos_A[s]), vector, T))
-        made.append(upstream(change(before, size), layer, np.zeros((T, D))))
-    return made
+    way = [jax.random.normal(jax.random.key(l), (D,), jnp.float64) for l in layers]
+    made = [
+        nudged(change(here, 0.0), layers, a.pos_A[here], size * np.asarray(vector), T)
+        for vector in (a.reads(np.array(here)), way)
+    ]
+    made.append(upstream(change(before, size), layers, T))
+    return jax.tree.map(lambda *x: np.concatenate(x), *made)
 
 
 def how(norms: str, gates: Any = "live") -> How:
@@ -80,8 +80,9 @@ def how(norms: str, gates: Any = "live") -> How:
 def measured(kind: str, norms: Any) -> Agreement:
     with jax.enable_x64(True):
         _, _, model, local = parts(kind)
-        batch = stack(perturbations(kind))
-        return perturb_many(model, local.tables, batch, how=how(norms), chunk=4)
+        return perturb_many(
+            model, local.tables, perturbations(kind), how=how(norms), chunk=4
+        )
 
 
 @pytest.mark.parametrize("norms", ["frozen", "live"])
@@ -89,8 +90,7 @@ def measured(kind: str, norms: Any) -> Agreement:
 def test_both_models_start_from_the_same_perturbation(kind: str, norms: str):
     """Maths 16.5, and nothing is said of layers before it."""
     found = measured(kind, norms)
-    for row, one in enumerate(perturbations(kind)):
-        layer = int(one.nudge.layer)
+    for row, layer in enumerate(perturbations(kind).nudge.layer):
         assert np.isnan(found.cosine_L[row, :layer]).all()
         np.testing.assert_allclose(found.cosine_L[row, layer], 1, atol=1e-12)
         np.testing.assert_allclose(found.nmse_L[row, layer], 0, atol=1e-12)
@@ -122,7 +122,7 @@ def test_the_error_is_a_function_of_cosine_and_size_ratio():
 def test_small_perturbations_measure_the_jacobians():
     """Maths 16.8: the limit is the agreement of the two linear responses."""
     _, _, model, local = parts("clt")
-    one = perturbations("clt")[1]
+    one = jax.tree.map(lambda x: x[2], perturbations("clt"))  # at random, in layer 1
     small = dataclasses.replace(
         one,
         nudge=Nudge(layer=one.nudge.layer, delta_TD=1e-6 * one.nudge.delta_TD),
