@@ -1,4 +1,4 @@
-"""A prompt, traced or not, becomes a model that is ready to be changed.
+"""A prompt, traced or not, recorded and ready to be changed.
 
 directory --reopen--> model, dictionary, graph (or a prompt) --Subject.of--> recording
   --Subject.effects--> measured patches
@@ -95,7 +95,8 @@ def reopen(
       progress: called with one line per stage of a download.
 
     Raises:
-      InputError: if the directory is no trace, or the weights found are others.
+      InputError: if `trace` did not write the directory, or the weights found are not
+        the traced ones.
     """
     folder = Path(directory)
     graph = load_graph(folder / "graph.npz")
@@ -164,7 +165,7 @@ class Subject:
         """
         if self.traced is None:
             raise InputError(
-                "this takes the graph of the prompt, not it alone: trace it first"
+                "this needs the graph of a prompt, not only the prompt: trace it first"
             )
         return self.traced
 
@@ -253,7 +254,7 @@ class Subject:
             return group
         if self.traced is None:
             raise InputError(
-                f"supernode {group.name!r} names nodes in words, which takes the graph "
+                f"supernode {group.name!r} names nodes in words, which needs the graph "
                 "of the prompt: trace it first, or give (layer, position, feature)"
             )
         return with_features(self.traced, group)

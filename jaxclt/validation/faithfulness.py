@@ -64,7 +64,7 @@ def faithfulness(
         for kind, (row_B, batch) in made.items():
             name = kind if norms == "frozen" else f"{kind}_live"
             tables, lost = np.full((2, len(layers), L), np.nan), 0
-            if len(row_B):
+            if batch is not None and len(row_B):
                 with jax.default_matmul_precision("highest"):
                     done = perturb_many(
                         subject.patchable,

@@ -96,13 +96,11 @@ def _in_mode(
     choice, options, how = bench.choice, bench.options, How(mode=mode)
     watch = mode == "constrained"
     done = bench.patch(bench.single, how, watch=watch)
-    control_B = choice.control_B[done.fine_B]
-    predicted_BK = _predicted(bench, done, choice.node_B)
-    measured_BK = done.change_BK[done.fine_B]
+    control_B, measured_BK = choice.control_B[done.fine_B], done.change_BK[done.fine_B]
+    predicted_BK, top = _predicted(bench, done, choice.node_B), ~control_B
     out = _correlations(predicted_BK, measured_BK, bench.key)
-    for name, mine in (("top", ~control_B), ("random", control_B)):
+    for name, mine in (("top", top), ("random", control_B)):
         out[name] = _correlations(predicted_BK[mine], measured_BK[mine])
-    top = ~control_B
     out["sign_agreement"] = rounded(
         _sign_agreement(predicted_BK[top], measured_BK[top])
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,10 +159,11 @@ def perturb_many(
 
 def upstream(change: Change, layer_B: np.ndarray, n_tokens: int) -> Perturbation:
     """The perturbations that changes [B, 1] of earlier features cause at layers."""
-    dtype, (B, _, _, D) = change.factor_E.dtype, change.features.decoder_EMD.shape
-    none_BTD = np.zeros((B, n_tokens, D), dtype)
+    B, _, _, D = change.features.decoder_EMD.shape
+    none_BTD: Any = np.zeros((B, n_tokens, D), change.factor_E.dtype)
+    at_B: Any = np.asarray(layer_B, np.int32)
     start_B, pos_B, _ = change.node_E3[:, 0].T
-    return Perturbation(Nudge(np.int32(layer_B), none_BTD), change, start_B, pos_B)
+    return Perturbation(Nudge(at_B, none_BTD), change, start_B, pos_B)
 
 
 def nudged(
@@ -173,11 +175,12 @@ def nudged(
 ) -> Perturbation:
     """Vectors added to the stream; the change [B, 1] only lends its shape."""
     B, D = vector_BD.shape
-    delta_BTD = np.zeros((B, n_tokens, D), vector_BD.dtype)
+    delta_BTD: Any = np.zeros((B, n_tokens, D), vector_BD.dtype)
     delta_BTD[np.arange(B), pos_B] = vector_BD
-    features = dataclasses.replace(
-        change.features, layer_E=np.full((B, 1), -1, np.int32)
+    none_B1 = np.full((B, 1), -1, np.int32)
+    idle = dataclasses.replace(
+        change, features=dataclasses.replace(change.features, layer_E=none_B1)
     )
-    idle = dataclasses.replace(change, features=features)
-    layer_B, pos_B = np.int32(layer_B), np.int32(pos_B)
-    return Perturbation(Nudge(layer_B, delta_BTD), idle, layer_B, pos_B)
+    at_B: Any = np.asarray(layer_B, np.int32)
+    first_B: Any = np.asarray(pos_B, np.int32)
+    return Perturbation(Nudge(at_B, delta_BTD), idle, at_B, first_B)

@@ -80,7 +80,7 @@ def test_what_takes_the_graph_says_so():
     assert plain.kl == pytest.approx(patched([edit(strongest()[0])], s).kl)
     named = jaxclt.Edit(supernode=Supernode("g", (node(),)), scale=0)
     with pytest.raises(
-        jaxclt.InputError, match="'g' names nodes in words, which takes"
+        jaxclt.InputError, match="'g' names nodes in words, which needs"
     ):
         patched([named], s)
     with pytest.raises(jaxclt.InputError, match="trace it first"):
