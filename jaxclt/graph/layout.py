@@ -62,15 +62,18 @@ class Layout:
         """Rows of the targets; the row of a feature has the number of its column."""
         return slice(self.n_features, self.n_features + self.n_targets)
 
-    def columns(self, test: Callable[[NodeKind], Any]) -> np.ndarray:
-        """Which columns are of some kinds, bool [N].
+    def ends(self, *ends: str | None) -> np.ndarray:
+        """Columns whose kind counts as one of these, bool [N]; None: walks go on."""
+        return self._columns(lambda kind: kind.ends in ends)
 
-        Args:
-          test: whether a kind is one of them.
-        """
+    def kept_by(self, convention: str) -> np.ndarray:
+        """Columns that pruning by a convention keeps whatever their influence, [N]."""
+        return self._columns(lambda kind: convention in kind.kept_by)
+
+    def _columns(self, test: Callable[[NodeKind], bool]) -> np.ndarray:
         wanted_N = np.zeros(self.n_columns, bool)
         for kind in self.sources:
-            wanted_N[self.nodes[kind]] = bool(test(KINDS[kind]))
+            wanted_N[self.nodes[kind]] = test(KINDS[kind])
         return wanted_N
 
     def kind(self, node: int) -> str:

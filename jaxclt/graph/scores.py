@@ -86,10 +86,8 @@ def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
     weight_K = graph.target_prob_K / graph.target_prob_K.sum()
     total_R = shares_total(graph)
     edge_RN, bias_R = graph.edge_RN, graph.bias_R
-    error_N = np.zeros(edge_RN.shape[1], bool)
-    error_N[graph.error_cols] = True
-    embed_N = np.zeros(edge_RN.shape[1], bool)
-    embed_N[graph.embed_cols] = True
+    ends = ("error", "input", "bias")
+    end_EN = np.stack([graph.layout.ends(end) for end in ends])
     if pruning is not None:
         # Only what is kept carries the walk on; shares stay those of the full graph.
         row = np.flatnonzero(kept_rows(graph, pruning.keep_N))
@@ -97,17 +95,19 @@ def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
         edge_RN = submatrix(edge_RN, row, col)
         edge_RN *= submatrix(pruning.keep_edge_RN, row, col)
         total_R, bias_R = total_R[row], bias_R[row]
-        error_N, embed_N = error_N[col], embed_N[col]
+        end_EN = end_EN[:, col]
         A = int(pruning.keep_N[graph.feature_cols].sum())
+    error_N, input_N, bias_N = end_EN
     visit_N, length_N = solve_walk(edge_RN, total_R, weight_K)
     open_A = total_R[:A] > 0  # rows that pass the walk on
     visit_R = np.concatenate([np.where(open_A, visit_N[:A], 0), weight_K])
     safe_R = np.where(total_R > 0, total_R, 1)
-    embedding = float(visit_N[embed_N].sum())
-    paths = float(length_N[embed_N].sum())
+    embedding = float(visit_N[input_N].sum())
+    paths = float(length_N[input_N].sum())
     error = float(visit_N[error_N].sum())
     paper = graph.meta.convention == "paper"
     bias = float((visit_R / safe_R) @ np.abs(bias_R)) if paper else 0.0
+    bias += float(visit_N[bias_N].sum())
     unexplored, left_out = 1.0 - embedding - error - bias, 0.0
     if pruning is None:
         # The same without the rounding of a difference, so that nothing is zero.
@@ -131,7 +131,7 @@ def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
         replacement=replacement,
         completeness=completeness,
         completeness_ct=1 - lost / (length + 1),
-        completeness_logit_edges=_logit_edges(graph, edge_RN[A:, ~error_N]),
+        completeness_logit_edges=_logit_edges(graph, edge_RN[A:, ~(error_N | bias_N)]),
         mean_path_length=paths / embedding if embedding > 0 else float("nan"),
         mean_walk_length=length,
         embedding_share=embedding,
@@ -146,6 +146,8 @@ def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
 def _logit_edges(graph: Graph, kept_KM: np.ndarray) -> float:
     """Share of what targets read, but for the bias, that some of their edges are."""
     read_K = graph.row_strength[graph.target_rows].astype(np.float64)
+    is_bias_N = graph.layout.ends("bias")
+    read_K -= np.abs(graph.edge_RN[graph.target_rows, is_bias_N]).sum(1)
     if graph.meta.convention == "paper":
         read_K += graph.rest_abs_R[graph.target_rows]
     kept_K = np.abs(kept_KM).sum(1, dtype=np.float64)

@@ -36,8 +36,7 @@ from jaxclt.graph.blocks import submatrix
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph, Pruning
 from jaxclt.graph.influence import solve_influence
-from jaxclt.graph.nodes import find_node
-from jaxclt.graph.paths import node_name
+from jaxclt.graph.nodes import find_node, node_name, short_name
 from jaxclt.graph.prune import kept_rows
 from jaxclt.graph.scores import scores
 from jaxclt.graph.shares import shares_total
@@ -276,8 +275,8 @@ def _members(graph: Graph, groups: Sequence[Supernode]) -> list[np.ndarray]:
 
 def _row(graph: Graph, node: np.ndarray) -> np.ndarray:
     """Rows of the nodes that have one: features and targets."""
-    A, N = graph.n_features, graph.embed_cols.stop
-    return np.concatenate([node[node < A], node[node >= N] - N + A])
+    A, N = graph.n_features, graph.layout.n_columns
+    return graph.layout.row_of(node[(node < A) | (node >= N)])
 
 
 def _only(graph: Graph, members: Sequence[np.ndarray]) -> Pruning:
@@ -424,10 +423,9 @@ def _cosine(x_BX: np.ndarray) -> np.ndarray:
 
 def _singles(graph: Graph) -> list[np.ndarray]:
     """Tokens that have influence, then all targets, one each."""
-    N = graph.edge_RN.shape[1]
-    embed = np.arange(N)[graph.embed_cols]
-    target = np.arange(N, N + graph.n_targets)
-    used = embed[graph.influence_N[embed] > 0]
+    is_input_N = graph.layout.ends("input")
+    used = np.flatnonzero(is_input_N & (graph.influence_N > 0))
+    target = graph.layout.at("target", np.arange(graph.n_targets))
     return [np.array([i]) for i in (*used, *target)]
 
 
@@ -435,8 +433,7 @@ def _named(
     graph: Graph, found: Sequence[np.ndarray], single: Sequence[np.ndarray]
 ) -> list[Supernode]:
     """Groups of features by influence, called after their strongest; then singles."""
-    influence_N, N = graph.influence_N, graph.edge_RN.shape[1]
-    groups = []
+    influence_N, groups = graph.influence_N, []
     for node in sorted(found, key=lambda node: -influence_N[node].sum()):
         name = node_name(graph, int(node[np.argmax(influence_N[node])]))
         more = f" +{len(node) - 1}" if len(node) > 1 else ""
@@ -448,10 +445,8 @@ def _named(
         )
         groups.append(Supernode(name + more, tuple(places)))
     for (i,) in single:
-        number = i - N if i >= N else i - graph.embed_cols.start
-        kind = "target" if i >= N else "embed"
-        name = node_name(graph, int(i))
+        name, short = node_name(graph, int(i)), short_name(graph, int(i))
         if name in {group.name for group in groups}:
-            name = f"{name} ({kind} {number})"
-        groups.append(Supernode(name, (f"{kind} {number}",)))
+            name = f"{name} ({short})"
+        groups.append(Supernode(name, (short,)))
     return groups
