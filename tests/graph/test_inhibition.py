@@ -168,7 +168,7 @@ def test_released_by_states_the_rule() -> None:
 
 def test_bad_requests_are_refused() -> None:
     t = case("clt")
-    cfg = dataclasses.replace(t.clt_cfg, activation="topk", k=4)
+    cfg = dataclasses.replace(t.clt_cfg, activation="signed_topk", k=4)
     topk = StoreDictionary(ParamsStore(t.clt, cfg))
     with pytest.raises(InputError, match="topk"):
         near_threshold(topk, t.params, t.recording, t.cfg, margin=1.0)
