@@ -29,7 +29,8 @@ __all__ = ["solve_total_effect"]
 def solve_total_effect(graph: Graph, *, block: int = BLOCK) -> np.ndarray:
     """Signed total effect of every feature on every target, [K, A].
 
-    `jaxclt.graph.influence.total_effect` for a large graph on the host: solves
+    The derivative of a target with respect to a factor on a feature's activation in the
+    local replacement model, all paths included, no gate flipping (maths 9.1): solves
     ``y (diag(value) - A_ff) = A_kf`` block by block, then the effect is y times value.
 
     Args:

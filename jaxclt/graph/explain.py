@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.nodes import facts, find_column, find_row, node_name
@@ -91,9 +93,10 @@ def edge_parts(graph: Graph, source: str, target: str) -> EdgeParts:
     if graph.direct_RN is not None:
         direct = float(graph.direct_RN[row, col])
         attention = edge - direct
-    at = None if graph.heads is None else graph.heads.find(row, col)
-    if graph.heads is not None and at is not None:
-        heads, other = graph.heads.listed(at), float(graph.heads.rest_E[at])
+    if graph.heads is not None:
+        (at,) = graph.heads.find(np.array([row]), np.array([col])).tolist()
+        if at >= 0:
+            heads, other = graph.heads.listed(at), float(graph.heads.rest_E[at])
     return EdgeParts(
         source=names[0],
         target=names[1],

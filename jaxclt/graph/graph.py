@@ -185,6 +185,10 @@ class Graph:
         """Residual-direct part of every edge, made dense; the rest passed a head."""
         return None if self.direct_RN is None else self.direct_RN.toarray()
 
+    def feature(self, a: int) -> tuple[int, int, int]:
+        """Layer, position and index of feature node `a`."""
+        return int(self.layer_A[a]), int(self.pos_A[a]), int(self.feature_A[a])
+
     @property
     def n_tokens(self) -> int:
         """T."""

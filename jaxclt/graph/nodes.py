@@ -48,8 +48,7 @@ def facts(graph: Graph, node: int) -> dict[str, Any]:
     place = graph.layout.place(node)
     more: dict[str, Any] = {}
     if "A" in place:
-        fields = graph.layer_A, graph.pos_A, graph.feature_A
-        layer, pos, number = (int(field[node]) for field in fields)
+        layer, pos, number = graph.feature(node)
         text = graph.meta.label(layer, number)
         more["cantor"] = (layer + number) * (layer + number + 1) // 2 + number
     elif "K" in place:

@@ -72,8 +72,9 @@ def strongest_paths(
     A = graph.n_features
     start = find_column(graph, start) if isinstance(start, str) else start
     end = find_row(graph, end) if isinstance(end, str) else end
-    _check("start", start, N)
-    _check("end", end, R)
+    for name, index, size in (("start", start, N), ("end", end, R)):
+        if index is not None and not 0 <= index < size:
+            raise InputError(f"{name}={index}: the graph has 0..{size - 1}")
     if k < 1:
         raise InputError(f"k={k}: ask for at least one path")
     first = 0 if start is None or start >= A else start + 1
@@ -113,11 +114,6 @@ def strongest_paths(
         for i in _largest(strength, k)
         for nodes in [best.path(int(node_E[i // k]), int(i % k))]
     ]
-
-
-def _check(name: str, index: int | None, size: int) -> None:
-    if index is not None and not 0 <= index < size:
-        raise InputError(f"{name}={index}: the graph has 0..{size - 1}")
 
 
 def _largest(x: np.ndarray, k: int) -> np.ndarray:

@@ -72,8 +72,7 @@ class Recorded:
             )
 
     def _set(self, **fields: Any) -> None:
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(fields)
 
     def _nodes(self, n_tokens: int) -> Active:
         """The features that may be nodes."""

@@ -8,9 +8,8 @@ group s (Circuit Tracing 2025, sections 3.4 and J; maths 13.3)
 
 so that members which only hand on what their own group wrote do not count. A' is
 positive where m strengthens n (`Graph.side_R`), so members on both sides of zero add up
-and the signs along a path multiply. A group
-without any input from outside (only tokens or errors, or closed in itself) has no
-links to it: 0 / 0 is 0.
+and the signs along a path multiply. A group without any input from outside (only tokens
+or errors, or closed in itself) has no links to it: 0 / 0 is 0.
 
 Scores are those of the walk of `jaxclt.graph.scores` in which only grouped features
 carry on: what reaches any other feature counts as error, nothing is renormalised. They
@@ -189,9 +188,9 @@ def suggest_supernodes(
     if not blur >= 0:
         raise InputError(f"blur={blur}: give a number of at least 0")
     kept_B = np.flatnonzero(graph.pruning.keep_N[graph.feature_cols])
-    single = _singles(graph)
+    alone, single = list(kept_B[:, None]), _singles(graph)
     if len(kept_B) < 2:
-        return _named(graph, [kept_B[i : i + 1] for i in range(len(kept_B))], single)
+        return _named(graph, alone, single)
     tree = _tree(graph, kept_B, same_position=same_position, same_sign=same_sign)
 
     from scipy.cluster.hierarchy import fcluster
@@ -210,7 +209,7 @@ def suggest_supernodes(
         found = cut(float(at))
         if _read(graph, [*found, *single], visit_X)[1] <= blur:
             return _named(graph, found, single)
-    return _named(graph, [kept_B[i : i + 1] for i in range(len(kept_B))], single)
+    return _named(graph, alone, single)
 
 
 def with_features(graph: Graph, group: Supernode) -> Supernode:
@@ -228,11 +227,7 @@ def with_features(graph: Graph, group: Supernode) -> Supernode:
     nodes: list[tuple[int, int, int] | str] = []
     for node in group.nodes:
         at = find_node(graph, node) if isinstance(node, str) else -1
-        if 0 <= at < graph.n_features:
-            place = (graph.layer_A[at], graph.pos_A[at], graph.feature_A[at])
-            nodes.append((int(place[0]), int(place[1]), int(place[2])))
-        else:
-            nodes.append(node)
+        nodes.append(graph.feature(at) if 0 <= at < graph.n_features else node)
     return dataclasses.replace(group, nodes=tuple(nodes))
 
 
@@ -241,8 +236,6 @@ def with_features(graph: Graph, group: Supernode) -> Supernode:
 
 def _members(graph: Graph, groups: Sequence[Supernode]) -> list[np.ndarray]:
     """Node numbers of every group, ascending."""
-    place = zip(graph.layer_A, graph.pos_A, graph.feature_A, strict=True)
-    slot = {tuple(map(int, at)): a for a, at in enumerate(place)}
     owner: dict[int, str] = {}
     found = []
     for g, group in enumerate(groups):
@@ -250,18 +243,7 @@ def _members(graph: Graph, groups: Sequence[Supernode]) -> list[np.ndarray]:
             raise InputError(f"two supernodes are called {group.name!r}: rename one")
         if not group.nodes:
             raise InputError(f"supernode {group.name!r} has no members")
-        index = set()
-        for node in group.nodes:
-            if isinstance(node, str):
-                index.add(find_node(graph, node))
-                continue
-            layer, pos, feature = node
-            pos += graph.n_tokens if -graph.n_tokens <= pos < 0 else 0
-            at = slot.get((layer, pos, feature))
-            # What is no node gets the message that a name would get.
-            index.add(
-                find_node(graph, f"{layer}:{pos}:{feature}") if at is None else at
-            )
+        index = {find_node(graph, _called(graph, node)) for node in group.nodes}
         for i in sorted(index):
             if i in owner:
                 raise InputError(
@@ -273,6 +255,14 @@ def _members(graph: Graph, groups: Sequence[Supernode]) -> list[np.ndarray]:
     return found
 
 
+def _called(graph: Graph, node: tuple[int, int, int] | str) -> str:
+    if isinstance(node, str):
+        return node
+    layer, pos, feature = node
+    pos += graph.n_tokens if -graph.n_tokens <= pos < 0 else 0
+    return f"{layer}:{pos}:{feature}"
+
+
 def _row(graph: Graph, node: np.ndarray) -> np.ndarray:
     """Rows of the nodes that have one: features and targets."""
     A, N = graph.n_features, graph.layout.n_columns
@@ -281,8 +271,7 @@ def _row(graph: Graph, node: np.ndarray) -> np.ndarray:
 
 def _only(graph: Graph, members: Sequence[np.ndarray]) -> Pruning:
     """All nodes but the ungrouped features, and every edge between what is left."""
-    keep_N = np.ones(graph.edge_RN.shape[1], bool)
-    keep_N[graph.feature_cols] = False
+    keep_N = ~graph.layout.ends(None)
     for node in members:
         keep_N[node[node < graph.n_features]] = True
     return Pruning(
@@ -437,13 +426,7 @@ def _named(
     for node in sorted(found, key=lambda node: -influence_N[node].sum()):
         name = node_name(graph, int(node[np.argmax(influence_N[node])]))
         more = f" +{len(node) - 1}" if len(node) > 1 else ""
-        places = zip(
-            graph.layer_A[node].tolist(),
-            graph.pos_A[node].tolist(),
-            graph.feature_A[node].tolist(),
-            strict=True,
-        )
-        groups.append(Supernode(name + more, tuple(places)))
+        groups.append(Supernode(name + more, tuple(map(graph.feature, node))))
     for (i,) in single:
         name, short = node_name(graph, int(i)), short_name(graph, int(i))
         if name in {group.name for group in groups}:

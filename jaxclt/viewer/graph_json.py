@@ -81,11 +81,11 @@ def graph_json(
         drawn[at] |= KINDS[kind].always_drawn
     influences = _cumulative_influence(graph.influence_N).tolist()
     influences += [None] * graph.n_targets
-    nodes = {i: _node(graph, i, influences[i]) for i in np.flatnonzero(drawn).tolist()}
     inputs = _abs_input(graph)
-    for i, node in nodes.items():
-        if "abs_input" in node:
-            node["abs_input"] = inputs[layout.row_of(i)]
+    nodes = {
+        i: _node(graph, i, influence=influences[i], inputs=inputs)
+        for i in np.flatnonzero(drawn).tolist()
+    }
     ids = {i: node["node_id"] for i, node in nodes.items()}
     # Through text: the shortest decimal that reads back as the same float32.
     weights = orjson.loads(orjson.dumps(weight_R, option=orjson.OPT_SERIALIZE_NUMPY))
@@ -138,17 +138,11 @@ def _add_parts(
             link["direct"] = _brief(direct)
         if attention:
             link["attention"] = _brief(attention)
-    heads = graph.heads
-    if heads is None:
+    if graph.heads is None:
         return
-    n_cols = graph.edge_RN.shape[1]
-    place = np.argsort(heads.row_E.astype(np.int64) * n_cols + heads.col_E)
-    key_E = (heads.row_E.astype(np.int64) * n_cols + heads.col_E)[place]
-    want_R = row_R.astype(np.int64) * n_cols + col_R
-    at_R = np.searchsorted(key_E, want_R)
-    at_R = np.minimum(at_R, max(len(key_E) - 1, 0))
-    for i in np.flatnonzero(key_E[at_R] == want_R) if len(key_E) else ():
-        listed = heads.listed(int(place[at_R[i]]))[:_MAX_HEADS]
+    at_R = graph.heads.find(row_R, col_R)
+    for i in np.flatnonzero(at_R >= 0).tolist():
+        listed = graph.heads.listed(int(at_R[i]))[:_MAX_HEADS]
         if listed:
             links[i]["heads"] = [[l, h, _brief(load)] for l, h, load in listed]
 
@@ -271,7 +265,9 @@ def _metadata(graph: Graph, slug: str) -> dict[str, Any]:
     }
 
 
-def _node(graph: Graph, i: int, influence: float | None) -> dict[str, Any]:
+def _node(
+    graph: Graph, i: int, *, influence: float | None, inputs: list[float | None]
+) -> dict[str, Any]:
     """A node as circuit-tracer has it; ``abs_input`` and ``target`` are our own."""
     kind, at = graph.layout.kind(i), facts(graph, i)
     row = KINDS[kind]
@@ -293,7 +289,7 @@ def _node(graph: Graph, i: int, influence: float | None) -> dict[str, Any]:
     if kind == "feature":
         node["activation"] = float(str(np.float32(graph.value_A[i])))
     if row.ends is None:
-        node["abs_input"] = None
+        node["abs_input"] = inputs[graph.layout.row_of(i)]
     k = at.get("k")
     if k is not None and (graph.meta.weights == "chosen" or not graph.is_next_token[k]):
         layer = int(graph.target_layer_K[k])
