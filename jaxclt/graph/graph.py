@@ -170,14 +170,11 @@ class Graph:
         The token, or for a direction, and for a token that was there before,
         `VIRTUAL_TOKEN` + k.
         """
-        id_K, seen = VIRTUAL_TOKEN + np.arange(self.n_targets), set()
-        at_K = zip(
-            self.target_token_K.tolist(), self.target_pos_K.tolist(), strict=True
-        )
-        for k, (token, pos) in enumerate(at_K):
-            if token >= 0 and (token, pos) not in seen:
-                id_K[k] = token
-            seen.add((token, pos))
+        at_K2 = np.stack([self.target_token_K, self.target_pos_K], 1)
+        first_K = np.unique(at_K2, axis=0, return_index=True)[1]
+        id_K = VIRTUAL_TOKEN + np.arange(self.n_targets)
+        own_K = first_K[self.target_token_K[first_K] >= 0]
+        id_K[own_K] = self.target_token_K[own_K]
         return id_K
 
     @property

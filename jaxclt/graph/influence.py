@@ -2,10 +2,8 @@
 
 With the rows of |A| normalised to sum 1, B = (I - Â)^-1 - I sums the strengths of all
 paths, and a node's influence is the target-weighted sum of the rows of B that belong to
-targets (Circuit Tracing 2025, section 5.2.1; the paper's pseudocode multiplies from the
-other side, which is identically zero). Read as a walk that steps from a node to one of
-its inputs with probability Â, a node's influence is the probability that the walk
-visits it.
+targets (Circuit Tracing 2025, section 5.2.1; maths 8). It is the probability that a
+walk visits the node that steps from a node to one of its inputs with probability Â.
 
 Features are ordered by layer, so the system is triangular and one substitution solves
 it exactly: no iteration count, no convergence test. On a large host graph that is a

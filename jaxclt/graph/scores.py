@@ -14,29 +14,9 @@ and of the targets' own inputs alone, without the walk,
 On a pruned graph the shares stay those of the full graph and everything dropped counts
 as error: nothing is renormalised, nothing cancels.
 
-What a truncated graph can be off by. Let U be the probability that the walk ever steps
-to a feature whose row was not computed (part of `unexplored_share`), W the sum of the
-targets' weights, L the layers. Let the walk on the exact graph take the same steps
-until that happens; it happens with probability U, and the truncated walk ends there.
-So, with shares of whole rows, explored or not (convention "paper"):
-
-- Influence. A node is visited at most once, hence every node's exact influence lies
-  between its influence here and that plus U W; a feature left out has at most U W.
-- Replacement R = a / (1 - B), with a the embeddings' and B the bias's share of endings.
-  Of U, the exact walk sends some parts u to embeddings and v to the bias, u + v <= U:
-  R <= exact = (a + u) / (1 - B - v) <= (a + U) / (1 - B) = R + U / (1 - B). A quotient
-  of linear functions is largest at a corner, and this corner is the largest one, as
-  (a + U)(1 - B - U) - a (1 - B) = U (1 - B - U - a) is U times the share of what is
-  unexplained otherwise, which is not negative.
-- Completeness C = 1 - E / l. The exact E lies between E - U and E, the exact length
-  between l and l + U L, as at most one feature per layer is still to come:
-  C <= exact <= 1 - (E - U) / (l + U L).
-- Pruned sets. All influences together differ by at most D = (L + 1) U W. If one graph
-  keeps a node at threshold t, then in the other less than t + D / total of all
-  influence lies on nodes ahead of it by more than U W, since those are ahead of it in
-  both. So the two sets differ only in nodes next to the threshold, by that measure.
-
-Scores of a pruned graph are those of the same nodes and edges in the exact graph.
+How far a truncated graph can be off is maths 10.3-10.6: `Scores.replacement_at_most`
+and `completeness_at_most`. Scores of a pruned graph need no bound: those of the same
+nodes and edges in the exact graph are the same.
 """
 
 from __future__ import annotations

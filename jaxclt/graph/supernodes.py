@@ -12,11 +12,9 @@ and the signs along a path multiply. A group without any input from outside (onl
 or errors, or closed in itself) has no links to it: 0 / 0 is 0.
 
 Scores are those of the walk of `jaxclt.graph.scores` in which only grouped features
-carry on: what reaches any other feature counts as error, nothing is renormalised. They
-depend on which features are grouped and not on how: contracting groups with the walk's
-own visits as weights changes no visit of a group. S has f for weights instead, so
-walking the small graph (what a reader does with it) gives somewhat other influences.
-`blur` is by how much: the price of the grouping, 0 for groups of one.
+carry on: what reaches any other feature counts as error (maths 13.7). They depend on
+which features are grouped and not on how. `blur` is how far the influences that a
+reader gets by walking the small graph are off: 0 for groups of one.
 
 The graph of a paper's figure shows S with its sign; `size_GG` is the same of absolute
 edges, so ``|edge_GG| < size_GG`` where members cancel.
@@ -216,10 +214,6 @@ def with_features(graph: Graph, group: Supernode) -> Supernode:
     """The supernode with features that it names as (layer, position, feature).
 
     What stays a name has no activation: errors, tokens and targets.
-
-    Args:
-      graph: whose nodes are named.
-      group: of features and names.
 
     Raises:
       InputError: for a name that the graph does not have.
