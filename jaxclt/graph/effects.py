@@ -28,7 +28,7 @@ __all__ = ["solve_total_effect"]
 def solve_total_effect(graph: Graph, *, block: int = BLOCK) -> np.ndarray:
     """Signed total effect of every feature on every target, [K, A].
 
-    Solves ``y (diag(value) - A_ff) = A_kf`` block by block; the effect is y times value.
+    Solves ``y (diag(value) - A_ff) = A_kf`` by blocks; the effect is y times value.
 
     Args:
       graph: attributed.

@@ -147,5 +147,6 @@ def path_length_curve(graph: Graph) -> np.ndarray:
         weight_K.astype(graph.edge_RN.dtype),
         n_layers=graph.n_layers,
     )
-    curve = np.cumsum(np.asarray(term_LN)[:, graph.embed_cols].sum(1), dtype=np.float64)
+    reach_L = np.asarray(term_LN)[:, graph.layout.ends("input")].sum(1)
+    curve = np.cumsum(reach_L, dtype=np.float64)
     return curve / curve[-1] if curve[-1] > 0 else curve
