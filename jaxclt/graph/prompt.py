@@ -179,7 +179,7 @@ class Computed:
 
     selected: np.ndarray  # active features, ascending
     edge_RN: np.ndarray  # columns: selected features, errors, embeddings
-    rest_R: np.ndarray  # what is no column, summed
+    rest_R: np.ndarray  # sources without a column, summed
     rest_abs_R: np.ndarray
     work: dict[str, Any]
 
