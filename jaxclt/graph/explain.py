@@ -124,5 +124,5 @@ def _why(graph: Graph, row: int, col: int) -> str:
         if source["pos"] > graph.pos_A[row]:
             return "the source comes after the target"
     if not graph.pruning.keep_N[col]:
-        return "the source was pruned, or is not a node in this convention"
+        return "the source was pruned, or is no node in this convention"
     return "its effect is zero"
