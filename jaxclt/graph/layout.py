@@ -94,7 +94,10 @@ class Layout:
         return dict(zip(KINDS[kind].axes, map(int, index), strict=True))
 
     def places(self, layer_A: np.ndarray, pos_A: np.ndarray) -> np.ndarray:
-        """Layer and position of every column, [2, N]; embeddings are in layer -1.
+        """Layer and position of every column, [2, N].
+
+        Kinds without layers, such as embeddings, are in layer -1, and those without
+        positions at the first.
 
         Args:
           layer_A: layers of the features.
@@ -106,8 +109,8 @@ class Layout:
             along = dict(zip(axes, np.indices(shape), strict=True))
             if axes == "A":
                 along = {"L": layer_A, "T": pos_A}
-            place = along.get("L", np.full(shape, -1)), along["T"]
-            found.append(np.stack(place).reshape(2, -1))
+            at = {"L": np.full(shape, -1), "T": np.zeros(shape, int)} | along
+            found.append(np.stack([at["L"], at["T"]]).reshape(2, -1))
         return np.concatenate(found, axis=1)
 
     def row_of(self, node: _Number) -> _Number:

@@ -62,7 +62,7 @@ def facts(graph: Graph, node: int) -> dict[str, Any]:
         # Readers cut the token at the first two quotes and the rest at "(p=".
         more["token"] = text.replace('"', "”").replace("(p=", "( p=")
     else:
-        layer, pos = place.get("L", -1), place["T"]
+        layer, pos = place.get("L", -1), place.get("T", 0)
         number, text = int(graph.token_T[pos]), graph.meta.tokens[pos]
     said = {"layer": layer, "pos": pos, "number": number, "text": text}
     return said | more | {"quoted": quoted(text)}

@@ -197,3 +197,19 @@ def test_features_come_first() -> None:
     sizes = {"n_features": 3, "n_layers": 2, "n_tokens": 2}
     assert Layout(**sizes).nodes["feature"] == slice(0, 3)
     assert Layout(**sizes, sources=("feature", "embed")).n_columns == 5
+
+
+@pytest.mark.parametrize(("axes", "n"), [("L", 4), ("T", 6), ("", 1)])
+def test_kinds_may_lack_layers_or_positions(
+    monkeypatch: pytest.MonkeyPatch, axes: str, n: int
+) -> None:
+    monkeypatch.setitem(KINDS, "bias", dataclasses.replace(BIAS, axes=axes))
+    graph = case_graph("clt")
+    layout = dataclasses.replace(graph.layout, sources=(*SOURCES, "bias"))
+    assert layout.n_columns == graph.layout.n_columns + n
+    places = layout.places(graph.layer_A, graph.pos_A)[:, layout.nodes["bias"]]
+    want = {"L": np.stack([np.arange(4), 0 * np.arange(4)])}
+    want |= {"T": np.stack([-1 + 0 * np.arange(6), np.arange(6)])}
+    np.testing.assert_array_equal(places, want.get(axes, [[-1], [0]]))
+    last = layout.nodes["bias"].stop - 1
+    assert layout.at("bias", *layout.place(last).values()) == last
