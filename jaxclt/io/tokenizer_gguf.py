@@ -13,7 +13,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from jaxclt.errors import InputError, shown
+from jaxclt.errors import InputError, first_line, shown
 from jaxclt.files.atomic import atomic_path
 from jaxclt.files.digest import cache_root
 from jaxclt.files.json_text import to_json
@@ -63,8 +63,9 @@ def fast_tokenizer(file: GGUFFile) -> tuple[Any, dict[str, str]]:
         fast = make(meta, tokens, types)
         by_type = list(zip(tokens, types, strict=True))
     except Exception as error:  # the Rust tokenizer raises a bare Exception
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{file.path}: its tokenizer is damaged ({line})") from error
+        raise InputError(
+            f"{file.path}: its tokenizer is damaged ({first_line(error)})"
+        ) from error
     _add(fast, by_type)
     _begin(fast, meta, special.get("bos_token"), tokens)
     if kind == "llama":

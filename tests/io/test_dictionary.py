@@ -18,12 +18,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxclt.clt import params as clt_params
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import ParamsStore
 from jaxclt.errors import InputError
 from jaxclt.io import dictionary
 from jaxclt.lm.config import LMConfig
+from jaxclt.testing.random_clt import random_clt
 from jaxclt.types import CLTParams
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
@@ -46,7 +46,7 @@ CONFIGS = {
 def arbitrary_params(cfg: CLTConfig, *, skip: bool = False) -> CLTParams:
     """Distinct numbers everywhere; no random bits, which would cost a compilation."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    shapes = jax.eval_shape(lambda k: clt_params.init(k, cfg, skip=skip), key)
+    shapes = jax.eval_shape(lambda k: random_clt(k, cfg, skip=skip), key)
     leaves, tree = jax.tree.flatten(shapes)
     filled = [
         jnp.asarray(np.sin(1 + i + np.arange(x.size, dtype=x.dtype)).reshape(x.shape))

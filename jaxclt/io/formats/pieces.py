@@ -33,6 +33,11 @@ class Piece(NamedTuple):
     pick: tuple[int | slice, ...] = ()  # of the stored axes
     transposed: bool = False  # the two axes that are left
 
+    @classmethod
+    def found(cls, file: TensorFile, name: str, *pick: int) -> Piece | None:
+        """A part of a tensor, or None where the file has none of the name."""
+        return cls(file, name, pick) if name in file.tensors else None
+
     def read(self, rows: np.ndarray | None = None) -> np.ndarray:
         """A finite copy, or one of some rows only.
 

@@ -36,7 +36,7 @@ from jaxclt.io.formats.pieces import (
     check_tensors,
     stored_shape,
 )
-from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
+from jaxclt.io.tensors import TensorFile, open_tensors
 
 __all__ = ["ACTIVATIONS", "CONFIG", "WEIGHTS", "is_sparsify", "open_sparsify"]
 
@@ -153,8 +153,6 @@ def _coders(path: Path) -> list[_Coder]:
         check_fields(where, config, _FIELDS)
         if "transcode" not in config:
             raise InputError(f"{where} does not say that it transcodes: it is an SAE")
-        if not (where.parent / WEIGHTS).is_file():
-            refuse_pickles(where.parent)
         file = open_tensors(where.parent / WEIGHTS)
         found[int(layer[1])] = _Coder(file, config, where)
     contiguous(path, found)
