@@ -41,7 +41,7 @@ class Active:
 
     Host arrays. Rows of the dictionary are held once, however often their feature
     fires: `row_A` is a feature's row in its layer's tables of U encoder and decoder
-    rows. Encoder rows are those of the residual stream: a norm that they read behind is
+    rows. Encoder rows are those of the residual stream: a norm before them is
     folded in, but for its denominator. With `read` such a row times that scale,
     ``preact = read · mid[layer, pos] + read_bias_A``, where the norm denominator (and a
     neuron's gate) are frozen.

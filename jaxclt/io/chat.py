@@ -59,7 +59,7 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
         for name in ("role", "content"):
             if not isinstance(message[name], str):
                 kind = type(message[name]).__name__
-                raise InputError(f"message {i}: its {name} is no text but {kind}")
+                raise InputError(f"message {i}: its {name} is {kind}, not text")
         found.append({"role": message["role"], "content": message["content"]})
     return found
 

@@ -42,7 +42,7 @@ class Family:
     leave out.
 
     `windows` says which layers have the sliding window if `layer_types` does not:
-    "all", those "behind" max_window_layers (where use_sliding_window is on), or all
+    "all", those "after" max_window_layers (where use_sliding_window is on), or all
     but "every" `period`-th.
     """
 
@@ -64,7 +64,7 @@ class Family:
     query_scalar: bool = False  # has query_pre_attn_scalar
     cap_fields: Mapping[str, float | None] | None = None  # their defaults; None: none
     tied: bool = False  # unless the config says
-    windows: Literal["all", "behind", "every"] | None = None
+    windows: Literal["all", "after", "every"] | None = None
     period: int = 0
     window: int | None = 4096  # unless the config says
     rope_theta: float = 10_000.0  # unless the config says
@@ -99,14 +99,14 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(gguf="llama", flags=("attention_bias", "mlp_bias")),
     "mistral": Family(windows="all"),
     "qwen2": Family(
-        gguf="qwen2", rows=QWEN, options=frozenset({"qkv_bias"}), windows="behind"
+        gguf="qwen2", rows=QWEN, options=frozenset({"qkv_bias"}), windows="after"
     ),
     "qwen3": Family(
         gguf="qwen3",
         rows=QWEN,
         options=frozenset({"qk_norm"}),
         flags=("attention_bias",),
-        windows="behind",
+        windows="after",
     ),
     "gemma2": Family(
         **_GEMMA,
@@ -357,10 +357,10 @@ def _windows(
     if family.windows is None:
         return None, None
     if n_layers > _MOST_LAYERS:
-        raise InputError(f"config.json: there is no model of {n_layers} layers")
+        raise InputError(f"config.json: no model has {n_layers} layers")
     window = hf.get("sliding_window", family.window)
-    behind = family.windows == "behind"
-    if window is None or (behind and not hf.get("use_sliding_window", False)):
+    after = family.windows == "after"
+    if window is None or (after and not hf.get("use_sliding_window", False)):
         local = _layer_types(hf, n_layers) or (False,) * n_layers
         if any(local):
             raise InputError(
@@ -377,7 +377,7 @@ def _windows(
             )
         return window, None
     local = _layer_types(hf, n_layers)
-    if local is None and behind:
+    if local is None and after:
         first = whole(hf, "max_window_layers", 28)
         local = tuple(i >= first for i in range(n_layers))
     elif local is None:

@@ -1,7 +1,7 @@
 """Files of the model hub: by repository, folder and revision, and no more than needed.
 
 A name is ``organisation/name``, with ``//folder`` (or ``/folder``) inside it and
-``@revision`` behind it where there is one.
+``@revision`` after it where there is one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class HubRef(NamedTuple):
 
 
 def parse_hub_ref(name: str) -> HubRef | None:
-    """The place that a name stands for, or None if it is no name of one."""
+    """The place that a name stands for, or None if it names none."""
     found = _HUB_REF.fullmatch(name)
     if found is None or name[0] in ".~":
         return None
@@ -78,7 +78,9 @@ def download_model(name: str) -> Path:
 
     ref = parse_hub_ref(name)
     if ref is None or ref.folder:
-        raise InputError(f"{name!r} is no hub id: write organisation/name[@revision]")
+        raise InputError(
+            f"{name!r} is not a hub id: write organisation/name[@revision]"
+        )
     return _fetch(ref, "model", wanted)
 
 
@@ -107,7 +109,7 @@ def download_dictionary(
     ref = parse_hub_ref(name)
     if ref is None:
         raise InputError(
-            f"{name!r} is no hub id: write organisation/name[//folder][@revision]"
+            f"{name!r} is not a hub id: write organisation/name[//folder][@revision]"
         )
     listed = _list(ref, "dictionary")
     files = chosen(list(listed.sizes), ref.folder, ref.repo)
@@ -306,7 +308,9 @@ def _explained(ref: HubRef, what: str) -> Iterator[None]:
             f"directory): check the name{hint}"
         ) from error
     except HFValidationError as error:
-        raise InputError(f"{_name(ref)} is no hub id ({first_line(error)})") from error
+        raise InputError(
+            f"{_name(ref)} is not a hub id ({first_line(error)})"
+        ) from error
     except HfHubHTTPError as error:
         status: Any = getattr(error.response, "status_code", None)
         if status in (401, 403):

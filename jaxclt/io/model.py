@@ -160,8 +160,8 @@ def _locate(
             raise InputError(f"{error}{hint}") from error
     known = (*MODELS, *KNOWN_MODELS)
     raise InputError(
-        f"no model {shown(name)}: it is no file or directory, and the known names are "
-        f"{', '.join(known)}{did_you_mean(name, known)}"
+        f"no model {shown(name)}: it is neither a file nor a directory, and the "
+        f"known names are {', '.join(known)}{did_you_mean(name, known)}"
     )
 
 

@@ -126,7 +126,7 @@ def read_params(
     return LMParams(blocks=blocks, **arrays)
 
 
-_PIECE = 1 << 20  # numbers; larger ones stay behind in the allocator
+_PIECE = 1 << 20  # numbers; the allocator keeps larger ones
 
 
 def _pieces(

@@ -28,7 +28,7 @@ def save_dictionary(
     write: WriteSite | None = None,
     to: str = "circuit-tracer",
 ) -> None:
-    """Write a dictionary, in float32, in circuit-tracer's format unless told otherwise.
+    """Write a dictionary, in float32, in circuit-tracer's format or another.
 
     There, span 1 is written as a PLT, anything else as a CLT. A span between 1 and L is
     written with the decoders it has; circuit-tracer itself reads only 1 and L. A

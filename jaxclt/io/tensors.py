@@ -39,12 +39,12 @@ _MOST_HEADER = 100_000_000  # bytes, which safetensors' own reader does not exce
 
 
 class _Tensor(NamedTuple):
-    dtype: np.dtype  # opaque bytes where it is none of ours
+    dtype: np.dtype  # opaque bytes where we do not read it
     shape: tuple[int, ...]
     offset: int  # from the start of the file, or of the inflated member
     member: str | None = None  # of an archive, where it cannot be mapped
     fortran: bool = False  # the first axis is the fastest
-    other: str = ""  # its type, where that is none of ours
+    other: str = ""  # the name of a type that we do not read
 
     @property
     def size(self) -> int:
@@ -160,7 +160,7 @@ def _tensor(entry: Mapping[str, Any], base: int) -> _Tensor:
 
 
 def _whole(x: Any) -> int:
-    # 2.9 and "2" are no sizes, and True is no 1
+    # 2.9 and "2" are not sizes, and True is not 1
     if type(x) is not int or not 0 <= x < 1 << 60:
         raise ValueError(x)
     return x
@@ -185,7 +185,7 @@ def _open_npz(path: Path) -> TensorFile:
             name = info.filename.removesuffix(".npy")
             if name == info.filename or name in tensors:
                 raise InputError(
-                    f"{path}: {shown(info.filename)} is no array; give a file that "
+                    f"{path}: {shown(info.filename)} is not an array; give a file that "
                     "numpy.savez wrote"
                 )
             with archive.open(info) as member:

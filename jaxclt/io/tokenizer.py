@@ -222,7 +222,7 @@ def _wrap(backend: Any, *, adds_bos: bool) -> Tokenizer:
 def _check_template(backend: Any) -> None:
     """ValueError if a tokenizer puts tokens around a text that it does not have.
 
-    Where it is used it would panic, which is no `Exception`.
+    Where it is used it would panic, which is not an `Exception`.
     """
     fast = getattr(backend, "backend_tokenizer", None)
     if fast is None or fast.post_processor is None:

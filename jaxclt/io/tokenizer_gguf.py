@@ -98,8 +98,8 @@ def kept_tokenizer(file: GGUFFile) -> tuple[Path, dict[str, str]] | None:
 def _cache_path(meta: dict[str, Any]) -> Path:
     from tokenizers import __version__
 
-    told = {key: x for key, x in meta.items() if key.startswith("tokenizer.")}
-    text = to_json([_BUILD, __version__, sorted(told.items())])
+    said = {key: x for key, x in meta.items() if key.startswith("tokenizer.")}
+    text = to_json([_BUILD, __version__, sorted(said.items())])
     digest = hashlib.sha256(text.encode()).hexdigest()
     return cache_root() / "tokenizers" / f"{digest}.json"
 
@@ -179,7 +179,7 @@ def _sentence_piece(meta: dict[str, Any], tokens: list[str], types: list[int]) -
         )
     )
     prefix = bool(meta.get("tokenizer.ggml.add_space_prefix", True))
-    # A prefix at the start of a text only, not behind every token found before.
+    # A prefix at the start of a text only, not after every token found before.
     fast.pre_tokenizer = pre_tokenizers.Metaspace(
         prepend_scheme="first" if prefix else "never", split=False
     )

@@ -60,7 +60,7 @@ def open_decode_clt(path: Path) -> FileStore:
     """Open a cross-layer transcoder of decode-clt without reading its weights.
 
     Raises:
-      InputError: if it is incomplete or damaged, or has a part that is no linear map.
+      InputError: if it is incomplete or damaged, or has a part that is not linear.
     """
     where = path / CONFIG
     config = read_json(where)

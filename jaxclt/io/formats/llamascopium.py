@@ -88,9 +88,8 @@ def open_llamascopium(path: Path) -> FileStore:
     L, D, F = stored_shape(file, "W_E", 3)
     act = _ACTIVATIONS[config.get("act_fn", "relu")]
     gate = GATES[act]
-    hooks = {
-        x: _hooks(where, config, x, L) for x in ("hook_points_in", "hook_points_out")
-    }
+    sides = {"hook_points_in": READS, "hook_points_out": WRITES}
+    hooks = {side: _hooks(where, config, side, L) for side in sides}
     wanted: dict[str, tuple[int, ...]] = {"W_E": (L, D, F), "b_E": (L, F)}
     for layer in range(L):
         wanted |= {f"W_D.{layer}": (layer + 1, F, D), f"b_D.{layer}": (D,)}
@@ -102,12 +101,10 @@ def open_llamascopium(path: Path) -> FileStore:
         wanted | (dict.fromkeys(norms, ()) if scaled else {}),
         dict.fromkeys(norms, ()),
     )
-    reads = [
-        of_layer(where, "hook_points_in", h, READS) for h in hooks["hook_points_in"]
-    ]
-    writes = [
-        of_layer(where, "hook_points_out", h, WRITES) for h in hooks["hook_points_out"]
-    ]
+    reads, writes = (
+        [of_layer(where, side, hook, known) for hook in hooks[side]]
+        for side, known in sides.items()
+    )
     sites: set[tuple[ReadSite, WriteSite]] = {
         (READS[r], WRITES[w]) for (_, r), (_, w) in zip(reads, writes, strict=True)
     }
@@ -152,7 +149,7 @@ def _hooks(where: Path, config: Mapping[str, Any], field: str, n: int) -> list[s
         raise InputError(f"{where}: {field} must list {n} hook points")
     for name in names:
         if not isinstance(name, str):
-            raise InputError(f"{where}: {field} holds {shown(name)}, which is no name")
+            raise InputError(f"{where}: {field} holds {shown(name)}, not a name")
     return names
 
 

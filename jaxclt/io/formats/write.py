@@ -144,13 +144,13 @@ def write_files(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     some = next(x for x in folder.rglob("*") if x.is_file())
-    mode, every = stat.S_IMODE(some.stat().st_mode), np.arange(cfg.n_features)
+    mode = stat.S_IMODE(some.stat().st_mode)
     b_dec_LD = np.asarray(store.b_dec())
     for i in range(cfg.n_layers):
         layer = Layer(
             i,
             store.encoder(i),
-            np.asarray(store.decoder_rows(i, every)),
+            np.asarray(store.decoder(i)),
             b_dec_LD[i],
             store.skip(i) if about.skip else None,
         )
