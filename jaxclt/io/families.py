@@ -19,7 +19,7 @@ from jaxclt.io.names import GEMMA, GPT2, GPT_NEOX, LLAMA, QWEN, Layout, Row
 from jaxclt.io.rope import KINDS, read_rope
 from jaxclt.lm.config import LMConfig
 
-__all__ = ["FAMILIES", "Family", "describe_hf", "shape_from_hf", "usual_act"]
+__all__ = ["FAMILIES", "Family", "describe_hf", "family_act", "shape_from_hf"]
 
 Act = Literal["silu", "gelu_tanh", "gelu", "relu"]
 _ACTS: dict[str, Act] = {
@@ -268,7 +268,7 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
     cfg = dataclasses.replace(
         shape,
         norm_eps=number(hf, "rms_norm_eps", 1e-6),
-        act=_act(family, hf),
+        act=family_act(family, hf),
         parallel=bool(family.parallel_field and hf.get(family.parallel_field)),
         d_rotary=0 if family.positions else rope.d_rotary,
         rope_theta=rope.theta,
@@ -294,12 +294,8 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
     return cfg, layout
 
 
-def usual_act(family: Family) -> Act:
-    """The activation of a family's MLPs, unless a model's config says another."""
-    return _act(family, family.defaults)
-
-
-def _act(family: Family, config: Mapping[str, Any]) -> Act:
+def family_act(family: Family, config: Mapping[str, Any]) -> Act:
+    """The activation of a model's MLPs; by a family's defaults the usual one."""
     act = config.get(family.act_field) or config.get("hidden_act") or "silu"
     if act not in _ACTS:
         raise InputError(

@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxclt.errors import InputError, shown
-from jaxclt.io.families import FAMILIES, Family, usual_act
+from jaxclt.io.families import FAMILIES, Family, family_act
 from jaxclt.io.gguf_file import GGUFFile, open_gguf
 from jaxclt.io.names import Layout, tensor_name
 from jaxclt.io.read_params import Stored, read_params
@@ -111,7 +111,7 @@ def _config(file: GGUFFile) -> LMConfig:
         rope_theta=theta,
         rope_local_theta=local_theta,
         rope_scaling=scaling,
-        act=usual_act(family),
+        act=family_act(family, family.defaults),
         window=window,
         query_scale=query_scale,
         attn_cap=get("attn_logit_softcapping", float) if _capped(family) else None,
