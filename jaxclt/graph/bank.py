@@ -26,6 +26,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array
 
 from jaxclt.clt.active import Active
@@ -40,6 +41,7 @@ __all__ = [
     "pack",
     "readers",
     "writers",
+    "written_at",
 ]
 
 
@@ -119,6 +121,23 @@ def readers(rows: RowTargets, n_layers: int) -> Items:
     )
 
 
+def written_at(active: Active, layer: int, pos: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features that write the MLP output of a layer at a position.
+
+    Their slots, ascending, and what each writes: value x decoder row, [n, D].
+    """
+    slots, vectors = [np.zeros(0, np.int64)], [active.write_bias_LD[:0]]
+    for source in range(layer + 1):
+        if layer - source >= active.decoder[source].shape[1]:
+            continue
+        of = active.of_layer(source)
+        lo, hi = of.start + np.searchsorted(active.pos_A[of], [pos, pos + 1])
+        slots.append(np.arange(lo, hi))
+        row_AD = active.decoder[source][active.row_A[lo:hi], layer - source]
+        vectors.append(active.value_A[lo:hi, None] * row_AD)
+    return np.concatenate(slots), np.concatenate(vectors)
+
+
 class Slots(NamedTuple):
     """Which slots the tiles of every site belong to.
 
@@ -141,6 +160,11 @@ class Indexed(NamedTuple):
     overflow_row_YW: Array
     overflow_value_YW: Array
 
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.shared_row_XTW.shape[2]
+
     def shared(self, x: Array, start: Array | int, P: int) -> Array:
         """One shared tile [P, W, D] from position `start` on."""
         row_PW = _cut(self.shared_row_XTW, x, start, P)
@@ -159,6 +183,11 @@ class Packed(NamedTuple):
     shared_XTWD: Array
     overflow_YWD: Array
 
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.shared_XTWD.shape[2]
+
     def shared(self, x: Array, start: Array | int, P: int) -> Array:
         """One shared tile [P, W, D] from position `start` on."""
         return _cut(self.shared_XTWD, x, start, P)
@@ -174,11 +203,18 @@ def _cut(tiles_XT: Array, x: Array, start: Array | int, P: int) -> Array:
     return jax.lax.dynamic_slice(tiles_XT, at, (1, P, *tiles_XT.shape[2:]))[0]
 
 
-class DeviceBank(NamedTuple):
+@struct.dataclass
+class DeviceBank:
     """A bank as the kernels take it."""
 
     slots: Slots
     tiles: Packed | Indexed
+    n_blocks: int = struct.field(pytree_node=False)
+
+    def no_edges(self, P: int, n_vectors: int, dtype: jnp.dtype) -> Array:
+        """Zeros [Z, P, W, B] to add dot products to."""
+        W = self.tiles.width
+        return jnp.zeros((self.n_blocks, P, W, n_vectors), dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,7 +258,8 @@ class Bank:
             )
         )
         slots = Slots(*map(jnp.asarray, self.slots))
-        return DeviceBank(slots, _write_out(tiles) if packed else tiles)
+        tiles = _write_out(tiles) if packed else tiles
+        return DeviceBank(slots, tiles, self.n_blocks)
 
 
 @jax.jit
@@ -252,7 +289,7 @@ def add_dots(
       start: first position.
       nothing: if true, x is known to be zero.
     """
-    slots, tiles = bank
+    slots, tiles = bank.slots, bank.tiles
     P = x_PBD.shape[0]
 
     def shared(i: Array, edge_ZPWB: Array) -> Array:

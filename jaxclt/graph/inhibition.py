@@ -27,6 +27,7 @@ from jaxclt.errors import InputError
 from jaxclt.graph.bank import RowTargets, pack, writers
 from jaxclt.graph.layout import Layout
 from jaxclt.graph.plan import make_plan, mean_flops
+from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.rows import edge_rows, make_puller
 from jaxclt.lm.config import LMConfig
 from jaxclt.replacement.errors import error_nodes
@@ -243,18 +244,20 @@ def find_inhibition(
         N = Layout(n_features=A, n_layers=L, n_tokens=T).n_columns
         bank = pack(writers(active), T)
         puller = make_puller(
-            params,
-            recording,
-            active,
-            error_LTD,
-            cfg=cfg,
+            Recorded(
+                params=params,
+                recording=recording,
+                active=active,
+                error_LTD=error_LTD,
+                cfg=cfg,
+                n_tokens=T,
+            ),
             plan=make_plan(
                 U,
                 n_positions=T,
                 flops_per_position=mean_flops(cfg, bank, T),
                 chunk_size=chunk_size,
             ),
-            n_tokens=T,
             mesh=Mesh(np.array(jax.devices()[:1]), ("rows",)),
             bank=bank,
         )

@@ -17,7 +17,15 @@ from jaxclt.graph.target_reads import target_rows, written_edges
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import LMParams, Recording, Targets
 
-__all__ = ["Chooser", "Computed", "Prompt", "counted", "cut_columns", "row_totals"]
+__all__ = [
+    "Chooser",
+    "Computed",
+    "Prompt",
+    "Recorded",
+    "counted",
+    "cut_columns",
+    "row_totals",
+]
 
 
 # Slots of the features to look at, ascending, from the active ones and the influence
@@ -26,17 +34,23 @@ Chooser = Callable[[Active, np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """Everything the rows of one prompt are made of."""
+class Recorded:
+    """A recorded prompt with the features active on it: the sources of its edges."""
 
     params: LMParams
     recording: Recording
     active: Active
     error_LTD: np.ndarray
-    targets: Targets
     cfg: LMConfig
-    config: AttributeConfig
     n_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt(Recorded):
+    """Everything the rows of one prompt are made of."""
+
+    targets: Targets
+    config: AttributeConfig
     shortlist: Chooser | None = None
     stop: Callable[[], bool] = lambda: False  # asked often; true: come to an end
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.active import Active
-from jaxclt.graph.bank import RowTargets
+from jaxclt.graph.bank import RowTargets, written_at
 from jaxclt.graph.layout import Layout
 from jaxclt.lm.layers import Norm, fold_norm, out_norm
 from jaxclt.types import LMParams, Reads, Recording, Targets
@@ -84,12 +84,8 @@ def written_edges(
         n_features=len(active.layer_A), n_layers=active.n_layers, n_tokens=n_tokens
     )
     edge_N = np.zeros(layout.n_columns, write_D.dtype)
-    for source in range(layer + 1):
-        if layer - source < active.decoder[source].shape[1]:
-            slots = active.of_layer(source)
-            at = slots.start + np.flatnonzero(active.pos_A[slots] == pos)
-            row_AD = active.decoder[source][active.row_A[at], layer - source]
-            edge_N[at] = active.value_A[at] * (row_AD @ write_D)
+    slot, write_AD = written_at(active, layer, pos)
+    edge_N[slot] = write_AD @ write_D
     edge_N[layout.at("error", layer, pos)] = error_LTD[layer, pos] @ write_D
     return edge_N
 

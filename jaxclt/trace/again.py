@@ -22,6 +22,7 @@ from jaxclt.graph.graph import Graph
 from jaxclt.graph.heads import head_loadings
 from jaxclt.graph.inhibition import Inhibition, check_thresholds, find_inhibition
 from jaxclt.graph.memory import available_bytes
+from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.provenance import crop, graph_active, hop_spectrum
 from jaxclt.graph.target_reads import target_reads
 from jaxclt.graph.targets import token_targets
@@ -106,8 +107,15 @@ def edge_parts_with_model(
         error_LTD = error_nodes(active, recording)
         nodes = graph_active(graph, active)
         rows = _row(graph, parts.row, nodes, model, recording)
-        args = (model.params, recording, nodes, error_LTD, rows)
-        hop_Q = hop_spectrum(*args, cfg=model.cfg, max_hops=max_hops)[:, 0, parts.col]
+        p = Recorded(
+            params=model.params,
+            recording=recording,
+            active=nodes,
+            error_LTD=error_LTD,
+            cfg=model.cfg,
+            n_tokens=graph.n_tokens,
+        )
+        hop_Q = hop_spectrum(p, rows, max_hops=max_hops)[:, 0, parts.col]
     if not math.isclose(hop_Q.sum(), parts.edge, rel_tol=1e-2, abs_tol=1e-4):
         raise InputError(
             f"the model gives this edge {hop_Q.sum():.4g}, the graph {parts.edge:.4g}: "
@@ -121,7 +129,7 @@ def edge_parts_with_model(
     )
     if parts.heads is None:
         only = np.zeros(1, np.int64), np.array([parts.col])
-        loads = head_loadings(*args, *only, cfg=model.cfg)
+        loads = head_loadings(p, rows, *only)
         parts = dataclasses.replace(
             parts, heads=loads.listed(0), other_heads=float(loads.rest_E[0])
         )
