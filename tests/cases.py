@@ -151,12 +151,9 @@ def layer_cut(
 
     def edges(*on: int) -> np.ndarray:
         assert frozen.pattern_LHTS is not None
-        gate_LH = np.ones(frozen.pattern_LHTS.shape[:2])
-        gate_LH[layer] = np.isin(np.arange(gate_LH.shape[1]), on)
-        gated = frozen.replace(
-            pattern_LHTS=frozen.pattern_LHTS * gate_LH[:, :, None, None]
-        )
-        recording = p.recording.replace(frozen=gated)
+        off_H = np.setdiff1d(np.arange(p.cfg.n_heads), on)
+        gated_LHTS = frozen.pattern_LHTS.at[layer, off_H].set(0)
+        recording = p.recording.replace(frozen=frozen.replace(pattern_LHTS=gated_LHTS))
         return pulled_rows(dataclasses.replace(p, recording=recording), rows)
 
     bypass_RN = edges()

@@ -11,9 +11,9 @@ A0 is the residual-direct part of Circuit Tracing (2025), section 4; the rest is
 attention-mediated. A dictionary's skip is part of the residual stream here.
 
 Here is the first, whole rows pulled back with paths kept apart by how many heads they
-passed, and A0 alone in closed form. `jaxclt.graph.heads` has the second. The last is what rows
-become when patterns of one layer are multiplied by gates. Columns are those of
-`jaxclt.graph.graph.Graph`.
+passed, and A0 alone in closed form. `jaxclt.graph.heads` has the second. The last is
+what rows become when patterns of one layer are multiplied by gates. Columns are those
+of `jaxclt.graph.graph.Graph`.
 """
 
 from __future__ import annotations

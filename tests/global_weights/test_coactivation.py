@@ -33,6 +33,7 @@ from jaxclt.global_weights import ranking
 from jaxclt.global_weights.build import build, virtual_blocks
 from jaxclt.global_weights.statistics import merge
 from jaxclt.graph import provenance
+from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.target_reads import target_reads
 from jaxclt.lm.run import unembed
 
