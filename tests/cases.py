@@ -25,7 +25,6 @@ from jaxclt.graph.plan import Plan
 from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.rows import edge_rows, make_puller
 from jaxclt.graph.target_reads import target_reads
-from jaxclt.replacement.errors import error_nodes
 from jaxclt.replacement.local import LocalReplacement, LocalRun, run_local
 from jaxclt.testing import Tiny, tiny
 from jaxclt.types import Recording
@@ -44,7 +43,7 @@ CASES = {
     },
     "topk": {
         "seed": 4,
-        "activation": "topk",
+        "activation": "signed_topk",
         "read": "mlp_in",
         "n_kv_heads": 4,
         "tied": True,
@@ -103,14 +102,7 @@ def case_graph(name: str) -> Graph:
 def recorded(t: Tiny, active: Active, recording: Recording | None = None) -> Recorded:
     """A case's prompt (or another recording of its model) with some active features."""
     recording = t.recording if recording is None else recording
-    return Recorded(
-        params=t.params,
-        recording=recording,
-        active=active,
-        cfg=t.cfg,
-        n_tokens=len(recording.token_T),
-        error_LTD=error_nodes(active, recording),
-    )
+    return Recorded(t.params, recording, active, cfg=t.cfg)
 
 
 @functools.cache

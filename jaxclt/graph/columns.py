@@ -87,8 +87,8 @@ class Columns:
         place = np.flatnonzero(layer_B < 0)
         write_MBD[0, place] = np.asarray(self.p.recording.embed_TD)[pos_B[place]]
         padded_B = np.pad(pos_B, (0, capacity - len(pos_B)), mode="edge")
-        first, start = (np.asarray(x, np.int32) for x in (layer_B.min() + 1, start))
-        return Writes(write_MBD, padded_B.astype(np.int32), first, start)
+        first = layer_B.min() + 1
+        return Writes(write_MBD, *map(np.int32, (padded_B, first, start)))
 
 
 class _Held(NamedTuple):

@@ -256,7 +256,8 @@ def edge_rows(
     pool = np.arange(puller.n_features) if pool_A is None else pool_A
     n_layers = puller.held.stream.cfg.n_layers
     layout = Layout(n_features=len(pool), n_layers=n_layers, n_tokens=puller.n_tokens)
-    near, device_places = {}, {}
+    near: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    device_places: dict[int, Array | None] = {}
     for P in puller.plan.band_end:
         place = puller.bank.place(pool, 0, P)
         columns = np.flatnonzero(place >= 0)
@@ -291,7 +292,8 @@ def edge_rows(
     return reached_R
 
 
-_Part, _Result = TypeVar("_Part"), TypeVar("_Result")
+_Part = TypeVar("_Part")
+_Result = TypeVar("_Result")
 
 
 def pipelined(

@@ -13,6 +13,7 @@ Axes besides the usual: B vectors that travel together, J query heads of a group
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -138,13 +139,10 @@ _PATTERN_LEAVES += ("q_bias_LHC", "k_bias_LGC", "q_norm_LC", "k_norm_LC")
 
 def _for_patterns(blocks: Block) -> Block:
     """What computes patterns: every device that works on edges holds it."""
+    unused = {k for k, leaf in vars(blocks).items() if leaf is not None}
+    unused -= set(_PATTERN_LEAVES)
     none_L = blocks.norm_attn_LD[:, 0]
-    return Block(
-        **{
-            name: leaf if leaf is None or name in _PATTERN_LEAVES else none_L
-            for name, leaf in vars(blocks).items()
-        }
-    )
+    return dataclasses.replace(blocks, **dict.fromkeys(unused, none_L))
 
 
 @partial(jax.jit, static_argnames="cfg")

@@ -27,7 +27,6 @@ from jaxclt.graph.provenance import crop, graph_active, hop_spectrum
 from jaxclt.graph.target_reads import target_reads
 from jaxclt.graph.targets import token_targets
 from jaxclt.io.model import Model
-from jaxclt.replacement.errors import error_nodes
 from jaxclt.trace.prompt import record_text
 from jaxclt.types import Recording
 
@@ -104,17 +103,9 @@ def edge_parts_with_model(
     parts = edge_parts(graph, source, target)
     with jax.default_matmul_precision("highest"):
         recording, active = recorded(graph, model, dictionary)
-        error_LTD = error_nodes(active, recording)
-        nodes = graph_active(graph, active)
-        rows = _row(graph, parts.row, nodes, model, recording)
-        p = Recorded(
-            params=model.params,
-            recording=recording,
-            active=nodes,
-            error_LTD=error_LTD,
-            cfg=model.cfg,
-            n_tokens=graph.n_tokens,
-        )
+        p = Recorded(model.params, recording, active, cfg=model.cfg)
+        p = dataclasses.replace(p, active=graph_active(graph, active))
+        rows = _row(graph, parts.row, p)
         hop_Q = hop_spectrum(p, rows, max_hops=max_hops)[:, 0, parts.col]
     if not math.isclose(hop_Q.sum(), parts.edge, rel_tol=1e-2, abs_tol=1e-4):
         raise InputError(
@@ -136,10 +127,9 @@ def edge_parts_with_model(
     return parts
 
 
-def _row(
-    graph: Graph, row: int, nodes: Active, model: Model, recording: Recording
-) -> RowTargets:
+def _row(graph: Graph, row: int, p: Recorded) -> RowTargets:
     """What one row reads."""
+    nodes, recording = p.active, p.recording
     if row < graph.n_features:
         at = np.array([row])
         return RowTargets(
@@ -152,11 +142,11 @@ def _row(
             "features and tokens can be followed with the model"
         )
     last = graph.n_tokens - 1
-    chosen = token_targets(model.params, recording.out_TD[last], jnp.asarray([token]))
+    chosen = token_targets(p.params, recording.out_TD[last], jnp.asarray([token]))
     return RowTargets(
         layer_R=np.array([graph.n_layers], np.int32),
         pos_R=np.array([last], np.int32),
-        read_RD=target_reads(model.params, recording, chosen.vec_KD, last),
+        read_RD=target_reads(p.params, recording, chosen.vec_KD, last),
     )
 
 
@@ -182,12 +172,5 @@ def inhibition(
     """
     check_thresholds(dictionary, model.params, model.cfg)
     recording, active = recorded(graph, model, dictionary)
-    return find_inhibition(
-        model.params,
-        recording,
-        dictionary,
-        active,
-        model.cfg,
-        margin=margin,
-        limit=limit,
-    )
+    prompt = Recorded(model.params, recording, active, cfg=model.cfg)
+    return find_inhibition(prompt, dictionary, margin=margin, limit=limit)
