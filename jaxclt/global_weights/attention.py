@@ -8,7 +8,7 @@ at position c', the head moves it to c, and a target of layer l or above reads i
     ind_h[t, s] = sum over c of  1(a_t(c)) q_t(c) m_s(c)
     m_s(c) = sum over c' of  A_h(c, c') q_h(c') a_s(c')
 
-with q the reciprocal norm denominators before the head (and behind it, at c, where the
+with q the reciprocal norm denominators before the head (and after it, at c, where the
 model has a norm there), and before the target's encoder where it reads after the norm:
 n ERA = V_h ind_h is then exactly the sum over graphs of the edges' one-hop parts (maths
 7.3, 17.10). There is no version without q here.

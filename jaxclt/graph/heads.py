@@ -31,10 +31,10 @@ from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.columns import Columns
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.head_table import HeadLoads
-from jaxclt.graph.plan import Plan
+from jaxclt.graph.plan import Chunk, Plan
 from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.provenance import direct_edges
-from jaxclt.graph.rows import pipelined
+from jaxclt.graph.rows import padded_reads, pipelined
 from jaxclt.graph.shares import edge_influence
 from jaxclt.graph.stream import Stream, make_stream
 from jaxclt.graph.travel import Reads, Writes, push
@@ -86,54 +86,54 @@ def _queries(stream: Stream, reads: Reads) -> Array:
 
 
 class _Edges(NamedTuple):
-    """Edges read off together, padded."""
+    """Edges whose sources may reach their targets."""
 
-    row_E: np.ndarray  # of the queries
+    row_E: np.ndarray
+    col_E: np.ndarray
+    query_E: np.ndarray  # what the target reads, among the queries
+
+
+class _At(NamedTuple):
+    """Where edges are read off, padded."""
+
+    query_E: np.ndarray
     place_E: np.ndarray  # of the column in its chunk
     pos_E: np.ndarray  # of the target, within the window
 
 
 @jax.jit
 def _read(
-    mixed_LWBHC: Array, query_LRHC: Array, x: _Edges, first: Array, end: Array
+    mixed_LWBHC: Array, query_LRHC: Array, x: _At, first: Array, end: Array
 ) -> Array:
     """Loads of edges, [L, E, H]: what heads gather dotted with what targets read."""
 
     def level(layer: Array, load_LEH: Array) -> Array:
-        query_EHC = query_LRHC[layer, x.row_E]
+        query_EHC = query_LRHC[layer, x.query_E]
         mixed_EHC = mixed_LWBHC[layer, x.pos_E, x.place_E]
         return load_LEH.at[layer].set((query_EHC * mixed_EHC).sum(-1))
 
     L, _, _, H, _ = mixed_LWBHC.shape
-    load_LEH = jnp.zeros((L, len(x.row_E), H), query_LRHC.dtype)
+    load_LEH = jnp.zeros((L, len(x.query_E), H), query_LRHC.dtype)
     return jax.lax.fori_loop(first, end, level, load_LEH)
 
 
-class _Table:
-    """The table while it is filled in."""
-
-    def __init__(self, n_edges: int, per_edge: int, dtype: np.dtype) -> None:
-        self.per_edge = per_edge
-        self.layer_EJ = np.zeros((n_edges, per_edge), np.int16)
-        self.head_EJ = np.zeros((n_edges, per_edge), np.int16)
-        self.load_EJ = np.zeros((n_edges, per_edge), dtype)
-        self.rest_E = np.zeros(n_edges, dtype)
-
-    def put(self, edge_E: np.ndarray, load_LEH: np.ndarray, first: int) -> None:
-        """List the strongest heads of some edges, and sum up all others."""
-        H, n = load_LEH.shape[2], len(edge_E)
-        load_EX = load_LEH[first:, :n].swapaxes(0, 1).reshape(n, -1).copy()
-        size_EX = np.abs(load_EX)
-        each = np.arange(n)
-        # A few rounds of argmax take less than sorting, or even partitioning.
-        for j in range(min(self.per_edge, load_EX.shape[1])):
-            best_E = size_EX.argmax(1)
-            self.layer_EJ[edge_E, j] = first + best_E // H
-            self.head_EJ[edge_E, j] = best_E % H
-            self.load_EJ[edge_E, j] = load_EX[each, best_E]
-            size_EX[each, best_E] = -1
-            load_EX[each, best_E] = 0
-        self.rest_E[edge_E] = load_EX.sum(1)
+def _list(
+    loads: HeadLoads, edge_E: np.ndarray, load_LEH: np.ndarray, first: int
+) -> None:
+    """List the strongest heads of some edges, and sum up all others."""
+    H, n = load_LEH.shape[2], len(edge_E)
+    load_EX = load_LEH[first:, :n].swapaxes(0, 1).reshape(n, -1).copy()
+    size_EX = np.abs(load_EX)
+    each = np.arange(n)
+    # A few rounds of argmax take less than sorting, or even partitioning.
+    for j in range(min(loads.load_EJ.shape[1], load_EX.shape[1])):
+        best_E = size_EX.argmax(1)
+        loads.layer_EJ[edge_E, j] = first + best_E // H
+        loads.head_EJ[edge_E, j] = best_E % H
+        loads.load_EJ[edge_E, j] = load_EX[each, best_E]
+        size_EX[each, best_E] = -1
+        load_EX[each, best_E] = 0
+    loads.rest_E[edge_E] = load_EX.sum(1)
 
 
 def strongest_kept(graph: Graph, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -176,26 +176,21 @@ def head_loadings(
       on_edges: progress, called with (edges done, edges in all).
     """
     direct = direct_edges(p, rows) if direct is None else direct
-    n_heads = min(per_edge, p.cfg.n_layers * p.cfg.n_heads)
-    table = _Table(len(row_E), n_heads, p.error_LTD.dtype)
-    with jax.default_matmul_precision("highest"):
-        _fill(table, p, rows, row_E, col_E, on_edges)
-    return HeadLoads(
+    E, dtype = len(row_E), p.error_LTD.dtype
+    J = min(per_edge, p.cfg.n_layers * p.cfg.n_heads)
+    loads = HeadLoads(
         row_E=np.asarray(row_E, np.int32),
         col_E=np.asarray(col_E, np.int32),
-        direct_E=_at(direct, row_E, col_E),
-        layer_EJ=table.layer_EJ,
-        head_EJ=table.head_EJ,
-        load_EJ=table.load_EJ,
-        rest_E=table.rest_E,
+        # scipy does not take no indices at all
+        direct_E=np.asarray(direct[row_E, col_E]).ravel() if E else np.zeros(0, dtype),
+        layer_EJ=np.zeros((E, J), np.int16),
+        head_EJ=np.zeros((E, J), np.int16),
+        load_EJ=np.zeros((E, J), dtype),
+        rest_E=np.zeros(E, dtype),
     )
-
-
-def _at(sparse: csr_array, row_E: np.ndarray, col_E: np.ndarray) -> np.ndarray:
-    """Entries of a sparse matrix."""
-    if len(row_E) == 0:
-        return np.zeros(0, sparse.dtype)
-    return np.asarray(sparse[row_E, col_E]).ravel()
+    with jax.default_matmul_precision("highest"):
+        _fill(loads, p, rows, on_edges)
+    return loads
 
 
 class _Group(NamedTuple):
@@ -203,71 +198,51 @@ class _Group(NamedTuple):
 
     edge_E: np.ndarray
     mixed_LWBHC: Array
-    at: _Edges
+    at: _At
     first: int  # lowest layer whose heads are listed
     end: int  # no target reads a head of this layer or above
 
 
 def _fill(
-    table: _Table,
+    loads: HeadLoads,
     p: Recorded,
     rows: RowTargets,
-    row_E: np.ndarray,
-    col_E: np.ndarray,
     on_edges: Callable[[int, int], None],
 ) -> None:
     """Push the columns of all edges, chunk by chunk, and read the edges off."""
-    columns = Columns(p)
+    columns, row_E, col_E = Columns(p), loads.row_E, loads.col_E
     # Nothing flows back in time, and windows do not reach back to see it.
     forward = np.flatnonzero(rows.pos_R[row_E] >= columns.positions[col_E])
     if len(forward) == 0:
         return
     used, used_E = np.unique(row_E[forward], return_inverse=True)
-    rows = rows.take(used)
-    pad = (0, bucket(len(used)) - len(used))
     stream = make_stream(
         p.params, p.recording, cfg=p.cfg, pull=False, skip=p.active.skip
     )
-    query_LRHC = _queries(
-        stream,
-        Reads(
-            np.pad(rows.layer_R, pad, constant_values=-1),
-            np.pad(rows.pos_R, pad),
-            np.pad(rows.read_RD, (pad, (0, 0))),
-        ),
-    )
+    every = Chunk(used, p.n_tokens, bucket(len(used)))
+    query_LRHC = _queries(stream, padded_reads(rows, every))
 
     def read(group: _Group) -> Array:
         first, end = (np.asarray(x, np.int32) for x in (group.first, group.end))
         return _read(group.mixed_LWBHC, query_LRHC, group.at, first, end)
 
     done = 0
-    groups = _groups(columns, stream, rows.take(used_E), used_E, col_E[forward])
+    edges = _Edges(row_E[forward], col_E[forward], used_E)
+    groups = _groups(columns, stream, rows, edges)
     for group, load_LEH in pipelined(groups, read):
         edge_E = forward[group.edge_E]
-        table.put(edge_E, np.asarray(load_LEH), group.first)
+        _list(loads, edge_E, np.asarray(load_LEH), group.first)
         done += len(edge_E)
         on_edges(done, len(forward))
 
 
 def _groups(
-    columns: Columns,
-    stream: Stream,
-    target: RowTargets,
-    row_E: np.ndarray,
-    col_E: np.ndarray,
+    columns: Columns, stream: Stream, rows: RowTargets, edges: _Edges
 ) -> Iterator[_Group]:
-    """Push the columns of edges, and cut the edges into groups.
-
-    Args:
-      columns: all sources.
-      stream: laid out for pushing.
-      target: that of each edge.
-      row_E: its place among the queries.
-      col_E: the edges' columns.
-    """
+    """Push the columns of edges, and cut the edges into groups."""
     n_tokens, L = columns.p.n_tokens, columns.p.cfg.n_layers
-    col, column_E = np.unique(col_E, return_inverse=True)
+    layer_E, pos_E = rows.layer_R[edges.row_E], rows.pos_R[edges.row_E]
+    col, column_E = np.unique(edges.col_E, return_inverse=True)
     plan = _plan(len(col), columns)
     chunks = plan.chunks(L - columns.sites[col], n_tokens - columns.positions[col])
     chunk_of, place_of = np.zeros((2, len(col)), np.int64)
@@ -275,28 +250,25 @@ def _groups(
         chunk_of[chunk.index_B] = i
         place_of[chunk.index_B] = np.arange(len(chunk.index_B))
     # Targets of similar layers together: fewer layers to read.
-    order = np.lexsort((target.layer_R, chunk_of[column_E]))
+    order = np.lexsort((layer_E, chunk_of[column_E]))
     bound = np.searchsorted(chunk_of[column_E][order], np.arange(len(chunks) + 1))
     for chunk, lo, hi in zip(chunks, bound[:-1], bound[1:], strict=True):
         width, index_B = chunk.n_positions, col[chunk.index_B]
         start = max(n_tokens - width, 0)
-        end = min(int(target.layer_R[order[hi - 1]]) + 1, L)
+        end = min(int(layer_E[order[hi - 1]]) + 1, L)
         writes = columns.writes(index_B, chunk.capacity, start)
         mixed_LWBHC = _push(stream, writes, np.asarray(end, np.int32), width=width)
-        for at in range(lo, hi, _EDGES):
-            edge_E = order[at : min(at + _EDGES, hi)]
+        for i in range(lo, hi, _EDGES):
+            edge_E = order[i : min(i + _EDGES, hi)]
             pad = (0, _EDGES - len(edge_E))
-            edges = _Edges(
-                row_E=np.pad(row_E[edge_E], pad),
-                place_E=np.pad(place_of[column_E[edge_E]], pad),
-                pos_E=np.pad(target.pos_R[edge_E] - start, pad),
-            )
+            places = place_of[column_E[edge_E]], pos_E[edge_E] - start
+            at_E = (np.pad(x, pad) for x in (edges.query_E[edge_E], *places))
             yield _Group(
                 edge_E,
                 mixed_LWBHC,
-                edges,
+                _At(*at_E),
                 first=max(int(writes.first) - 1, 0),
-                end=min(int(target.layer_R[edge_E[-1]]) + 1, end),
+                end=min(int(layer_E[edge_E[-1]]) + 1, end),
             )
 
 

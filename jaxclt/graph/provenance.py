@@ -110,7 +110,7 @@ def _direct_block(
     col = np.concatenate([feature, errors, [layout.at("embed", pos)]])
     first_L = np.searchsorted(active.layer_A[feature], np.arange(L + 1))
     # What the columns hold of the residual stream on the way up.
-    embed_D = np.asarray(p.recording.embed_TD[pos])
+    embed_D = np.asarray(p.recording.embed_TD)[pos]
     state_ND = np.zeros((len(col), len(embed_D)), rows.read_RD.dtype)
     state_ND[-1] = embed_D
     edge_RN = np.zeros((len(row), len(col)), rows.read_RD.dtype)

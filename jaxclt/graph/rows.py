@@ -35,7 +35,8 @@ from jaxclt.graph.stream import Stream, make_stream, on_mesh
 from jaxclt.graph.travel import Reads, pull
 from jaxclt.shapes import bucket
 
-__all__ = ["Puller", "RowTargets", "edge_rows", "make_puller", "pull_flops", "visits"]
+__all__ = ["Puller", "RowTargets", "edge_rows", "make_puller", "padded_reads"]
+__all__ += ["pipelined", "pull_flops", "visits"]
 
 
 class _Held(NamedTuple):
@@ -214,7 +215,7 @@ def make_puller(
     )
 
 
-def _padded(targets: RowTargets, chunk: Chunk) -> Reads:
+def padded_reads(targets: RowTargets, chunk: Chunk) -> Reads:
     """A chunk's targets, and some of layer -1, which read nothing."""
     part = targets.take(chunk.index_B)
     pad = chunk.capacity - len(chunk.index_B)
@@ -274,7 +275,7 @@ def edge_rows(
         P = chunk.n_positions
         how = {"P": P, "n_states": puller.n_states, "mesh": puller.mesh}
         return _pull_chunk(
-            puller.held, _padded(targets, chunk), device_places[P], **how
+            puller.held, padded_reads(targets, chunk), device_places[P], **how
         )
 
     for chunk, read in pipelined(puller.chunks(targets), start, stop):
@@ -365,7 +366,7 @@ def visits(
         visit_B = np.pad(visit_R[chunk.index_B], (0, pad)).astype(dtype)
         return _visit_chunk(
             puller.held,
-            _padded(targets, chunk),
+            padded_reads(targets, chunk),
             jnp.asarray(visit_B),
             jnp.asarray(is_node_LT[:, : chunk.n_positions]),
             P=chunk.n_positions,

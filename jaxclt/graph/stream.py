@@ -177,7 +177,7 @@ _BLOCK = 256  # positions; smaller matmuls would run slower than they save
 
 
 def _ends(P: int) -> list[int]:
-    """Where blocks of so many positions end."""
+    """Where blocks of at least `_BLOCK` positions end."""
     n = max(P // _BLOCK, 1)
     return [P * (i + 1) // n for i in range(n)]
 
