@@ -145,10 +145,8 @@ def edge_columns(
       Whether all columns were reached.
     """
     p, T = columns.p, columns.p.n_tokens
-    stream = make_stream(
-        p.params, p.recording, cfg=p.cfg, pull=False, skip=p.active.skip
-    )
-    held = on_mesh(_Held(stream, bank.on_device(packed=True)), mesh)
+    held = _Held(make_stream(p, pull=False), bank.on_device(packed=True))
+    held = on_mesh(held, mesh)
     every = np.arange(len(targets.pos_R))
     near = {}
     for P in plan.band_end:

@@ -38,7 +38,7 @@ from jaxclt.graph.rows import padded_reads, pipelined
 from jaxclt.graph.shares import edge_influence
 from jaxclt.graph.stream import Stream, make_stream
 from jaxclt.graph.travel import Reads, Writes, push
-from jaxclt.lm.step import Skip, down
+from jaxclt.lm.step import down
 from jaxclt.shapes import bucket
 
 __all__ = ["head_loadings", "strongest_kept"]
@@ -72,9 +72,7 @@ def _queries(stream: Stream, reads: Reads) -> Array:
     cfg = stream.cfg
 
     def level(g_RD: Array, layer: Array) -> tuple[Array, Array]:
-        skip = stream.skip
-        if skip is not None:
-            skip = Skip(skip.scale_T[layer, pos_R], skip.map_DD[layer])
+        skip = None if stream.skip is None else stream.skip.at(layer, pos_R)
         here_RD = jnp.where((layer_R == layer)[:, None], read_RD, 0)
         g_RD, moved_RD = down(g_RD, skip, lambda g_RD: g_RD + here_RD, cfg=cfg)
         query_RGJC = jnp.einsum("RD,GJCD->RGJC", moved_RD, stream.output[layer])
@@ -216,9 +214,7 @@ def _fill(
     if len(forward) == 0:
         return
     used, used_E = np.unique(row_E[forward], return_inverse=True)
-    stream = make_stream(
-        p.params, p.recording, cfg=p.cfg, pull=False, skip=p.active.skip
-    )
+    stream = make_stream(p, pull=False)
     every = Chunk(used, p.n_tokens, bucket(len(used)))
     query_LRHC = _queries(stream, padded_reads(rows, every))
 

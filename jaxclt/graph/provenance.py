@@ -33,7 +33,6 @@ from jaxclt.graph.graph import Graph
 from jaxclt.graph.plan import Plan
 from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.rows import edge_rows, make_puller
-from jaxclt.lm.step import Skip
 from jaxclt.types import Recording
 
 __all__ = ["crop", "direct_edges", "graph_active", "hop_spectrum"]
@@ -123,9 +122,8 @@ def _direct_block(
             edge_RN[np.ix_(here, has)] = read_RD @ state_ND[has].T
         if layer == L:
             break
-        if active.skip_LDD is not None:
-            skip = Skip(active.scale_LT[layer, [pos]], active.skip_LDD[layer])
-            state_ND[has] += skip.write(state_ND[has])
+        if active.skip is not None:
+            state_ND[has] += active.skip.at(layer, [pos]).write(state_ND[has])
         slot, write_AD = written_at(active, layer, pos)
         state_ND[np.searchsorted(feature, slot)] += write_AD
         state_ND[len(feature) + layer] += p.error_LTD[layer, pos]

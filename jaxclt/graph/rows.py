@@ -196,11 +196,8 @@ def make_puller(
       n_states: states that paths are kept apart by; several take one device.
     """
     bank = bank or pack(writers(p.active), p.error_LTD.shape[1])
-    stream = make_stream(
-        p.params, p.recording, cfg=p.cfg, pull=True, skip=p.active.skip
-    )
     held = _Held(
-        stream=stream,
+        stream=make_stream(p, pull=True),
         bank=bank.on_device(packed=packed),
         error_LTD=jnp.asarray(p.error_LTD),
         embed_TD=p.recording.embed_TD,

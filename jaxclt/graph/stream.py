@@ -23,10 +23,11 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxclt.graph.prompt import Recorded
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import attention_maps, scaled_pattern
 from jaxclt.lm.step import Skip
-from jaxclt.types import Block, Held, LMParams, Recording
+from jaxclt.types import Block, Held
 
 __all__ = ["Stream", "causal_share", "make_stream", "on_mesh"]
 
@@ -96,24 +97,14 @@ class Stream:
         return pattern_HTS.reshape(self.cfg.n_kv_heads, -1, P, P)
 
 
-def make_stream(
-    params: LMParams,
-    recording: Recording,
-    *,
-    cfg: LMConfig,
-    pull: bool,
-    skip: tuple[Any, Any] | None = None,
-) -> Stream:
+def make_stream(p: Recorded, *, pull: bool) -> Stream:
     """Put what moves vectors between positions on the device, once per prompt.
 
     Args:
-      params: model weights.
-      recording: the clean pass.
-      cfg: model shape.
+      p: the prompt.
       pull: laid out for pulling targets back, else for pushing sources forward.
-      skip: linear path of the dictionary, see `jaxclt.lm.frozen.replay`.
     """
-    frozen, blocks = recording.frozen, params.blocks
+    frozen, blocks = p.recording.frozen, p.params.blocks
     held = Held(
         pattern_LHTS=frozen.pattern_LHTS,
         clean_LTD=frozen.clean_LTD if frozen.pattern_LHTS is None else None,
@@ -125,10 +116,12 @@ def make_stream(
     return Stream(
         value=value,
         output=output,
-        pattern_LHTS=None if again else _patterns(_for_patterns(blocks), held, cfg=cfg),
+        pattern_LHTS=None
+        if again
+        else _patterns(_for_patterns(blocks), held, cfg=p.cfg),
         again=again,
-        skip=None if skip is None else Skip(*map(jnp.asarray, skip)),
-        cfg=cfg,
+        skip=jax.tree.map(jnp.asarray, p.active.skip),
+        cfg=p.cfg,
         pull=pull,
     )
 

@@ -56,10 +56,10 @@ def target_rows(
     read_KD = np.array(targets.vec_KD)
     is_out = layer_K == active.n_layers
     read_KD[is_out] = target_reads(params, recording, read_KD[is_out], pos_K[is_out])
-    if active.skip_LDD is not None:
+    if active.skip is not None:
         for k in np.flatnonzero(~is_out):
-            back_D = active.skip_LDD[layer_K[k]] @ np.asarray(targets.write_KD)[k]
-            read_KD[k] += back_D * active.scale_LT[layer_K[k], pos_K[k]]
+            skip = active.skip.at(layer_K[k], pos_K[[k]])
+            read_KD[[k]] += skip.read(np.asarray(targets.write_KD)[[k]])
     return RowTargets(layer_R=layer_K, pos_R=pos_K, read_RD=read_KD)
 
 

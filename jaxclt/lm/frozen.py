@@ -56,7 +56,7 @@ def replay(
     sources: Sources,
     *,
     cfg: LMConfig,
-    skip: tuple[Array, Array] | None = None,
+    skip: Skip | None = None,
 ) -> Reads:
     """Run the frozen stream from its sources.
 
@@ -65,8 +65,8 @@ def replay(
       frozen: patterns and scales of the clean pass.
       sources: embeddings, and everything written at the MLPs' places except the skip.
       cfg: model shape.
-      skip: (scale_LT, W_skip_LDD) of a dictionary with a linear path, a norm before it
-        folded in: it writes ``(mid * scale) @ W_skip`` from the stream itself.
+      skip: linear path of the dictionary, a norm before it folded in; it writes
+        ``(mid * scale) @ map`` from the stream itself.
 
     Returns:
       The residual stream where encoders read at every layer, and the normed output.
@@ -81,8 +81,7 @@ def replay(
             write_TD = write_TD + layer_skip.write(mid_TD)
         return carry, write_TD
 
-    whole = None if skip is None else Skip(*skip)
-    policy = Policy(given, per_layer=(sources.write_LTD, whole))
+    policy = Policy(given, per_layer=(sources.write_LTD, skip))
     done = run(params, sources.embed_TD, policy, cfg=cfg, frozen=frozen)
     return Reads(mid_LTD=done.taps.mid_TD, out_TD=done.out_TD)
 
@@ -93,7 +92,7 @@ def frozen_reads(
     sources: Sources,
     *,
     cfg: LMConfig,
-    skip: tuple[Array, Array] | None = None,
+    skip: Skip | None = None,
 ) -> Reads:
     """`replay` of the model without biases: exactly linear in `sources`."""
     return replay(_without_biases(params), frozen, sources, cfg=cfg, skip=skip)
@@ -123,7 +122,7 @@ def bias_reads(
     write_bias_LTD: Array,
     *,
     cfg: LMConfig,
-    skip: tuple[Array, Array] | None = None,
+    skip: Skip | None = None,
 ) -> Reads:
     """What every read holds when all sources are zero: all biases, pushed through.
 
