@@ -165,7 +165,7 @@ class Entries(NamedTuple):
 class Tiles(NamedTuple):
     """Vectors [.., W, D] on the device: written out, or gathered when multiplied."""
 
-    entries: Entries
+    entries: Entries | None
     table_UD: Array | None
     written: Array | None
 
@@ -173,6 +173,7 @@ class Tiles(NamedTuple):
         """Some of the tiles, by what cuts them out of all."""
         if self.written is not None:
             return cut(self.written)
+        assert self.entries is not None
         assert self.table_UD is not None
         row, value = map(cut, self.entries)
         return self.table_UD[row] * value[..., None]
@@ -219,18 +220,17 @@ class Bank:
 
     def on_device(self, *, packed: bool) -> DeviceBank:
         """The bank for the kernels: written out (faster), or as indices (smaller)."""
-        slots, shared, overflow = jax.tree.map(
-            jnp.asarray, (self.slots, self.shared, self.overflow)
-        )
         table_UD = jnp.asarray(_joined(self.tables))
-        tiles = (_tiles(table_UD, part, packed=packed) for part in (shared, overflow))
-        return DeviceBank(slots, *tiles, self.n_blocks, self.width)
 
+        def tiles(entries: Entries) -> Tiles:
+            entries = jax.tree.map(jnp.asarray, entries)
+            if packed:
+                return Tiles(None, None, _write_out(table_UD, entries))
+            return Tiles(entries, table_UD, None)
 
-def _tiles(table_UD: Array, entries: Entries, *, packed: bool) -> Tiles:
-    if packed:
-        return Tiles(Entries(None, None), None, _write_out(table_UD, entries))
-    return Tiles(entries, table_UD, None)
+        slots = jax.tree.map(jnp.asarray, self.slots)
+        shared, overflow = tiles(self.shared), tiles(self.overflow)
+        return DeviceBank(slots, shared, overflow, self.n_blocks, self.width)
 
 
 @jax.jit

@@ -112,13 +112,12 @@ def make_stream(p: Recorded, *, pull: bool) -> Stream:
         post_attn_scale_LT=frozen.post_attn_scale_LT,
     )
     again = None if held.clean_LTD is None else (_for_patterns(blocks), held)
+    scaled_LHTS = None if again else _patterns(_for_patterns(blocks), held, cfg=p.cfg)
     value, output = _laid_out(blocks, pull=pull)
     return Stream(
         value=value,
         output=output,
-        pattern_LHTS=None
-        if again
-        else _patterns(_for_patterns(blocks), held, cfg=p.cfg),
+        pattern_LHTS=scaled_LHTS,
         again=again,
         skip=jax.tree.map(jnp.asarray, p.active.skip),
         cfg=p.cfg,
