@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -92,12 +92,7 @@ class _Read(NamedTuple):
 
 # Every device has its share of the rows; all else is whole on each, so that none waits
 # for another.
-_AXIS = "rows"
-_ROW, _WHOLE = PartitionSpec(_AXIS), PartitionSpec()
-
-
-def _last(ndim: int) -> PartitionSpec:
-    return PartitionSpec(*(None,) * (ndim - 1), _AXIS)
+_ROW, _WHOLE = PartitionSpec("rows"), PartitionSpec()
 
 
 @partial(jax.jit, static_argnames=("P", "n_states", "mesh"))
@@ -124,8 +119,8 @@ def _pull_chunk(
         rest_abs_X = jnp.abs(flat_YX).sum(0) - jnp.abs(edge_EX).sum(0)
         return _Read(edge_EX, error_LPX, embed_PX, rest_X, rest_abs_X)
 
-    by_row: Any = _Read(*cast(Any, (_last(2), _last(3), _last(2), _ROW, _ROW)))
-    specs = {"in_specs": (_WHOLE, _ROW, _WHOLE), "out_specs": by_row}
+    by_row: Any = [PartitionSpec(*(None,) * n, "rows") for n in (1, 2, 1, 0, 0)]
+    specs = {"in_specs": (_WHOLE, _ROW, _WHOLE), "out_specs": _Read(*by_row)}
     split = jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
     return split(held, reads, place_E)
 

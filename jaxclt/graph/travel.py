@@ -5,11 +5,14 @@ What is done with the vectors on the way is the caller's (`visit`): rows dot cot
 with what sources write, columns dot streams with what targets read, heads keep what
 each head has gathered. One program serves all layers.
 
-Left apart, with reasons: `jaxclt.lm.block` (the live model, with biases and whatever
-stands at the MLP's place; the bias path is one run of it), the residual-direct part
-(`jaxclt.graph.provenance`: no attention, hence sparse, on the host), and the closed
-form of `jaxclt.global_weights.attention` (one head, summed over prompts). They share
-the step, or the folded maps of `jaxclt.lm.frozen`.
+Left apart, with reasons. The two directions have a loop each: their vectors join and
+leave at opposite ends of a step, and a pull starts at the highest layer of its targets,
+a push at the lowest of its sources. `Stream` is laid out for one of them, so that every
+matmul has its contracted axis first. `jaxclt.lm.block` is the live model, with biases
+and whatever stands at the MLP's place; the bias path is one run of it. The
+residual-direct part (`jaxclt.graph.provenance`) passes no attention, hence is sparse
+and made on the host. `jaxclt.global_weights.attention` is a closed form for one head,
+summed over prompts. All share the step, or the folded maps of `jaxclt.lm.frozen`.
 """
 
 from __future__ import annotations

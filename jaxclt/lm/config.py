@@ -94,6 +94,7 @@ class LMConfig:
             if value is not None and value <= 0:
                 raise InputError(f"model config: {name}={value} must be above 0")
         turning = self.n_turning
+        name = "d_head" if self.d_rotary is None else "d_rotary"
         if self.d_rotary is not None and not 0 <= turning <= self.d_head:
             raise InputError(
                 f"model config: d_rotary={turning} must lie in 0..{self.d_head}, the "
@@ -102,13 +103,11 @@ class LMConfig:
         scaling = self.rope_scaling
         n_factors = len(scaling.factors) if scaling else 0
         if scaling and scaling.kind == "factors" and n_factors != turning // 2:
-            name = "d_head" if self.d_rotary is None else "d_rotary"
             raise InputError(
                 f"model config: {n_factors} rope factors for heads of "
                 f"{name}={turning}, which need half as many"
             )
         if turning % 2:
-            name = "d_head" if self.d_rotary is None else "d_rotary"
             raise InputError(
                 f"model config: {name}={turning} must be even for rotary embeddings"
             )
