@@ -101,7 +101,7 @@ class Frozen:
 
     Where a model normalises what attention and MLPs write before it is added to the
     stream, those denominators are here as well. Everything that is called a write in
-    this library is what the stream gets, behind such a norm.
+    this library is what the stream gets, after such a norm.
     """
 
     pattern_LHTS: Array | None

@@ -13,13 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from jaxclt.clt.active import Active
+from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.certificate import certificate
+from jaxclt.graph.columns import Columns
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.influence import solve_influence
+from jaxclt.graph.plan import Plan
+from jaxclt.graph.prompt import Recorded
+from jaxclt.graph.rows import edge_rows, make_puller
+from jaxclt.graph.target_reads import target_reads
 from jaxclt.replacement.local import LocalReplacement, LocalRun, run_local
 from jaxclt.testing import Tiny, tiny
+from jaxclt.types import Recording
 
 # Three models (biases, GQA, tied embeddings on and off), six dictionaries.
 CASES = {
@@ -89,6 +97,60 @@ def case_lrm(name: str) -> LocalReplacement:
 def case_graph(name: str) -> Graph:
     with jax.enable_x64(True):
         return case(name).graph()
+
+
+def recorded(t: Tiny, active: Active, recording: Recording | None = None) -> Recorded:
+    """A case's prompt (or another recording of its model) with some active features."""
+    recording = t.recording if recording is None else recording
+    return Recorded(t.params, recording, active, cfg=t.cfg)
+
+
+@functools.cache
+def case_recorded(name: str) -> Recorded:
+    with jax.enable_x64(True):
+        return recorded(case(name), case_active(name))
+
+
+def graph_rows(p: Recorded, vec_KD: np.ndarray | jax.Array) -> RowTargets:
+    """What all rows of a graph read: its features, then directions of the output."""
+    a, K, last = p.active, len(vec_KD), p.n_tokens - 1
+    target_KD = target_reads(p.params, p.recording, vec_KD, last)
+    return RowTargets(
+        layer_R=np.concatenate([a.layer_A, np.full(K, a.n_layers, np.int32)]),
+        pos_R=np.concatenate([a.pos_A, np.full(K, last, np.int32)]),
+        read_RD=np.concatenate([a.reads(), target_KD]),
+    )
+
+
+def pulled_rows(p: Recorded, rows: RowTargets) -> np.ndarray:
+    """Edges of some rows, [R, N]."""
+    T, R = p.n_tokens, len(rows.pos_R)
+    puller = make_puller(
+        p,
+        plan=Plan(band_end=(T,), capacities=(R,)),
+        mesh=Mesh(np.array(jax.devices()[:1]), ("rows",)),
+    )
+    edge_RN = np.zeros((R, Columns(p).layout.n_columns), rows.read_RD.dtype)
+    edge_rows(puller, rows, edge_RN)
+    return edge_RN
+
+
+def layer_cut(
+    p: Recorded, rows: RowTargets, layer: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Maths 7.5: edges with all heads of a layer off, and what each of them adds."""
+    frozen = p.recording.frozen
+
+    def edges(*on: int) -> np.ndarray:
+        assert frozen.pattern_LHTS is not None
+        off_H = np.setdiff1d(np.arange(p.cfg.n_heads), on)
+        gated_LHTS = frozen.pattern_LHTS.at[layer, off_H].set(0)
+        recording = p.recording.replace(frozen=frozen.replace(pattern_LHTS=gated_LHTS))
+        return pulled_rows(dataclasses.replace(p, recording=recording), rows)
+
+    bypass_RN = edges()
+    heads = range(p.cfg.n_heads)
+    return bypass_RN, np.stack([edges(head) - bypass_RN for head in heads])
 
 
 run_local_jit = jax.jit(run_local)

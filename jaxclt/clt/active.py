@@ -22,6 +22,7 @@ from jaxclt.clt.sites import fold_reads, read_scale, read_site
 from jaxclt.errors import InputError
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import mlp_norm
+from jaxclt.lm.step import Skip
 from jaxclt.types import Block, LMParams, Recording
 
 __all__ = [
@@ -67,11 +68,9 @@ class Active:
         return len(self.decoder)
 
     @property
-    def skip(self) -> tuple[Array, Array] | None:
-        """The linear path as `jaxclt.lm.frozen.replay` takes it."""
-        if self.skip_LDD is None:
-            return None
-        return jnp.asarray(self.scale_LT), jnp.asarray(self.skip_LDD)
+    def skip(self) -> Skip | None:
+        """The linear path of all layers."""
+        return None if self.skip_LDD is None else Skip(self.scale_LT, self.skip_LDD)
 
     def reads(self, index: np.ndarray | None = None) -> np.ndarray:
         """What features (by slot, all if None) read of the residual stream, [n, D]."""

@@ -102,7 +102,7 @@ class NeuronCoder:
     def _some(self, enc: NeuronRows, read_TD: Array, post_T: Array | None) -> Encoded:
         up_TU = jnp.einsum("TD,UD->TU", read_TD, enc.up_UD) + enc.up_bias_U[None]
         if enc.gate_UD is None:
-            gate_TU = layers.activate_gate(up_TU, cfg=self.lm, own=True)
+            gate_TU = layers.gate_factor(up_TU, cfg=self.lm)
         else:
             gate_TU = jnp.einsum("TD,UD->TU", read_TD, enc.gate_UD)
             gate_TU = layers.activate_gate(

@@ -8,7 +8,7 @@ at position c', the head moves it to c, and a target of layer l or above reads i
     ind_h[t, s] = sum over c of  1(a_t(c)) q_t(c) m_s(c)
     m_s(c) = sum over c' of  A_h(c, c') q_h(c') a_s(c')
 
-with q the reciprocal norm denominators before the head (and behind it, at c, where the
+with q the reciprocal norm denominators before the head (and after it, at c, where the
 model has a norm there), and before the target's encoder where it reads after the norm:
 n ERA = V_h ind_h is then exactly the sum over graphs of the edges' one-hop parts (maths
 7.3, 17.10). There is no version without q here.
@@ -17,7 +17,9 @@ n ERA = V_h ind_h is then exactly the sum over graphs of the edges' one-hop part
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,28 +28,30 @@ from jax import Array
 
 from jaxclt.clt.coder import Bound
 from jaxclt.global_weights.weights import folded_encoder, summed_writes
-from jaxclt.lm.block import frozen_pattern
 from jaxclt.lm.config import LMConfig
-from jaxclt.lm.layers import attn_norm, fold_norm
+from jaxclt.lm.frozen import attention_maps, scaled_pattern
 from jaxclt.types import Block, Held
 
-__all__ = ["Head", "head_block", "head_sums", "rows_by_layer"]
+__all__ = ["Head", "HeadReads", "head_block", "head_sums", "rows_by_layer"]
 
 Head = tuple[int, int]  # layer, head
 
 
+class HeadReads(NamedTuple):
+    """What heads of a batch of windows are summed from; T = W S, window by window."""
+
+    a_UT: Array  # activations, zero where a position does not count
+    held: Held  # clean streams and scales, leaves [L, W, ..]
+    scale_LT: Array | None  # before the MLPs, if encoders read after the norm
+
+
 def head_sums(
     blocks: Block,
-    a_UT: Array,
-    resid_LWSD: Array,
-    attn_scale_LWS: Array,
-    post_scale_LWS: Array | None,
-    scale_LT: Array,
+    seen: HeadReads,
     *,
     cfg: LMConfig,
     starts: Sequence[int],
     heads: Sequence[Head],
-    scaled: bool,
 ) -> dict[str, Any]:
     """``head_ind`` and ``head_act``, one matrix [targets, sources] for each head.
 
@@ -55,33 +59,28 @@ def head_sums(
 
     Args:
       blocks: weights of the model.
-      a_UT: activations, zero where a position does not count.
-      resid_LWSD: streams entering the layers.
-      attn_scale_LWS: reciprocal denominators before attention.
-      post_scale_LWS: those behind it, if there is a norm.
-      scale_LT: those before the MLPs.
+      seen: what was recorded.
       cfg: model shape.
       starts: where layers start among the features.
       heads: which.
-      scaled: whether encoders read after the norm.
     """
-    _, W, S, _ = resid_LWSD.shape
+    a_UT, held, scale_LT = seen
+    assert held.attn_scale_LT is not None
+    _, W, S = held.attn_scale_LT.shape
     a_UWS = a_UT.reshape(-1, W, S)
     found: dict[str, list[Array]] = {"head_ind": [], "head_act": []}
     pattern: dict[int, Array] = {}
     for layer, head in heads:
         if layer not in pattern:
-            pattern[layer] = _pattern(
-                blocks, layer, resid_LWSD[layer], attn_scale_LWS[layer], cfg
-            )
-        pattern_WTS = pattern[layer][:, head] * attn_scale_LWS[layer][:, None, :]
-        if post_scale_LWS is not None:
-            pattern_WTS = pattern_WTS * post_scale_LWS[layer][:, :, None]
+            p, one = jax.tree.map(itemgetter(layer), (blocks, held))
+            scaled = partial(scaled_pattern, p, cfg=cfg)
+            pattern[layer] = jax.vmap(scaled)(one)
+        pattern_WTS = pattern[layer][:, head]
         moved_UWS = jnp.einsum("WTS,UWS->UWT", pattern_WTS, a_UWS[: starts[layer]])
         moved_UT = moved_UWS.reshape(-1, W * S)
         target_UT = a_UT[starts[layer] :]
         on_UT = (target_UT != 0).astype(a_UT.dtype)
-        if scaled:
+        if scale_LT is not None:
             scale_UT = rows_by_layer(scale_LT, starts, layer)
             target_UT, on_UT = target_UT * scale_UT, on_UT * scale_UT
         found["head_ind"].append(on_UT @ moved_UT.T)
@@ -96,25 +95,17 @@ def rows_by_layer(scale_LT: Array, starts: Sequence[int], first: int = 0) -> Arr
     return scale_LT[layer_U[layer_U >= first]]
 
 
-def _pattern(
-    blocks: Block, layer: int, resid_WSD: Array, scale_WS: Array, cfg: LMConfig
-) -> Array:
-    """Attention probabilities [W, H, T, S] of one layer."""
-    p = jax.tree.map(lambda leaf: leaf[layer], blocks)
-
-    def one(resid_SD: Array, scale_S: Array) -> Array:
-        held = Held(attn_scale_LT=scale_S, clean_LTD=resid_SD)
-        found = frozen_pattern(p, held, cfg=cfg)
-        assert found is not None, "it is computed from the stream"
-        return found
-
-    return jax.vmap(one)(resid_WSD, scale_WS)
+@jax.jit
+def _maps(blocks: Block, layer: int, head: int, group: int) -> tuple[Array, Array]:
+    """Value map and output map of one head, [C, D] each."""
+    value_GCD, out_HCD = attention_maps(jax.tree.map(itemgetter(layer), blocks))
+    return value_GCD[group], out_HCD[head]
 
 
 @jax.jit
-def _through(read_RD: Array, write_ND: Array, value_DC: Array, out_CD: Array) -> Array:
+def _through(read_RD: Array, write_ND: Array, value_CD: Array, out_CD: Array) -> Array:
     with jax.default_matmul_precision("highest"):
-        return read_RD @ ((write_ND @ value_DC) @ out_CD).T
+        return read_RD @ ((write_ND @ value_CD.T) @ out_CD).T
 
 
 def head_block(
@@ -138,12 +129,7 @@ def head_block(
     layer, h = head
     if not of < layer <= to - cfg.parallel:
         return np.zeros((len(feature_R), len(feature_N)), on.dtype)
-    p = on.params.blocks
-    value_DC = p.v_LDGC[layer, :, h // cfg.n_queries_per_kv]
-    value_DC = fold_norm(value_DC.T, attn_norm(p).of_layer(layer)).T
-    out_CD = p.o_LHCD[layer, h]
-    if p.post_attn_LD is not None:
-        out_CD = out_CD * p.post_attn_LD[layer][None, :]
-    read_RD = folded_encoder(on, to, feature_R)
+    maps = _maps(on.params.blocks, layer, h, h // cfg.n_queries_per_kv)
+    read_RD = jnp.asarray(folded_encoder(on, to, feature_R))
     write_ND = summed_writes(on, of, layer, feature_N)
-    return np.asarray(_through(jnp.asarray(read_RD), write_ND, value_DC, out_CD))
+    return np.asarray(_through(read_RD, write_ND, *maps))

@@ -32,11 +32,11 @@ from jaxclt.clt.coder import Bound, Coder
 from jaxclt.clt.sites import read_site
 from jaxclt.clt.subset import Subset
 from jaxclt.errors import InputError
-from jaxclt.global_weights.attention import Head, head_sums, rows_by_layer
+from jaxclt.global_weights.attention import Head, HeadReads, head_sums, rows_by_layer
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import mlp_norm
 from jaxclt.lm.run import embed, native_mlp, run, unembed
-from jaxclt.types import LMParams
+from jaxclt.types import Held, LMParams
 
 __all__ = [
     "Coactivation",
@@ -181,9 +181,7 @@ class Seen(NamedTuple):
     a_UT: Array  # zero where a position does not count
     mask_T: Array  # 1 where it counts
     scale_LT: Array  # reciprocal denominators before the MLPs
-    resid_LWSD: Array
-    attn_scale_LWS: Array
-    post_scale_LWS: Array | None
+    held: Held  # the clean streams and scales of attention, leaves [L, W, ..]
     out_WSD: Array
     out_scale_WS: Array
 
@@ -210,14 +208,19 @@ def watch(
             keep_patterns=False,
         )
         taps = done.taps
-        scales = taps.attn_scale_T, taps.mlp_scale_T, taps.post_attn_scale_T
-        return (taps.mid_TD, taps.resid_TD, *scales), (done.out_TD, done.out_scale_T)
+        held = Held(
+            attn_scale_LT=taps.attn_scale_T,
+            clean_LTD=taps.resid_TD,
+            post_attn_scale_LT=taps.post_attn_scale_T,
+        )
+        out = done.out_TD, done.out_scale_T
+        return (taps.mid_TD, taps.mlp_scale_T, held), out
 
     axes: Any = (1, 0)
     taps, (out_WSD, out_scale_WS) = jax.vmap(one, out_axes=axes)(
         jnp.maximum(token_WS, 0)
     )
-    mid_LWSD, resid_LWSD, attn_scale_LWS, scale_LWS, post_scale_LWS = taps
+    mid_LWSD, scale_LWS, held = taps
     L, W, S, D = mid_LWSD.shape
     scale_LT = scale_LWS.reshape(L, W * S)
     mask_T = mask_WS.reshape(-1).astype(scale_LT.dtype)
@@ -238,9 +241,7 @@ def watch(
         jnp.concatenate(a),
         mask_T,
         scale_LT,
-        resid_LWSD,
-        attn_scale_LWS,
-        post_scale_LWS,
+        held,
         out_WSD,
         out_scale_WS,
     )
@@ -352,17 +353,13 @@ def token_sums(
         if output_Y is not None:
             found |= _output_sums(params, seen, output_Y, mask_WS)
         if plan.heads:
+            reads = HeadReads(seen.a_UT, seen.held, scale_LT)
             found |= head_sums(
                 params.blocks,
-                seen.a_UT,
-                seen.resid_LWSD,
-                seen.attn_scale_LWS,
-                seen.post_scale_LWS,
-                seen.scale_LT,
+                reads,
                 cfg=plan.lm,
                 starts=plan.starts,
                 heads=plan.heads,
-                scaled=plan.scaled,
             )
     return found
 

@@ -93,30 +93,18 @@ def _with_provenance(p: Prompt, graph: Graph, selected: np.ndarray) -> Graph:
     """The graph with its edges' residual-direct parts, and heads if asked for."""
     keep_A = np.zeros(len(p.active.layer_A), bool)
     keep_A[selected] = True
-    nodes, T = p.active.where(keep_A), p.n_tokens
+    nodes = dataclasses.replace(p, active=p.active.where(keep_A))
     rows = p.feature_rows(selected).followed_by(p.target_rows())
-    error_LTD = p.error_LTD[:, :T]
-    embed_TD = np.asarray(p.recording.embed_TD)[:T]
-    direct_RN = direct_edges(nodes, error_LTD, embed_TD, rows)
-    written = dataclasses.replace(p, active=nodes).written()
-    if rows_of_targets := {len(selected) + k: edge_N for k, edge_N in written}:
-        direct_RN = add_rows(direct_RN, rows_of_targets)
+    direct_RN = direct_edges(nodes, rows)
+    if own_rows := {len(selected) + k: edge_N for k, edge_N in nodes.written()}:
+        direct_RN = add_rows(direct_RN, own_rows)
     is_node_N = np.ones(graph.edge_RN.shape[1], bool)
     is_node_N[p.ignored_columns(len(selected))] = False
     graph = dataclasses.replace(graph, direct_RN=only_columns(direct_RN, is_node_N))
     if p.config.heads <= 0:
         return graph
-    heads = head_loadings(
-        p.params,
-        p.recording,
-        nodes,
-        p.error_LTD,
-        rows,
-        *strongest_kept(graph, p.config.heads),
-        cfg=p.cfg,
-        n_tokens=T,
-        direct=graph.direct_RN,
-    )
+    edges = strongest_kept(graph, p.config.heads)
+    heads = head_loadings(nodes, rows, *edges, direct=graph.direct_RN)
     return dataclasses.replace(graph, heads=heads)
 
 

@@ -21,11 +21,13 @@ U rows of the table, B targets or sources treated together, E slots read out.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array
 
 from jaxclt.clt.active import Active
@@ -40,6 +42,7 @@ __all__ = [
     "pack",
     "readers",
     "writers",
+    "written_at",
 ]
 
 
@@ -72,19 +75,13 @@ class RowTargets:
 
     def take(self, index: np.ndarray) -> RowTargets:
         """Some of the targets, in the given order."""
-        return RowTargets(
-            layer_R=self.layer_R[index],
-            pos_R=self.pos_R[index],
-            read_RD=self.read_RD[index],
-        )
+        return RowTargets(**{name: x[index] for name, x in vars(self).items()})
 
     def followed_by(self, more: RowTargets) -> RowTargets:
         """These targets, then others."""
-        return RowTargets(
-            layer_R=np.concatenate([self.layer_R, more.layer_R]),
-            pos_R=np.concatenate([self.pos_R, more.pos_R]),
-            read_RD=np.concatenate([self.read_RD, more.read_RD]),
-        )
+        theirs = vars(more)
+        joined = {k: np.concatenate([x, theirs[k]]) for k, x in vars(self).items()}
+        return RowTargets(**joined)
 
 
 def writers(active: Active) -> Items:
@@ -119,6 +116,23 @@ def readers(rows: RowTargets, n_layers: int) -> Items:
     )
 
 
+def written_at(active: Active, layer: int, pos: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features that write the MLP output of a layer at a position.
+
+    Their slots, ascending, and what each writes: value x decoder row, [n, D].
+    """
+    slots, vectors = [np.zeros(0, np.int64)], [active.write_bias_LD[:0]]
+    for source in range(layer + 1):
+        if layer - source >= active.decoder[source].shape[1]:
+            continue
+        of = active.of_layer(source)
+        lo, hi = of.start + np.searchsorted(active.pos_A[of], [pos, pos + 1])
+        slots.append(np.arange(lo, hi))
+        row_AD = active.decoder[source][active.row_A[lo:hi], layer - source]
+        vectors.append(active.value_A[lo:hi, None] * row_AD)
+    return np.concatenate(slots), np.concatenate(vectors)
+
+
 class Slots(NamedTuple):
     """Which slots the tiles of every site belong to.
 
@@ -132,53 +146,52 @@ class Slots(NamedTuple):
     overflow_first_M: np.ndarray | Array  # int32
 
 
-class Indexed(NamedTuple):
-    """Tiles as rows of a table times values: gathered when they are multiplied."""
+class Entries(NamedTuple):
+    """Tiles as rows of a table times values, both [.., W]; zero in empty slots."""
 
-    table_UD: Array
-    shared_row_XTW: Array  # int32
-    shared_value_XTW: Array  # zero where a slot is empty
-    overflow_row_YW: Array
-    overflow_value_YW: Array
+    row: Any  # int32
+    value: Any
 
-    def shared(self, x: Array, start: Array | int, P: int) -> Array:
-        """One shared tile [P, W, D] from position `start` on."""
-        row_PW = _cut(self.shared_row_XTW, x, start, P)
-        value_PW = _cut(self.shared_value_XTW, x, start, P)
-        return self.table_UD[row_PW] * value_PW[..., None]
+    @classmethod
+    def empty(cls, *shape: int, dtype: np.dtype) -> Entries:
+        """Tiles of empty slots."""
+        return cls(np.zeros(shape, np.int32), np.zeros(shape, dtype))
 
-    def overflow(self, y: Array) -> Array:
-        """One overflow tile [W, D]."""
-        row_W, value_W = self.overflow_row_YW[y], self.overflow_value_YW[y]
-        return self.table_UD[row_W] * value_W[:, None]
+    def put(self, at: tuple, row: np.ndarray, value: np.ndarray) -> None:
+        """Fill slots."""
+        self.row[at], self.value[at] = row, value
 
 
-class Packed(NamedTuple):
-    """Tiles written out: multiplied as they are."""
+class Tiles(NamedTuple):
+    """Vectors [.., W, D] on the device: written out, or gathered when multiplied."""
 
-    shared_XTWD: Array
-    overflow_YWD: Array
+    entries: Entries | None
+    table_UD: Array | None
+    written: Array | None
 
-    def shared(self, x: Array, start: Array | int, P: int) -> Array:
-        """One shared tile [P, W, D] from position `start` on."""
-        return _cut(self.shared_XTWD, x, start, P)
-
-    def overflow(self, y: Array) -> Array:
-        """One overflow tile [W, D]."""
-        return self.overflow_YWD[y]
-
-
-def _cut(tiles_XT: Array, x: Array, start: Array | int, P: int) -> Array:
-    zeros = (jnp.zeros((), x.dtype),) * (tiles_XT.ndim - 2)
-    at = (x, jnp.asarray(start, x.dtype), *zeros)
-    return jax.lax.dynamic_slice(tiles_XT, at, (1, P, *tiles_XT.shape[2:]))[0]
+    def cut(self, cut: Callable[[Array], Array]) -> Array:
+        """Some of the tiles, by what cuts them out of all."""
+        if self.written is not None:
+            return cut(self.written)
+        assert self.entries is not None
+        assert self.table_UD is not None
+        row, value = map(cut, self.entries)
+        return self.table_UD[row] * value[..., None]
 
 
-class DeviceBank(NamedTuple):
+@struct.dataclass
+class DeviceBank:
     """A bank as the kernels take it."""
 
     slots: Slots
-    tiles: Packed | Indexed
+    shared: Tiles  # [X, T]
+    overflow: Tiles  # [Y]
+    n_blocks: int = struct.field(pytree_node=False)
+    width: int = struct.field(pytree_node=False)
+
+    def no_edges(self, P: int, n_vectors: int, dtype: jnp.dtype) -> Array:
+        """Zeros [Z, P, W, B] to add dot products to."""
+        return jnp.zeros((self.n_blocks, P, self.width, n_vectors), dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,10 +200,8 @@ class Bank:
 
     slots: Slots
     tables: tuple[np.ndarray, ...]
-    shared_row_XTW: np.ndarray
-    shared_value_XTW: np.ndarray
-    overflow_row_YW: np.ndarray
-    overflow_value_YW: np.ndarray
+    shared: Entries  # [X, T, W]
+    overflow: Entries  # [Y, W]
     pos_A: np.ndarray
     slot_A: np.ndarray  # slot of each owner within its position
     n_blocks: int
@@ -198,7 +209,7 @@ class Bank:
     @property
     def width(self) -> int:
         """W."""
-        return self.shared_row_XTW.shape[2]
+        return self.shared.row.shape[2]
 
     def place(self, index: np.ndarray, start: int, P: int) -> np.ndarray:
         """Where owners are in edges [Z, P, W] of positions from `start` on; -1: not."""
@@ -209,28 +220,22 @@ class Bank:
 
     def on_device(self, *, packed: bool) -> DeviceBank:
         """The bank for the kernels: written out (faster), or as indices (smaller)."""
-        tiles = Indexed(
-            *map(
-                jnp.asarray,
-                (
-                    _joined(self.tables),
-                    self.shared_row_XTW,
-                    self.shared_value_XTW,
-                    self.overflow_row_YW,
-                    self.overflow_value_YW,
-                ),
-            )
-        )
-        slots = Slots(*map(jnp.asarray, self.slots))
-        return DeviceBank(slots, _write_out(tiles) if packed else tiles)
+        table_UD = jnp.asarray(_joined(self.tables))
+
+        def tiles(entries: Entries) -> Tiles:
+            entries = jax.tree.map(jnp.asarray, entries)
+            if packed:
+                return Tiles(None, None, _write_out(table_UD, entries))
+            return Tiles(entries, table_UD, None)
+
+        slots = jax.tree.map(jnp.asarray, self.slots)
+        shared, overflow = tiles(self.shared), tiles(self.overflow)
+        return DeviceBank(slots, shared, overflow, self.n_blocks, self.width)
 
 
 @jax.jit
-def _write_out(tiles: Indexed) -> Packed:
-    table_UD, row_XTW, value_XTW, row_YW, value_YW = tiles
-    return Packed(
-        table_UD[row_XTW] * value_XTW[..., None], table_UD[row_YW] * value_YW[..., None]
-    )
+def _write_out(table_UD: Array, entries: Entries) -> Array:
+    return table_UD[entries.row] * entries.value[..., None]
 
 
 def add_dots(
@@ -252,11 +257,15 @@ def add_dots(
       start: first position.
       nothing: if true, x is known to be zero.
     """
-    slots, tiles = bank
-    P = x_PBD.shape[0]
+    slots, P = bank.slots, x_PBD.shape[0]
 
     def shared(i: Array, edge_ZPWB: Array) -> Array:
-        tile_PWD = tiles.shared(i, start, P)
+        def cut(tiles: Array) -> Array:  # one tile [P, W, ..] from `start` on
+            zeros = (jnp.zeros((), i.dtype),) * (tiles.ndim - 2)
+            at = (i, jnp.asarray(start, i.dtype), *zeros)
+            return jax.lax.dynamic_slice(tiles, at, (1, P, *tiles.shape[2:]))[0]
+
+        tile_PWD = bank.shared.cut(cut)
         with jax.named_scope("edges"):
             edge_PWB = jnp.einsum("PWD,PBD->PWB", tile_PWD, x_PBD)
         return edge_ZPWB.at[slots.shared_block_X[i]].add(edge_PWB)
@@ -266,7 +275,8 @@ def add_dots(
         inside = (pos >= 0) & (pos < P)
         # A position outside the band reads some other one and adds nothing.
         pos = jnp.clip(pos, 0, P - 1)
-        edge_WB = jnp.einsum("WD,BD->WB", tiles.overflow(i), x_PBD[pos])
+        tile_WD = bank.overflow.cut(lambda tiles: tiles[i])
+        edge_WB = jnp.einsum("WD,BD->WB", tile_WD, x_PBD[pos])
         return edge_ZPWB.at[slots.overflow_block_Y[i], pos].add(
             edge_WB * inside.astype(edge_WB.dtype)
         )
@@ -303,10 +313,9 @@ def pack(items: Items, n_positions: int) -> Bank:
     # Sizes are bucketed so that prompts share compiled programs; empty tiles cost
     # memory, not time.
     X, Y = bucket(int(shared_first_M[-1])), bucket(len(over_M))
-    shared_row_XTW = np.zeros((X, T, width), np.int32)
-    shared_value_XTW = np.zeros((X, T, width), items.value_A.dtype)
-    overflow_row_YW = np.zeros((Y, width), np.int32)
-    overflow_value_YW = np.zeros((Y, width), items.value_A.dtype)
+    dtype = items.value_A.dtype
+    shared = Entries.empty(X, T, width, dtype=dtype)
+    overflow = Entries.empty(Y, width, dtype=dtype)
     tile_of = np.full((M, T, int(end_MT.max(initial=0)) + 1), -1, np.int64)
     tile_of[over_M, over_T, over_block] = np.arange(len(over_M))
     for site, n_sites in enumerate(items.n_sites):
@@ -316,17 +325,13 @@ def pack(items: Items, n_positions: int) -> Bank:
         for offset in range(n_sites):
             m = site + offset
             row = items.row_A[mine] + offset
-            shared = block - first_M[m] < depth_M[m]
-            at = (
-                (shared_first_M[m] + block - first_M[m])[shared],
-                pos[shared],
-                place[shared],
-            )
-            shared_row_XTW[at], shared_value_XTW[at] = row[shared], value[shared]
-            if not shared.all():
-                at = tile_of[m, pos[~shared], block[~shared]], place[~shared]
-                overflow_row_YW[at] = row[~shared]
-                overflow_value_YW[at] = value[~shared]
+            # Most slots are in tiles of all positions; the others have their own.
+            is_shared = block - first_M[m] < depth_M[m]
+            here, over = np.flatnonzero(is_shared), np.flatnonzero(~is_shared)
+            tile = shared_first_M[m] + block[here] - first_M[m]
+            shared.put((tile, pos[here], place[here]), row[here], value[here])
+            at = tile_of[m, pos[over], block[over]], place[over]
+            overflow.put(at, row[over], value[over])
     blocks = [np.arange(a, a + n) for a, n in zip(first_M, depth_M, strict=True)]
     return Bank(
         slots=Slots(
@@ -337,10 +342,8 @@ def pack(items: Items, n_positions: int) -> Bank:
             overflow_first_M=np.searchsorted(over_M, np.arange(M + 1)).astype(np.int32),
         ),
         tables=items.tables,
-        shared_row_XTW=shared_row_XTW,
-        shared_value_XTW=shared_value_XTW,
-        overflow_row_YW=overflow_row_YW,
-        overflow_value_YW=overflow_value_YW,
+        shared=shared,
+        overflow=overflow,
         pos_A=items.pos_A,
         slot_A=slot_A,
         n_blocks=round_up(max(int(end_MT.max(initial=0)), 1), 8),

@@ -19,38 +19,38 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxclt.clt.active import Active
 from jaxclt.graph.bank import Bank, DeviceBank, RowTargets, add_dots
 from jaxclt.graph.layout import Layout
 from jaxclt.graph.plan import Chunk, Plan, chunk_flops
+from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.rows import pipelined
-from jaxclt.graph.stream import Stream, attend, make_stream, on_mesh
-from jaxclt.lm.config import LMConfig
-from jaxclt.types import LMParams, Recording
+from jaxclt.graph.stream import Stream, make_stream, on_mesh
+from jaxclt.graph.travel import Writes, push
 
 __all__ = ["Columns", "edge_columns", "push_flops"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Columns:
     """All sources of a prompt, in the order of the columns.
 
     Site 0 is the embedding, site m + 1 the MLP output of layer m.
     """
 
-    active: Active
-    error_LTD: np.ndarray
-    embed_TD: np.ndarray
+    p: Recorded
 
     @cached_property
     def layout(self) -> Layout:
         """Which source is which column."""
-        L, T, _ = self.error_LTD.shape
-        return Layout(n_features=len(self.active.pos_A), n_layers=L, n_tokens=T)
+        return Layout(
+            n_features=len(self.p.active.pos_A),
+            n_layers=self.p.cfg.n_layers,
+            n_tokens=self.p.n_tokens,
+        )
 
     @cached_property
     def _places(self) -> np.ndarray:
-        return self.layout.places(self.active.layer_A, self.active.pos_A)
+        return self.layout.places(self.p.active.layer_A, self.p.active.pos_A)
 
     @property
     def sites(self) -> np.ndarray:
@@ -62,27 +62,33 @@ class Columns:
         """Position of every source."""
         return self._places[1]
 
-    def write(self, index_B: np.ndarray, capacity: int) -> np.ndarray:
-        """What a chunk of sources writes at every site, [L + 1, capacity, D]."""
-        L, _, D = self.error_LTD.shape
-        a, nodes = self.active, self.layout.nodes
+    def writes(self, index_B: np.ndarray, capacity: int, start: int) -> Writes:
+        """What a chunk of sources writes, in a window of positions.
+
+        Args:
+          index_B: columns.
+          capacity: vectors of the result; those that are over write nothing.
+          start: first position of the window.
+        """
+        a, n_sites = self.p.active, self.p.cfg.n_layers + 1
         layer_B, pos_B = self._places[:, index_B]
-        is_feature_B = index_B < nodes["feature"].stop
-        write_MBD = np.zeros((L + 1, capacity, D), self.error_LTD.dtype)
-        for layer in range(L):
+        is_feature_B = index_B < self.layout.nodes["feature"].stop
+        error_LTD = self.p.error_LTD
+        write_MBD = np.zeros((n_sites, capacity, error_LTD.shape[2]), error_LTD.dtype)
+        for layer in np.unique(layer_B[is_feature_B]):
             place = np.flatnonzero(is_feature_B & (layer_B == layer))
-            if len(place) == 0:
-                continue
             slots = index_B[place]
             rows_nMD = a.decoder_rows(slots, layer) * a.value_A[slots, None, None]
             end = layer + 1 + rows_nMD.shape[1]
             write_MBD[layer + 1 : end, place] = rows_nMD.swapaxes(0, 1)
         place = np.flatnonzero(~is_feature_B & (layer_B >= 0))
         layer, pos = layer_B[place], pos_B[place]
-        write_MBD[layer + 1, place] = self.error_LTD[layer, pos]
+        write_MBD[layer + 1, place] = error_LTD[layer, pos]
         place = np.flatnonzero(layer_B < 0)
-        write_MBD[0, place] = self.embed_TD[pos_B[place]]
-        return write_MBD
+        write_MBD[0, place] = np.asarray(self.p.recording.embed_TD)[pos_B[place]]
+        padded_B = np.pad(pos_B, (0, capacity - len(pos_B)), mode="edge")
+        first = layer_B.min() + 1
+        return Writes(write_MBD, *map(np.int32, (padded_B, first, start)))
 
 
 class _Held(NamedTuple):
@@ -90,110 +96,57 @@ class _Held(NamedTuple):
     bank: DeviceBank
 
 
-_STATIC = ("cfg", "P", "n_blocks", "width", "mesh")
-
-
-@partial(jax.jit, static_argnames=_STATIC)
-def _push_chunk(
-    held: _Held,
-    first: Array,
-    start: Array,
-    pos_B: Array,
-    write_MBD: Array,
-    *,
-    cfg: LMConfig,
-    P: int,
-    n_blocks: int,
-    width: int,
-    mesh: Mesh,
-) -> Array:
+@partial(jax.jit, static_argnames=("P", "mesh"))
+def _push_chunk(held: _Held, writes: Writes, *, P: int, mesh: Mesh) -> Array:
     """Edges of a chunk of sources on the targets in all slots, [Z·P·W, B]."""
 
-    def local(
-        held: _Held,
-        first: Array,
-        start: Array,
-        pos_B: Array,
-        write_MBD: Array,
-    ) -> Array:
-        stream, bank = held
-        L, (_, B, D) = cfg.n_layers, write_MBD.shape
-        row_B = jnp.arange(B)
-        near_B = pos_B - start
+    def local(held: _Held, writes: Writes) -> Array:
+        (stream, bank), start = held, writes.start
+        B = writes.write_MBD.shape[1]
+        L = jnp.asarray(stream.cfg.n_layers, jnp.int32)
 
-        def level(layer: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-            x_PBD, edge_ZPWB = state
-            with jax.named_scope("push_attention"):
-                moved = attend(stream, layer, x_PBD, cfg=cfg, start=start, pull=False)
-            behind_PBD = x_PBD + moved
-            mid_PBD = x_PBD if cfg.parallel else behind_PBD
-            edge_ZPWB = add_dots(bank, layer, mid_PBD, edge_ZPWB, start=start)
-            x_PBD = behind_PBD
-            if stream.skip is not None:
-                scale_LT, W_skip_LDD = stream.skip
-                scale_P = jax.lax.dynamic_slice(scale_LT, (layer, start), (1, P))[0]
-                read_PBD = mid_PBD * scale_P[:, None, None]
-                x_PBD = x_PBD + jnp.einsum("PBD,DE->PBE", read_PBD, W_skip_LDD[layer])
-            x_PBD = x_PBD.at[near_B, row_B].add(write_MBD[layer + 1])
-            return x_PBD, edge_ZPWB
+        def visit(layer: Array, _: Array, mid_PBD: Array, edge_ZPWB: Array) -> Array:
+            return add_dots(bank, layer, mid_PBD, edge_ZPWB, start=start)
 
-        x_PBD = jnp.zeros((P, B, D), write_MBD.dtype)
-        x_PBD = x_PBD.at[near_B, row_B].add(write_MBD[first])
-        edge_ZPWB = jnp.zeros((n_blocks, P, width, B), write_MBD.dtype)
-        x_PBD, edge_ZPWB = jax.lax.fori_loop(first, L, level, (x_PBD, edge_ZPWB))
-        end = jnp.asarray(L, jnp.int32)
-        edge_ZPWB = add_dots(bank, end, x_PBD, edge_ZPWB, start=start)
-        return edge_ZPWB.reshape(-1, B)
+        edge_ZPWB = bank.no_edges(P, B, writes.write_MBD.dtype)
+        x_PBD, edge_ZPWB = push(stream, writes, visit, edge_ZPWB, n_positions=P, end=L)
+        return add_dots(bank, L, x_PBD, edge_ZPWB, start=start).reshape(-1, B)
 
-    one, rows = PartitionSpec(), PartitionSpec("rows")
-    split = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(one, one, one, rows, PartitionSpec(None, "rows")),
-        out_specs=PartitionSpec(None, "rows"),
-        check_vma=False,
-    )
-    return split(held, first, start, pos_B, write_MBD)
+    one, last = PartitionSpec(), PartitionSpec(None, "rows")
+    by_source = Writes(last, PartitionSpec("rows"), one, one)
+    specs = {"in_specs": (one, by_source), "out_specs": last}
+    return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(held, writes)
 
 
 def edge_columns(
-    params: LMParams,
-    recording: Recording,
     columns: Columns,
     targets: RowTargets,
     bank: Bank,
     out_RN: np.ndarray,
     *,
-    cfg: LMConfig,
     plan: Plan,
     mesh: Mesh,
-    skip: tuple[Array, Array] | None = None,
     on_columns: Callable[[int], None] = lambda n: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Write the direct effects of all sources on all targets into `out_RN`.
 
     Args:
-      params: model weights.
-      recording: the clean pass, with its patterns; may be padded.
-      columns: all sources; errors and embeddings of the prompt's T tokens.
+      columns: all sources of a prompt.
       targets: R directions.
       bank: packed `readers` of the targets.
       out_RN: zeroed host array [R, N], filled in place.
-      cfg: model shape.
       plan: bands and chunk capacities, of reach T - position.
       mesh: devices to split chunks over, one axis `rows`.
-      skip: linear path of the dictionary.
       on_columns: called with the number of columns just finished.
       stop: asked before each chunk; once true, no other is started.
 
     Returns:
       Whether all columns were reached.
     """
-    stream = make_stream(params, recording, cfg=cfg, pull=False, skip=skip)
-    held = on_mesh(_Held(stream, bank.on_device(packed=True)), mesh)
-    T = len(columns.embed_TD)
-    site_N, pos_N = columns.sites, columns.positions
+    p, T = columns.p, columns.p.n_tokens
+    held = _Held(make_stream(p, pull=False), bank.on_device(packed=True))
+    held = on_mesh(held, mesh)
     every = np.arange(len(targets.pos_R))
     near = {}
     for P in plan.band_end:
@@ -201,24 +154,13 @@ def edge_columns(
         near[P] = np.flatnonzero(place >= 0), place[place >= 0]
 
     def start(chunk: Chunk) -> Array:
-        index_B, P = chunk.index_B, chunk.n_positions
-        pad = chunk.capacity - len(index_B)
-        return _push_chunk(
-            held,
-            jnp.asarray(site_N[index_B].min(), jnp.int32),
-            jnp.asarray(max(T - P, 0), jnp.int32),
-            jnp.asarray(np.pad(pos_N[index_B], (0, pad), mode="edge"), jnp.int32),
-            jnp.asarray(columns.write(index_B, chunk.capacity)),
-            cfg=cfg,
-            P=P,
-            n_blocks=bank.n_blocks,
-            width=bank.width,
-            mesh=mesh,
-        )
+        index_B, P, capacity = chunk
+        # Nothing flows back in time: a window up to the end holds all that it reaches.
+        writes = columns.writes(index_B, capacity, max(T - P, 0))
+        return _push_chunk(held, writes, P=P, mesh=mesh)
 
-    chunks = _chunks(columns, cfg, plan)
-    left = len(site_N)
-    for chunk, pushed in pipelined(chunks, start, stop):
+    left = columns.layout.n_columns
+    for chunk, pushed in pipelined(_chunks(columns, plan), start, stop):
         rows, place = near[chunk.n_positions]
         column_B = chunk.index_B
         edge_EB = np.asarray(pushed)[place, : len(column_B)]
@@ -237,25 +179,18 @@ def edge_columns(
     return left == 0
 
 
-def _chunks(columns: Columns, cfg: LMConfig, plan: Plan) -> list[Chunk]:
-    levels = cfg.n_layers - columns.sites
-    return plan.chunks(levels, len(columns.embed_TD) - columns.positions)
+def _chunks(columns: Columns, plan: Plan) -> list[Chunk]:
+    levels = columns.p.cfg.n_layers - columns.sites
+    return plan.chunks(levels, columns.p.n_tokens - columns.positions)
 
 
-def push_flops(
-    cfg: LMConfig, bank: Bank, plan: Plan, columns: Columns, *, skip: bool
-) -> float:
+def push_flops(columns: Columns, bank: Bank, plan: Plan) -> float:
     """Floating-point operations of all columns, padding included."""
-    total, L, sites = 0.0, cfg.n_layers, columns.sites
-    for chunk in _chunks(columns, cfg, plan):
-        first = int(sites[chunk.index_B].min())
+    p, total, L = columns.p, 0.0, columns.p.cfg.n_layers
+    for chunk in _chunks(columns, plan):
+        first = int(columns.sites[chunk.index_B].min())
+        layers, sites = range(first, L), range(first, L + 1)
         total += chunk_flops(
-            cfg,
-            bank,
-            chunk.n_positions,
-            chunk.capacity,
-            range(first, L),
-            range(first, L + 1),
-            skip=skip,
+            p.cfg, bank, chunk, layers, sites, skip=p.active.skip is not None
         )
     return total

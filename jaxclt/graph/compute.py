@@ -142,25 +142,13 @@ def compute_edges(p: Prompt, on_rows: Callable[[int, int], None]) -> Computed:
         )
     if can_push and config.direction != "pull":
         push = push_side(p)
-        skip = p.active.skip is not None
-        cost = push_flops(p.cfg, push.bank, plan, push.columns, skip=skip)
-        rows = pull_flops(p.cfg, bank, plan, push.rows, skip=skip)
+        cost = push_flops(push.columns, push.bank, plan)
+        rows = pull_flops(p, bank, plan, push.rows)
         rows *= (p.n_selected + K) / len(push.rows.pos_R)
         if config.direction == "push" or cost <= rows:
             work |= {"direction": "push", "tflop": cost / 1e12}
             return push_all(p, push, plan, mesh, work, on_rows)
-    puller = make_puller(
-        p.params,
-        p.recording,
-        p.active,
-        p.error_LTD,
-        cfg=p.cfg,
-        plan=plan,
-        n_tokens=p.n_tokens,
-        mesh=mesh,
-        bank=bank,
-        packed=memory.packed,
-    )
+    puller = make_puller(p, plan=plan, mesh=mesh, bank=bank, packed=memory.packed)
     work |= {
         "direction": "pull",
         "sources": "packed" if memory.packed else "gathered",

@@ -206,21 +206,16 @@ def find_inhibition(
     with jax.default_matmul_precision(config.precision):
         found = near_threshold(p, dictionary, margin=margin, limit=limit)
         T, A, U = len(p.recording.token_T), len(p.active.layer_A), len(found.layer_U)
-        layout = Layout(n_features=A, n_layers=p.cfg.n_layers, n_tokens=T)
+        layout = Layout(n_features=A, n_layers=p.cfg.n_layers, n_tokens=p.n_tokens)
         bank = pack(writers(p.active), T)
         puller = make_puller(
-            p.params,
-            p.recording,
-            p.active,
-            p.error_LTD,
-            cfg=p.cfg,
+            p,
             plan=make_plan(
                 U,
                 n_positions=T,
                 flops_per_position=mean_flops(p.cfg, bank, T),
                 chunk_size=config.chunk_size,
             ),
-            n_tokens=T,
             mesh=Mesh(np.array(jax.devices()[:1]), ("rows",)),
             bank=bank,
         )

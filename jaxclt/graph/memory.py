@@ -16,6 +16,7 @@ that a plan is of one of them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import jax
@@ -114,20 +115,38 @@ def memory_plan(
       InputError: if even the smallest plan does not fit, with what it needs.
     """
     keep = patterns_kept(sizes.cfg, sizes.n_tokens, budget, sizes.itemsize)
-    chunks = [c for c in _CHUNKS if c < chunk_size]
-    smallest = None
-    for chunk in (chunk_size, *chunks):
-        for packed in (True, False):
-            one = _on_device(sizes, keep, packed, chunk)
-            device = {part: size * n_copies for part, size in one.items()}
-            plan = _planned(sizes, keep, packed, chunk, device, budget, host_budget)
-            smallest = plan
-            # A pool cut below four times the rows picks them with too little choice.
-            enough = plan.pool >= min(sizes.n_active, 4 * sizes.n_rows)
-            if _fits(plan, budget, host_budget) and enough:
-                return plan
-    assert smallest is not None
-    if _fits(smallest, budget, host_budget):
+
+    def planned(chunk: int, packed: bool) -> MemoryPlan:
+        one = _on_device(sizes, keep, packed, chunk)
+        device = {part: size * n_copies for part, size in one.items()}
+        host = _on_host(sizes)
+        room = budget - sum(device.values()) if host_budget is None else host_budget
+        room -= sum(host.values())
+        pool = _pool(sizes, room)
+        host |= {"edges": _matrix(sizes, sizes.n_rows, pool)}
+        return MemoryPlan(
+            keep_patterns=keep,
+            packed=packed,
+            pool=pool,
+            chunk_size=chunk,
+            full_matrix=_matrix(sizes, sizes.n_active, sizes.n_active) <= room,
+            bytes=device | (host if host_budget is None else {}),
+            host_bytes={} if host_budget is None else host,
+        )
+
+    def fits(plan: MemoryPlan) -> bool:
+        on_host = host_budget is None or plan.host_total <= host_budget
+        return plan.total <= budget and on_host
+
+    chunks = (chunk_size, *(c for c in _CHUNKS if c < chunk_size))
+    for chunk, packed in itertools.product(chunks, (True, False)):
+        plan = planned(chunk, packed)
+        # A pool cut below four times the rows picks them with too little choice.
+        enough = plan.pool >= min(sizes.n_active, 4 * sizes.n_rows)
+        if fits(plan) and enough:
+            return plan
+    smallest = planned(chunks[-1], packed=False)
+    if fits(smallest):
         return smallest
     where, needed, given = "", smallest.total, budget
     if host_budget is not None and smallest.host_total > host_budget:
@@ -143,11 +162,6 @@ def memory_plan(
 def _gb(n_bytes: int) -> str:
     gb = n_bytes / 1e9
     return f"{gb:,.1f} GB" if gb >= 0.1 else f"{gb:.1g} GB"
-
-
-def _fits(plan: MemoryPlan, budget: int, host_budget: int | None) -> bool:
-    on_host = host_budget is None or plan.host_total <= host_budget
-    return plan.total <= budget and on_host
 
 
 def _pool(sizes: Sizes, room: int) -> int:
@@ -175,7 +189,7 @@ _WIDEST = 256  # slots of a tile, see `jaxclt.graph.bank`
 
 
 def _rows(sizes: Sizes, per_feature: float) -> int:
-    """Bytes of so many vectors of every distinct active feature."""
+    """Bytes of `per_feature` vectors of every distinct active feature."""
     unique = min(sizes.n_unique or sizes.n_active, sizes.n_active)
     return int(unique * per_feature * sizes.cfg.d_model * sizes.itemsize)
 
@@ -210,33 +224,6 @@ def _on_device(sizes: Sizes, keep: bool, packed: bool, chunk: int) -> dict[str, 
         "sources": tiles + gathered,
         "chunk": stream + 2 * slots * chunk * item,
     }
-
-
-def _planned(
-    sizes: Sizes,
-    keep: bool,
-    packed: bool,
-    chunk: int,
-    device: dict[str, int],
-    budget: int,
-    host_budget: int | None,
-) -> MemoryPlan:
-    host = _on_host(sizes)
-    used = sum(host.values())
-    room = budget - sum(device.values()) - used
-    if host_budget is not None:
-        room = host_budget - used
-    pool = _pool(sizes, room)
-    host |= {"edges": _matrix(sizes, sizes.n_rows, pool)}
-    return MemoryPlan(
-        keep_patterns=keep,
-        packed=packed,
-        pool=pool,
-        chunk_size=chunk,
-        full_matrix=_matrix(sizes, sizes.n_active, sizes.n_active) <= room,
-        bytes=device | (host if host_budget is None else {}),
-        host_bytes={} if host_budget is None else host,
-    )
 
 
 def available_bytes() -> int:

@@ -39,6 +39,7 @@ class Plan:
 
     band_end: tuple[int, ...]  # bands of reach (previous end, end]
     capacities: tuple[int, ...]  # of chunks, descending; what is left over is padded
+    tokens: int | None = None  # travellers times positions of a chunk, at most
 
     @property
     def capacity(self) -> int:
@@ -58,6 +59,8 @@ class Plan:
             rows = rows[np.argsort(-levels_R[rows], kind="stable")]
             while len(rows):
                 capacity = self._next(len(rows))
+                if self.tokens is not None:
+                    capacity = min(capacity, max(1, self.tokens // end))
                 chunks.append(Chunk(rows[:capacity], end, capacity))
                 rows = rows[capacity:]
         return chunks
@@ -118,8 +121,7 @@ _NEARLY = 0.75  # full: one padded chunk is faster than several small ones
 def chunk_flops(
     cfg: LMConfig,
     bank: Bank,
-    n_positions: int,
-    capacity: int,
+    chunk: Chunk,
     layers: range,
     sites: range,
     *,
@@ -130,12 +132,12 @@ def chunk_flops(
     Args:
       cfg: model shape.
       bank: what it is multiplied with.
-      n_positions: P.
-      capacity: B.
+      chunk: whose sizes count.
       layers: whose attention it passes.
       sites: where it is multiplied with the bank.
       skip: whether it passes the dictionary's linear path.
     """
+    _, n_positions, capacity = chunk
     heads, kv_heads = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
     seen = causal_share(n_positions) * n_positions
     layer = cfg.d_model * (heads + kv_heads) + seen * heads
@@ -155,7 +157,6 @@ def chunk_flops(
 def mean_flops(cfg: LMConfig, bank: Bank, n_positions: int) -> float:
     """Operations of one traveller per position it touches, on average."""
     M = len(bank.slots.shared_first_M) - 1
-    one = chunk_flops(
-        cfg, bank, n_positions, 1, range(cfg.n_layers), range(M), skip=False
-    )
+    chunk = Chunk(np.zeros(1, int), n_positions, 1)
+    one = chunk_flops(cfg, bank, chunk, range(cfg.n_layers), range(M), skip=False)
     return one / 2 / n_positions

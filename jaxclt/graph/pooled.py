@@ -54,13 +54,8 @@ def pull_some(
             break
         rows.compute(chosen)
     done = rows.feature_R[: rows.done]
-    flops = pull_flops(
-        p.cfg,
-        puller.bank,
-        puller.plan,
-        p.feature_rows(pool_A[done[done >= 0]]).followed_by(p.target_rows()),
-        skip=p.active.skip is not None,
-    )
+    computed = p.feature_rows(pool_A[done[done >= 0]]).followed_by(p.target_rows())
+    flops = pull_flops(p, puller.bank, puller.plan, computed)
     if rows.done < len(rows.edge_RN) and p.stop():
         if rows.done == K:
             raise KeyboardInterrupt  # nothing to keep

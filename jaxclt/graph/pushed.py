@@ -34,11 +34,7 @@ def push_side(p: Prompt) -> PushSide:
     """Sources and targets of a prompt, packed."""
     rows = p.all_rows()
     return PushSide(
-        columns=Columns(
-            active=p.active,
-            error_LTD=p.error_LTD[:, : p.n_tokens],
-            embed_TD=np.asarray(p.recording.embed_TD)[: p.n_tokens],
-        ),
+        columns=Columns(p),
         rows=rows,
         bank=pack(readers(rows, p.cfg.n_layers), len(p.recording.token_T)),
     )
@@ -53,19 +49,15 @@ def push_all(
     on_rows: Callable[[int, int], None],
 ) -> Computed:
     """Every edge, then the rows and columns of the most influential features."""
-    A, N = len(p.active.layer_A), len(push.columns.sites)
+    A, N = len(p.active.layer_A), push.columns.layout.n_columns
     edge_RN = np.zeros((len(push.rows.pos_R), N), p.error_LTD.dtype)
     complete = edge_columns(
-        p.params,
-        p.recording,
         push.columns,
         push.rows,
         push.bank,
         edge_RN,
-        cfg=p.cfg,
         plan=plan,
         mesh=mesh,
-        skip=p.active.skip,
         on_columns=counted(on_rows, N),
         stop=p.stop,
     )

@@ -17,9 +17,9 @@ Not all edges are always wanted: sources outside a `pool` are only summed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,16 +27,16 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxclt.clt.active import Active
 from jaxclt.graph.bank import Bank, DeviceBank, RowTargets, add_dots, pack, writers
 from jaxclt.graph.layout import Layout
 from jaxclt.graph.plan import Chunk, Plan, chunk_flops
-from jaxclt.graph.stream import Stream, attend, make_stream, on_mesh
-from jaxclt.lm.config import LMConfig
+from jaxclt.graph.prompt import Recorded
+from jaxclt.graph.stream import Stream, make_stream, on_mesh
+from jaxclt.graph.travel import Reads, pull
 from jaxclt.shapes import bucket
-from jaxclt.types import LMParams, Recording
 
-__all__ = ["Puller", "RowTargets", "edge_rows", "make_puller", "pull_flops", "visits"]
+__all__ = ["Puller", "RowTargets", "edge_rows", "make_puller", "padded_reads"]
+__all__ += ["pipelined", "pull_flops", "visits"]
 
 
 class _Held(NamedTuple):
@@ -48,157 +48,106 @@ class _Held(NamedTuple):
     embed_TD: Array
 
 
-class _Rows(NamedTuple):
-    """A chunk of targets."""
-
-    layer_B: Array
-    pos_B: Array
-    read_BD: Array
-
-
 class _Edges(NamedTuple):
-    """Edges of a chunk by slot: features [Z, P, W, B], errors and embeddings."""
+    """Edges of a chunk by slot: features [Z, P, W, X], errors and embeddings.
 
-    edge_ZPWB: Array
-    error_LPB: Array
-    embed_PB: Array
+    X are the rows, or several states of each, see `jaxclt.graph.travel.pull`.
+    """
+
+    edge_ZPWX: Array
+    error_LPX: Array
+    embed_PX: Array
 
 
-def _pull(
-    held: _Held, rows: _Rows, *, cfg: LMConfig, P: int, n_blocks: int, width: int
-) -> _Edges:
+def _pull(held: _Held, reads: Reads, *, P: int, n_states: int) -> _Edges:
     stream, bank, error_LTD, embed_TD = held
-    layer_B, pos_B, read_BD = rows
-    B, D = read_BD.shape
-    L, dtype = cfg.n_layers, read_BD.dtype
-    row_B = jnp.arange(B)
+    X, L = n_states * len(reads.pos_B), stream.cfg.n_layers
 
-    def inject(g_PBD: Array, layer: Array | int) -> Array:
-        here_BD = jnp.where((layer_B == layer)[:, None], read_BD, jnp.zeros((), dtype))
-        return g_PBD.at[pos_B, row_B].add(here_BD)
+    def visit(
+        layer: Array, g_PXD: Array, state: tuple[Array, Array], nothing: Array
+    ) -> tuple[Array, Array]:
+        edge_ZPWX, error_LPX = state
+        edge_ZPWX = add_dots(bank, layer, g_PXD, edge_ZPWX, start=0, nothing=nothing)
+        error_PX = jnp.einsum("PXD,PD->PX", g_PXD, error_LTD[layer, :P])
+        return edge_ZPWX, error_LPX.at[layer].set(error_PX)
 
-    def level(step: Array, state: tuple[Array, Array, Array]) -> tuple:
-        g_PBD, edge_ZPWB, error_LPB = state
-        layer = top - step
-        nothing = (step == 0) & from_mid
-        edge_ZPWB = add_dots(bank, layer, g_PBD, edge_ZPWB, start=0, nothing=nothing)
-        error_PB = jnp.einsum("PBD,PD->PB", g_PBD, error_LTD[layer, :P])
-        error_LPB = error_LPB.at[layer].set(error_PB)
-        below_PBD = g_PBD
-        if stream.skip is not None:
-            scale_LT, W_skip_LDD = stream.skip
-            back_PBD = jnp.einsum("PBE,DE->PBD", g_PBD, W_skip_LDD[layer])
-            below_PBD = g_PBD + back_PBD * scale_LT[layer, :P][:, None, None]
-        below_PBD = inject(below_PBD, layer)
-        attention = partial(attend, stream, layer, cfg=cfg, start=0, pull=True)
-        with jax.named_scope("pull_attention"):
-            _, pull = jax.vjp(attention, g_PBD)
-            # Side by side with attention, an MLP does not read what that writes.
-            pulled = pull(g_PBD if cfg.parallel else below_PBD)[0]
-        return below_PBD + pulled, edge_ZPWB, error_LPB
-
-    top_read = jnp.max(layer_B)
-    from_mid = top_read < L  # nothing has been injected above the first contraction
-    top = jnp.minimum(top_read, L - 1)
-    state = (
-        inject(jnp.zeros((P, B, D), dtype), L),
-        jnp.zeros((n_blocks, P, width, B), dtype),
-        jnp.zeros((L, P, B), dtype),
+    dtype = reads.read_BD.dtype
+    state = bank.no_edges(P, X, dtype), jnp.zeros((L, P, X), dtype)
+    g_PXD, (edge_ZPWX, error_LPX) = pull(
+        stream, reads, visit, state, n_positions=P, n_states=n_states
     )
-    g_PBD, edge_ZPWB, error_LPB = jax.lax.fori_loop(0, top + 1, level, state)
-    embed_PB = jnp.einsum("PBD,PD->PB", g_PBD, embed_TD[:P])
-    return _Edges(edge_ZPWB, error_LPB, embed_PB)
+    embed_PX = jnp.einsum("PXD,PD->PX", g_PXD, embed_TD[:P])
+    return _Edges(edge_ZPWX, error_LPX, embed_PX)
 
 
 class _Read(NamedTuple):
     """A chunk's edges as they leave the device."""
 
-    edge_EB: Array  # of the pool, or of all slots
-    error_LPB: Array
-    embed_PB: Array
-    rest_B: Array  # features outside the pool, summed
-    rest_abs_B: Array
+    edge_EX: Array  # of the pool, or of all slots
+    error_LPX: Array
+    embed_PX: Array
+    rest_X: Array  # features outside the pool, summed
+    rest_abs_X: Array
 
 
-# Every device has its share of the rows; the rest is replicated.
-_AXIS = "rows"
-_ROW = PartitionSpec(_AXIS)
+# Every device has its share of the rows; all else is whole on each, so that none waits
+# for another.
+_ROW, _WHOLE = PartitionSpec("rows"), PartitionSpec()
 
 
-def _last(ndim: int) -> PartitionSpec:
-    return PartitionSpec(*(None,) * (ndim - 1), _AXIS)
-
-
-_STATIC = ("cfg", "P", "n_blocks", "width", "mesh")
-
-
-@partial(jax.jit, static_argnames=_STATIC)
+@partial(jax.jit, static_argnames=("P", "n_states", "mesh"))
 def _pull_chunk(
     held: _Held,
-    rows: _Rows,
+    reads: Reads,
     place_E: Array | None,
     *,
-    cfg: LMConfig,
     P: int,
-    n_blocks: int,
-    width: int,
+    n_states: int,
     mesh: Mesh,
 ) -> _Read:
-    def local(held: _Held, rows: _Rows, place_E: Array | None) -> _Read:
-        edges = _pull(held, rows, cfg=cfg, P=P, n_blocks=n_blocks, width=width)
-        edge_ZPWB, error_LPB, embed_PB = edges
-        flat_XB = edge_ZPWB.reshape(-1, edge_ZPWB.shape[-1])
-        rest_B = rest_abs_B = jnp.zeros_like(embed_PB[0])
+    def local(held: _Held, reads: Reads, place_E: Array | None) -> _Read:
+        edges = _pull(held, reads, P=P, n_states=n_states)
+        edge_ZPWX, error_LPX, embed_PX = edges
+        flat_YX = edge_ZPWX.reshape(-1, edge_ZPWX.shape[-1])
+        rest_X = rest_abs_X = jnp.zeros_like(embed_PX[0])
         if place_E is None:
-            return _Read(flat_XB, error_LPB, embed_PB, rest_B, rest_abs_B)
+            return _Read(flat_YX, error_LPX, embed_PX, rest_X, rest_abs_X)
         # Empty places point past the end.
-        edge_EB = flat_XB.at[place_E].get(mode="fill", fill_value=0)
-        rest_B = flat_XB.sum(0) - edge_EB.sum(0)
-        rest_abs_B = jnp.abs(flat_XB).sum(0) - jnp.abs(edge_EB).sum(0)
-        return _Read(edge_EB, error_LPB, embed_PB, rest_B, rest_abs_B)
+        edge_EX = flat_YX.at[place_E].get(mode="fill", fill_value=0)
+        # Only the pool's columns leave the device: of the others, two numbers a row.
+        rest_X = flat_YX.sum(0) - edge_EX.sum(0)
+        rest_abs_X = jnp.abs(flat_YX).sum(0) - jnp.abs(edge_EX).sum(0)
+        return _Read(edge_EX, error_LPX, embed_PX, rest_X, rest_abs_X)
 
-    by_row: Any = _Read(*cast(Any, (_last(2), _last(3), _last(2), _ROW, _ROW)))
-    split = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), _ROW, PartitionSpec()),
-        out_specs=by_row,
-        check_vma=False,
-    )
-    return split(held, rows, place_E)
+    by_row: Any = [PartitionSpec(*(None,) * n, "rows") for n in (1, 2, 1, 0, 0)]
+    specs = {"in_specs": (_WHOLE, _ROW, _WHOLE), "out_specs": _Read(*by_row)}
+    split = jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
+    return split(held, reads, place_E)
 
 
-@partial(jax.jit, static_argnames=_STATIC)
+@partial(jax.jit, static_argnames=("P", "mesh"))
 def _visit_chunk(
     held: _Held,
-    rows: _Rows,
+    reads: Reads,
     visit_B: Array,
     is_node_LP: Array,
     *,
-    cfg: LMConfig,
     P: int,
-    n_blocks: int,
-    width: int,
     mesh: Mesh,
 ) -> Array:
     """Influence [devices, Z, P, W] that a chunk passes on to every slot."""
 
-    def local(held: _Held, rows: _Rows, visit_B: Array, is_node_LP: Array) -> Array:
-        edges = _pull(held, rows, cfg=cfg, P=P, n_blocks=n_blocks, width=width)
+    def local(held: _Held, reads: Reads, visit_B: Array, is_node_LP: Array) -> Array:
+        edges = _pull(held, reads, P=P, n_states=1)
         edge_ZPWB, error_LPB, embed_PB = map(jnp.abs, edges)
         total_B = edge_ZPWB.sum((0, 1, 2)) + embed_PB.sum(0)
         total_B += jnp.einsum("LPB,LP->B", error_LPB, is_node_LP)
         share_B = visit_B / jnp.where(total_B > 0, total_B, 1)
         return jnp.einsum("ZPWB,B->ZPW", edge_ZPWB, share_B)[None]
 
-    split = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), _ROW, _ROW, PartitionSpec()),
-        out_specs=_ROW,
-        check_vma=False,
-    )
-    return split(held, rows, visit_B, is_node_LP)
+    specs = {"in_specs": (_WHOLE, _ROW, _ROW, _WHOLE), "out_specs": _ROW}
+    split = jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
+    return split(held, reads, visit_B, is_node_LP)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,10 +156,10 @@ class Puller:
 
     held: _Held
     bank: Bank
-    cfg: LMConfig
     plan: Plan
     mesh: Mesh
     n_tokens: int  # of the prompt, without the padding of the recording
+    n_states: int = 1  # of a path, see `jaxclt.graph.travel.pull`
 
     @property
     def n_features(self) -> int:
@@ -223,54 +172,46 @@ class Puller:
 
 
 def make_puller(
-    params: LMParams,
-    recording: Recording,
-    active: Active,
-    error_LTD: np.ndarray,
+    p: Recorded,
     *,
-    cfg: LMConfig,
     plan: Plan,
-    n_tokens: int,
     mesh: Mesh,
     bank: Bank | None = None,
     packed: bool = True,
+    n_states: int = 1,
 ) -> Puller:
     """Put what all rows of a prompt need on the devices, once.
 
     Args:
-      params: model weights (attention values, outputs and norms are used).
-      recording: the clean pass.
-      active: source features.
-      error_LTD: error vectors.
-      cfg: model shape.
+      p: the prompt.
       plan: bands and chunk capacities.
-      n_tokens: length of the prompt; the recording may be longer.
       mesh: devices to split chunks over, one axis `rows`.
-      bank: packed `writers` of `active`, if already at hand.
+      bank: packed `writers` of its active features, if already at hand.
       packed: hold the source vectors written out; else gather them as they are used.
+      n_states: states that paths are kept apart by; several take one device.
     """
-    T = error_LTD.shape[1]
-    bank = bank or pack(writers(active), T)
+    bank = bank or pack(writers(p.active), p.error_LTD.shape[1])
     held = _Held(
-        stream=make_stream(params, recording, cfg=cfg, pull=True, skip=active.skip),
+        stream=make_stream(p, pull=True),
         bank=bank.on_device(packed=packed),
-        error_LTD=jnp.asarray(error_LTD),
-        embed_TD=recording.embed_TD,
+        error_LTD=jnp.asarray(p.error_LTD),
+        embed_TD=p.recording.embed_TD,
     )
     return Puller(
         held=on_mesh(held, mesh),
         bank=bank,
-        cfg=cfg,
         plan=plan,
         mesh=mesh,
-        n_tokens=n_tokens,
+        n_tokens=p.n_tokens,
+        n_states=n_states,
     )
 
 
-def _padded_rows(targets: RowTargets, chunk: Chunk) -> _Rows:
+def padded_reads(targets: RowTargets, chunk: Chunk) -> Reads:
+    """A chunk's targets, and some of layer -1, which read nothing."""
     part = targets.take(chunk.index_B)
     pad = chunk.capacity - len(chunk.index_B)
-    return _Rows(
+    return Reads(
         jnp.asarray(np.pad(part.layer_R, (0, pad), constant_values=-1)),
         jnp.asarray(np.pad(part.pos_R, (0, pad))),
         jnp.asarray(np.pad(part.read_RD, ((0, pad), (0, 0)))),
@@ -294,6 +235,7 @@ def edge_rows(
       puller: from `make_puller`.
       targets: R directions.
       out_RN: zeroed host array [R, N], filled in place; its features are the pooled.
+        With several states of the puller, [Q, R, N].
       pool_A: features whose edges are kept, ascending; None for all.
       rest_R: filled with the sum of the other features' edges, if given.
       rest_abs_R: the same without sign.
@@ -304,64 +246,60 @@ def edge_rows(
       Which targets were reached, bool [R].
     """
     reached_R = np.zeros(len(targets.pos_R), bool)
-    all_kept = pool_A is None
     pool = np.arange(puller.n_features) if pool_A is None else pool_A
-    layout = Layout(
-        n_features=len(pool), n_layers=puller.cfg.n_layers, n_tokens=puller.n_tokens
-    )
-    near, device_places = {}, {}
+    n_layers = puller.held.stream.cfg.n_layers
+    layout = Layout(n_features=len(pool), n_layers=n_layers, n_tokens=puller.n_tokens)
+    near: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    device_places: dict[int, Array | None] = {}
     for P in puller.plan.band_end:
         place = puller.bank.place(pool, 0, P)
-        near[P] = np.flatnonzero(place >= 0), place[place >= 0]
+        columns = np.flatnonzero(place >= 0)
+        near[P] = columns, place[columns] if pool_A is None else columns
         device_places[P] = None
-        if not all_kept:
+        if pool_A is not None:
             # One size for all bands and prompts of a bucket.
             end = puller.bank.n_blocks * P * puller.bank.width
-            place = np.where(place >= 0, place, end)
-            padding = (0, bucket(len(pool)) - len(pool))
-            place = np.pad(place, padding, constant_values=end)
-            device_places[P] = jnp.asarray(place.astype(np.int32))
+            places = np.full(bucket(len(pool)), end, np.int32)
+            places[columns] = place[columns]
+            device_places[P] = jnp.asarray(places)
 
     def start(chunk: Chunk) -> _Read:
+        P = chunk.n_positions
+        how = {"P": P, "n_states": puller.n_states, "mesh": puller.mesh}
         return _pull_chunk(
-            puller.held,
-            _padded_rows(targets, chunk),
-            device_places[chunk.n_positions],
-            cfg=puller.cfg,
-            P=chunk.n_positions,
-            n_blocks=puller.bank.n_blocks,
-            width=puller.bank.width,
-            mesh=puller.mesh,
+            puller.held, padded_reads(targets, chunk), device_places[P], **how
         )
 
     for chunk, read in pipelined(puller.chunks(targets), start, stop):
-        columns, place = near[chunk.n_positions]
-        place = place if all_kept else columns
-        _write_rows(chunk, read, columns, place, layout, out_RN)
         n = len(chunk.index_B)
+        for q, out in enumerate(out_RN.reshape(puller.n_states, *out_RN.shape[-2:])):
+            mine = slice(q * chunk.capacity, q * chunk.capacity + n)
+            part = [np.asarray(x)[..., mine] for x in read[:3]]
+            _write_rows(chunk, part, *near[chunk.n_positions], layout, out)
         if rest_R is not None:
-            rest_R[chunk.index_B] = np.asarray(read.rest_B)[:n]
+            rest_R[chunk.index_B] = np.asarray(read.rest_X)[:n]
         if rest_abs_R is not None:
-            rest_abs_R[chunk.index_B] = np.asarray(read.rest_abs_B)[:n]
+            rest_abs_R[chunk.index_B] = np.asarray(read.rest_abs_X)[:n]
         reached_R[chunk.index_B] = True
         on_rows(n)
     return reached_R
 
 
+_Part = TypeVar("_Part")
 _Result = TypeVar("_Result")
 
 
 def pipelined(
-    chunks: list[Chunk],
-    start: Callable[[Chunk], _Result],
+    parts: Iterable[_Part],
+    start: Callable[[_Part], _Result],
     stop: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[Chunk, _Result]]:
-    """Results one chunk late: the device works on while the host unpacks."""
+) -> Iterator[tuple[_Part, _Result]]:
+    """Results one part late: the device works on while the host unpacks."""
     pending = None
-    for chunk in chunks:
+    for part in parts:
         if stop():
             break
-        started = chunk, start(chunk)
+        started = part, start(part)
         if pending is not None:
             yield pending
         pending = started
@@ -371,21 +309,21 @@ def pipelined(
 
 def _write_rows(
     chunk: Chunk,
-    read: _Read,
+    edges: list[np.ndarray],
     columns: np.ndarray,
     place: np.ndarray,
     layout: Layout,
     out_RN: np.ndarray,
 ) -> None:
     """Put one chunk's edges where they belong: rows by target, columns by source."""
-    edge_EB, error_LPB, embed_PB = map(np.asarray, read[:3])
-    n, L, P = len(chunk.index_B), len(error_LPB), chunk.n_positions
+    edge_EB, error_LPB, embed_PB = edges
+    L, P, B = error_LPB.shape
     P = min(P, layout.n_tokens)
     row_B1 = chunk.index_B[:, None]
-    out_RN[row_B1, columns[None, :]] = edge_EB[place, :n].T
+    out_RN[row_B1, columns[None, :]] = edge_EB[place].T
     error = layout.at("error", np.arange(L)[:, None], np.arange(P)).ravel()
-    out_RN[row_B1, error[None, :]] = error_LPB[:, :P, :n].reshape(L * P, n).T
-    out_RN[row_B1, layout.at("embed", np.arange(P))] = embed_PB[:P, :n].T
+    out_RN[row_B1, error[None, :]] = error_LPB[:, :P].reshape(L * P, B).T
+    out_RN[row_B1, layout.at("embed", np.arange(P))] = embed_PB[:P].T
 
 
 def visits(
@@ -420,13 +358,10 @@ def visits(
         visit_B = np.pad(visit_R[chunk.index_B], (0, pad)).astype(dtype)
         return _visit_chunk(
             puller.held,
-            _padded_rows(targets, chunk),
+            padded_reads(targets, chunk),
             jnp.asarray(visit_B),
             jnp.asarray(is_node_LT[:, : chunk.n_positions]),
-            cfg=puller.cfg,
             P=chunk.n_positions,
-            n_blocks=bank.n_blocks,
-            width=bank.width,
             mesh=puller.mesh,
         )
 
@@ -438,20 +373,14 @@ def visits(
     return total_A
 
 
-def pull_flops(
-    cfg: LMConfig, bank: Bank, plan: Plan, targets: RowTargets, *, skip: bool
-) -> float:
+def pull_flops(p: Recorded, bank: Bank, plan: Plan, targets: RowTargets) -> float:
     """Floating-point operations of all rows, padding included."""
     total = 0.0
     for chunk in plan.chunks(targets.layer_R, targets.pos_R + 1):
         read = int(targets.layer_R[chunk.index_B].max())
+        layers = range(min(read, p.cfg.n_layers - 1) + 1)
+        # What is written at the layer that a target reads comes after it.
         total += chunk_flops(
-            cfg,
-            bank,
-            chunk.n_positions,
-            chunk.capacity,
-            range(min(read, cfg.n_layers - 1) + 1),
-            range(read),  # what is written at the layer it reads comes after it
-            skip=skip,
+            p.cfg, bank, chunk, layers, range(read), skip=p.active.skip is not None
         )
     return total

@@ -7,119 +7,156 @@ which is what matmul kernels want: a pull-back multiplies by the transposes.
 
 Attention patterns are kept, or, where they would not fit, computed again in each layer
 from what entered it; next to moving a chunk of vectors that costs little.
+
+Axes besides the usual: B vectors that travel together, J query heads of a group.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from flax import struct
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxclt.lm.block import frozen_pattern
+from jaxclt.graph.prompt import Recorded
 from jaxclt.lm.config import LMConfig
-from jaxclt.lm.frozen import fold_post_attn
-from jaxclt.lm.layers import attn_norm, fold_norm
-from jaxclt.types import Block, Held, LMParams, Recording
+from jaxclt.lm.frozen import attention_maps, scaled_pattern
+from jaxclt.lm.step import Skip
+from jaxclt.types import Block, Held
 
-__all__ = ["Stream", "attend", "causal_share", "make_stream", "on_mesh"]
+__all__ = ["Stream", "causal_share", "make_stream", "on_mesh"]
 
 
-class Stream(NamedTuple):
-    """Frozen attention of all layers; axes as in `jaxclt.types`, J heads per group."""
+@struct.dataclass
+class Stream:
+    """What moves vectors through all layers: frozen attention, and a skip."""
 
     value: Array  # push: [L, D, G, C]; pull: [L, G, C, D]
     output: Array  # push: [L, G, J, C, D]; pull: [L, D, G, J, C]
-    pattern_LHTS: Array | None  # times the norm's scale at S, and that behind it at T
-    blocks: Block | None  # what computes a pattern that is not kept
-    clean_LTD: Array | None
-    scale_LT: Array
-    post_scale_LT: Array | None  # of a norm behind the attention
-    skip: tuple[Array, Array] | None
+    pattern_LHTS: Array | None  # see `scaled_pattern`
+    again: tuple[Block, Held] | None  # what computes a pattern that is not kept
+    skip: Skip | None
+    cfg: LMConfig = struct.field(pytree_node=False)
+    pull: bool = struct.field(pytree_node=False)  # the layout; the maps are the same
+
+    def attend(self, layer: Array, x_PBD: Array, *, start: Array | int) -> Array:
+        """What attention of one layer adds to streams; linear in them.
+
+        Args:
+          layer: which layer.
+          x_PBD: streams at positions from `start` on.
+          start: first position; nothing before it is read.
+        """
+        return self.leave_heads(layer, self.mix(layer, x_PBD, start=start))
+
+    def mix(self, layer: Array, x_PBD: Array, *, start: Array | int) -> Array:
+        """What each head gathers before its output map, [P, B, G, J, C]."""
+        pattern_GJTS = self._pattern(layer, start, len(x_PBD))
+        to_value = "SBD,GCD->SBGC" if self.pull else "SBD,DGC->SBGC"
+        v_SBGC = jnp.einsum(to_value, x_PBD, self.value[layer])
+        # One plain matmul per group: a batched one first moves its operands to G-major.
+        groups = jnp.split(v_SBGC, self.cfg.n_kv_heads, axis=2)
+        mixed = [
+            _moved(pattern_JTS, v_SB1C[:, :, 0])
+            for pattern_JTS, v_SB1C in zip(pattern_GJTS, groups, strict=True)
+        ]
+        return jnp.stack(mixed, axis=2)
+
+    def leave_heads(self, layer: Array, mixed_PBGJC: Array) -> Array:
+        """What heads write to the stream of what they gathered, [P, B, D]."""
+        from_heads = "TBGJC,DGJC->TBD" if self.pull else "TBGJC,GJCD->TBD"
+        return jnp.einsum(from_heads, mixed_PBGJC, self.output[layer])
+
+    def skip_at(self, layer: Array, start: Array | int, P: int) -> Skip | None:
+        """The linear path of one layer at positions from `start` on."""
+        if self.skip is None:
+            return None
+        scale_T, map_DD = self.skip.scale_T[layer], self.skip.map_DD[layer]
+        return Skip(jax.lax.dynamic_slice_in_dim(scale_T, start, P), map_DD)
+
+    def _pattern(self, layer: Array, start: Array | int, P: int) -> Array:
+        """Pattern times scales [G, J, P, P] of positions from `start` on."""
+        if self.again is None:
+            assert self.pattern_LHTS is not None
+            zero, first = jnp.zeros((), layer.dtype), jnp.asarray(start, layer.dtype)
+            size = (1, self.cfg.n_heads, P, P)
+            at = (layer, zero, first, first)
+            pattern_HTS = jax.lax.dynamic_slice(self.pattern_LHTS, at, size)[0]
+        else:
+            p, held = jax.tree.map(lambda leaf: leaf[layer], self.again)
+            if isinstance(start, int):  # later positions change nothing of earlier ones
+                held = jax.tree.map(lambda leaf: leaf[: start + P], held)
+            pattern_HTS = scaled_pattern(p, held, cfg=self.cfg)
+            for axis in (1, 2):
+                pattern_HTS = jax.lax.dynamic_slice_in_dim(pattern_HTS, start, P, axis)
+        return pattern_HTS.reshape(self.cfg.n_kv_heads, -1, P, P)
 
 
-def make_stream(
-    params: LMParams,
-    recording: Recording,
-    *,
-    cfg: LMConfig,
-    pull: bool,
-    skip: tuple[Array | np.ndarray, Array | np.ndarray] | None = None,
-) -> Stream:
+def make_stream(p: Recorded, *, pull: bool) -> Stream:
     """Put what moves vectors between positions on the device, once per prompt.
 
     Args:
-      params: model weights.
-      recording: the clean pass.
-      cfg: model shape.
+      p: the prompt.
       pull: laid out for pulling targets back, else for pushing sources forward.
-      skip: linear path of the dictionary, see `jaxclt.lm.frozen.replay`.
     """
-    frozen = recording.frozen
-    kept = frozen.pattern_LHTS is not None
-    return _lay_out(
-        params.blocks,
-        frozen.pattern_LHTS,
-        None if kept else frozen.clean_LTD,
-        frozen.attn_scale_LT,
-        frozen.post_attn_scale_LT,
-        None if skip is None else (jnp.asarray(skip[0]), jnp.asarray(skip[1])),
-        cfg=cfg,
+    frozen, blocks = p.recording.frozen, p.params.blocks
+    held = Held(
+        pattern_LHTS=frozen.pattern_LHTS,
+        clean_LTD=frozen.clean_LTD if frozen.pattern_LHTS is None else None,
+        attn_scale_LT=frozen.attn_scale_LT,
+        post_attn_scale_LT=frozen.post_attn_scale_LT,
+    )
+    again = None if held.clean_LTD is None else (_for_patterns(blocks), held)
+    scaled_LHTS = None if again else _patterns(_for_patterns(blocks), held, cfg=p.cfg)
+    value, output = _laid_out(blocks, pull=pull)
+    return Stream(
+        value=value,
+        output=output,
+        pattern_LHTS=scaled_LHTS,
+        again=again,
+        skip=jax.tree.map(jnp.asarray, p.active.skip),
+        cfg=p.cfg,
         pull=pull,
     )
 
 
-def _lay_out(
-    blocks: Block,
-    pattern_LHTS: Array | None,
-    clean_LTD: Array | None,
-    scale_LT: Array,
-    post_scale_LT: Array | None,
-    skip: tuple[Array, Array] | None,
-    *,
-    cfg: LMConfig,
-    pull: bool,
-) -> Stream:
-    folded, pattern_LHTS = fold_post_attn(blocks, pattern_LHTS, post_scale_LT)
-    value, output = _fold(folded, cfg=cfg, pull=pull)
-    return Stream(
-        value=value,
-        output=output,
-        pattern_LHTS=None if pattern_LHTS is None else _scaled(pattern_LHTS, scale_LT),
-        blocks=None if clean_LTD is None else _for_patterns(blocks),
-        clean_LTD=clean_LTD,
-        scale_LT=scale_LT,
-        post_scale_LT=post_scale_LT,
-        skip=skip,
-    )
+_PATTERN_LEAVES = ("norm_attn_LD", "norm_attn_bias_LD", "local_L", "q_LDHC", "k_LDGC")
+_PATTERN_LEAVES += ("q_bias_LHC", "k_bias_LGC", "q_norm_LC", "k_norm_LC")
 
 
 def _for_patterns(blocks: Block) -> Block:
     """What computes patterns: every device that works on edges holds it."""
+    unused = {k for k, leaf in vars(blocks).items() if leaf is not None}
+    unused -= set(_PATTERN_LEAVES)
     none_L = blocks.norm_attn_LD[:, 0]
-    unused = dict.fromkeys(("v_LDGC", "o_LHCD", "up_LDI", "down_LID"), none_L)
-    return dataclasses.replace(
-        blocks,
-        **unused,
-        gate_LDI=None,
-        v_bias_LGC=None,
-        o_bias_LD=None,
-        gate_bias_LI=None,
-        up_bias_LI=None,
-        down_bias_LD=None,
-    )
+    return dataclasses.replace(blocks, **dict.fromkeys(unused, none_L))
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _patterns(blocks: Block, held: Held, *, cfg: LMConfig) -> Array:
+    return jax.vmap(partial(scaled_pattern, cfg=cfg))(blocks, held)
+
+
+@partial(jax.jit, static_argnames="pull")
+def _laid_out(blocks: Block, *, pull: bool) -> tuple[Array, Array]:
+    value_LGCD, output_LHCD = jax.vmap(attention_maps)(blocks)
+    L, G, C, D = value_LGCD.shape
+    output_LGJCD = output_LHCD.reshape(L, G, -1, C, D)
+    if pull:
+        return value_LGCD, output_LGJCD.transpose(0, 4, 1, 2, 3)
+    return value_LGCD.transpose(0, 3, 1, 2), output_LGJCD
 
 
 def on_mesh(held: Any, mesh: Mesh) -> Any:
     """A pytree whole on every device of a mesh, wherever its arrays were.
 
-    What of a model's weights edges need (attention's values and outputs) is little; a
-    model that is split over devices is so no more for them.
+    Edges need little of a model's weights (attention's values and outputs), so that a
+    model that is split over devices need not be split for them.
     """
     there = set(mesh.devices.flat)
     leaves = jax.tree.leaves(held)
@@ -128,69 +165,17 @@ def on_mesh(held: Any, mesh: Mesh) -> Any:
     return jax.device_put(held, NamedSharding(mesh, PartitionSpec()))
 
 
-@jax.jit
-def _scaled(pattern_LHTS: Array, scale_LT: Array) -> Array:
-    return pattern_LHTS * scale_LT[:, None, None, :]
-
-
-@partial(jax.jit, static_argnames=("cfg", "pull"))
-def _fold(blocks: Block, *, cfg: LMConfig, pull: bool) -> tuple[Array, Array]:
-    L, _, C, D = blocks.o_LHCD.shape
-    value_LGCD = jax.vmap(fold_norm)(
-        blocks.v_LDGC.transpose(0, 2, 3, 1), attn_norm(blocks)
-    )
-    output_LGJCD = blocks.o_LHCD.reshape(L, cfg.n_kv_heads, -1, C, D)
-    if pull:
-        return value_LGCD, output_LGJCD.transpose(0, 4, 1, 2, 3)
-    return value_LGCD.transpose(0, 3, 1, 2), output_LGJCD
-
-
-def attend(
-    stream: Stream,
-    layer: Array,
-    x_PBD: Array,
-    *,
-    cfg: LMConfig,
-    start: Array | int,
-    pull: bool,
-) -> Array:
-    """What frozen attention of one layer adds to streams [P, B, D]; linear in them.
-
-    Args:
-      stream: laid out for `pull` or not.
-      layer: which layer.
-      x_PBD: streams at positions from `start` on.
-      cfg: model shape.
-      start: first position; nothing before it is read.
-      pull: which layout `stream` has. The map is the same.
-    """
-    P = x_PBD.shape[0]
-    pattern_GJTS = _pattern(stream, layer, cfg, start, P)
-    value, output = stream.value[layer], stream.output[layer]
-    to_value = "SBD,GCD->SBGC" if pull else "SBD,DGC->SBGC"
-    from_heads = "TBGJC,DGJC->TBD" if pull else "TBGJC,GJCD->TBD"
-    v_SBGC = jnp.einsum(to_value, x_PBD, value)
-    # One plain matmul per group: a batched one first moves its operands to G-major.
-    moved = [
-        _moved(pattern_JTS, v_SB1C[:, :, 0])
-        for pattern_JTS, v_SB1C in zip(
-            pattern_GJTS, jnp.split(v_SBGC, cfg.n_kv_heads, axis=2), strict=True
-        )
-    ]
-    return jnp.einsum(from_heads, jnp.stack(moved, axis=2), output)
-
-
 _BLOCK = 256  # positions; smaller matmuls would run slower than they save
 
 
 def _ends(P: int) -> list[int]:
-    """Where blocks of so many positions end."""
+    """Where blocks of at least `_BLOCK` positions end."""
     n = max(P // _BLOCK, 1)
     return [P * (i + 1) // n for i in range(n)]
 
 
 def causal_share(P: int) -> float:
-    """Share of a full pattern of P positions that `attend` multiplies with."""
+    """Share of a full pattern of P positions that `Stream.mix` multiplies with."""
     ends = _ends(P)
     starts = [0, *ends[:-1]]
     return sum((b - a) * b for a, b in zip(starts, ends, strict=True)) / P**2
@@ -199,31 +184,9 @@ def causal_share(P: int) -> float:
 def _moved(pattern_JTS: Array, v_SBC: Array) -> Array:
     """Values through a causal pattern [T, B, J, C], mostly without its zero half."""
     ends = _ends(len(v_SBC))
+    # The upper triangle is zero: a block of queries sees keys up to its own end only.
     blocks = [
         jnp.einsum("JTS,SBC->TBJC", pattern_JTS[:, a:b, :b], v_SBC[:b])
         for a, b in zip([0, *ends[:-1]], ends, strict=True)
     ]
     return jnp.concatenate(blocks)
-
-
-def _pattern(
-    stream: Stream, layer: Array, cfg: LMConfig, start: Array | int, P: int
-) -> Array:
-    """Pattern times scale [G, J, P, P] of positions from `start` on."""
-    if stream.pattern_LHTS is not None:
-        first = jnp.asarray(start, layer.dtype)
-        at = (layer, jnp.zeros((), layer.dtype), first, first)
-        size = (1, cfg.n_heads, P, P)
-        pattern_HTS = jax.lax.dynamic_slice(stream.pattern_LHTS, at, size)[0]
-    else:
-        if stream.blocks is None or stream.clean_LTD is None or start != 0:
-            raise ValueError("patterns of later positions need the earlier ones")
-        p = jax.tree.map(lambda leaf: leaf[layer], stream.blocks)
-        clean_TD, scale_T = stream.clean_LTD[layer, :P], stream.scale_LT[layer, :P]
-        frozen = Held(attn_scale_LT=scale_T, clean_LTD=clean_TD)
-        pattern_HTS = frozen_pattern(p, frozen, cfg=cfg)
-        assert pattern_HTS is not None, "the clean stream is there"
-        pattern_HTS = pattern_HTS * scale_T[None, None, :]
-        if stream.post_scale_LT is not None:
-            pattern_HTS = pattern_HTS * stream.post_scale_LT[layer, None, :P, None]
-    return pattern_HTS.reshape(cfg.n_kv_heads, -1, P, P)

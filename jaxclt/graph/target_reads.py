@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.active import Active
-from jaxclt.graph.bank import RowTargets
+from jaxclt.graph.bank import RowTargets, written_at
 from jaxclt.graph.layout import Layout
 from jaxclt.lm.layers import Norm, fold_norm, out_norm
 from jaxclt.types import LMParams, Reads, Recording, Targets
@@ -56,10 +56,10 @@ def target_rows(
     read_KD = np.array(targets.vec_KD)
     is_out = layer_K == active.n_layers
     read_KD[is_out] = target_reads(params, recording, read_KD[is_out], pos_K[is_out])
-    if active.skip_LDD is not None:
+    if active.skip is not None:
         for k in np.flatnonzero(~is_out):
-            back_D = active.skip_LDD[layer_K[k]] @ np.asarray(targets.write_KD)[k]
-            read_KD[k] += back_D * active.scale_LT[layer_K[k], pos_K[k]]
+            skip = active.skip.at(layer_K[k], pos_K[[k]])
+            read_KD[[k]] += skip.read(np.asarray(targets.write_KD)[[k]])
     return RowTargets(layer_R=layer_K, pos_R=pos_K, read_RD=read_KD)
 
 
@@ -84,12 +84,8 @@ def written_edges(
         n_features=len(active.layer_A), n_layers=active.n_layers, n_tokens=n_tokens
     )
     edge_N = np.zeros(layout.n_columns, write_D.dtype)
-    for source in range(layer + 1):
-        if layer - source < active.decoder[source].shape[1]:
-            slots = active.of_layer(source)
-            at = slots.start + np.flatnonzero(active.pos_A[slots] == pos)
-            row_AD = active.decoder[source][active.row_A[at], layer - source]
-            edge_N[at] = active.value_A[at] * (row_AD @ write_D)
+    slot, write_AD = written_at(active, layer, pos)
+    edge_N[slot] = write_AD @ write_D
     edge_N[layout.at("error", layer, pos)] = error_LTD[layer, pos] @ write_D
     return edge_N
 

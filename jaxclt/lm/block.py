@@ -16,6 +16,7 @@ from jax import Array
 
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
+from jaxclt.lm.step import up
 from jaxclt.types import Block, Held
 
 __all__ = ["Past", "Taps", "block", "frozen_pattern"]
@@ -100,8 +101,7 @@ def block(
                 held.post_attn_scale_LT, lambda: scale(moved_TD, post_norm)
             )
             moved_TD = layers.normalise(moved_TD, post_scale_T, post_norm)
-        after_TD = resid_TD + moved_TD
-        mid_TD = resid_TD if cfg.parallel else after_TD
+        mid_TD, after_TD = up(resid_TD, moved_TD, None, cfg=cfg)
     with jax.named_scope("mlp"):
         mlp_scale_T = hold(held.mlp_scale_LT, lambda: scale(mid_TD, layers.mlp_norm(p)))
         write_TD = write(mid_TD, mlp_scale_T)

@@ -51,10 +51,10 @@ class RopeScaling:
 class LMConfig:
     """Static description of one decoder; hashable, passed to jit as a static argument.
 
-    Whether a bias, a norm or an untied unembedding exists is told by the parameters
-    (their leaf is None when absent), so the config holds only what the arrays cannot
-    say. Layers that attend locally (`Block.local_L`; if that is None, all) see the last
-    `window` positions.
+    Whether a bias, a norm or an untied unembedding exists, the parameters say (their
+    leaf is None when absent); the config holds only what the arrays cannot say. Layers
+    that attend locally (`Block.local_L`; if that is None, all) see the last `window`
+    positions.
 
     Raises:
       InputError: if the sizes cannot belong to one model.
@@ -71,7 +71,7 @@ class LMConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     act: Literal["silu", "gelu_tanh", "gelu", "relu"] = "silu"  # of the MLP
-    parallel: bool = False  # the MLP reads what attention reads, not behind it
+    parallel: bool = False  # the MLP reads what attention reads, not what it adds
     d_rotary: int | None = None  # first channels of a head that turn; None: all
     rope_scaling: RopeScaling | None = None
     rope_local_theta: float | None = None  # base of local layers, not scaled
@@ -94,6 +94,7 @@ class LMConfig:
             if value is not None and value <= 0:
                 raise InputError(f"model config: {name}={value} must be above 0")
         turning = self.n_turning
+        name = "d_head" if self.d_rotary is None else "d_rotary"
         if self.d_rotary is not None and not 0 <= turning <= self.d_head:
             raise InputError(
                 f"model config: d_rotary={turning} must lie in 0..{self.d_head}, the "
@@ -102,13 +103,11 @@ class LMConfig:
         scaling = self.rope_scaling
         n_factors = len(scaling.factors) if scaling else 0
         if scaling and scaling.kind == "factors" and n_factors != turning // 2:
-            name = "d_head" if self.d_rotary is None else "d_rotary"
             raise InputError(
                 f"model config: {n_factors} rope factors for heads of "
                 f"{name}={turning}, which need half as many"
             )
         if turning % 2:
-            name = "d_head" if self.d_rotary is None else "d_rotary"
             raise InputError(
                 f"model config: {name}={turning} must be even for rotary embeddings"
             )

@@ -15,45 +15,39 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxclt.lm import layers
+from jaxclt.lm.block import frozen_pattern
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import Policy, run
 from jaxclt.lm.step import Skip
-from jaxclt.types import Block, Frozen, LMParams, Reads, Sources
+from jaxclt.types import Block, Frozen, Held, LMParams, Reads, Sources
 
-__all__ = ["bias_reads", "fold_post_attn", "frozen_attention", "frozen_reads"]
-__all__ += ["replay"]
+__all__ = ["attention_maps", "bias_reads", "frozen_reads", "replay", "scaled_pattern"]
 
 
-def frozen_attention(
-    p: Block, pattern_HTS: Array, scale_T: Array, resid_TD: Array, *, cfg: LMConfig
-) -> Array:
-    """What one layer's attention adds to the stream, linear in `resid_TD`.
+def attention_maps(p: Block) -> tuple[Array, Array]:
+    """One layer's value map [G, C, D] and output map [H, C, D], norms' gains folded in.
 
-    A norm behind the attention must be folded in, see `fold_post_attn`.
+    With `scaled_pattern` they are all that frozen attention is.
     """
-    p = dataclasses.replace(p, v_bias_LGC=None, o_bias_LD=None)
-    norm = layers.attn_norm(p)
-    normed_TD = layers.normalise(resid_TD, scale_T, norm, biases=False)
-    return layers.move(p, pattern_HTS, layers.values(p, normed_TD), cfg=cfg)
+    value_GCD = layers.fold_norm(p.v_LDGC.transpose(1, 2, 0), layers.attn_norm(p))
+    if p.post_attn_LD is None:
+        return value_GCD, p.o_LHCD
+    return value_GCD, p.o_LHCD * p.post_attn_LD[None, None, :]
 
 
-def fold_post_attn(
-    blocks: Block, pattern_LHTS: Array | None, post_scale_LT: Array | None
-) -> tuple[Block, Array | None]:
-    """The frozen attention of a model without a norm behind it that adds the same.
+def scaled_pattern(p: Block, frozen: Held, *, cfg: LMConfig) -> Array:
+    """One layer's clean pattern [H, T, S] times its norms' reciprocal denominators.
 
-    The norm's frozen scale multiplies what arrives at a position, hence the rows of the
-    patterns; its gain goes into the output maps.
+    That of the norm before attention belongs to the positions attended to, that of a
+    norm after it to those that attend. `p` and `frozen` are without the leading L; the
+    latter has the pattern, or the clean stream, and the scales.
     """
-    if blocks.post_attn_LD is None or post_scale_LT is None:
-        return blocks, pattern_LHTS
-    gain_L11D = blocks.post_attn_LD[:, None, None, :]
-    blocks = dataclasses.replace(
-        blocks, o_LHCD=blocks.o_LHCD * gain_L11D, post_attn_LD=None
-    )
-    if pattern_LHTS is not None:
-        pattern_LHTS = pattern_LHTS * post_scale_LT[:, None, :, None]
-    return blocks, pattern_LHTS
+    pattern_HTS, scale_T = frozen_pattern(p, frozen, cfg=cfg), frozen.attn_scale_LT
+    assert pattern_HTS is not None
+    assert scale_T is not None
+    pattern_HTS = pattern_HTS * scale_T[None, None, :]
+    post_T = frozen.post_attn_scale_LT
+    return pattern_HTS if post_T is None else pattern_HTS * post_T[None, :, None]
 
 
 def replay(
@@ -62,7 +56,7 @@ def replay(
     sources: Sources,
     *,
     cfg: LMConfig,
-    skip: tuple[Array, Array] | None = None,
+    skip: Skip | None = None,
 ) -> Reads:
     """Run the frozen stream from its sources.
 
@@ -71,8 +65,8 @@ def replay(
       frozen: patterns and scales of the clean pass.
       sources: embeddings, and everything written at the MLPs' places except the skip.
       cfg: model shape.
-      skip: (scale_LT, W_skip_LDD) of a dictionary with a linear path, a norm before it
-        folded in: it writes ``(mid * scale) @ W_skip`` from the stream itself.
+      skip: linear path of the dictionary, a norm before it folded in; it writes
+        ``(mid * scale) @ map`` from the stream itself.
 
     Returns:
       The residual stream where encoders read at every layer, and the normed output.
@@ -87,8 +81,7 @@ def replay(
             write_TD = write_TD + layer_skip.write(mid_TD)
         return carry, write_TD
 
-    whole = None if skip is None else Skip(*skip)
-    policy = Policy(given, per_layer=(sources.write_LTD, whole))
+    policy = Policy(given, per_layer=(sources.write_LTD, skip))
     done = run(params, sources.embed_TD, policy, cfg=cfg, frozen=frozen)
     return Reads(mid_LTD=done.taps.mid_TD, out_TD=done.out_TD)
 
@@ -99,7 +92,7 @@ def frozen_reads(
     sources: Sources,
     *,
     cfg: LMConfig,
-    skip: tuple[Array, Array] | None = None,
+    skip: Skip | None = None,
 ) -> Reads:
     """`replay` of the model without biases: exactly linear in `sources`."""
     return replay(_without_biases(params), frozen, sources, cfg=cfg, skip=skip)
@@ -129,7 +122,7 @@ def bias_reads(
     write_bias_LTD: Array,
     *,
     cfg: LMConfig,
-    skip: tuple[Array, Array] | None = None,
+    skip: Skip | None = None,
 ) -> Reads:
     """What every read holds when all sources are zero: all biases, pushed through.
 

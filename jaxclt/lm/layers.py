@@ -24,6 +24,7 @@ __all__ = [
     "attn_norm",
     "fold_norm",
     "gate_and_up",
+    "gate_factor",
     "keys",
     "mlp",
     "mlp_and_scale",
@@ -89,7 +90,7 @@ def normalise(x_TD: Array, scale_T: Array, norm: Norm, *, biases: bool = True) -
 
 
 def fold_norm(read_XD: Array, norm: Norm) -> Array:
-    """What vectors that read behind a norm read ahead of it, but for the scale.
+    """What vectors that read after a norm read before it, but for the scale.
 
     ``fold_norm(v) · x · scale == v · normalise(x)`` without the bias. Numpy arrays too.
     """
@@ -137,11 +138,11 @@ def rotate(x_THC: Array, freq_J: Array, *, start: Array | int = 0) -> Array:
     angle_TJ = pos_T[:, None] * freq_J[None, :]
     cos, sin = (f(angle_TJ)[:, None, :].astype(x_THC.dtype) for f in (jnp.cos, jnp.sin))
     left, right = jnp.split(x_THC, 2, axis=-1)
-    turned = left * cos - right * sin, right * cos + left * sin
-    return jnp.concatenate([*turned, stay_THC], -1)
+    rotated = left * cos - right * sin, right * cos + left * sin
+    return jnp.concatenate([*rotated, stay_THC], -1)
 
 
-def _turned(
+def _rotated(
     p: Block,
     x_THC: Array,
     gain_C: Array | None,
@@ -159,11 +160,11 @@ def _turned(
 
 
 def keys(p: Block, normed_TD: Array, *, cfg: LMConfig, start: Array | int = 0) -> Array:
-    """Keys [T, G, C], turned to their positions."""
+    """Keys [T, G, C], rotated to their positions."""
     k_TGC = jnp.einsum("TD,DGC->TGC", normed_TD, p.k_LDGC)
     if p.k_bias_LGC is not None:
         k_TGC = k_TGC + p.k_bias_LGC[None]
-    return _turned(p, k_TGC, p.k_norm_LC, cfg=cfg, start=start)
+    return _rotated(p, k_TGC, p.k_norm_LC, cfg=cfg, start=start)
 
 
 def values(p: Block, normed_TD: Array) -> Array:
@@ -193,10 +194,10 @@ def attention_pattern(
     q_THC = jnp.einsum("TD,DHC->THC", normed_TD, p.q_LDHC)
     if p.q_bias_LHC is not None:
         q_THC = q_THC + p.q_bias_LHC[None]
-    q_THC = _turned(p, q_THC, p.q_norm_LC, cfg=cfg, start=start)
+    q_THC = _rotated(p, q_THC, p.q_norm_LC, cfg=cfg, start=start)
     if key_SGC is None:
         key_SGC = keys(p, normed_TD, cfg=cfg, start=start)
-    k_SHC = _per_query_head(key_SGC, cfg)
+    k_SHC = jnp.repeat(key_SGC, cfg.n_queries_per_kv, axis=1)
     scale = cfg.d_head**-0.5 if cfg.query_scale is None else cfg.query_scale
     score_HTS = jnp.einsum("THC,SHC->HTS", q_THC, k_SHC) * scale
     if cfg.attn_cap is not None:
@@ -230,13 +231,13 @@ def move(p: Block, pattern_HTS: Array, value_SGC: Array, *, cfg: LMConfig) -> Ar
     return out_TD if p.o_bias_LD is None else out_TD + p.o_bias_LD[None]
 
 
-def activate_gate(x: Array, *, cfg: LMConfig, own: bool = False) -> Array:
-    """The MLP's gate nonlinearity; with `own` that of a neuron that gates itself.
+def activate_gate(x: Array, *, cfg: LMConfig) -> Array:
+    """The MLP's nonlinearity, act(x)."""
+    return x * gate_factor(x, cfg=cfg)
 
-    Every activation here is ``act(x) = own(x) x`` with a smooth or a 0-1 factor.
-    """
-    if not own:
-        return x * activate_gate(x, cfg=cfg, own=True)
+
+def gate_factor(x: Array, *, cfg: LMConfig) -> Array:
+    """act(x) / x, smooth or 0-1: what a neuron without a gate is gated by."""
     match cfg.act:
         case "silu":
             return jax.nn.sigmoid(x)
@@ -252,13 +253,13 @@ def activate_gate(x: Array, *, cfg: LMConfig, own: bool = False) -> Array:
 def gate_and_up(p: Block, normed_TD: Array, *, cfg: LMConfig) -> tuple[Array, Array]:
     """The two factors of an MLP's neurons, [T, I] each: act(x W_gate) and x W_up.
 
-    A neuron of an MLP without a gate is its own: ``act(u) = (act(u) / u) u``.
+    A neuron of an MLP without a gate gates itself: ``act(u) = (act(u) / u) u``.
     """
     up_TI = normed_TD @ p.up_LDI
     if p.up_bias_LI is not None:
         up_TI = up_TI + p.up_bias_LI[None]
     if p.gate_LDI is None:
-        return activate_gate(up_TI, cfg=cfg, own=True), up_TI
+        return gate_factor(up_TI, cfg=cfg), up_TI
     gate_TI = normed_TD @ p.gate_LDI
     if p.gate_bias_LI is not None:
         gate_TI = gate_TI + p.gate_bias_LI[None]
@@ -268,7 +269,7 @@ def gate_and_up(p: Block, normed_TD: Array, *, cfg: LMConfig) -> tuple[Array, Ar
 def mlp_and_scale(
     p: Block, normed_TD: Array, *, cfg: LMConfig, scale_T: Array | None = None
 ) -> tuple[Array, Array | None]:
-    """What the MLP adds to the stream [T, D], and the scale of the norm behind it.
+    """What the MLP adds to the stream [T, D], and the scale of the norm after it.
 
     ``(act(x W_gate) * x W_up) W_down`` or, without a gate, ``act(x W_up) W_down``, then
     that norm, if the model has one.
@@ -312,10 +313,5 @@ def mlp_at(
 
 
 def neuron_rows(p: Block) -> Array:
-    """What each neuron writes, [I, D], the gain of a norm behind the MLP folded in."""
+    """What each neuron writes, [I, D], the gain of a norm after the MLP folded in."""
     return p.down_LID if p.post_mlp_LD is None else p.down_LID * p.post_mlp_LD[None]
-
-
-def _per_query_head(x_TGC: Array, cfg: LMConfig) -> Array:
-    """Repeat each key/value head for the query heads that share it."""
-    return jnp.repeat(x_TGC, cfg.n_queries_per_kv, axis=1)

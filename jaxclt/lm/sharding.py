@@ -31,7 +31,7 @@ AXIS = "model"
 
 
 def model_mesh(devices: int | Mesh) -> Mesh:
-    """The mesh that a model is split over: so many devices, or one that is at hand.
+    """The mesh that a model is split over: the machine's first devices, or a given one.
 
     Its axis `model` splits the weights, or the only axis it has; they are the same
     along all others.

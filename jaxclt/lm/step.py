@@ -34,6 +34,10 @@ class Skip(NamedTuple):
     scale_T: Any
     map_DD: Any
 
+    def at(self, layer: Any, pos: Any) -> Skip:
+        """That of one layer at some positions, cut out of all."""
+        return Skip(self.scale_T[layer, pos], self.map_DD[layer])
+
     def write(self, mid_TxD: Any) -> Any:
         """What it writes where the stream is `mid`."""
         return (mid_TxD * self._scale(mid_TxD)) @ self.map_DD

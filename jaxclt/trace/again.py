@@ -27,7 +27,6 @@ from jaxclt.graph.provenance import crop, graph_active, hop_spectrum
 from jaxclt.graph.target_reads import target_reads
 from jaxclt.graph.targets import token_targets
 from jaxclt.io.model import Model
-from jaxclt.replacement.errors import error_nodes
 from jaxclt.trace.prompt import record_text
 from jaxclt.types import Recording
 
@@ -104,11 +103,10 @@ def edge_parts_with_model(
     parts = edge_parts(graph, source, target)
     with jax.default_matmul_precision("highest"):
         recording, active = recorded(graph, model, dictionary)
-        error_LTD = error_nodes(active, recording)
-        nodes = graph_active(graph, active)
-        rows = _row(graph, parts.row, nodes, model, recording)
-        args = (model.params, recording, nodes, error_LTD, rows)
-        hop_Q = hop_spectrum(*args, cfg=model.cfg, max_hops=max_hops)[:, 0, parts.col]
+        p = Recorded(model.params, recording, active, cfg=model.cfg)
+        p = dataclasses.replace(p, active=graph_active(graph, active))
+        rows = _row(graph, parts.row, p)
+        hop_Q = hop_spectrum(p, rows, max_hops=max_hops)[:, 0, parts.col]
     if not math.isclose(hop_Q.sum(), parts.edge, rel_tol=1e-2, abs_tol=1e-4):
         raise InputError(
             f"the model gives this edge {hop_Q.sum():.4g}, the graph {parts.edge:.4g}: "
@@ -122,17 +120,16 @@ def edge_parts_with_model(
     )
     if parts.heads is None:
         only = np.zeros(1, np.int64), np.array([parts.col])
-        loads = head_loadings(*args, *only, cfg=model.cfg)
+        loads = head_loadings(p, rows, *only)
         parts = dataclasses.replace(
             parts, heads=loads.listed(0), other_heads=float(loads.rest_E[0])
         )
     return parts
 
 
-def _row(
-    graph: Graph, row: int, nodes: Active, model: Model, recording: Recording
-) -> RowTargets:
+def _row(graph: Graph, row: int, p: Recorded) -> RowTargets:
     """What one row reads."""
+    nodes, recording = p.active, p.recording
     if row < graph.n_features:
         at = np.array([row])
         return RowTargets(
@@ -145,11 +142,11 @@ def _row(
             "features and tokens can be followed with the model"
         )
     last = graph.n_tokens - 1
-    chosen = token_targets(model.params, recording.out_TD[last], jnp.asarray([token]))
+    chosen = token_targets(p.params, recording.out_TD[last], jnp.asarray([token]))
     return RowTargets(
         layer_R=np.array([graph.n_layers], np.int32),
         pos_R=np.array([last], np.int32),
-        read_RD=target_reads(model.params, recording, chosen.vec_KD, last),
+        read_RD=target_reads(p.params, recording, chosen.vec_KD, last),
     )
 
 

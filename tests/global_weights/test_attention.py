@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import case, close
+from cases import case, close, graph_rows, recorded
 from global_cases import (
     HEADS,
     S,
@@ -26,11 +26,11 @@ from global_cases import (
 
 from jaxclt.clt.coder import Bound
 from jaxclt.errors import InputError
-from jaxclt.global_weights.attention import head_block, head_sums
+from jaxclt.global_weights.attention import HeadReads, head_block, head_sums
 from jaxclt.global_weights.build import head_weights
 from jaxclt.global_weights.circuit import head_inputs
 from jaxclt.graph import provenance
-from jaxclt.replacement.errors import error_nodes
+from jaxclt.types import Held
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -45,23 +45,20 @@ def sums(name: str) -> dict:
 
     scale_LWS = stack([r.frozen.mlp_scale_LT for r in found])
     post = found[0].frozen.post_attn_scale_LT
-    run = jax.jit(
-        partial(
-            head_sums,
-            cfg=t.cfg,
-            starts=subset(name).starts,
-            heads=ALL,
-            scaled=t.clt_cfg.read != "resid_mid",
-        )
-    )
-    return run(
-        t.params.blocks,
+    scaled = t.clt_cfg.read != "resid_mid"
+    reads = HeadReads(
         stored(name).reshape(-1, W * S),
-        stack([r.resid_LTD for r in found]),
-        stack([r.frozen.attn_scale_LT for r in found]),
-        None if post is None else stack([r.frozen.post_attn_scale_LT for r in found]),
-        scale_LWS.reshape(len(scale_LWS), -1),
+        Held(
+            attn_scale_LT=stack([r.frozen.attn_scale_LT for r in found]),
+            clean_LTD=stack([r.resid_LTD for r in found]),
+            post_attn_scale_LT=None
+            if post is None
+            else stack([r.frozen.post_attn_scale_LT for r in found]),
+        ),
+        scale_LWS.reshape(len(scale_LWS), -1) if scaled else None,
     )
+    run = partial(head_sums, cfg=t.cfg, starts=subset(name).starts, heads=ALL)
+    return jax.jit(run)(t.params.blocks, reads)
 
 
 def whole_block(name: str, head: tuple[int, int]) -> np.ndarray:
@@ -98,12 +95,9 @@ def test_heads_sum_to_the_one_hop_edges_of_the_graphs(name: str):
         got_UU[first:, :first] += part
     for recording, active in zip(recordings(name), actives(name), strict=True):
         active = dataclasses.replace(active, skip_LDD=None)
-        rows = provenance.graph_rows(t.params, recording, active, t.targets.vec_KD)
-        hops = provenance.hop_spectrum(
-            *(t.params, recording, active, error_nodes(active, recording), rows),
-            cfg=t.cfg,
-            max_hops=2,
-        )
+        p = recorded(t, active, recording)
+        rows = graph_rows(p, t.targets.vec_KD)
+        hops = provenance.hop_spectrum(p, rows, max_hops=2)
         A, slot_A = len(active.pos_A), active.layer_A * F + active.feature_A
         np.add.at(want_UU, (slot_A[:, None], slot_A[None]), hops[1][:A, :A])
     assert np.count_nonzero(want_UU) > 100

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from cases import FEW, case, close
+from cases import FEW, case, close, recorded
 from global_cases import (
     EVERY,
     INPUT_Y,
@@ -33,9 +33,9 @@ from jaxclt.global_weights import ranking
 from jaxclt.global_weights.build import build, virtual_blocks
 from jaxclt.global_weights.statistics import merge
 from jaxclt.graph import provenance
+from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.target_reads import target_reads
 from jaxclt.lm.run import unembed
-from jaxclt.replacement.errors import error_nodes
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -113,19 +113,16 @@ def test_norm_aware_era_is_the_sum_of_the_graphs_direct_edges(name: str):
         logits = np.asarray(unembed(t.params, recording.out_TD))
         p_SV = np.exp(logits - logits.max(1, keepdims=True))
         p_SV /= p_SV.sum(1, keepdims=True)
-        rows = provenance.graph_rows(t.params, recording, active, vec_YD)
+        p = recorded(t, active, recording)
         logit_reads = [
             target_reads(t.params, recording, vec_YD, pos) for pos in range(S)
         ]
-        rows = dataclasses.replace(
-            rows,
+        rows = RowTargets(
             layer_R=np.r_[active.layer_A, np.full(S * len(OUTPUT_Y), L)],
             pos_R=np.r_[active.pos_A, np.repeat(np.arange(S), len(OUTPUT_Y))],
             read_RD=np.concatenate([active.reads(), *map(np.asarray, logit_reads)]),
         )
-        edge_RN = provenance.direct_edges(
-            active, error_nodes(active, recording), np.asarray(recording.embed_TD), rows
-        ).toarray()
+        edge_RN = provenance.direct_edges(p, rows).toarray()
         np.add.at(total_UU, (slot_A[:, None], slot_A[None]), edge_RN[:A, :A])
         token_AS = edge_RN[:A, A + L * S :]
         hot_SY = (token_S[:, None] == INPUT_Y) * 1.0

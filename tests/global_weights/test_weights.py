@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from cases import FEW, case, case_active, close
+from cases import FEW, case, case_active, close, graph_rows, recorded
 from global_cases import brute_virtual, subset
 
 from jaxclt.clt.coder import Bound
@@ -17,7 +17,6 @@ from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.errors import InputError
 from jaxclt.global_weights import weights
 from jaxclt.graph import provenance
-from jaxclt.replacement.errors import error_nodes
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -80,15 +79,10 @@ def test_local_direct_edges_are_value_times_weight_times_norm(name: str):
     t = case(name)
     no_skip = {"skip_LDD": None}
     active = dataclasses.replace(case_active(name), **no_skip)
-    args = (t.params, t.recording, active, t.targets.vec_KD)
-    rows = provenance.graph_rows(*args)
+    p = recorded(t, active)
     A, F = len(active.pos_A), t.clt_cfg.n_features
-    found = provenance.direct_edges(
-        active,
-        error_nodes(active, t.recording),
-        np.asarray(t.recording.embed_TD),
-        rows,
-    ).toarray()[:A, :A]
+    found = provenance.direct_edges(p, graph_rows(p, t.targets.vec_KD))
+    found = found.toarray()[:A, :A]
     slot_A = active.layer_A * F + active.feature_A
     V = tiled(name, subset(name))[np.ix_(slot_A, slot_A)]
     scale_LT = np.asarray(t.recording.frozen.mlp_scale_LT)

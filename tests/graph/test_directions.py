@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FEW, case, case_active, case_graph, close, same_rows
+from cases import FEW, case, case_active, case_graph, close, recorded, same_rows
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxclt.clt.active import Active
@@ -23,7 +23,6 @@ from jaxclt.graph.plan import make_plan
 from jaxclt.graph.rows import edge_rows, make_puller, visits
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import record
-from jaxclt.replacement.errors import error_nodes
 from jaxclt.testing import Tiny
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -215,13 +214,8 @@ def test_visits_without_rows_are_the_rows_own() -> None:
     t, active, full = case("clt"), case_active("clt"), case_graph("clt")
     A, T = full.n_features, t.recording.mid_LTD.shape[1]
     puller = make_puller(
-        t.params,
-        t.recording,
-        active,
-        error_nodes(active, t.recording),
-        cfg=t.cfg,
+        recorded(t, active),
         plan=make_plan(A, n_positions=T, flops_per_position=1.0, n_bands=2),
-        n_tokens=T,
         mesh=Mesh(np.array(jax.devices()[:2]), ("rows",)),
         bank=pack(writers(active), T),
     )

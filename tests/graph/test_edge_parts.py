@@ -9,7 +9,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from cases import case, case_active, close, random_graph, share_matrix, solved
+from cases import (
+    case,
+    case_active,
+    close,
+    graph_rows,
+    layer_cut,
+    random_graph,
+    recorded,
+    share_matrix,
+    solved,
+)
 
 from jaxclt.errors import InputError
 from jaxclt.graph import heads, provenance
@@ -20,7 +30,6 @@ from jaxclt.graph.nodes import find_column, find_node, find_row, node_name
 from jaxclt.graph.paths import describe_paths, strongest_paths
 from jaxclt.graph.prune import prune, restrict
 from jaxclt.io.graph_file import load_graph, save_graph
-from jaxclt.replacement.errors import error_nodes
 from jaxclt.viewer.graph_json import graph_json, validate
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -84,12 +93,12 @@ def test_other_splits_of_a_traced_graph_agree(name: str) -> None:
         case_active(CASE.get(name, name)),
     )
     nodes = provenance.graph_active(g, active)
-    rows = provenance.graph_rows(t.params, t.recording, nodes, t.targets.vec_KD)
-    args = t.params, t.recording, nodes, error_nodes(active, t.recording), rows
-    hop_QRN = provenance.hop_spectrum(*args, cfg=t.cfg, max_hops=2)
+    p = dataclasses.replace(recorded(t, active), active=nodes)
+    rows = graph_rows(p, t.targets.vec_KD)
+    hop_QRN = provenance.hop_spectrum(p, rows, max_hops=2)
     close(hop_QRN.sum(0), g.edge_RN, 1e-12)
     close(hop_QRN[0], direct(g), 1e-12)
-    bypass_RN, through_HRN = provenance.layer_cut(*args, cfg=t.cfg, layer=1)
+    bypass_RN, through_HRN = layer_cut(p, rows, 1)
     close(bypass_RN + through_HRN.sum(0), g.edge_RN, 1e-12)
 
 

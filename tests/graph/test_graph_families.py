@@ -18,7 +18,10 @@ from cases import (
     case_graph,
     case_local,
     case_lrm,
+    case_recorded,
     close,
+    graph_rows,
+    layer_cut,
 )
 
 from jaxclt.clt.active import active_features
@@ -136,16 +139,16 @@ def test_patterns_computed_again_give_the_same_graph(name: str) -> None:
 @pytest.mark.parametrize("name", [*NORMS_BEHIND, "neox", GPT2])
 def test_parts_of_edges_sum_to_the_edges(name: str) -> None:
     """Maths 7.2 to 7.5: direct and by heads, by hops, and cut at a layer."""
-    t, active = case(name), case_active(name)
+    t = case(name)
     g = t.graph(AttributeConfig(max_features=None, heads=1 << 30))
     assert g.heads is not None
     assert g.edge_direct_RN is not None
     close(g.heads.edge, g.edge_RN[g.heads.row_E, g.heads.col_E], 1e-12)
-    rows = provenance.graph_rows(t.params, t.recording, active, t.targets.vec_KD)
-    args = t.params, t.recording, active, error_nodes(active, t.recording), rows
-    hop_QRN = provenance.hop_spectrum(*args, cfg=t.cfg, max_hops=2)
+    p = case_recorded(name)
+    rows = graph_rows(p, t.targets.vec_KD)
+    hop_QRN = provenance.hop_spectrum(p, rows, max_hops=2)
     close(hop_QRN.sum(0), g.edge_RN, 1e-12)
-    bypass_RN, through_HRN = provenance.layer_cut(*args, cfg=t.cfg, layer=1)
+    bypass_RN, through_HRN = layer_cut(p, rows, 1)
     close(bypass_RN + through_HRN.sum(0), g.edge_RN, 1e-12)
 
 

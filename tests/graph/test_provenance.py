@@ -13,7 +13,15 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from cases import case, case_active, close
+from cases import (
+    case,
+    case_active,
+    case_recorded,
+    close,
+    graph_rows,
+    layer_cut,
+    recorded,
+)
 
 from jaxclt.graph import heads, provenance
 from jaxclt.graph.attribute import AttributeConfig
@@ -37,30 +45,19 @@ def errors(name: str) -> np.ndarray:
 
 @functools.cache
 def rows(name: str) -> RowTargets:
-    t = case(name)
-    args = (t.params, t.recording, case_active(name), t.targets.vec_KD)
-    return provenance.graph_rows(*args)
+    return graph_rows(case_recorded(name), case(name).targets.vec_KD)
 
 
 @functools.cache
 def direct(name: str) -> np.ndarray:
-    embed_TD = np.asarray(case(name).recording.embed_TD)
-    active = case_active(name)
-    found = provenance.direct_edges(active, errors(name), embed_TD, rows(name))
-    return found.toarray()
+    return provenance.direct_edges(case_recorded(name), rows(name)).toarray()
 
 
 @functools.cache
 def loads(name: str, per_edge: int = 16) -> HeadLoads:
     """Of all edges, zeros too."""
-    t = case(name)
-    row_E, col_E = map(np.ravel, np.indices(direct(name).shape))
-    return head_loadings(
-        *(t.params, t.recording, case_active(name), errors(name), rows(name)),
-        *(row_E, col_E),
-        cfg=t.cfg,
-        per_edge=per_edge,
-    )
+    edges = map(np.ravel, np.indices(direct(name).shape))
+    return head_loadings(case_recorded(name), rows(name), *edges, per_edge=per_edge)
 
 
 @functools.cache
@@ -141,17 +138,15 @@ def test_direct_part_is_the_virtual_weight_times_the_norm(name: str) -> None:
             virtual = W_dec[: lt - active.layer_A[s]].sum(0) @ read_D
             want[r, s] = active.value_A[s] * virtual * scale_LT[lt, pos]
     assert np.count_nonzero(want) > 10
-    embed_TD = np.asarray(t.recording.embed_TD)
-    found = provenance.direct_edges(active, errors(name), embed_TD, rows(name))
+    p = dataclasses.replace(case_recorded(name), active=active)
+    found = provenance.direct_edges(p, rows(name))
     close(found.toarray()[:A, :A], want, 1e-13)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hops_sum_to_the_edge_and_are_its_polynomial(name: str) -> None:
     """Maths 7.3: A(z) = sum of A^(k) z^k at any z, A^(0) the direct part."""
-    t = case(name)
-    args = (t.params, t.recording, case_active(name), errors(name), rows(name))
-    hop_QRN = provenance.hop_spectrum(*args, cfg=t.cfg, max_hops=4)
+    hop_QRN = provenance.hop_spectrum(case_recorded(name), rows(name), max_hops=4)
     close(hop_QRN.sum(0), whole(name), 1e-13)
     close(hop_QRN[0], direct(name), 1e-13)
     assert all(hop_RN.any() for hop_RN in hop_QRN)
@@ -162,10 +157,9 @@ def test_hops_sum_to_the_edge_and_are_its_polynomial(name: str) -> None:
 
 def test_few_hops_keep_the_remainder(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last entry holds all longer paths; chunks do not matter."""
-    t, name = case("clt"), "clt"
-    args = (t.params, t.recording, case_active(name), errors(name), rows(name))
-    monkeypatch.setattr(provenance, "_CHUNK_BYTES", 2**19)
-    hop_QRN = provenance.hop_spectrum(*args, cfg=t.cfg, max_hops=1)
+    name = "clt"
+    monkeypatch.setattr(provenance, "_AT_ONCE", 30)
+    hop_QRN = provenance.hop_spectrum(case_recorded(name), rows(name), max_hops=1)
     close(hop_QRN[0], direct(name), 1e-13)
     close(hop_QRN[1], whole(name) - direct(name), 1e-13)
 
@@ -202,10 +196,9 @@ def test_head_loads_are_differences_of_gates(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_layer_is_a_cut(name: str) -> None:
     """Maths 7.5: bypass + through = edge; through a head is what its gate removes."""
-    t, edge_RN = case(name), whole(name)
-    args = (t.params, t.recording, case_active(name), errors(name), rows(name))
-    for layer in range(t.cfg.n_layers):
-        bypass_RN, through_HRN = provenance.layer_cut(*args, cfg=t.cfg, layer=layer)
+    edge_RN = whole(name)
+    for layer in range(case(name).cfg.n_layers):
+        bypass_RN, through_HRN = layer_cut(case_recorded(name), rows(name), layer)
         close(bypass_RN + through_HRN.sum(0), edge_RN, 1e-13)
         gate_LH = gates(name)
         gate_LH[layer] = 0
@@ -227,25 +220,20 @@ def test_kept_edges_of_a_smaller_graph_in_bands(
     )
     active = provenance.graph_active(graph, t.active)
     np.testing.assert_array_equal(active.value_A, graph.value_A)
-    error_LTD = error_nodes(t.active, t.recording)
-    target = provenance.graph_rows(t.params, t.recording, active, t.targets.vec_KD)
+    p = dataclasses.replace(recorded(t, t.active), active=active)
+    target = graph_rows(p, t.targets.vec_KD)
     row_E, col_E = np.nonzero(graph.pruning.keep_edge_RN)
     seen = []
     found = head_loadings(
-        *(t.params, t.recording, active, error_LTD, target, row_E, col_E),
-        cfg=t.cfg,
+        *(p, target, row_E, col_E),
         on_edges=lambda done, total: seen.append((done, total)),
     )
     close(found.edge, graph.edge_RN[row_E, col_E], 1e-12)
     assert seen[-1] == (len(row_E), len(row_E))
     assert len(seen) > 3
-    back = head_loadings(
-        *(t.params, t.recording, active, error_LTD, target, row_E * 0, col_E),
-        cfg=t.cfg,
-    )
+    back = head_loadings(p, target, row_E * 0, col_E)
     close(back.edge, graph.edge_RN[0, col_E], 1e-12)
-    embed_TD = np.asarray(t.recording.embed_TD)
-    direct_RN = provenance.direct_edges(active, error_LTD, embed_TD, target).toarray()
+    direct_RN = provenance.direct_edges(p, target).toarray()
     assert direct_RN.shape == graph.edge_RN.shape
     close(found.direct_E, direct_RN[row_E, col_E], 1e-13)
 
@@ -254,11 +242,9 @@ def test_a_cropped_recording_is_that_of_the_shorter_prompt() -> None:
     """Causality: what comes later changes nothing, so padding can be cut off."""
     t, name, n = case("skip"), "skip", 4
     recording, active = provenance.crop(t.recording, case_active(name), n)
-    error_LTD = error_nodes(active, recording)
-    close(error_LTD, errors(name)[:, :n])
-    args = (t.params, recording, active)
-    target = provenance.graph_rows(*args, t.targets.vec_KD)
-    hop_QRN = provenance.hop_spectrum(*args, error_LTD, target, cfg=t.cfg)
+    p = recorded(t, active, recording)
+    close(p.error_LTD, errors(name)[:, :n])
+    hop_QRN = provenance.hop_spectrum(p, graph_rows(p, t.targets.vec_KD))
     L, T, _ = errors(name).shape
     pos_A = case_active(name).pos_A
     pos_N = np.r_[pos_A, np.tile(np.arange(T), L), np.arange(T)]
@@ -267,9 +253,8 @@ def test_a_cropped_recording_is_that_of_the_shorter_prompt() -> None:
 
 
 def test_no_edges_is_no_error() -> None:
-    t, none = case("clt"), np.zeros(0, np.int64)
-    args = (t.params, t.recording, case_active("clt"), errors("clt"), rows("clt"))
-    found = head_loadings(*args, none, none, cfg=t.cfg)
+    none = np.zeros(0, np.int64)
+    found = head_loadings(case_recorded("clt"), rows("clt"), none, none)
     assert found.edge.shape == (0,)
 
 
@@ -285,14 +270,14 @@ def test_patterns_that_are_not_kept_are_computed_again(name: str) -> None:
     cropped, _ = provenance.crop(again, case_active(name), 4)
     assert cropped.frozen.clean_LTD is not None
     row = np.array([len(rows(name).pos_R) - 1])
-    args = (case_active(name), errors(name), rows(name).take(row))
+    target = rows(name).take(row)
     index = np.zeros(30, np.int64), np.arange(30)
     want, found = (
         (
-            provenance.hop_spectrum(t.params, recording, *args, cfg=t.cfg),
-            head_loadings(t.params, recording, *args, *index, cfg=t.cfg),
+            provenance.hop_spectrum(p, target),
+            head_loadings(p, target, *index),
         )
-        for recording in (t.recording, again)
+        for p in (case_recorded(name), recorded(t, case_active(name), again))
     )
     close(found[0], want[0], 1e-13)
     assert np.abs(want[0][1]).max() > 1e-3

@@ -46,7 +46,7 @@ def test_replay_through_a_skip_is_the_recording() -> None:
         clean_sources("skip"), write_LTD=t.recording.write_LTD - skip_LTD
     )
     reads = replay_jit(
-        t.params, t.recording.frozen, given, cfg=t.cfg, skip=(scale_LT, W_skip_LDD)
+        t.params, t.recording.frozen, given, cfg=t.cfg, skip=case_active("skip").skip
     )
     close(reads.mid_LTD, t.recording.mid_LTD, 1e-14)
     close(reads.out_TD, t.recording.out_TD, 1e-14)
