@@ -615,21 +615,25 @@ def test_a_training_without_text_leaves_nothing(
 
 
 def test_a_run_that_came_to_nothing_leaves_its_directory_free(tmp_path: Path):
-    from jaxclt.dashboards.gather import _claim, _refuse_other
-    from jaxclt.train.prepare import claim_directory
+    from jaxclt.runs.kept import claimed
+
+    def claim(out: Path, ours: dict[str, Any], *leaves: str) -> None:
+        with claimed(out, ours, leaves):
+            pass
 
     ours = {"config": {"lr": 1}, "model": "m", "data": "d"}
     other = ours | {"config": {"lr": 2}}
-    claim_directory(tmp_path / "run", ours)
-    claim_directory(tmp_path / "run", other)
+    claim(tmp_path / "run", ours)
+    claim(tmp_path / "run", other)
     (tmp_path / "run" / "windows.npz").touch()
-    claim_directory(tmp_path / "run", other)
-    with pytest.raises(InputError, match="holds a run with --lr 2, not 1"):
-        claim_directory(tmp_path / "run", ours)
+    claim(tmp_path / "run", other)
+    with pytest.raises(InputError, match=r"differs in lr \(2, not 1\)"):
+        claim(tmp_path / "run", ours)
     out = tmp_path / "features"
-    _claim(out, {"top": 1})
-    _refuse_other(out, {"top": 2})
+    claim(out, {"top": 1}, "features")
+    claim(out, {"top": 2}, "features")
     (out / "features").mkdir()
-    _refuse_other(out, {"top": 1})
-    with pytest.raises(InputError, match="another run"):
-        _refuse_other(out, {"top": 2})
+    claim(out, {"top": 1}, "features")
+    (out / "features" / "5.json").touch()
+    with pytest.raises(InputError, match=r"differs in top \(1, not 2\)"):
+        claim(out, {"top": 2}, "features")

@@ -441,7 +441,7 @@ def _operation(config: PatchConfig) -> dict[str, Any]:
 
 
 def _reopen(config: _Reopen, directory: Path, say: Console) -> Reopened:
-    from jaxclt.trace.files import check_writable
+    from jaxclt.runs.kept import check_writable
 
     # The place to write to is checked before anything long begins.
     _check_traced(directory)

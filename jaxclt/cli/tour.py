@@ -31,7 +31,8 @@ from jaxclt.io.model import Model, load_model
 from jaxclt.patching.edits import Edit
 from jaxclt.patching.patch import PatchResult, patch
 from jaxclt.patching.subject import Subject
-from jaxclt.trace.files import check_writable, write_trace
+from jaxclt.runs.kept import check_writable
+from jaxclt.trace.files import write_trace
 from jaxclt.trace.prompt import prompt_tokens, record_text, trace_prompt
 from jaxclt.types import Supernode
 from jaxclt.validation.report import ValidateOptions, validate_graph, write_validation

@@ -25,19 +25,19 @@ from jaxclt.dashboards import files
 from jaxclt.dashboards.documents import feature_document, validate
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.logits import token_effects
-from jaxclt.dashboards.stream import SAVE_S, STATE, check_numbers, gather_examples
+from jaxclt.dashboards.stream import STATE, check_numbers, gather_examples
 from jaxclt.errors import InputError, check_at_least, check_finite
-from jaxclt.files.atomic import atomic_path, is_temporary
+from jaxclt.files.atomic import is_temporary, write_text
 from jaxclt.files.json_file import read_json
 from jaxclt.files.json_text import to_json
 from jaxclt.io.model import Model
+from jaxclt.runs.kept import claimed
 from jaxclt.runs.pace import logged
 from jaxclt.text.features import Features, choose_features
 from jaxclt.text.windows import BATCH_TOKENS, Data, Mask, TokenWindows, read_windows
 
 __all__ = ["check_options", "feature_dashboards", "write_features"]
 
-RUN = "run.json"  # what the directory's files are of
 REPORT = "report.json"
 TOLD = 256  # records between two reports of progress
 
@@ -137,33 +137,30 @@ def feature_dashboards(
         "features": hashlib.sha256(place_U2.tobytes()).hexdigest(),
         **settings,
     }
-    _refuse_other(out, identity)
     passed = time.perf_counter()
     counted: list[int] = []
 
     def on_tokens(done: int, total: int) -> None:
-        if not counted:  # the pass fits, and is about to begin
-            _claim(out, identity)
         tell("examples", done, total)
         counted.append(done)
 
-    examples = gather_examples(
-        model.params,
-        encoder,
-        windows,
-        n_top=top,
-        n_drawn=drawn,
-        context=excerpt,
-        bins=bins,
-        histogram_every=histogram_every,
-        subset=subset,
-        batch_tokens=batch_tokens,
-        seed=seed,
-        state=out,
-        save_s=SAVE_S,
-        identity={k: identity[k] for k in ("model", "dictionary", "neurons")},
-        on_tokens=on_tokens,
-    )
+    with claimed(out, identity, (STATE, "features")):
+        examples = gather_examples(
+            model.params,
+            encoder,
+            windows,
+            n_top=top,
+            n_drawn=drawn,
+            context=excerpt,
+            bins=bins,
+            histogram_every=histogram_every,
+            subset=subset,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            state=out,
+            identity={k: identity[k] for k in ("model", "dictionary", "neurons")},
+            on_tokens=on_tokens,
+        )
     pass_s = time.perf_counter() - passed
     write_features(
         model,
@@ -204,8 +201,7 @@ def feature_dashboards(
         # Nothing was left to do: the seconds are those of the run that did it.
         return read_json(out / REPORT), examples
     report["tokens_per_second"] = round(new / pass_s, 1)  # compiling included
-    with atomic_path(out / REPORT) as temporary:
-        temporary.write_text(to_json(report, indent=1) + "\n", encoding="utf-8")
+    write_text(out / REPORT, to_json(report, indent=1) + "\n")
     return report, examples
 
 
@@ -226,35 +222,6 @@ def check_options(
     check_at_least(0, logits=logits)
     check_finite(seed=seed)
     check_numbers(top, drawn, excerpt, bins, histogram_every)
-
-
-def _refuse_other(out: Path, identity: dict[str, Any]) -> None:
-    """Refuse a directory that is of something else; one that nothing came of is not."""
-    file = out / RUN
-    begun = (out / STATE).is_file() or (out / "features").is_dir()
-    if file.is_file() and begun:
-        try:
-            found = read_json(file)
-        except InputError:
-            found = {}
-        for what, value in identity.items():
-            if found.get(what) != value:
-                raise InputError(
-                    f"{out} holds the features of another run ({what} differs): give "
-                    "the same arguments, or another directory"
-                )
-        return
-    if (out / "features").is_dir() and any((out / "features").iterdir()):
-        raise InputError(
-            f"{out / 'features'} holds files that `jaxclt features` did not write: "
-            "choose another directory"
-        )
-
-
-def _claim(out: Path, identity: dict[str, Any]) -> None:
-    """Say what a directory is of."""
-    with atomic_path(out / RUN) as temporary:
-        temporary.write_text(to_json(identity, indent=1) + "\n", encoding="utf-8")
 
 
 def write_features(

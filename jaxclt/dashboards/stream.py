@@ -19,8 +19,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,20 +34,18 @@ from jaxclt.clt.subset import Subset
 from jaxclt.dashboards.examples import Examples, by_size
 from jaxclt.dashboards.state import Best, Histogram, Newcomers, Seen
 from jaxclt.errors import InputError, check_at_least
-from jaxclt.files.atomic import atomic_path
 from jaxclt.files.json_file import COUNT, json_schema, record
 from jaxclt.files.json_text import to_json
-from jaxclt.files.npz import Must, check_array, open_npz
+from jaxclt.files.npz import Must, check_array, open_npz, write_npz
 from jaxclt.graph.memory import host_available_bytes
+from jaxclt.runs.kept import State, refuse_other
 from jaxclt.text.peaks import Batch, Peaks, batch_peaks
 from jaxclt.text.windows import BATCH_TOKENS, TokenWindows, batches
 from jaxclt.types import LMParams
 
-__all__ = ["SAVE_S", "STATE", "Sizes", "gather_examples", "is_signed"]
+__all__ = ["STATE", "Sizes", "gather_examples", "is_signed"]
 
 STATE = "seen.npz"  # of a pass that is not over, in its state directory
-SAVE_S = 60.0  # between two states on disk
-SAVE_SHARE = 0.05  # of the time that saving may take, where it is slow
 _META = json_schema(record({"identity": {"type": "object"}, "windows": COUNT}))
 _RANGES = {  # of what is looked up by
     "slot_UK": Must("int", "UK", 0, "K"),
@@ -159,7 +157,6 @@ def gather_examples(
     batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
     state: str | os.PathLike[str] | None = None,
-    save_s: float = SAVE_S,
     identity: dict[str, Any] | None = None,
     on_tokens: Callable[[int, int], None] = lambda done, total: None,
 ) -> Examples:
@@ -184,8 +181,6 @@ def gather_examples(
       seed: of the windows drawn.
       state: directory to keep the pass in; another call with the same arguments goes
         on, and at its end returns the same at once.
-      save_s: seconds between two states on disk; longer where saving takes long. 0
-        saves after every batch.
       identity: more that a `state` must agree on, such as hashes; JSON.
       on_tokens: progress, positions that count done and in all; first what an earlier
         call had done.
@@ -215,7 +210,7 @@ def gather_examples(
     )
     sizes.check(host_available_bytes())
     seen = _nothing(sizes, np.dtype(f"f{sizes.itemsize}"))
-    told = {
+    identity = (identity or {}) | {
         "windows": windows.digest,
         "features": _digest(places),
         "n_top": n_top,
@@ -225,8 +220,8 @@ def gather_examples(
         "histogram_every": histogram_every,
         "seed": seed,
     }
-    keep = _Keeping(state, (identity or {}) | told, save_s)
-    first = keep.load(seen, windows)
+    keep = State(None if state is None else Path(state) / STATE)
+    first = keep.at = _load(keep.path, seen, windows, identity)
     encoder, narrowed = _narrow(encoder, places.pick_LN)
     pick_LN = None if places.pick_LN is None else jnp.asarray(places.pick_LN)
     key = jax.random.key(seed)
@@ -235,12 +230,10 @@ def gather_examples(
 
     def absorb(peaks: Peaks, start: int, done: int) -> None:
         _absorb(seen, places, peaks, start, done, histogram_every)
-        keep.save(seen, done, last=done == n)
-        try:
-            on_tokens(int(windows.mask_WS[:done].sum()), windows.n_tokens)
-        except KeyboardInterrupt:
-            keep.save(seen, done, last=True)
-            raise
+        save = partial(_save, seen=seen, identity=identity, windows=done)
+        keep.save(done, save, now=done == n)
+        counted = int(windows.mask_WS[:done].sum())
+        keep.step(done, save, lambda: on_tokens(counted, windows.n_tokens))
 
     for token_WS, mask_WS, done in batches(windows, first, batch_tokens):
         W = len(token_WS)
@@ -406,57 +399,31 @@ def _examples(
     )
 
 
-class _Keeping:
-    """The state on disk, with what it is of."""
+def _save(path: Path, *, seen: Seen, identity: dict[str, Any], windows: int) -> None:
+    meta = to_json({"identity": identity, "windows": windows})
+    write_npz(path, meta=np.asarray(meta), **seen.arrays())
 
-    def __init__(
-        self,
-        directory: str | os.PathLike[str] | None,
-        identity: dict[str, Any],
-        save_s: float,
-    ) -> None:
-        self.path = None if directory is None else Path(directory) / STATE
-        self.identity, self.save_s = identity, save_s
-        self.saved, self.cost = time.monotonic(), 0.0
-        self.kept = 0  # windows that the file is of
 
-    def load(self, seen: Seen, windows: TokenWindows) -> int:
-        """Fill in what an earlier call left; how many of the windows that was.
+def _load(
+    path: Path | None, seen: Seen, windows: TokenWindows, identity: dict[str, Any]
+) -> int:
+    """Fill in what an earlier call left; how many of the windows that was.
 
-        Raises:
-          InputError: if it is of another run, or damaged.
-        """
-        if self.path is None or not self.path.is_file():
-            return 0
-        with open_npz(self.path, "cannot be read", "remove it to start again") as file:
-            meta = file.json("meta", _META)
-            for what, value in self.identity.items():
-                if meta["identity"].get(what) != value:
-                    raise InputError(
-                        f"{self.path} is of another run ({what} differs): give "
-                        "the same arguments, or another directory"
-                    )
-            W, S = windows.token_WS.shape
-            for name, array in seen.arrays().items():
-                file.fill(name, array)
-                must = _RANGES.get(name.rpartition(".")[2])
-                if must is not None:
-                    K = array.shape[-1]
-                    check_array(name, array, must, {"K": K, "W": W, "S": S})
-            if meta["windows"] > W:
-                raise ValueError("it has seen more windows than there are")
-        return meta["windows"]
-
-    def save(self, seen: Seen, windows: int, *, last: bool) -> None:
-        """Write everything if it is time to, or for the last time."""
-        if self.path is None or windows == self.kept:
-            return
-        wait = max(self.save_s, self.cost / SAVE_SHARE) if self.save_s else 0.0
-        started = time.monotonic()
-        if started - self.saved < wait and not last:
-            return
-        meta = to_json({"identity": self.identity, "windows": windows})
-        with atomic_path(self.path) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, allow_pickle=False, meta=np.asarray(meta), **seen.arrays())
-        self.kept, self.saved = windows, time.monotonic()
-        self.cost = self.saved - started
+    Raises:
+      InputError: if it is of another run, or damaged.
+    """
+    if path is None or not path.is_file():
+        return 0
+    with open_npz(path, "cannot be read", "remove it to start again") as file:
+        meta = file.json("meta", _META)
+        refuse_other(path, meta["identity"], identity)
+        W, S = windows.token_WS.shape
+        for name, array in seen.arrays().items():
+            file.fill(name, array)
+            must = _RANGES.get(name.rpartition(".")[2])
+            if must is not None:
+                K = array.shape[-1]
+                check_array(name, array, must, {"K": K, "W": W, "S": S})
+        if meta["windows"] > W:
+            raise ValueError("it has seen more windows than there are")
+    return meta["windows"]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -38,6 +37,7 @@ from jaxclt.global_weights.statistics import (
     sums_of,
 )
 from jaxclt.io.model import Model
+from jaxclt.runs.kept import State, refuse_other
 from jaxclt.runs.pace import logged
 from jaxclt.text.features import Features, bound_of, choose_features
 from jaxclt.text.windows import (
@@ -52,9 +52,9 @@ from jaxclt.types import LMParams
 
 __all__ = ["coactivation"]
 
+WHOLE, PARTIAL = "statistics.npz", "partial.npz"  # of all windows, of some
 FLUSH_TOKENS = 16_384  # positions whose sums are added in the model's dtype
 DENSE_FEATURES = 8192  # more are held sparsely unless asked otherwise
-SAVE_S = 60.0  # between two states on disk
 
 
 def coactivation(
@@ -124,20 +124,18 @@ def coactivation(
     # Features and tokens are chosen on all windows, so that shards agree.
     chosen = _Choice(model, windows, features, input_tokens, output_tokens, on_stage)
     windows = windows.take(slice(shard[0], None, shard[1]))
-    keep = _State(
-        None if state is None else Path(state),
-        {
-            "model": model.hash,
-            "dictionary": dictionary.hash,
-            "windows": windows.digest,
-            "features": _told(features),
-            "heads": [list(head) for head in heads],
-            "input_tokens": _told(input_tokens),
-            "output_tokens": _told(output_tokens),
-            "sparse": sparse,
-        },
-    )
-    kept, first = keep.load()
+    identity = {
+        "model": model.hash,
+        "dictionary": dictionary.hash,
+        "windows": windows.digest,
+        "features": _told(features),
+        "heads": [list(head) for head in heads],
+        "input_tokens": _told(input_tokens),
+        "output_tokens": _told(output_tokens),
+        "sparse": sparse,
+    }
+    folder = None if state is None else Path(state)
+    kept, first = _load(folder, identity)
     subset = kept.subset if kept else chosen.subset(dictionary)
     thin = len(subset) > DENSE_FEATURES if sparse is None else sparse
     if thin and (heads or chosen.asks_tokens):
@@ -156,6 +154,12 @@ def coactivation(
     plan = Plan(lm=model.cfg, coder=on.coder, starts=subset.starts, heads=found.heads)
     gathering = _Gathering(model.params, encoders(on, subset), plan)
     gathering.total = found.sums
+    keep = State(None if folder is None else folder / PARTIAL)
+    keep.at = first
+
+    def save(path: Path) -> None:
+        save_statistics(path, found, identity=identity, windows=first)
+
     batch = BATCH_TOKENS // 2 if thin else BATCH_TOKENS
     for token_WS, mask_WS, done in batches(windows, first, batch):
         if thin:
@@ -165,18 +169,34 @@ def coactivation(
         if not gathering.since:
             # Kept between two flushes, sums would be added up in another order.
             found, first = dataclasses.replace(found, sums=gathering.total), done
-        try:
-            counted = int(windows.mask_WS[:done].sum())
-            on_stage("statistics", counted, windows.n_tokens)
-        except KeyboardInterrupt:
-            if first:
-                keep.save(found, first)
-            raise
-        if first == done and keep.due():
-            keep.save(found, first)
-    found = dataclasses.replace(found, sums=gathering.flush())
-    keep.finish(found, len(windows.token_WS))
+        counted = int(windows.mask_WS[:done].sum())
+        keep.step(
+            first, save, partial(on_stage, "statistics", counted, windows.n_tokens)
+        )
+    found, first = (
+        dataclasses.replace(found, sums=gathering.flush()),
+        len(windows.token_WS),
+    )
+    if folder is not None and not (folder / WHOLE).is_file():
+        save(folder / WHOLE)
+    keep.remove()
     return found
+
+
+def _load(
+    folder: Path | None, identity: dict[str, Any]
+) -> tuple[Coactivation | None, int]:
+    """What an earlier call left, and how many windows that was.
+
+    Raises:
+      InputError: if it is of other arguments.
+    """
+    for name in (WHOLE, PARTIAL):
+        if folder is not None and (folder / name).is_file():
+            found, more = load_statistics(folder / name)
+            refuse_other(folder, more.get("identity", {}), identity)
+            return found, more.get("windows", 0)
+    return None, 0
 
 
 def _told(x: Any) -> Any:
@@ -308,58 +328,3 @@ def _added(total: Any, more: Any) -> Any:
         total += np.asarray(more)  # in place: sums may be most of the memory
         return total
     return np.asarray(total + np.asarray(more, np.float64))
-
-
-class _State:
-    """Sums on disk, with what they are of."""
-
-    def __init__(self, directory: Path | None, identity: dict[str, Any]) -> None:
-        self.directory, self.identity = directory, identity
-        self.saved = time.monotonic()
-
-    def load(self) -> tuple[Coactivation | None, int]:
-        """What an earlier call left, and how many windows that was.
-
-        Raises:
-          InputError: if it is of other arguments.
-        """
-        if self.directory is None:
-            return None, 0
-        for name in ("statistics.npz", "partial.npz"):
-            file = self.directory / name
-            if not file.is_file():
-                continue
-            found, more = load_statistics(file)
-            for what, value in self.identity.items():
-                if more.get("identity", {}).get(what) != value:
-                    raise InputError(
-                        f"{self.directory} holds statistics of another run ({what} "
-                        "differs): give the same arguments, or another directory"
-                    )
-            return found, more.get("windows", 0)
-        return None, 0
-
-    def due(self) -> bool:
-        """Whether it is time to save."""
-        return self.directory is not None and time.monotonic() - self.saved > SAVE_S
-
-    def save(self, found: Coactivation, windows: int) -> None:
-        """Keep what there is so far."""
-        if self.directory is None:
-            return
-        self._write("partial.npz", found, windows)
-        self.saved = time.monotonic()
-
-    def finish(self, found: Coactivation, windows: int) -> None:
-        """Keep the whole; what was in between is no longer needed."""
-        if self.directory is None:
-            return
-        if not (self.directory / "statistics.npz").is_file():
-            self._write("statistics.npz", found, windows)
-        (self.directory / "partial.npz").unlink(missing_ok=True)
-
-    def _write(self, name: str, found: Coactivation, windows: int) -> None:
-        assert self.directory is not None
-        save_statistics(
-            self.directory / name, found, identity=self.identity, windows=windows
-        )

@@ -16,7 +16,7 @@ from jax import Array
 from jaxclt.clt.coder import Bound, Dictionary
 from jaxclt.clt.subset import Subset
 from jaxclt.errors import check_at_least
-from jaxclt.files.atomic import atomic_path
+from jaxclt.files.atomic import write_text
 from jaxclt.files.json_text import to_json
 from jaxclt.global_weights import ranking
 from jaxclt.global_weights.build import virtual_blocks
@@ -97,10 +97,8 @@ def write_globals(
         **tables,
     )
     save_globals(out / "globals.npz", found)
-    with atomic_path(out / "index.html") as temporary:
-        temporary.write_text(globals_page(page_document(found)), encoding="utf-8")
-    with atomic_path(out / "report.json") as temporary:
-        temporary.write_text(to_json(told, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "index.html", globals_page(page_document(found)))
+    write_text(out / "report.json", to_json(told, indent=1) + "\n")
     return found
 
 

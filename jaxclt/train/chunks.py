@@ -16,7 +16,6 @@ are trained on, so that no text is run through the model twice.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,7 +29,8 @@ from jax import Array
 
 from jaxclt.clt.config import ReadSite
 from jaxclt.errors import InputError
-from jaxclt.files.atomic import atomic_path
+from jaxclt.files.atomic import atomic_path, write_text
+from jaxclt.files.digest import read_sha256
 from jaxclt.files.json_file import (
     COUNT,
     TEXT,
@@ -42,6 +42,7 @@ from jaxclt.files.json_file import (
 )
 from jaxclt.files.json_text import to_json
 from jaxclt.lm.config import LMConfig
+from jaxclt.runs.kept import refuse_other
 from jaxclt.text.corpus import PAD, Windows
 from jaxclt.train.harvest import harvest
 from jaxclt.train.normalise import (
@@ -196,7 +197,7 @@ class Chunks:
         self._chunk: tuple[int, np.ndarray, np.ndarray] | None = None
         self._change: Scales | None = None
         if store is not None:
-            self._check_store(store)
+            refuse_other(store, self._manifest(store)["identity"], self.identity)
 
     @property
     def windows_per_chunk(self) -> int:
@@ -429,33 +430,20 @@ class Chunks:
         check_json(found, _MANIFEST, file)
         return found
 
-    def _check_store(self, store: Path) -> None:
-        found = self._manifest(store)["identity"]
-        for name, ours in self.identity.items():
-            if found.get(name) != ours:
-                raise InputError(
-                    f"--store {store} holds activations of another {name}: give "
-                    "another folder"
-                )
-
     def _record(self, store: Path, file: Path) -> None:
         manifest = self._manifest(store)
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        manifest["files"][file.name] = {"sha256": digest, "bytes": file.stat().st_size}
-        with atomic_path(store / "manifest.json") as temporary:
-            temporary.write_text(to_json(manifest, indent=1), "utf-8")
+        entry = {"sha256": read_sha256(file), "bytes": file.stat().st_size}
+        manifest["files"][file.name] = entry
+        write_text(store / "manifest.json", to_json(manifest, indent=1))
 
     def _checked(self, store: Path, name: str) -> Path | None:
         entry = self._manifest(store)["files"].get(name)
         if entry is None:
             return None
         file = store / name
-        if file.is_file() and file.stat().st_size == entry["bytes"]:
-            with file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            if digest == entry["sha256"]:
-                return file
+        whole = file.is_file() and file.stat().st_size == entry["bytes"]
+        if whole and read_sha256(file) == entry["sha256"]:
+            return file
         if store == self.spool:
             return None  # ours alone: it is harvested again
         raise InputError(

@@ -12,6 +12,8 @@ import numpy as np
 
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.transcoder import loaded_params
+from jaxclt.files.atomic import write_text
+from jaxclt.files.json_text import to_json
 from jaxclt.io.dictionary import save_dictionary
 from jaxclt.io.model import Model
 from jaxclt.replacement.agreement import agreement
@@ -24,7 +26,6 @@ from jaxclt.train.export import calibrate, threshold_form
 from jaxclt.train.finetune import finetune_kl
 from jaxclt.train.normalise import Scales, fold
 from jaxclt.train.params import Spec
-from jaxclt.train.prepare import write_json
 from jaxclt.types import CLTParams
 
 __all__ = ["Outcome"]
@@ -101,7 +102,7 @@ class Outcome:
         found: dict[str, Any] = reconstruction(raw, cfg, read_LTD, write_LTD)
         found |= self._export(raw, cfg, self.out / "finetuned" / "dictionary")
         found = {"kl_steps": config.kl_steps, "train_kl": history, **found}
-        write_json(self.out / "finetuned" / "metrics.json", found)
+        write_text(self.out / "finetuned" / "metrics.json", to_json(found, indent=1))
         return found
 
     def _dictionary(self, params: Any) -> tuple[CLTParams, CLTConfig]:

@@ -21,6 +21,7 @@ from jaxclt.dashboards.examples import Examples, Excerpts
 from jaxclt.dashboards.stream import gather_examples
 from jaxclt.errors import InputError
 from jaxclt.lm.run import record
+from jaxclt.runs import kept
 from jaxclt.testing.tiny import Tiny, tiny
 from jaxclt.text.windows import TokenWindows
 
@@ -304,7 +305,10 @@ class KilledError(Exception):
 
 
 @pytest.mark.parametrize("kind", ["jumprelu", "neurons"])
-def test_a_killed_pass_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
+def test_a_killed_pass_goes_on_bit_for_bit(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "SAVE_S", 0.0)
     t, encoder = case(kind)
     calls: list[int] = []
 
@@ -320,7 +324,6 @@ def test_a_killed_pass_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
             encoder,
             text(),
             state=tmp_path,
-            save_s=0.0,
             on_tokens=die,
             **NUMBERS,
         )
@@ -345,9 +348,9 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
         )
 
     go(identity={"model": "a"})
-    with pytest.raises(InputError, match="another run \\(model differs\\)"):
+    with pytest.raises(InputError, match=r"differs in model \(a, not b\)"):
         go(identity={"model": "b"})
-    with pytest.raises(InputError, match="another run \\(n_top differs\\)"):
+    with pytest.raises(InputError, match=r"differs in n_top \(4, not 3\)"):
         go(identity={"model": "a"}, n_top=3)
     (tmp_path / stream.STATE).write_bytes(b"x")
     with pytest.raises(InputError, match="cannot be read"):

@@ -26,6 +26,7 @@ from jaxclt.dashboards.stream import STATE, gather_examples
 from jaxclt.errors import InputError
 from jaxclt.global_weights.weights import logit_weights
 from jaxclt.io.model import Model
+from jaxclt.runs import kept as keeping
 from jaxclt.text.windows import read_windows
 from jaxclt.trace import pages
 
@@ -194,7 +195,7 @@ class KilledError(Exception):
 def test_killed_anywhere_the_files_are_the_same(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_dashboards, "SAVE_S", 0.0)
+    monkeypatch.setattr(keeping, "SAVE_S", 0.0)
     report, _ = make(tmp_path / "whole", data)
     left: list[str] = []
 
@@ -221,14 +222,16 @@ def test_killed_anywhere_the_files_are_the_same(
     for timed in ("seconds", "tokens_per_second"):
         del report[timed], again[timed]
     assert again == report
-    with pytest.raises(InputError, match=r"another run \(top differs\)"):
+    with pytest.raises(
+        InputError, match=r"another run, which differs in top \(3, not 2\)"
+    ):
         make(tmp_path / "killed", data, top=2)
 
 
 def test_a_folder_of_others_is_left_alone(tmp_path: Path, data: Path) -> None:
     (tmp_path / "features").mkdir()
     (tmp_path / "features" / "5.json").write_text("{}")
-    with pytest.raises(InputError, match="did not write"):
+    with pytest.raises(InputError, match="is not empty and holds no run"):
         make(tmp_path, data)
 
 
@@ -296,7 +299,7 @@ def test_neurons_have_dashboards(name: str, tmp_path: Path, data: Path) -> None:
     few = [(0, 1), (0, 2), (1, 7)] if name == "neurons" else "top:6"
     report, examples = make(tmp_path, data, dictionary=dictionary(name), features=few)
     assert report["features"] == len(examples.layer_U) == (3 if few != "top:6" else 6)
-    with pytest.raises(InputError, match="neurons differs"):
+    with pytest.raises(InputError, match="differs in neurons"):
         make(tmp_path, data, dictionary=dictionary("neurons:4"), features=[(0, 1)])
     layer, feature = int(examples.layer_U[0]), int(examples.feature_U[0])
     doc = FeatureFiles(tmp_path).record(layer, feature)

@@ -160,7 +160,7 @@ def test_a_stop_is_a_checkpoint(text: Path, tmp_path: Path):
 
 
 def test_another_recipe_does_not_resume(whole: Path, text: Path):
-    with pytest.raises(InputError, match=r"holds a run with --lr 0\.003, not 0\.1"):
+    with pytest.raises(InputError, match=r"differs in lr \(0\.003, not 0\.1\)"):
         train(tiny_model(), text, whole, tiny_config(lr=0.1))
     with pytest.raises(InputError, match="is not empty and holds no run"):
         train(tiny_model(), text, text, tiny_config())
