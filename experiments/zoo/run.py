@@ -17,20 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from jaxclt.clt.active import active_features
-from jaxclt.clt.coder import Dictionary
-from jaxclt.clt.neurons import NeuronDictionary
-from jaxclt.testing import Planted, absolute, induction, true_dictionary, two_hop
-from jaxclt.testing.learned import learn
-from jaxclt.testing.recovery import (
+from learned import learn
+from planted import Case, Planted, absolute, induction, true_dictionary, two_hop
+from recovery import (
     case_graph,
     hidden,
     record_prompt,
     recover,
     swap_error,
 )
-from jaxclt.testing.zoo import Case
+
+from jaxclt.clt.active import active_features
+from jaxclt.clt.coder import Dictionary
+from jaxclt.clt.neurons import NeuronDictionary
 
 Row = dict[str, Any]
 COLUMNS = (

@@ -168,7 +168,7 @@ def _with_provenance(p: Prompt, graph: Graph, selected: np.ndarray) -> Graph:
     if own_rows := {len(selected) + k: edge_N for k, edge_N in own}:
         direct_RN = add_rows(direct_RN, own_rows)
     is_node_N = np.ones(graph.edge_RN.shape[1], bool)
-    is_node_N[len(selected) + p.ignored_errors()] = False
+    is_node_N[p.ignored_columns(len(selected))] = False
     graph = dataclasses.replace(graph, direct_RN=only_columns(direct_RN, is_node_N))
     if p.config.heads <= 0:
         return graph

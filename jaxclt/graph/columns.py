@@ -21,6 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxclt.clt.active import Active
 from jaxclt.graph.bank import Bank, DeviceBank, RowTargets, add_dots
+from jaxclt.graph.layout import Layout
 from jaxclt.graph.plan import Chunk, Plan, chunk_flops
 from jaxclt.graph.rows import pipelined
 from jaxclt.graph.stream import Stream, attend, make_stream, on_mesh
@@ -32,7 +33,7 @@ __all__ = ["Columns", "edge_columns", "push_flops"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Columns:
-    """All sources of a prompt: features, errors layer-major, embeddings.
+    """All sources of a prompt, in the order of the columns.
 
     Site 0 is the embedding, site m + 1 the MLP output of layer m.
     """
@@ -42,38 +43,45 @@ class Columns:
     embed_TD: np.ndarray
 
     @cached_property
-    def sites(self) -> np.ndarray:
-        """First site of every source."""
+    def layout(self) -> Layout:
+        """Which source is which column."""
         L, T, _ = self.error_LTD.shape
-        error = np.repeat(np.arange(L), T) + 1
-        return np.concatenate([self.active.layer_A + 1, error, np.zeros(T, int)])
+        return Layout(n_features=len(self.active.pos_A), n_layers=L, n_tokens=T)
 
     @cached_property
+    def _places(self) -> np.ndarray:
+        return self.layout.places(self.active.layer_A, self.active.pos_A)
+
+    @property
+    def sites(self) -> np.ndarray:
+        """First site of every source."""
+        return self._places[0] + 1
+
+    @property
     def positions(self) -> np.ndarray:
         """Position of every source."""
-        L, T, _ = self.error_LTD.shape
-        pos = np.arange(T)
-        return np.concatenate([self.active.pos_A, np.tile(pos, L), pos])
+        return self._places[1]
 
     def write(self, index_B: np.ndarray, capacity: int) -> np.ndarray:
         """What a chunk of sources writes at every site, [L + 1, capacity, D]."""
-        L, T, D = self.error_LTD.shape
-        a, A = self.active, len(self.active.pos_A)
+        L, _, D = self.error_LTD.shape
+        a, nodes = self.active, self.layout.nodes
+        layer_B, pos_B = self._places[:, index_B]
+        is_feature_B = index_B < nodes["feature"].stop
         write_MBD = np.zeros((L + 1, capacity, D), self.error_LTD.dtype)
-        layer_B = np.where(index_B < A, self.sites[index_B] - 1, -1)
         for layer in range(L):
-            place = np.flatnonzero(layer_B == layer)
+            place = np.flatnonzero(is_feature_B & (layer_B == layer))
             if len(place) == 0:
                 continue
             slots = index_B[place]
             rows_nMD = a.decoder_rows(slots, layer) * a.value_A[slots, None, None]
             end = layer + 1 + rows_nMD.shape[1]
             write_MBD[layer + 1 : end, place] = rows_nMD.swapaxes(0, 1)
-        place = np.flatnonzero((index_B >= A) & (index_B < A + L * T))
-        layer, pos = np.divmod(index_B[place] - A, T)
+        place = np.flatnonzero(~is_feature_B & (layer_B >= 0))
+        layer, pos = layer_B[place], pos_B[place]
         write_MBD[layer + 1, place] = self.error_LTD[layer, pos]
-        place = np.flatnonzero(index_B >= A + L * T)
-        write_MBD[0, place] = self.embed_TD[index_B[place] - A - L * T]
+        place = np.flatnonzero(layer_B < 0)
+        write_MBD[0, place] = self.embed_TD[pos_B[place]]
         return write_MBD
 
 

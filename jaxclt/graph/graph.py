@@ -1,11 +1,11 @@
 """The attribution graph of one prompt: nodes, signed direct effects, and their sums.
 
-Rows are what is explained (features, then targets), columns are sources (features, then
-error nodes layer-major, then embeddings). Everything a row needs to sum to what it
-explains is kept: ``edge_RN.sum(1) + bias_R + rest_R == readout_R`` (maths 6.3).
+Rows are what is explained, columns are sources; `Layout` says which is where.
+Everything a row needs to sum to what it explains is kept:
+``edge_RN.sum(1) + bias_R + rest_R == readout_R`` (maths 6.3).
 
 Arrays live on the host (numpy): a graph is a result, shared by the scores, the file
-formats and the viewer. No code but this file computes column offsets.
+formats and the viewer.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from scipy.sparse import csr_array
 from jaxclt.files.json_text import to_json
 from jaxclt.graph.blocks import row_strength
 from jaxclt.graph.head_table import HeadLoads
+from jaxclt.graph.kinds import SOURCES
+from jaxclt.graph.layout import Layout
 
 __all__ = ["VIRTUAL_TOKEN", "Graph", "GraphMeta", "Pruning"]
 
@@ -49,6 +51,7 @@ class GraphMeta:
     # what features stand for, by "layer:feature"; untrusted like tokens
     version: str = ""
     schema: int = 1
+    sources: tuple[str, ...] = SOURCES  # kinds of the columns, in their order
 
     def label(self, layer: int, feature: int) -> str:
         """What the dictionary calls a feature; empty where it has no name for it."""
@@ -56,16 +59,18 @@ class GraphMeta:
 
     def to_json(self) -> str:
         """Serialise; `of` reads it, parsed."""
-        return to_json(dataclasses.asdict(self), ensure_ascii=False)
+        raw = dataclasses.asdict(self)
+        if self.sources == SOURCES:
+            del raw["sources"]
+        return to_json(raw, ensure_ascii=False)
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> GraphMeta:
         """From what `to_json` wrote; unknown keys of newer versions are ignored."""
         known = {f.name for f in dataclasses.fields(cls)}
         raw = {k: v for k, v in raw.items() if k in known}
-        raw["tokens"] = tuple(raw["tokens"])
-        raw["target_tokens"] = tuple(raw["target_tokens"])
-        return cls(**raw)
+        lists = {"tokens", "target_tokens", "sources"} & set(raw)
+        return cls(**{**raw, **{name: tuple(raw[name]) for name in lists}})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +127,17 @@ class Graph:
             if len(getattr(self, name)) == 0:
                 full_K = np.full(self.n_targets, value, np.int32)
                 object.__setattr__(self, name, full_K)
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Where its nodes stand."""
+        return Layout(
+            n_features=self.n_features,
+            n_layers=self.n_layers,
+            n_tokens=self.n_tokens,
+            n_targets=self.n_targets,
+            sources=self.meta.sources,
+        )
 
     @functools.cached_property
     def row_strength(self) -> np.ndarray:
@@ -192,20 +208,19 @@ class Graph:
     @property
     def feature_cols(self) -> slice:
         """Columns (and rows) of the feature nodes."""
-        return slice(0, self.n_features)
+        return self.layout.nodes["feature"]
 
     @property
     def error_cols(self) -> slice:
         """Columns of the error nodes, layer-major: layer * T + position."""
-        start = self.n_features
-        return slice(start, start + self.n_layers * self.n_tokens)
+        return self.layout.nodes["error"]
 
     @property
     def embed_cols(self) -> slice:
         """Columns of the embedding nodes, one per position."""
-        return slice(self.error_cols.stop, self.error_cols.stop + self.n_tokens)
+        return self.layout.nodes["embed"]
 
     @property
     def target_rows(self) -> slice:
         """Rows of the targets."""
-        return slice(self.n_features, self.n_features + self.n_targets)
+        return self.layout.target_rows

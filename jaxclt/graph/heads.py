@@ -31,6 +31,7 @@ from jaxclt.clt.active import Active
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.head_table import HeadLoads
+from jaxclt.graph.layout import Layout
 from jaxclt.graph.provenance import (
     FrozenStream,
     direct_edges,
@@ -131,9 +132,9 @@ class _Sources(NamedTuple):
 
 def _sources(active: Active, error_LTD: np.ndarray, embed_TD: np.ndarray) -> _Sources:
     L, T, _ = error_LTD.shape
-    layer_N = np.r_[active.layer_A, np.repeat(np.arange(L), T), np.full(T, -1)]
-    pos_N = np.r_[active.pos_A, np.tile(np.arange(T), L), np.arange(T)]
-    return _Sources(active, error_LTD, embed_TD, layer_N, pos_N)
+    layout = Layout(n_features=len(active.layer_A), n_layers=L, n_tokens=T)
+    places = layout.places(active.layer_A, active.pos_A)
+    return _Sources(active, error_LTD, embed_TD, *places)
 
 
 def _chunks(col: np.ndarray, sources: _Sources, padded: int, flops: float) -> Iterator:

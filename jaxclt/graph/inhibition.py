@@ -25,6 +25,7 @@ from jaxclt.clt.active import Active, encoded_layers
 from jaxclt.clt.coder import Dictionary, picked, stream_rows
 from jaxclt.errors import InputError
 from jaxclt.graph.bank import RowTargets, pack, writers
+from jaxclt.graph.layout import Layout
 from jaxclt.graph.plan import make_plan, mean_flops
 from jaxclt.graph.rows import edge_rows, make_puller
 from jaxclt.lm.config import LMConfig
@@ -239,6 +240,7 @@ def find_inhibition(
         error_LTD = error_nodes(active, recording)
         L, T, _ = error_LTD.shape
         A, U = len(active.layer_A), len(found.layer_U)
+        N = Layout(n_features=A, n_layers=L, n_tokens=T).n_columns
         bank = pack(writers(active), T)
         puller = make_puller(
             params,
@@ -262,7 +264,7 @@ def find_inhibition(
         for start in range(0, U, rows_at_once):
             index = order[start : start + rows_at_once]
             part = found.take(index)
-            edge_UN = np.zeros((len(index), A + L * T + T), error_LTD.dtype)
+            edge_UN = np.zeros((len(index), N), error_LTD.dtype)
             edge_rows(puller, part.rows, edge_UN)
             pairs = released_by(edge_UN[:, :A], part.preact_U, part.theta_U)
             parts.append(pairs._replace(u_P=index[pairs.u_P]))

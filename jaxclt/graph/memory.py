@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 
 from jaxclt.errors import InputError
+from jaxclt.graph.layout import Layout
 from jaxclt.lm.config import LMConfig
 
 __all__ = [
@@ -151,9 +152,8 @@ def _fits(plan: MemoryPlan, budget: int, host_budget: int | None) -> bool:
 
 def _pool(sizes: Sizes, room: int) -> int:
     """Columns that fit beside errors and embeddings, at least one per row."""
-    other = (sizes.cfg.n_layers + 1) * sizes.n_tokens
     per_column = (sizes.n_rows + sizes.n_targets) * sizes.itemsize * _MATRIX
-    fits = int(room / max(per_column, 1)) - other
+    fits = int(room / max(per_column, 1)) - _columns(sizes, 0)
     return max(min(fits, sizes.n_active), min(sizes.n_rows, sizes.n_active))
 
 
@@ -161,8 +161,14 @@ _MATRIX = 2.0  # the matrix, its selection, and the masks and blocks of pruning
 
 
 def _matrix(sizes: Sizes, n_rows: int, pool: int) -> int:
-    columns = pool + (sizes.cfg.n_layers + 1) * sizes.n_tokens
-    return int((n_rows + sizes.n_targets) * columns * sizes.itemsize * _MATRIX)
+    rows = n_rows + sizes.n_targets
+    return int(rows * _columns(sizes, pool) * sizes.itemsize * _MATRIX)
+
+
+def _columns(sizes: Sizes, n_features: int) -> int:
+    return Layout(
+        n_features=n_features, n_layers=sizes.cfg.n_layers, n_tokens=sizes.n_tokens
+    ).n_columns
 
 
 _WIDEST = 256  # slots of a tile, see `jaxclt.graph.bank`

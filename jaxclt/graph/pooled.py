@@ -79,25 +79,17 @@ def _scout(
     The influence that the targets and the first features in its order pass on; what
     stays outside the pool is summed into the rest, so that no bound is touched.
     """
-    is_node_LT = _nodes(p)
     visit_A = _first_visits(p, puller, on_rows)
     first = np.sort(np.argsort(-visit_A, kind="stable")[:_SCOUTS])
     visit_A += visits(
         puller,
         p.feature_rows(first),
         visit_A[first],
-        is_node_LT,
+        p.is_node_LT,
         on_rows=on_rows,
         stop=p.stop,
     )
     return np.sort(np.argsort(-visit_A, kind="stable")[:size])
-
-
-def _nodes(p: Prompt) -> np.ndarray:
-    """Which errors are nodes, bool [L, T]."""
-    is_node_LT = np.ones((p.cfg.n_layers, p.n_tokens), bool)
-    is_node_LT.ravel()[p.ignored_errors()] = False
-    return is_node_LT
 
 
 def _first_visits(
@@ -105,7 +97,7 @@ def _first_visits(
 ) -> np.ndarray:
     """Influence that the targets pass on directly, [A]."""
     targets, weight_K = p.target_rows(), p.target_weights()
-    return visits(puller, targets, weight_K, _nodes(p), on_rows=on_rows)
+    return visits(puller, targets, weight_K, p.is_node_LT, on_rows=on_rows)
 
 
 def _move_up(array_R: np.ndarray, rows: np.ndarray) -> None:
@@ -130,16 +122,15 @@ class _PooledRows:
         on_rows: Callable[[int], None],
     ) -> None:
         self.p, self.puller, self.pool_A, self.on_rows = p, puller, pool_A, on_rows
-        L, T = p.cfg.n_layers, p.n_tokens
         width = len(pool_A)
         n_rows = min(p.n_selected, width) + p.n_targets
-        self.edge_RN = np.zeros((n_rows, width + L * T + T), p.error_LTD.dtype)
+        self.edge_RN = np.zeros((n_rows, p.layout(width).n_columns), p.error_LTD.dtype)
         self.rest_R, self.rest_abs_R = np.zeros(n_rows), np.zeros(n_rows)
         self.total_R = np.zeros(n_rows)
         self.feature_R = np.full(n_rows, width, np.int64)
         self.open_A = np.ones(width, bool)
         self.done = 0
-        self.ignored = width + p.ignored_errors()
+        self.ignored = p.ignored_columns(width)
         # Many rows at once make chunks that are narrow in layer, hence cheap.
         quarter = max(512, -(-p.n_selected // 4))
         self.at_once = p.config.rows_per_update or quarter

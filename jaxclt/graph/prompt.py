@@ -12,6 +12,7 @@ from jaxclt.clt.active import Active
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.blocks import submatrix
 from jaxclt.graph.config import AttributeConfig
+from jaxclt.graph.layout import Layout
 from jaxclt.graph.target_reads import target_rows, written_edges
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import LMParams, Recording, Targets
@@ -50,11 +51,26 @@ class Prompt:
         """K."""
         return len(self.targets.token_K)
 
-    def ignored_errors(self) -> np.ndarray:
-        """Errors, layer-major, that are no nodes: of that tool's first position."""
-        every = np.arange(self.cfg.n_layers * self.n_tokens)
-        ct = self.config.convention == "circuit-tracer"
-        return every[:: self.n_tokens] if ct else every[:0]
+    def layout(self, n_features: int) -> Layout:
+        """Of a graph of this prompt with so many features."""
+        return Layout(
+            n_features=n_features,
+            n_layers=self.cfg.n_layers,
+            n_tokens=self.n_tokens,
+            n_targets=self.n_targets,
+        )
+
+    @property
+    def is_node_LT(self) -> np.ndarray:  # noqa: N802  an axis, as in the fields
+        """Which errors are nodes: in circuit-tracer, none of the first position."""
+        is_node_LT = np.ones((self.cfg.n_layers, self.n_tokens), bool)
+        is_node_LT[:, 0] = self.config.convention != "circuit-tracer"
+        return is_node_LT
+
+    def ignored_columns(self, n_features: int) -> np.ndarray:
+        """Columns of errors that are no nodes, in a graph with so many features."""
+        layer, pos = np.nonzero(~self.is_node_LT)
+        return self.layout(n_features).at("error", layer, pos)
 
     def target_weights(self) -> np.ndarray:
         """What influence starts with at each target; sums to 1."""

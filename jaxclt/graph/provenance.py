@@ -31,6 +31,7 @@ from scipy.sparse import csr_array
 from jaxclt.clt.active import Active
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.graph import Graph
+from jaxclt.graph.layout import Layout
 from jaxclt.graph.target_reads import target_reads
 from jaxclt.lm.block import FrozenLayer, frozen_pattern
 from jaxclt.lm.config import LMConfig
@@ -160,8 +161,8 @@ def direct_edges(
       embed_TD: embedding vectors.
       rows: the targets.
     """
-    L, T, _ = error_LTD.shape
-    A, R = len(active.layer_A), len(rows.pos_R)
+    (L, T, _), R = error_LTD.shape, len(rows.pos_R)
+    layout = Layout(n_features=len(active.layer_A), n_layers=L, n_tokens=T)
     blocks = [_direct_block(active, error_LTD, embed_TD, rows, p) for p in range(T)]
     n_R = np.zeros(R, np.int64)
     for row, col, _ in blocks:
@@ -172,7 +173,7 @@ def direct_edges(
     for row, col, edge_RN in blocks:
         place = start_R[row][:, None] + np.arange(len(col))
         index[place], data[place] = col[None, :], edge_RN
-    found = csr_array((data, index, start_R), shape=(R, A + L * T + T))
+    found = csr_array((data, index, start_R), shape=(R, layout.n_columns))
     found.eliminate_zeros()
     return found
 
@@ -186,10 +187,11 @@ def _direct_block(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows and columns of one position, and the direct edges between them."""
     L, T, _ = error_LTD.shape
-    A = len(active.layer_A)
+    layout = Layout(n_features=len(active.layer_A), n_layers=L, n_tokens=T)
     row = np.flatnonzero(rows.pos_R == pos)
     feature = np.flatnonzero(active.pos_A == pos)
-    col = np.concatenate([feature, A + np.arange(L) * T + pos, [A + L * T + pos]])
+    errors = layout.at("error", np.arange(L), pos)
+    col = np.concatenate([feature, errors, [layout.at("embed", pos)]])
     first_L = np.searchsorted(active.layer_A[feature], np.arange(L + 1))
     # What the columns hold of the residual stream on the way up.
     state_ND = np.zeros((len(col), embed_TD.shape[1]), rows.read_RD.dtype)
@@ -329,12 +331,13 @@ def _state_edges(
 ) -> np.ndarray:
     """Rows [Q, R, N] by the state in which their paths arrive at the source."""
     L, T, D = error_LTD.shape
-    A, R, Q = len(active.layer_A), len(rows.pos_R), states.into_LQQ.shape[1]
+    R, Q = len(rows.pos_R), states.into_LQQ.shape[1]
+    layout = Layout(n_features=len(active.layer_A), n_layers=L, n_tokens=T)
     dtype = rows.read_RD.dtype
     embed_TD = np.asarray(recording.embed_TD)
     stream = frozen_stream(params, recording, active)
     states = _States(*(part.astype(dtype) for part in states))
-    edge_QRN = np.zeros((Q, R, A + L * T + T), dtype)
+    edge_QRN = np.zeros((Q, R, layout.n_columns), dtype)
     n = max(1, min(R, _CHUNK_BYTES // (L * T * Q * D * dtype.itemsize)))
     for start in range(0, R, n):
         row = np.arange(start, min(start + n, R))
@@ -354,9 +357,11 @@ def _state_edges(
             col, vector_AD = _written(active, layer, pos)
             g_QBD = write_LTQBD[layer, pos]
             chunk_QBN[:, :, col] += g_QBD @ vector_AD.T
-            chunk_QBN[:, :, A + layer * T + pos] = g_QBD @ error_LTD[layer, pos]
+            chunk_QBN[:, :, layout.at("error", layer, pos)] = (
+                g_QBD @ error_LTD[layer, pos]
+            )
         for pos in range(T):
-            chunk_QBN[:, :, A + L * T + pos] = embed_TQBD[pos] @ embed_TD[pos]
+            chunk_QBN[:, :, layout.at("embed", pos)] = embed_TQBD[pos] @ embed_TD[pos]
         edge_QRN[:, row] = chunk_QBN[:, : len(row)]
     return edge_QRN
 

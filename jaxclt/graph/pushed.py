@@ -73,7 +73,7 @@ def push_all(
         raise KeyboardInterrupt  # a graph needs all columns: nothing to keep
     for k, edge_N in p.written():
         edge_RN[A + k] += edge_N
-    ignored = A + p.ignored_errors()
+    ignored = p.ignored_columns(A)
     selected = np.arange(A)
     if p.n_selected < A:
         visit_A = arrived_influence(

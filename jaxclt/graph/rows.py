@@ -29,6 +29,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxclt.clt.active import Active
 from jaxclt.graph.bank import Bank, DeviceBank, RowTargets, add_dots, pack, writers
+from jaxclt.graph.layout import Layout
 from jaxclt.graph.plan import Chunk, Plan, chunk_flops
 from jaxclt.graph.stream import Stream, attend, make_stream, on_mesh
 from jaxclt.lm.config import LMConfig
@@ -292,8 +293,7 @@ def edge_rows(
     Args:
       puller: from `make_puller`.
       targets: R directions.
-      out_RN: zeroed host array [R, A' + L·T + T], filled in place: pooled features,
-        errors layer-major, embeddings.
+      out_RN: zeroed host array [R, N], filled in place; its features are the pooled.
       pool_A: features whose edges are kept, ascending; None for all.
       rest_R: filled with the sum of the other features' edges, if given.
       rest_abs_R: the same without sign.
@@ -306,6 +306,9 @@ def edge_rows(
     reached_R = np.zeros(len(targets.pos_R), bool)
     all_kept = pool_A is None
     pool = np.arange(puller.n_features) if pool_A is None else pool_A
+    layout = Layout(
+        n_features=len(pool), n_layers=puller.cfg.n_layers, n_tokens=puller.n_tokens
+    )
     near, device_places = {}, {}
     for P in puller.plan.band_end:
         place = puller.bank.place(pool, 0, P)
@@ -334,7 +337,7 @@ def edge_rows(
     for chunk, read in pipelined(puller.chunks(targets), start, stop):
         columns, place = near[chunk.n_positions]
         place = place if all_kept else columns
-        _write_rows(chunk, read, columns, place, len(pool), puller.n_tokens, out_RN)
+        _write_rows(chunk, read, columns, place, layout, out_RN)
         n = len(chunk.index_B)
         if rest_R is not None:
             rest_R[chunk.index_B] = np.asarray(read.rest_B)[:n]
@@ -371,19 +374,18 @@ def _write_rows(
     read: _Read,
     columns: np.ndarray,
     place: np.ndarray,
-    n_features: int,
-    n_tokens: int,
+    layout: Layout,
     out_RN: np.ndarray,
 ) -> None:
     """Put one chunk's edges where they belong: rows by target, columns by source."""
     edge_EB, error_LPB, embed_PB = map(np.asarray, read[:3])
-    A, T, n = n_features, n_tokens, len(chunk.index_B)
-    L, P = len(error_LPB), min(chunk.n_positions, n_tokens)
+    n, L, P = len(chunk.index_B), len(error_LPB), chunk.n_positions
+    P = min(P, layout.n_tokens)
     row_B1 = chunk.index_B[:, None]
     out_RN[row_B1, columns[None, :]] = edge_EB[place, :n].T
-    error = A + (np.arange(L)[:, None] * T + np.arange(P)[None, :]).ravel()
+    error = layout.at("error", np.arange(L)[:, None], np.arange(P)).ravel()
     out_RN[row_B1, error[None, :]] = error_LPB[:, :P, :n].reshape(L * P, n).T
-    out_RN[chunk.index_B, A + L * T : A + L * T + P] = embed_PB[:P, :n].T
+    out_RN[row_B1, layout.at("embed", np.arange(P))] = embed_PB[:P, :n].T
 
 
 def visits(

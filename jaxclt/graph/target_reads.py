@@ -11,6 +11,7 @@ from jax import Array
 
 from jaxclt.clt.active import Active
 from jaxclt.graph.bank import RowTargets
+from jaxclt.graph.layout import Layout
 from jaxclt.lm.layers import Norm, fold_norm, out_norm
 from jaxclt.types import LMParams, Reads, Recording, Targets
 
@@ -75,18 +76,21 @@ def written_edges(
       error_LTD: error vectors.
       targets: placed targets.
       k: which of them.
-      n_tokens: T of the columns, features, errors, embeddings.
+      n_tokens: T of the columns.
     """
     layer, pos = int(targets.layer_K[k]), int(targets.pos_K[k])
-    write_D, A = np.asarray(targets.write_KD)[k], len(active.layer_A)
-    edge_N = np.zeros(A + (active.n_layers + 1) * n_tokens, write_D.dtype)
+    write_D = np.asarray(targets.write_KD)[k]
+    layout = Layout(
+        n_features=len(active.layer_A), n_layers=active.n_layers, n_tokens=n_tokens
+    )
+    edge_N = np.zeros(layout.n_columns, write_D.dtype)
     for source in range(layer + 1):
         if layer - source < active.decoder[source].shape[1]:
             slots = active.of_layer(source)
             at = slots.start + np.flatnonzero(active.pos_A[slots] == pos)
             row_AD = active.decoder[source][active.row_A[at], layer - source]
             edge_N[at] = active.value_A[at] * (row_AD @ write_D)
-    edge_N[A + layer * n_tokens + pos] = error_LTD[layer, pos] @ write_D
+    edge_N[layout.at("error", layer, pos)] = error_LTD[layer, pos] @ write_D
     return edge_N
 
 

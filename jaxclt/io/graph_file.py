@@ -24,6 +24,7 @@ from jaxclt.files.json_text import to_json
 from jaxclt.files.npz import Must, Npz, check_array, check_order, open_npz
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.head_table import HeadLoads
+from jaxclt.graph.layout import Layout, check_sources
 
 __all__ = ["load_graph", "save_graph"]
 
@@ -63,6 +64,7 @@ _META = json_schema(
             **dict.fromkeys(("convention", "weights", "version"), TEXT),
             **dict.fromkeys(("hashes", "labels"), named(TEXT)),
             "config": {"type": "object"},
+            "sources": TEXTS,
         },
     )
 )
@@ -165,7 +167,11 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
         sizes = {"T": T, "K": K, "L": L, "S": L + 1}
         arrays = {"layer_A": f.array("layer_A", _ARRAYS["layer_A"], sizes)}
         A = sizes["A"]
-        sizes |= {"R": A + K, "N": A + L * T + T}
+        check_sources(meta.sources)
+        layout = Layout(
+            n_features=A, n_layers=L, n_tokens=T, n_targets=K, sources=meta.sources
+        )
+        sizes |= {"R": layout.target_rows.stop, "N": layout.n_columns}
         for name, must in _ARRAYS.items():
             if name not in arrays and (name in f or name not in _LATER):
                 arrays[name] = f.array(name, must, sizes)

@@ -226,4 +226,4 @@ def test_nothing_records_a_prompt_past_the_memory_plan():
         for path in root.rglob("*.py")
         if "record_prompt(" in path.read_text("utf-8")
     }
-    assert calls == {"trace/prompt.py", "testing/recovery.py"}  # which has its own
+    assert calls == {"trace/prompt.py"}

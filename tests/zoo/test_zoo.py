@@ -9,16 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from learned import learn
+from planted import LOGIT, SHARP, Planted, absolute, induction, true_dictionary, two_hop
+from recovery import case_graph, hidden, match, record_prompt, recover
 
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.graph.certificate import certificate
 from jaxclt.lm.run import forward, unembed
 from jaxclt.patching.batch import How, default_range, make_patchable, patch_one
 from jaxclt.patching.edits import make_edits
-from jaxclt.testing import Planted, absolute, induction, true_dictionary, two_hop
-from jaxclt.testing.learned import learn
-from jaxclt.testing.recovery import case_graph, hidden, match, record_prompt, recover
-from jaxclt.testing.zoo import LOGIT, SHARP
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from planted import Case, Planted
 
 from jaxclt.clt.active import active_features
 from jaxclt.clt.coder import Dictionary, load
@@ -47,7 +48,6 @@ from jaxclt.patching.modes import (
     iterative,
     underlying,
 )
-from jaxclt.testing.zoo import Case, Planted
 from jaxclt.types import Held, LMParams, Recording, Supernode
 from jaxclt.validation.faithfulness import Perturbation, nudged
 

@@ -7,10 +7,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from planted import Planted
 
 from jaxclt.clt.store import ParamsStore
 from jaxclt.clt.transcoder import StoreDictionary
-from jaxclt.testing.zoo import Planted
 from jaxclt.train.export import to_dictionary
 from jaxclt.train.harvest import harvest, mlp_response
 from jaxclt.train.normalise import Moments, normalise, scales_of
