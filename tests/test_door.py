@@ -510,7 +510,7 @@ def test_attribute_checks_its_options(option: str, value: Any):
 
 
 def test_options_of_the_other_calls_check_themselves():
-    from jaxclt.dashboards.gather import feature_dashboards
+    from jaxclt.dashboards.gather import FeatureOptions
     from jaxclt.evaluation.measures import EvalOptions
     from jaxclt.train.config import TrainConfig
     from jaxclt.validation.report import ValidateOptions
@@ -528,8 +528,8 @@ def test_options_of_the_other_calls_check_themselves():
         lambda: TrainConfig(tokens=10**14),
         lambda: TrainConfig(chunk_tokens=8, context=8, batch_tokens=64),
         lambda: TrainConfig(features=4096, matryoshka=(4096,)),
-        lambda: feature_dashboards(nothing, nothing, "x", "y", top=0),
-        lambda: feature_dashboards(nothing, nothing, "x", "y", context=-1),
+        lambda: FeatureOptions(top=0),
+        lambda: FeatureOptions(context=-1),
     ):
         with pytest.raises(InputError):
             make()

@@ -9,6 +9,7 @@ it was, in the text or in the files, and the files come out the same to the byte
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import time
@@ -25,8 +26,8 @@ from jaxclt.dashboards import files
 from jaxclt.dashboards.documents import feature_document, validate
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.logits import token_effects
-from jaxclt.dashboards.stream import STATE, check_numbers, gather_examples
-from jaxclt.errors import InputError, check_at_least, check_finite
+from jaxclt.dashboards.stream import STATE, ExampleOptions, gather_examples
+from jaxclt.errors import InputError, check_at_least
 from jaxclt.files.atomic import is_temporary, write_text
 from jaxclt.files.json_file import read_json
 from jaxclt.files.json_text import to_json
@@ -34,12 +35,38 @@ from jaxclt.io.model import Model
 from jaxclt.runs.kept import claimed
 from jaxclt.runs.pace import logged
 from jaxclt.text.features import Features, choose_features
-from jaxclt.text.windows import BATCH_TOKENS, Data, Mask, TokenWindows, read_windows
+from jaxclt.text.windows import Data, Mask, TokenWindows, read_windows
 
-__all__ = ["check_options", "feature_dashboards", "write_features"]
+__all__ = ["FeatureOptions", "feature_dashboards", "write_features"]
 
 REPORT = "report.json"
+# What files depend on, as run.json and report.json have it.
+SETTINGS = ("excerpt", "top", "drawn", "bins", "histogram_every")
+SETTINGS += ("logits", "loose", "seed")
 TOLD = 256  # records between two reports of progress
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureOptions(ExampleOptions):
+    """How much text to look at, and what to show of each feature.
+
+    Raises:
+      InputError: for a number out of its range.
+    """
+
+    tokens: int = 1_000_000
+    """Tokens of text to look at; first positions and special tokens do not count."""
+    context: int = 256
+    """Tokens of a window of text."""
+    logits: int = 10
+    """Tokens listed that a feature raises most, and that it lowers most."""
+    loose: bool = False
+    """Also write one file a feature, features/NUMBER.json."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, tokens=self.tokens, context=self.context)
+        check_at_least(0, logits=self.logits)
 
 
 def feature_dashboards(
@@ -47,20 +74,10 @@ def feature_dashboards(
     dictionary: Dictionary,
     data: Data | TokenWindows,
     out: str | os.PathLike[str],
+    options: FeatureOptions | None = None,
     *,
     features: Features = "all",
     mask: Mask = None,
-    tokens: int = 1_000_000,
-    context: int = 256,
-    excerpt: int = 32,
-    top: int = 16,
-    drawn: int = 24,
-    bins: int = 40,
-    histogram_every: int = 8,
-    logits: int = 10,
-    loose: bool = False,
-    batch_tokens: int = BATCH_TOKENS,
-    seed: int = 0,
     on_stage: Callable[[str, int, int], None] | None = None,
 ) -> tuple[dict[str, Any], Examples]:
     """What features respond to in text, as files that viewers read.
@@ -70,63 +87,33 @@ def feature_dashboards(
       dictionary: from `load_dictionary`, of any kind.
       data: a text source or windows, see `read_windows`.
       out: directory; a second call with the same arguments goes on.
+      options: how much of what.
       features: which, see `choose_features`.
       mask: which positions count, see `read_windows`.
-      tokens: positions that count to take from a text source.
-      context: positions of a window cut from a text source.
-      excerpt: tokens of an example.
-      top: examples with the largest activations.
-      drawn: examples drawn at random.
-      bins: of histograms.
-      histogram_every: histograms are of one window in so many.
-      logits: tokens listed that a feature raises and lowers most.
-      loose: also write features/{number}.json, one file a feature.
-      batch_tokens: positions that go through the model together.
-      seed: of the examples drawn.
       on_stage: progress, (what, done, in all); to the log if not given.
 
     Returns:
       The report (see report.json) and the examples.
 
     Raises:
-      InputError: for arguments out of range, more memory than is free, or a directory
-        of another run.
+      InputError: for more memory than is free, or a directory of another run.
     """
-    check_options(
-        tokens=tokens,
-        context=context,
-        excerpt=excerpt,
-        top=top,
-        drawn=drawn,
-        histogram_every=histogram_every,
-        bins=bins,
-        logits=logits,
-        seed=seed,
-    )
+    options = options or FeatureOptions()
     out, tell = Path(out), on_stage or logged()
     started = time.perf_counter()
     windows = read_windows(
         model,
         data,
         mask=mask,
-        tokens=tokens,
-        context=context,
+        tokens=options.tokens,
+        context=options.context,
         on_tokens=partial(tell, "tokens"),
     )
     subset = choose_features(
         model, dictionary, features, windows, partial(tell, "features")
     )
     encoder = load(dictionary, model.params, model.cfg, decoders=False)
-    settings = {
-        "excerpt": excerpt,
-        "top": top,
-        "drawn": drawn,
-        "bins": bins,
-        "histogram_every": histogram_every,
-        "logits": logits,
-        "loose": loose,
-        "seed": seed,
-    }
+    settings = {name: getattr(options, name) for name in SETTINGS}
     place_U2 = np.stack([subset.layer_U, subset.feature_U], 1)
     identity = {
         "model": model.hash,
@@ -149,14 +136,8 @@ def feature_dashboards(
             model.params,
             encoder,
             windows,
-            n_top=top,
-            n_drawn=drawn,
-            context=excerpt,
-            bins=bins,
-            histogram_every=histogram_every,
+            options,
             subset=subset,
-            batch_tokens=batch_tokens,
-            seed=seed,
             state=out,
             identity={k: identity[k] for k in ("model", "dictionary", "neurons")},
             on_tokens=on_tokens,
@@ -168,8 +149,8 @@ def feature_dashboards(
         examples,
         out / "features",
         sizes=encoder,
-        logits=logits,
-        loose=loose,
+        logits=options.logits,
+        loose=options.loose,
         on_layer=partial(tell, "files"),
     )
     report = {
@@ -203,25 +184,6 @@ def feature_dashboards(
     report["tokens_per_second"] = round(new / pass_s, 1)  # compiling included
     write_text(out / REPORT, to_json(report, indent=1) + "\n")
     return report, examples
-
-
-def check_options(
-    *,
-    tokens: int,
-    context: int,
-    excerpt: int,
-    top: int,
-    drawn: int,
-    histogram_every: int,
-    bins: int = 40,
-    logits: int = 10,
-    seed: int = 0,
-) -> None:
-    """Raise InputError for numbers that `feature_dashboards` cannot take."""
-    check_at_least(1, tokens=tokens, context=context)
-    check_at_least(0, logits=logits)
-    check_finite(seed=seed)
-    check_numbers(top, drawn, excerpt, bins, histogram_every)
 
 
 def write_features(

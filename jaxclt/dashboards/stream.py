@@ -33,7 +33,7 @@ from jaxclt.clt.coder import Loaded
 from jaxclt.clt.subset import Subset
 from jaxclt.dashboards.examples import Examples, by_size
 from jaxclt.dashboards.state import Best, Histogram, Newcomers, Seen
-from jaxclt.errors import InputError, check_at_least
+from jaxclt.errors import InputError, check_at_least, check_finite
 from jaxclt.files.json_file import COUNT, json_schema, record
 from jaxclt.files.json_text import to_json
 from jaxclt.files.npz import Must, check_array, open_npz, write_npz
@@ -43,7 +43,7 @@ from jaxclt.text.peaks import Batch, Peaks, batch_peaks
 from jaxclt.text.windows import BATCH_TOKENS, TokenWindows, batches
 from jaxclt.types import LMParams
 
-__all__ = ["STATE", "Sizes", "gather_examples", "is_signed"]
+__all__ = ["STATE", "ExampleOptions", "Sizes", "gather_examples", "is_signed"]
 
 STATE = "seen.npz"  # of a pass that is not over, in its state directory
 _META = json_schema(record({"identity": {"type": "object"}, "windows": COUNT}))
@@ -61,57 +61,88 @@ _peaks_of = jax.jit(batch_peaks, static_argnames=("context", "signed", "narrowed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExampleOptions:
+    """Which examples to keep of each feature.
+
+    Raises:
+      InputError: for a number out of its range.
+    """
+
+    excerpt: int = 32
+    """Tokens of an example, three quarters of them before its peak."""
+    top: int = 16
+    """Examples with the largest activations, of each feature."""
+    drawn: int = 24
+    """Examples drawn at random among the windows where a feature is active."""
+    bins: int = 40
+    """Bins of a histogram, an even number; its range is a power of two."""
+    histogram_every: int = 8
+    """Histograms are of one window in so many, counts and extremes of all."""
+    seed: int = 0
+    """Of the examples drawn."""
+    batch_tokens: int = BATCH_TOKENS
+    """Tokens that go through the model together."""
+
+    def __post_init__(self) -> None:
+        check_at_least(
+            1,
+            top=self.top,
+            excerpt=self.excerpt,
+            histogram_every=self.histogram_every,
+            batch_tokens=self.batch_tokens,
+        )
+        check_at_least(0, drawn=self.drawn)
+        check_at_least(2, bins=self.bins)
+        check_finite(seed=self.seed)
+        if self.bins % 2:
+            raise InputError(
+                f"--bins {self.bins}: give an even number, they merge in pairs"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
     """What the memory of a pass depends on.
 
     Attributes:
+      options: what is kept.
       n_features: in all, U.
       width: the most of one layer.
       n_layers: of the model.
       n_windows: of the text.
-      batch_windows: that go through the model together.
       size: tokens of a window.
-      n_top: excerpts with the largest activations.
-      n_drawn: excerpts drawn at random.
-      context: tokens of an excerpt.
-      bins: of histograms.
-      histogram_every: see `gather_examples`.
       sides: of zero that activations are on, 1 or 2.
       itemsize: bytes of an activation.
     """
 
+    options: ExampleOptions
     n_features: int
     width: int
     n_layers: int
     n_windows: int
-    batch_windows: int
     size: int
-    n_top: int
-    n_drawn: int
-    context: int
-    bins: int
-    histogram_every: int
     sides: int = 1
     itemsize: int = 4
 
     @property
     def state_bytes(self) -> int:
         """Bytes of everything that is kept of the windows so far."""
-        item = self.itemsize
+        item, options = self.itemsize, self.options
         # Activations and their peak; key, slot, window, position, start.
-        excerpt = (self.context + 1) * item + (4 + 2 + 3 * 4)
-        feature = 8 * self.bins + 8 + 4 + 2 * item + -(-self.n_windows // 8)
-        n_top = self.sides * self.n_top
-        kept = (n_top + self.n_drawn) * excerpt + n_top * (item - 4)
+        excerpt = (options.excerpt + 1) * item + (4 + 2 + 3 * 4)
+        feature = 8 * options.bins + 8 + 4 + 2 * item + -(-self.n_windows // 8)
+        n_top = self.sides * options.top
+        kept = (n_top + options.drawn) * excerpt + n_top * (item - 4)
         return self.n_features * (kept + feature)
 
     @property
     def batch_bytes(self) -> int:
         """Bytes of what two batches, one seen and one on its way, add to it."""
-        W, item = self.batch_windows, self.itemsize
-        peaks = W * self.sides * ((self.context + 1) * item + 2 * 4)
+        item, options = self.itemsize, self.options
+        W = min(self.n_windows, max(1, options.batch_tokens // self.size))
+        peaks = W * self.sides * ((options.excerpt + 1) * item + 2 * 4)
         peaks += W * 4 + 4 + 2 * item
-        sampled = -(-W // self.histogram_every) * self.size * item
+        sampled = -(-W // options.histogram_every) * self.size * item
         one_layer = 3 * W * self.size * self.width * item
         return 2 * self.n_layers * self.width * (peaks + sampled) + one_layer
 
@@ -147,15 +178,9 @@ def gather_examples(
     params: LMParams,
     encoder: Loaded,
     windows: TokenWindows,
+    options: ExampleOptions | None = None,
     *,
-    n_top: int = 16,
-    n_drawn: int = 24,
-    context: int = 32,
-    bins: int = 40,
-    histogram_every: int = 8,
     subset: Subset | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-    seed: int = 0,
     state: str | os.PathLike[str] | None = None,
     identity: dict[str, Any] | None = None,
     on_tokens: Callable[[int, int], None] = lambda done, total: None,
@@ -170,15 +195,8 @@ def gather_examples(
       params: the model.
       encoder: from `jaxclt.clt.coder.load`.
       windows: the text.
-      n_top: windows with the largest activations to keep of each feature.
-      n_drawn: windows to draw among those with any activation.
-      context: tokens of an excerpt, three quarters of them before the peak.
-      bins: of histograms, an even number. Ranges are powers of two.
-      histogram_every: histograms are of one in so many windows, which spares most of
-        their time.
+      options: what to keep.
       subset: the features; None for all.
-      batch_tokens: positions that go through the model together.
-      seed: of the windows drawn.
       state: directory to keep the pass in; another call with the same arguments goes
         on, and at its end returns the same at once.
       identity: more that a `state` must agree on, such as hashes; JSON.
@@ -186,25 +204,19 @@ def gather_examples(
         call had done.
 
     Raises:
-      InputError: for numbers out of range, more memory than is free, or a `state` of
-        another run.
+      InputError: for more memory than is free, or a `state` of another run.
     """
-    check_numbers(n_top, n_drawn, context, bins, histogram_every)
+    options = options or ExampleOptions()
     n, S = windows.token_WS.shape
     signed = is_signed(encoder)
     places = _places(encoder, subset)
     sizes = Sizes(
+        options=options,
         n_features=len(places.layer_U),
         width=places.width,
         n_layers=encoder.n_layers,
         n_windows=n,
-        batch_windows=min(n, max(1, batch_tokens // S)),
         size=S,
-        n_top=n_top,
-        n_drawn=n_drawn,
-        context=context,
-        bins=bins,
-        histogram_every=histogram_every,
         sides=1 + signed,
         itemsize=max(4, params.embed_VD.dtype.itemsize),
     )
@@ -213,34 +225,33 @@ def gather_examples(
     identity = (identity or {}) | {
         "windows": windows.digest,
         "features": _digest(places),
-        "n_top": n_top,
-        "n_drawn": n_drawn,
-        "context": context,
-        "bins": bins,
-        "histogram_every": histogram_every,
-        "seed": seed,
+        "n_top": options.top,
+        "n_drawn": options.drawn,
+        "context": options.excerpt,
+        "bins": options.bins,
+        "histogram_every": options.histogram_every,
+        "seed": options.seed,
     }
     keep = State(None if state is None else Path(state) / STATE)
     first = keep.at = _load(keep.path, seen, windows, identity)
     encoder, narrowed = _narrow(encoder, places.pick_LN)
     pick_LN = None if places.pick_LN is None else jnp.asarray(places.pick_LN)
-    key = jax.random.key(seed)
+    key, every = jax.random.key(options.seed), options.histogram_every
     waiting: tuple[Peaks, int, int] | None = None
     on_tokens(int(windows.mask_WS[:first].sum()), windows.n_tokens)
 
     def absorb(peaks: Peaks, start: int, done: int) -> None:
-        _absorb(seen, places, peaks, start, done, histogram_every)
+        _absorb(seen, places, peaks, start, done, every)
         save = partial(_save, seen=seen, identity=identity, windows=done)
         keep.save(done, save, now=done == n)
         counted = int(windows.mask_WS[:done].sum())
         keep.step(done, save, lambda: on_tokens(counted, windows.n_tokens))
 
-    for token_WS, mask_WS, done in batches(windows, first, batch_tokens):
+    for token_WS, mask_WS, done in batches(windows, first, options.batch_tokens):
         W = len(token_WS)
         start = first
         first = done
-        n_sampled = -(-W // histogram_every)
-        sample_H = -start % histogram_every + histogram_every * np.arange(n_sampled)
+        sample_H = -start % every + every * np.arange(-(-W // every))
         batch = Batch(
             token_WS=jnp.asarray(token_WS),
             mask_WS=jnp.asarray(mask_WS),
@@ -253,7 +264,7 @@ def gather_examples(
             pick_LN,
             key,
             batch,
-            context=context,
+            context=options.excerpt,
             signed=signed,
             narrowed=narrowed,
         )
@@ -262,7 +273,7 @@ def gather_examples(
         waiting = peaks, start, done
     if waiting is not None:
         absorb(*waiting)
-    return _examples(seen, places, windows, histogram_every)
+    return _examples(seen, places, windows, every)
 
 
 def is_signed(encoder: Loaded) -> bool:
@@ -271,17 +282,6 @@ def is_signed(encoder: Loaded) -> bool:
         return True
     theta_LF = encoder.coder.thresholds(encoder.weights.enc)
     return theta_LF is not None and bool((np.asarray(theta_LF) < 0).any())
-
-
-def check_numbers(
-    n_top: int, n_drawn: int, context: int, bins: int, histogram_every: int
-) -> None:
-    """Raise InputError for numbers that `gather_examples` cannot take."""
-    check_at_least(1, top=n_top, excerpt=context, histogram_every=histogram_every)
-    check_at_least(0, drawn=n_drawn)
-    check_at_least(2, bins=bins)
-    if bins % 2:
-        raise InputError(f"--bins {bins}: give an even number, they merge in pairs")
 
 
 def _places(encoder: Loaded, subset: Subset | None) -> _Places:
@@ -323,13 +323,12 @@ def _digest(places: _Places) -> str:
 
 
 def _nothing(sizes: Sizes, dtype: np.dtype) -> Seen:
-    U, C = sizes.n_features, sizes.context
+    U, options = sizes.n_features, sizes.options
+    top = partial(Best.empty, U, options.top, options.excerpt, dtype, dtype)
     return Seen(
-        tops=tuple(
-            Best.empty(U, sizes.n_top, C, dtype, dtype) for _ in range(sizes.sides)
-        ),
-        drawn=Best.empty(U, sizes.n_drawn, C, np.int32, dtype),
-        histogram=Histogram.empty(U, sizes.bins, signed=sizes.sides > 1),
+        tops=tuple(top() for _ in range(sizes.sides)),
+        drawn=Best.empty(U, options.drawn, options.excerpt, np.int32, dtype),
+        histogram=Histogram.empty(U, options.bins, signed=sizes.sides > 1),
         count_U=np.zeros(U, np.int64),
         low_U=np.full(U, np.inf, dtype),
         high_U=np.full(U, -np.inf, dtype),

@@ -18,9 +18,9 @@ import jaxclt
 from jaxclt.cli import main as cli
 from jaxclt.clt.coder import Bound, load
 from jaxclt.dashboards import documents, files
-from jaxclt.dashboards import gather as feature_dashboards
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.files import FeatureFiles
+from jaxclt.dashboards.gather import FeatureOptions, feature_dashboards
 from jaxclt.dashboards.logits import token_effects
 from jaxclt.dashboards.stream import STATE, gather_examples
 from jaxclt.errors import InputError
@@ -69,9 +69,11 @@ def make(out: Path, data: Path, **more: Any) -> tuple[dict[str, Any], Examples]:
         "drawn": 5,
         "batch_tokens": 240,
     }
-    return feature_dashboards.feature_dashboards(
-        model(), more.pop("dictionary", dictionary()), data, out, **settings | more
-    )
+    known = {field.name for field in dataclasses.fields(FeatureOptions)}
+    settings |= {name: more.pop(name) for name in known & set(more)}
+    which = more.pop("dictionary", dictionary())
+    options = FeatureOptions(**settings)
+    return feature_dashboards(model(), which, data, out, options, **more)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -280,8 +280,10 @@ def open_choice(folder: Path) -> None:
 
 
 SIZES = stream.Sizes(
-    n_features=3, width=2, n_layers=2, n_windows=9, batch_windows=2, size=6, n_top=2,
-    n_drawn=2, context=4, bins=4, histogram_every=1, itemsize=4,
+    n_features=3, width=2, n_layers=2, n_windows=9, size=6, itemsize=4,
+    options=stream.ExampleOptions(
+        top=2, drawn=2, excerpt=4, bins=4, histogram_every=1, batch_tokens=12
+    ),
 )  # fmt: skip
 WINDOWS = TokenWindows(np.zeros((9, 6), np.int32), np.ones((9, 6), bool))
 
