@@ -62,8 +62,8 @@ def worker(point: dict[str, Any]) -> None:
     from jaxclt.graph.graph import GraphMeta
     from jaxclt.graph.memory import available_bytes, patterns_kept
     from jaxclt.graph.targets import salient_targets
-    from jaxclt.lm import params as lm_params
     from jaxclt.lm.config import LMConfig
+    from jaxclt.testing.random_lm import random_lm
     from jaxclt.trace.prompt import record_prompt
 
     T, L = point["tokens"], point["layers"]
@@ -77,7 +77,7 @@ def worker(point: dict[str, Any]) -> None:
         d_vocab=1024,
         n_ctx=8192,
     )
-    params = lm_params.init(jax.random.key(0), cfg)
+    params = random_lm(jax.random.key(0), cfg)
     token_T = jax.random.randint(jax.random.key(1), (T,), 0, cfg.d_vocab, jnp.int32)
     config = AttributeConfig(max_features=point["rows"], tolerance=0.0)
     meta = GraphMeta(

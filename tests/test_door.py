@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import typing
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -346,12 +347,18 @@ def test_debug_shows_tracebacks_wherever_it_stands(
 # -- every field of every command ------------------------------------------------------
 
 
+def types(kind: type[Any], *, extras: bool = False) -> dict[str, str]:
+    """Fields and their types; with what they are annotated with, if asked."""
+    hints = typing.get_type_hints(kind, include_extras=extras)
+    return {f.name: str(hints[f.name]) for f in dataclasses.fields(kind)}
+
+
 def numbers(kind: type[Any]) -> Iterator[tuple[str, type]]:
     """Fields that hold numbers, and of what type."""
-    for field in dataclasses.fields(kind):
+    for name, of in types(kind).items():
         for number in (float, int):
-            if re.search(rf"\b{number.__name__}\b", str(field.type)):
-                yield field.name, number
+            if re.search(rf"\b{number.__name__}\b", of):
+                yield name, number
 
 
 def trials(kind: type[Any]) -> Iterator[tuple[str, Any, bool | None]]:
@@ -361,7 +368,7 @@ def trials(kind: type[Any]) -> Iterator[tuple[str, Any, bool | None]]:
         values[0] = name not in ZERO
         if number is float:
             values |= {math.nan: True, math.inf: True, -math.inf: True}
-        several = "tuple" in str(kind.__dataclass_fields__[name].type)
+        several = "tuple" in types(kind)[name]
         for value, refused in values.items():
             value = number(value) if math.isfinite(value) else value
             yield name, (value,) if several else value, refused
@@ -375,8 +382,7 @@ def test_numbers_are_checked_before_any_work(
     idle: None,
     capsys: pytest.CaptureFixture[str],
 ):
-    where = cli._COMMANDS[command]
-    kind, run = cli._part(where, "config"), cli._part(where, "run")
+    kind, run = cli._parts(command)
     base = parse(kind, command, arguments(command, files, tmp_path / "out"))
     before = {path.name for path in files.iterdir()}
     n = 0
@@ -421,25 +427,25 @@ def test_paths_that_lead_nowhere(
     """In the place of every path that a command takes."""
     monkeypatch.chdir(tmp_path)
     args = arguments(command, files, tmp_path / "out")
-    kind = cli._part(cli._COMMANDS[command], "config")
+    kind, _ = cli._parts(command)
     value = PATHS[which].format(files=files)
     before = {path.name: path.read_bytes() for path in files.iterdir()}
     positional = 0
-    for field in dataclasses.fields(kind):
-        text = str(field.type)
-        place = positional
-        positional += "Positional" in text
-        if "Path" not in text:
+    annotated = types(kind, extras=True)
+    for name, of in types(kind).items():
+        place, here = positional, "Positional" in annotated[name]
+        positional += here
+        if "Path" not in of:
             continue
-        changed = [*args, f"--{field.name.replace('_', '-')}", value]
-        if "Positional" in text:
+        changed = [*args, f"--{name.replace('_', '-')}", value]
+        if here:
             changed = [*args[:place], value, *args[place + 1 :]]
-        if command == "view" and field.name == "out" and which in ("missing", "file"):
+        if command == "view" and name == "out" and which in ("missing", "file"):
             continue  # it is the page
         found = status(command, *changed)
         line = one_line(capsys)
-        assert found == 2, (field.name, line)
-        assert list(tmp_path.iterdir()) == [], field.name
+        assert found == 2, (name, line)
+        assert list(tmp_path.iterdir()) == [], name
     assert {path.name: path.read_bytes() for path in files.iterdir()} == before
 
 
@@ -463,25 +469,23 @@ def test_texts_that_mean_nothing(
     capsys: pytest.CaptureFixture[str],
 ):
     """In the place of every text that a command takes: refused, or not looked at."""
-    where = cli._COMMANDS[command]
-    kind, run = cli._part(where, "config"), cli._part(where, "run")
+    kind, run = cli._parts(command)
     base = parse(kind, command, arguments(command, files, tmp_path / "out"))
     before = {path.name: path.read_bytes() for path in files.iterdir()}
-    for field in dataclasses.fields(kind):
-        text = str(field.type)
-        if "str" not in text or field.name in ELSEWHERE:
+    for name, of in types(kind).items():
+        if "str" not in of or name in ELSEWHERE:
             continue
         value: Any = STRINGS[which]
-        value = (value,) if "tuple" in text else value
-        config = dataclasses.replace(base, **{field.name: value})
+        value = (value,) if "tuple" in of else value
+        config = dataclasses.replace(base, **{name: value})
         found = guarded(lambda say, config=config: run(config, say))
         said = capsys.readouterr()
         if found == 0 and command in ("view", "explain", "convert"):
             continue
-        assert found == 2, (field.name, said.err)
-        assert said.err.count("\n") == 1, (field.name, said.err)
+        assert found == 2, (name, said.err)
+        assert said.err.count("\n") == 1, (name, said.err)
         assert len(said.err) <= LINE + 1
-        assert not any((tmp_path / "out").glob("**/*")), field.name
+        assert not any((tmp_path / "out").glob("**/*")), name
     assert {path.name: path.read_bytes() for path in files.iterdir()} == before
 
 
@@ -515,7 +519,6 @@ def test_options_of_the_other_calls_check_themselves():
     from jaxclt.train.config import TrainConfig
     from jaxclt.validation.report import ValidateOptions
 
-    nothing: Any = None
     for make in (
         lambda: ValidateOptions(n_features=2),
         lambda: ValidateOptions(size=math.nan),

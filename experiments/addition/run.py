@@ -29,7 +29,7 @@ import train_model
 from families import Label
 
 import jaxclt
-from jaxclt.cli.tour import family_supernodes
+from jaxclt.cli.demo import family_supernodes
 from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.evaluation.claims import check_claims
 from jaxclt.evaluation.evaluate import EvalOptions, evaluate

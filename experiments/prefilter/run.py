@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 import jaxclt
-from jaxclt.cli.compiled import use_compilation_cache
+from jaxclt.cli.common import use_compilation_cache
 from jaxclt.clt.active import Active
 from jaxclt.global_weights.files import load_globals
 from jaxclt.global_weights.ranking import Links

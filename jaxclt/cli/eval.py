@@ -1,36 +1,35 @@
-"""`jaxclt eval`: dictionaries side by side; registered in cli."""
+"""`jaxclt eval`: dictionaries side by side."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tyro.conf import arg
 
-from jaxclt.cli.compiled import use_compilation_cache
+from jaxclt.cli.common import answer, use_compilation_cache
+from jaxclt.cli.flags import AsJson, Context, Debug, ModelName
 from jaxclt.cli.progress import Run, Stages, lines, long_command
 from jaxclt.errors import InputError, check_at_least, check_positive
-from jaxclt.files.json_text import to_json
 
-__all__ = ["EvalConfig", "run_eval"]
+__all__ = ["EvalFlags", "run_eval"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalFlags:
     """Every measure of the paper, for one dictionary or several side by side.
 
     Writes eval.json, rows.jsonl (a line for each prompt and window), table.md with the
     paper's claims in words, and plots. An interrupted run goes on by itself.
     """
 
-    model: Annotated[str, tyro.conf.arg(metavar="M")]
-    """Known name (see `jaxclt fetch --list`), local directory, GGUF file or hub id."""
-    dictionary: Annotated[tuple[str, ...], tyro.conf.arg(metavar="D")]
+    model: ModelName
+    dictionary: Annotated[tuple[str, ...], arg(metavar="D")]
     """One or more: neurons:k, neurons@x (written norm at least x), bundled name, local
     directory in a known format, or hub id."""
     data: str = ""
@@ -46,8 +45,7 @@ class EvalConfig:
     confidence, the next token is rare and new; auto: so for text, none for prompts."""
     tokens: int = 8_192
     """Tokens of text for reconstruction, and to find examples of features in."""
-    context: int = 128
-    """Tokens of a window of text."""
+    context: Context = 128
     agreement_tokens: int = 2_048
     """Tokens on which the replacement model is compared."""
     layer_tokens: int = 128
@@ -76,14 +74,12 @@ class EvalConfig:
     """Trials of the Contrastive Eval."""
     seed: int = 0
     """Of everything drawn."""
-    json: bool = False
-    """Print the rows as JSON on stdout."""
-    debug: bool = False
-    """Show tracebacks."""
+    json: AsJson = False
+    debug: Debug = False
 
 
 @long_command
-def run_eval(config: EvalConfig, say: Console, run: Run) -> None:
+def run_eval(flags: EvalFlags, say: Console, run: Run) -> None:
     """Measure, write, print."""
     import jax
 
@@ -92,7 +88,7 @@ def run_eval(config: EvalConfig, say: Console, run: Run) -> None:
     from jaxclt.evaluation.evaluate import EvalOptions, evaluate
     from jaxclt.evaluation.judging import read_judge
     from jaxclt.evaluation.prompts import read_eval_text
-    from jaxclt.evaluation.report import cells, write_evaluation
+    from jaxclt.evaluation.report import write_evaluation
     from jaxclt.io.bundled import bundled_text
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.model import load_model
@@ -100,32 +96,29 @@ def run_eval(config: EvalConfig, say: Console, run: Run) -> None:
 
     names = {field.name for field in dataclasses.fields(EvalOptions)}
     options = EvalOptions(
-        **{k: v for k, v in dataclasses.asdict(config).items() if k in names}
+        **{k: v for k, v in dataclasses.asdict(flags).items() if k in names}
     )
-    data = config.data or bundled_text(config.model)
+    data = flags.data or bundled_text(flags.model)
     if not data:
         raise InputError("give --data: held-out text, or a .jsonl file of prompts")
-    check_at_least(1, context=config.context, judge_budget=config.judge_budget)
-    check_positive(judge_per_minute=config.judge_per_minute)
-    run.own(config.out)
-    use_compilation_cache()
-    prompts = None if config.prompts is None else read_prompts(config.prompts)
-    pairs = load_pairs(config.concepts)
+    check_at_least(1, context=flags.context, judge_budget=flags.judge_budget)
+    check_positive(judge_per_minute=flags.judge_per_minute)
+    run.own(flags.out)
+    prompts = None if flags.prompts is None else read_prompts(flags.prompts)
+    pairs = load_pairs(flags.concepts)
     judge = None
-    if config.judge != "none":
+    if flags.judge != "none":
         judge = read_judge(
-            config.judge,
-            cache_dir=config.out / "judge",
-            max_tokens_total=config.judge_budget,
-            requests_per_minute=config.judge_per_minute,
+            flags.judge,
+            cache_dir=flags.out / "judge",
+            max_tokens_total=flags.judge_budget,
+            requests_per_minute=flags.judge_per_minute,
         )
     started = time.perf_counter()
-    model = load_model(
-        config.model,
-        progress=lines(say),
-    )
-    dictionaries = [load_dictionary(name, model) for name in config.dictionary]
-    text = read_eval_text(model, data, tokens=config.tokens, context=config.context)
+    use_compilation_cache()
+    model = load_model(flags.model, progress=lines(say))
+    dictionaries = [load_dictionary(name, model) for name in flags.dictionary]
+    text = read_eval_text(model, data, tokens=flags.tokens, context=flags.context)
     with Stages(say, unit="done/s", look=run.look) as stages:
         rows, raw = evaluate(
             model,
@@ -135,30 +128,32 @@ def run_eval(config: EvalConfig, say: Console, run: Run) -> None:
             prompts=prompts,
             judge=judge,
             pairs=pairs,
-            out=config.out,
+            out=flags.out,
             on_stage=stages,
         )
-    claims = check_claims(rows, raw, jax.random.key(config.seed))
+    claims = check_claims(rows, raw, jax.random.key(flags.seed))
     meta = {
         "model": model.name,
         "data": str(data),
         "options": dataclasses.asdict(options),
-        "judge": config.judge,
+        "judge": flags.judge,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    write_evaluation(rows, raw, claims, config.out, meta=meta)
-    if config.json:
-        print(to_json(rows))  # noqa: T201
-        return
+    write_evaluation(rows, raw, claims, flags.out, meta=meta)
+    verdicts = "\n".join(f"{claim.verdict}: {claim.text}" for claim in claims)
+    where = f"table: {flags.out / 'table.md'}"
+    answer(flags.json, rows, _measures(model.name, rows), verdicts, where)
+
+
+def _measures(name: str, rows: list[dict[str, Any]]) -> Table:
+    """Dictionaries below each other, measures beside each other."""
+    from jaxclt.evaluation.report import cells
+
     heads, body = cells(rows)
-    table = Table(title=f"{model.name}: each row a measure, 95% intervals")
-    table.add_column("")
+    made = Table(title=f"{name}: each row a measure, 95% intervals")
+    made.add_column("")
     for line in body:
-        table.add_column(Text(line[0]), overflow="fold")
+        made.add_column(Text(line[0]), overflow="fold")
     for i, head in enumerate(heads[1:], 1):
-        table.add_row(head, *(Text(line[i]) for line in body))
-    console = Console()
-    console.print(table)
-    for claim in claims:
-        console.print(f"{claim.verdict}: {claim.text}", markup=False, soft_wrap=True)
-    console.print(f"table: {config.out / 'table.md'}", markup=False, soft_wrap=True)
+        made.add_row(head, *(Text(line[i]) for line in body))
+    return made

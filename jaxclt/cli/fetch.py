@@ -1,54 +1,48 @@
-"""`jaxclt fetch`: known models, and what is published; registered in cli."""
+"""`jaxclt fetch`: known models, and what is published."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.text import Text
+from tyro.conf import Positional, arg
 
+from jaxclt.cli.common import answer
+from jaxclt.cli.flags import AsJson, Debug
 from jaxclt.cli.progress import lines
-from jaxclt.files.json_text import to_json
 
 if TYPE_CHECKING:
     from jaxclt.io.published import Pair
 
-__all__ = ["FetchConfig", "run_fetch"]
+__all__ = ["FetchFlags", "run_fetch"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FetchConfig:
+class FetchFlags:
     """Get a known model into the user cache, checksum verified."""
 
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[NAME]")] = ""
+    name: Annotated[Positional[str], arg(metavar="[NAME]")] = ""
     """Name of the model."""
     list: bool = False
     """List the known names, and published pairs of a model and a dictionary."""
     accept_terms: bool = False
     """I have read and accept the terms of the model (see --list)."""
-    json: bool = False
-    """Print the result as JSON on stdout."""
-    debug: bool = False
-    """Show tracebacks."""
+    json: AsJson = False
+    debug: Debug = False
 
 
-def run_fetch(config: FetchConfig, say: Console) -> None:
+def run_fetch(flags: FetchFlags, say: Console) -> None:
     """Fetch a model, or list what there is."""
     from jaxclt.io.fetch import fetch
 
-    if config.list or not config.name:
-        _list(config.json)
+    if flags.list or not flags.name:
+        _list(flags.json)
         return
-    path = fetch(
-        config.name,
-        progress=lines(say),
-        accept_terms=config.accept_terms,
-    )
-    if config.json:
-        print(to_json({"name": config.name, "path": str(path)}))  # noqa: T201
-    else:
-        Console().print(str(path), markup=False, soft_wrap=True)
+    accepted = flags.accept_terms
+    path = str(fetch(flags.name, progress=lines(say), accept_terms=accepted))
+    answer(flags.json, {"name": flags.name, "path": path}, path)
 
 
 def _list(as_json: bool) -> None:
@@ -61,21 +55,20 @@ def _list(as_json: bool) -> None:
         name: f"{model.licence}, {model.terms}" if model.terms else model.licence
         for name, model in KNOWN_MODELS.items()
     }
-    if as_json:
-        rows = [dataclasses.asdict(pair) for pair in pairs()]
-        print(to_json({"models": known, "pairs": rows}))  # noqa: T201
-        return
-    console = Console()
-    for name, licence in known.items():
-        console.print(f"{name}  ({licence})", markup=False)
-
-    console.print("\npublished dictionaries, below the model of each:", style="bold")
+    shown: list[RenderableType] = [
+        f"{name}  ({licence})" for name, licence in known.items()
+    ]
+    shown.append(
+        Text("\npublished dictionaries, below the model of each:", style="bold")
+    )
     model = ""
     for pair in pairs():
         if pair.model != model:
             model = pair.model
-            console.print(model, style="bold", markup=False)
-        console.print(f"  {_row(pair)}", markup=False, soft_wrap=True, highlight=False)
+            shown.append(Text(model, style="bold"))
+        shown.append(f"  {_row(pair)}")
+    rows = [dataclasses.asdict(pair) for pair in pairs()]
+    answer(as_json, {"models": known, "pairs": rows}, *shown)
 
 
 def _row(pair: Pair) -> str:

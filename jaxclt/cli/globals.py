@@ -1,4 +1,4 @@
-"""`jaxclt globals`: virtual weights and how text uses them; registered in cli."""
+"""`jaxclt globals`: virtual weights and how text uses them."""
 
 from __future__ import annotations
 
@@ -9,48 +9,41 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
+from tyro.conf import arg
 
-from jaxclt.cli.compiled import use_compilation_cache
-from jaxclt.cli.progress import Run, Stages, lines, long_command
+from jaxclt.cli.common import answer, load, page_line, table
+from jaxclt.cli.flags import AsJson, Context, Debug, ModelName, TextSource, Tokens
+from jaxclt.cli.progress import Run, Stages, long_command
 from jaxclt.errors import InputError, check_at_least
-from jaxclt.files.json_text import to_json
 
 if TYPE_CHECKING:
     from jaxclt.global_weights.files import SavedGlobals
 
-__all__ = ["GlobalsConfig", "run_globals"]
+__all__ = ["GlobalsFlags", "run_globals"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GlobalsConfig:
+class GlobalsFlags:
     """Weights between features whatever the prompt, and which of them text uses.
 
     Writes globals.npz (the strongest links), statistics.npz (co-activation sums),
     report.json and the page index.html. An interrupted run goes on by itself.
     """
 
-    model: Annotated[str, tyro.conf.arg(metavar="M")]
-    """Known name (see `jaxclt fetch --list`), local directory, GGUF file or hub id."""
-    dictionary: Annotated[str, tyro.conf.arg(metavar="D")]
+    model: ModelName
+    dictionary: Annotated[str, arg(metavar="D")]
     """Local directory in a known format, or hub id; not neurons."""
-    data: str = ""
-    """Text file, or folder of .txt, .md, .rst, .utf8 and .jsonl files; a .jsonl file of
-    prompts, lines {"prompt": ...}; or a dataset on the hub,
-    hub:NAME[@REVISION][?config=..&split=..&text=..]."""
+    data: TextSource = ""
     out: Path
     """Directory to write to."""
     features: str = "top:4096"
     """top:K, the K that fire most often; all (pairs that ever fire together are kept,
     sparsely); or a file: lines LAYER:FEATURE, a .json list of pairs, or a .npz with
     layer_U and feature_U."""
-    tokens: int = 200_000
-    """Tokens of text to look at; first positions and special tokens do not count."""
-    context: int = 256
-    """Tokens of a window of text."""
+    tokens: Tokens = 200_000
+    context: Context = 256
     top: int = 32
     """Links kept: so many inputs and outputs of every feature by |V|, |ERA| and |TWERA|
     each."""
@@ -64,38 +57,29 @@ class GlobalsConfig:
     the same --features file to all."""
     merge: tuple[Path, ...] = ()
     """Directories of shards, whose statistics are joined instead of reading --data."""
-    json: bool = False
-    """Print the result as JSON on stdout."""
-    debug: bool = False
-    """Show tracebacks."""
+    json: AsJson = False
+    debug: Debug = False
 
 
 @long_command
-def run_globals(config: GlobalsConfig, say: Console, run: Run) -> None:
+def run_globals(flags: GlobalsFlags, say: Console, run: Run) -> None:
     """Gather, rank, write, print."""
     from jaxclt.global_weights import circuit, gather, views
     from jaxclt.global_weights.files import load_statistics
     from jaxclt.global_weights.statistics import merge
-    from jaxclt.io.dictionary import load_dictionary
-    from jaxclt.io.model import load_model
 
-    heads = _heads(config.heads)
-    shard = _shard(config.shard)
-    check_at_least(1, tokens=config.tokens, context=config.context, top=config.top)
-    if bool(config.data) == bool(config.merge):
+    heads = _heads(flags.heads)
+    shard = _shard(flags.shard)
+    check_at_least(1, tokens=flags.tokens, context=flags.context, top=flags.top)
+    if bool(flags.data) == bool(flags.merge):
         raise InputError("give --data TEXT, or --merge with directories of shards")
-    run.own(config.out, makes="globals")
-    use_compilation_cache()
-    model = load_model(
-        config.model,
-        progress=lines(say),
-    )
-    dictionary = load_dictionary(config.dictionary, model)
+    run.own(flags.out, makes="globals")
+    model, dictionary = load(flags.model, flags.dictionary, say)
     started = time.perf_counter()
     stages = Stages(say, units={"tokens of features": "layers/s"}, look=run.look)
-    if config.merge:
-        parts = [load_statistics(x / "statistics.npz") for x in config.merge]
-        for place, (_, more) in zip(config.merge, parts, strict=True):
+    if flags.merge:
+        parts = [load_statistics(x / "statistics.npz") for x in flags.merge]
+        for place, (_, more) in zip(flags.merge, parts, strict=True):
             if more.get("identity", {}).get("dictionary") != dictionary.hash:
                 raise InputError(
                     f"--merge {place}: its statistics are of another dictionary; give "
@@ -107,41 +91,37 @@ def run_globals(config: GlobalsConfig, say: Console, run: Run) -> None:
             statistics = gather.coactivation(
                 model,
                 dictionary,
-                config.data,
-                features=config.features,
-                tokens=config.tokens,
-                context=config.context,
+                flags.data,
+                features=flags.features,
+                tokens=flags.tokens,
+                context=flags.context,
                 heads=heads,
                 shard=shard,
-                state=config.out,
+                state=flags.out,
                 on_stage=stages,
             )
     seconds = time.perf_counter() - started
-    weights = circuit.global_weights(model, dictionary, statistics, kind=config.by)
+    weights = circuit.global_weights(model, dictionary, statistics, kind=flags.by)
     run.look()
     with stages:
         found = views.write_globals(
             model,
             dictionary,
             weights,
-            config.out,
-            top=config.top,
+            flags.out,
+            top=flags.top,
             meta={
-                "data": config.data or [str(x) for x in config.merge],
+                "data": flags.data or [str(x) for x in flags.merge],
                 "seconds": round(seconds, 2),
             },
             on_layer=partial(stages, "tokens of features"),
         )
     told = {k: v for k, v in found.meta.items() if k != "token_text"}
-    if config.json:
-        print(to_json(told))  # noqa: T201
-        return
-    Console().print(_summary(told, found))
-    Console().print(f"page: {(config.out / 'index.html').resolve().as_uri()}")
+    page = page_line(flags.out / "index.html")
+    answer(flags.json, told, _summary(told, found), page)
 
 
 def _summary(told: dict[str, Any], found: SavedGlobals) -> Table:
-    table = Table(title="global weights", show_header=False)
     share = told["interference"]
     rows = {
         "features": f"{told['features']:,}, {share['pairs']:,} pairs",
@@ -159,9 +139,7 @@ def _summary(told: dict[str, Any], found: SavedGlobals) -> Table:
             f"TWERA {row['twera']:.3g}, ERA {row['era']:.3g}, V {row['virtual']:.3g}, "
             f"together on {row['coactivation']:.2%}"
         )
-    for name, value in rows.items():
-        table.add_row(name, Text(value))
-    return table
+    return table("global weights", rows)
 
 
 def _heads(texts: tuple[str, ...]) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""The `jaxclt` command: one frozen config dataclass per subcommand, no logic.
+"""The `jaxclt` command: a table of its commands, one file each, and no logic.
 
 Results go to stdout, progress and logs to stderr. Exit status:
 
@@ -39,48 +39,38 @@ all commands: jaxclt --help; the flags of one: jaxclt trace --help"""
 
 
 class _Command(NamedTuple):
-    """Where a command is, imported when it is asked for."""
+    """What is particular to a command.
 
-    module: str
-    config: str
-    run: str
+    Its module jaxclt/cli/NAME.py has the dataclass ``NameFlags`` and the function
+    ``run_name``, and is imported when the command is asked for.
+    """
+
     lower: str = "a smaller model or dictionary"  # what helps if memory runs out
     resumes: bool = False
 
 
 _GRAPH = "a smaller --max-features, or a shorter prompt"
 _COMMANDS = {
-    "demo": _Command("demo", "DemoConfig", "run_demo_command"),
-    "trace": _Command("trace", "TraceConfig", "run_trace", _GRAPH),
-    "sweep": _Command("trace", "SweepConfig", "run_sweep", _GRAPH, resumes=True),
-    "fetch": _Command("fetch", "FetchConfig", "run_fetch"),
-    "convert": _Command("convert", "ConvertConfig", "run_convert"),
-    "view": _Command("view", "ViewConfig", "run_view"),
-    "serve": _Command("serve", "ServeConfig", "run_serve"),
-    "explain": _Command("explain", "ExplainConfig", "run_explain"),
-    "patch": _Command("patch", "PatchConfig", "run_patch"),
-    "validate": _Command(
-        *("patch", "ValidateConfig", "run_validate"), lower="fewer --n-features"
-    ),
-    "eval": _Command(
-        *("eval", "EvalConfig", "run_eval"),
-        lower="a smaller --max-features, --tokens or --context",
-        resumes=True,
-    ),
+    "demo": _Command(),
+    "trace": _Command(_GRAPH),
+    "sweep": _Command(_GRAPH, resumes=True),
+    "fetch": _Command(),
+    "convert": _Command(),
+    "view": _Command(),
+    "serve": _Command(),
+    "explain": _Command(),
+    "patch": _Command(),
+    "validate": _Command("fewer --n-features"),
+    "eval": _Command("a smaller --max-features, --tokens or --context", resumes=True),
     "globals": _Command(
-        *("globals", "GlobalsConfig", "run_globals"),
-        lower="fewer features (--features top:K) or a smaller --context",
-        resumes=True,
+        "fewer features (--features top:K) or a smaller --context", resumes=True
     ),
     "features": _Command(
-        *("features", "FeaturesConfig", "run_features"),
-        lower="fewer features (--features top:K), or smaller --top, --drawn, --context",
+        "fewer features (--features top:K), or smaller --top, --drawn, --context",
         resumes=True,
     ),
     "train": _Command(
-        *("train", "TrainCommand", "run_train"),
-        lower="smaller --features, --batch-tokens or --chunk-tokens, or --memory "
-        "per_source",
+        "smaller --features, --batch-tokens or --chunk-tokens, or --memory per_source",
         resumes=True,
     ),
 }
@@ -121,14 +111,14 @@ def _run(args: list[str], say: Any) -> None:
     else:
         from jaxclt.cli.parse import parse
 
-        command = _COMMANDS[first]
-        config = parse(_part(command, "config"), first, args[1:])
-        _part(command, "run")(config, say)
+        flags, run = _parts(first)
+        run(parse(flags, first, args[1:]), say)
 
 
-def _part(command: _Command, which: str) -> Any:
-    module = importlib.import_module(f"jaxclt.cli.{command.module}")
-    return getattr(module, getattr(command, which))
+def _parts(name: str) -> tuple[type[Any], Any]:
+    """The flags of a command, and what runs it."""
+    module = importlib.import_module(f"jaxclt.cli.{name}")
+    return getattr(module, f"{name.title()}Flags"), getattr(module, f"run_{name}")
 
 
 def _show_help() -> None:
@@ -136,8 +126,7 @@ def _show_help() -> None:
     import tyro
 
     kinds: list[Any] = [
-        Annotated[_part(command, "config"), tyro.conf.subcommand(name)]
-        for name, command in _COMMANDS.items()
+        Annotated[_parts(name)[0], tyro.conf.subcommand(name)] for name in _COMMANDS
     ]
     tyro.cli(
         functools.reduce(operator.or_, kinds),

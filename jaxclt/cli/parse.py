@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
@@ -135,8 +135,10 @@ def _unknown(kind: type[Any], command: str, words: Sequence[str]) -> str:
             f"{command} has no place for {words[0]!r}: put text with spaces in quotes, "
             f"and see `jaxclt {command} --help`"
         )
-    fields = [f for f in dataclasses.fields(kind) if "Positional" not in str(f.type)]
-    names = ["--" + field.name.replace("_", "-") for field in fields]
+    hints = get_type_hints(kind, include_extras=True)
+    fields = [f.name for f in dataclasses.fields(kind)]
+    flags = [name for name in fields if "Positional" not in str(hints[name])]
+    names = ["--" + name.replace("_", "-") for name in flags]
     hint = did_you_mean(flag.partition("=")[0], names)
     return f"{command} has no flag {flag}: see `jaxclt {command} --help`{hint}"
 

@@ -7,29 +7,28 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
 
-from jaxclt.cli.compiled import use_compilation_cache
+from jaxclt.cli.common import answer, use_compilation_cache
+from jaxclt.cli.flags import AsJson, Debug, ModelName
 from jaxclt.cli.progress import Run, Stages, lines, long_command
-from jaxclt.files.json_text import to_json
 from jaxclt.train.config import PRESETS, TrainConfig, preset
 
 if TYPE_CHECKING:
     from jaxclt.train.trainer import Listener
 
-__all__ = ["TrainCommand", "run_train"]
+__all__ = ["TrainFlags", "run_train"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainCommand(TrainConfig):
+class TrainFlags(TrainConfig):
     """Train a cross-layer or per-layer transcoder; resumes from --out by itself.
     Ctrl-C and SIGTERM end it with a checkpoint."""
 
-    model: Annotated[str, tyro.conf.arg(metavar="M")]
-    """Known name (see `jaxclt fetch --list`), local directory, GGUF file or hub id."""
+    model: ModelName
     data: str
     """Text file, or folder of .txt, .md, .rst, .utf8 and .jsonl files; a dataset on the
     hub, hub:NAME[@REVISION][?config=..&split=..&text=..], of which as much is streamed
@@ -52,16 +51,14 @@ class TrainCommand(TrainConfig):
     'jaxclt[wandb]')."""
     dry_run: bool = False
     """Say what the run would cost, on a mesh that need not exist here, and stop."""
-    json: bool = False
-    """Print the result as JSON on stdout."""
-    debug: bool = False
-    """Show tracebacks."""
+    json: AsJson = False
+    debug: Debug = False
 
     def __post_init__(self) -> None:
         """The values are checked by `config`, once errors are reported as lines."""
 
     @classmethod
-    def defaults(cls, args: Sequence[str]) -> TrainCommand:
+    def defaults(cls, args: Sequence[str]) -> TrainFlags:
         """The command with the defaults of the preset that a command line names.
 
         Read before the command line is parsed, so that --help shows what would be used.
@@ -87,61 +84,51 @@ class TrainCommand(TrainConfig):
 
 
 @long_command
-def run_train(command: TrainCommand, say: Console, run: Run) -> None:
+def run_train(flags: TrainFlags, say: Console, run: Run) -> None:
     """Run the command; results on stdout, progress on `say`."""
     from jaxclt.io.model import load_model
     from jaxclt.train import dryrun, processes, sharding
     from jaxclt.train.trainer import train
 
-    preset(command.preset)
-    processes.start(command.processes)
-    sizes = sharding.parse_mesh(command.mesh)
+    preset(flags.preset)
+    processes.start(flags.processes)
+    sizes = sharding.parse_mesh(flags.mesh)
 
     use_compilation_cache()
-    config = command.config()
-    if processes.is_first() and not command.dry_run:
-        run.own(command.out)
-    model = load_model(command.model, progress=lines(say))
-    if command.dry_run:
+    config = flags.config()
+    if processes.is_first() and not flags.dry_run:
+        run.own(flags.out)
+    model = load_model(flags.model, progress=lines(say))
+    if flags.dry_run:
         found = dryrun.estimate(config, model.cfg, sizes)
-        if command.json:
-            print(to_json(dryrun.as_json(found)))  # noqa: T201
-        else:
-            for text in found.lines():
-                Console().print(text, markup=False, soft_wrap=True)
+        answer(flags.json, dryrun.as_json(found), "\n".join(found.lines()))
         return
     run.look()
     with _listener(say, config.n_steps, run) as listener:
         card = train(
             model,
-            command.data,
-            command.out,
+            flags.data,
+            flags.out,
             config,
-            mesh=command.mesh,
-            store=command.store or None,
-            wandb=command.wandb,
+            mesh=flags.mesh,
+            store=flags.store or None,
+            wandb=flags.wandb,
             listener=listener,
         )
     if not processes.is_first():
         return
     if "metrics" not in card:
-        say.print(
+        lines(say)(
             f"jaxclt: stopped after step {card['step']} of {config.n_steps}, which is "
-            "kept: the same command goes on",
-            markup=False,
-            soft_wrap=True,
+            "kept: the same command goes on"
         )
         sys.exit(run.stop.status)
-    if command.json:
-        print(to_json(card))  # noqa: T201
-        return
     metrics = card["metrics"]
-    Console().print(
+    text = (
         f"held-out FVU {metrics['fvu']:.3f}, {metrics['l0']:.1f} features a layer and "
-        f"token, {metrics['dead']:.1%} silent: {command.out}/card.json",
-        markup=False,
-        soft_wrap=True,
+        f"token, {metrics['dead']:.1%} silent: {flags.out}/card.json"
     )
+    answer(flags.json, card, text)
 
 
 @contextlib.contextmanager

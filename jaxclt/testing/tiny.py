@@ -18,10 +18,10 @@ from jaxclt.clt.transcoder import StoreDictionary, loaded_params
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.graph import Graph, GraphMeta
 from jaxclt.graph.targets import salient_targets
-from jaxclt.lm import params as lm_params
 from jaxclt.lm.config import LMConfig, RopeScaling
 from jaxclt.lm.run import record
 from jaxclt.replacement.local import LocalReplacement, local_replacement
+from jaxclt.testing.random_lm import Parts, random_lm
 from jaxclt.types import CLTParams, LMParams, Recording, Targets
 
 __all__ = ["FAMILIES", "Tiny", "TinyFamily", "tiny"]
@@ -106,7 +106,7 @@ class TinyFamily:
     """Switches of a family: of its config and of its weights."""
 
     cfg: dict[str, Any] = dataclasses.field(default_factory=dict)
-    init: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 _LLAMA3 = RopeScaling(kind="llama3", factor=4.0, n_ctx=40)
@@ -155,9 +155,7 @@ FAMILIES: dict[str, TinyFamily] = {
     ),
 }
 
-_STATIC = ("cfg", "dtype", "tied", "biases", "qk_norm", "post_norms", "local")
-_STATIC += ("embed_scale", "logit_cap", "layer_norm", "gated", "positions")
-_init_lm = jax.jit(lm_params.init, static_argnames=_STATIC)
+_random_lm = jax.jit(random_lm, static_argnames=("cfg", "parts", "dtype"))
 _init_clt = jax.jit(clt_params.init, static_argnames=("cfg", "dtype", "biases", "skip"))
 
 
@@ -211,10 +209,10 @@ def tiny(
         n_ctx=64,
         **FAMILIES[family].cfg,
     )
-    switches = dict(FAMILIES[family].init)
-    if "local" in switches:  # again and again
-        local = switches["local"]
-        switches["local"] = tuple(local[i % len(local)] for i in range(n_layers))
+    parts = Parts(tied=tied, biases=biases, **FAMILIES[family].parts)
+    if local := parts.local:  # again and again
+        cycled = tuple(local[i % len(local)] for i in range(n_layers))
+        parts = dataclasses.replace(parts, local=cycled)
     clt_cfg = CLTConfig(
         n_layers=n_layers,
         d_model=16,
@@ -224,9 +222,7 @@ def tiny(
         k=4 if activation == "topk" else None,
         read=read,  # pyright: ignore[reportArgumentType]
     )
-    params = _init_lm(
-        key_lm, cfg=cfg, dtype=dtype, tied=tied, biases=biases, **switches
-    )
+    params = _random_lm(key_lm, cfg, parts, dtype=dtype)
     clt = _init_clt(key_clt, cfg=clt_cfg, dtype=dtype, biases=biases, skip=skip)
     token_T = jax.random.randint(key_tokens, (n_tokens,), 0, cfg.d_vocab, jnp.int32)
     recording = _record(params, token_T, cfg)

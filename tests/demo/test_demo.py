@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import jaxclt
+from jaxclt.cli.demo import family_supernodes, load_case, swap_edits
 from jaxclt.cli.main import main
-from jaxclt.cli.tour import family_supernodes, load_case, swap_edits
 
 
 @pytest.fixture(scope="module")

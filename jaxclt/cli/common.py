@@ -1,0 +1,86 @@
+"""What commands share: a model with its dictionary, and how the answer is printed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from jaxclt.cli.progress import lines
+from jaxclt.files.json_text import to_json
+
+if TYPE_CHECKING:
+    from jaxclt.clt.coder import Dictionary
+    from jaxclt.io.model import Model
+
+__all__ = ["answer", "load", "page_line", "table", "use_compilation_cache"]
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs between runs: a second run of a shape starts at once.
+
+    They lie in the user cache, or where ``JAX_COMPILATION_CACHE_DIR`` says.
+    """
+    import jax
+
+    from jaxclt.files.digest import cache_root
+
+    jax.config.update(
+        "jax_compilation_cache_dir",
+        os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache_root() / "xla")),
+    )
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def load(
+    model: str, dictionary: str, say: Console, **options: Any
+) -> tuple[Model, Dictionary]:
+    """A model and its dictionary, on compiled programs that are kept.
+
+    Args:
+      model: name or path.
+      dictionary: name or path.
+      say: where downloads are reported.
+      **options: of `jaxclt.load_model`.
+    """
+    from jaxclt.io.dictionary import load_dictionary
+    from jaxclt.io.model import load_model
+
+    use_compilation_cache()
+    loaded = load_model(model, progress=lines(say), **options)
+    return loaded, load_dictionary(dictionary, loaded, progress=lines(say))
+
+
+def table(title: str | Text | None, rows: Mapping[str, str]) -> Table:
+    """Names and values side by side; nothing in them is markup."""
+    made = Table(title=title, show_header=False)
+    for name, value in rows.items():
+        made.add_row(Text(name), Text(value))
+    return made
+
+
+def page_line(page: Path) -> str:
+    """Where a browser opens a page."""
+    return f"page: {page.resolve().as_uri()}"
+
+
+def answer(as_json: bool, value: Any, *shown: RenderableType) -> None:
+    """Print a result on stdout.
+
+    Args:
+      as_json: whether as JSON.
+      value: it.
+      *shown: it as people read it: tables, and lines that are printed as they are.
+    """
+    if as_json:
+        print(to_json(value), flush=True)  # noqa: T201
+        return
+    console = Console()
+    for part in shown:
+        plain = isinstance(part, str)
+        console.print(part, markup=False, highlight=False, soft_wrap=plain)

@@ -1,0 +1,73 @@
+"""A traced directory opened again, for `jaxclt patch` and `jaxclt validate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from rich.console import Console
+from tyro.conf import arg
+
+from jaxclt.cli.common import use_compilation_cache
+from jaxclt.cli.flags import AsJson, Debug
+from jaxclt.cli.progress import lines
+from jaxclt.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxclt.patching.subject import Reopened
+    from jaxclt.types import Supernode
+
+__all__ = ["ReopenFlags", "check_traced"]
+
+
+def check_traced(directory: Path) -> None:
+    """Raise InputError unless trace wrote a directory."""
+    if not (directory / "graph.npz").is_file():
+        raise InputError(f"no graph in {directory}: give a directory that trace wrote")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReopenFlags:
+    """A traced directory, where its model and dictionary are, and its groups."""
+
+    model: Annotated[str | None, arg(metavar="M")] = None
+    """The model; of a traced directory only where it is now, if it has moved."""
+    dictionary: Annotated[str | None, arg(metavar="D")] = None
+    """The dictionary; of a traced directory only where it is now, if it has moved."""
+    supernodes: Path | None = None
+    """JSON file of groups, [["name", "layer_feature_pos", ...], ...] as the viewer
+    saves them; or a graph.json that has some."""
+    json: AsJson = False
+    debug: Debug = False
+
+    def reopen(self, directory: Path, say: Console) -> Reopened:
+        """The graph of a directory with its model and dictionary.
+
+        Raises:
+          InputError: if trace did not write the directory, it cannot be written, or
+            they are not the traced ones.
+        """
+        from jaxclt.runs.kept import check_writable
+
+        # The place to write to is checked before anything long begins.
+        check_traced(directory)
+        check_writable(directory)
+        use_compilation_cache()
+        from jaxclt.patching.subject import reopen
+
+        return reopen(
+            directory,
+            model=self.model,
+            dictionary=self.dictionary,
+            progress=lines(say),
+        )
+
+    def groups(self, directory: Path, opened: Reopened) -> list[Supernode]:
+        """Supernodes of the file that is named, else those saved in the directory."""
+        from jaxclt.trace.supernodes import read_supernodes
+
+        path = self.supernodes or directory / "graph.json"
+        if self.supernodes is None and not path.is_file():
+            return []
+        return read_supernodes(path, opened.graph)

@@ -1,0 +1,85 @@
+"""`jaxclt validate`: what a graph predicts against what patches do."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from jaxclt.cli.common import answer
+from jaxclt.cli.flags import TracedDirectory
+from jaxclt.cli.progress import Run, lines, long_command, progress
+from jaxclt.cli.reopened import ReopenFlags, check_traced
+
+if TYPE_CHECKING:
+    from jaxclt.patching.subject import Reopened
+    from jaxclt.types import Supernode
+    from jaxclt.validation.report import ValidateOptions
+
+__all__ = ["ValidateFlags", "run_validate", "validate_opened"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidateFlags(ReopenFlags):
+    """Compare what the graph predicts with what patches of the model do."""
+
+    directory: TracedDirectory
+    n_features: int = 100
+    """Most influential features to patch, and as many random ones."""
+    seed: int = 0
+    """Of the random features, perturbations and bootstrap."""
+
+
+@long_command
+def run_validate(flags: ValidateFlags, say: Console, run: Run) -> None:
+    """Reopen, validate, print."""
+    from jaxclt.validation.report import ValidateOptions
+
+    options = ValidateOptions(n_features=flags.n_features, seed=flags.seed)
+    check_traced(flags.directory)
+    run.own(flags.directory)
+    opened = flags.reopen(flags.directory, say)
+    report = validate_opened(
+        opened,
+        flags.directory,
+        say,
+        options=options,
+        groups=flags.groups(flags.directory, opened),
+        look=run.look,
+    )
+    where = f"report: {flags.directory / 'validation.md'}"
+    answer(flags.json, report, Text(report["verdict"]), where)
+
+
+def validate_opened(
+    opened: Reopened,
+    directory: Path,
+    say: Console,
+    *,
+    options: ValidateOptions | None = None,
+    groups: list[Supernode] | None = None,
+    look: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Validate a graph whose model is loaded; shared with `trace --validate`."""
+    from jaxclt.patching.subject import Subject
+    from jaxclt.trace.pages import traced_digest, write_page
+    from jaxclt.validation.report import validate_graph, write_validation
+    from jaxclt.validation.words import left_out
+
+    started = time.perf_counter()
+    subject = Subject.of(opened.model, opened.dictionary, opened.graph)
+    with progress(say, "validating", "patches/s", look) as on_done:
+        report = validate_graph(subject, options, groups=groups, on_done=on_done)
+    for said in left_out(report):
+        lines(say)(f"jaxclt: warning: {said}")
+    report["traced"] = traced_digest(opened.report)
+    report["seconds"] = round(time.perf_counter() - started, 2)
+    write_validation(report, directory)
+    if (directory / "graph.json").is_file():
+        write_page(directory)
+    return report
