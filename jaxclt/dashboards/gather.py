@@ -10,7 +10,6 @@ it was, in the text or in the files, and the files come out the same to the byte
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,12 +20,16 @@ from typing import Any
 import numpy as np
 
 from jaxclt.clt.coder import Dictionary, load
-from jaxclt.clt.subset import FeatureSizes
 from jaxclt.dashboards import files
 from jaxclt.dashboards.documents import feature_document, validate
 from jaxclt.dashboards.examples import Examples
-from jaxclt.dashboards.logits import token_effects
-from jaxclt.dashboards.stream import STATE, ExampleOptions, gather_examples
+from jaxclt.dashboards.logits import TokenEffects, token_effects
+from jaxclt.dashboards.stream import (
+    STATE,
+    ExampleOptions,
+    digest_of,
+    gather_examples,
+)
 from jaxclt.errors import InputError, check_at_least
 from jaxclt.files.atomic import is_temporary, write_text
 from jaxclt.files.json_file import read_json
@@ -114,14 +117,16 @@ def feature_dashboards(
     )
     encoder = load(dictionary, model.params, model.cfg, decoders=False)
     settings = {name: getattr(options, name) for name in SETTINGS}
-    place_U2 = np.stack([subset.layer_U, subset.feature_U], 1)
-    identity = {
+    hashes = {
         "model": model.hash,
         "dictionary": dictionary.hash,
         # Neurons of one model differ by which of them count.
         "neurons": dictionary.name if encoder.coder.gated else "",
+    }
+    identity = {
+        **hashes,
         "windows": windows.digest,
-        "features": hashlib.sha256(place_U2.tobytes()).hexdigest(),
+        "features": digest_of(subset),
         **settings,
     }
     passed = time.perf_counter()
@@ -139,21 +144,17 @@ def feature_dashboards(
             options,
             subset=subset,
             state=out,
-            identity={k: identity[k] for k in ("model", "dictionary", "neurons")},
+            identity=hashes,
             on_tokens=on_tokens,
         )
     pass_s = time.perf_counter() - passed
-    write_features(
-        model,
-        dictionary,
-        examples,
-        out / "features",
-        sizes=encoder,
-        logits=options.logits,
-        loose=options.loose,
-        on_layer=partial(tell, "files"),
-    )
-    report = {
+    folder, on_layer = out / "features", partial(tell, "files")
+    write_features(model, dictionary, examples, folder, options, on_layer)
+    new, report = counted[-1] - counted[0], out / REPORT
+    if not new and report.is_file():
+        # Nothing was left to do: the seconds are those of the run that did it.
+        return read_json(report), examples
+    found = {
         "schema": 1,
         "model": model.name,
         "dictionary": dictionary.name,
@@ -171,19 +172,13 @@ def feature_dashboards(
         "bytes": {
             "state": (out / STATE).stat().st_size,
             "features": sum(
-                x.stat().st_size
-                for x in (out / "features").iterdir()
-                if not is_temporary(x.name)
+                x.stat().st_size for x in folder.iterdir() if not is_temporary(x.name)
             ),
         },
+        "tokens_per_second": round(new / pass_s, 1),  # compiling included
     }
-    new = counted[-1] - counted[0]
-    if not new and (out / REPORT).is_file():
-        # Nothing was left to do: the seconds are those of the run that did it.
-        return read_json(out / REPORT), examples
-    report["tokens_per_second"] = round(new / pass_s, 1)  # compiling included
-    write_text(out / REPORT, to_json(report, indent=1) + "\n")
-    return report, examples
+    write_text(report, to_json(found, indent=1) + "\n")
+    return found, examples
 
 
 def write_features(
@@ -191,10 +186,7 @@ def write_features(
     dictionary: Dictionary,
     examples: Examples,
     folder: Path,
-    *,
-    sizes: FeatureSizes,
-    logits: int = 10,
-    loose: bool = False,
+    options: FeatureOptions,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write the feature files of some examples; layers that have a file are kept.
@@ -204,9 +196,7 @@ def write_features(
       dictionary: what the features are of.
       examples: from `gather_examples`.
       folder: to write to.
-      sizes: of the dictionary.
-      logits: tokens listed that a feature raises and lowers most.
-      loose: also write one {number}.json a feature.
+      options: what to write of each feature.
       on_layer: progress.
 
     Raises:
@@ -214,51 +204,67 @@ def write_features(
     """
     token_N = np.arange(model.cfg.d_vocab)
     strings = model.tokenizer.token_strings(token_N.tolist())
-    n_layers = sizes.n_layers
+    shape = dictionary.coder(model.cfg).shape
     offsets: dict[int, list[int]] = {}
     folder.mkdir(parents=True, exist_ok=True)
-    for layer in range(n_layers):
+    for layer in range(shape.n_layers):
         row_N = np.flatnonzero(examples.layer_U == layer)
         feature_N = examples.feature_U[row_N]
         path = folder / files.layer_file(layer)
         if not path.is_file():
             effects = token_effects(
-                dictionary, model.params, layer, feature_N, k=logits
+                dictionary, model.params, layer, feature_N, k=options.logits
             )
+            documents = _documents(examples, row_N, effects, strings, dictionary.name)
 
             def records(
-                layer: int = layer, row_N: np.ndarray = row_N, effects: Any = effects
+                layer: int = layer,
+                feature_N: np.ndarray = feature_N,
+                documents: Iterator[bytes] = documents,
             ) -> Iterator[bytes]:
-                for i, u in enumerate(row_N.tolist()):
+                for i, document in enumerate(documents):
                     if i and not i % TOLD:
-                        on_layer(layer, n_layers)
-                    document = feature_document(
-                        examples,
-                        u,
-                        strings,
-                        top_logits=[strings[t] for t in effects.top_NK[i].tolist()],
-                        bottom_logits=[
-                            strings[t] for t in effects.bottom_NK[i].tolist()
-                        ],
-                        transcoder_id=dictionary.name,
-                    )
-                    if not i:
-                        validate(document)
-                    if loose:
-                        place = int(examples.layer_U[u]), int(examples.feature_U[u])
+                        on_layer(layer, shape.n_layers)
+                    if options.loose:
                         # Not forced to disk one by one: the layer's file, which is,
                         # comes after them.
-                        name = f"{files.cantor(*place)}.json"
+                        name = f"{files.cantor(layer, int(feature_N[i]))}.json"
                         (folder / name).write_bytes(document)
                     yield files.pack(document)
 
             files.write_layer(folder, layer, records())
         found = files.read_offsets(path)
-        count_F = np.zeros(sizes.n_features, np.int64)
+        count_F = np.zeros(shape.n_features, np.int64)
         count_F[feature_N] = 1
         if len(found) != len(feature_N) + 1:
             raise InputError(f"{path} is of other features: remove it")
         # A feature without a record starts where the next one does.
         offsets[layer] = [0] + [found[i] for i in np.cumsum(count_F).tolist()]
-        on_layer(layer + 1, n_layers)
+        on_layer(layer + 1, shape.n_layers)
     files.write_index(folder, offsets)
+
+
+def _documents(
+    examples: Examples,
+    row_N: np.ndarray,
+    effects: TokenEffects,
+    strings: list[str],
+    name: str,
+) -> Iterator[bytes]:
+    """The documents of a layer's features; the first is checked."""
+    for i, u in enumerate(row_N.tolist()):
+        top, bottom = (
+            [strings[t] for t in token_NK[i].tolist()]
+            for token_NK in (effects.top_NK, effects.bottom_NK)
+        )
+        document = feature_document(
+            examples,
+            u,
+            strings,
+            top_logits=top,
+            bottom_logits=bottom,
+            transcoder_id=name,
+        )
+        if not i:
+            validate(document)
+        yield document

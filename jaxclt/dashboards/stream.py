@@ -21,6 +21,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +44,8 @@ from jaxclt.text.peaks import Batch, Peaks, batch_peaks
 from jaxclt.text.windows import BATCH_TOKENS, TokenWindows, batches
 from jaxclt.types import LMParams
 
-__all__ = ["STATE", "ExampleOptions", "Sizes", "gather_examples", "is_signed"]
+__all__ = ["STATE", "ExampleOptions", "Sizes", "digest_of", "gather_examples"]
+__all__ += ["is_signed"]
 
 STATE = "seen.npz"  # of a pass that is not over, in its state directory
 _META = json_schema(record({"identity": {"type": "object"}, "windows": COUNT}))
@@ -166,12 +168,14 @@ class Sizes:
 class _Places(NamedTuple):
     """Where features are among a layer's activations."""
 
-    layer_U: np.ndarray
-    feature_U: np.ndarray
+    subset: Subset
     column_U: np.ndarray
-    starts: tuple[int, ...]
     pick_LN: np.ndarray | None  # features of each column; None: all, in order
     width: int
+
+    def of_features(self, x_LN: np.ndarray) -> np.ndarray:
+        """What a layer's columns hold, by feature: [U, ..]."""
+        return x_LN[self.subset.layer_U, ..., self.column_U]
 
 
 def gather_examples(
@@ -209,10 +213,11 @@ def gather_examples(
     options = options or ExampleOptions()
     n, S = windows.token_WS.shape
     signed = is_signed(encoder)
+    subset = Subset.everything(encoder) if subset is None else subset
     places = _places(encoder, subset)
     sizes = Sizes(
         options=options,
-        n_features=len(places.layer_U),
+        n_features=len(subset),
         width=places.width,
         n_layers=encoder.n_layers,
         n_windows=n,
@@ -224,7 +229,7 @@ def gather_examples(
     seen = _nothing(sizes, np.dtype(f"f{sizes.itemsize}"))
     identity = (identity or {}) | {
         "windows": windows.digest,
-        "features": _digest(places),
+        "features": digest_of(subset),
         "n_top": options.top,
         "n_drawn": options.drawn,
         "context": options.excerpt,
@@ -242,10 +247,11 @@ def gather_examples(
 
     def absorb(peaks: Peaks, start: int, done: int) -> None:
         _absorb(seen, places, peaks, start, done, every)
-        save = partial(_save, seen=seen, identity=identity, windows=done)
-        keep.save(done, save, now=done == n)
         counted = int(windows.mask_WS[:done].sum())
+        save = partial(_save, seen=seen, identity=identity, windows=done)
         keep.step(done, save, lambda: on_tokens(counted, windows.n_tokens))
+        if done == n:
+            keep.save(done, save, now=True)
 
     for token_WS, mask_WS, done in batches(windows, first, options.batch_tokens):
         W = len(token_WS)
@@ -273,7 +279,7 @@ def gather_examples(
         waiting = peaks, start, done
     if waiting is not None:
         absorb(*waiting)
-    return _examples(seen, places, windows, every)
+    return _examples(seen, subset, windows, every)
 
 
 def is_signed(encoder: Loaded) -> bool:
@@ -284,26 +290,21 @@ def is_signed(encoder: Loaded) -> bool:
     return theta_LF is not None and bool((np.asarray(theta_LF) < 0).any())
 
 
-def _places(encoder: Loaded, subset: Subset | None) -> _Places:
-    if subset is None or len(subset) == encoder.n_layers * encoder.n_features:
-        everything = Subset.everything(encoder)
-        feature_U = everything.feature_U
-        return _Places(
-            everything.layer_U,
-            feature_U,
-            feature_U,
-            everything.starts,
-            None,
-            encoder.n_features,
-        )
-    starts = subset.starts
+def digest_of(subset: Subset) -> str:
+    """Tells which features a pass is about."""
+    place_U2 = np.stack([subset.layer_U, subset.feature_U], 1).astype(np.int32)
+    return hashlib.sha256(place_U2.tobytes()).hexdigest()
+
+
+def _places(encoder: Loaded, subset: Subset) -> _Places:
+    if len(subset) == encoder.n_layers * encoder.n_features:
+        return _Places(subset, subset.feature_U, None, encoder.n_features)
+    starts = np.asarray(subset.starts, np.int32)
     width = int(np.diff(starts).max())
-    column_U = np.arange(len(subset), dtype=np.int32) - np.asarray(
-        starts, np.int32
-    ).take(subset.layer_U)
+    column_U = np.arange(len(subset), dtype=np.int32) - starts[subset.layer_U]
     pick_LN = np.zeros((subset.n_layers, width), np.int32)
     pick_LN[subset.layer_U, column_U] = subset.feature_U
-    return _Places(subset.layer_U, subset.feature_U, column_U, starts, pick_LN, width)
+    return _Places(subset, column_U, pick_LN, width)
 
 
 def _narrow(encoder: Loaded, pick_LN: np.ndarray | None) -> tuple[Loaded, bool]:
@@ -315,11 +316,6 @@ def _narrow(encoder: Loaded, pick_LN: np.ndarray | None) -> tuple[Loaded, bool]:
     few = jax.tree.map(lambda x: x[layer_L1, pick_LN], enc)
     weights = dataclasses.replace(encoder.weights, enc=few)
     return dataclasses.replace(encoder, weights=weights), True
-
-
-def _digest(places: _Places) -> str:
-    place_U2 = np.stack([places.layer_U, places.feature_U], 1).astype(np.int32)
-    return hashlib.sha256(place_U2.tobytes()).hexdigest()
 
 
 def _nothing(sizes: Sizes, dtype: np.dtype) -> Seen:
@@ -342,14 +338,11 @@ def _absorb(
     """Take in a batch: windows `start` to `done`, then the rows that pad it."""
     n, dtype = done - start, seen.low_U.dtype
 
-    def each(x_LWN: Array) -> np.ndarray:
-        return np.asarray(x_LWN)[places.layer_U, :n, places.column_U]
+    def each(x_LN: Array) -> np.ndarray:
+        return places.of_features(np.asarray(x_LN))
 
     def of_sides(x_LZWN: Array) -> np.ndarray:
-        return np.stack([each(x_LZWN[:, z]) for z in range(x_LZWN.shape[1])])
-
-    def of_all(x_LN: Array) -> np.ndarray:
-        return np.asarray(x_LN)[places.layer_U, places.column_U]
+        return each(x_LZWN)[..., :n].swapaxes(0, 1)
 
     new = Newcomers(
         value_ZUW=of_sides(peaks.value_ZWN).astype(dtype),
@@ -357,32 +350,32 @@ def _absorb(
         start_ZUW=of_sides(peaks.start_ZWN),
         window_W=np.arange(start, done, dtype=np.int32),
         act_LZWCN=np.asarray(peaks.act_ZWCN),
-        layer_U=places.layer_U,
+        layer_U=places.subset.layer_U,
         column_U=places.column_U,
     )
     seen.add(
         new,
-        each(peaks.priority_WN),
-        of_all(peaks.count_N),
-        of_all(peaks.low_N).astype(dtype),
-        of_all(peaks.high_N).astype(dtype),
+        each(peaks.priority_WN)[:, :n],
+        each(peaks.count_N),
+        each(peaks.low_N).astype(dtype),
+        each(peaks.high_N).astype(dtype),
     )
     n_sampled = len(range(-start % every, n, every))
     sample_LHSN = np.asarray(peaks.sample_HSN)[:, :n_sampled]
-    for layer, (a, b) in enumerate(zip(places.starts, places.starts[1:], strict=False)):
+    for layer, (a, b) in enumerate(pairwise(places.subset.starts)):
         if a < b and n_sampled:
             a_TN = sample_LHSN[layer].reshape(-1, sample_LHSN.shape[3])[:, : b - a]
             seen.histogram.add(a_TN.astype(dtype, copy=False), slice(a, b))
 
 
 def _examples(
-    seen: Seen, places: _Places, windows: TokenWindows, every: int
+    seen: Seen, subset: Subset, windows: TokenWindows, every: int
 ) -> Examples:
     never_U = seen.count_U == 0
     sides = tuple(top.excerpts() for top in seen.tops)
     return Examples(
-        layer_U=places.layer_U,
-        feature_U=places.feature_U,
+        layer_U=subset.layer_U,
+        feature_U=subset.feature_U,
         token_WS=windows.token_WS,
         n_tokens=windows.n_tokens,
         count_U=seen.count_U,
