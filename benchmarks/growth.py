@@ -61,6 +61,7 @@ def worker(point: dict[str, Any]) -> None:
     from jaxclt.graph.attribute import AttributeConfig, Timing, attribute_recording
     from jaxclt.graph.graph import GraphMeta
     from jaxclt.graph.memory import available_bytes, patterns_kept
+    from jaxclt.graph.prompt import Prompt
     from jaxclt.graph.targets import salient_targets
     from jaxclt.lm.config import LMConfig
     from jaxclt.testing.random_lm import random_lm
@@ -95,16 +96,8 @@ def worker(point: dict[str, Any]) -> None:
         recording = record_prompt(params, token_T, cfg, keep_patterns=keep)
         active = active_features(NeuronDictionary(point["k"]), params, recording, cfg)
         targets = salient_targets(params, recording.out_TD[-1])
-        attribute_recording(
-            params,
-            recording,
-            active,
-            targets,
-            cfg=cfg,
-            meta=meta,
-            config=config,
-            timing=timing,
-        )
+        prompt = Prompt(params, recording, active, targets, cfg=cfg, config=config)
+        attribute_recording(prompt, meta, timing=timing)
         if timing.attribute > 60:
             break
     result = {

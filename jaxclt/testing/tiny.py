@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,10 +14,12 @@ from jax import Array
 from jaxclt.clt import params as clt_params
 from jaxclt.clt.active import Active, active_features
 from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.gates import GATES
 from jaxclt.clt.store import ParamsStore
 from jaxclt.clt.transcoder import StoreDictionary, loaded_params
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.graph import Graph, GraphMeta
+from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.targets import salient_targets
 from jaxclt.lm.config import LMConfig, RopeScaling
 from jaxclt.lm.run import record
@@ -79,6 +82,7 @@ class Tiny:
         config: AttributeConfig | None = None,
         *,
         active: Active | None = None,
+        stop: Callable[[], bool] = lambda: False,
         **more: Any,
     ) -> Graph:
         """The attribution graph of the prompt; all features unless `config` says.
@@ -86,19 +90,20 @@ class Tiny:
         Args:
           config: how much to compute.
           active: features of another dictionary, or those of this one at hand.
+          stop: see `jaxclt.graph.prompt.Prompt`.
           **more: arguments of `jaxclt.graph.attribute.attribute_recording`.
         """
-        return attribute_recording(
+        every = AttributeConfig(max_features=None, tolerance=0.0, devices=1)
+        prompt = Prompt(
             self.params,
             self.recording,
             self.active if active is None else active,
             self.targets,
             cfg=self.cfg,
-            meta=self.meta,
-            config=config
-            or AttributeConfig(max_features=None, tolerance=0.0, devices=1),
-            **more,
+            config=config or every,
+            stop=stop,
         )
+        return attribute_recording(prompt, self.meta, **more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,8 +223,8 @@ def tiny(
         d_model=16,
         n_features=n_features,
         span=span or n_layers,
-        activation=activation,  # pyright: ignore[reportArgumentType]
-        k=4 if activation == "topk" else None,
+        activation=activation,
+        k=4 if GATES[activation].competes else None,
         read=read,  # pyright: ignore[reportArgumentType]
     )
     params = _random_lm(key_lm, cfg, parts, dtype=dtype)

@@ -22,6 +22,7 @@ from jaxclt.graph.graph import Graph
 from jaxclt.graph.heads import head_loadings
 from jaxclt.graph.inhibition import Inhibition, check_thresholds, find_inhibition
 from jaxclt.graph.memory import available_bytes
+from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.provenance import crop, graph_active, hop_spectrum
 from jaxclt.graph.target_reads import target_reads
 from jaxclt.graph.targets import token_targets
@@ -174,12 +175,5 @@ def inhibition(
     """
     check_thresholds(dictionary, model.params, model.cfg)
     recording, active = recorded(graph, model, dictionary)
-    return find_inhibition(
-        model.params,
-        recording,
-        dictionary,
-        active,
-        model.cfg,
-        margin=margin,
-        limit=limit,
-    )
+    prompt = Recorded(model.params, recording, active, cfg=model.cfg)
+    return find_inhibition(prompt, dictionary, margin=margin, limit=limit)

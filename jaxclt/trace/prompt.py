@@ -32,6 +32,7 @@ from jaxclt.graph.attribute import (
 from jaxclt.graph.compute import memory_budget, plan_attribution
 from jaxclt.graph.graph import Graph, GraphMeta
 from jaxclt.graph.memory import MemoryPlan, patterns_kept
+from jaxclt.graph.prompt import Prompt as RecordedPrompt
 from jaxclt.graph.targets import place_targets, salient_targets, token_targets
 from jaxclt.io.chat import check_messages, is_chat
 from jaxclt.io.model import Model
@@ -229,17 +230,19 @@ def trace_prompt(
             version=__version__,
         )
         graph = attribute_recording(
-            model.params,
-            recording,
-            active,
-            chosen,
-            cfg=model.cfg,
-            meta=meta,
-            config=config,
-            n_tokens=len(ids),
-            shortlist=shortlist,
+            RecordedPrompt(
+                model.params,
+                recording,
+                active,
+                chosen,
+                cfg=model.cfg,
+                config=config,
+                n_tokens=len(ids),
+                shortlist=shortlist,
+                stop=stop,
+            ),
+            meta,
             on_rows=on_rows,
-            stop=stop,
             timing=spent,
         )
     if "stopped" in spent.work:

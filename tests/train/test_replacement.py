@@ -33,7 +33,8 @@ def case(x64: None):
 
 def test_each_encoder_reads_the_replacements_own_stream(case):
     """Against a plain loop over layers, written out."""
-    from jaxclt.clt.activations import activate
+    from transcoder import activate
+
     from jaxclt.lm import layers
 
     p, clt, cfg = case.params, case.clt, case.cfg
