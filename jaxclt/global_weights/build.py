@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -13,7 +13,6 @@ from jaxclt.global_weights.attention import Head, head_block
 from jaxclt.global_weights.ranking import GlobalWeights, Kind
 from jaxclt.global_weights.statistics import Coactivation, Matrix
 from jaxclt.global_weights.weights import (
-    Tile,
     embedding_weights,
     logit_weights,
     virtual_tiles,
@@ -42,12 +41,10 @@ def build(
       on_block: progress, (pairs of layers done, in all).
     """
     subset = statistics.subset
-    starts = subset.starts
-    blocks = _blocks(virtual_tiles(on, subset, on_block), starts)
     fill = _sparse if statistics.sparse else _dense
-    virtual = fill(statistics.sums["both"], blocks, on.dtype)
+    virtual = fill(statistics, virtual_blocks(on, statistics, on_block), on.dtype)
     input_virtual_UY = output_virtual_YU = None
-    live = [i for i in range(subset.n_layers) if starts[i + 1] > starts[i]]
+    live = np.unique(subset.layer_U).tolist()
     if len(statistics.input_Y):
         input_virtual_UY = np.concatenate(
             [
@@ -130,38 +127,39 @@ def head_weights(
 Blocks = Iterator[tuple[int, int, np.ndarray]]
 
 
-def virtual_blocks(on: Bound, statistics: Coactivation) -> Blocks:
-    """All virtual weights of the statistics' features, as `interference` takes them."""
-    subset = statistics.subset
-    return _blocks(virtual_tiles(on, subset), subset.starts)
+def virtual_blocks(
+    on: Bound,
+    statistics: Coactivation,
+    on_block: Callable[[int, int], None] = lambda done, total: None,
+) -> Blocks:
+    """All virtual weights of the statistics' features, as `interference` takes them.
 
-
-def _blocks(tiles: Iterator[Tile], starts: tuple[int, ...]) -> Blocks:
-    """(first target slot, first source slot, weights) without padding."""
-    for t, s, value_RN in tiles:
+    Yields:
+      First target slot, first source slot, weights without padding.
+    """
+    starts = statistics.subset.starts
+    for t, s, value_RN in virtual_tiles(on, statistics.subset, on_block):
         rows, columns = starts[t + 1] - starts[t], starts[s + 1] - starts[s]
         yield starts[t], starts[s], np.asarray(value_RN)[:rows, :columns]
 
 
 def _dense(
-    both: Sequence[Matrix], blocks: Blocks, dtype: np.dtype
+    statistics: Coactivation, blocks: Blocks, dtype: np.dtype
 ) -> tuple[Matrix, ...]:
-    starts = np.cumsum([0, *(_rows(tile) for tile in both)])
-    found = [np.zeros(tile.shape or (), dtype) for tile in both]
+    found = [np.zeros(tile.shape, dtype) for tile in statistics.sums["both"]]
     for row, column, value_RN in blocks:
-        tile = found[int(np.searchsorted(starts, row, side="right")) - 1]
+        tile = found[statistics.subset.layer_U[row]]
         tile[:, column : column + value_RN.shape[1]] = value_RN
     return tuple(found)
 
 
 def _sparse(
-    both: Sequence[Matrix], blocks: Blocks, dtype: np.dtype
+    statistics: Coactivation, blocks: Blocks, dtype: np.dtype
 ) -> tuple[Matrix, ...]:
-    starts = np.cumsum([0, *(_rows(tile) for tile in both)])
-    pattern = [csr_array(tile).tocsc() for tile in both]
+    pattern = [csr_array(tile).tocsc() for tile in statistics.sums["both"]]
     data = [np.zeros(tile.nnz, dtype) for tile in pattern]
     for row, column, value_RN in blocks:
-        layer = int(np.searchsorted(starts, row, side="right")) - 1
+        layer = statistics.subset.layer_U[row]
         tile, n = pattern[layer], value_RN.shape[1]
         ends = tile.indptr[column : column + n + 1]
         of = np.repeat(np.arange(n), np.diff(ends))
@@ -170,8 +168,3 @@ def _sparse(
     for tile, weight in zip(pattern, data, strict=True):
         tile.data = weight
     return tuple(tile.tocsr() for tile in pattern)
-
-
-def _rows(tile: Matrix) -> int:
-    assert tile.shape is not None
-    return int(tile.shape[0])

@@ -35,6 +35,7 @@ __all__ = [
     "Tile",
     "embedding_weights",
     "folded_encoder",
+    "highest",
     "logit_weights",
     "strongest_virtual",
     "summed_writes",
@@ -42,8 +43,6 @@ __all__ = [
     "virtual_tiles",
     "written_logits",
 ]
-
-_GROUP = 8  # columns whose largest is looked at first
 
 
 def folded_encoder(
@@ -174,24 +173,25 @@ class Strongest(NamedTuple):
     output_weight_UK: np.ndarray
 
 
-def top(x_RN: Array, k: int) -> tuple[Array, Array]:
-    """Values and columns [R, k] of the largest |x| of each row, exactly.
+def highest(x_RN: Array, k: int, group: int = 8) -> tuple[Array, Array]:
+    """Values and columns [R, k] of the largest of each row, of equals the first.
 
-    The largest k columns lie in the k groups of columns with the largest maxima, so
-    that only those are searched: a maximum is much cheaper than a selection.
+    They lie in the k groups of columns with the largest maxima, so that only those are
+    searched, in the order of columns: a maximum is much cheaper than a selection.
     """
     R, N = x_RN.shape
-    n_groups = N // _GROUP
-    if N % _GROUP or n_groups <= 2 * k:
-        _, index_RK = jax.lax.top_k(jnp.abs(x_RN), min(k, N))
-        return jnp.take_along_axis(x_RN, index_RK, 1), index_RK
-    x_RGJ = x_RN.reshape(R, n_groups, _GROUP)
-    _, group_RK = jax.lax.top_k(jnp.abs(x_RGJ).max(2), k)
+    n_groups = -(-N // group)
+    if n_groups <= 2 * k:
+        return jax.lax.top_k(x_RN, min(k, N))
+    lowest = jnp.asarray(-jnp.inf, x_RN.dtype)
+    room = ((0, 0), (0, n_groups * group - N))
+    x_RGJ = jnp.pad(x_RN, room, constant_values=lowest).reshape(R, n_groups, group)
+    _, group_RK = jax.lax.top_k(x_RGJ.max(2), k)
+    group_RK = jnp.sort(group_RK, 1)
     near_RKJ = jnp.take_along_axis(x_RGJ, group_RK[:, :, None], 1)
-    near_RN = near_RKJ.reshape(R, -1)
-    _, at_RK = jax.lax.top_k(jnp.abs(near_RN), k)
-    group_RK = jnp.take_along_axis(group_RK, at_RK // _GROUP, 1)
-    return jnp.take_along_axis(near_RN, at_RK, 1), group_RK * _GROUP + at_RK % _GROUP
+    value_RK, at_RK = jax.lax.top_k(near_RKJ.reshape(R, -1), k)
+    group_RK = jnp.take_along_axis(group_RK, at_RK // group, 1)
+    return value_RK, group_RK * group + at_RK % group
 
 
 Best = tuple[Array, Array]  # values and slots [width, k]
@@ -204,7 +204,8 @@ def _update(
     """The best so far with one more block; `first` are its first row's and column's."""
 
     def merge(best: Best, x_RN: Array, start: Array) -> Best:
-        value_RK, column_RK = top(x_RN, k)
+        _, column_RK = highest(jnp.abs(x_RN), k)
+        value_RK = jnp.take_along_axis(x_RN, column_RK, 1)
         slot_RK = column_RK.astype(start.dtype) + start
         slot_RK = jnp.where(value_RK == 0, -jnp.ones_like(slot_RK), slot_RK)
         value = jnp.concatenate([best[0], value_RK], 1)

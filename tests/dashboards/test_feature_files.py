@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -259,17 +258,6 @@ def test_tokens_that_decoders_raise_and_lower(name: str) -> None:
     np.testing.assert_array_equal(found.bottom_NK, order_NV[:, :-5:-1])
     value_NK = np.take_along_axis(logit_NV, found.bottom_NK, 1)
     np.testing.assert_allclose(found.bottom_value_NK, value_NK, rtol=1e-4, atol=1e-5)
-
-
-def test_the_largest_are_found_in_groups() -> None:
-    from jaxclt.dashboards import logits
-
-    x_NV = jax.random.normal(jax.random.key(3), (5, 2000))
-    x_NV = jnp.round(x_NV, 1)  # with many equals
-    value_NK, at_NK = jax.jit(lambda x: logits._highest(x, 7))(x_NV)
-    want_value_NK, want_NK = jax.lax.top_k(x_NV, 7)
-    np.testing.assert_array_equal(value_NK, want_value_NK)
-    np.testing.assert_array_equal(at_NK, want_NK)
 
 
 def test_significant_digits() -> None:
