@@ -38,7 +38,7 @@ HUGE = 10**30
 # Fields whose numbers may be below zero, or zero.
 NEGATIVE = {"seed", "scale", "set", "add", "theta"}
 ZERO = NEGATIVE | {
-    *("heads", "tolerance", "drawn", "generate", "temperature"),
+    *("heads", "tolerance", "drawn", "logits", "generate", "temperature"),
     *("layer_tokens", "graphs", "perturbed", "sort", "contrastive"),
     *("span", "l0", "sparsity", "ramp", "preactivation", "auxk", "auxk_features"),
     *("jacobian", "warmup", "clip", "outlier", "eval_every", "agreement_windows"),
@@ -387,10 +387,12 @@ def test_numbers_are_checked_before_any_work(
     before = {path.name for path in files.iterdir()}
     n = 0
     for name, value, refused in trials(kind):
-        config = dataclasses.replace(base, **{name: value})
         if command in ("view", "explain") and value in (0, HUGE) and not refused:
             continue  # these have no model to stop at
-        found = guarded(lambda say, config=config: run(config, say))
+        change = {name: value}  # which some refuse as soon as they are made
+        found = guarded(
+            lambda say, change=change: run(dataclasses.replace(base, **change), say)
+        )
         assert found == 2, (name, value)
         line = one_line(capsys)
         begun = "the work begins" in line

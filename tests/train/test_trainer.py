@@ -60,7 +60,7 @@ def test_windows_of_ones_own_are_trained_on_first_position_and_all(tmp_path: Pat
     assert real - len(held) < card["metrics"]["heldout_tokens"] <= real  # no outliers
     assert card["metrics"]["l0"] > 0
     assert "first position" not in (out / "README.md").read_text()
-    with pytest.raises(InputError, match="another data"):
+    with pytest.raises(InputError, match="differs in data"):
         train(model, Windows.of(rest, held), out, config)
 
 
