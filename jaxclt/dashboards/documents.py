@@ -19,7 +19,7 @@ from jaxclt.files.json_file import TEXT, TEXTS, check_json, json_schema, record
 
 __all__ = ["SCHEMA", "feature_document", "significant", "validate"]
 
-INTERVALS = 4  # of activation, that the drawn examples are shown in
+INTERVALS = 4  # of activation, by which the drawn examples are grouped
 DIGITS = 4
 
 _INDEX = {"type": "integer", "minimum": 0}

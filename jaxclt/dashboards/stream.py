@@ -6,9 +6,9 @@ The device reduces every feature and window to its peak and the excerpt around i
 the host keeps the best of them while the device works on the next batch. Windows are
 ranked in two ways: by the largest activation, and by a random number that depends on
 layer, feature, window and seed alone, so that the windows drawn are a uniform sample of
-those with the feature, in whatever batches or subsets they come. Where activations are
-of either sign, the best of both sides of zero are kept, and drawn windows are shown at
-the larger of their peaks.
+those with the feature, whatever the batches and subsets. Where activations have both
+signs, the best of both sides of zero are kept, and drawn windows are shown at the
+larger of their peaks.
 
 Memory does not grow with the text, but for its tokens and one bit for every feature and
 window. A pass with a `state` directory goes on where it was killed, bit for bit.
@@ -79,7 +79,7 @@ class ExampleOptions:
     bins: int = 40
     """Bins of a histogram, an even number; its range is a power of two."""
     histogram_every: int = 8
-    """Histograms are of one window in so many, counts and extremes of all."""
+    """Histograms take one window in this many; counts and extremes take all."""
     seed: int = 0
     """Of the examples drawn."""
     batch_tokens: int = BATCH_TOKENS
@@ -226,7 +226,7 @@ def gather_examples(
         itemsize=max(4, params.embed_VD.dtype.itemsize),
     )
     sizes.check(host_available_bytes())
-    seen = _nothing(sizes, np.dtype(f"f{sizes.itemsize}"))
+    seen = _nothing(sizes)
     identity = (identity or {}) | {
         "windows": windows.digest,
         "features": digest_of(subset),
@@ -318,8 +318,8 @@ def _narrow(encoder: Loaded, pick_LN: np.ndarray | None) -> tuple[Loaded, bool]:
     return dataclasses.replace(encoder, weights=weights), True
 
 
-def _nothing(sizes: Sizes, dtype: np.dtype) -> Seen:
-    U, options = sizes.n_features, sizes.options
+def _nothing(sizes: Sizes) -> Seen:
+    U, options, dtype = sizes.n_features, sizes.options, f"f{sizes.itemsize}"
     top = partial(Best.empty, U, options.top, options.excerpt, dtype, dtype)
     return Seen(
         tops=tuple(top() for _ in range(sizes.sides)),

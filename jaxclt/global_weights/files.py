@@ -98,7 +98,7 @@ def save_statistics(
                     arrays[f"{key}/{part}"] = np.asarray(getattr(tile, part))
             else:
                 arrays[key] = tile
-    told = {
+    about = {
         "n_layers": found.subset.n_layers,
         "scaled": found.scaled,
         "sums": {
@@ -107,13 +107,13 @@ def save_statistics(
         },
         "more": meta,
     }
-    write_npz(path, meta=np.asarray(to_json(told)), **arrays)
+    write_npz(path, meta=np.asarray(to_json(about)), **arrays)
 
 
 def load_statistics(
     path: str | os.PathLike[str],
 ) -> tuple[Coactivation, dict[str, Any]]:
-    """Read what `save_statistics` wrote: the sums, and what else was told.
+    """Read what `save_statistics` wrote: the sums, and its `meta`.
 
     Raises:
       InputError: if there is no such file, or it is damaged.

@@ -83,8 +83,8 @@ class CoactivationOptions(PassOptions):
     Attributes:
       sparse: hold only pairs that ever fire together; None: above 8,192 features.
       heads: (layer, head) pairs that get sums of their own.
-      input_tokens: token ids whose embeddings count as sources, or how many of the most
-        frequent ones.
+      input_tokens: token ids whose embeddings count as sources, or a number of the
+        most frequent ones.
       output_tokens: likewise tokens whose logits count as targets; costs the
         unembedding.
       shard: (i, n) takes every n-th window from the i-th on, the same features for all
@@ -267,7 +267,7 @@ class _Flushed:
         self._device: Sums | None = None
 
     def add(self, more: Sums, n_tokens: int) -> None:
-        """Add the sums of so many positions."""
+        """Add the sums over `n_tokens` positions."""
         self._device = more if self._device is None else add_sums(self._device, more)
         jax.block_until_ready(self._device)
         self.since += n_tokens

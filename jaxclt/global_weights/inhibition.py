@@ -61,7 +61,7 @@ def rows_of_weights(on: Bound, subset: Subset, slot_R: np.ndarray) -> np.ndarray
             chosen = subset.features(of)
             if len(chosen):
                 block = virtual_block(on, target, (of, chosen))
-                V_RU[row[:, None], np.arange(len(subset))[subset.of_layer(of)]] = block
+                V_RU[row, subset.of_layer(of)] = block
     return V_RU
 
 
@@ -82,7 +82,7 @@ def inhibition_of(
     Args:
       params: the model.
       enc: from `encoders`.
-      token_WS: token ids, negative behind the text.
+      token_WS: token ids, negative after the text.
       mask_WS: bool, which positions count.
       slot_R: the targets' slots in the subset.
       theta_R: their thresholds.

@@ -311,11 +311,9 @@ def _dense(x: Matrix) -> np.ndarray:
 
 def _at(x: Matrix, row: np.ndarray, column: np.ndarray) -> np.ndarray:
     """Entries as float64."""
-    if not len(row):
+    if not len(row):  # which sparse matrices have no answer to
         return np.zeros(0)
-    if isinstance(x, csr_array):
-        return np.asarray(x[row, column], np.float64).ravel()
-    return np.asarray(x[row, column], np.float64)
+    return np.asarray(x[row, column], np.float64).ravel()
 
 
 def largest(value_N: np.ndarray, k: int) -> np.ndarray:

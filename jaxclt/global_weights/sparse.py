@@ -50,7 +50,7 @@ def sparse_sums(
     Args:
       params: the model.
       enc: from `encoders`.
-      token_WS: token ids, negative behind the text.
+      token_WS: token ids, negative after the text.
       mask_WS: bool, which positions count.
       plan: static sizes; heads are not used.
     """

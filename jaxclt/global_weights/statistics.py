@@ -196,7 +196,7 @@ def watch(
     Args:
       params: the model.
       enc: from `encoders`.
-      token_WS: token ids; padding (negative) stands behind the text.
+      token_WS: token ids; padding (negative) comes after the text.
       mask_WS: bool, which positions count.
       plan: static sizes.
     """
@@ -335,7 +335,7 @@ def token_sums(
     Args:
       params: the model.
       enc: from `encoders`.
-      token_WS: token ids, negative behind the text.
+      token_WS: token ids, negative after the text.
       mask_WS: bool, which positions count (as targets and as sources).
       input_Y: tracked input tokens, or None.
       output_Y: tracked output tokens, or None; costs the unembedding.

@@ -51,7 +51,7 @@ def write_globals(
       top: links kept: the strongest inputs and outputs of every feature by |V|, |ERA|
         and |TWERA| each (sparse statistics: by the last two and |V| among the pairs
         that fire together).
-      meta: more to tell.
+      meta: more for the report.
       on_layer: progress of the vocabulary weights, layer by layer.
 
     Raises:
@@ -70,7 +70,7 @@ def write_globals(
     share = ranking.interference(stats, blocks)
     tables = _token_tables(on, stats.subset, on_layer)
     ids = np.unique([tables[f"{name}_token_UK"] for name in _TOKENS])
-    told = (meta or {}) | {
+    about = (meta or {}) | {
         "schema": 1,
         "model": model.name,
         "dictionary": dictionary.name,
@@ -87,7 +87,7 @@ def write_globals(
     texts = model.tokenizer.token_strings(ids.tolist())
     token_text = {str(i): t for i, t in zip(ids.tolist(), texts, strict=True)}
     found = SavedGlobals(
-        meta=told | {"token_text": token_text},
+        meta=about | {"token_text": token_text},
         links=links,
         subset=stats.subset,
         frequency_U=stats.frequency.astype(np.float32),
@@ -96,7 +96,7 @@ def write_globals(
     )
     save_globals(out / "globals.npz", found)
     write_text(out / "index.html", globals_page(page_document(found)))
-    write_text(out / "report.json", to_json(told, indent=1) + "\n")
+    write_text(out / "report.json", to_json(about, indent=1) + "\n")
     return found
 
 

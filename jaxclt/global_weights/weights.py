@@ -304,8 +304,7 @@ def logit_weights(
     """Virtual weights [N, Y] from features to demeaned logits ("output weights").
 
     The gain of the final norm is folded in, its denominator is not; logits are those
-    before a cap. Over the whole
-    vocabulary the weights of a feature sum to zero.
+    before a cap. Over the whole vocabulary the weights of a feature sum to zero.
 
     Args:
       on: the dictionary on its model.

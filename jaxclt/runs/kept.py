@@ -29,7 +29,6 @@ __all__ = [
     "RUN",
     "Answers",
     "State",
-    "check_writable",
     "claimed",
     "digest",
     "intact_json",
@@ -124,12 +123,6 @@ def owned(out: str | os.PathLike[str], *, makes: str = "") -> Iterator[None]:
         probe.unlink()
         sweep(out)
         yield
-
-
-def check_writable(out: str | os.PathLike[str], *, makes: str = "") -> None:
-    """Raise InputError now if `owned` would later."""
-    with owned(out, makes=makes):
-        pass
 
 
 @contextlib.contextmanager

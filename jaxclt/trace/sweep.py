@@ -16,8 +16,9 @@ from typing import Any
 from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.files.atomic import write_text
-from jaxclt.files.json_file import json_schema, parse_json, record
+from jaxclt.files.json_file import TEXT, json_schema, record
 from jaxclt.files.json_text import to_json
+from jaxclt.files.lines import read_lines
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.io.chat import is_chat
 from jaxclt.io.model import Model
@@ -30,6 +31,7 @@ from jaxclt.trace.prompt import identity, trace_prompt
 
 __all__ = ["read_prompts", "sweep_prompts"]
 
+_LINE = json_schema(record({"directory": TEXT}))
 _REPORT = json_schema(record({x: {"type": "object"} for x in ("identity", "scores")}))
 
 
@@ -102,15 +104,8 @@ def sweep_prompts(
 
 
 def _index(out: Path) -> dict[str, dict[str, Any]]:
-    """The lines of an earlier run by directory; those that cannot be read are left."""
-    found = {}
-    try:
-        for text in (out / "index.jsonl").read_text(encoding="utf-8").splitlines():
-            line = parse_json(text, out)
-            found[line["directory"]] = line
-    except (OSError, ValueError, InputError, KeyError, TypeError):
-        pass
-    return found
+    """The lines of an earlier run by directory; damaged ones are left out."""
+    return {row["directory"]: row for row in read_lines(out / "index.jsonl", _LINE)}
 
 
 def _finished(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:

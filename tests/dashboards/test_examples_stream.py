@@ -377,7 +377,7 @@ def test_memory_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     for sides in (2, 1):
         sizes = dataclasses.replace(sizes, sides=sides)
-        seen = stream._nothing(sizes, np.dtype("f8"))
+        seen = stream._nothing(sizes)
         held = sum(array.nbytes for array in seen.arrays().values())
         assert sizes.state_bytes == held
     monkeypatch.setattr(stream, "host_available_bytes", lambda: 10_000)

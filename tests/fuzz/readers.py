@@ -289,14 +289,14 @@ WINDOWS = TokenWindows(np.zeros((9, 6), np.int32), np.ones((9, 6), bool))
 
 
 def make_seen(folder: Path) -> list[Path]:
-    seen, ours = stream._nothing(SIZES, np.dtype("f4")), {"model": "a"}
+    seen, ours = stream._nothing(SIZES), {"model": "a"}
     stream._save(folder / stream.STATE, seen=seen, identity=ours, windows=4)
     write(folder / "run.json", {"model": "a"})
     return [folder / stream.STATE, folder / "run.json"]
 
 
 def open_seen(folder: Path) -> None:
-    seen = stream._nothing(SIZES, np.dtype("f4"))
+    seen = stream._nothing(SIZES)
     ours = {"model": "a"}
     assert 0 <= stream._load(folder / stream.STATE, seen, WINDOWS, ours) <= 9
     for best in (*seen.tops, seen.drawn):
