@@ -50,7 +50,7 @@ from jaxclt.text.prompts import Prompt
 from jaxclt.text.windows import batches
 from jaxclt.trace.prompt import trace_prompt
 from jaxclt.train.harvest import harvest
-from jaxclt.validation.perturb import by_distance, faithfulness
+from jaxclt.validation.faithfulness import by_distance, faithfulness
 from jaxclt.validation.stats import ratio_interval
 from jaxclt.version import __version__
 
