@@ -40,7 +40,7 @@ from jaxclt.runs.pace import logged
 from jaxclt.text.features import Features, choose_features
 from jaxclt.text.windows import Data, Mask, TokenWindows, read_windows
 
-__all__ = ["FeatureOptions", "feature_dashboards", "write_features"]
+__all__ = ["FeatureOptions", "feature_dashboards"]
 
 REPORT = "report.json"
 # What files depend on, as run.json and report.json have it.
@@ -149,7 +149,7 @@ def feature_dashboards(
         )
     pass_s = time.perf_counter() - passed
     folder, on_layer = out / "features", partial(tell, "files")
-    write_features(model, dictionary, examples, folder, options, on_layer)
+    _write_features(model, dictionary, examples, folder, options, on_layer)
     new, report = counted[-1] - counted[0], out / REPORT
     if not new and report.is_file():
         # Nothing was left to do: the seconds are those of the run that did it.
@@ -181,27 +181,15 @@ def feature_dashboards(
     return found, examples
 
 
-def write_features(
+def _write_features(
     model: Model,
     dictionary: Dictionary,
     examples: Examples,
     folder: Path,
     options: FeatureOptions,
-    on_layer: Callable[[int, int], None] = lambda done, total: None,
+    on_layer: Callable[[int, int], None],
 ) -> None:
-    """Write the feature files of some examples; layers that have a file are kept.
-
-    Args:
-      model: from `load_model`.
-      dictionary: what the features are of.
-      examples: from `gather_examples`.
-      folder: to write to.
-      options: what to write of each feature.
-      on_layer: progress.
-
-    Raises:
-      InputError: if the folder cannot be written.
-    """
+    """Write the feature files of some examples; layers that have a file are kept."""
     token_N = np.arange(model.cfg.d_vocab)
     strings = model.tokenizer.token_strings(token_N.tolist())
     shape = dictionary.coder(model.cfg).shape

@@ -18,8 +18,8 @@ from jaxclt.clt.subset import Subset
 from jaxclt.errors import InputError, check_choice, options_of
 from jaxclt.global_weights import ranking
 from jaxclt.global_weights import weights as weights_of
-from jaxclt.global_weights.attention import Head
-from jaxclt.global_weights.build import build, head_weights
+from jaxclt.global_weights.attention import Head, head_block
+from jaxclt.global_weights.build import build
 from jaxclt.global_weights.files import load_statistics
 from jaxclt.global_weights.gather import PassOptions, joined
 from jaxclt.global_weights.inhibition import (
@@ -96,6 +96,8 @@ def head_inputs(
 ) -> list[dict[str, Any]]:
     """The strongest sources of a feature through one attention head, at any position.
 
+    Norm-aware: n ERA is the sum of the graphs' edges through this head alone.
+
     Args:
       model: from `load_model`.
       dictionary: the one that the statistics are of.
@@ -107,16 +109,38 @@ def head_inputs(
       by: what to rank by.
 
     Returns:
-      ``layer feature virtual era twera`` of each source, strongest first; see
-      `jaxclt.global_weights.build.head_weights`.
+      ``layer feature virtual era twera`` of each source, strongest first.
 
     Raises:
       InputError: if the head was not gathered, or the target lies below it.
     """
     on = bound_of(dictionary, model)
-    value = head_weights(on, statistics, head, layer, feature, cfg=model.cfg)
+    subset, sums = statistics.subset, statistics.sums
+    if head not in statistics.heads:
+        raise InputError(
+            f"head {head[0]}:{head[1]} was not gathered: name it in `heads`"
+        )
+    slot, first = subset.slot(layer, feature), subset.starts[head[0]]
+    if slot < first:
+        raise InputError(
+            f"feature {layer}:{feature} lies below head {head[0]}:{head[1]}: choose a "
+            "target of the head's layer or above"
+        )
+    at, target = statistics.heads.index(head), (layer, np.asarray([feature]))
+    weight = [
+        head_block(on, head, target, (of, subset.features(of)), cfg=on.cfg)[0]
+        for of in range(head[0])
+        if len(subset.features(of))
+    ]
+    virtual_N = np.concatenate([np.zeros(0), *weight])
+    total = float(sums["sum_U"][slot])
+    ind_N, act_N = (sums[name][at][slot - first] for name in ("head_ind", "head_act"))
+    value = {
+        "virtual": virtual_N,
+        "era": ind_N / max(statistics.n_tokens, 1) * virtual_N,
+        "twera": act_N * virtual_N / total if total else np.zeros_like(act_N),
+    }
     check_choice("kind", by, value)
-    subset = statistics.subset
     return [
         {"layer": int(subset.layer_U[i]), "feature": int(subset.feature_U[i])}
         | {name: float(x_N[i]) for name, x_N in value.items()}

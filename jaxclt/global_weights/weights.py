@@ -50,12 +50,9 @@ def folded_encoder(
     layer: int,
     feature_R: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Encoder rows [R, D] at the residual stream, the norm but its scale folded in.
+    """Encoder rows [R, D] of a layer's features (None: all of them) in the stream.
 
-    Args:
-      on: the dictionary on its model.
-      layer: of the features.
-      feature_R: which; None for all.
+    The norm but its scale is folded in.
     """
     if feature_R is None:
         feature_R = np.arange(on.shape.n_features)
@@ -79,12 +76,9 @@ def virtual_block(
     target: tuple[int, np.ndarray],
     source: tuple[int, np.ndarray],
 ) -> np.ndarray:
-    """Virtual weights [R, N] between some features of two layers.
+    """Virtual weights [R, N] between features of two layers, given with the layers.
 
-    Args:
-      on: the dictionary on its model.
-      target: layer and feature indices [R].
-      source: layer and feature indices [N]; zeros unless it lies below.
+    Zero unless the source lies below.
     """
     (to, feature_R), (of, feature_N) = target, source
     feature_R, feature_N = np.asarray(feature_R), np.asarray(feature_N)
@@ -225,12 +219,6 @@ def strongest_virtual(
     """The strongest inputs and outputs of every feature, by size of virtual weight.
 
     Streams `virtual_tiles`: memory is of one block and of the result.
-
-    Args:
-      on: the dictionary on its model.
-      subset: the features.
-      k: how many of each.
-      on_block: progress.
     """
     count_L = np.diff(subset.starts)
     width, dtype = int(count_L.max()), on.dtype
@@ -238,7 +226,6 @@ def strongest_virtual(
     def none() -> Best:
         return jnp.zeros((width, k), dtype), -jnp.ones((width, k), jnp.int32)
 
-    L = subset.n_layers
     into: list[Best | None] = [none() if n else None for n in count_L]
     out: list[Best | None] = [none() if n else None for n in count_L]
     for tile in virtual_tiles(on, subset, on_block):
@@ -250,11 +237,11 @@ def strongest_virtual(
         into[t], out[s] = _update(tile.value_RN, best_t, best_s, first, k=k)
 
     def gather(best: list[Best | None], part: int) -> np.ndarray:
-        rows = []
-        for layer in range(L):
-            found = best[layer]
-            if found is not None:
-                rows.append(np.asarray(found[part])[: count_L[layer]])
+        rows = [
+            np.asarray(found[part])[:n]
+            for found, n in zip(best, count_L, strict=True)
+            if found is not None
+        ]
         return np.concatenate(rows)
 
     return Strongest(gather(into, 1), gather(into, 0), gather(out, 1), gather(out, 0))
@@ -306,11 +293,7 @@ def logit_weights(
     The gain of the final norm is folded in, its denominator is not; logits are those
     before a cap. Over the whole vocabulary the weights of a feature sum to zero.
 
-    Args:
-      on: the dictionary on its model.
-      layer: of the features.
-      feature_N: which; None for all.
-      token_Y: which tokens; None for the whole vocabulary.
+    Arguments as for `embedding_weights`.
     """
     cfg = on.shape
     feature_N = np.arange(cfg.n_features) if feature_N is None else feature_N
