@@ -56,7 +56,7 @@ class FeaturesFlags(FeatureOptions, _Source):
 def run_features(flags: FeaturesFlags, say: Console, run: Run) -> None:
     """Gather, write, print."""
     from jaxclt.dashboards.gather import feature_dashboards
-    from jaxclt.evaluation.http_client import Client
+    from jaxclt.evaluation.http_client import Client, ClientOptions
     from jaxclt.evaluation.labels import automatic_labels
     from jaxclt.files.atomic import write_text
     from jaxclt.io.dictionary import LABELS
@@ -66,12 +66,10 @@ def run_features(flags: FeaturesFlags, say: Console, run: Run) -> None:
     client = None
     if flags.labels:
         url, _, name = flags.labels.partition("#")
-        client = Client(
-            url,
-            name,
-            cache_dir=flags.out / "judge",
-            max_tokens_total=flags.labels_budget,
+        options = ClientOptions(
+            cache_dir=flags.out / "judge", max_tokens_total=flags.labels_budget
         )
+        client = Client(url, name, options)
     model, dictionary = load(flags.model, flags.dictionary, say)
     units = {"files": "layers/s", "labels": "labels/s"}
     with Stages(say, units=units, look=run.look) as stages:

@@ -101,7 +101,7 @@ def run_train(flags: TrainFlags, say: Console, run: Run) -> None:
     model = load_model(flags.model, progress=lines(say))
     if flags.dry_run:
         found = dryrun.estimate(config, model.cfg, sizes)
-        answer(flags.json, dryrun.as_json(found), "\n".join(found.lines()))
+        answer(flags.json, dataclasses.asdict(found), "\n".join(found.lines()))
         return
     run.look()
     with _listener(say, config.n_steps, run) as listener:

@@ -30,7 +30,7 @@ from jaxclt.patching.patchable import How
 from jaxclt.patching.subject import Subject
 from jaxclt.replacement.errors import error_nodes
 from jaxclt.replacement.local import local_replacement, run_local
-from jaxclt.replacement.model import replaced
+from jaxclt.replacement.model import Sources, replaced
 from jaxclt.validation.report import ValidateOptions, validate_graph
 
 PROMPT = "w5 w9 w30 w7 w8"
@@ -204,9 +204,8 @@ def test_with_its_errors_the_replacement_is_the_model(name: str) -> None:
     done = replaced(
         model.params,
         loaded,
-        embed(model.params, ids),
+        Sources(embed(model.params, ids), error_LTD),
         cfg=model.cfg,
-        error_LTD=error_LTD,
     )
     np.testing.assert_allclose(done.out_TD, rec.out_TD, atol=2e-5)
     local = run_local(local_replacement(model.params, loaded, rec, cfg=model.cfg))
