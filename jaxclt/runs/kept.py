@@ -20,7 +20,13 @@ from typing import Any
 
 from jaxclt.errors import InputError, shown
 from jaxclt.files.atomic import atomic_path, sweep, write_text
-from jaxclt.files.json_file import MOST_DATA, Schema, check_json, read_json
+from jaxclt.files.json_file import (
+    MOST_DATA,
+    Schema,
+    check_json,
+    find_json,
+    read_json,
+)
 from jaxclt.files.json_text import to_json
 from jaxclt.files.lines import append_line, read_lines
 from jaxclt.runs.lock import held
@@ -141,12 +147,14 @@ def claimed(out: Path, ours: Identity, leaves: Collection[str] = ()) -> Iterator
       InputError: if it holds anything else.
     """
     file = out / RUN
-    if not _has_any(out, leaves):
-        write_text(file, to_json(ours, indent=1) + "\n")
-    elif file.is_file():
-        refuse_other(out, read_json(file), ours)
-    else:
+    theirs, begun = find_json(file), _has_any(out, leaves)
+    if begun and theirs is None:
         raise InputError(f"{out} is not empty and holds no run: give another directory")
+    # Another command's run leaves other names than ours.
+    if theirs is not None and (begun or set(theirs) != set(ours)):
+        refuse_other(out, theirs, ours)
+    else:
+        write_text(file, to_json(ours, indent=1) + "\n")
     try:
         yield
     except BaseException:

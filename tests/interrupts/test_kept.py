@@ -50,6 +50,9 @@ def test_a_directory_belongs_to_a_run_that_left_something(tmp_path: Path):
         pass
     with pytest.raises(InputError, match="in data"):
         claimed(out, OURS | {"data": "y"}).__enter__()
+    with pytest.raises(InputError, match="in top"):  # another command's run
+        claimed(out, {"top": 1, "model": "a" * 64}, ["features"]).__enter__()
+    assert json.loads((out / kept.RUN).read_text()) == KEPT
     (out / kept.RUN).write_text("{")
     with pytest.raises(InputError, match=r"run\.json is not JSON"):
         claimed(out, OURS).__enter__()
