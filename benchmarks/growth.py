@@ -64,7 +64,7 @@ def worker(point: dict[str, Any]) -> None:
     from jaxclt.graph.targets import salient_targets
     from jaxclt.lm import params as lm_params
     from jaxclt.lm.config import LMConfig
-    from jaxclt.trace.prompt import record_prompt
+    from jaxclt.trace.record import record_prompt
 
     T, L = point["tokens"], point["layers"]
     cfg = LMConfig(

@@ -23,7 +23,7 @@ from jaxclt.graph.graph import Graph
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
 from jaxclt.runs.pace import logged
-from jaxclt.text.prompts import Prompt
+from jaxclt.text.prompts import Opened, Prompt
 from jaxclt.trace.again import edge_parts_with_model
 from jaxclt.trace.prompt import TargetChoice, trace_prompt
 from jaxclt.viewer.graph_json import graph_json
@@ -70,10 +70,9 @@ def attribute(
     return trace_prompt(
         model,
         dictionary,
-        prompt,
+        dataclasses.replace(Opened.of(prompt), bos=bos),
         config=AttributeConfig(**config),
         targets=targets,
-        bos=bos,
         on_rows=partial(logged(), "attributing"),
     ).graph
 

@@ -20,7 +20,8 @@ from jaxclt.patching.subject import Subject
 from jaxclt.text.corpus import read_documents
 from jaxclt.text.prompts import Prompt, prompt_ids, prompt_rows, read_prompts
 from jaxclt.text.windows import TokenWindows, read_windows
-from jaxclt.trace.prompt import identity, prompt_tokens, trace_prompt
+from jaxclt.trace.prompt import identity, trace_prompt
+from jaxclt.trace.record import prompt_tokens
 
 GOLDEN = Path(__file__).parent / "goldens" / "circuit_tracer_clt"
 # Roles are words of the tiny vocabulary.

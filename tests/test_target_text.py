@@ -28,7 +28,7 @@ from jaxclt.graph.targets import (
 )
 from jaxclt.io.graph_file import load_graph
 from jaxclt.io.model import Model
-from jaxclt.trace.prompt import prompt_tokens, record_prompt
+from jaxclt.trace.record import prompt_tokens, record_prompt
 from jaxclt.trace.target_text import read_targets
 from jaxclt.types import LMParams, Recording, Targets
 from jaxclt.viewer.graph_json import validate

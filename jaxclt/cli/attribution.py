@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from rich.console import Console
 from tyro.conf import arg
@@ -61,11 +61,6 @@ class AttributionFlags:
     """Split the model's weights over this many devices, where one cannot hold them."""
     json: AsJson = False
     debug: Debug = False
-
-    @property
-    def environment(self) -> dict[str, Any]:
-        """Settings that the report lists with the machine's."""
-        return {"dtype": self.dtype, "precision": self.precision}
 
     def config(self) -> AttributeConfig:
         """How much to compute.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +18,10 @@ from jaxclt.files.json_text import to_json
 if TYPE_CHECKING:
     from jaxclt.clt.coder import Dictionary
     from jaxclt.io.model import Model
+    from jaxclt.io.tokenizer import Bos
+    from jaxclt.text.prompts import Prompt
 
-__all__ = ["answer", "load", "page_line", "table", "use_compilation_cache"]
+__all__ = ["answer", "asked", "load", "page_line", "table", "use_compilation_cache"]
 
 
 def use_compilation_cache() -> None:
@@ -54,6 +57,16 @@ def load(
     use_compilation_cache()
     loaded = load_model(model, progress=lines(say), **options)
     return loaded, load_dictionary(dictionary, loaded, progress=lines(say))
+
+
+def asked(prompt: Prompt, *, chat: bool, bos: Bos) -> Prompt:
+    """A prompt that begins as ``--bos`` says; with ``--chat``, what a user says."""
+    from jaxclt.io.chat import user_says
+    from jaxclt.text.prompts import Opened
+
+    if chat and isinstance(prompt, str):
+        prompt = user_says(prompt)
+    return dataclasses.replace(Opened.of(prompt), bos=bos)
 
 
 def table(title: str | Text | None, rows: Mapping[str, str]) -> Table:

@@ -94,7 +94,7 @@ def swap_edits(model: Model, dictionary: Dictionary, case: Case) -> list[Edit]:
       dictionary: whose features the case names.
       case: prompt, donor and families.
     """
-    from jaxclt.trace.prompt import prompt_tokens
+    from jaxclt.trace.record import prompt_tokens
 
     clean, donor = (
         _last_values(model, dictionary, prompt) for prompt in (case.prompt, case.donor)
@@ -116,7 +116,7 @@ def _last_values(
     """Activations at the last position, by (layer, feature)."""
     from jaxclt.clt.active import active_features
     from jaxclt.graph.memory import available_bytes
-    from jaxclt.trace.prompt import prompt_tokens, record_text
+    from jaxclt.trace.record import prompt_tokens, record_text
 
     ids = prompt_tokens(model, prompt)
     recording = record_text(model, ids, available_bytes(), pad=False)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional, arg
 
-from jaxclt.cli.common import answer, load
+from jaxclt.cli.common import answer, asked, load
 from jaxclt.cli.progress import lines
 from jaxclt.cli.reopened import ReopenFlags
 from jaxclt.errors import InputError, check_at_least, check_finite, did_you_mean
@@ -196,12 +196,10 @@ def _untraced(flags: PatchFlags, say: Console) -> Subject:
             "--group takes supernodes of a graph: trace the prompt and give its "
             "directory, or name the features"
         )
-    from jaxclt.io.chat import user_says
     from jaxclt.patching.subject import Subject
 
     model, dictionary = load(flags.model, flags.dictionary, say)
-    given = user_says(prompt) if flags.chat else prompt
-    return Subject.of(model, dictionary, given, bos=flags.bos)
+    return Subject.of(model, dictionary, asked(prompt, chat=flags.chat, bos=flags.bos))
 
 
 def _beside(path: str) -> bool:

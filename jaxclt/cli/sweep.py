@@ -10,7 +10,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from jaxclt.cli.attribution import AttributionFlags
-from jaxclt.cli.common import answer
+from jaxclt.cli.common import answer, asked
 from jaxclt.cli.progress import Run, lines, long_command, progress
 
 __all__ = ["SweepFlags", "run_sweep"]
@@ -32,12 +32,11 @@ class SweepFlags(AttributionFlags):
 @long_command
 def run_sweep(flags: SweepFlags, say: Console, run: Run) -> None:
     """Trace all prompts, print how many."""
-    from jaxclt.io.chat import user_says
     from jaxclt.trace.sweep import read_prompts, sweep_prompts
 
-    prompts = read_prompts(flags.prompts)
-    if flags.chat:
-        prompts = [user_says(x) if isinstance(x, str) else x for x in prompts]
+    prompts = [
+        asked(x, chat=flags.chat, bos=flags.bos) for x in read_prompts(flags.prompts)
+    ]
     config = flags.config()
     run.own(flags.out)
     model, dictionary = flags.load(say)
@@ -48,9 +47,7 @@ def run_sweep(flags: SweepFlags, say: Console, run: Run) -> None:
             prompts,
             flags.out,
             config=config,
-            bos=flags.bos,
             save=flags.save,
-            environment=flags.environment,
             on_prompt=on_prompt,
         )
     for line in index:

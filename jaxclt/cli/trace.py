@@ -14,7 +14,7 @@ from rich.text import Text
 from tyro.conf import Positional, arg
 
 from jaxclt.cli.attribution import AttributionFlags
-from jaxclt.cli.common import answer, page_line, table
+from jaxclt.cli.common import answer, asked, page_line, table
 from jaxclt.cli.progress import Run, long_command, progress
 from jaxclt.cli.validate import validate_opened
 from jaxclt.errors import InputError, check_at_least
@@ -67,7 +67,6 @@ class TraceFlags(AttributionFlags):
 def run_trace(flags: TraceFlags, say: Console, run: Run) -> None:
     """Trace, write, print."""
     from jaxclt.global_weights.files import load_globals
-    from jaxclt.io.chat import user_says
     from jaxclt.trace.files import write_trace
     from jaxclt.trace.prompt import plan_trace, trace_prompt
 
@@ -77,7 +76,7 @@ def run_trace(flags: TraceFlags, say: Console, run: Run) -> None:
     if flags.assume:
         _plan_assumed(flags)
         return
-    prompt = user_says(flags.prompt) if flags.chat else flags.prompt
+    prompt = asked(flags.prompt, chat=flags.chat, bos=flags.bos)
     config = flags.config()
     if not flags.dry_run:
         run.own(flags.out, makes="trace")
@@ -86,7 +85,7 @@ def run_trace(flags: TraceFlags, say: Console, run: Run) -> None:
     run.look()
     loaded = time.perf_counter() - started
     if flags.dry_run:
-        planned = plan_trace(model, dictionary, prompt, config=config, bos=flags.bos)
+        planned = plan_trace(model, dictionary, prompt, config=config)
         _show_plan(*planned, config, flags.json)
         return
     prefilter = None
@@ -99,16 +98,13 @@ def run_trace(flags: TraceFlags, say: Console, run: Run) -> None:
             dictionary,
             prompt,
             targets=flags.targets,
-            bos=flags.bos,
             prefilter=prefilter,
             on_rows=on_rows,
             stop=run.stop,
             config=config,
         )
     traced.timing["load"] = loaded
-    report = write_trace(
-        traced, flags.out, save=flags.save, environment=flags.environment
-    )
+    report = write_trace(traced, flags.out, save=flags.save)
     stopped = "stopped" in report["work"]
     verdict = []
     if flags.validate and not stopped:

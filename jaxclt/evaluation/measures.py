@@ -48,7 +48,7 @@ from jaxclt.replacement.reconstruction import (
     decoder_reach,
     reconstructed,
 )
-from jaxclt.text.prompts import Prompt
+from jaxclt.text.prompts import Given
 from jaxclt.text.windows import batches
 from jaxclt.trace.prompt import trace_prompt
 from jaxclt.train.harvest import harvest
@@ -136,7 +136,7 @@ class Measures:
         model: Model,
         dictionary: Dictionary,
         text: EvalText,
-        prompts: list[Prompt],
+        prompts: list[Given],
         options: EvalOptions,
         out: Path | None,
         on_stage: Stage,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.active import Active
 from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError, check_at_least
 from jaxclt.graph.bank import RowTargets
@@ -21,66 +21,15 @@ from jaxclt.graph.explain import EdgeParts, edge_parts
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.heads import head_loadings
 from jaxclt.graph.inhibition import Inhibition, check_thresholds, find_inhibition
-from jaxclt.graph.memory import available_bytes
-from jaxclt.graph.provenance import crop, graph_active, hop_spectrum
+from jaxclt.graph.provenance import graph_active, hop_spectrum
 from jaxclt.graph.target_reads import target_reads
 from jaxclt.graph.targets import token_targets
 from jaxclt.io.model import Model
 from jaxclt.replacement.errors import error_nodes
-from jaxclt.trace.prompt import record_text
+from jaxclt.trace.record import recorded
 from jaxclt.types import Recording
 
-__all__ = [
-    "edge_parts_with_model",
-    "inhibition",
-    "record_again",
-    "recorded",
-    "same_hash",
-]
-
-
-def same_hash(what: str, name: str, found: str, traced: str | None) -> None:
-    """Raise InputError if a model or dictionary is not the one that was traced."""
-    if found != traced:
-        raise InputError(
-            f"the {what} {name!r} is not the one that was traced but another {what} "
-            f"(hash {found[:12]} instead of {str(traced)[:12]}): give the traced one "
-            f"with --{what}, or trace again"
-        )
-
-
-def record_again(
-    graph: Graph, model: Model, dictionary: Dictionary, *, pad: bool = True
-) -> Recording:
-    """The clean pass of a graph's prompt, in the memory that its trace was given.
-
-    Less if less is free.
-
-    Raises:
-      InputError: if the graph comes from another model or dictionary.
-    """
-    for what, ours in (("model", model), ("dictionary", dictionary)):
-        theirs = graph.meta.hashes.get(what, ours.hash)
-        same_hash(what, ours.name, ours.hash, theirs)
-    given, budget = graph.meta.config.get("memory_gb"), available_bytes()
-    if isinstance(given, int | float):
-        budget = min(budget, int(given * 1e9))
-    return record_text(model, graph.token_T, budget, pad=pad)
-
-
-def recorded(
-    graph: Graph, model: Model, dictionary: Dictionary
-) -> tuple[Recording, Active]:
-    """The clean pass of a graph's prompt, and all features active on it.
-
-    Raises:
-      InputError: if the graph comes from another model or dictionary.
-    """
-    recording = record_again(graph, model, dictionary)
-    active = active_features(dictionary, model.params, recording, model.cfg)
-    if graph.meta.convention == "circuit-tracer":
-        active = active.where(active.pos_A > 0)
-    return crop(recording, active, graph.n_tokens)
+__all__ = ["edge_parts_with_model", "inhibition"]
 
 
 def edge_parts_with_model(

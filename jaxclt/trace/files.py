@@ -48,7 +48,6 @@ def write_trace(
     out: str | os.PathLike[str],
     *,
     save: str = "auto",
-    environment: dict[str, Any] | None = None,
     supernodes: Sequence[Supernode] = (),
 ) -> dict[str, Any]:
     """Write graph.npz, report.json, graph.json and index.html; return the report.
@@ -61,7 +60,6 @@ def write_trace(
       traced: from `trace_prompt`.
       out: directory, created if absent.
       save: `full`, `pruned`, or `auto` (full up to 512 MB).
-      environment: added to the report's environment.
       supernodes: groups of features that the page opens with, and that `jaxclt patch
         --group` knows by name.
 
@@ -71,7 +69,7 @@ def write_trace(
     out = Path(out)
     started = time.perf_counter()
     graph = traced.graph
-    report = _report(traced) | {"environment": _environment() | (environment or {})}
+    report = _report(traced) | {"environment": _environment(traced)}
     doc = graph_json(graph, slug=out.name or "graph", scores=report["scores"])
     doc = with_saved_view(doc, out)
     if groups := grouped_ids(doc, supernodes):
@@ -173,7 +171,7 @@ def _explained(graph: Graph) -> list[dict[str, Any]]:
     ]
 
 
-def _environment() -> dict[str, Any]:
+def _environment(traced: Traced) -> dict[str, Any]:
     device = jax.devices()[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
@@ -185,6 +183,8 @@ def _environment() -> dict[str, Any]:
         "n_devices": jax.device_count(),
         "cpus": os.cpu_count(),
         "peak_memory_gb": round(peak * unit / 1e9, 2),
+        "dtype": traced.dtype,
+        "precision": traced.identity["config"]["precision"],
     }
 
 

@@ -1,7 +1,7 @@
 """A prompt becomes a graph: the top-level shell.
 
-prompt --tokenizer--> tokens --lm.record--> Recording --dictionary.active--> Active
-  --graph.attribute_recording--> Graph --files.write_trace--> a directory
+prompt --trace.record--> Recording, Active --graph.attribute_recording--> Graph
+  --trace.files.write_trace--> a directory
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from jaxclt.clt.active import Active, active_features
 from jaxclt.clt.coder import Dictionary
@@ -31,29 +29,17 @@ from jaxclt.graph.attribute import (
 )
 from jaxclt.graph.compute import memory_budget, plan_attribution
 from jaxclt.graph.graph import Graph, GraphMeta
-from jaxclt.graph.memory import MemoryPlan, patterns_kept
+from jaxclt.graph.memory import MemoryPlan
 from jaxclt.graph.targets import place_targets, salient_targets, token_targets
 from jaxclt.io.chat import check_messages, is_chat
 from jaxclt.io.model import Model
-from jaxclt.io.tokenizer import Bos
-from jaxclt.lm.config import LMConfig
-from jaxclt.lm.run import record
-from jaxclt.shapes import bucket
-from jaxclt.text.prompts import Prompt, prompt_ids, prompt_text
+from jaxclt.text.prompts import Opened, Prompt, prompt_ids, prompt_text
+from jaxclt.trace.record import prompt_tokens, record_text
 from jaxclt.trace.target_text import read_targets
 from jaxclt.types import LMParams, Recording, Targets
 from jaxclt.version import __version__
 
-__all__ = [
-    "TargetChoice",
-    "Traced",
-    "identity",
-    "plan_trace",
-    "prompt_tokens",
-    "record_prompt",
-    "record_text",
-    "trace_prompt",
-]
+__all__ = ["TargetChoice", "Traced", "identity", "plan_trace", "trace_prompt"]
 
 _STAGES = ("attribute", "influence", "prune", "provenance")
 
@@ -74,79 +60,23 @@ class Traced:
     # Next tokens with their probabilities: the targets, or the most probable ones if
     # something else is explained.
     top_tokens: tuple[tuple[str, float], ...]
-
-
-@partial(jax.jit, static_argnames=("cfg", "keep_patterns"))
-def record_prompt(
-    params: LMParams, token_T: Array, cfg: LMConfig, *, keep_patterns: bool = True
-) -> Recording:
-    """`jaxclt.lm.run.record`, jitted once for everybody."""
-    return record(params, token_T, cfg=cfg, keep_patterns=keep_patterns)
-
-
-def record_text(
-    model: Model, ids: Sequence[int] | np.ndarray, budget: int, *, pad: bool = True
-) -> Recording:
-    """The clean pass on a prompt: the one way to record it, under the memory plan.
-
-    Args:
-      model: from `jaxclt.load_model`.
-      ids: from `prompt_tokens` or a graph.
-      budget: bytes that may be used; where patterns take too much of them they are
-        computed again as they are used.
-      pad: to a bucket of lengths, which share a program. Padding comes after the
-        prompt, so a causal model does not see it.
-    """
-    token_T = np.zeros(bucket(len(ids)) if pad else len(ids), np.int32)
-    token_T[: len(ids)] = ids
-    keep = patterns_kept(model.cfg, len(token_T), budget)
-    return record_prompt(
-        model.params, jnp.asarray(token_T), model.cfg, keep_patterns=keep
-    )
-
-
-def prompt_tokens(model: Model, prompt: Prompt, bos: Bos = "auto") -> list[int]:
-    """Token ids of a prompt; ids that are given stay as they are.
-
-    Raises:
-      InputError: if the prompt is empty or longer than the model's context, or an id
-        is not the model's.
-    """
-    blank = isinstance(prompt, str) and not prompt.strip()
-    ids = [] if blank else prompt_ids(model.tokenizer, prompt, bos)
-    if not ids:
-        raise InputError("the prompt is empty: give some text to trace")
-    if min(ids) < 0 or max(ids) >= model.cfg.d_vocab:
-        raise InputError(
-            f"the prompt holds a token that is not in 0..{model.cfg.d_vocab - 1}"
-        )
-    if len(ids) > model.cfg.n_ctx:
-        raise InputError(
-            f"the prompt has {len(ids)} tokens, the model's context holds "
-            f"{model.cfg.n_ctx}: shorten the prompt"
-        )
-    return ids
+    dtype: str = "float32"  # of the weights
 
 
 def identity(
-    model: Model,
-    dictionary: Dictionary,
-    prompt: Prompt,
-    config: AttributeConfig,
-    bos: Bos,
+    model: Model, dictionary: Dictionary, prompt: Prompt, config: AttributeConfig
 ) -> dict[str, Any]:
     """What a trace depends on, as JSON: equal identities give equal graphs."""
     chosen = {"dictionary_made_of": dict(dictionary.provenance)}
-    given: dict[str, Any] = {"prompt": prompt}
-    if not isinstance(prompt, str):
-        given = {"prompt": prompt_text(model.tokenizer, prompt)}
-        if is_chat(prompt):
-            given["messages"] = check_messages(prompt)
-        else:
-            given["token_ids"] = prompt_ids(model.tokenizer, prompt)
+    opened = Opened.of(prompt)
+    given: dict[str, Any] = {"prompt": prompt_text(model.tokenizer, opened)}
+    if is_chat(opened.prompt):
+        given["messages"] = check_messages(opened.prompt)
+    elif not isinstance(opened.prompt, str):
+        given["token_ids"] = prompt_ids(model.tokenizer, opened)
     return {
         **given,
-        "bos": bos,
+        "bos": opened.bos,
         "hashes": {"model": model.hash, "dictionary": dictionary.hash},
         "dictionary": dictionary.name,
         **(chosen if dictionary.provenance else {}),
@@ -162,7 +92,6 @@ def trace_prompt(
     *,
     config: AttributeConfig | None = None,
     targets: TargetChoice = (),
-    bos: Bos = "auto",
     prefilter: tuple[SavedGlobals, int] | None = None,
     on_rows: Callable[[int, int], None] = lambda done, total: None,
     stop: Callable[[], bool] = lambda: False,
@@ -173,10 +102,9 @@ def trace_prompt(
       model: from `jaxclt.load_model`.
       dictionary: from `jaxclt.load_dictionary`.
       prompt: text, token ids, or a chat as messages {"role", "content"}, which the
-        model's own template makes a text of.
+        model's own template makes a text of; see `jaxclt.text.prompts.Prompt`.
       config: how much to compute.
       targets: what to explain instead of the top tokens, see `TargetChoice`.
-      bos: whether a beginning-of-sequence token is put first.
       prefilter: global weights of the dictionary and how many features they are to
         shortlist; only those may be nodes, see `jaxclt.global_weights.shortlist`.
       on_rows: progress, (rows done, rows planned).
@@ -187,17 +115,16 @@ def trace_prompt(
       InputError: for a prompt, target or dictionary that does not fit the model.
     """
     config = config or AttributeConfig()
-    same = identity(model, dictionary, prompt, config, bos)
+    same = identity(model, dictionary, prompt, config)
     shortlist = None
     if prefilter is not None:
         shortlist = _shortlist(dictionary, *prefilter)
         same["prefilter"] = {"links": len(shortlist.links), "size": shortlist.size}
     texts = [targets] if isinstance(targets, str) else targets
     given = not isinstance(texts, Sequence) or len(texts) > 0
-    if bos == "auto" and config.convention == "circuit-tracer":
-        bos = "always"
     # A template may ask for the time: its text is made once.
-    ids = prompt_tokens(model, same["prompt"] if is_chat(prompt) else prompt, bos)
+    chat_text = same["prompt"] if "messages" in same else None
+    ids = _tokens(model, prompt, config, chat_text)
     clock: dict[str, float] = {}
     spent = Timing()
     with _compile_seconds() as compiled, _stage(clock, "total"):
@@ -256,6 +183,7 @@ def trace_prompt(
             (label, round(float(p), 6))
             for label, p in zip(_labels(model, top), top.weight_K, strict=True)
         ),
+        dtype=str(model.params.embed_VD.dtype),
     )
 
 
@@ -280,7 +208,6 @@ def plan_trace(
     prompt: Prompt,
     *,
     config: AttributeConfig | None = None,
-    bos: Bos = "auto",
 ) -> tuple[MemoryPlan, int, int]:
     """What tracing a prompt will hold in memory; runs the model once, no row.
 
@@ -289,7 +216,6 @@ def plan_trace(
       dictionary: from `jaxclt.load_dictionary`.
       prompt: as for `trace_prompt`.
       config: how much to compute, and with how much memory.
-      bos: as for `trace_prompt`.
 
     Returns:
       The plan, the prompt's tokens and its active features.
@@ -298,7 +224,7 @@ def plan_trace(
       InputError: if it does not fit, with the bytes needed and the flag to lower.
     """
     config = config or AttributeConfig()
-    ids = prompt_tokens(model, prompt, bos)
+    ids = _tokens(model, prompt, config)
     recording = record_text(model, ids, memory_budget(config))
     active = active_features(dictionary, model.params, recording, model.cfg, len(ids))
     plan = plan_attribution(
@@ -310,6 +236,21 @@ def plan_trace(
         n_tokens=len(recording.token_T),
     )
     return plan, len(ids), len(active.layer_A)
+
+
+def _tokens(
+    model: Model, prompt: Prompt, config: AttributeConfig, text: str | None = None
+) -> list[int]:
+    """Token ids of a prompt, or of the text that a template made of it.
+
+    circuit-tracer puts a beginning-of-sequence token first unless it is told not to.
+    """
+    opened = Opened.of(prompt)
+    if opened.bos == "auto" and config.convention == "circuit-tracer":
+        opened = dataclasses.replace(opened, bos="always")
+    if text is not None:
+        opened = dataclasses.replace(opened, prompt=text)
+    return prompt_tokens(model, opened)
 
 
 def _targets(

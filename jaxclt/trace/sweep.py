@@ -21,9 +21,8 @@ from jaxclt.files.json_text import to_json
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.io.chat import is_chat
 from jaxclt.io.model import Model
-from jaxclt.io.tokenizer import Bos
 from jaxclt.runs.pace import logged
-from jaxclt.text.prompts import Prompt, read_prompts
+from jaxclt.text.prompts import Opened, Prompt, read_prompts
 from jaxclt.trace.files import write_trace
 from jaxclt.trace.prompt import identity, trace_prompt
 
@@ -37,9 +36,7 @@ def sweep_prompts(
     out: str | os.PathLike[str],
     *,
     config: AttributeConfig | None = None,
-    bos: Bos = "auto",
     save: str = "pruned",
-    environment: dict[str, Any] | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Trace every prompt into a directory of its own and write `index.jsonl`.
@@ -53,9 +50,7 @@ def sweep_prompts(
       prompts: texts, or chats as messages.
       out: directory.
       config: how much to compute.
-      bos: as for `trace_prompt`.
       save: as for `write_trace`.
-      environment: added to the reports.
       on_prompt: progress, (prompts done, prompts in all), several times a prompt; to
         the log if not given.
 
@@ -72,10 +67,11 @@ def sweep_prompts(
     before = _index(out)  # of prompts that this run has not come to yet
     index = []
     for i, (prompt, folder) in enumerate(zip(prompts, folders, strict=True)):
-        kind = "messages" if is_chat(prompt) else "prompt"
-        line: dict[str, Any] = {kind: prompt, "directory": folder.name}
+        given = Opened.of(prompt).prompt
+        kind = "messages" if is_chat(given) else "prompt"
+        line: dict[str, Any] = {kind: given, "directory": folder.name}
         try:
-            wanted = identity(model, dictionary, prompt, config, bos)
+            wanted = identity(model, dictionary, prompt, config)
             report = _finished(folder, wanted)
             if report is None:
                 traced = trace_prompt(
@@ -83,10 +79,9 @@ def sweep_prompts(
                     dictionary,
                     prompt,
                     config=config,
-                    bos=bos,
                     on_rows=lambda *_, i=i: told(i, len(prompts)),
                 )
-                report = write_trace(traced, folder, save=save, environment=environment)
+                report = write_trace(traced, folder, save=save)
             line |= {"status": "done", "scores": report["scores"]}
         except InputError as error:
             line |= {"status": "failed", "error": str(error)}
@@ -123,6 +118,7 @@ def _finished(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _slug(prompt: Prompt) -> str:
-    text = prompt[-1].get("content") if is_chat(prompt) else prompt
+    given = Opened.of(prompt).prompt
+    text = given[-1].get("content") if is_chat(given) else given
     words: Iterator[str] = iter(re.findall(r"[a-z0-9]+", str(text).lower()))
     return "-".join(words)[:40].strip("-") or "prompt"

@@ -23,6 +23,7 @@ from jaxclt.global_weights import gather as global_gather
 from jaxclt.global_weights.sparse import check_size
 from jaxclt.io.model import Model
 from jaxclt.text import features as global_text
+from jaxclt.trace.record import record_prompt
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
 MODEL, DICTIONARY = GOLDEN / "model", GOLDEN / "dictionary"
@@ -120,7 +121,7 @@ def test_prompt_family_to_neighbourhood(model: Model, dictionary, tmp_path: Path
     a_UN = np.zeros((56, 6))
     for w, ids in enumerate(WINDOWS):
         token = np.asarray(ids, np.int32)
-        recording = jaxclt.trace.prompt.record_prompt(model.params, token, model.cfg)
+        recording = record_prompt(model.params, token, model.cfg)
         active = active_features(dictionary, model.params, recording, model.cfg)
         for layer, pos, feature, value in zip(
             active.layer_A, active.pos_A, active.feature_A, active.value_A, strict=True
@@ -295,9 +296,7 @@ def test_inhibition_is_one_ablation_away(model: Model, dictionary):
     effect = np.zeros((40, 80))
     released = np.zeros((40, 80))
     for ids in WINDOWS:
-        recording = jaxclt.trace.prompt.record_prompt(
-            model.params, np.asarray(ids, np.int32), model.cfg
-        )
+        recording = record_prompt(model.params, np.asarray(ids, np.int32), model.cfg)
         layers = list(encoded_layers(dictionary, model.params, recording, model.cfg))
         theta_F = layers[3].enc.theta_F
         theta_F = np.zeros(40) if theta_F is None else theta_F

@@ -19,7 +19,8 @@ from jaxclt.graph.graph import Graph
 from jaxclt.patching import patch as intervene
 from jaxclt.patching.modes import Mode
 from jaxclt.patching.subject import Subject
-from jaxclt.trace import again as provenance
+from jaxclt.trace import again
+from jaxclt.trace.record import recorded
 from jaxclt.types import Supernode
 
 NAMES = ("--model", str(MODEL), "--dictionary", str(DICTIONARY))
@@ -201,13 +202,13 @@ def test_text_follows_where_patterns_are_computed_again():
 
 def test_an_edge_is_explained_in_the_memory_of_its_trace():
     model, clt, graph = parts()
-    recording, _ = provenance.recorded(small(graph), model, clt)
+    recording, _ = recorded(small(graph), model, clt)
     assert recording.frozen.pattern_LHTS is None
     A = graph.n_features
     row, col = np.unravel_index(np.argmax(np.abs(graph.edge_RN[:A, :A])), (A, A))
     names = (jaxclt.node_name(graph, int(col)), jaxclt.node_name(graph, int(row)))
     want, found = (
-        provenance.edge_parts_with_model(g, *names, model=model, dictionary=clt)
+        again.edge_parts_with_model(g, *names, model=model, dictionary=clt)
         for g in (graph, small(graph))
     )
     np.testing.assert_allclose(found.hops, want.hops, atol=1e-5)
@@ -226,4 +227,4 @@ def test_nothing_records_a_prompt_past_the_memory_plan():
         for path in root.rglob("*.py")
         if "record_prompt(" in path.read_text("utf-8")
     }
-    assert calls == {"trace/prompt.py"}
+    assert calls == {"trace/record.py"}
