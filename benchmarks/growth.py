@@ -61,9 +61,10 @@ def worker(point: dict[str, Any]) -> None:
     from jaxclt.graph.attribute import AttributeConfig, Timing, attribute_recording
     from jaxclt.graph.graph import GraphMeta
     from jaxclt.graph.memory import available_bytes, patterns_kept
+    from jaxclt.graph.prompt import Prompt
     from jaxclt.graph.targets import salient_targets
-    from jaxclt.lm import params as lm_params
     from jaxclt.lm.config import LMConfig
+    from jaxclt.testing.random_lm import random_lm
     from jaxclt.trace.record import record_prompt
 
     T, L = point["tokens"], point["layers"]
@@ -77,7 +78,7 @@ def worker(point: dict[str, Any]) -> None:
         d_vocab=1024,
         n_ctx=8192,
     )
-    params = lm_params.init(jax.random.key(0), cfg)
+    params = random_lm(jax.random.key(0), cfg)
     token_T = jax.random.randint(jax.random.key(1), (T,), 0, cfg.d_vocab, jnp.int32)
     config = AttributeConfig(max_features=point["rows"], tolerance=0.0)
     meta = GraphMeta(
@@ -95,16 +96,8 @@ def worker(point: dict[str, Any]) -> None:
         recording = record_prompt(params, token_T, cfg, keep_patterns=keep)
         active = active_features(NeuronDictionary(point["k"]), params, recording, cfg)
         targets = salient_targets(params, recording.out_TD[-1])
-        attribute_recording(
-            params,
-            recording,
-            active,
-            targets,
-            cfg=cfg,
-            meta=meta,
-            config=config,
-            timing=timing,
-        )
+        prompt = Prompt(params, recording, active, targets, cfg=cfg, config=config)
+        attribute_recording(prompt, meta, timing=timing)
         if timing.attribute > 60:
             break
     result = {

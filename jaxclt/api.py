@@ -25,7 +25,8 @@ from jaxclt.io.tokenizer import Bos
 from jaxclt.runs.pace import logged
 from jaxclt.text.prompts import Opened, Prompt
 from jaxclt.trace.again import edge_parts_with_model
-from jaxclt.trace.prompt import TargetChoice, trace_prompt
+from jaxclt.trace.explained import TargetChoice
+from jaxclt.trace.prompt import trace_prompt
 from jaxclt.viewer.graph_json import graph_json
 from jaxclt.viewer.page import page
 

@@ -35,7 +35,7 @@ CASES = {
     },
     "topk": {
         "seed": 4,
-        "activation": "topk",
+        "activation": "signed_topk",
         "read": "mlp_in",
         "n_kv_heads": 4,
         "tied": True,

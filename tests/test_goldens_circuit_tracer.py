@@ -20,6 +20,7 @@ from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.graph import Graph, GraphMeta
+from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.scores import scores
 from jaxclt.graph.targets import salient_targets
 from jaxclt.io.dictionary import open_dictionary
@@ -84,13 +85,8 @@ def graph(name: str, which: str, convention: str = "circuit-tracer") -> Graph:
         n_layers=model.cfg.n_layers,
     )
     return attribute_recording(
-        model.params,
-        recording,
-        active,
-        targets,
-        cfg=model.cfg,
-        meta=meta,
-        config=config,
+        Prompt(model.params, recording, active, targets, cfg=model.cfg, config=config),
+        meta,
     )
 
 

@@ -13,6 +13,7 @@ from jaxclt.clt.active import active_features
 from jaxclt.clt.coder import Dictionary
 from jaxclt.graph import bank, columns, influence, rows
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
+from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.targets import salient_targets
 from jaxclt.io.dictionary import load_dictionary
 from jaxclt.io.model import Model, load_model
@@ -41,13 +42,15 @@ def test_padded_equals_unpadded(model: Model, dictionary: Dictionary):
     assert bucket(len(token_T)) > len(token_T)
     recording = record_prompt(model.params, token_T, model.cfg)
     bare = attribute_recording(
-        model.params,
-        recording,
-        active_features(dictionary, model.params, recording, model.cfg),
-        salient_targets(model.params, recording.out_TD[-1]),
-        cfg=model.cfg,
-        meta=padded.meta,
-        config=config,
+        Prompt(
+            model.params,
+            recording,
+            active_features(dictionary, model.params, recording, model.cfg),
+            salient_targets(model.params, recording.out_TD[-1]),
+            cfg=model.cfg,
+            config=config,
+        ),
+        padded.meta,
     )
     for field in dataclasses.fields(bare):
         ours, theirs = getattr(padded, field.name), getattr(bare, field.name)

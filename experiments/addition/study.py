@@ -16,8 +16,7 @@ from jax import Array
 
 import jaxclt
 from jaxclt.clt.coder import Dictionary, load
-from jaxclt.clt.model import encode
-from jaxclt.clt.transcoder import StoreDictionary
+from jaxclt.clt.transcoder import StoreDictionary, loaded_params
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.targets import token_targets
@@ -49,14 +48,18 @@ def batches() -> Iterator[tuple[Array, np.ndarray]]:
 def activations(model: Model, dictionary: StoreDictionary) -> np.ndarray:
     """Activations [L, N², F] of every feature at the `=` of every sum, float32."""
     cfg = dictionary.cfg
-    one = jax.jit(partial(encode, cfg=cfg))
+    enc = loaded_params(dictionary.params, cfg).weights.enc
+    encode = dictionary.coder(model.cfg).encode
+    one = jax.jit(
+        jax.vmap(lambda enc, read_TD: encode(model.params.blocks, enc, read_TD).a_TF)
+    )
     parts = []
     for token_WT, last_W in batches():
         read_LTD, *_ = harvest(
             model.params, token_WT, None, cfg=model.cfg, site=cfg.read
         )
         at = np.arange(len(last_W)) * token_WT.shape[1] + last_W
-        parts.append(np.asarray(one(dictionary.params, read_LTD[:, at])))
+        parts.append(np.asarray(one(enc, read_LTD[:, at])))
     return np.concatenate(parts, 1)
 
 

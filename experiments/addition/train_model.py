@@ -24,9 +24,9 @@ from jax import Array
 
 from jaxclt.files.atomic import atomic_path
 from jaxclt.io.weights_hf import save_hf
-from jaxclt.lm import params as lm_params
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import forward
+from jaxclt.testing.random_lm import random_lm
 from jaxclt.types import LMParams
 
 CFG = LMConfig(
@@ -45,7 +45,7 @@ EVERY = 50  # steps between points of the curve
 
 def start(seed: int = SEED) -> LMParams:
     """Random weights; embeddings as small as the other matrices' outputs."""
-    found = lm_params.init(jax.random.key(seed), CFG)
+    found = random_lm(jax.random.key(seed), CFG)
     return dataclasses.replace(found, embed_VD=found.embed_VD * CFG.d_model**-0.5)
 
 

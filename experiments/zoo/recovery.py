@@ -32,6 +32,7 @@ from jaxclt.clt.active import active_features
 from jaxclt.clt.coder import Dictionary, load
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.graph import Graph, GraphMeta
+from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.scores import scores
 from jaxclt.graph.supernodes import supernode_graph
 from jaxclt.graph.targets import functional_targets
@@ -162,12 +163,15 @@ def case_graph(planted: Planted, dictionary: Dictionary, case: Case) -> Graph:
     )
     tokens = tuple(f"t{i}" for i in case.token_T)
     return attribute_recording(
-        params,
-        rec,
-        active_features(dictionary, params, rec, cfg),
-        targets,
-        cfg=cfg,
-        meta=GraphMeta(
+        Prompt(
+            params,
+            rec,
+            active_features(dictionary, params, rec, cfg),
+            targets,
+            cfg=cfg,
+            config=AttributeConfig(max_features=None, tolerance=0.0, devices=1),
+        ),
+        GraphMeta(
             model=planted.name,
             dictionary=dictionary.name,
             prompt=" ".join(tokens),
@@ -175,7 +179,6 @@ def case_graph(planted: Planted, dictionary: Dictionary, case: Case) -> Graph:
             target_tokens=tuple(case.answer),
             n_layers=cfg.n_layers,
         ),
-        config=AttributeConfig(max_features=None, tolerance=0.0, devices=1),
     )
 
 

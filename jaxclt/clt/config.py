@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from jaxclt.clt.gates import Gate, find_gate
 from jaxclt.errors import InputError
 
-__all__ = ["Activation", "CLTConfig", "ReadSite", "Shape"]
+__all__ = ["CLTConfig", "ReadSite", "Shape"]
 
 ReadSite = Literal["resid_mid", "normalized", "mlp_in"]
-Activation = Literal["relu", "jumprelu", "topk", "relu_topk", "groupmax"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,14 +40,13 @@ class CLTConfig(Shape):
     stand side by side), ``normalized`` that stream divided by its norm (and a LayerNorm
     takes its mean off), ``mlp_in`` with the norm's gain and bias, what the MLP sees.
 
-    `activation` is one of `jaxclt.clt.activations`; ``relu_topk`` keeps the k largest
-    of what a ReLU lets through, ``groupmax`` the largest of each of k groups.
+    `activation` is a row of `jaxclt.clt.gates.GATES`.
 
     Raises:
       InputError: if a field is out of its range.
     """
 
-    activation: Activation = "jumprelu"
+    activation: str = "jumprelu"
     k: int | None = None  # features kept per layer and position, where some compete
     read: ReadSite = "resid_mid"
 
@@ -56,23 +55,19 @@ class CLTConfig(Shape):
             raise InputError(
                 f"dictionary config: span={self.span} must lie in 1..{self.n_layers}"
             )
-        if self.competes and not (self.k and 1 <= self.k <= self.n_features):
+        gate = self.gate
+        if gate.competes and not (self.k and 1 <= self.k <= self.n_features):
             raise InputError(
                 f"dictionary config: {self.activation} needs 1 <= k <= "
                 f"{self.n_features}, not {self.k}"
             )
-        if self.activation == "groupmax" and self.n_features % (self.k or 1):
+        if gate.grouped and self.n_features % (self.k or 1):
             raise InputError(
-                f"dictionary config: groupmax needs k={self.k} equal groups of "
-                f"{self.n_features} features"
+                f"dictionary config: {self.activation} needs k={self.k} equal groups "
+                f"of {self.n_features} features"
             )
 
     @property
-    def competes(self) -> bool:
-        """Whether the other features of a layer decide if one is active."""
-        return self.activation in ("topk", "relu_topk", "groupmax")
-
-    @property
-    def signed(self) -> bool:
-        """Whether activations may be negative whatever the weights."""
-        return self.activation == "topk"
+    def gate(self) -> Gate:
+        """What lets features through."""
+        return find_gate(self.activation)

@@ -65,7 +65,7 @@ def init(
         ),
         b_dec_LD=leaf["b_dec_LD"],
         theta_LF=(
-            jnp.full((L, F), theta, dtype) if cfg.activation == "jumprelu" else None
+            jnp.full((L, F), theta, dtype) if cfg.gate.switch == "theta" else None
         ),
         W_skip_LDD=leaf["W_skip_LDD"] if skip else None,
     )
@@ -87,6 +87,11 @@ def check(params: CLTParams, cfg: CLTConfig) -> None:
             raise InputError(
                 f"dictionary: {name} has shape {leaf.shape}, its config needs {shape}"
             )
+    if (params.theta_LF is None) == (cfg.gate.switch == "theta"):
+        raise InputError(
+            f"dictionary: activation {cfg.activation} and "
+            f"{'no ' if params.theta_LF is None else ''}thresholds do not go together"
+        )
     if len(params.W_dec) != L:
         raise InputError(
             f"dictionary: {len(params.W_dec)} decoder layers, its config needs {L}"

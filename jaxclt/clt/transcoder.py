@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.activations import activate
 from jaxclt.clt.coder import Encoded, Loaded, Weights
 from jaxclt.clt.config import CLTConfig, ReadSite
+from jaxclt.clt.gates import is_on
 from jaxclt.clt.store import DictionaryStore, EncoderLayer, materialise
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import Block, CLTParams, LMParams
@@ -45,12 +45,12 @@ class TranscoderCoder:
     @property
     def competes(self) -> bool:
         """Whether the other features of a layer decide if one is on."""
-        return self.shape.competes
+        return self.shape.gate.competes
 
     @property
     def signed(self) -> bool:
         """Whether activations may be negative whatever the weights."""
-        return self.shape.signed
+        return self.shape.gate.signed
 
     def encode(
         self,
@@ -63,17 +63,18 @@ class TranscoderCoder:
         del p, post_T
         pre_TF = jnp.einsum("TD,FD->TF", read_TD, enc.W_enc_FD) + enc.b_enc_F[None, :]
         theta_F = None if enc.theta_F is None else jnp.asarray(enc.theta_F)
-        return Encoded(pre_TF, activate(pre_TF, theta_F, cfg=self.shape) != 0)
+        return Encoded(pre_TF, is_on(pre_TF, theta_F, self.shape))
 
     def rows(self, enc: EncoderLayer) -> tuple[Any, Any]:
         """Encoder rows and biases."""
         return enc.W_enc_FD, enc.b_enc_F
 
     def thresholds(self, enc: EncoderLayer) -> Any | None:
-        """Of a JumpReLU, zero of a ReLU; none where features compete."""
+        """Those of the features, or zero; none where features compete."""
         if self.competes:
             return None
-        return np.zeros_like(enc.b_enc_F) if enc.theta_F is None else enc.theta_F
+        own = self.shape.gate.switch == "theta"
+        return enc.theta_F if own else np.zeros_like(enc.b_enc_F)
 
     def write(self, p: Block, dec: Array, a_TF: Array) -> Array:
         """Activations times decoder rows."""
@@ -121,7 +122,7 @@ class StoreDictionary:
         """Encoders of some features of a layer, or of all."""
         del params
         enc = self.store.encoder(layer)
-        if self.cfg.activation != "jumprelu":
+        if self.cfg.gate.switch != "theta":
             enc = enc._replace(theta_F=None)
         if feature_U is None:
             return enc

@@ -18,7 +18,8 @@ from jaxclt.errors import InputError
 from jaxclt.files.json_file import MOST, parse_json, read_bounded
 from jaxclt.files.lines import json_rows
 from jaxclt.io.model import Model
-from jaxclt.lm.run import embed, native_mlp, run
+from jaxclt.lm.layers import mlp_at
+from jaxclt.lm.run import Policy, embed, run
 from jaxclt.text.windows import BATCH_TOKENS, batches, read_windows
 from jaxclt.types import Block, LMParams
 
@@ -136,30 +137,23 @@ def _peaks(
     assert cfg is not None
 
     def one(token_S: Array, mask_S: Array) -> Array:
-        def policy(
+        def write(
             carry: tuple[Array, Array], mid_TD: Array, scale_T: Array, p: Block, x: Any
         ) -> tuple[tuple[Array, Array], Array]:
             layer, peak_LF = carry
             a_TF = encoder.layer(p, x, mid_TD, scale_T)
             peak_F = _largest(a_TF, mask_S)
             peak_LF = jax.lax.dynamic_update_index_in_dim(peak_LF, peak_F, layer, 0)
-            _, write_TD = mlp(None, mid_TD, scale_T, p, None)
+            write_TD, _ = mlp_at(p, mid_TD, scale_T, cfg=cfg)
             return (layer + 1, peak_LF), write_TD
 
         resid_TD = embed(params, token_S)
         empty = jnp.zeros((cfg.n_layers, encoder.n_features), resid_TD.dtype)
-        done = run(
-            params,
-            resid_TD,
-            policy,
-            cfg=cfg,
-            carry=(jnp.zeros((), jnp.int32), empty),
-            per_layer=encoder.weights,
-            keep_patterns=False,
-        )
+        start = (jnp.zeros((), jnp.int32), empty)
+        policy = Policy(write, start, encoder.weights)
+        done = run(params, resid_TD, policy, cfg=cfg, keep_patterns=False)
         return done.carry[1][at_2U[0], at_2U[1]]
 
-    mlp = native_mlp(cfg)
     return jax.vmap(one)(jnp.maximum(token_WS, 0), mask_WS)
 
 

@@ -26,10 +26,10 @@ from jax import Array
 
 from jaxclt.clt.coder import Bound
 from jaxclt.global_weights.weights import folded_encoder, summed_writes
-from jaxclt.lm.block import FrozenLayer, frozen_pattern
+from jaxclt.lm.block import frozen_pattern
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import attn_norm, fold_norm
-from jaxclt.types import Block
+from jaxclt.types import Block, Held
 
 __all__ = ["Head", "head_block", "head_sums", "rows_by_layer"]
 
@@ -103,9 +103,8 @@ def _pattern(
     p = jax.tree.map(lambda leaf: leaf[layer], blocks)
 
     def one(resid_SD: Array, scale_S: Array) -> Array:
-        found = frozen_pattern(
-            p, FrozenLayer(None, scale_S, scale_S, resid_SD), cfg=cfg
-        )
+        held = Held(attn_scale_LT=scale_S, clean_LTD=resid_SD)
+        found = frozen_pattern(p, held, cfg=cfg)
         assert found is not None, "it is computed from the stream"
         return found
 

@@ -21,15 +21,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxclt.clt.active import Active, encoded_layers
+from jaxclt.clt.active import encoded_layers
 from jaxclt.clt.coder import Dictionary, picked, stream_rows
 from jaxclt.errors import InputError
 from jaxclt.graph.bank import RowTargets, pack, writers
+from jaxclt.graph.config import AttributeConfig
 from jaxclt.graph.layout import Layout
 from jaxclt.graph.plan import make_plan, mean_flops
+from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.rows import edge_rows, make_puller
 from jaxclt.lm.config import LMConfig
-from jaxclt.replacement.errors import error_nodes
 from jaxclt.types import LMParams, Recording
 
 __all__ = [
@@ -59,10 +60,13 @@ class Candidates:
 
     def take(self, index: np.ndarray) -> Candidates:
         """Some of the candidates, in the given order."""
-        fields = {
-            f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self)
-        }
-        return Candidates(**fields)
+        return Candidates(**{name: x[index] for name, x in vars(self).items()})
+
+    def followed_by(self, more: Candidates) -> Candidates:
+        """These candidates, then others."""
+        theirs = vars(more)
+        joined = {k: np.concatenate([x, theirs[k]]) for k, x in vars(self).items()}
+        return Candidates(**joined)
 
     @property
     def rows(self) -> RowTargets:
@@ -135,7 +139,7 @@ def near_threshold(
             read_UD=read_UD[row] * here.scale_T[pos][:, None],
         )
         # Cut after every layer, so that few read vectors are held.
-        found = near if found is None else _joined(found, near)
+        found = near if found is None else found.followed_by(near)
         found = found.take(_closest(found.theta_U - found.preact_U, limit))
     assert found is not None
     return found
@@ -162,15 +166,6 @@ def _closest(below_U: np.ndarray, limit: int | None) -> np.ndarray:
     return np.sort(np.argsort(below_U, kind="stable")[:limit])
 
 
-def _joined(one: Candidates, other: Candidates) -> Candidates:
-    return Candidates(
-        **{
-            f.name: np.concatenate([getattr(one, f.name), getattr(other, f.name)])
-            for f in dataclasses.fields(one)
-        }
-    )
-
-
 def released_by(
     edge_UN: np.ndarray, preact_U: np.ndarray, theta_U: np.ndarray
 ) -> Released:
@@ -194,18 +189,12 @@ def _sorted(released: Released) -> Released:
 
 
 def find_inhibition(
-    params: LMParams,
-    recording: Recording,
+    p: Recorded,
     dictionary: Dictionary,
-    active: Active,
-    cfg: LMConfig,
     *,
     margin: float,
     limit: int | None = 4096,
-    n_tokens: int | None = None,
-    chunk_size: int = 128,
-    rows_at_once: int = 1024,
-    precision: str = "highest",
+    config: AttributeConfig | None = None,
     on_rows: Callable[[int, int], None] = lambda done, total: None,
 ) -> Inhibition:
     """Every pair of a near-threshold feature and an active feature that suppresses it.
@@ -214,45 +203,39 @@ def find_inhibition(
     any single active feature.
 
     Args:
-      params: the model.
-      recording: its clean pass on the prompt.
-      dictionary: one with thresholds.
-      active: its active features on the prompt, the sources.
-      cfg: model shape.
+      p: a prompt; its active features are the sources.
+      dictionary: theirs, one with thresholds.
       margin: how far below the threshold to look, see `near_threshold`.
       limit: most candidates, the closest ones; None for no limit.
-      n_tokens: length of the prompt if the recording is padded beyond it.
-      chunk_size: most rows pulled back together.
-      rows_at_once: most rows whose edges are held.
-      precision: of matmuls.
+      config: precision, and most rows that are pulled back together (`chunk_size`) and
+        whose edges are held (`rows_per_update`, 1024 unless given).
       on_rows: progress, called with (rows done, rows planned).
     """
-    with jax.default_matmul_precision(precision):
+    config = config or AttributeConfig()
+    with jax.default_matmul_precision(config.precision):
         found = near_threshold(
             dictionary,
-            params,
-            recording,
-            cfg,
+            p.params,
+            p.recording,
+            p.cfg,
             margin=margin,
             limit=limit,
-            n_tokens=n_tokens,
+            n_tokens=p.n_tokens,
         )
-        error_LTD = error_nodes(active, recording)
-        L, T, _ = error_LTD.shape
-        A, U = len(active.layer_A), len(found.layer_U)
-        N = Layout(n_features=A, n_layers=L, n_tokens=T).n_columns
-        bank = pack(writers(active), T)
+        T, A, U = len(p.recording.token_T), len(p.active.layer_A), len(found.layer_U)
+        layout = Layout(n_features=A, n_layers=p.cfg.n_layers, n_tokens=T)
+        bank = pack(writers(p.active), T)
         puller = make_puller(
-            params,
-            recording,
-            active,
-            error_LTD,
-            cfg=cfg,
+            p.params,
+            p.recording,
+            p.active,
+            p.error_LTD,
+            cfg=p.cfg,
             plan=make_plan(
                 U,
                 n_positions=T,
-                flops_per_position=mean_flops(cfg, bank, T),
-                chunk_size=chunk_size,
+                flops_per_position=mean_flops(p.cfg, bank, T),
+                chunk_size=config.chunk_size,
             ),
             n_tokens=T,
             mesh=Mesh(np.array(jax.devices()[:1]), ("rows",)),
@@ -261,12 +244,15 @@ def find_inhibition(
         parts = [Released(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
         # By position, so that the rows of a part share few bands.
         order = np.argsort(found.pos_U, kind="stable")
-        for start in range(0, U, rows_at_once):
-            index = order[start : start + rows_at_once]
+        at_once = config.rows_per_update or 1024
+        for start in range(0, U, at_once):
+            index = order[start : start + at_once]
             part = found.take(index)
-            edge_UN = np.zeros((len(index), N), error_LTD.dtype)
+            edge_UN = np.zeros((len(index), layout.n_columns), p.error_LTD.dtype)
             edge_rows(puller, part.rows, edge_UN)
-            pairs = released_by(edge_UN[:, :A], part.preact_U, part.theta_U)
+            pairs = released_by(
+                edge_UN[:, layout.nodes["feature"]], part.preact_U, part.theta_U
+            )
             parts.append(pairs._replace(u_P=index[pairs.u_P]))
             on_rows(start + len(index), U)
     columns = (np.concatenate(column) for column in zip(*parts, strict=True))

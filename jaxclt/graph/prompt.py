@@ -9,15 +9,26 @@ from typing import Any
 import numpy as np
 
 from jaxclt.clt.active import Active
+from jaxclt.errors import InputError
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.blocks import submatrix
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.graph.layout import Layout
 from jaxclt.graph.target_reads import target_rows, written_edges
+from jaxclt.graph.targets import place_targets
 from jaxclt.lm.config import LMConfig
+from jaxclt.replacement.errors import error_nodes
 from jaxclt.types import LMParams, Recording, Targets
 
-__all__ = ["Chooser", "Computed", "Prompt", "counted", "cut_columns", "row_totals"]
+__all__ = [
+    "Chooser",
+    "Computed",
+    "Prompt",
+    "Recorded",
+    "counted",
+    "cut_columns",
+    "row_totals",
+]
 
 
 # Slots of the features to look at, ascending, from the active ones and the influence
@@ -25,20 +36,79 @@ __all__ = ["Chooser", "Computed", "Prompt", "counted", "cut_columns", "row_total
 Chooser = Callable[[Active, np.ndarray], np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """Everything the rows of one prompt are made of."""
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """A recorded prompt with the features active on it: the sources of its edges.
+
+    Raises:
+      InputError: if the model is in half precision, or an error node is not finite (NaN
+        weights).
+    """
 
     params: LMParams
-    recording: Recording
-    active: Active
-    error_LTD: np.ndarray
-    targets: Targets
+    recording: Recording  # the clean pass; may be padded
+    active: Active  # those on the prompt itself are kept
+    _: dataclasses.KW_ONLY
     cfg: LMConfig
-    config: AttributeConfig
-    n_tokens: int
-    shortlist: Chooser | None = None
-    stop: Callable[[], bool] = lambda: False  # asked often; true: come to an end
+    n_tokens: int = 0  # without the padding; 0: there is none
+    # Errors of all features that were active; made if not given.
+    error_LTD: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+
+    def __post_init__(self) -> None:
+        dtype = self.params.embed_VD.dtype
+        if dtype.itemsize < 4:
+            raise InputError(
+                f"attribution needs float32, the model is {dtype}: load it with "
+                "--dtype float32, whatever its files hold"
+            )
+        n_tokens = self.n_tokens or len(self.recording.token_T)
+        self._set(n_tokens=n_tokens, active=self._nodes(n_tokens))
+        if self.error_LTD.size == 0:
+            self._set(error_LTD=error_nodes(self.active, self.recording))
+        if not np.isfinite(self.error_LTD).all():
+            raise InputError(
+                "the dictionary's reconstruction is not finite on this prompt: check "
+                "its weights for NaN or overflow"
+            )
+
+    def _set(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def _nodes(self, n_tokens: int) -> Active:
+        """The features that may be nodes."""
+        on_prompt_A = self.active.pos_A < n_tokens
+        return self.active if on_prompt_A.all() else self.active.where(on_prompt_A)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt(Recorded):
+    """A recorded prompt and what is asked of it.
+
+    Raises:
+      InputError: as `Recorded`, or if a target does not fit the model or the prompt.
+    """
+
+    targets: Targets  # what to explain, see `jaxclt.graph.targets`
+    _: dataclasses.KW_ONLY
+    config: AttributeConfig = dataclasses.field(default_factory=AttributeConfig)
+    shortlist: Chooser | None = None  # of the features that may be nodes; None: all
+    # Asked before each chunk of rows. Once true, the graph is of the features that were
+    # attributed until then, everything else counted as unexplored.
+    stop: Callable[[], bool] = lambda: False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        placed = place_targets(self.targets, cfg=self.cfg, n_tokens=self.n_tokens)
+        self._set(targets=placed)
+
+    def _nodes(self, n_tokens: int) -> Active:
+        active = super()._nodes(n_tokens)
+        if self.config.convention == "paper":
+            return active
+        # circuit-tracer gives the first position (BOS) no features; what they wrote
+        # stays, as part of the error there, which is no node either.
+        return active.where(active.pos_A > 0)
 
     @property
     def n_selected(self) -> int:

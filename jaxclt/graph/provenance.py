@@ -33,10 +33,10 @@ from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.layout import Layout
 from jaxclt.graph.target_reads import target_reads
-from jaxclt.lm.block import FrozenLayer, frozen_pattern
+from jaxclt.lm.block import frozen_pattern
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import fold_post_attn, frozen_attention
-from jaxclt.types import Block, Frozen, LMParams, Recording
+from jaxclt.types import Block, Frozen, Held, LMParams, Recording
 
 __all__ = [
     "FrozenStream",
@@ -259,7 +259,11 @@ def frozen_stream(
 def layer_pattern(layer: FrozenStream, *, cfg: LMConfig) -> Array:
     """One layer's attention pattern [H, T, S], kept or computed again."""
     scale_T, post_T = layer.scale_LT, layer.post_scale_LT
-    held = FrozenLayer(layer.pattern_LHTS, scale_T, scale_T, layer.clean_LTD)
+    held = Held(
+        pattern_LHTS=layer.pattern_LHTS,
+        attn_scale_LT=scale_T,
+        clean_LTD=layer.clean_LTD,
+    )
     pattern_HTS = frozen_pattern(layer.blocks, held, cfg=cfg)
     assert pattern_HTS is not None, "a recording has patterns or the clean stream"
     return pattern_HTS if post_T is None else pattern_HTS * post_T[None, :, None]

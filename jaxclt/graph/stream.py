@@ -21,11 +21,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxclt.lm.block import FrozenLayer, frozen_pattern
+from jaxclt.lm.block import frozen_pattern
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import fold_post_attn
 from jaxclt.lm.layers import attn_norm, fold_norm
-from jaxclt.types import Block, LMParams, Recording
+from jaxclt.types import Block, Held, LMParams, Recording
 
 __all__ = ["Stream", "attend", "causal_share", "make_stream", "on_mesh"]
 
@@ -220,7 +220,7 @@ def _pattern(
             raise ValueError("patterns of later positions need the earlier ones")
         p = jax.tree.map(lambda leaf: leaf[layer], stream.blocks)
         clean_TD, scale_T = stream.clean_LTD[layer, :P], stream.scale_LT[layer, :P]
-        frozen = FrozenLayer(None, scale_T, scale_T, clean_TD)
+        frozen = Held(attn_scale_LT=scale_T, clean_LTD=clean_TD)
         pattern_HTS = frozen_pattern(p, frozen, cfg=cfg)
         assert pattern_HTS is not None, "the clean stream is there"
         pattern_HTS = pattern_HTS * scale_T[None, None, :]

@@ -11,8 +11,8 @@ from typing import Any
 from jaxclt.errors import InputError, did_you_mean
 from jaxclt.files.atomic import atomic_directory
 from jaxclt.io.dictionary import LABELS, open_dictionary, read_labels
-from jaxclt.io.formats.write import About, write_files
-from jaxclt.io.formats.write_folders import TARGETS
+from jaxclt.io.formats.targets import TARGETS
+from jaxclt.io.formats.write import About, losses, write_files
 from jaxclt.runs.lock import held
 
 __all__ = ["convert"]
@@ -34,7 +34,7 @@ def convert(
     Args:
       source: a dictionary, as for `jaxclt.load_dictionary`, but not neurons.
       out: directory to create.
-      to: a key of `jaxclt.io.formats.write_folders.TARGETS`.
+      to: a key of `jaxclt.io.formats.targets.TARGETS`.
       lossy: names of what may be lost.
       on_layer: called with layers done and their number.
 
@@ -58,7 +58,7 @@ def convert(
         model_name=store.model_name,
         scan=store.scan,
     )
-    lost = target.losses(store.cfg, about)
+    lost = losses(to, target, store.cfg, about)
     unknown = sorted(set(lossy) - set(lost))
     if unknown:
         possible = ", ".join(lost) or "nothing"

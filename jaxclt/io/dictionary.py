@@ -16,7 +16,6 @@ from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.errors import InputError, did_you_mean, shown
 from jaxclt.files.json_file import read_json
 from jaxclt.io.bundled import DICTIONARIES, bundled
-from jaxclt.io.circuit_tracer_write import save_dictionary
 from jaxclt.io.formats.pieces import FileStore
 from jaxclt.io.formats.scope import chosen_files, is_scope
 from jaxclt.io.formats.table import (
@@ -28,6 +27,7 @@ from jaxclt.io.formats.table import (
 from jaxclt.io.hub import download_dictionary, parse_hub_ref
 from jaxclt.io.model import Model
 from jaxclt.io.published import repositories, supplement
+from jaxclt.io.save import save_dictionary
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import CLTParams
 

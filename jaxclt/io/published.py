@@ -24,7 +24,7 @@ class Pair:
     model: str
     dictionary: str  # as `load_dictionary` takes it
     kind: str  # CLT or PLT
-    layout: str  # a format of `jaxclt.io.circuit_tracer_format`
+    layout: str  # a format of `jaxclt.io.formats.layouts`
     features: int | None = None  # of each layer
     size_gb: float | None = None
     licence: str = "see its page"

@@ -8,6 +8,7 @@ what writes at the MLP's place (`write`), and what is held fixed (`frozen`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,25 +16,15 @@ from jax import Array
 
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
-from jaxclt.types import Block
+from jaxclt.types import Block, Held
 
-__all__ = ["FrozenLayer", "Past", "Taps", "block", "frozen_pattern"]
-
-
-class FrozenLayer(NamedTuple):
-    """One layer of `Frozen` or `Held`; None is computed from the stream."""
-
-    pattern_HTS: Array | None
-    attn_scale_T: Array | None
-    mlp_scale_T: Array | None
-    clean_TD: Array | None = None  # what a pattern that is not kept is computed from
-    post_attn_scale_T: Array | None = None
+__all__ = ["Past", "Taps", "block", "frozen_pattern"]
 
 
 class Past(NamedTuple):
-    """What attention sees of a layer's positions: room for S, those behind are zero."""
+    """Keys and values of a layer's positions: room for S, zero after the last one."""
 
-    key_SGC: Array  # turned to their positions
+    key_SGC: Array  # rotated to their positions
     value_SGC: Array
 
 
@@ -56,22 +47,20 @@ def block(
     write: Callable[[Array, Array], Array],
     *,
     cfg: LMConfig,
-    frozen: FrozenLayer | None = None,
-    biases: bool = True,
+    frozen: Held | None = None,
     keep_patterns: bool = True,
     past: Past | None = None,
     start: Array | int = 0,
 ) -> tuple[Array, Taps]:
-    """Attention, and behind or beside it whatever `write` puts at the MLP's place.
+    """Attention, and after or beside it whatever `write` puts at the MLP's place.
 
     Args:
       p: weights of one layer (leaves without the leading L).
       resid_TD: residual stream entering the block.
       write: (mid_TD, mlp_scale_T) -> write_TD, the MLP or its replacement.
       cfg: model shape.
-      frozen: clean pattern and scales; None computes them from the stream.
-      biases: False drops the biases of attention and of norms, which makes a frozen
-        block linear.
+      frozen: clean pattern and scales of the layer (leaves without the leading L); what
+        is None is computed from the stream.
       keep_patterns: False leaves the attention pattern out of the taps.
       past: keys and values of earlier positions, with room for these rows.
       start: position of the first row.
@@ -79,7 +68,7 @@ def block(
     Returns:
       The residual stream leaving the block [T, D], and the taps.
     """
-    held = FrozenLayer(None, None, None) if frozen is None else frozen
+    held = frozen or Held()
 
     def hold(clean: Array | None, live: Callable[[], Array]) -> Array:
         return live() if clean is None else clean
@@ -89,31 +78,32 @@ def block(
 
     with jax.named_scope("attention"):
         norm = layers.attn_norm(p)
-        attn_scale_T = hold(held.attn_scale_T, lambda: scale(resid_TD, norm))
-        normed_TD = layers.normalise(resid_TD, attn_scale_T, norm, biases=biases)
+        attn_scale_T = hold(held.attn_scale_LT, lambda: scale(resid_TD, norm))
+        normed_TD = layers.normalise(resid_TD, attn_scale_T, norm)
+        key_SGC, value_SGC = None, layers.values(p, normed_TD)
         if past is not None:
-            past = _remember(p, past, normed_TD, start, cfg=cfg, biases=biases)
-        key_SGC, value_SGC = (None, None) if past is None else past
+            new = Past(layers.keys(p, normed_TD, cfg=cfg, start=start), value_SGC)
+            put = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+            past = Past(*(put(old, x, start) for old, x in zip(past, new, strict=True)))
+            key_SGC, value_SGC = past
         pattern_HTS = hold(
             frozen_pattern(p, held, cfg=cfg),
             lambda: layers.attention_pattern(
                 p, normed_TD, cfg=cfg, key_SGC=key_SGC, start=start
             ),
         )
-        moved_TD = layers.move(
-            p, pattern_HTS, normed_TD, cfg=cfg, biases=biases, value_SGC=value_SGC
-        )
+        moved_TD = layers.move(p, pattern_HTS, value_SGC, cfg=cfg)
         post_scale_T = None
         if p.post_attn_LD is not None:
             post_norm = layers.Norm(p.post_attn_LD)
             post_scale_T = hold(
-                held.post_attn_scale_T, lambda: scale(moved_TD, post_norm)
+                held.post_attn_scale_LT, lambda: scale(moved_TD, post_norm)
             )
             moved_TD = layers.normalise(moved_TD, post_scale_T, post_norm)
-        behind_TD = resid_TD + moved_TD
-        mid_TD = resid_TD if cfg.parallel else behind_TD
+        after_TD = resid_TD + moved_TD
+        mid_TD = resid_TD if cfg.parallel else after_TD
     with jax.named_scope("mlp"):
-        mlp_scale_T = hold(held.mlp_scale_T, lambda: scale(mid_TD, layers.mlp_norm(p)))
+        mlp_scale_T = hold(held.mlp_scale_LT, lambda: scale(mid_TD, layers.mlp_norm(p)))
         write_TD = write(mid_TD, mlp_scale_T)
     taps = Taps(
         resid_TD,
@@ -125,37 +115,15 @@ def block(
         past,
         post_scale_T,
     )
-    return behind_TD + write_TD, taps
+    return after_TD + write_TD, taps
 
 
-def _remember(
-    p: Block,
-    past: Past,
-    normed_TD: Array,
-    start: Array | int,
-    *,
-    cfg: LMConfig,
-    biases: bool,
-) -> Past:
-    """The past with the rows that stand at `start`."""
-    new = Past(
-        layers.keys(p, normed_TD, cfg=cfg, start=start),
-        layers.values(p, normed_TD, biases=biases),
-    )
-    return Past(
-        *(
-            jax.lax.dynamic_update_slice_in_dim(old, rows, start, axis=0)
-            for old, rows in zip(past, new, strict=True)
-        )
-    )
-
-
-def frozen_pattern(p: Block, frozen: FrozenLayer, *, cfg: LMConfig) -> Array | None:
-    """The clean attention pattern [H, T, S], kept or computed again; None: live."""
-    if frozen.clean_TD is None or frozen.pattern_HTS is not None:
-        return frozen.pattern_HTS
-    norm, scale_T = layers.attn_norm(p), frozen.attn_scale_T
+def frozen_pattern(p: Block, frozen: Held, *, cfg: LMConfig) -> Array | None:
+    """One layer's clean attention pattern [H, T, S], kept or recomputed; None: live."""
+    if frozen.clean_LTD is None or frozen.pattern_LHTS is not None:
+        return frozen.pattern_LHTS
+    norm, scale_T = layers.attn_norm(p), frozen.attn_scale_LT
     if scale_T is None:  # norms may be live where patterns are held
-        scale_T = layers.norm_scale(frozen.clean_TD, norm, eps=cfg.norm_eps)
-    normed_TD = layers.normalise(frozen.clean_TD, scale_T, norm)
+        scale_T = layers.norm_scale(frozen.clean_LTD, norm, eps=cfg.norm_eps)
+    normed_TD = layers.normalise(frozen.clean_LTD, scale_T, norm)
     return layers.attention_pattern(p, normed_TD, cfg=cfg)

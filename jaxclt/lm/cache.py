@@ -16,7 +16,7 @@ __all__ = ["past_of", "sample_text"]
 
 
 def past_of(params: LMParams, taps: Taps, *, cfg: LMConfig, room: int) -> Past:
-    """Keys and values of a pass, [L, T + room, G, C] each, zero behind it.
+    """Keys and values of a pass, [L, T + room, G, C] each, zero after it.
 
     They come from what the pass read: its stream and its norm denominators, live or
     held, patched or not.

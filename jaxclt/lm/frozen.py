@@ -16,7 +16,8 @@ from jax import Array
 
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
-from jaxclt.lm.run import run
+from jaxclt.lm.run import Policy, run
+from jaxclt.lm.step import Skip
 from jaxclt.types import Block, Frozen, LMParams, Reads, Sources
 
 __all__ = ["bias_reads", "fold_post_attn", "frozen_attention", "frozen_reads"]
@@ -30,9 +31,10 @@ def frozen_attention(
 
     A norm behind the attention must be folded in, see `fold_post_attn`.
     """
+    p = dataclasses.replace(p, v_bias_LGC=None, o_bias_LD=None)
     norm = layers.attn_norm(p)
     normed_TD = layers.normalise(resid_TD, scale_T, norm, biases=False)
-    return layers.move(p, pattern_HTS, normed_TD, cfg=cfg, biases=False)
+    return layers.move(p, pattern_HTS, layers.values(p, normed_TD), cfg=cfg)
 
 
 def fold_post_attn(
@@ -61,7 +63,6 @@ def replay(
     *,
     cfg: LMConfig,
     skip: tuple[Array, Array] | None = None,
-    biases: bool = True,
 ) -> Reads:
     """Run the frozen stream from its sources.
 
@@ -72,7 +73,6 @@ def replay(
       cfg: model shape.
       skip: (scale_LT, W_skip_LDD) of a dictionary with a linear path, a norm before it
         folded in: it writes ``(mid * scale) @ W_skip`` from the stream itself.
-      biases: False drops the biases of attention and of norms.
 
     Returns:
       The residual stream where encoders read at every layer, and the normed output.
@@ -84,19 +84,12 @@ def replay(
         del scale_T, p
         write_TD, layer_skip = x
         if layer_skip is not None:
-            scale_T, W_skip_DD = layer_skip
-            write_TD = write_TD + (mid_TD * scale_T[:, None]) @ W_skip_DD
+            write_TD = write_TD + layer_skip.write(mid_TD)
         return carry, write_TD
 
-    done = run(
-        params,
-        sources.embed_TD,
-        given,
-        cfg=cfg,
-        per_layer=(sources.write_LTD, skip),
-        frozen=frozen,
-        biases=biases,
-    )
+    whole = None if skip is None else Skip(*skip)
+    policy = Policy(given, per_layer=(sources.write_LTD, whole))
+    done = run(params, sources.embed_TD, policy, cfg=cfg, frozen=frozen)
     return Reads(mid_LTD=done.taps.mid_TD, out_TD=done.out_TD)
 
 
@@ -108,8 +101,26 @@ def frozen_reads(
     cfg: LMConfig,
     skip: tuple[Array, Array] | None = None,
 ) -> Reads:
-    """`replay` without biases: exactly linear in `sources`."""
-    return replay(params, frozen, sources, cfg=cfg, skip=skip, biases=False)
+    """`replay` of the model without biases: exactly linear in `sources`."""
+    return replay(_without_biases(params), frozen, sources, cfg=cfg, skip=skip)
+
+
+def _without_biases(params: LMParams) -> LMParams:
+    """The model without the biases of attention and of norms."""
+
+    def zero(bias: Array | None) -> Array | None:
+        # A norm with a bias is a LayerNorm, and stays one.
+        return None if bias is None else jnp.zeros_like(bias)
+
+    blocks = params.blocks
+    blocks = dataclasses.replace(
+        blocks,
+        v_bias_LGC=None,
+        o_bias_LD=None,
+        norm_attn_bias_LD=zero(blocks.norm_attn_bias_LD),
+    )
+    norm_out_bias_D = zero(params.norm_out_bias_D)
+    return dataclasses.replace(params, blocks=blocks, norm_out_bias_D=norm_out_bias_D)
 
 
 def bias_reads(
@@ -130,9 +141,7 @@ def bias_reads(
       cfg: model shape.
       skip: as in `replay`.
     """
-    T, D = write_bias_LTD.shape[1:]
-    zero = Sources(
-        embed_TD=jnp.zeros((T, D), write_bias_LTD.dtype), write_LTD=write_bias_LTD
-    )
+    nothing_TD = jnp.zeros(write_bias_LTD.shape[1:], write_bias_LTD.dtype)
     with jax.named_scope("bias_path"):
-        return replay(params, frozen, zero, cfg=cfg, skip=skip, biases=True)
+        sources = Sources(embed_TD=nothing_TD, write_LTD=write_bias_LTD)
+        return replay(params, frozen, sources, cfg=cfg, skip=skip)

@@ -27,6 +27,7 @@ __all__ = [
     "keys",
     "mlp",
     "mlp_and_scale",
+    "mlp_at",
     "mlp_norm",
     "move",
     "neuron_rows",
@@ -165,12 +166,10 @@ def keys(p: Block, normed_TD: Array, *, cfg: LMConfig, start: Array | int = 0) -
     return _turned(p, k_TGC, p.k_norm_LC, cfg=cfg, start=start)
 
 
-def values(p: Block, normed_TD: Array, *, biases: bool = True) -> Array:
+def values(p: Block, normed_TD: Array) -> Array:
     """Values [T, G, C]."""
     v_TGC = jnp.einsum("TD,DGC->TGC", normed_TD, p.v_LDGC)
-    if biases and p.v_bias_LGC is not None:
-        v_TGC = v_TGC + p.v_bias_LGC[None]
-    return v_TGC
+    return v_TGC if p.v_bias_LGC is None else v_TGC + p.v_bias_LGC[None]
 
 
 def attention_pattern(
@@ -218,22 +217,8 @@ def _seen(p: Block, pos_T: Array, n_keys: int, *, cfg: LMConfig) -> Array:
     return seen_TS & (near_TS if p.local_L is None else near_TS | ~p.local_L)
 
 
-def move(
-    p: Block,
-    pattern_HTS: Array,
-    normed_TD: Array,
-    *,
-    cfg: LMConfig,
-    biases: bool,
-    value_SGC: Array | None = None,
-) -> Array:
-    """What attention moves between positions: values through the pattern, [T, D].
-
-    Linear in `normed_TD` given the pattern, affine with `biases`. `value_SGC` are the
-    values of all positions; None: those of the rows.
-    """
-    if value_SGC is None:
-        value_SGC = values(p, normed_TD, biases=biases)
+def move(p: Block, pattern_HTS: Array, value_SGC: Array, *, cfg: LMConfig) -> Array:
+    """What attention moves between positions: values through the pattern, [T, D]."""
     pattern_GJTS = pattern_HTS.reshape(
         cfg.n_kv_heads, cfg.n_queries_per_kv, *pattern_HTS.shape[1:]
     )
@@ -242,9 +227,7 @@ def move(
         cfg.n_kv_heads, cfg.n_queries_per_kv, cfg.d_head, cfg.d_model
     )
     out_TD = jnp.einsum("TGJC,GJCD->TD", mixed_TGJC, o_GJCD)
-    if biases and p.o_bias_LD is not None:
-        out_TD = out_TD + p.o_bias_LD[None]
-    return out_TD
+    return out_TD if p.o_bias_LD is None else out_TD + p.o_bias_LD[None]
 
 
 def activate_gate(x: Array, *, cfg: LMConfig, own: bool = False) -> Array:
@@ -313,6 +296,19 @@ def mlp(
 ) -> Array:
     """`mlp_and_scale` without the scale."""
     return mlp_and_scale(p, normed_TD, cfg=cfg, scale_T=scale_T)[0]
+
+
+def mlp_at(
+    p: Block,
+    mid_TD: Array,
+    scale_T: Array,
+    *,
+    cfg: LMConfig,
+    post_scale_T: Array | None = None,
+) -> tuple[Array, Array | None]:
+    """`mlp_and_scale` of the stream itself, its norm's reciprocal denominator held."""
+    normed_TD = normalise(mid_TD, scale_T, mlp_norm(p))
+    return mlp_and_scale(p, normed_TD, cfg=cfg, scale_T=post_scale_T)
 
 
 def neuron_rows(p: Block) -> Array:

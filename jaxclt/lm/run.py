@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxclt.lm import layers
-from jaxclt.lm.block import FrozenLayer, Past, Taps, block
+from jaxclt.lm.block import Past, Taps, block
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import Block, Frozen, Held, LMParams, Recording
 
 __all__ = [
+    "Policy",
     "Run",
-    "WritePolicy",
+    "Write",
     "cap_logits",
     "embed",
     "forward",
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 
-class WritePolicy(Protocol):
+class Write(Protocol):
     """What stands at the MLP's place: the only seam of the model.
 
     Called once per layer inside a scan, with one layer of the weights and of the
@@ -40,6 +41,14 @@ class WritePolicy(Protocol):
     ) -> tuple[Any, Array]:
         """Return the new carry and write_TD."""
         ...
+
+
+class Policy(NamedTuple):
+    """A `Write`, the carry it starts with, and its data: leaves with a leading L."""
+
+    write: Write
+    carry: Any = None
+    per_layer: Any = None
 
 
 class Run(NamedTuple):
@@ -54,13 +63,10 @@ class Run(NamedTuple):
 def run(
     params: LMParams,
     embed_TD: Array,
-    policy: WritePolicy,
+    policy: Policy,
     *,
     cfg: LMConfig,
-    carry: Any = None,
-    per_layer: Any = None,
     frozen: Frozen | Held | None = None,
-    biases: bool = True,
     keep_patterns: bool = True,
     past: Past | None = None,
     start: Array | int = 0,
@@ -72,11 +78,8 @@ def run(
       embed_TD: what enters layer 0.
       policy: writes at the MLP's place.
       cfg: model shape.
-      carry: the policy's initial carry.
-      per_layer: the policy's data, leaves with a leading L.
       frozen: hold these patterns and scales instead of computing them; a `Held` may
         hold some of them only.
-      biases: False drops the biases of attention and of norms (for the linear map).
       keep_patterns: False leaves attention patterns out of the taps.
       past: keys and values of earlier positions, leaves with a leading L; the taps
         then have them with these rows.
@@ -85,25 +88,17 @@ def run(
     Returns:
       The run; `taps` have a leading layer axis.
     """
-    held = (
-        None
-        if frozen is None
-        else FrozenLayer(
-            frozen.pattern_LHTS,
-            frozen.attn_scale_LT,
-            frozen.mlp_scale_LT,
-            frozen.clean_LTD,
-            frozen.post_attn_scale_LT,
-        )
-    )
+    held = None
+    if frozen is not None:  # the scan takes leaves with layers; the last norm has none
+        held = Held(**(vars(frozen) | {"out_scale_T": None}))
 
     def step(state: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], Taps]:
-        resid_TD, inner = state
-        p, x, layer_frozen, layer_past = xs
+        resid_TD, carry = state
+        p, x, layer_held, layer_past = xs
 
         def write(mid_TD: Array, scale_T: Array) -> Array:
-            nonlocal inner
-            inner, write_TD = policy(inner, mid_TD, scale_T, p, x)
+            nonlocal carry
+            carry, write_TD = policy.write(carry, mid_TD, scale_T, p, x)
             return write_TD
 
         resid_TD, taps = block(
@@ -111,36 +106,33 @@ def run(
             resid_TD,
             write,
             cfg=cfg,
-            frozen=layer_frozen,
-            biases=biases,
+            frozen=layer_held,
             keep_patterns=keep_patterns,
             past=layer_past,
             start=start,
         )
-        return (resid_TD, inner), taps
+        return (resid_TD, carry), taps
 
-    (resid_TD, carry), taps = jax.lax.scan(
-        step, (embed_TD, carry), (params.blocks, per_layer, held, past)
-    )
+    xs = params.blocks, policy.per_layer, held, past
+    (resid_TD, carry), taps = jax.lax.scan(step, (embed_TD, policy.carry), xs)
     norm = layers.out_norm(params)
     scale_T = None if frozen is None else frozen.out_scale_T
     if scale_T is None:
         scale_T = layers.norm_scale(resid_TD, norm, eps=cfg.norm_eps)
-    out_TD = layers.normalise(resid_TD, scale_T, norm, biases=biases)
+    out_TD = layers.normalise(resid_TD, scale_T, norm)
     return Run(carry, taps, out_TD, scale_T)
 
 
-def native_mlp(cfg: LMConfig) -> WritePolicy:
+def native_mlp(cfg: LMConfig) -> Policy:
     """The policy of the underlying model: its own MLP."""
 
     def write(
         carry: Any, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[Any, Array]:
         del x
-        normed_TD = layers.normalise(mid_TD, scale_T, layers.mlp_norm(p))
-        return carry, layers.mlp(p, normed_TD, cfg=cfg)
+        return carry, layers.mlp_at(p, mid_TD, scale_T, cfg=cfg)[0]
 
-    return write
+    return Policy(write)
 
 
 def embed(params: LMParams, token_T: Array, *, start: Array | int = 0) -> Array:
@@ -203,21 +195,14 @@ def record(
     def write(
         carry: Any, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[Any, Array]:
-        normed_TD = layers.normalise(mid_TD, scale_T, layers.mlp_norm(p))
-        write_TD, post_T = layers.mlp_and_scale(p, normed_TD, cfg=cfg)
+        write_TD, post_T = layers.mlp_at(p, mid_TD, scale_T, cfg=cfg)
         return carry if post_T is None else carry.at[x].set(post_T), write_TD
 
     embed_TD = embed(params, token_T)
     L, has_post = cfg.n_layers, params.blocks.post_mlp_LD is not None
-    done = run(
-        params,
-        embed_TD,
-        write,
-        cfg=cfg,
-        carry=jnp.zeros((L, len(token_T)), embed_TD.dtype) if has_post else None,
-        per_layer=jnp.arange(L, dtype=jnp.int32),
-        keep_patterns=keep_patterns,
-    )
+    post_LT = jnp.zeros((L, len(token_T)), embed_TD.dtype) if has_post else None
+    policy = Policy(write, post_LT, jnp.arange(L, dtype=jnp.int32))
+    done = run(params, embed_TD, policy, cfg=cfg, keep_patterns=keep_patterns)
     taps = done.taps
     return Recording(
         token_T=token_T,

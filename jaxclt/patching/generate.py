@@ -22,7 +22,7 @@ from jaxclt.clt.coder import Dictionary, in_dtype
 from jaxclt.lm import layers
 from jaxclt.lm.block import Past
 from jaxclt.lm.cache import past_of
-from jaxclt.lm.run import Run, cap_logits, embed, readout, run
+from jaxclt.lm.run import Policy, Run, cap_logits, embed, readout, run
 from jaxclt.patching.edits import Change, Edits, amounts
 from jaxclt.patching.effects import sound
 from jaxclt.patching.features import Features, activation
@@ -106,11 +106,10 @@ def continue_prompt(
         # The one row of this pass is position t.
         here = None if later is None else _moved(later, -t)
 
-        def policy(
+        def write(
             carry: Any, mid_TD: Array, scale_T: Array, p: Block, x: Array
         ) -> tuple[Any, Array]:
-            normed_TD = layers.normalise(mid_TD, scale_T, layers.mlp_norm(p))
-            real_TD, post_T = layers.mlp_and_scale(p, normed_TD, cfg=model.cfg)
+            real_TD, post_T = layers.mlp_at(p, mid_TD, scale_T, cfg=model.cfg)
             if here is None:
                 return carry, real_TD
             f, index = here.features, x
@@ -120,13 +119,12 @@ def continue_prompt(
             added_TD = pending(here, carry, index, mid_TD)
             return carry, jnp.where(inside, real_TD + added_TD, real_TD)
 
+        none_E = None if here is None else jnp.zeros_like(here.factor_E)
         again = run(
             model.params,
             embed(model.params, token[None], start=t),
-            policy,
+            Policy(write, none_E, index_L),
             cfg=model.cfg,
-            carry=None if here is None else jnp.zeros_like(here.factor_E),
-            per_layer=index_L,
             past=past,
             start=t,
         )

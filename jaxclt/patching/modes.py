@@ -43,7 +43,7 @@ from jaxclt.clt.coder import Coder, Encoded
 from jaxclt.clt.sites import read_site
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
-from jaxclt.lm.run import Run, run
+from jaxclt.lm.run import Policy, Run, run
 from jaxclt.patching.edits import Edits, amounts
 from jaxclt.patching.features import activation
 from jaxclt.types import Block, Held, LMParams, Recording
@@ -146,7 +146,7 @@ def constrained(
     index_L = jnp.arange(model.cfg.n_layers, dtype=jnp.int32)
     live_L = index_L > last if live_L is None else live_L
 
-    def policy(
+    def write(
         carry: None, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[None, Array]:
         index, live, write_TD, clean_mid_TD, clean_scale_T, skip_DD, post_T = x
@@ -167,9 +167,8 @@ def constrained(
     return run(
         model.params,
         rec.embed_TD,
-        policy,
+        Policy(write, per_layer=per_layer),
         cfg=model.cfg,
-        per_layer=per_layer,
         frozen=hold,
         keep_patterns=False,
     )
@@ -199,7 +198,7 @@ def additive(
     index_L = jnp.arange(model.cfg.n_layers, dtype=jnp.int32)
     live_L = index_L > first_edited(features.layer_E) if live_L is None else live_L
 
-    def policy(
+    def write(
         carry: Array, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[Array, Array]:
         index, live, write_TD, post_T = x
@@ -212,13 +211,12 @@ def additive(
         pending_TD = pending(edits, amount_E, index, mid_TD)
         return amount_E, jnp.where(inside, real_TD + pending_TD, real_TD)
 
+    per_layer = (index_L, live_L, rec.write_LTD, hold.post_mlp_scale_LT)
     return run(
         model.params,
         rec.embed_TD,
-        policy,
+        Policy(write, jnp.zeros_like(features.value_E), per_layer),
         cfg=model.cfg,
-        carry=jnp.zeros_like(features.value_E),
-        per_layer=(index_L, live_L, rec.write_LTD, hold.post_mlp_scale_LT),
         frozen=hold,
         keep_patterns=False,
     )
@@ -266,7 +264,7 @@ def iterative(
         local_L = ((index_L >= first) & (index_L <= last)) | edited_L
     amount_E = amounts(edits, features.value_E)
 
-    def policy(
+    def write(
         carry: Array, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[Array, Array]:
         index, live, local, write_TD, clean_mid_TD, clean_scale_T, *more = x
@@ -306,10 +304,8 @@ def iterative(
     return run(
         model.params,
         _entering(model, nudge),
-        policy,
+        Policy(write, jnp.zeros((M, T, D), rec.embed_TD.dtype), per_layer),
         cfg=model.cfg,
-        carry=jnp.zeros((M, T, D), rec.embed_TD.dtype),
-        per_layer=per_layer,
         frozen=hold,
         keep_patterns=False,
     )
@@ -325,7 +321,7 @@ def underlying(model: Patchable, nudge: Nudge, *, hold: Held) -> Run:
     """The real model with its stream nudged at one layer."""
     rec = model.recording
 
-    def policy(
+    def write(
         carry: None, mid_TD: Array, scale_T: Array, p: Block, x: Any
     ) -> tuple[None, Array]:
         index, write_TD, post_T = x
@@ -336,16 +332,13 @@ def underlying(model: Patchable, nudge: Nudge, *, hold: Held) -> Run:
         real_TD = _real(model, live, write_TD, mid_TD, scale_T, p, post_T)
         return carry, real_TD + push_TD
 
+    index_L = jnp.arange(model.cfg.n_layers, dtype=jnp.int32)
+    per_layer = (index_L, rec.write_LTD, hold.post_mlp_scale_LT)
     return run(
         model.params,
         _entering(model, nudge),
-        policy,
+        Policy(write, per_layer=per_layer),
         cfg=model.cfg,
-        per_layer=(
-            jnp.arange(model.cfg.n_layers, dtype=jnp.int32),
-            rec.write_LTD,
-            hold.post_mlp_scale_LT,
-        ),
         frozen=hold,
         keep_patterns=False,
     )
@@ -406,8 +399,8 @@ def _real(
     """The model's own MLP, or the recorded output where the stream is clean."""
 
     def mlp() -> Array:
-        normed_TD = layers.normalise(mid_TD, scale_T, layers.mlp_norm(p))
-        return layers.mlp(p, normed_TD, cfg=model.cfg, scale_T=post_T)
+        found = layers.mlp_at(p, mid_TD, scale_T, cfg=model.cfg, post_scale_T=post_T)
+        return found[0]
 
     return jax.lax.cond(live, mlp, lambda: write_TD)
 

@@ -22,7 +22,7 @@ from jaxclt.clt.coder import Loaded, constant
 from jaxclt.clt.sites import read_site
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
-from jaxclt.lm.run import Run, embed, run, unembed
+from jaxclt.lm.run import Policy, Run, embed, run, unembed
 from jaxclt.types import Block, Frozen, LMParams
 
 __all__ = ["replaced", "replacement_logits"]
@@ -59,8 +59,7 @@ def replaced(
     post_LT = None if frozen is None else frozen.post_mlp_scale_LT
 
     def true(p: Block, mid_TD: Array, scale_T: Array) -> Array:
-        normed_TD = layers.normalise(mid_TD, scale_T, layers.mlp_norm(p))
-        return layers.mlp(p, normed_TD, cfg=cfg)
+        return layers.mlp_at(p, mid_TD, scale_T, cfg=cfg)[0]
 
     def write(
         carry: Array, mid_TD: Array, scale_T: Array, p: Block, x: Any
@@ -79,16 +78,10 @@ def replaced(
             write_TD = write_TD.at[0].set(true(p, mid_TD[:1], scale_T[:1])[0])
         return jnp.roll(ahead_MTD, -1, 0).at[-1].set(0), write_TD
 
-    return run(
-        params,
-        embed_TD,
-        write,
-        cfg=cfg,
-        carry=jnp.zeros((coder.shape.span, T, D), embed_TD.dtype),
-        per_layer=(loaded.weights, a_LTF, error_LTD, layer_L, post_LT),
-        frozen=frozen,
-        keep_patterns=False,
-    )
+    none_MTD = jnp.zeros((coder.shape.span, T, D), embed_TD.dtype)
+    per_layer = (loaded.weights, a_LTF, error_LTD, layer_L, post_LT)
+    policy = Policy(write, none_MTD, per_layer)
+    return run(params, embed_TD, policy, cfg=cfg, frozen=frozen, keep_patterns=False)
 
 
 def replacement_logits(

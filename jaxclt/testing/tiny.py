@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,15 +14,17 @@ from jax import Array
 from jaxclt.clt import params as clt_params
 from jaxclt.clt.active import Active, active_features
 from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.gates import GATES
 from jaxclt.clt.store import ParamsStore
 from jaxclt.clt.transcoder import StoreDictionary, loaded_params
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.graph import Graph, GraphMeta
+from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.targets import salient_targets
-from jaxclt.lm import params as lm_params
 from jaxclt.lm.config import LMConfig, RopeScaling
 from jaxclt.lm.run import record
 from jaxclt.replacement.local import LocalReplacement, local_replacement
+from jaxclt.testing.random_lm import Parts, random_lm
 from jaxclt.types import CLTParams, LMParams, Recording, Targets
 
 __all__ = ["FAMILIES", "Tiny", "TinyFamily", "tiny"]
@@ -79,6 +82,7 @@ class Tiny:
         config: AttributeConfig | None = None,
         *,
         active: Active | None = None,
+        stop: Callable[[], bool] = lambda: False,
         **more: Any,
     ) -> Graph:
         """The attribution graph of the prompt; all features unless `config` says.
@@ -86,19 +90,20 @@ class Tiny:
         Args:
           config: how much to compute.
           active: features of another dictionary, or those of this one at hand.
+          stop: see `jaxclt.graph.prompt.Prompt`.
           **more: arguments of `jaxclt.graph.attribute.attribute_recording`.
         """
-        return attribute_recording(
+        every = AttributeConfig(max_features=None, tolerance=0.0, devices=1)
+        prompt = Prompt(
             self.params,
             self.recording,
             self.active if active is None else active,
             self.targets,
             cfg=self.cfg,
-            meta=self.meta,
-            config=config
-            or AttributeConfig(max_features=None, tolerance=0.0, devices=1),
-            **more,
+            config=config or every,
+            stop=stop,
         )
+        return attribute_recording(prompt, self.meta, **more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +111,7 @@ class TinyFamily:
     """Switches of a family: of its config and of its weights."""
 
     cfg: dict[str, Any] = dataclasses.field(default_factory=dict)
-    init: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 _LLAMA3 = RopeScaling(kind="llama3", factor=4.0, n_ctx=40)
@@ -155,9 +160,7 @@ FAMILIES: dict[str, TinyFamily] = {
     ),
 }
 
-_STATIC = ("cfg", "dtype", "tied", "biases", "qk_norm", "post_norms", "local")
-_STATIC += ("embed_scale", "logit_cap", "layer_norm", "gated", "positions")
-_init_lm = jax.jit(lm_params.init, static_argnames=_STATIC)
+_random_lm = jax.jit(random_lm, static_argnames=("cfg", "parts", "dtype"))
 _init_clt = jax.jit(clt_params.init, static_argnames=("cfg", "dtype", "biases", "skip"))
 
 
@@ -211,22 +214,20 @@ def tiny(
         n_ctx=64,
         **FAMILIES[family].cfg,
     )
-    switches = dict(FAMILIES[family].init)
-    if "local" in switches:  # again and again
-        local = switches["local"]
-        switches["local"] = tuple(local[i % len(local)] for i in range(n_layers))
+    parts = Parts(tied=tied, biases=biases, **FAMILIES[family].parts)
+    if local := parts.local:  # again and again
+        cycled = tuple(local[i % len(local)] for i in range(n_layers))
+        parts = dataclasses.replace(parts, local=cycled)
     clt_cfg = CLTConfig(
         n_layers=n_layers,
         d_model=16,
         n_features=n_features,
         span=span or n_layers,
-        activation=activation,  # pyright: ignore[reportArgumentType]
-        k=4 if activation == "topk" else None,
+        activation=activation,
+        k=4 if GATES[activation].competes else None,
         read=read,  # pyright: ignore[reportArgumentType]
     )
-    params = _init_lm(
-        key_lm, cfg=cfg, dtype=dtype, tied=tied, biases=biases, **switches
-    )
+    params = _random_lm(key_lm, cfg, parts, dtype=dtype)
     clt = _init_clt(key_clt, cfg=clt_cfg, dtype=dtype, biases=biases, skip=skip)
     token_T = jax.random.randint(key_tokens, (n_tokens,), 0, cfg.d_vocab, jnp.int32)
     recording = _record(params, token_T, cfg)

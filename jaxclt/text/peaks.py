@@ -18,7 +18,8 @@ from jax import Array
 
 from jaxclt.clt.coder import Loaded
 from jaxclt.lm.block import block
-from jaxclt.lm.run import embed, native_mlp
+from jaxclt.lm.layers import mlp_at
+from jaxclt.lm.run import embed
 from jaxclt.types import LMParams
 
 __all__ = ["Batch", "Peaks", "batch_peaks", "firing_counts"]
@@ -80,7 +81,6 @@ def _layers(
     """Scan over layers; `each` reduces a layer's activations [W, S, F]."""
     cfg = encoder.lm
     assert cfg is not None
-    native = native_mlp(cfg)
 
     def step(resid_WSD: Array, xs: Any) -> tuple[Array, Any]:
         p, x, layer, more = xs
@@ -90,7 +90,7 @@ def _layers(
 
             def write(mid_SD: Array, scale_S: Array) -> Array:
                 seen.append(encoder.layer(p, x, mid_SD, scale_S))
-                return native(None, mid_SD, scale_S, p, None)[1]
+                return mlp_at(p, mid_SD, scale_S, cfg=cfg)[0]
 
             out_SD, _ = block(p, resid_SD, write, cfg=cfg, keep_patterns=False)
             return out_SD, seen[0]

@@ -24,7 +24,7 @@ __all__ = [
     "prompt_rows",
     "prompt_text",
 ]
-__all__ += ["read_prompts"]
+__all__ += ["prompt_text", "read_prompts"]
 
 
 # Text, token ids as they stand, or messages {"role", "content"} that the model's own

@@ -21,6 +21,7 @@ from jaxclt.graph.explain import EdgeParts, edge_parts
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.heads import head_loadings
 from jaxclt.graph.inhibition import Inhibition, check_thresholds, find_inhibition
+from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.provenance import graph_active, hop_spectrum
 from jaxclt.graph.target_reads import target_reads
 from jaxclt.graph.targets import token_targets
@@ -123,12 +124,5 @@ def inhibition(
     """
     check_thresholds(dictionary, model.params, model.cfg)
     recording, active = recorded(graph, model, dictionary)
-    return find_inhibition(
-        model.params,
-        recording,
-        dictionary,
-        active,
-        model.cfg,
-        margin=margin,
-        limit=limit,
-    )
+    prompt = Recorded(model.params, recording, active, cfg=model.cfg)
+    return find_inhibition(prompt, dictionary, margin=margin, limit=limit)

@@ -7,14 +7,12 @@ prompt --trace.record--> Recording, Active --graph.attribute_recording--> Graph
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxclt.clt.active import Active, active_features
@@ -30,22 +28,24 @@ from jaxclt.graph.attribute import (
 from jaxclt.graph.compute import memory_budget, plan_attribution
 from jaxclt.graph.graph import Graph, GraphMeta
 from jaxclt.graph.memory import MemoryPlan
-from jaxclt.graph.targets import place_targets, salient_targets, token_targets
+from jaxclt.graph.prompt import Prompt as RecordedPrompt
 from jaxclt.io.chat import check_messages, is_chat
 from jaxclt.io.model import Model
 from jaxclt.text.prompts import Opened, Prompt, prompt_ids, prompt_text
+from jaxclt.trace.explained import (
+    TargetChoice,
+    choose_targets,
+    next_tokens,
+    say_targets,
+    target_labels,
+)
 from jaxclt.trace.record import prompt_tokens, record_text
-from jaxclt.trace.target_text import read_targets
-from jaxclt.types import LMParams, Recording, Targets
+from jaxclt.types import Targets
 from jaxclt.version import __version__
 
-__all__ = ["TargetChoice", "Traced", "identity", "plan_trace", "trace_prompt"]
+__all__ = ["Traced", "identity", "plan_trace", "trace_prompt"]
 
 _STAGES = ("attribute", "influence", "prune", "provenance")
-
-# Texts (see `target_text`), or targets of `jaxclt.graph.targets`, or a function that
-# makes them from the model and its recording of the prompt (not padded).
-TargetChoice = str | Sequence[str] | Targets | Callable[[LMParams, Recording], Targets]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,15 +115,13 @@ def trace_prompt(
       InputError: for a prompt, target or dictionary that does not fit the model.
     """
     config = config or AttributeConfig()
-    same = identity(model, dictionary, prompt, config)
+    depends = identity(model, dictionary, prompt, config)
     shortlist = None
     if prefilter is not None:
         shortlist = _shortlist(dictionary, *prefilter)
-        same["prefilter"] = {"links": len(shortlist.links), "size": shortlist.size}
-    texts = [targets] if isinstance(targets, str) else targets
-    given = not isinstance(texts, Sequence) or len(texts) > 0
+        depends["prefilter"] = {"links": len(shortlist.links), "size": shortlist.size}
     # A template may ask for the time: its text is made once.
-    chat_text = same["prompt"] if "messages" in same else None
+    chat_text = depends["prompt"] if "messages" in depends else None
     ids = _tokens(model, prompt, config, chat_text)
     clock: dict[str, float] = {}
     spent = Timing()
@@ -131,57 +129,54 @@ def trace_prompt(
         with _stage(clock, "record"), jax.default_matmul_precision(config.precision):
             pad = not callable(targets)  # a function of the recording sees the prompt
             recording = record_text(model, ids, memory_budget(config), pad=pad)
-            chosen = _targets(model, dictionary, recording, len(ids), texts)
-            top = chosen
-            if given:
-                top = _next_tokens(model, recording, len(ids), chosen)
             active = active_features(
                 dictionary, model.params, recording, model.cfg, len(ids)
             )
-        if given:
-            listed = list(texts) if isinstance(texts, Sequence) else _digest(chosen)
-            same["targets"] = listed
+            p = RecordedPrompt(
+                model.params,
+                recording,
+                active,
+                choose_targets(targets, model, dictionary, recording, len(ids)),
+                cfg=model.cfg,
+                config=config,
+                n_tokens=len(ids),
+                shortlist=shortlist,
+                stop=stop,
+            )
+            top = p.targets
+            if said := say_targets(targets, p.targets):
+                depends["targets"] = said
+                top = next_tokens(model, p)
         meta = GraphMeta(
             model=model.name,
             dictionary=dictionary.name,
-            prompt=same["prompt"],
-            messages=same.get("messages", []),
+            prompt=depends["prompt"],
+            messages=depends.get("messages", []),
             tokens=tuple(model.tokenizer.token_strings(ids)),
-            target_tokens=_labels(model, chosen),
+            target_tokens=target_labels(model, p.targets),
             n_layers=model.cfg.n_layers,
-            weights=_weights(chosen, top),
-            config=same["config"],
-            hashes=same["hashes"],
+            weights=_weights(p.targets, top),
+            config=depends["config"],
+            hashes=depends["hashes"],
             labels=_feature_labels(dictionary, active),
             version=__version__,
         )
-        graph = attribute_recording(
-            model.params,
-            recording,
-            active,
-            chosen,
-            cfg=model.cfg,
-            meta=meta,
-            config=config,
-            n_tokens=len(ids),
-            shortlist=shortlist,
-            on_rows=on_rows,
-            stop=stop,
-            timing=spent,
-        )
+        graph = attribute_recording(p, meta, on_rows=on_rows, timing=spent)
     if "stopped" in spent.work:
-        same["stopped"] = int(graph.attributed_R.sum()) - graph.n_targets
+        depends["stopped"] = int(graph.attributed_R.sum()) - graph.n_targets
     clock |= {s: getattr(spent, s) for s in _STAGES}
     clock["compile"] = compiled[0]
     return Traced(
         graph=graph,
         timing=clock,
-        identity=same,
+        identity=depends,
         n_active=len(active.layer_A),
         work=spent.work,
         top_tokens=tuple(
-            (label, round(float(p), 6))
-            for label, p in zip(_labels(model, top), top.weight_K, strict=True)
+            (label, round(float(share), 6))
+            for label, share in zip(
+                target_labels(model, top), top.weight_K, strict=True
+            )
         ),
         dtype=str(model.params.embed_VD.dtype),
     )
@@ -253,35 +248,6 @@ def _tokens(
     return prompt_tokens(model, opened)
 
 
-def _targets(
-    model: Model,
-    dictionary: Dictionary,
-    recording: Recording,
-    n_tokens: int,
-    wanted: TargetChoice,
-) -> Targets:
-    if callable(wanted):
-        found = wanted(model.params, recording)
-        if not isinstance(found, Targets):
-            raise InputError("the function given as targets did not return Targets")
-    elif isinstance(wanted, Targets):
-        found = wanted
-    elif wanted:
-        found = read_targets(wanted, model, dictionary, recording, n_tokens=n_tokens)
-    else:
-        found = salient_targets(model.params, recording.out_TD[n_tokens - 1])
-    return place_targets(found, cfg=model.cfg, n_tokens=n_tokens)
-
-
-def _labels(model: Model, targets: Targets) -> tuple[str, ...]:
-    """Token strings, and what other targets are called."""
-    ids = [int(i) for i in targets.token_K]
-    return tuple(
-        label or (model.tokenizer.token_strings([i])[0] if i >= 0 else "target")
-        for label, i in zip(targets.labels, ids, strict=True)
-    )
-
-
 def _feature_labels(dictionary: Dictionary, active: Active) -> dict[str, str]:
     """The dictionary's labels of what is active, by "layer:feature"."""
     known = dictionary.labels
@@ -290,29 +256,11 @@ def _feature_labels(dictionary: Dictionary, active: Active) -> dict[str, str]:
     return {f"{layer}:{feature}": known[layer, feature] for layer, feature in named}
 
 
-def _next_tokens(
-    model: Model, recording: Recording, n_tokens: int, chosen: Targets
-) -> Targets:
-    """The chosen next tokens, or the top ones if anything else was chosen."""
-    out_D = recording.out_TD[n_tokens - 1]
-    if ((chosen.token_K >= 0) & (chosen.pos_K == n_tokens - 1)).all():
-        return token_targets(model.params, out_D, jnp.asarray(chosen.token_K))
-    return salient_targets(model.params, out_D)
-
-
 def _weights(chosen: Targets, next_tokens: Targets) -> str:
     """Whether the chosen targets weigh what they are probable."""
     same = np.array_equal(chosen.token_K, next_tokens.token_K)
     same = same and np.array_equal(chosen.weight_K, next_tokens.weight_K)
     return "probability" if same else "chosen"
-
-
-def _digest(targets: Targets) -> str:
-    """What tells targets apart that were not given as text."""
-    total = hashlib.sha256(repr(targets.labels).encode())
-    for leaf in jax.tree.leaves(targets):
-        total.update(f"{leaf.dtype}{leaf.shape}".encode() + np.asarray(leaf).tobytes())
-    return total.hexdigest()
 
 
 @contextmanager

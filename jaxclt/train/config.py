@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from jaxclt.clt.config import ReadSite
+from jaxclt.clt.gates import GATES
 from jaxclt.errors import (
     InputError,
     check_at_least,
@@ -21,7 +22,7 @@ from jaxclt.lm.config import LMConfig
 from jaxclt.train.chunks import ChunkConfig
 from jaxclt.train.evaluate import PROMPTS
 from jaxclt.train.objectives import Terms
-from jaxclt.train.params import Gate, Spec
+from jaxclt.train.params import GateName, Spec
 from jaxclt.train.schedules import Weights
 from jaxclt.train.step import Recipe
 
@@ -63,7 +64,7 @@ class TrainConfig:
     span: int = 0
     """MLP outputs a feature writes, its own layer included; 0: all later layers (a full
     CLT), 1: a per-layer transcoder."""
-    activation: Gate = "jumprelu"
+    activation: GateName = "jumprelu"
     """Gate. topk and batch_topk are exported as one threshold per layer."""
     objective: str = "tanh"
     """Sparsity term: tanh, l1, l0 or none; or file.py:function of your own."""
@@ -207,14 +208,13 @@ class TrainConfig:
 
     def spec(self, lm: LMConfig) -> Spec:
         """What is trained, for a model."""
-        sparse = self.activation in ("topk", "batch_topk")
         return Spec(
             n_layers=lm.n_layers,
             d_model=lm.d_model,
             n_features=self.features,
             span=min(self.span, lm.n_layers) or lm.n_layers,
             activation=self.activation,
-            k=round(self.l0) if sparse else None,
+            k=round(self.l0) if GATES[self.activation].competes else None,
             bandwidth=self.bandwidth,
             read=self.read,
             compute=self.compute,
@@ -234,7 +234,7 @@ class TrainConfig:
 
     def recipe(self, lm: LMConfig) -> Recipe:
         """Weights and bookkeeping of a step."""
-        steered = self.l0 > 0 and self.activation in ("relu", "jumprelu")
+        steered = self.l0 > 0 and not GATES[self.activation].competes
         steered = steered and self.objective not in ("l0", "none")
         return Recipe(
             n_steps=self.n_steps,

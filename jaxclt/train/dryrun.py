@@ -149,7 +149,7 @@ def device_bytes(
         # Pre-activations (with thresholds), activations, what the penalty keeps, and
         # cotangents. Gradients take the place of the writes.
         kept = 1 if recomputes(config.memory) else L
-        arrays = 4 if spec.activation == "jumprelu" else 3
+        arrays = 4 if spec.gate.switch == "theta" else 3
         gradients = P * (2 if config.accumulate > 1 else 1)
         activations = arrays * kept * part * F + 2 * sums + max(writes - P, 0)
     return {

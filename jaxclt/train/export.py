@@ -61,10 +61,10 @@ def threshold_form(
     Args:
       params: weights.
       spec: what was trained.
-      theta_L: from `calibrate`; needed by topk and batch_topk, ignored by others.
+      theta_L: from `calibrate`; needed where features compete, ignored elsewhere.
     """
     clt, cfg = to_clt(params), spec.clt_config()
-    if spec.activation in ("topk", "batch_topk"):
+    if spec.gate.competes:
         assert theta_L is not None
         theta_LF = jnp.broadcast_to(theta_L[:, None], clt.b_enc_LF.shape)
         clt = dataclasses.replace(clt, theta_LF=theta_LF.astype(clt.b_enc_LF.dtype))

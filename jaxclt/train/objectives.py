@@ -33,9 +33,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from jaxclt.clt.estimators import kth_largest
 from jaxclt.errors import InputError, did_you_mean
 from jaxclt.train import penalties
-from jaxclt.train.activations import gate, kth_largest
 from jaxclt.train.matmul import matmul
 from jaxclt.train.params import LayerParams, Spec, TrainParams, decoder_norm
 
@@ -149,7 +149,9 @@ def encode_layer(p: LayerParams, read_TD: Array, spec: Spec) -> tuple[Array, Arr
     """Pre-activations and activations [T, F] of one layer."""
     read_TD = read_TD.astype(p.W_enc_FD.dtype)
     pre_TF = matmul(read_TD, p.W_enc_FD.T, spec.compute) + p.b_enc_F[None]
-    return pre_TF, gate(pre_TF, p.theta_F, spec=spec)
+    train = spec.gate.train
+    assert train is not None, "the command line offers no other"
+    return pre_TF, train(pre_TF, p.theta_F, spec)
 
 
 def _decode(a_TF: Array, W_FMD: Array, spec: Spec) -> Array:

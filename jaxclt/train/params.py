@@ -16,22 +16,23 @@ from flax import struct
 from jax import Array
 
 from jaxclt.clt.config import CLTConfig, ReadSite
+from jaxclt.clt.gates import GATES, Gate
 from jaxclt.errors import InputError
 from jaxclt.types import CLTParams
 
 __all__ = [
-    "Gate",
+    "GateName",
     "LayerParams",
     "Spec",
     "TrainParams",
     "decoder_norm",
-    "from_clt",
     "init",
     "n_params",
     "to_clt",
 ]
 
-Gate = Literal["relu", "jumprelu", "topk", "batch_topk"]
+# those of `GATES` that are trained, spelled out for the command line
+GateName = Literal["relu", "jumprelu", "topk", "batch_topk"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Spec:
     d_model: int
     n_features: int  # per layer
     span: int  # MLP outputs a feature writes, its own layer included; 1 is a PLT
-    activation: Gate = "jumprelu"
+    activation: GateName = "jumprelu"
     k: int | None = None  # features a layer keeps per token, topk and batch_topk
     bandwidth: float = 1.0  # of the straight-through estimator, in pre-activation units
     ste_to_input: bool = True  # the estimator's gradient reaches the pre-activation too
@@ -58,14 +59,18 @@ class Spec:
             raise InputError(f"--span {self.span} must lie in 1..{self.n_layers}")
         if self.n_features < 1:
             raise InputError(f"--features {self.n_features}: give at least 1")
-        sparse = self.activation in ("topk", "batch_topk")
-        if sparse and not (self.k and 1 <= self.k <= self.n_features):
+        if self.gate.competes and not (self.k and 1 <= self.k <= self.n_features):
             raise InputError(
                 f"{self.activation} keeps --l0 features per layer and token: it must "
                 f"lie in 1..{self.n_features}, not {self.k}"
             )
         if self.bandwidth <= 0:
             raise InputError(f"bandwidth {self.bandwidth} must be above 0")
+
+    @property
+    def gate(self) -> Gate:
+        """What lets features through."""
+        return GATES[self.activation]
 
     def n_writes(self, layer: int) -> int:
         """How many MLP outputs a feature of `layer` writes."""
@@ -78,7 +83,7 @@ class Spec:
             d_model=self.d_model,
             n_features=self.n_features,
             span=self.span,
-            activation="relu" if self.activation == "relu" else "jumprelu",
+            activation="relu" if self.gate.switch == "zero" else "jumprelu",
             read=self.read,
         )
 
@@ -121,7 +126,7 @@ def init(
       dtype: of every leaf; masters are float32.
     """
     L, F, D = spec.n_layers, spec.n_features, spec.d_model
-    jump = spec.activation == "jumprelu"
+    jump = spec.gate.switch == "theta"
 
     def layer(key: Array, l: int) -> LayerParams:
         key_enc, key_dec = jax.random.split(key)
@@ -164,24 +169,9 @@ def to_clt(params: TrainParams) -> CLTParams:
     )
 
 
-def from_clt(clt: CLTParams) -> TrainParams:
-    """Inverse of `to_clt`: start from an existing dictionary."""
-    return tuple(
-        LayerParams(
-            W_enc_FD=clt.W_enc_LFD[l],
-            b_enc_F=clt.b_enc_LF[l],
-            W_dec_FMD=W_FMD,
-            b_dec_D=clt.b_dec_LD[l],
-            theta_F=None if clt.theta_LF is None else clt.theta_LF[l],
-            W_skip_DD=None if clt.W_skip_LDD is None else clt.W_skip_LDD[l],
-        )
-        for l, W_FMD in enumerate(clt.W_dec)
-    )
-
-
 def n_params(spec: Spec, *, skip: bool = False) -> int:
     """How many numbers are trained."""
     L, F, D = spec.n_layers, spec.n_features, spec.d_model
     writes = sum(spec.n_writes(l) for l in range(L))
-    per_feature = 2 if spec.activation == "jumprelu" else 1  # bias, threshold
+    per_feature = 2 if spec.gate.switch == "theta" else 1  # bias, threshold
     return L * F * (D + per_feature) + writes * F * D + L * D + skip * L * D * D

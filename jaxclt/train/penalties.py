@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from jaxclt.train.activations import heaviside
+from jaxclt.clt.estimators import heaviside
 
 __all__ = [
     "jacobian",

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, case, case_active, close
+from transcoder import activate, decode, encode
 
-from jaxclt.clt.activations import activate, jumprelu, relu, topk
 from jaxclt.clt.config import CLTConfig
-from jaxclt.clt.model import decode, encode, to_source_major, to_target_major
 from jaxclt.clt.params import check
 from jaxclt.clt.sites import fold_reads, read_scale, read_site
 from jaxclt.errors import InputError
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
+from jaxclt.graph.prompt import Prompt
 from jaxclt.lm.layers import Norm
 from jaxclt.replacement.errors import error_nodes, reconstruct
 from jaxclt.testing import Tiny
@@ -42,40 +42,45 @@ def dense(t: Tiny) -> tuple[np.ndarray, np.ndarray]:
     """Pre-activations and activations, loop by loop in numpy."""
     W, b = np.asarray(t.clt.W_enc_LFD), np.asarray(t.clt.b_enc_LF)
     pre = np.einsum("ltd,lfd->ltf", reads_of(t), W) + b[:, None]
-    if t.clt_cfg.activation == "topk":
+    if t.clt_cfg.gate.competes:
         cut = np.sort(pre, -1)[..., -t.clt_cfg.k, None]
         return pre, np.where(pre >= cut, pre, 0)
     theta = 0.0 if t.clt.theta_LF is None else np.asarray(t.clt.theta_LF)[:, None]
     return pre, np.where(pre > theta, pre, 0)
 
 
+def gated(activation: str) -> CLTConfig:
+    return CLTConfig(
+        n_layers=1, d_model=2, n_features=4, span=1, k=2, activation=activation
+    )
+
+
 def test_jumprelu_is_strict() -> None:
-    pre = jnp.array([-1.0, 0.5, 0.5000001, 2.0])
-    got = jumprelu(pre, jnp.full(4, 0.5))
-    np.testing.assert_array_equal(got, [0, 0, 0.5000001, 2.0])
-    np.testing.assert_array_equal(relu(pre), [0, 0.5, 0.5000001, 2.0])
+    pre = jnp.array([[-1.0, 0.5, 0.5000001, 2.0]])
+    got = activate(pre, jnp.full(4, 0.5), cfg=gated("jumprelu"))
+    np.testing.assert_array_equal(got, [[0, 0, 0.5000001, 2.0]])
+    got = activate(pre, None, cfg=gated("relu"))
+    np.testing.assert_array_equal(got, [[0, 0.5, 0.5000001, 2.0]])
 
 
 def test_topk_keeps_exactly_k_with_their_sign() -> None:
     pre = jnp.array([[3.0, -1.0, -2.0, -5.0], [1.0, 4.0, 2.0, 3.0]])
-    np.testing.assert_array_equal(topk(pre, 2), [[3, -1, 0, 0], [0, 4, 0, 3]])
+    got = activate(pre, None, cfg=gated("signed_topk"))
+    np.testing.assert_array_equal(got, [[3, -1, 0, 0], [0, 4, 0, 3]])
 
 
 @pytest.mark.parametrize(
     ("activation", "want"),
     [
-        ("topk", [[3, -1, 0, 0], [0, 4, 0, 3]]),
-        ("relu_topk", [[3, 0, 0, 0], [0, 4, 0, 3]]),
+        ("signed_topk", [[3, -1, 0, 0], [0, 4, 0, 3]]),
+        ("topk", [[3, 0, 0, 0], [0, 4, 0, 3]]),
         ("groupmax", [[3, 0, 0, 0], [0, 4, 0, 3]]),
     ],
 )
 def test_competing_features(activation: str, want: list) -> None:
     pre = jnp.array([[3.0, -1.0, -2.0, -5.0], [1.0, 4.0, 2.0, 3.0]])
-    cfg = CLTConfig(
-        n_layers=1, d_model=2, n_features=4, span=1, k=2,
-        activation=activation,  # pyright: ignore[reportArgumentType]
-    )  # fmt: skip
-    assert cfg.competes
+    cfg = gated(activation)
+    assert cfg.gate.competes
     np.testing.assert_array_equal(activate(pre, None, cfg=cfg), want)
     # a tie: one of a group, the first
     tie = activate(jnp.array([[2.0, 2.0, 1.0, 1.0]]), None, cfg=cfg)
@@ -151,28 +156,18 @@ def test_plt_is_a_clt_with_only_diagonal_decoders() -> None:
 
     def edges(active: object) -> np.ndarray:
         return attribute_recording(
-            t.params,
-            t.recording,
-            active,
-            t.targets,
-            cfg=t.cfg,
-            meta=t.meta,
-            config=AttributeConfig(max_features=None, tolerance=0.0),
+            Prompt(
+                t.params,
+                t.recording,
+                active,
+                t.targets,
+                cfg=t.cfg,
+                config=AttributeConfig(max_features=None, tolerance=0.0),
+            ),
+            t.meta,
         ).edge_RN
 
     close(edges(wide_active), edges(narrow_active), 1e-13)
-
-
-def test_source_and_target_major_are_inverse() -> None:
-    """Maths 2.5: a transposition, not a reshape."""
-    t = case("clt")
-    W_dec = tuple(np.asarray(W) for W in t.clt.W_dec)
-    by_target = to_target_major(W_dec)
-    L, F = t.cfg.n_layers, t.clt_cfg.n_features
-    assert [W.shape[:2] for W in by_target] == [(m + 1, F) for m in range(L)]
-    np.testing.assert_array_equal(by_target[3][1], W_dec[1][:, 2])  # layer 1 to layer 3
-    for back, W in zip(to_source_major(by_target), W_dec, strict=True):
-        np.testing.assert_array_equal(back, W)
 
 
 @pytest.mark.parametrize("site", ["resid_mid", "normalized", "mlp_in"])

@@ -38,7 +38,7 @@ NUMBERS: dict[str, Any] = {
 KINDS = {
     "jumprelu": {},
     "relu": {"activation": "relu", "read": "mlp_in"},
-    "topk": {"activation": "topk", "read": "normalized"},
+    "topk": {"activation": "signed_topk", "read": "normalized"},
     "neurons": NeuronDictionary(),
     "neurons:3": NeuronDictionary(3),
     "neurons@2": NeuronDictionary(threshold=2.0),

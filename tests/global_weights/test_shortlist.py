@@ -11,6 +11,7 @@ from jaxclt.global_weights.ranking import Links
 from jaxclt.global_weights.shortlist import LINKED, Shortlist
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.certificate import certificate
+from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.scores import scores
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -27,14 +28,16 @@ def graph_of(name: str, shortlist=None, **config):
     t = case(name)
     with jax.enable_x64(True):
         return attribute_recording(
-            t.params,
-            t.recording,
-            case_active(name),
-            t.targets,
-            cfg=t.cfg,
-            meta=t.meta,
-            config=AttributeConfig(tolerance=0.0, devices=1, **config),
-            shortlist=shortlist,
+            Prompt(
+                t.params,
+                t.recording,
+                case_active(name),
+                t.targets,
+                cfg=t.cfg,
+                config=AttributeConfig(tolerance=0.0, devices=1, **config),
+                shortlist=shortlist,
+            ),
+            t.meta,
         )
 
 

@@ -29,6 +29,7 @@ from jaxclt.graph import provenance
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.graph import Graph
+from jaxclt.graph.prompt import Prompt
 from jaxclt.lm.frozen import frozen_reads
 from jaxclt.lm.run import readout, record, unembed
 from jaxclt.replacement.errors import error_nodes
@@ -205,5 +206,5 @@ def test_half_precision_is_refused() -> None:
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), t.params)
     with pytest.raises(InputError, match="needs float32, the model is bfloat16"):
         attribute_recording(
-            half, t.recording, t.active, t.targets, cfg=t.cfg, meta=t.meta
+            Prompt(half, t.recording, t.active, t.targets, cfg=t.cfg), t.meta
         )

@@ -15,12 +15,14 @@ from jaxclt.clt.active import Active
 from jaxclt.clt.store import ParamsStore
 from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.errors import InputError
+from jaxclt.graph.config import AttributeConfig
 from jaxclt.graph.inhibition import (
     Inhibition,
     find_inhibition,
     near_threshold,
     released_by,
 )
+from jaxclt.graph.prompt import Recorded
 from jaxclt.replacement.local import run_local
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -29,15 +31,16 @@ NAMES = ["clt", "skip"]  # the second reads after the norm and has a linear path
 
 
 @functools.cache
-def find(name: str, **options) -> Inhibition:
+def find(
+    name: str, margin: float = math.inf, active: Active | None = None, **config: int
+) -> Inhibition:
     t = case(name)
     return find_inhibition(
-        t.params,
-        t.recording,
+        Recorded(t.params, t.recording, active or case_active(name), cfg=t.cfg),
         t.dictionary,
-        case_active(name),
-        t.cfg,
-        **{"margin": math.inf, "limit": None, "chunk_size": 32, **options},
+        margin=margin,
+        limit=None,
+        config=AttributeConfig(chunk_size=32, **config),
     )
 
 
@@ -108,7 +111,7 @@ def test_margin_and_limit_cut_the_far_ones() -> None:
     below = everything.theta_U - everything.preact_U
     steps = np.unique(below[find("clt").released.u_P])
     margin = float(steps[len(steps) // 2 :][:2].mean())
-    found = find("clt", margin=margin, rows_at_once=37)
+    found = find("clt", margin=margin, rows_per_update=37)
     assert len(found.candidates.layer_U) == (below <= margin).sum()
     want = released_in_the_model("clt", margin)
     assert 0 < len(want) < len(pairs(find("clt")))
@@ -143,20 +146,9 @@ def test_no_candidates_and_fewer_sources() -> None:
     none = find("clt", margin=0.0)
     assert len(none.candidates.layer_U) == len(none.released.u_P) == 0
     # Features that are no nodes became part of the error nodes; the others still act.
-    t, active = case("clt"), case_active("clt")
+    active = case_active("clt")
     keep_A = np.arange(len(active.layer_A)) % 3 == 0
-    some: Active = active.where(keep_A)
-    dictionary = t.dictionary
-    found = find_inhibition(
-        t.params,
-        t.recording,
-        dictionary,
-        some,
-        t.cfg,
-        margin=math.inf,
-        limit=None,
-        chunk_size=32,
-    )
+    found = find.__wrapped__("clt", active=active.where(keep_A))
     old = np.flatnonzero(keep_A)
     got = {(*place, int(old[s])) for *place, s in pairs(found)}
     assert got == {pair for pair in pairs(find("clt")) if keep_A[pair[3]]}
@@ -176,7 +168,7 @@ def test_released_by_states_the_rule() -> None:
 
 def test_bad_requests_are_refused() -> None:
     t = case("clt")
-    cfg = dataclasses.replace(t.clt_cfg, activation="topk", k=4)
+    cfg = dataclasses.replace(t.clt_cfg, activation="signed_topk", k=4)
     topk = StoreDictionary(ParamsStore(t.clt, cfg))
     with pytest.raises(InputError, match="topk"):
         near_threshold(topk, t.params, t.recording, t.cfg, margin=1.0)

@@ -27,6 +27,7 @@ from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.plan import make_plan
+from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.scores import scores
 from jaxclt.lm.frozen import frozen_reads
 from jaxclt.lm.run import unembed
@@ -339,7 +340,7 @@ def test_a_dictionary_with_nan_is_refused() -> None:
     broken = dataclasses.replace(active, write_bias_LD=active.write_bias_LD * np.nan)
     with pytest.raises(Exception, match="not finite"):
         attribute_recording(
-            t.params, t.recording, broken, t.targets, cfg=t.cfg, meta=t.meta
+            Prompt(t.params, t.recording, broken, t.targets, cfg=t.cfg), t.meta
         )
 
 

@@ -29,7 +29,7 @@ from jaxclt.graph.supernodes import (
     supernode_graph,
 )
 from jaxclt.lm import layers
-from jaxclt.lm.run import run
+from jaxclt.lm.run import Policy, run
 from jaxclt.types import Supernode
 from jaxclt.validation.predictions import group_effects, pairwise_influence
 
@@ -109,25 +109,20 @@ def ablated(neurons: Graph) -> np.ndarray:
     @jax.jit
     @jax.vmap
     def targets(factor_LTI: jax.Array) -> jax.Array:
-        def policy(carry, mid_TD, scale_T, p, x):
+        def write(carry, mid_TD, scale_T, p, x):
             gate_TI, clean_TI, node_TI, write_TD, factor_TI = x
             normed_TD = layers.normalise(mid_TD, scale_T, layers.mlp_norm(p))
             _, up_TI = layers.gate_and_up(p, normed_TD, cfg=t.cfg)
             now_TI = jnp.where(node_TI, gate_TI * up_TI * factor_TI, clean_TI)
             return carry, write_TD + (now_TI - clean_TI) @ p.down_LID
 
+        clean_LTI, write_LTD = gate_LTI * up_LTI, t.recording.write_LTD
+        per_layer = (gate_LTI, clean_LTI, node_LTI, write_LTD, factor_LTI)
         done = run(
             t.params,
             t.recording.embed_TD,
-            policy,
+            Policy(write, per_layer=per_layer),
             cfg=t.cfg,
-            per_layer=(
-                gate_LTI,
-                gate_LTI * up_LTI,
-                node_LTI,
-                t.recording.write_LTD,
-                factor_LTI,
-            ),
             frozen=t.recording.frozen,
         )
         return t.targets.vec_KD @ done.out_TD[-1]

@@ -19,6 +19,7 @@ from jaxclt.errors import InputError
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.graph import Graph
+from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.prune import restrict
 from jaxclt.graph.scores import scores
 from jaxclt.graph.targets import (
@@ -297,13 +298,15 @@ def test_a_neuron_as_a_target() -> None:
     place_K3 = np.stack([every.layer_A, every.pos_A, every.feature_A], 1)[at]
     targets = feature_targets(neurons, t.params, t.recording, place_K3, cfg=t.cfg)
     graph = attribute_recording(
-        t.params,
-        t.recording,
-        active_features(neurons, t.params, t.recording, t.cfg),
-        targets,
-        cfg=t.cfg,
-        meta=t.meta,
-        config=AttributeConfig(max_features=None),
+        Prompt(
+            t.params,
+            t.recording,
+            active_features(neurons, t.params, t.recording, t.cfg),
+            targets,
+            cfg=t.cfg,
+            config=AttributeConfig(max_features=None),
+        ),
+        t.meta,
     )
     close(graph.readout_R[graph.target_rows], every.value_A[at], 1e-12)
     assert certificate(graph).max_relative_row_error < 1e-13
@@ -363,7 +366,7 @@ def test_padding_does_not_move_targets() -> None:
     t, n = case("clt"), 4
     part = token_targets(t.params, t.recording.out_TD[n - 1], jnp.array([3]))
     graph = attribute_recording(
-        t.params, t.recording, t.active, part, cfg=t.cfg, meta=t.meta, n_tokens=n
+        Prompt(t.params, t.recording, t.active, part, cfg=t.cfg, n_tokens=n), t.meta
     )
     assert graph.target_pos_K.tolist() == [n - 1]
     logit_V = np.asarray(unembed(t.params, t.recording.out_TD))[n - 1]

@@ -38,7 +38,7 @@ CONFIGS = {
     "clt-relu": dataclasses.replace(BASE, activation="relu", read="normalized"),
     "clt-span2": dataclasses.replace(BASE, span=2),
     "plt": dataclasses.replace(BASE, span=1, read="mlp_in"),
-    "plt-topk": dataclasses.replace(BASE, span=1, activation="topk", k=4),
+    "plt-topk": dataclasses.replace(BASE, span=1, activation="signed_topk", k=4),
     "one-layer": dataclasses.replace(BASE, n_layers=1, span=1),
 }
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transcoder import decode, encode
 
 from jaxclt.clt.config import CLTConfig
-from jaxclt.clt.model import decode, encode
 from jaxclt.errors import InputError
 from jaxclt.io import dictionary
 from jaxclt.io.formats.pieces import FileStore, Piece
@@ -27,17 +27,17 @@ CASES = {
     "gemma_scope": ("gemma-scope", 1, "jumprelu", "normalized", "stream"),
     "gemma_scope_2": ("gemma-scope-2", 1, "jumprelu", "mlp_in", "stream"),
     "gemma_scope_2_clt": ("gemma-scope-2", 3, "jumprelu", "mlp_in", "stream"),
-    "topk": ("circuit-tracer", 1, "topk", "mlp_in", "mlp"),
+    "topk": ("circuit-tracer", 1, "signed_topk", "mlp_in", "mlp"),
     "saelens": ("saelens", 1, "jumprelu", "normalized", "stream"),
     "saelens_relu": ("saelens", 1, "relu", "normalized", "stream"),
-    "sparsify": ("sparsify", 1, "relu_topk", "mlp_in", "mlp"),
+    "sparsify": ("sparsify", 1, "topk", "mlp_in", "mlp"),
     "sparsify_groupmax": ("sparsify", 1, "groupmax", "mlp_in", "mlp"),
-    "clt_training": ("sparsify", 3, "relu_topk", "mlp_in", "mlp"),
-    "clt_training_tied": ("sparsify", 3, "relu_topk", "mlp_in", "mlp"),
-    "clt_training_concat": ("sparsify", 3, "relu_topk", "mlp_in", "mlp"),
-    "clt_training_per_layer": ("sparsify", 3, "relu_topk", "mlp_in", "mlp"),
+    "clt_training": ("sparsify", 3, "topk", "mlp_in", "mlp"),
+    "clt_training_tied": ("sparsify", 3, "topk", "mlp_in", "mlp"),
+    "clt_training_concat": ("sparsify", 3, "topk", "mlp_in", "mlp"),
+    "clt_training_per_layer": ("sparsify", 3, "topk", "mlp_in", "mlp"),
     "llamascopium": ("llamascopium", 3, "jumprelu", "resid_mid", "stream"),
-    "llamascopium_topk": ("llamascopium", 3, "relu_topk", "resid_mid", "stream"),
+    "llamascopium_topk": ("llamascopium", 3, "topk", "resid_mid", "stream"),
     "decode_clt": ("decode-clt", 3, "jumprelu", "normalized", "stream"),
     "decode_clt_source": ("decode-clt", 3, "jumprelu", "normalized", "stream"),
     "decode_clt_target": ("decode-clt", 3, "jumprelu", "normalized", "stream"),
@@ -182,7 +182,7 @@ def test_a_write_ahead_of_a_norm_is_refused_where_there_is_one():
 
 def test_competing_features_and_their_config():
     assert CLTConfig(n_layers=1, d_model=2, n_features=4, span=1, k=2,
-                     activation="groupmax").competes  # fmt: skip
+                     activation="groupmax").gate.competes  # fmt: skip
     with pytest.raises(InputError, match="equal groups"):
         CLTConfig(n_layers=1, d_model=2, n_features=4, span=1, k=3,
                   activation="groupmax")  # fmt: skip

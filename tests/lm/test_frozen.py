@@ -12,13 +12,12 @@ import pytest
 from cases import FAMILY_CASES, MODELS, case, case_active, close
 
 from jaxclt.lm.frozen import bias_reads, frozen_reads, replay
-from jaxclt.lm.layers import mlp, mlp_norm, normalise
-from jaxclt.lm.run import run
-from jaxclt.types import Block, Reads, Sources
+from jaxclt.lm.run import native_mlp, run
+from jaxclt.types import Reads, Sources
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-replay_jit = jax.jit(replay, static_argnames=("cfg", "biases"))
+replay_jit = jax.jit(replay, static_argnames="cfg")
 reads_jit = jax.jit(frozen_reads, static_argnames="cfg")
 bias_jit = jax.jit(bias_reads, static_argnames="cfg")
 
@@ -111,14 +110,7 @@ def test_jax_refuses_to_transpose_the_live_model() -> None:
     t = case("clt")
 
     def live(embed_TD: jax.Array) -> jax.Array:
-        def native(
-            carry: None, mid_TD: jax.Array, scale_T: jax.Array, p: Block, x: None
-        ) -> tuple[None, jax.Array]:
-            del x
-            normed_TD = normalise(mid_TD, scale_T, mlp_norm(p))
-            return carry, mlp(p, normed_TD, cfg=t.cfg)
-
-        return run(t.params, embed_TD, native, cfg=t.cfg).out_TD
+        return run(t.params, embed_TD, native_mlp(t.cfg), cfg=t.cfg).out_TD
 
     # JAX stops at the first product of two things that depend on the input.
     with pytest.raises((AssertionError, NotImplementedError)):

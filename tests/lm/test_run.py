@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import MODELS, case, close
@@ -15,7 +14,6 @@ from jaxclt.errors import InputError
 from jaxclt.lm.block import Past
 from jaxclt.lm.cache import past_of, sample_text
 from jaxclt.lm.config import LMConfig
-from jaxclt.lm.params import abstract
 from jaxclt.lm.run import embed, forward, native_mlp, record, run, unembed
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -45,7 +43,7 @@ def test_a_token_changes_nothing_before_it() -> None:
     ],
 )
 def test_one_position_at_a_time_equals_all_at_once(name: str) -> None:
-    """The rest of a prompt, run behind the keys and values of its start."""
+    """The rest of a prompt, run after the keys and values of its start."""
     t, n = case(name), 3
 
     @jax.jit
@@ -115,14 +113,6 @@ def test_recording_adds_up() -> None:
     leaving_LTD = np.asarray(rec.mid_LTD) + rec.write_LTD
     close(np.asarray(rec.resid_LTD)[1:], leaving_LTD[:-1], 1e-15)
     close(np.asarray(rec.resid_LTD)[0], rec.embed_TD, 0)
-
-
-def test_abstract_has_the_shapes_of_init() -> None:
-    t = case("no_bias")
-    got = abstract(t.cfg, dtype=jnp.float64, tied=False)
-    assert jax.tree.structure(got) == jax.tree.structure(t.params)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(t.params), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from jaxclt.clt.active import active_features
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.effects import solve_total_effect
+from jaxclt.graph.prompt import Prompt
 from jaxclt.lm.run import Run, record, unembed
 from jaxclt.patching.batch import How, Local, make_local, make_patchable, patch_one
 from jaxclt.patching.edits import Edit, Edits, expand_edits, make_edits
@@ -286,9 +287,16 @@ def neurons(k: int | None, name: str = "clt") -> tuple[Any, Any, Any]:
         dictionary = NeuronDictionary(k)
         active = active_features(dictionary, t.params, t.recording, t.cfg)
         graph = attribute_recording(
-            t.params, t.recording, active, t.targets, cfg=t.cfg, meta=t.meta,
-            config=AttributeConfig(max_features=None, tolerance=0.0),
-        )  # fmt: skip
+            Prompt(
+                t.params,
+                t.recording,
+                active,
+                t.targets,
+                cfg=t.cfg,
+                config=AttributeConfig(max_features=None, tolerance=0.0),
+            ),
+            t.meta,
+        )
         return dictionary, active, graph
 
 

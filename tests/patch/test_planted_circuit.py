@@ -22,6 +22,7 @@ from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph
+from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.targets import token_targets
 from jaxclt.lm.run import record
 from jaxclt.patching.batch import How, make_patchable, patch_one
@@ -62,13 +63,15 @@ def planted() -> tuple[Graph, Patchable, Any]:
         dictionary = NeuronDictionary(8)
         targets = token_targets(params, rec.out_TD[-1], jnp.asarray([TOKEN, 4]))
         graph = attribute_recording(
-            params,
-            rec,
-            active_features(dictionary, params, rec, t.cfg),
-            targets,
-            cfg=t.cfg,
-            meta=t.meta,
-            config=AttributeConfig(max_features=None, tolerance=0.0),
+            Prompt(
+                params,
+                rec,
+                active_features(dictionary, params, rec, t.cfg),
+                targets,
+                cfg=t.cfg,
+                config=AttributeConfig(max_features=None, tolerance=0.0),
+            ),
+            t.meta,
         )
         return graph, make_patchable(dictionary, params, rec, t.cfg), dictionary
 

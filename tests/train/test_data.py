@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_run import tiny_config, tiny_model, write_text
+from transcoder import decode, encode
 
-from jaxclt.clt.model import decode, encode
 from jaxclt.errors import InputError
 from jaxclt.io.model import load_model
 from jaxclt.lm.run import record

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transcoder import decode, encode
 
-from jaxclt.clt.model import decode, encode
 from jaxclt.train import step as steps
 from jaxclt.train.export import calibrate, threshold_form
 from jaxclt.train.objectives import Batch, Standard, Terms

@@ -33,7 +33,8 @@ def case(x64: None):
 
 def test_each_encoder_reads_the_replacements_own_stream(case):
     """Against a plain loop over layers, written out."""
-    from jaxclt.clt.activations import activate
+    from transcoder import activate
+
     from jaxclt.lm import layers
 
     p, clt, cfg = case.params, case.clt, case.cfg
@@ -45,7 +46,8 @@ def test_each_encoder_reads_the_replacements_own_stream(case):
         scale = layers.norm_scale(resid, norm, eps=cfg.norm_eps)
         normed = layers.normalise(resid, scale, norm)
         pattern = layers.attention_pattern(block, normed, cfg=cfg)
-        mid = resid + layers.move(block, pattern, normed, cfg=cfg, biases=True)
+        values = layers.values(block, normed)
+        mid = resid + layers.move(block, pattern, values, cfg=cfg)
         norm = layers.mlp_norm(block)
         scale = layers.norm_scale(mid, norm, eps=cfg.norm_eps)
         read = layers.normalise(mid, scale, norm)
@@ -86,7 +88,7 @@ def test_all_neurons_are_the_model_and_few_are_not(case):
 
 def test_zero_decoders_are_the_mean_mlp_model(case):
     """Maths 3.3: what is left is a constant in every MLP's place."""
-    from jaxclt.lm.run import embed, run, unembed
+    from jaxclt.lm.run import Policy, embed, run, unembed
 
     mean_LD = case.recording.write_LTD.mean(1)
     empty = jax.tree.map(jnp.zeros_like, case.clt).replace(b_dec_LD=mean_LD)
@@ -104,9 +106,8 @@ def test_zero_decoders_are_the_mean_mlp_model(case):
     done = run(
         case.params,
         embed(case.params, case.token_T),
-        constant,
+        Policy(constant, per_layer=mean_LD),
         cfg=case.cfg,
-        per_layer=mean_LD,
     )
     np.testing.assert_allclose(got, unembed(case.params, done.out_TD), atol=1e-12)
 

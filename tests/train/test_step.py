@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transcoder import decode, encode
 
-from jaxclt.clt.model import decode, encode
 from jaxclt.errors import InputError
 from jaxclt.train import step as steps
 from jaxclt.train.objectives import Batch, Standard, Terms, read_out
-from jaxclt.train.params import Spec, from_clt, init, n_params, to_clt
+from jaxclt.train.params import Spec, init, n_params, to_clt
 from jaxclt.train.schedules import Weights, control_start, learning_rate, steer, values
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -190,7 +190,7 @@ def test_auxk_reconstructs_the_error_with_dead_features_only():
     kept = np.where(kept >= np.sort(kept, -1)[..., -2:-1], kept, 0)
     aux = jnp.asarray(np.maximum(kept, 0))
     no_bias = dataclasses.replace(clt, b_dec_LD=jnp.zeros((L, D)), W_skip_LDD=None)
-    from jaxclt.train.activations import topk
+    from jaxclt.clt.estimators import topk
 
     a = jnp.stack([topk(jnp.asarray(h), 3) for h in pre])
     left = batch.write_LTD - decode(clt, a, batch.read_LTD)
@@ -293,9 +293,14 @@ def test_bfloat16_inputs_leave_masters_in_float32():
         assert 0 < float(jnp.abs(a - b).max()) < 0.05 * scale
 
 
-def test_to_clt_and_back():
+def test_to_clt_stacks_every_leaf():
     params = weights(spec_of())
-    close(params, from_clt(to_clt(params)), 0.0)
+    clt = to_clt(params)
+    close(clt.W_dec, tuple(p.W_dec_FMD for p in params), 0.0)
+    for i, p in enumerate(params):
+        for name in ("W_enc_LFD", "b_enc_LF", "b_dec_LD", "theta_LF", "W_skip_LDD"):
+            stacked, own = getattr(clt, name), getattr(p, name.replace("_L", "_"))
+            close(None if own is None else stacked[i], own, 0.0)
     assert n_params(spec_of(), skip=True) == sum(
         x.size for x in jax.tree.leaves(params)
     )

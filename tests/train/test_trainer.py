@@ -92,7 +92,8 @@ def test_a_run_learns_and_writes_what_the_contract_says(whole: Path):
 
 def test_the_export_does_on_held_out_text_what_the_card_says(whole: Path):
     """The files alone, in raw units, against the model's own activations."""
-    from jaxclt.clt.model import decode, encode
+    from transcoder import decode, encode
+
     from jaxclt.train.harvest import harvest
 
     model = tiny_model()

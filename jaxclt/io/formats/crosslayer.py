@@ -21,9 +21,9 @@ from typing import Any
 from jaxclt.clt.config import CLTConfig
 from jaxclt.errors import InputError, shown
 from jaxclt.files.yaml_file import read_yaml
-from jaxclt.io.circuit_tracer_format import READ_OF_HOOK, WRITE_OF_HOOK
-from jaxclt.io.circuit_tracer_read import CONFIG
 from jaxclt.io.config_fields import whole
+from jaxclt.io.formats.circuit_tracer import CONFIG
+from jaxclt.io.formats.fields import READ_OF_HOOK, WRITE_OF_HOOK
 from jaxclt.io.formats.pieces import (
     FileStore,
     Fold,
@@ -45,7 +45,7 @@ _STANDARDIZERS = {  # axes of mean and std; None: nothing is done
     "LayerwiseOutputStandardizer": "L",
 }
 _NONLINEARITIES = {
-    "JumpReLU": "jumprelu", "ReLU": "relu", "PerLayerTopK": "relu_topk",
+    "JumpReLU": "jumprelu", "ReLU": "relu", "PerLayerTopK": "topk",
 }  # fmt: skip
 
 
@@ -106,8 +106,8 @@ def open_crosslayer(path: Path) -> FileStore:
             d_model=D,
             n_features=F,
             span=1 if plt else L,
-            activation=act,  # pyright: ignore[reportArgumentType]
-            k=whole(args, "k", where=where, least=1) if act == "relu_topk" else None,
+            activation=act,
+            k=whole(args, "k", where=where, least=1) if act == "topk" else None,
             read=READ_OF_HOOK[config["feature_input_hook"]],
         ),
         format="crosslayer-transcoder",

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxclt.clt.config import Activation, CLTConfig
+from jaxclt.clt.config import CLTConfig
 from jaxclt.errors import InputError, shown
 from jaxclt.files.json_file import read_json
 from jaxclt.io.config_fields import whole
@@ -27,7 +27,7 @@ from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
 __all__ = ["CONFIG", "WEIGHTS", "is_decode_clt", "open_decode_clt"]
 
 CONFIG, WEIGHTS = "cfg.json", "clt_checkpoint_latest.safetensors"
-_ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "jumprelu": "jumprelu"}
+_ACTIVATIONS: dict[str, str] = {"relu": "relu", "jumprelu": "jumprelu"}
 _TYING = ("none", "per_source", "per_target")
 _HOOKS = ("tl_input_template", "tl_output_template")
 _MODULES = ("mlp_input_template", "mlp_output_template")
@@ -133,7 +133,7 @@ def _sites(where: Path, config: Mapping[str, Any], n_layers: int) -> tuple[str, 
 
 
 def _layer(
-    file: TensorFile, layer: int, n_layers: int, tying: str, act: Activation
+    file: TensorFile, layer: int, n_layers: int, tying: str, act: str
 ) -> LayerFiles:
     def bias(source: int) -> tuple[Piece, float]:
         return Piece(file, f"{_decoder(tying, source, layer)}.bias_param"), 1.0

@@ -15,20 +15,29 @@ from jaxclt.clt.config import ReadSite
 from jaxclt.errors import InputError, shown
 from jaxclt.io.formats.pieces import WriteSite
 
-__all__ = ["READS", "WRITES", "check_fields", "contiguous", "of_layer"]
+__all__ = ["HOOK_OF_READ", "HOOK_OF_WRITE", "READS", "READ_OF_HOOK", "WRITES"]
+__all__ += ["WRITE_OF_HOOK", "check_fields", "contiguous", "of_layer"]
 
-# Names of TransformerLens behind blocks.N, and of modules behind model.layers.N.
+# Names of TransformerLens after blocks.N, and of modules after model.layers.N.
+HOOK_OF_READ: dict[ReadSite, str] = {
+    "resid_mid": "hook_resid_mid",
+    "normalized": "ln2.hook_normalized",
+    "mlp_in": "mlp.hook_in",
+}
+# They differ where a model has a norm after its MLPs: only the first is after it.
+HOOK_OF_WRITE: dict[WriteSite, str] = {"stream": "hook_mlp_out", "mlp": "mlp.hook_out"}
+READ_OF_HOOK: dict[str, ReadSite] = {hook: site for site, hook in HOOK_OF_READ.items()}
+WRITE_OF_HOOK: dict[str, WriteSite] = {
+    hook: site for site, hook in HOOK_OF_WRITE.items()
+}
 READS: dict[str, ReadSite] = {
-    "hook_resid_mid": "resid_mid",
-    "ln2.hook_normalized": "normalized",
-    "mlp.hook_in": "mlp_in",
+    **READ_OF_HOOK,
     "mlp.input": "mlp_in",
     "pre_feedforward_layernorm.input": "resid_mid",
     "pre_feedforward_layernorm.output": "mlp_in",
 }
 WRITES: dict[str, WriteSite] = {
-    "hook_mlp_out": "stream",
-    "mlp.hook_out": "mlp",
+    **WRITE_OF_HOOK,
     "mlp.output": "mlp",
     "post_feedforward_layernorm.output": "stream",
 }

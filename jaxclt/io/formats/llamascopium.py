@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxclt.clt.config import Activation, CLTConfig, ReadSite
+from jaxclt.clt.config import CLTConfig, ReadSite
 from jaxclt.errors import InputError, shown
 from jaxclt.files.json_file import read_json
 from jaxclt.io.config_fields import whole
@@ -41,10 +41,10 @@ WEIGHTS = tuple(
     f"{name}.safetensors"
     for name in ("sae_weights", "checkpoints/pruned", "checkpoints/final")
 )
-_ACTIVATIONS: dict[str, Activation] = {
+_ACTIVATIONS: dict[str, str] = {
     "relu": "relu",
     "jumprelu": "jumprelu",
-    "topk": "relu_topk",
+    "topk": "topk",
 }
 _NORM = "dataset_average_activation_norm."
 _THETA = "activation_function.log_jumprelu_threshold"
@@ -129,9 +129,7 @@ def open_llamascopium(path: Path) -> FileStore:
             n_features=F,
             span=L,
             activation=act,
-            k=whole(config, "top_k", where=where, least=1)
-            if act == "relu_topk"
-            else None,
+            k=whole(config, "top_k", where=where, least=1) if act == "topk" else None,
             read=read,
         ),
         format="llamascopium",
@@ -166,7 +164,7 @@ def _layer(
     file: TensorFile,
     layer: int,
     n_layers: int,
-    act: Activation,
+    act: str,
     *,
     gains: Mapping[str, list[float]],
     by_norm: bool,

@@ -5,7 +5,7 @@ cfg.json                   architecture, d_in, d_out, d_sae, normalize_activatio
 sae_weights.safetensors    W_enc [D, F], b_enc, W_dec [F, D], b_dec, [threshold],
                            [W_skip [out, in]]
 
-Its JumpReLU is behind a ReLU: what is below zero is never active.
+Its JumpReLU comes after a ReLU: what is below zero is never active.
 """
 
 from __future__ import annotations
@@ -17,14 +17,8 @@ from jaxclt.clt.config import CLTConfig
 from jaxclt.errors import InputError
 from jaxclt.files.json_file import read_json
 from jaxclt.io.formats.fields import READS, WRITES, check_fields, contiguous, of_layer
-from jaxclt.io.formats.pieces import (
-    FileStore,
-    Fold,
-    LayerFiles,
-    Piece,
-    check_tensors,
-    stored_shape,
-)
+from jaxclt.io.formats.layouts import SAELENS, Opened
+from jaxclt.io.formats.pieces import FileStore, Fold
 from jaxclt.io.tensors import open_tensors, refuse_pickles
 
 __all__ = ["ARCHITECTURES", "CONFIG", "WEIGHTS", "is_saelens", "open_saelens"]
@@ -107,59 +101,32 @@ def open_saelens(path: Path) -> FileStore:
             f"{path}: its layers differ in architecture or hook points; give a "
             "directory with transcoders of one kind"
         )
-    return _open(path, [folders[i][0] for i in range(len(folders))], kinds.pop(),
-                 sites.pop(), model if isinstance(model, str) else None)  # fmt: skip
-
-
-def _open(
-    path: Path,
-    folders: list[Path],
-    kind: str,
-    sites: tuple[Any, Any],
-    model: str | None,
-) -> FileStore:
-    for folder in folders:
+    placed = [folders[i][0] for i in range(len(folders))]
+    (kind,), ((read, write),) = kinds, sites
+    for folder in placed:
         if not (folder / WEIGHTS).is_file():
             refuse_pickles(folder)
-    has, files = ARCHITECTURES[kind], [open_tensors(x / WEIGHTS) for x in folders]
-    D, F = stored_shape(files[0], "W_enc", 2)
-    wanted = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}
-    wanted |= {"threshold": (F,)} if has.theta else {}
-    wanted |= {"W_skip": (D, D)} if has.skip else {}
-    layers = []
-    for file in files:
-        check_tensors(file, wanted)
-        layers.append(
-            LayerFiles(
-                W_enc=Piece(file, "W_enc", transposed=True),
-                b_enc=Piece(file, "b_enc"),
-                decoder=(Piece(file, "W_dec"),),
-                b_dec=((Piece(file, "b_dec"), 1.0),),
-                theta=Piece(file, "threshold") if has.theta else None,
-                skip=(Piece(file, "W_skip", transposed=True), 1.0)
-                if has.skip
-                else None,
-                fold=Fold(theta_floor=0.0),
-            )
-        )
-    named = {
-        (x / name).relative_to(path).as_posix(): x / name
-        for x in folders
-        for name in (CONFIG, WEIGHTS)
-    }
+    files, has = tuple(open_tensors(x / WEIGHTS) for x in placed), ARCHITECTURES[kind]
+    opened = Opened(SAELENS, files, files, theta=has.theta, skip=has.skip)
+    n_features, d_model, span = opened.sizes()
+    cfg = CLTConfig(
+        n_layers=len(files),
+        d_model=d_model,
+        n_features=n_features,
+        span=span,
+        activation="jumprelu" if has.theta else "relu",
+        read=read,
+    )
     return FileStore(
         path=path,
-        cfg=CLTConfig(
-            n_layers=len(files),
-            d_model=D,
-            n_features=F,
-            span=1,
-            activation="jumprelu" if has.theta else "relu",
-            read=sites[0],
-        ),
+        cfg=cfg,
         format="saelens",
-        layers=tuple(layers),
-        files=named,
-        write=sites[1],
-        model_name=model,
+        layers=opened.layers(cfg, Fold(theta_floor=0.0)),
+        files={
+            (x / name).relative_to(path).as_posix(): x / name
+            for x in placed
+            for name in (CONFIG, WEIGHTS)
+        },
+        write=write,
+        model_name=model if isinstance(model, str) else None,
     )

@@ -24,14 +24,16 @@ from typing import Any, NamedTuple
 from jaxclt.errors import InputError
 from jaxclt.files.json_file import read_json
 from jaxclt.files.yaml_file import read_yaml
-from jaxclt.io.circuit_tracer_format import (
-    CLT,
-    PLT,
-    READ_OF_HOOK,
-    WRITE_OF_HOOK,
+from jaxclt.io.formats.circuit_tracer import CONFIG, open_described
+from jaxclt.io.formats.fields import (
+    HOOK_OF_READ,
+    HOOK_OF_WRITE,
+    READS,
+    WRITES,
+    check_fields,
+    of_layer,
 )
-from jaxclt.io.circuit_tracer_read import CONFIG, open_described
-from jaxclt.io.formats.fields import READS, WRITES, check_fields, of_layer
+from jaxclt.io.formats.layouts import CLT, PLT
 from jaxclt.io.formats.pieces import FileStore
 
 __all__ = ["chosen_files", "is_scope", "open_scope"]
@@ -220,8 +222,6 @@ _FIELDS = {
     "hf_hook_point_in": None,  # looked at below, like the next
     "hf_hook_point_out": None,
 }
-_HOOK_OF_READ = {read: hook for hook, read in READ_OF_HOOK.items()}
-_HOOK_OF_WRITE = {write: hook for hook, write in WRITE_OF_HOOK.items()}
 
 
 def _said_beside(root: Path, books: Sequence[_Book]) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def _said_beside(root: Path, books: Sequence[_Book]) -> dict[str, Any]:
                 f"{file} is of layers {place} and {behind}, not of layer {x.layer}; "
                 "fetch it again"
             )
-        hooks.add((_HOOK_OF_READ[READS[read]], _HOOK_OF_WRITE[WRITES[write]]))
+        hooks.add((HOOK_OF_READ[READS[read]], HOOK_OF_WRITE[WRITES[write]]))
         l0s.append(said.get("l0"))
         models.add(said.get("model_name"))
     if len(hooks) > 1 or len(models) > 1:

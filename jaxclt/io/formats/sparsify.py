@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxclt.clt.config import Activation, CLTConfig
+from jaxclt.clt.config import CLTConfig
 from jaxclt.errors import InputError, shown
 from jaxclt.files.json_file import read_json
 from jaxclt.io.config_fields import whole
@@ -41,7 +41,7 @@ from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
 __all__ = ["ACTIVATIONS", "CONFIG", "WEIGHTS", "is_sparsify", "open_sparsify"]
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
-ACTIVATIONS: dict[str, Activation] = {"topk": "relu_topk", "groupmax": "groupmax"}
+ACTIVATIONS: dict[str, str] = {"topk": "topk", "groupmax": "groupmax"}
 _MLP = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d{1,4})\.mlp")
 _DOES_NOT_MATTER = (
     *("d_in", "k", "expansion_factor", "num_latents", "multi_topk", "skip_connection"),

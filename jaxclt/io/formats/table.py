@@ -8,13 +8,8 @@ from typing import Any, NamedTuple
 
 from jaxclt.errors import InputError
 from jaxclt.files.yaml_file import read_yaml
-from jaxclt.io.circuit_tracer_format import OWN_FILE
-from jaxclt.io.circuit_tracer_read import (
-    CONFIG,
-    is_circuit_tracer,
-    open_circuit_tracer,
-)
 from jaxclt.io.formats import (
+    circuit_tracer,
     crosslayer,
     decode_clt,
     llamascopium,
@@ -22,6 +17,7 @@ from jaxclt.io.formats import (
     scope,
     sparsify,
 )
+from jaxclt.io.formats.circuit_tracer import CONFIG
 from jaxclt.io.formats.pieces import FileStore
 from jaxclt.io.tensors import is_pickle, pickle_message, refuse_pickles
 
@@ -48,7 +44,11 @@ FORMATS: dict[str, Format] = {
     "gemma-scope": Format(
         scope.is_scope, scope.open_scope, supplemented=True, within=True
     ),
-    "circuit-tracer": Format(is_circuit_tracer, open_circuit_tracer, supplemented=True),
+    "circuit-tracer": Format(
+        circuit_tracer.is_circuit_tracer,
+        circuit_tracer.open_circuit_tracer,
+        supplemented=True,
+    ),
     "llamascopium": Format(
         llamascopium.is_llamascopium, llamascopium.open_llamascopium
     ),
@@ -121,4 +121,4 @@ def _of_yaml(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     listed = config.get("transcoders")
     if isinstance(listed, list):  # what lies elsewhere is fetched when it is opened
         return [str(x) for x in listed if "://" not in str(x)]
-    return [x for x in names if OWN_FILE.fullmatch(x)]
+    return [x for x in names if circuit_tracer.FILES.fullmatch(x)]

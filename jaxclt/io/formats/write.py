@@ -1,37 +1,29 @@
 """Writing dictionaries, layer by layer, in the formats that can be written.
 
-What a format has no place for is said by name: `Target.losses`. Nothing is dropped that
-was not named.
+A format is a row of data (`jaxclt.io.formats.targets`): an allow-list of what it can
+say. What is not in it is refused, or lost where the user accepts that, by name and
+before anything is written.
 """
 
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
-import yaml
 
-from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.config import CLTConfig, ReadSite
 from jaxclt.clt.store import DictionaryStore, EncoderLayer
 from jaxclt.errors import InputError
-from jaxclt.io.circuit_tracer_format import (
-    CLT,
-    HOOKS_OF_READ,
-    LAYOUTS,
-    PLT,
-    WRITE_OF_HOOK,
-    Layout,
-)
+from jaxclt.io.formats.fields import HOOK_OF_READ
+from jaxclt.io.formats.layouts import Layout
 from jaxclt.io.formats.pieces import WriteSite
 from jaxclt.io.tensors import check_finite
 
-__all__ = ["LAYOUT_TARGETS", "About", "Layer", "Target", "Tensors", "write_files"]
-
-Tensors = dict[str, np.ndarray]  # by name
+__all__ = ["About", "Target", "losses", "write_files"]
 
 
 class About(NamedTuple):
@@ -53,18 +45,75 @@ class Layer(NamedTuple):
     W_skip_DD: np.ndarray | None
 
 
+Texts = Callable[["Target", Layout, CLTConfig, About], dict[str, str]]
+
+
 class Target(NamedTuple):
     """A format that can be written.
 
-    `losses` says, by name, what would be lost, and raises InputError for a dictionary
-    that the format cannot express at all. `texts` are the small files, `tensors` the
-    arrays of one layer, by file and name.
+    Attributes:
+      texts: its small files, by name.
+      gates: its words for the gates that it has, by our names; None: it has every one,
+        under ours.
+      plt: where its tensors lie for dictionaries of span 1, None: it has none such.
+      clt: the same for those of a larger span.
+      reads: what its encoders may read.
+      short: for what it can say in part only, when that matters, and what is lost.
+      float32: half precision is widened.
+      clips: activations are clipped at zero ahead of their thresholds.
     """
 
-    losses: Callable[[CLTConfig, About], dict[str, str]]
-    texts: Callable[[CLTConfig, About], dict[str, str]]
-    tensors: Callable[[Layer, CLTConfig], dict[str, Tensors]]
-    float32: bool = False  # half precision is widened
+    texts: Texts
+    gates: Mapping[str, str] | None
+    plt: Layout | None
+    clt: Layout | None = None
+    reads: tuple[ReadSite, ...] = tuple(HOOK_OF_READ)
+    short: Mapping[str, tuple[Callable[[CLTConfig, About], bool], str]] = {}
+    float32: bool = False
+    clips: bool = False
+
+    def word(self, cfg: CLTConfig) -> str:
+        """What it calls a gate."""
+        return cfg.activation if self.gates is None else self.gates[cfg.activation]
+
+    def layout(self, cfg: CLTConfig) -> Layout | None:
+        """Where its tensors lie."""
+        return self.plt if cfg.span == 1 else self.clt
+
+
+def losses(name: str, target: Target, cfg: CLTConfig, about: About) -> dict[str, str]:
+    """What would be lost of a dictionary in a format, why by name.
+
+    Args:
+      name: of the format, for the message.
+      target: the format.
+      cfg: the dictionary.
+      about: what else is known of it.
+
+    Raises:
+      InputError: if the format cannot express it at all.
+    """
+    gates = target.gates
+    if gates is not None and cfg.activation not in gates:
+        raise InputError(
+            f"{name} has no {cfg.activation}, only {', '.join(gates)}; choose another "
+            "format (jaxclt has every gate)"
+        )
+    if target.layout(cfg) is None:
+        raise InputError(
+            f"{name} has only per-layer transcoders, but features here write "
+            f"{cfg.span} layers; choose another format"
+        )
+    if cfg.read not in target.reads:
+        raise InputError(
+            f"{name} has only coders that read {', '.join(target.reads)}, but this one "
+            f"reads {cfg.read}; choose another format"
+        )
+    return {
+        what: why.format(span=cfg.span)
+        for what, (is_so, why) in target.short.items()
+        if is_so(cfg, about)
+    }
 
 
 def write_files(
@@ -79,7 +128,7 @@ def write_files(
     """Write all files of a dictionary; holds one layer at a time.
 
     Args:
-      target: the format.
+      target: the format; `losses` has been asked.
       store: where the weights come from.
       about: what else the files say.
       folder: an empty directory.
@@ -89,8 +138,9 @@ def write_files(
     Raises:
       InputError: if a value is not finite.
     """
-    cfg = store.cfg
-    for name, text in target.texts(cfg, about).items():
+    cfg, layout = store.cfg, target.layout(store.cfg)
+    assert layout is not None
+    for name, text in target.texts(target, layout, cfg, about).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     some = next(x for x in folder.rglob("*") if x.is_file())
@@ -104,7 +154,13 @@ def write_files(
             b_dec_LD[i],
             store.skip(i) if about.skip else None,
         )
-        for name, tensors in target.tensors(layer, cfg).items():
+        theta_F = layer.encoder.theta_F
+        if target.clips and theta_F is not None and (np.asarray(theta_F) < 0).any():
+            raise InputError(
+                f"layer {i} has thresholds below 0, but {layout.format} has a ReLU "
+                "before them; choose another format"
+            )
+        for name, tensors in _tensors(layout, layer, cfg).items():
             kept = {}
             for key, x in tensors.items():
                 check_finite(x, f"dictionary: {key} of layer {i}")
@@ -120,68 +176,20 @@ def write_files(
         on_layer(i + 1, cfg.n_layers)
 
 
-# -- what circuit-tracer's config.yaml can describe ------------------------------------
-
-
-def _layout_of(format: str, cfg: CLTConfig) -> Layout:
-    """The layout of a format for a dictionary's kind.
-
-    Raises:
-      InputError: if the format has none.
-    """
-    kind = PLT if cfg.span == 1 else CLT
-    for layout in LAYOUTS:
-        if (layout.format, layout.model_kind) == (format, kind):
-            return layout
-    raise InputError(
-        f"{format} has only per-layer transcoders, but features here write {cfg.span} "
-        "layers; choose another format"
-    )
-
-
-def _layout_texts(format: str) -> Callable[[CLTConfig, About], dict[str, str]]:
-    def texts(cfg: CLTConfig, about: About) -> dict[str, str]:
-        layout, hooks = (
-            _layout_of(format, cfg),
-            {v: k for k, v in WRITE_OF_HOOK.items()},
-        )
-        config: dict[str, Any] = {
-            "model_kind": layout.model_kind,
-            "model_name": about.model_name,
-            "feature_input_hook": HOOKS_OF_READ[cfg.read][0],
-            "feature_output_hook": hooks[about.write],
-        }
-        if cfg.competes:
-            config |= {"activation": "topk", "k": cfg.k}
-        if about.scan is not None:
-            config["scan"] = about.scan
-        if format != "circuit-tracer":
-            files = [layout.encoder_file.format(i) for i in range(cfg.n_layers)]
-            config["transcoders"] = files
-        config = {k: v for k, v in config.items() if v is not None}
-        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        return {"config.yaml": text}
-
-    return texts
-
-
-def _layout_tensors(
-    format: str,
-) -> Callable[[Layer, CLTConfig], dict[str, Tensors]]:
-    return lambda layer, cfg: _layout_layer(_layout_of(format, cfg), layer, cfg)
-
-
-def _layout_layer(layout: Layout, layer: Layer, cfg: CLTConfig) -> dict[str, Tensors]:
+def _tensors(
+    layout: Layout, layer: Layer, cfg: CLTConfig
+) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays of one layer, by file and name."""
     enc, W_dec, i = layer.encoder, layer.W_dec_FMD, layer.place
-    theta_F = enc.theta_F
-    if theta_F is None and layout.format != "circuit-tracer":
-        theta_F = np.zeros_like(enc.b_enc_F)  # a ReLU
+    theta_F = np.zeros_like(enc.b_enc_F) if layout.jumps else None
+    theta_F = theta_F if enc.theta_F is None else enc.theta_F
     encoder = {
         layout.W_enc: enc.W_enc_FD if layout.enc_axes == "FD" else enc.W_enc_FD.T,
         layout.b_enc: enc.b_enc_F,
         layout.b_dec: layer.b_dec_D,
     }
     if theta_F is not None:
+        assert layout.theta is not None
         encoder[layout.theta] = theta_F
     if layer.W_skip_DD is not None and layout.W_skip is not None:
         W = layer.W_skip_DD
@@ -196,56 +204,3 @@ def _layout_layer(layout: Layout, layer: Layer, cfg: CLTConfig) -> dict[str, Ten
     }
     files.setdefault(layout.decoder_file.format(i), {})[layout.W_dec.format(i)] = W_dec
     return files
-
-
-def _of_circuit_tracer(cfg: CLTConfig, about: About) -> dict[str, str]:
-    if cfg.activation == "groupmax":
-        raise InputError("circuit-tracer has no groupmax; choose --to sparsify")
-    lost = {}
-    if cfg.activation == "relu_topk":
-        lost["relu"] = (
-            "its TopK has no ReLU: where fewer than k features are positive, negative "
-            "ones would be active"
-        )
-    if about.skip and cfg.span > 1:
-        lost["skip"] = (
-            "it has no place for the linear skip of a CLT (gemma-scope-2 has)"
-        )
-    if 1 < cfg.span < cfg.n_layers:
-        lost["span"] = (
-            f"circuit-tracer itself reads only 1 or all layers, not {cfg.span}; jaxclt "
-            "reads it (gemma-scope-2 fills up with zeros)"
-        )
-    return lost
-
-
-def _of_scope(format: str) -> Callable[[CLTConfig, About], dict[str, str]]:
-    def losses(cfg: CLTConfig, about: About) -> dict[str, str]:
-        if cfg.competes:
-            raise InputError(f"{format} is JumpReLU, it has no {cfg.activation}")
-        layout = _layout_of(format, cfg)
-        if about.skip and layout.W_skip is None:
-            return {"skip": f"{format} has no place for a linear skip"}
-        return {}
-
-    return losses
-
-
-LAYOUT_TARGETS = {
-    "circuit-tracer": Target(
-        _of_circuit_tracer,
-        _layout_texts("circuit-tracer"),
-        _layout_tensors("circuit-tracer"),
-    ),
-    "gemma-scope": Target(
-        _of_scope("gemma-scope"),
-        _layout_texts("gemma-scope"),
-        _layout_tensors("gemma-scope"),
-        float32=True,  # numpy's files have no bfloat16
-    ),
-    "gemma-scope-2": Target(
-        _of_scope("gemma-scope-2"),
-        _layout_texts("gemma-scope-2"),
-        _layout_tensors("gemma-scope-2"),
-    ),
-}

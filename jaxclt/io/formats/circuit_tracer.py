@@ -1,4 +1,16 @@
-"""Reading what a config.yaml of circuit-tracer describes, lazily.
+"""circuit-tracer's directories, and jaxclt's own of the same form, read lazily.
+
+config.yaml                  model_kind, hooks, optional transcoders, activation, k
+W_enc_{i}.safetensors        CLT: W_enc_i [F, D], b_enc_i, b_dec_i, [threshold_i],
+                             [W_skip_i [in, out]]
+W_dec_{i}.safetensors        CLT: W_dec_i [F, min(span, L - i), D]
+layer_{i}.safetensors        PLT: W_enc, W_dec [F, D], b_enc, b_dec, [W_skip [out, in]],
+                             [activation_function.threshold]
+
+With `transcoders`, a list of one file for each layer, the files may also be those that
+GemmaScope (params.npz, PLT) and Gemma Scope 2 (safetensors, PLT and CLT) publish. Where
+model_kind is jaxclt, the files are those of a CLT whatever its span, and `activation`
+is any row of `jaxclt.clt.gates.GATES`.
 
 Opening reads headers only; weights are mapped and copied out layer by layer or decoder
 row by decoder row, so a dictionary larger than memory can be traced.
@@ -12,28 +24,23 @@ from pathlib import Path
 from typing import Any
 
 from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.gates import GATES
 from jaxclt.errors import InputError, shown
 from jaxclt.files.yaml_file import read_yaml
-from jaxclt.io.circuit_tracer_format import (
-    CLT,
-    LAYOUTS,
-    READ_OF_HOOK,
-    WRITE_OF_HOOK,
-    Layout,
-)
-from jaxclt.io.formats.pieces import (
-    FileStore,
-    LayerFiles,
-    Piece,
-    check_tensors,
-    stored_shape,
-)
+from jaxclt.io.formats.fields import READ_OF_HOOK, WRITE_OF_HOOK
+from jaxclt.io.formats.layouts import LAYOUTS, OWN, Layout, Opened
+from jaxclt.io.formats.pieces import FileStore
 from jaxclt.io.hub import fetch_listed
 from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
 
-__all__ = ["CONFIG", "is_circuit_tracer", "open_circuit_tracer", "open_described"]
+__all__ = ["CONFIG", "FILES", "is_circuit_tracer", "open_circuit_tracer"]
+__all__ += ["open_described"]
 
 CONFIG = "config.yaml"
+FILES = re.compile(r"config\.yaml|(W_enc|W_dec|layer)_\d+\.safetensors")
+# Only what competes is said by name: a threshold makes a JumpReLU, whatever is said.
+_WORDS = ("relu", "jump_relu", "jumprelu", "topk", None)
+_COMPETING = {"topk": "signed_topk"}
 
 
 def is_circuit_tracer(path: Path) -> bool:
@@ -79,19 +86,14 @@ def open_described(
       InputError: as `open_circuit_tracer`.
     """
     _check_config(path, config)
-    layout, encoder_files, decoder_files = _open_layers(path, config)
-    cfg = _infer_config(path, config, layout, encoder_files, decoder_files)
-    _check_layers(cfg, layout, encoder_files, decoder_files)
-    layers = [
-        _layer(cfg, layout, layer, encoder_files[layer], decoder_files[layer])
-        for layer in range(cfg.n_layers)
-    ]
+    opened = _open_layers(path, config)
+    cfg = _infer_config(path, config, opened)
     return FileStore(
         path=path,
         cfg=cfg,
-        format=layout.format,
-        layers=tuple(layers),
-        files={**described, **_named(path, (*encoder_files, *decoder_files))},
+        format=opened.layout.format,
+        layers=opened.layers(cfg),
+        files={**described, **_named(path, (*opened.encoder, *opened.decoder))},
         write=WRITE_OF_HOOK[config["feature_output_hook"]],
         model_name=_text(path, config, "model_name"),
         scan=_text(path, config, "scan"),
@@ -100,18 +102,23 @@ def open_described(
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """The kind and the hooks are known ones."""
+    """The kind, the hooks and the gate are known ones."""
     file = path / CONFIG
+    gates = tuple(name for name, gate in GATES.items() if gate.on is not None)
     for key, known in (
-        ("model_kind", tuple(dict.fromkeys(x.model_kind for x in LAYOUTS))),
+        ("model_kind", tuple(dict.fromkeys(x.model_kind for x in (*LAYOUTS, OWN)))),
         ("feature_input_hook", tuple(READ_OF_HOOK)),
         ("feature_output_hook", tuple(WRITE_OF_HOOK)),
-        ("activation", ("relu", "jump_relu", "jumprelu", "topk", None)),
+        ("activation", gates if _is_own(config) else _WORDS),
     ):
         if config.get(key) not in known:
             names = ", ".join(filter(None, known))
             value = shown(config.get(key))
             raise InputError(f"{file}: {key} is {value}, it must be one of {names}")
+
+
+def _is_own(config: Mapping[str, Any]) -> bool:
+    return config.get("model_kind") == OWN.model_kind
 
 
 def _text(path: Path, config: Mapping[str, Any], key: str) -> str | None:
@@ -121,28 +128,25 @@ def _text(path: Path, config: Mapping[str, Any], key: str) -> str | None:
     return value
 
 
-def _open_layers(
-    path: Path, config: Mapping[str, Any]
-) -> tuple[Layout, tuple[TensorFile, ...], tuple[TensorFile, ...]]:
-    """The layout of the files, and the encoder and decoder file of every layer."""
-    candidates = [x for x in LAYOUTS if x.model_kind == config["model_kind"]]
+def _open_layers(path: Path, config: Mapping[str, Any]) -> Opened:
+    """The encoder and decoder file of every layer, and their layout."""
+    candidates = [x for x in (*LAYOUTS, OWN) if x.model_kind == config["model_kind"]]
     if config.get("transcoders") is not None:
         entries = config["transcoders"]
         if not isinstance(entries, list) or not entries:
             raise InputError(f"{path / CONFIG}: transcoders must be a list of files")
         files = tuple(open_tensors(_entry(path, entry)) for entry in entries)
-        return _recognise(candidates, files[0]), files, files
+        return Opened.of(_recognise(candidates, files[0]), files, files)
     native = candidates[0]
     n_layers = _count_layers(path, native.encoder_file)
-    encoder = tuple(
-        open_tensors(path / native.encoder_file.format(i)) for i in range(n_layers)
-    )
-    if native.decoder_file == native.encoder_file:
-        return native, encoder, encoder
-    decoder = tuple(
-        open_tensors(path / native.decoder_file.format(i)) for i in range(n_layers)
-    )
-    return native, encoder, decoder
+
+    def opened(template: str) -> tuple[TensorFile, ...]:
+        return tuple(open_tensors(path / template.format(i)) for i in range(n_layers))
+
+    encoder = decoder = opened(native.encoder_file)
+    if native.decoder_file != native.encoder_file:
+        decoder = opened(native.decoder_file)
+    return Opened.of(native, encoder, decoder)
 
 
 def _recognise(candidates: list[Layout], file: TensorFile) -> Layout:
@@ -206,113 +210,33 @@ def _count_layers(path: Path, template: str) -> int:
     return len(found)
 
 
-def _infer_config(
-    path: Path,
-    config: Mapping[str, Any],
-    layout: Layout,
-    encoder_files: tuple[TensorFile, ...],
-    decoder_files: tuple[TensorFile, ...],
-) -> CLTConfig:
+def _infer_config(path: Path, config: Mapping[str, Any], opened: Opened) -> CLTConfig:
     """The shape and conventions, from the first layer's tensors."""
-    sizes = stored_shape(encoder_files[0], layout.W_enc.format(0), 2)
-    n_features, d_model = sizes if layout.enc_axes == "FD" else sizes[::-1]
-    is_clt = layout.model_kind == CLT
-    decoder = stored_shape(decoder_files[0], layout.W_dec.format(0), 3 if is_clt else 2)
-    span, n_layers = (decoder[1] if is_clt else 1), len(encoder_files)
+    n_features, d_model, span = opened.sizes()
+    n_layers = len(opened.encoder)
     if span > n_layers:
         raise InputError(
             f"{path}: features of layer 0 write {span} layers but only {n_layers} are "
             "here; copy or fetch the dictionary again"
         )
-    # circuit-tracer decides by the threshold's presence, whatever config.yaml says
-    has_theta = layout.theta.format(0) in encoder_files[0].tensors
-    topk = config.get("activation") == "topk"
-    k = config.get("k") if topk else None
+    said: Any = config.get("activation")
+    by_theta = "jumprelu" if opened.theta else "relu"
+    name = said if _is_own(config) else _COMPETING.get(said, by_theta)
+    gate = GATES[name]
+    k = config.get("k") if gate.competes else None
     if k is not None and (not isinstance(k, int) or isinstance(k, bool)):
         raise InputError(f"{path / CONFIG}: k must be a whole number, not {shown(k)}")
-    if topk and has_theta:
+    if opened.theta != (gate.switch == "theta"):
         raise InputError(
-            f"{path / CONFIG}: activation is topk but the files hold thresholds; "
-            "remove one of them"
+            f"{path / CONFIG}: activation is {said} but the files hold "
+            f"{'' if opened.theta else 'no '}thresholds; remove or add one of them"
         )
     return CLTConfig(
         n_layers=n_layers,
         d_model=d_model,
         n_features=n_features,
         span=span,
-        activation="topk" if topk else "jumprelu" if has_theta else "relu",
+        activation=name,
         k=k,
         read=READ_OF_HOOK[config["feature_input_hook"]],
-    )
-
-
-_Shapes = dict[str, tuple[int, ...]]
-
-
-def _check_layers(
-    cfg: CLTConfig,
-    layout: Layout,
-    encoder_files: tuple[TensorFile, ...],
-    decoder_files: tuple[TensorFile, ...],
-) -> None:
-    """Every layer has exactly the tensors of the format, with the config's shapes."""
-    first = encoder_files[0].tensors  # all layers have the optional ones, or none
-    for layer in range(cfg.n_layers):
-        encoder, decoder = _wanted(cfg, layout, layer, first)
-        if layout.decoder_file == layout.encoder_file:
-            check_tensors(encoder_files[layer], encoder | decoder)
-        else:
-            check_tensors(encoder_files[layer], encoder)
-            check_tensors(decoder_files[layer], decoder)
-
-
-def _wanted(
-    cfg: CLTConfig, layout: Layout, layer: int, first: Mapping[str, Any]
-) -> tuple[_Shapes, _Shapes]:
-    """Shapes by tensor name: what belongs to the encoder, and the decoder."""
-    F, D = cfg.n_features, cfg.d_model
-    encoder: _Shapes = {
-        layout.W_enc: (F, D) if layout.enc_axes == "FD" else (D, F),
-        layout.b_enc: (F,),
-        layout.b_dec: (D,),
-    }
-    optional: _Shapes = {layout.theta: (F,)}
-    if layout.W_skip is not None:
-        optional[layout.W_skip] = (D, D)
-    encoder |= {k: v for k, v in optional.items() if k.format(0) in first}
-    decoder: tuple[int, ...] = {
-        "own": (F, D),
-        "later": (F, cfg.n_writes(layer), D),
-        "all": (F, cfg.n_layers, D),
-    }[layout.writes]
-    return (
-        {k.format(layer): v for k, v in encoder.items()},
-        {layout.W_dec.format(layer): decoder},
-    )
-
-
-def _layer(
-    cfg: CLTConfig,
-    layout: Layout,
-    layer: int,
-    encoder: TensorFile,
-    decoder: TensorFile,
-) -> LayerFiles:
-    def piece(name: str | None, **how: Any) -> Piece | None:
-        stored = (name or "").format(layer)
-        return Piece(encoder, stored, **how) if stored in encoder.tensors else None
-
-    W_enc = piece(layout.W_enc, transposed=layout.enc_axes == "DF")
-    b_dec = piece(layout.b_dec)
-    assert W_enc is not None
-    assert b_dec is not None
-    skip = piece(layout.W_skip, transposed=layout.skip_axes == "oi")
-    pick = (slice(None), slice(layer, None)) if layout.writes == "all" else ()
-    return LayerFiles(
-        W_enc=W_enc,
-        b_enc=piece(layout.b_enc),
-        decoder=(Piece(decoder, layout.W_dec.format(layer), pick),),
-        b_dec=((b_dec, 1.0),),
-        theta=piece(layout.theta),
-        skip=None if skip is None else (skip, 1.0),
     )

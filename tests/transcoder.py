@@ -1,4 +1,4 @@
-"""The transcoder itself: encode what the layers read, decode what they write.
+"""A transcoder written out, the oracle of tests: what it encodes and decodes.
 
     a[l] = act(read[l] W_enc[l] + b_enc[l])
     y[m] = sum over l <= m < l + span of  a[l] W_dec[l -> m]  + b_dec[m] (+ skip)
@@ -11,11 +11,15 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from jaxclt.clt.activations import activate
 from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.gates import is_on
 from jaxclt.types import CLTParams
 
-__all__ = ["decode", "encode", "preactivate", "to_source_major", "to_target_major"]
+
+def activate(pre_TF: Array, theta_F: Array | None, *, cfg: CLTConfig) -> Array:
+    """Activations [T, F] of one layer."""
+    zero = jnp.zeros((), pre_TF.dtype)
+    return jnp.where(is_on(pre_TF, theta_F, cfg), pre_TF, zero)
 
 
 def preactivate(params: CLTParams, read_LTD: Array) -> Array:
@@ -59,24 +63,3 @@ def decode(params: CLTParams, a_LTF: Array, read_LTD: Array | None = None) -> Ar
             for y_TD, x_TD, W_DD in zip(write, read_LTD, params.W_skip_LDD, strict=True)
         ]
     return jnp.stack(write)
-
-
-def to_target_major(W_dec: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Source-major ``[l][F, M, D]`` to target-major ``[m][l + 1, F, D]`` (full CLT).
-
-    Some tools store decoders by the layer they write (maths 2.5): entry m stacks what
-    all source layers l <= m write to m.
-    """
-    return tuple(
-        jnp.stack([W_dec[source][:, target - source] for source in range(target + 1)])
-        for target in range(len(W_dec))
-    )
-
-
-def to_source_major(W_dec: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Inverse of `to_target_major`."""
-    L = len(W_dec)
-    return tuple(
-        jnp.stack([W_dec[target][source] for target in range(source, L)], axis=1)
-        for source in range(L)
-    )

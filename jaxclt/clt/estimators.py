@@ -1,7 +1,7 @@
-"""Gates for training: ReLU, JumpReLU with its estimator, TopK, BatchTopK.
+"""Gates as training needs them: their activations, with straight-through estimators.
 
 Pre-activations h, activations a, threshold θ, bandwidth ε, rect(u) = 1 for |u| < 1/2.
-All gates give a >= 0, so that each has a threshold form for export.
+All of them give a >= 0, so that each has a threshold form for export.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxclt.train.params import Spec
+__all__ = ["batch_topk", "heaviside", "jumprelu", "kth_largest", "relu", "topk"]
 
-__all__ = ["batch_topk", "gate", "heaviside", "jumprelu", "kth_largest", "topk"]
+
+def relu(pre_TF: Array, *_: object) -> Array:
+    """``max(h, 0)``."""
+    return jnp.maximum(pre_TF, jnp.zeros((), pre_TF.dtype))
 
 
 def jumprelu(
@@ -124,19 +127,3 @@ def batch_topk(pre_TF: Array, k: int) -> Array:
     best_TK = jax.lax.optimization_barrier(best_TK)
     threshold = kth_largest(best_TK.reshape(1, T * rows), k * T)
     return _keep(pre_TF, threshold)
-
-
-def gate(pre_TF: Array, theta_F: Array | None, *, spec: Spec) -> Array:
-    """Activations [T, F] of one layer by the spec's gate."""
-    match spec.activation:
-        case "relu":
-            return jnp.maximum(pre_TF, jnp.zeros((), pre_TF.dtype))
-        case "jumprelu":
-            assert theta_F is not None
-            return jumprelu(pre_TF, theta_F, spec.bandwidth, spec.ste_to_input)
-        case "topk":
-            assert spec.k is not None
-            return topk(pre_TF, spec.k)
-        case "batch_topk":
-            assert spec.k is not None
-            return batch_topk(pre_TF, spec.k)
