@@ -3,27 +3,8 @@
 Explains one prediction of a language model as a graph of interpretable features
 (Ameisen et al. 2025, *Circuit Tracing*), exactly, and checks it against the model.
 
-The rooms, from bottom to top; none imports what lies above it:
-
-| room | what it holds |
-|---|---|
-| `files`, `runs` | files that are whole or not there; what long runs need |
-| `lm` | the decoder: forward, record, and the frozen linear stream |
-| `clt` | dictionaries: encode, decode, what is active on a prompt |
-| `replacement` | replacement models, error nodes, how close they come |
-| `graph` | targets, edges, influence, pruning, scores, certificate |
-| `io` | models, dictionaries and their formats, tokenizers, graphs |
-| `text` | prompts, text and windows of tokens |
-| `viewer` | graph JSON and the page |
-| `global_weights` | virtual weights, co-activation, ERA, TWERA |
-| `dashboards` | what features respond to |
-| `trace` | a prompt becomes a graph, then a directory; many prompts |
-| `patching` | edits, the three modes, batches, generation |
-| `validation` | a graph's predictions against patches |
-| `train` | training of dictionaries |
-| `evaluation` | dictionaries side by side |
-| `serve`, `cli` | the local server, the command |
-| `testing` | tiny models for tests and examples |
+The names here are what a notebook needs. The rooms below are mapped in README.md; each
+says in its module docstrings what it computes and for which part of the paper.
 
 Importing this package touches no device and does not import transformers.
 """

@@ -15,9 +15,7 @@ from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import did_you_mean
 from jaxclt.files.atomic import atomic_path
 from jaxclt.graph import prune as pruning
-from jaxclt.graph import scores as scoring
 from jaxclt.graph.attribute import AttributeConfig
-from jaxclt.graph.certificate import certificate
 from jaxclt.graph.explain import edge_parts
 from jaxclt.graph.graph import Graph
 from jaxclt.io.model import Model
@@ -26,6 +24,7 @@ from jaxclt.runs.pace import logged
 from jaxclt.text.prompts import Opened, Prompt
 from jaxclt.trace.again import edge_parts_with_model
 from jaxclt.trace.explained import TargetChoice
+from jaxclt.trace.files import state
 from jaxclt.trace.prompt import trace_prompt
 from jaxclt.viewer.graph_json import graph_json
 from jaxclt.viewer.page import page
@@ -166,8 +165,4 @@ def show(
 
 
 def _document(graph: Graph) -> dict[str, Any]:
-    full = dataclasses.asdict(scoring.scores(graph))
-    kept = dataclasses.asdict(scoring.scores(graph, graph.pruning))
-    proof = dataclasses.asdict(certificate(graph))
-    scores = {"scores": {"full": full, "pruned": kept}, "certificate": proof}
-    return graph_json(graph, slug="graph", scores=scores)
+    return graph_json(graph, slug="graph", scores=state(graph))

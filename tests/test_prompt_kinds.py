@@ -141,10 +141,10 @@ def test_a_sweep_of_chats(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_another_template_is_another_trace():
     config = jaxclt.trace.prompt.AttributeConfig()
-    before = identity(model(), dictionary(), CHAT, config, "auto")
+    before = identity(model(), dictionary(), CHAT, config)
     tokenizer = dataclasses.replace(model().tokenizer, backend=Other())
     other = dataclasses.replace(model(), tokenizer=tokenizer)
-    after = identity(other, dictionary(), CHAT, config, "auto")
+    after = identity(other, dictionary(), CHAT, config)
     assert after["prompt"] == "said 1"
     assert after | {"prompt": before["prompt"]} == before
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from rich.console import Console
 from tyro.conf import arg
 
-from jaxclt.cli.common import load
+from jaxclt.cli.common import load, options
 from jaxclt.cli.flags import AsJson, Debug, ModelName
 
 if TYPE_CHECKING:
@@ -71,16 +71,9 @@ class AttributionFlags:
         from jaxclt.graph.attribute import AttributeConfig
         from jaxclt.graph.compute import row_mesh
 
-        config = AttributeConfig(
-            max_features=self.max_features,
-            tolerance=self.tolerance,
-            node_threshold=self.node_threshold,
-            edge_threshold=self.edge_threshold,
-            heads=self.heads,
-            convention="paper" if self.compat == "none" else self.compat,
-            precision=self.precision,
-            memory_gb=self.memory,
-            devices=self.devices,
+        convention = "paper" if self.compat == "none" else self.compat
+        config = options(
+            AttributeConfig, self, convention=convention, memory_gb=self.memory
         )
         row_mesh(config)
         if self.compat == "none":
@@ -90,5 +83,4 @@ class AttributionFlags:
 
     def load(self, say: Console) -> tuple[Model, Dictionary]:
         """The model and its dictionary."""
-        options = {"dtype": self.dtype, "mesh": self.shard}
-        return load(self.model, self.dictionary, say, **options)
+        return load(self.model, self.dictionary, say, dtype=self.dtype, mesh=self.shard)

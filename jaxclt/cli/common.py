@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -16,12 +16,17 @@ from jaxclt.cli.progress import lines
 from jaxclt.files.json_text import to_json
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from jaxclt.clt.coder import Dictionary
     from jaxclt.io.model import Model
     from jaxclt.io.tokenizer import Bos
     from jaxclt.text.prompts import Prompt
 
-__all__ = ["answer", "asked", "load", "page_line", "table", "use_compilation_cache"]
+__all__ = ["answer", "asked", "load", "options", "page_line", "table"]
+__all__ += ["use_compilation_cache"]
+
+_Options = TypeVar("_Options", bound="DataclassInstance")
 
 
 def use_compilation_cache() -> None:
@@ -57,6 +62,18 @@ def load(
     use_compilation_cache()
     loaded = load_model(model, progress=lines(say), **options)
     return loaded, load_dictionary(dictionary, loaded, progress=lines(say))
+
+
+def options(kind: type[_Options], flags: Any, **others: Any) -> _Options:
+    """The options of a call.
+
+    Args:
+      kind: their dataclass.
+      flags: of a command; those of the same names are taken.
+      **others: fields whose flags have other names, or none.
+    """
+    names = {field.name for field in dataclasses.fields(kind)} & vars(flags).keys()
+    return kind(**{name: getattr(flags, name) for name in names}, **others)
 
 
 def asked(prompt: Prompt, *, chat: bool, bos: Bos) -> Prompt:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import arg
 
-from jaxclt.cli.common import answer, use_compilation_cache
+from jaxclt.cli.common import answer, options, use_compilation_cache
 from jaxclt.cli.flags import AsJson, Context, Debug, ModelName
 from jaxclt.cli.progress import Run, Stages, lines, long_command
 from jaxclt.errors import InputError, check_at_least, check_positive
@@ -94,10 +94,7 @@ def run_eval(flags: EvalFlags, say: Console, run: Run) -> None:
     from jaxclt.io.model import load_model
     from jaxclt.trace.sweep import read_prompts
 
-    names = {field.name for field in dataclasses.fields(EvalOptions)}
-    options = EvalOptions(
-        **{k: v for k, v in dataclasses.asdict(flags).items() if k in names}
-    )
+    measured = options(EvalOptions, flags)
     data = flags.data or bundled_text(flags.model)
     if not data:
         raise InputError("give --data: held-out text, or a .jsonl file of prompts")
@@ -124,7 +121,7 @@ def run_eval(flags: EvalFlags, say: Console, run: Run) -> None:
             model,
             dictionaries,
             text,
-            options=options,
+            options=measured,
             prompts=prompts,
             judge=judge,
             pairs=pairs,
@@ -135,7 +132,7 @@ def run_eval(flags: EvalFlags, say: Console, run: Run) -> None:
     meta = {
         "model": model.name,
         "data": str(data),
-        "options": dataclasses.asdict(options),
+        "options": dataclasses.asdict(measured),
         "judge": flags.judge,
         "seconds": round(time.perf_counter() - started, 1),
     }

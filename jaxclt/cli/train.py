@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 from rich.console import Console
 
-from jaxclt.cli.common import answer, use_compilation_cache
+from jaxclt.cli.common import answer, options, use_compilation_cache
 from jaxclt.cli.flags import AsJson, Debug, ModelName
 from jaxclt.cli.progress import Run, Stages, lines, long_command
 from jaxclt.train.config import PRESETS, TrainConfig, preset
@@ -79,8 +79,7 @@ class TrainFlags(TrainConfig):
         Raises:
           InputError: for values out of their range.
         """
-        names = [f.name for f in dataclasses.fields(TrainConfig)]
-        return TrainConfig(**{name: getattr(self, name) for name in names})
+        return options(TrainConfig, self)
 
 
 @long_command

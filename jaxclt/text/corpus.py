@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,9 @@ from jaxclt.text.hub import PREFIX, stream_texts
 
 __all__ = [
     "Windows",
+    "by_hash",
     "check_context",
+    "countable",
     "cut_windows",
     "pack_windows",
     "read_documents",
@@ -79,14 +81,21 @@ class Windows:
         )
 
     def valid(self, token_WS: np.ndarray) -> np.ndarray:
-        """Which positions of windows like these are trained on, bool [W, S].
+        """Which positions of windows like these are trained on, bool [W, S]."""
+        return countable(token_WS, self.special, first=self.first)
 
-        No padding and no special token, and the first position only if `first`.
-        """
-        valid_WS = (token_WS != PAD) & ~np.isin(token_WS, sorted(self.special))
-        if not self.first:
-            valid_WS[:, 0] = False
-        return valid_WS
+
+def countable(
+    token_WS: np.ndarray, special: Collection[int], *, first: bool = False
+) -> np.ndarray:
+    """Which positions of windows count, bool [W, S].
+
+    No padding and no special token, and the first position only if `first`.
+    """
+    counts_WS = (token_WS != PAD) & ~np.isin(token_WS, sorted(special))
+    if not first:
+        counts_WS[:, 0] = False
+    return counts_WS
 
 
 def check_context(size: int, n_ctx: int) -> None:
@@ -156,6 +165,12 @@ def _pieces(text: str) -> Iterator[str]:
         text = text[end:].strip()
 
 
+def by_hash(documents: Iterable[str]) -> dict[str, str]:
+    """Documents in the order of their hashes, each once."""
+    found = {hashlib.sha256(text.encode()).hexdigest(): text for text in documents}
+    return dict(sorted(found.items()))
+
+
 def split_documents(
     documents: Iterator[str], held: Iterator[str] | None, share: float
 ) -> tuple[list[str], list[str]]:
@@ -170,20 +185,19 @@ def split_documents(
     Raises:
       InputError: if either part would be empty.
     """
-    by_hash = {hashlib.sha256(d.encode()).hexdigest(): d for d in documents}
-    order = sorted(by_hash)
+    every = by_hash(documents)
     if held is not None:
-        apart = {hashlib.sha256(d.encode()).hexdigest(): d for d in held}
+        apart = by_hash(held)
     else:
         # Hashes are uniform: the smallest ones are a random share.
-        apart = {h: by_hash[h] for h in order[: max(1, round(len(order) * share))]}
-    train = [by_hash[h] for h in order if h not in apart]
+        apart = dict(list(every.items())[: max(1, round(len(every) * share))])
+    train = [text for key, text in every.items() if key not in apart]
     if not train or not apart:
         raise InputError(
-            f"the data has {len(by_hash)} documents; at least one to train on and one "
+            f"the data has {len(every)} documents; at least one to train on and one "
             "to hold out are needed"
         )
-    return train, [apart[h] for h in sorted(apart)]
+    return train, list(apart.values())
 
 
 def cut_windows(

@@ -13,7 +13,14 @@ import numpy as np
 from jaxclt.errors import InputError, check_at_least
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Tokenizer
-from jaxclt.text.corpus import PAD, check_context, pack_windows, read_documents
+from jaxclt.text.corpus import (
+    PAD,
+    by_hash,
+    check_context,
+    countable,
+    pack_windows,
+    read_documents,
+)
 from jaxclt.text.prompts import Prompt, PromptRow, prompt_ids, prompt_rows
 
 __all__ = [
@@ -103,26 +110,24 @@ def read_windows(
     source = isinstance(data, str | os.PathLike)
     if source:
         check_at_least(1, tokens=tokens, context=context)
-    if source and (rows := prompt_rows(data)) is not None:
-        token_WS = _padded(model, row_ids(model.tokenizer, rows))
-        found = TokenWindows(token_WS, _mask(model, token_WS, mask)).first(tokens)
-    elif source:
+    rows = prompt_rows(data) if source else None
+    if source and rows is None:
         check_context(context, model.cfg.n_ctx)
-        documents = {
-            hashlib.sha256(text.encode()).hexdigest(): text
-            for text in read_documents(os.fspath(data), tokens=tokens)
-        }
+        documents = by_hash(read_documents(os.fspath(data), tokens=tokens))
         token_WS = pack_windows(
-            [documents[key] for key in sorted(documents)],
+            list(documents.values()),
             model.tokenizer,
             size=context,
             n_tokens=tokens,
             on_tokens=on_tokens,
         )
-        found = TokenWindows(token_WS, _mask(model, token_WS, mask)).first(tokens)
     else:
-        token_WS = _padded(model, data)
-        found = TokenWindows(token_WS, _mask(model, token_WS, mask))
+        token_WS = _padded(
+            model, data if rows is None else row_ids(model.tokenizer, rows)
+        )
+    found = TokenWindows(token_WS, _mask(model, token_WS, mask))
+    if source:
+        found = found.first(tokens)
     found = found.take(slice(shard[0], None, shard[1]))
     if not found.n_tokens:
         raise InputError("no position of the data counts: give more text, or a mask")
@@ -171,9 +176,7 @@ def check_windows(model: Model, token_WS: np.ndarray) -> None:
 def _mask(model: Model, token_WS: np.ndarray, mask: Mask) -> np.ndarray:
     text_WS = token_WS != PAD
     if mask is None:
-        counts_WS = text_WS & ~np.isin(token_WS, sorted(model.tokenizer.special_ids))
-        counts_WS[:, 0] = False
-        return counts_WS
+        return countable(token_WS, model.tokenizer.special_ids)
     if isinstance(mask, str):
         if mask != "all":
             raise InputError(f'mask {mask!r}: give None, "all" or an array of bool')

@@ -32,7 +32,7 @@ from jaxclt.types import Supernode
 from jaxclt.version import __version__
 from jaxclt.viewer.graph_json import graph_json, validate
 
-__all__ = ["FULL_GRAPH_BYTES", "MAKES", "check_writable", "write_trace"]
+__all__ = ["FULL_GRAPH_BYTES", "MAKES", "check_writable", "state", "write_trace"]
 
 FULL_GRAPH_BYTES = 512 << 20  # larger graphs are saved pruned unless asked otherwise
 # What tells which command a directory is of.
@@ -115,11 +115,22 @@ def check_writable(out: str | os.PathLike[str], *, makes: str = "") -> None:
         sweep(out)
 
 
+def state(graph: Graph) -> dict[str, Any]:
+    """The scores of a graph, full and pruned, and its certificate, as JSON."""
+    full, pruned = scores(graph), scores(graph, graph.pruning)
+    return {
+        "scores": {
+            "full": dataclasses.asdict(full),
+            "pruned": dataclasses.asdict(pruned),
+        },
+        "certificate": dataclasses.asdict(certificate(graph)),
+    }
+
+
 def _report(traced: Traced) -> dict[str, Any]:
     graph = traced.graph
-    pruning = graph.pruning
+    pruning, stated = graph.pruning, state(graph)
     n_kept = int(pruning.keep_N.sum()) + graph.n_targets
-    full = scores(graph)
     return {
         "prompt": graph.meta.prompt,
         "model": graph.meta.model,
@@ -127,11 +138,7 @@ def _report(traced: Traced) -> dict[str, Any]:
         "convention": graph.meta.convention,
         "top_tokens": [list(pair) for pair in traced.top_tokens],
         **({"targets": _explained(graph)} if "targets" in traced.identity else {}),
-        "scores": {
-            "full": dataclasses.asdict(full),
-            "pruned": dataclasses.asdict(scores(graph, pruning)),
-        },
-        "certificate": dataclasses.asdict(certificate(graph)),
+        **stated,
         "graph": {
             "features_active": traced.n_active,
             "features_attributed": int(graph.attributed_R[graph.feature_cols].sum()),
@@ -140,7 +147,7 @@ def _report(traced: Traced) -> dict[str, Any]:
             "kept_nodes": n_kept,
             "kept_edges": int(pruning.keep_edge_RN.sum()),
             # circuit-tracer's shares leave out what is unexplored.
-            "unexplored_influence": full.unexplored_share
+            "unexplored_influence": stated["scores"]["full"]["unexplored_share"]
             if graph.meta.convention == "paper"
             else None,
         },

@@ -69,11 +69,13 @@ def identity(
     """What a trace depends on, as JSON: equal identities give equal graphs."""
     chosen = {"dictionary_made_of": dict(dictionary.provenance)}
     opened = Opened.of(prompt)
-    given: dict[str, Any] = {"prompt": prompt_text(model.tokenizer, opened)}
-    if is_chat(opened.prompt):
-        given["messages"] = check_messages(opened.prompt)
-    elif not isinstance(opened.prompt, str):
-        given["token_ids"] = prompt_ids(model.tokenizer, opened)
+    given: dict[str, Any] = {"prompt": opened.prompt}
+    if not isinstance(opened.prompt, str):
+        given = {"prompt": prompt_text(model.tokenizer, opened)}
+        if is_chat(opened.prompt):
+            given["messages"] = check_messages(opened.prompt)
+        else:
+            given["token_ids"] = prompt_ids(model.tokenizer, opened)
     return {
         **given,
         "bos": opened.bos,
