@@ -43,7 +43,7 @@ def attribute(
 ) -> Graph:
     """The attribution graph of a prompt.
 
-    Where it takes long, the logger "jaxclt" is told how far it is (level INFO).
+    Where it takes long, progress goes to the logger "jaxclt" (level INFO).
 
     Args:
       model: from `load_model`.

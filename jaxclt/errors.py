@@ -7,17 +7,8 @@ import json
 import reprlib
 from collections.abc import Callable, Collection, Iterable
 
-__all__ = [
-    "InputError",
-    "check_at_least",
-    "check_choice",
-    "check_finite",
-    "check_positive",
-    "check_share",
-    "did_you_mean",
-    "on_one_line",
-    "shown",
-]
+__all__ = ["InputError", "check_at_least", "check_choice", "check_finite"]
+__all__ += ["check_positive", "check_share", "did_you_mean", "on_one_line", "shown"]
 
 _MOST = 292  # characters of a message: 300 with "jaxclt: " before it
 _HEAD = 190  # of them ahead of what is left out
@@ -59,7 +50,7 @@ class _Brief(reprlib.Repr):
 
 
 def shown(value: object, most: int = 60) -> str:
-    """A value as a message quotes it, in at most so many characters.
+    """A value as a message quotes it, in at most this many characters.
 
     Args:
       value: of a file or a command line, of any size and depth.

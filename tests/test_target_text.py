@@ -168,7 +168,7 @@ def test_the_vocabulary_comes_before_the_tokenizer(
         ("diff:95|id:999", "the model's tokens are id:0 to id:202"),
         ("999", "it is 3 tokens, not one"),
         ("id:x", "tokens, not one"),
-        (" ", "it is no token of this model"),
+        (" ", "it is not a token of this model"),
     ],
 )
 def test_what_is_not_in_the_vocabulary_is_refused(text: str, message: str) -> None:
@@ -201,7 +201,7 @@ class Words:
         (["w7 w7"], "'w7 w7': it is 2 tokens, not one"),
         (["w7 w7@1"], "'w7 w7' is 2 tokens, not one"),
         ([""], "it is 0 tokens, not one"),
-        (["nothing"], "it is no token of this model"),
+        (["nothing"], "it is not a token of this model"),
         (["w7", "w7"], "given twice"),
         (["w7", "w7@-1"], "given twice"),
         (["w90", "top:5"], "given twice"),
@@ -222,7 +222,7 @@ class Words:
         (["feature:0:6:0"], "give a position from 0 to 5"),
         (["feature:0:0:9999"], "no feature 9999: give one from 0 to"),
         (["vector:resid_mid:1"], "write vector:site@position:file.npz"),
-        (["vector:out:no.npz"], "no.npz is no npz file"),
+        (["vector:out:no.npz"], "no.npz is not an npz file"),
         (["vector:nowhere:1:{probe}"], "unknown: write out, or one of"),
         (["vector:out@9:{probe}"], "give a position from 0 to 5"),
         (["0*w7"], "other than 0"),

@@ -21,14 +21,14 @@ __all__ = ["AttributionFlags"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttributionFlags:
-    """What trace and sweep have in common."""
+    """The model, its dictionary, and how much of a graph to compute."""
 
     model: ModelName
     dictionary: Annotated[str, arg(metavar="D")]
-    """neurons, neurons:K or neurons@X, the model's own (all; the K strongest of every
-    token; those that write at least X); a bundled name; a local directory
-    (circuit-tracer, GemmaScope, SAELens, sparsify and more formats); or a hub id
-    organisation/name[//folder][@revision]."""
+    """neurons, neurons:K or neurons@X for the model's own neurons (all; the K strongest
+    at every token; those whose write has at least the norm X); a bundled name; a local
+    directory (circuit-tracer, GemmaScope, SAELens, sparsify and more formats); or a hub
+    id organisation/name[//folder][@revision]."""
     max_features: int = 8192
     """Most feature nodes; the most influential ones are taken."""
     tolerance: float = 0.02
@@ -39,24 +39,24 @@ class AttributionFlags:
     edge_threshold: float = 0.98
     """Share of the edge strength that the shown edges hold."""
     heads: int = 0
-    """List the last attention heads of this many of the strongest shown edges."""
+    """For this many of the strongest shown edges, list the last attention heads."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Put a beginning-of-sequence token first; auto: as the model's tokenizer does."""
     chat: bool = False
     """A prompt is what the user says: put the model's own chat template around it, up
     to where the assistant answers."""
     compat: Literal["none", "circuit-tracer"] = "none"
-    """circuit-tracer's conventions: a first token always, no features or errors there,
-    its pruning and its completeness score."""
+    """Follow circuit-tracer: a beginning-of-sequence token always comes first, without
+    features or errors; pruning and completeness score are that tool's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights; a graph is exact in float32."""
+    """Type of the weights. Attribution needs float32; bfloat16 is for --dry-run."""
     precision: Literal["highest", "high", "default"] = "highest"
-    """Of matmuls on accelerators; highest is full float32."""
+    """Precision of matrix products on accelerators; highest is full float32."""
     memory: float | None = None
-    """Most memory to use, GB (of each accelerator, if there are any); what is free if
-    not given. Graphs are fitted to it."""
+    """Most memory to use, in GB (per accelerator, if there are any); by default what is
+    free. Graphs are fitted to it."""
     devices: int | None = None
-    """How many accelerators share the rows of a graph; all if not given."""
+    """How many accelerators share the rows of a graph; by default all."""
     shard: int | None = None
     """Split the model's weights over this many devices, where one cannot hold them."""
     json: AsJson = False

@@ -23,7 +23,7 @@ class FeaturesFlags:
     """What features respond to: examples from text, histograms, tokens they raise.
 
     Writes feature files that `jaxclt view --features` and other viewers read, and
-    report.json. An interrupted run goes on by itself.
+    report.json. The same command resumes an interrupted run.
     """
 
     model: ModelName
@@ -41,18 +41,18 @@ class FeaturesFlags:
     excerpt: int = 32
     """Tokens of an example, three quarters of them before its peak."""
     top: int = 16
-    """Examples with the largest activations, of each feature."""
+    """Examples of each feature with the largest activations."""
     drawn: int = 24
     """Examples drawn at random among the windows where a feature is active."""
     histogram_every: int = 8
-    """Histograms are of one window in so many, counts and extremes of all."""
+    """Histograms are of one window in this many; counts and extremes are of all."""
     labels: str = ""
     """Let a chat model label every feature: http://HOST/v1#MODEL (OpenAI-compatible;
     key in OPENAI_API_KEY). Writes labels.json, each label beginning with "auto: "."""
     labels_budget: int | None = None
-    """Tokens after which nothing more is asked."""
+    """Tokens after which no more labels are asked for."""
     loose: bool = False
-    """Also write one file a feature, features/NUMBER.json."""
+    """Also write one file per feature, features/NUMBER.json."""
     json: AsJson = False
     debug: Debug = False
 

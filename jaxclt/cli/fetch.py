@@ -21,7 +21,7 @@ __all__ = ["FetchFlags", "run_fetch"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FetchFlags:
-    """Get a known model into the user cache, checksum verified."""
+    """Download a known model into the user cache and verify its checksum."""
 
     name: Annotated[Positional[str], arg(metavar="[NAME]")] = ""
     """Name of the model."""

@@ -26,10 +26,10 @@ __all__ = ["GlobalsFlags", "run_globals"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GlobalsFlags:
-    """Weights between features whatever the prompt, and which of them text uses.
+    """Weights between features that hold for any prompt, and which of them text uses.
 
     Writes globals.npz (the strongest links), statistics.npz (co-activation sums),
-    report.json and the page index.html. An interrupted run goes on by itself.
+    report.json and the page index.html. The same command resumes an interrupted run.
     """
 
     model: ModelName
@@ -45,13 +45,14 @@ class GlobalsFlags:
     tokens: Tokens = 200_000
     context: Context = 256
     top: int = 32
-    """Links kept: so many inputs and outputs of every feature by |V|, |ERA| and |TWERA|
-    each."""
+    """Links kept: this many inputs and outputs of every feature by each of |V|, |ERA|
+    and |TWERA|."""
     by: Literal["virtual", "era", "twera", "era_norm", "twera_norm"] = "twera"
     """What the links are ordered by; _norm: with the target's norm denominator in every
     term, which makes ERA exact where encoders read after the norm."""
     heads: tuple[str, ...] = ()
-    """LAYER:HEAD: also gather statistics.npz's sums for paths through this head."""
+    """LAYER:HEAD: also gather the sums in statistics.npz for paths through this
+    head."""
     shard: str = "0/1"
     """I/N: only every N-th window from the I-th (from 0) on, for several machines; give
     the same --features file to all."""
@@ -116,17 +117,17 @@ def run_globals(flags: GlobalsFlags, say: Console, run: Run) -> None:
             },
             on_layer=partial(stages, "tokens of features"),
         )
-    told = {k: v for k, v in found.meta.items() if k != "token_text"}
+    meta = {k: v for k, v in found.meta.items() if k != "token_text"}
     page = page_line(flags.out / "index.html")
-    answer(flags.json, told, _summary(told, found), page)
+    answer(flags.json, meta, _summary(meta, found), page)
 
 
-def _summary(told: dict[str, Any], found: SavedGlobals) -> Table:
-    share = told["interference"]
+def _summary(meta: dict[str, Any], found: SavedGlobals) -> Table:
+    share = meta["interference"]
     rows = {
-        "features": f"{told['features']:,}, {share['pairs']:,} pairs",
-        "tokens": f"{told['tokens']:,}",
-        "links": f"{told['links']:,}",
+        "features": f"{meta['features']:,}, {share['pairs']:,} pairs",
+        "tokens": f"{meta['tokens']:,}",
+        "links": f"{meta['links']:,}",
         "pairs that never fire together": f"{share['never']:.1%}",
     }
     for line in share["largest"]:

@@ -19,6 +19,14 @@ from jaxclt.errors import InputError, did_you_mean
 
 __all__ = ["parse"]
 
+with contextlib.suppress(ImportError):
+    # Not part of tyro's public interface; its own keeps the line breaks of docstrings.
+    from tyro import _strings
+
+    _strings.remove_single_line_breaks = lambda helptext: "\n\n".join(
+        " ".join(paragraph.split()) for paragraph in helptext.split("\n\n")
+    )
+
 _Config = TypeVar("_Config")
 _OURS = "path: "  # what a message of ours begins with
 _LONGEST_NAME = 255  # bytes that file systems allow

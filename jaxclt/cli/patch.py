@@ -30,23 +30,23 @@ __all__ = ["PatchFlags", "parse_feature", "run_patch"]
 class PatchFlags(ReopenFlags):
     """Change features of a prompt and see what the model answers.
 
-    Of a traced directory the result is kept in its patches.json and shown on its page.
-    A prompt needs no graph, but --model and --dictionary, and nothing is written.
+    For a traced directory the result is kept in its patches.json and shown on its page.
+    A prompt that was not traced needs --model and --dictionary; nothing is written.
     """
 
     prompt: Annotated[Positional[str], arg(metavar="DIR|PROMPT")]
     """Directory that trace wrote, or the text of a prompt."""
     bos: Literal["auto", "always", "never"] = "auto"
-    """Put a beginning-of-sequence token first, of a prompt that was not traced."""
+    """For a prompt that was not traced: put a beginning-of-sequence token first."""
     chat: bool = False
-    """A prompt that was not traced is what the user says, in the model's own chat
-    template."""
+    """For a prompt that was not traced: it is what the user says, in the model's own
+    chat template."""
     feature: tuple[str, ...] = ()
-    """LAYER:POS:FEATURE; POS from 0, negative from the end, or a slice a..b, b not
-    included (0.. is everywhere, generated tokens too): there it is scaled where it is
-    active."""
+    """LAYER:POS:FEATURE; POS counts from 0, or from the end if it is negative, or is a
+    slice a..b without b (0.. is everywhere, generated tokens included), in which the
+    feature is scaled wherever it is active."""
     group: tuple[str, ...] = ()
-    """Names of supernodes to change, of a traced directory."""
+    """Names of supernodes of a traced directory to change."""
     scale: float | None = None
     """Factor on the activation: 0 ablates (the default), -1 inhibits, 2 doubles."""
     set: float | None = None
@@ -57,9 +57,9 @@ class PatchFlags(ReopenFlags):
     """constrained: MLP outputs in the layer range clamped; iterative: the replacement
     model in the range; additive: writes added while all MLPs respond."""
     layers: str | None = None
-    """First and last layer of the range a:b, both included; by default from the first
-    edited layer to two behind the last one (constrained: as far as the dictionary
-    writes, and the model's last MLP is left to answer; additive: all)."""
+    """First and last layer of the range, a:b, both included; by default from the first
+    edited layer to two after the last one (constrained: as far as the dictionary
+    writes, leaving the model's last MLP to answer; additive: all)."""
     sweep_end: bool = False
     """Also patch with every end layer of the range."""
     freeze_patterns: bool = True
@@ -67,15 +67,15 @@ class PatchFlags(ReopenFlags):
     freeze_norms: bool = False
     """Keep the clean norm denominators."""
     gates: Literal["auto", "live", "frozen"] = "auto"
-    """Gates of the replacement model (iterative); auto: live, for neurons frozen."""
+    """Gates of the replacement model (iterative); auto: live, frozen for neurons."""
     generate: int = 0
     """Tokens to generate with the edits held, and without."""
     temperature: float = 0.0
-    """Of generation; 0 takes the most probable token."""
+    """Temperature of generation; 0 takes the most probable token."""
     seed: int = 0
-    """Of sampled generation."""
+    """Seed of sampled generation."""
     plot: Path | None = None
-    """Where to draw target probability against the factor (-2 to 4); if not given,
+    """Where to draw the target's probability against the factor (-2 to 4); by default
     patch.png in the traced directory."""
 
 
@@ -92,7 +92,9 @@ def _asked(
     directory = Path(flags.prompt) if os.path.isdir(flags.prompt) else None
     if directory is not None and (flags.chat or flags.bos != "auto"):
         flag = "--chat" if flags.chat else "--bos"
-        raise InputError(f"{flag} is of a prompt: a traced directory keeps its tokens")
+        raise InputError(
+            f"{flag} goes with a prompt: a traced directory keeps its tokens"
+        )
     return layers, edits_of, places, directory
 
 
@@ -172,10 +174,10 @@ def run_patch(flags: PatchFlags, say: Console) -> None:
 
 
 def _untraced(flags: PatchFlags, say: Console) -> Subject:
-    """The prompt itself, of which there is no graph.
+    """A prompt of which there is no graph.
 
     Raises:
-      InputError: if it is rather the name of a directory, or something of a graph is
+      InputError: if it looks like the name of a directory, or something of a graph is
         asked for.
     """
     prompt = flags.prompt
@@ -183,13 +185,13 @@ def _untraced(flags: PatchFlags, say: Console) -> Subject:
         raise InputError("the prompt is empty: give some text, or a traced directory")
     if flags.model is None or flags.dictionary is None:
         raise InputError(
-            f"{prompt[:100]!r} is no directory; if it is a prompt, give --model and "
+            f"{prompt[:100]!r} is not a directory; if it is a prompt, give --model and "
             "--dictionary"
         )
     if os.sep in prompt and not re.search(r"\s", prompt) and _beside(prompt):
         raise InputError(
-            f"{prompt[:100]!r} looks like a directory and is none: give one that trace "
-            "wrote, or the text of a prompt"
+            f"{prompt[:100]!r} looks like a directory but is not one: give one that "
+            "trace wrote, or the text of a prompt"
         )
     if flags.group or flags.supernodes:
         raise InputError(
@@ -203,7 +205,7 @@ def _untraced(flags: PatchFlags, say: Console) -> Subject:
 
 
 def _beside(path: str) -> bool:
-    """Whether the folder that would hold it is there."""
+    """Whether the folder that would hold it exists."""
     return os.path.isdir(os.path.dirname(path.rstrip(os.sep)))
 
 
@@ -211,7 +213,7 @@ def _chosen(flags: PatchFlags, directory: Path, opened: Reopened) -> list[Supern
     """The supernodes that the command names.
 
     Raises:
-      InputError: for a name that is none's.
+      InputError: for a name that no supernode has.
     """
     if not flags.group:
         return []
@@ -283,7 +285,7 @@ def _place(row: dict[str, Any]) -> str:
 
 
 def _said(x: float | None, form: str) -> str:
-    """A number, or that there is none."""
+    """A number, or a dash if there is none."""
     return "-" if x is None else format(x, form)
 
 

@@ -1,4 +1,4 @@
-"""What long commands have in common: progress on stderr, a stop, a directory held."""
+"""What long commands share: progress on stderr, a stop, and a directory they hold."""
 
 from __future__ import annotations
 
@@ -28,23 +28,15 @@ from rich.text import Text
 from jaxclt.runs.lock import held
 from jaxclt.runs.pace import Pace, rate_text
 
-__all__ = [
-    "Interrupted",
-    "Run",
-    "Stages",
-    "Stop",
-    "lines",
-    "long_command",
-    "progress",
-    "stoppable",
-]
+__all__ = ["Interrupted", "Run", "Stages", "Stop", "lines", "long_command", "progress"]
+__all__ += ["stoppable"]
 
 Config = TypeVar("Config")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def lines(say: Console) -> Callable[[str], None]:
-    """A function that says a line as it is."""
+    """A function that prints a line as it is."""
     return lambda text: say.print(text, markup=False, soft_wrap=True)
 
 
@@ -100,7 +92,7 @@ def stoppable(say: Console) -> Iterator[Stop]:
     os.set_blocking(writer, False)
     hearing = threading.Thread(target=_hear, args=(reader, stop, say), daemon=True)
     hearing.start()
-    # A command in the background, or under nohup, may have been told to ignore one.
+    # A command in the background, or under nohup, may have to ignore one.
     heeded = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
     before_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     before = {n: signal.signal(n, lambda *_: None) for n in heeded}
@@ -178,7 +170,7 @@ def long_command(
 
 
 class _Rate(ProgressColumn):
-    """How many per second, or what is told instead."""
+    """How many per second, or the note that is given instead."""
 
     def render(self, task: Task) -> Text:
         """Rate once it is known."""

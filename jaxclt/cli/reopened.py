@@ -32,12 +32,12 @@ class ReopenFlags:
     """A traced directory, where its model and dictionary are, and its groups."""
 
     model: Annotated[str | None, arg(metavar="M")] = None
-    """The model; of a traced directory only where it is now, if it has moved."""
+    """The model; for a traced directory only if it has moved since."""
     dictionary: Annotated[str | None, arg(metavar="D")] = None
-    """The dictionary; of a traced directory only where it is now, if it has moved."""
+    """The dictionary; for a traced directory only if it has moved since."""
     supernodes: Path | None = None
     """JSON file of groups, [["name", "layer_feature_pos", ...], ...] as the viewer
-    saves them; or a graph.json that has some."""
+    saves them; or a graph.json with some."""
     json: AsJson = False
     debug: Debug = False
 

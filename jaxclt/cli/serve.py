@@ -32,18 +32,18 @@ class ServeFlags:
     port: int = 8032
     """Port; 0 takes a free one."""
     host: str = "127.0.0.1"
-    """Address to listen at. Whoever reaches it and has the token can read the graphs,
+    """Address to listen on. Whoever can reach it and has the token can read the graphs,
     save labels and, with --model, run patches."""
     allow_host: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME")] = ()
-    """A name by which others reach this machine, as gpu.example; may be repeated.
+    """A name by which others reach this machine, such as gpu.example; may be repeated.
     Requests for other names are refused."""
     token: Annotated[str | None, arg(metavar="TEXT")] = None
-    """What a browser must know; it is part of the printed address. A random one unless
-    given."""
+    """What a browser must present; it is part of the printed address. By default a
+    random one."""
     model: Annotated[str | None, arg(metavar="M")] = None
     """With it, pages can patch graphs of this model; needs --dictionary."""
     dictionary: Annotated[str | None, arg(metavar="D")] = None
-    """The traced dictionary, for patches."""
+    """The dictionary that the graphs were traced with, for patches."""
     json: AsJson = False
     debug: Debug = False
 

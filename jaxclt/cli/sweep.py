@@ -18,11 +18,12 @@ __all__ = ["SweepFlags", "run_sweep"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepFlags(AttributionFlags):
-    """The same for many prompts: a directory each and an index; resumes by itself."""
+    """Attribution graphs of many prompts: a directory for each, and an index. The same
+    command resumes an interrupted sweep."""
 
     prompts: Annotated[Positional[Path], arg(metavar="PROMPTS")]
-    """.txt file with a prompt a line, or .jsonl file of objects with `prompt`, or with
-    `messages` of a chat, [{"role": ..., "content": ...}, ...]."""
+    """.txt file with one prompt per line, or .jsonl file of objects with `prompt`, or
+    with the `messages` of a chat, [{"role": ..., "content": ...}, ...]."""
     out: Path
     """Directory to write to."""
     save: Literal["auto", "full", "pruned"] = "pruned"

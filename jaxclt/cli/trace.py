@@ -29,8 +29,8 @@ __all__ = ["TraceFlags", "heading", "run_trace"]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TraceFlags(AttributionFlags):
     """Attribution graph of one prompt, written to a directory with a viewer page.
-    Ctrl-C or SIGTERM writes it with the features attributed so far, all else as
-    unexplored."""
+    After Ctrl-C or SIGTERM it is written with the features attributed so far; the rest
+    counts as unexplored."""
 
     prompt: Annotated[Positional[str], arg(metavar="PROMPT")]
     """Text whose next token is explained."""
@@ -48,17 +48,18 @@ class TraceFlags(AttributionFlags):
     save: Literal["auto", "full", "pruned"] = "auto"
     """What graph.npz holds; auto is the full graph up to 512 MB."""
     prefilter: Path | None = None
-    """Directory of `jaxclt globals`: only features that its links shortlist may become
-    nodes. What is left out counts as unexplored, and the scores' bounds say so."""
+    """Directory that `jaxclt globals` wrote: only features that its links shortlist may
+    become nodes. What is left out counts as unexplored, and the scores' bounds say
+    so."""
     prefilter_size: int | None = None
-    """Features on that shortlist; twice max-features if not given."""
+    """Features on that shortlist; by default twice max-features."""
     dry_run: bool = False
     """Say how much memory the graph needs and how it would be computed, then stop."""
     assume: str = ""
-    """With --dry-run: plan for a prompt of tokens=N, active=N features at each token
-    and layer, of a dictionary of features=N a layer that write to span=N layers, on an
-    accelerator beside host=GB of memory (without: on a CPU). Reads only config.json
-    of --model; the prompt is not looked at."""
+    """With --dry-run: plan for a prompt of tokens=N with active=N features at each
+    token and layer, from a dictionary of features=N per layer that write to span=N
+    layers, on an accelerator next to host=GB of memory (without host: on a CPU). Only
+    config.json of --model is read; the prompt is ignored."""
     validate: bool = False
     """Compare the graph with patches of the model; adds validation.json and .md."""
 

@@ -32,7 +32,7 @@ class ValidateFlags(ReopenFlags):
     n_features: int = 100
     """Most influential features to patch, and as many random ones."""
     seed: int = 0
-    """Of the random features, perturbations and bootstrap."""
+    """Seed of the random features, perturbations and bootstrap."""
 
 
 @long_command

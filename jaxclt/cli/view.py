@@ -1,4 +1,4 @@
-"""`jaxclt view`: the page of a traced prompt again."""
+"""`jaxclt view`: the page of a traced prompt is written again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ViewFlags:
 
     directory: TracedDirectory
     out: Path | None = None
-    """Page to write; the directory's index.html if not given."""
+    """Page to write; by default the directory's index.html."""
     node_threshold: float | None = None
     """Prune the saved graph again with this share of influence."""
     edge_threshold: float | None = None
@@ -30,7 +30,7 @@ class ViewFlags:
     """Directory of a second graph to compare with."""
     features: Path | None = None
     """Feature files to embed: what `jaxclt features` wrote, or a folder of files
-    {number}.json in Anthropic's format; the directory's own features/ if not given."""
+    {number}.json in Anthropic's format; by default the directory's features/."""
     suggest: bool = False
     """Group the shown features into supernodes, which the page then offers."""
     json: AsJson = False
@@ -61,7 +61,7 @@ def run_view(flags: ViewFlags, say: Console) -> None:
     if flags.features is not None:
         if not flags.features.is_dir():
             raise InputError(
-                f"--features {flags.features} is no folder: give what `jaxclt "
+                f"--features {flags.features} is not a folder: give what `jaxclt "
                 "features` wrote, or a folder of feature files"
             )
         doc = pages.with_features(doc, flags.features)

@@ -1,4 +1,4 @@
-"""What the server says of its own: JSON, refusals, the list, and where the token is."""
+"""The server's own words: JSON, refusals, the list, and where to find the token."""
 
 from __future__ import annotations
 

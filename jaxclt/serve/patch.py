@@ -7,13 +7,11 @@ patch runs at a time.
 
 from __future__ import annotations
 
-import math
-import re
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxclt.errors import InputError
+from jaxclt.files.json_file import TEXT, check_json, json_schema, record
 
 if TYPE_CHECKING:
     from jaxclt.patching.subject import Subject
@@ -26,6 +24,25 @@ MAX_NODES = 512
 MAX_SCALE = 100.0
 MAX_NAME = 300
 MODES = ("constrained", "iterative", "additive")
+
+_NODE = {"type": "string", "pattern": "^[0-9]{1,9}_[0-9]{1,9}_[0-9]{1,9}$"}
+_CHANGE = json_schema(
+    record(
+        {
+            "nodes": {
+                "type": "array",
+                "items": _NODE,
+                "minItems": 1,
+                "maxItems": MAX_NODES,
+            }
+        },
+        {
+            "scale": {"type": "number", "minimum": -MAX_SCALE, "maximum": MAX_SCALE},
+            "mode": {"enum": list(MODES)},
+            "name": {**TEXT, "maxLength": MAX_NAME},
+        },
+    )
+)
 
 
 class Patcher:
@@ -92,39 +109,13 @@ class Patcher:
         return self._subject
 
 
-def read_change(change: Any) -> tuple[list[tuple[int, int, int]], float, Any, str]:
+def read_change(change: Any) -> tuple[list[tuple[int, ...]], float, Any, str]:
     """(layer, feature, pos) of the nodes, factor, mode and name of what was asked.
 
     Raises:
       InputError: if it is not as `Patcher.patch` says.
     """
-    if not isinstance(change, dict):
-        raise InputError("what is to be patched is no JSON object")
-    ids, scale = change.get("nodes"), change.get("scale", 0.0)
+    check_json(change, _CHANGE, "what is to be patched")
+    nodes = [tuple(map(int, i.split("_"))) for i in change["nodes"]]
     mode, name = change.get("mode", MODES[0]), change.get("name", "")
-    if not isinstance(ids, list) or not 0 < len(ids) <= MAX_NODES:
-        raise InputError(f"nodes must be a list of 1 to {MAX_NODES} node ids")
-    nodes = []
-    for i in ids:
-        match = (
-            re.fullmatch(r"(\d{1,9})_(\d{1,9})_(\d{1,9})", i, re.ASCII)
-            if isinstance(i, str)
-            else None
-        )
-        if match is None:
-            raise InputError(
-                f"{str(i)[:60]!r} is no feature: ids are layer_feature_pos"
-            )
-        layer, feature, pos = map(int, match.groups())
-        nodes.append((layer, feature, pos))
-    if (
-        type(scale) not in (int, float)
-        or not math.isfinite(scale)
-        or abs(scale) > MAX_SCALE
-    ):
-        raise InputError(f"scale must be a number from -{MAX_SCALE:g} to {MAX_SCALE:g}")
-    if mode not in MODES:
-        raise InputError(f"mode must be one of {', '.join(MODES)}")
-    if not isinstance(name, str) or len(name) > MAX_NAME:
-        raise InputError(f"name must be text of at most {MAX_NAME} characters")
-    return nodes, float(scale), mode, name
+    return nodes, float(change.get("scale", 0.0)), mode, name

@@ -15,15 +15,7 @@ from jaxclt.files.lines import json_rows, text_of
 from jaxclt.io.chat import Message, check_messages, is_chat
 from jaxclt.io.tokenizer import Bos, Tokenizer
 
-__all__ = [
-    "Given",
-    "Opened",
-    "Prompt",
-    "PromptRow",
-    "prompt_ids",
-    "prompt_rows",
-    "prompt_text",
-]
+__all__ = ["Given", "Opened", "Prompt", "PromptRow", "prompt_ids", "prompt_rows"]
 __all__ += ["prompt_text", "read_prompts"]
 
 
@@ -73,7 +65,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt | np.ndarray) -> list[int]:
     """Token ids of a prompt; ids that are given stay as they are, whatever they are.
 
     Raises:
-      InputError: for anything that is no prompt, and as `Tokenizer.encode` and
+      InputError: for anything that is not a prompt, and as `Tokenizer.encode` and
         `Tokenizer.chat`.
     """
     if isinstance(prompt, np.ndarray):
@@ -118,10 +110,10 @@ def prompt_rows(data: str | os.PathLike[str]) -> list[PromptRow] | None:
     """The rows of a .jsonl of prompts; None if it is anything else.
 
     A row has a ``prompt``, or ``messages`` of a chat. One whose prompt is null or blank
-    is passed over.
+    is skipped.
 
     Raises:
-      InputError: if a row after the first is no prompt, or one holds no text.
+      InputError: if a row after the first is not a prompt, or one holds no text.
     """
     path = Path(data)
     if path.suffix != ".jsonl" or not path.is_file():

@@ -23,16 +23,8 @@ from jaxclt.text.corpus import (
 )
 from jaxclt.text.prompts import Prompt, PromptRow, prompt_ids, prompt_rows
 
-__all__ = [
-    "BATCH_TOKENS",
-    "Data",
-    "Mask",
-    "TokenWindows",
-    "batches",
-    "check_windows",
-    "read_windows",
-    "row_ids",
-]
+__all__ = ["BATCH_TOKENS", "Data", "Mask", "TokenWindows", "batches", "check_windows"]
+__all__ += ["read_windows", "row_ids"]
 
 Data = str | os.PathLike[str] | Iterable[Prompt | np.ndarray]
 Mask = Literal["all"] | np.ndarray | Sequence[Any] | None
@@ -42,10 +34,10 @@ BATCH_TOKENS = 2048  # positions that go through the model together
 
 @dataclasses.dataclass(frozen=True)
 class TokenWindows:
-    """Windows of tokens and which of their positions count.
+    """Windows of tokens, and which of their positions count.
 
     Attributes:
-      token_WS: int32, -1 behind the text.
+      token_WS: int32, -1 after the text.
       mask_WS: bool.
     """
 
@@ -59,7 +51,7 @@ class TokenWindows:
 
     @property
     def digest(self) -> str:
-        """Tells windows apart."""
+        """A digest of tokens and mask."""
         found = hashlib.sha256(repr(self.token_WS.shape).encode())
         found.update(self.token_WS.tobytes() + self.mask_WS.tobytes())
         return found.hexdigest()
@@ -69,7 +61,7 @@ class TokenWindows:
         return TokenWindows(self.token_WS[rows], self.mask_WS[rows])
 
     def first(self, n_tokens: int) -> TokenWindows:
-        """The first windows that have so many positions that count."""
+        """As many of the first windows as have this many positions that count."""
         have_W = np.cumsum(self.mask_WS.sum(1))
         return self.take(slice(0, int(np.searchsorted(have_W, n_tokens)) + 1))
 
@@ -89,7 +81,7 @@ def read_windows(
     Args:
       model: from `load_model`.
       data: where text is, as for `jaxclt train --data` (a file, a folder, ``hub:...``),
-        or a .jsonl file of prompts, see `prompt_rows`, each a window of its own;
+        or a .jsonl file of prompts, see `prompt_rows`, each one window;
         or an iterable of windows: each a prompt (text or a chat) or token ids. All of
         them are taken.
       mask: which positions count. None: no padding, no special token, not the first of
@@ -157,7 +149,7 @@ def _padded(model: Model, data: Iterable[Prompt | np.ndarray]) -> np.ndarray:
     check_windows(model, token_WS)
     behind_WS = np.cumsum(token_WS == PAD, axis=1) > 0
     if ((token_WS != PAD) & behind_WS).any():
-        raise InputError("padding (-1) stands before a token: put it behind the text")
+        raise InputError("padding (-1) stands before a token: put it after the text")
     return token_WS.astype(np.int32)
 
 

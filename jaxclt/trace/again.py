@@ -1,7 +1,7 @@
-"""What a traced prompt's model can still say about a graph, computed on demand.
+"""What the model of a traced prompt can still say about its graph, on demand.
 
-The prompt is recorded again, a fraction of a second; rows are pulled back or columns
-pushed for what is asked only. Graphs themselves keep what is cheap for all edges.
+The prompt is recorded again, which takes a fraction of a second, and only the rows or
+columns that are asked for are computed. Graphs keep what is cheap for all edges.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def _row(
     token = int(graph.target_token_K[row - graph.n_features])
     if token < 0:
         raise InputError(
-            "this target is a direction of its own, which the file does not hold: only "
-            "features and tokens can be followed with the model"
+            "this target is a direction that the file does not hold: only features and "
+            "tokens can be followed with the model"
         )
     last = graph.n_tokens - 1
     chosen = token_targets(model.params, recording.out_TD[last], jnp.asarray([token]))

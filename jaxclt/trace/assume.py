@@ -1,7 +1,7 @@
-"""A memory plan for a prompt that is not there, on a model that need not be either.
+"""A memory plan for an imagined prompt, on a model whose weights need not be here.
 
-``jaxclt trace --dry-run --assume tokens=6000,active=100`` tells before anything is
-downloaded or rented whether a graph will fit.
+``jaxclt trace --dry-run --assume tokens=6000,active=100`` says whether a graph will fit
+before anything is downloaded or rented.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ class Assumed:
     tokens: int
     active: int  # features, at each token and layer
     features: int | None = None  # of a layer of the dictionary; None: all distinct
-    span: int | None = None  # layers that a feature writes to; None: all behind it
-    host: int | None = None  # GB beside an accelerator's memory; None: a CPU alone
+    span: int | None = (
+        None  # layers that a feature writes to; None: all from its own on
+    )
+    host: int | None = None  # GB next to an accelerator's memory; None: a CPU alone
 
 
 def read_assumed(text: str) -> Assumed:

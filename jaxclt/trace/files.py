@@ -52,9 +52,9 @@ def write_trace(
 ) -> dict[str, Any]:
     """Write graph.npz, report.json, graph.json and index.html; return the report.
 
-    Files are written one by one, each atomically, the page last. It shows what lies
-    beside it of the same prompt and dictionary: validation, patches, features. What a
-    reader saved there (labels, pins, groups) is kept.
+    Files are written one by one, each atomically, the page last. It also shows the
+    validation, patches and features that are there for the same prompt and dictionary.
+    What a reader saved there (labels, pins, groups) is kept.
 
     Args:
       traced: from `trace_prompt`.

@@ -188,7 +188,7 @@ def _shortlist(dictionary: Dictionary, found: SavedGlobals, size: int) -> Shortl
     """The shortlist that global weights make.
 
     Raises:
-      InputError: if they are of another dictionary, or the size is none.
+      InputError: if they are of another dictionary, or the size is below 1.
     """
     check_at_least(1, prefilter_size=size)
     if found.meta.get("hashes", {}).get("dictionary") != dictionary.hash:
@@ -259,7 +259,7 @@ def _feature_labels(dictionary: Dictionary, active: Active) -> dict[str, str]:
 
 
 def _weights(chosen: Targets, next_tokens: Targets) -> str:
-    """Whether the chosen targets weigh what they are probable."""
+    """Whether the chosen targets are weighted by their probabilities."""
     same = np.array_equal(chosen.token_K, next_tokens.token_K)
     same = same and np.array_equal(chosen.weight_K, next_tokens.weight_K)
     return "probability" if same else "chosen"

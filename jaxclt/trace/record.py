@@ -26,14 +26,8 @@ from jaxclt.shapes import bucket
 from jaxclt.text.prompts import Opened, Prompt, prompt_ids
 from jaxclt.types import LMParams, Recording
 
-__all__ = [
-    "prompt_tokens",
-    "record_again",
-    "record_prompt",
-    "record_text",
-    "recorded",
-    "same_hash",
-]
+__all__ = ["prompt_tokens", "record_again", "record_prompt", "record_text", "recorded"]
+__all__ += ["same_hash"]
 
 
 @partial(jax.jit, static_argnames=("cfg", "keep_patterns"))

@@ -39,10 +39,10 @@ def sweep_prompts(
     save: str = "pruned",
     on_prompt: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Trace every prompt into a directory of its own and write `index.jsonl`.
+    """Trace every prompt into its own directory and write `index.jsonl`.
 
-    A prompt that is there already, traced with the same model, dictionary and settings,
-    is not traced again; one that fails is reported in the index and skipped.
+    A prompt that was traced there with the same model, dictionary and settings is not
+    traced again; one that fails is reported in the index and skipped.
 
     Args:
       model: from `load_model`.
@@ -95,7 +95,7 @@ def sweep_prompts(
 
 
 def _index(out: Path) -> dict[str, dict[str, Any]]:
-    """The lines of an earlier run by directory; those that cannot be read are left."""
+    """The lines of an earlier run by directory, without those that cannot be read."""
     found = {}
     try:
         for text in (out / "index.jsonl").read_text(encoding="utf-8").splitlines():

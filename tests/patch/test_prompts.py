@@ -128,19 +128,19 @@ def test_a_prompt_is_told_from_a_mistyped_directory(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     for args, why in (
-        ((PROMPT,), "is no directory; if it is a prompt, give --model and --dict"),
-        (("out/eifel",), "'out/eifel' is no directory; if it is a prompt"),
-        (("out/eifel", *NAMES), "looks like a directory and is none"),
-        (("eifel", *NAMES[:2]), "'eifel' is no directory"),
-        (("w7 " * 3000,), "is no directory"),
+        ((PROMPT,), "is not a directory; if it is a prompt, give --model and --dict"),
+        (("out/eifel",), "'out/eifel' is not a directory; if it is a prompt"),
+        (("out/eifel", *NAMES), "looks like a directory but is not one"),
+        (("eifel", *NAMES[:2]), "'eifel' is not a directory"),
+        (("w7 " * 3000,), "is not a directory"),
         (("out",), "no graph in out"),
         (("out", *NAMES), "no graph in out"),
         (("", *NAMES), "the prompt is empty"),
         ((" \n", *NAMES), "the prompt is empty"),
         ((PROMPT, *NAMES, "--group", "g"), "--group takes supernodes of a graph"),
         ((PROMPT, *NAMES, "--supernodes", "g.json"), "--group takes supernodes"),
-        (("out", "--bos", "never"), "--bos is of a prompt"),
-        (("out", "--chat"), "--chat is of a prompt"),
+        (("out", "--bos", "never"), "--bos goes with a prompt"),
+        (("out", "--chat"), "--chat goes with a prompt"),
     ):
         assert run("patch", *args, "--feature", node()) == 2
         said = capsys.readouterr().err
