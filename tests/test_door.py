@@ -382,7 +382,7 @@ def test_numbers_are_checked_before_any_work(
     idle: None,
     capsys: pytest.CaptureFixture[str],
 ):
-    kind, run = cli._parts(command)
+    kind, _ = cli._parts(command)
     base = parse(kind, command, arguments(command, files, tmp_path / "out"))
     before = {path.name for path in files.iterdir()}
     n = 0
@@ -390,7 +390,7 @@ def test_numbers_are_checked_before_any_work(
         config = dataclasses.replace(base, **{name: value})
         if command in ("view", "explain") and value in (0, HUGE) and not refused:
             continue  # these have no model to stop at
-        found = guarded(lambda say, config=config: run(config, say))
+        found = guarded(lambda say, config=config: cli._start(command, config, say))
         assert found == 2, (name, value)
         line = one_line(capsys)
         begun = "the work begins" in line
@@ -469,7 +469,7 @@ def test_texts_that_mean_nothing(
     capsys: pytest.CaptureFixture[str],
 ):
     """In the place of every text that a command takes: refused, or not looked at."""
-    kind, run = cli._parts(command)
+    kind, _ = cli._parts(command)
     base = parse(kind, command, arguments(command, files, tmp_path / "out"))
     before = {path.name: path.read_bytes() for path in files.iterdir()}
     for name, of in types(kind).items():
@@ -478,7 +478,7 @@ def test_texts_that_mean_nothing(
         value: Any = STRINGS[which]
         value = (value,) if "tuple" in of else value
         config = dataclasses.replace(base, **{name: value})
-        found = guarded(lambda say, config=config: run(config, say))
+        found = guarded(lambda say, config=config: cli._start(command, config, say))
         said = capsys.readouterr()
         if found == 0 and command in ("view", "explain", "convert"):
             continue

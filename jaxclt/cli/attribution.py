@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from rich.console import Console
 from tyro.conf import arg
 
 from jaxclt.cli.common import load, options
 from jaxclt.cli.flags import AsJson, Debug, ModelName
+from jaxclt.cli.progress import Run
 
 if TYPE_CHECKING:
     from jaxclt.clt.coder import Dictionary
@@ -81,6 +81,6 @@ class AttributionFlags:
         # That tool leaves out what is not explored: no bound could be stated.
         return dataclasses.replace(config, tolerance=0.0)
 
-    def load(self, say: Console) -> tuple[Model, Dictionary]:
+    def load(self, run: Run) -> tuple[Model, Dictionary]:
         """The model and its dictionary."""
-        return load(self.model, self.dictionary, say, dtype=self.dtype, mesh=self.shard)
+        return load(self.model, self.dictionary, run, dtype=self.dtype, mesh=self.shard)

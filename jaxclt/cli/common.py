@@ -12,12 +12,12 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jaxclt.cli.progress import lines
 from jaxclt.files.json_text import to_json
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from jaxclt.cli.progress import Run
     from jaxclt.clt.coder import Dictionary
     from jaxclt.io.model import Model
     from jaxclt.io.tokenizer import Bos
@@ -46,22 +46,22 @@ def use_compilation_cache() -> None:
 
 
 def load(
-    model: str, dictionary: str, say: Console, **options: Any
+    model: str, dictionary: str, run: Run, **options: Any
 ) -> tuple[Model, Dictionary]:
     """A model and its dictionary, on compiled programs that are kept.
 
     Args:
       model: name or path.
       dictionary: name or path.
-      say: where downloads are reported.
+      run: where downloads are reported.
       **options: of `jaxclt.load_model`.
     """
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.model import load_model
 
     use_compilation_cache()
-    loaded = load_model(model, progress=lines(say), **options)
-    return loaded, load_dictionary(dictionary, loaded, progress=lines(say))
+    loaded = load_model(model, progress=run.line, **options)
+    return loaded, load_dictionary(dictionary, loaded, progress=run.line)
 
 
 def options(kind: type[_Options], flags: Any, **others: Any) -> _Options:

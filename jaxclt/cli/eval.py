@@ -7,14 +7,13 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tyro.conf import arg
 
 from jaxclt.cli.common import answer, options, use_compilation_cache
 from jaxclt.cli.flags import AsJson, Context, Debug, ModelName
-from jaxclt.cli.progress import Run, Stages, lines, long_command
+from jaxclt.cli.progress import Run
 from jaxclt.errors import InputError, check_at_least, check_positive
 
 __all__ = ["EvalFlags", "run_eval"]
@@ -79,8 +78,7 @@ class EvalFlags:
     debug: Debug = False
 
 
-@long_command
-def run_eval(flags: EvalFlags, say: Console, run: Run) -> None:
+def run_eval(flags: EvalFlags, run: Run) -> None:
     """Measure, write, print."""
     import jax
 
@@ -114,10 +112,10 @@ def run_eval(flags: EvalFlags, say: Console, run: Run) -> None:
         )
     started = time.perf_counter()
     use_compilation_cache()
-    model = load_model(flags.model, progress=lines(say))
+    model = load_model(flags.model, progress=run.line)
     dictionaries = [load_dictionary(name, model) for name in flags.dictionary]
     text = read_eval_text(model, data, tokens=flags.tokens, context=flags.context)
-    with Stages(say, unit="done/s", look=run.look) as stages:
+    with run.stages(unit="done/s") as stages:
         rows, raw = evaluate(
             model,
             dictionaries,

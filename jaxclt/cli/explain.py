@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated
 
-from rich.console import Console
 from tyro.conf import Positional, arg
 
 from jaxclt.cli.common import answer, load
 from jaxclt.cli.flags import AsJson, Debug, TracedDirectory
+from jaxclt.cli.progress import Run
 from jaxclt.errors import check_at_least
 
 __all__ = ["ExplainFlags", "run_explain"]
@@ -41,7 +41,7 @@ class ExplainFlags:
     debug: Debug = False
 
 
-def run_explain(flags: ExplainFlags, say: Console) -> None:
+def run_explain(flags: ExplainFlags, run: Run) -> None:
     """Print the parts of the edge."""
     from jaxclt.graph.explain import edge_parts
     from jaxclt.io.graph_file import load_graph
@@ -54,7 +54,7 @@ def run_explain(flags: ExplainFlags, say: Console) -> None:
         model, dictionary = load(
             flags.model or graph.meta.model,
             flags.dictionary or graph.meta.dictionary,
-            say,
+            run,
         )
         parts = edge_parts_with_model(
             graph,

@@ -6,12 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
 from tyro.conf import arg
 
 from jaxclt.cli.common import answer, load, table
 from jaxclt.cli.flags import AsJson, Context, Debug, ModelName, TextSource, Tokens
-from jaxclt.cli.progress import Run, Stages, long_command
+from jaxclt.cli.progress import Run
 from jaxclt.errors import check_at_least
 from jaxclt.files.json_text import to_json
 
@@ -57,8 +56,7 @@ class FeaturesFlags:
     debug: Debug = False
 
 
-@long_command
-def run_features(flags: FeaturesFlags, say: Console, run: Run) -> None:
+def run_features(flags: FeaturesFlags, run: Run) -> None:
     """Gather, write, print."""
     from jaxclt.dashboards.gather import check_options, feature_dashboards
     from jaxclt.evaluation.http_client import Client
@@ -85,9 +83,9 @@ def run_features(flags: FeaturesFlags, say: Console, run: Run) -> None:
             cache_dir=flags.out / "judge",
             max_tokens_total=flags.labels_budget,
         )
-    model, dictionary = load(flags.model, flags.dictionary, say)
+    model, dictionary = load(flags.model, flags.dictionary, run)
     units = {"files": "layers/s", "labels": "labels/s"}
-    with Stages(say, units=units, look=run.look) as stages:
+    with run.stages(units=units) as stages:
         report, examples = feature_dashboards(
             model,
             dictionary,

@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 from tyro.conf import arg
 
 from jaxclt.cli.common import answer, load, page_line, table
 from jaxclt.cli.flags import AsJson, Context, Debug, ModelName, TextSource, Tokens
-from jaxclt.cli.progress import Run, Stages, long_command
+from jaxclt.cli.progress import Run
 from jaxclt.errors import InputError, check_at_least
 
 if TYPE_CHECKING:
@@ -62,8 +61,7 @@ class GlobalsFlags:
     debug: Debug = False
 
 
-@long_command
-def run_globals(flags: GlobalsFlags, say: Console, run: Run) -> None:
+def run_globals(flags: GlobalsFlags, run: Run) -> None:
     """Gather, rank, write, print."""
     from jaxclt.global_weights import circuit, gather, views
     from jaxclt.global_weights.files import load_statistics
@@ -75,9 +73,9 @@ def run_globals(flags: GlobalsFlags, say: Console, run: Run) -> None:
     if bool(flags.data) == bool(flags.merge):
         raise InputError("give --data TEXT, or --merge with directories of shards")
     run.own(flags.out, makes="globals")
-    model, dictionary = load(flags.model, flags.dictionary, say)
+    model, dictionary = load(flags.model, flags.dictionary, run)
     started = time.perf_counter()
-    stages = Stages(say, units={"tokens of features": "layers/s"}, look=run.look)
+    stages = run.stages(units={"tokens of features": "layers/s"})
     if flags.merge:
         parts = [load_statistics(x / "statistics.npz") for x in flags.merge]
         for place, (_, more) in zip(flags.merge, parts, strict=True):

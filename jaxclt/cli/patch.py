@@ -8,13 +8,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional, arg
 
 from jaxclt.cli.common import answer, asked, load
-from jaxclt.cli.progress import lines
+from jaxclt.cli.progress import Run
 from jaxclt.cli.reopened import ReopenFlags
 from jaxclt.errors import InputError, check_at_least, check_finite, did_you_mean
 
@@ -98,7 +97,7 @@ def _asked(
     return layers, edits_of, places, directory
 
 
-def run_patch(flags: PatchFlags, say: Console) -> None:
+def run_patch(flags: PatchFlags, run: Run) -> None:
     """Reopen, patch, print."""
     layers, edits_of, places, directory = _asked(flags)
     from jaxclt.patching import patch as patching
@@ -106,9 +105,9 @@ def run_patch(flags: PatchFlags, say: Console) -> None:
     from jaxclt.patching.log import patch_record
     from jaxclt.patching.subject import Subject
 
-    opened = None if directory is None else flags.reopen(directory, say)
+    opened = None if directory is None else flags.reopen(directory, run)
     if opened is None:
-        subject = _untraced(flags, say)
+        subject = _untraced(flags, run)
     else:
         subject = Subject.of(opened.model, opened.dictionary, opened.graph)
 
@@ -168,12 +167,12 @@ def run_patch(flags: PatchFlags, say: Console) -> None:
         )
         said.append(out["generated"]["warning"])
     for line in dict.fromkeys(filter(None, said)):
-        lines(say)(f"jaxclt: warning: {line}")
+        run.warn(line)
     plotted = [f"plot: {out['plot']}"] if "plot" in out else []
     answer(flags.json, out, _targets(result), _rows(result, out), *plotted)
 
 
-def _untraced(flags: PatchFlags, say: Console) -> Subject:
+def _untraced(flags: PatchFlags, run: Run) -> Subject:
     """A prompt of which there is no graph.
 
     Raises:
@@ -200,7 +199,7 @@ def _untraced(flags: PatchFlags, say: Console) -> Subject:
         )
     from jaxclt.patching.subject import Subject
 
-    model, dictionary = load(flags.model, flags.dictionary, say)
+    model, dictionary = load(flags.model, flags.dictionary, run)
     return Subject.of(model, dictionary, asked(prompt, chat=flags.chat, bos=flags.bos))
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -28,10 +27,9 @@ from rich.text import Text
 from jaxclt.runs.lock import held
 from jaxclt.runs.pace import Pace, rate_text
 
-__all__ = ["Interrupted", "Run", "Stages", "Stop", "lines", "long_command", "progress"]
+__all__ = ["Interrupted", "Run", "Stages", "Stop", "lines", "progress", "running"]
 __all__ += ["stoppable"]
 
-Config = TypeVar("Config")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -126,46 +124,6 @@ def _hear(reader: int, stop: Stop, say: Console) -> None:
         )
 
 
-class Run:
-    """What a long command has while it runs.
-
-    Attributes:
-      stop: set by Ctrl-C and SIGTERM.
-      look: ends the command if it is set.
-    """
-
-    def __init__(self, stop: Stop, stack: ExitStack) -> None:
-        self.stop, self.look, self._stack = stop, stop.look, stack
-
-    def own(self, out: Path, *, makes: str = "") -> None:
-        """Hold a directory until the command ends, once it is seen to be writable.
-
-        Args:
-          out: directory.
-          makes: see `jaxclt.trace.files.check_writable`.
-
-        Raises:
-          InputError: if it cannot be written, or another command holds it.
-        """
-        from jaxclt.trace.files import check_writable
-
-        self._stack.enter_context(held(out))
-        check_writable(out, makes=makes)
-
-
-def long_command(
-    command: Callable[[Config, Console, Run], None],
-) -> Callable[[Config, Console], None]:
-    """Give a command its `Run`."""
-
-    @functools.wraps(command)
-    def wrapped(config: Config, say: Console) -> None:
-        with stoppable(say) as stop, ExitStack() as stack:
-            command(config, say, Run(stop, stack))
-
-    return wrapped
-
-
 # -- progress --------------------------------------------------------------------------
 
 
@@ -250,3 +208,64 @@ def progress(
     """One stage, of (done, total)."""
     with Stages(say, unit, look=look) as stages:
         yield partial(stages, what)
+
+
+# -- a command -------------------------------------------------------------------------
+
+
+class Run:
+    """What a command has while it runs.
+
+    Attributes:
+      say: where progress and warnings go.
+      stop: set by Ctrl-C and SIGTERM, if the command looks at it.
+      look: ends the command if it is set.
+    """
+
+    def __init__(self, say: Console, stop: Stop, stack: ExitStack) -> None:
+        self.say, self.stop, self.look, self._stack = say, stop, stop.look, stack
+        self.line = lines(say)
+
+    def own(self, out: Path, *, makes: str = "") -> None:
+        """Hold a directory until the command ends, once it is seen to be writable.
+
+        Args:
+          out: directory.
+          makes: see `jaxclt.trace.files.check_writable`.
+
+        Raises:
+          InputError: if it cannot be written, or another command holds it.
+        """
+        from jaxclt.trace.files import check_writable
+
+        self._stack.enter_context(held(out))
+        check_writable(out, makes=makes)
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self.line(f"jaxclt: warning: {text}")
+
+    def stages(
+        self, unit: str = "tokens/s", units: Mapping[str, str] | None = None
+    ) -> Stages:
+        """Progress bars, at every report of which the command may end."""
+        return Stages(self.say, unit, units, self.look)
+
+    def progress(
+        self, what: str, unit: str
+    ) -> AbstractContextManager[Callable[[int, int], None]]:
+        """One such stage, of (done, total)."""
+        return progress(self.say, what, unit, self.look)
+
+
+@contextmanager
+def running(say: Console, *, long: bool) -> Iterator[Run]:
+    """A command's `Run`.
+
+    Args:
+      say: where it reports.
+      long: whether it looks by itself if it is to stop; others are interrupted.
+    """
+    with ExitStack() as stack:
+        stop = stack.enter_context(stoppable(say)) if long else Stop()
+        yield Run(say, stop, stack)

@@ -6,12 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
 from tyro.conf import arg
 
 from jaxclt.cli.common import use_compilation_cache
 from jaxclt.cli.flags import AsJson, Debug
-from jaxclt.cli.progress import lines
+from jaxclt.cli.progress import Run
 from jaxclt.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ class ReopenFlags:
     json: AsJson = False
     debug: Debug = False
 
-    def reopen(self, directory: Path, say: Console) -> Reopened:
+    def reopen(self, directory: Path, run: Run) -> Reopened:
         """The graph of a directory with its model and dictionary.
 
         Raises:
@@ -60,7 +59,7 @@ class ReopenFlags:
             directory,
             model=self.model,
             dictionary=self.dictionary,
-            progress=lines(say),
+            progress=run.line,
         )
 
     def groups(self, directory: Path, opened: Reopened) -> list[Supernode]:

@@ -10,12 +10,11 @@ import logging
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
 from tyro.conf import Positional, UseAppendAction, arg
 
 from jaxclt.cli.common import answer, use_compilation_cache
 from jaxclt.cli.flags import AsJson, Debug
-from jaxclt.cli.progress import lines
+from jaxclt.cli.progress import Run
 from jaxclt.errors import InputError
 
 __all__ = ["ServeFlags", "run_serve"]
@@ -48,7 +47,7 @@ class ServeFlags:
     debug: Debug = False
 
 
-def run_serve(flags: ServeFlags, say: Console) -> None:
+def run_serve(flags: ServeFlags, run: Run) -> None:
     """Serve until interrupted."""
     from jaxclt.serve.listen import make_server
     from jaxclt.serve.patch import Patcher
@@ -70,7 +69,7 @@ def run_serve(flags: ServeFlags, say: Console) -> None:
     if flags.debug:
         logging.getLogger("jaxclt.serve").setLevel(logging.DEBUG)
     if flags.host not in _LOCAL:
-        lines(say)(
+        run.line(
             f"jaxclt: others can reach {flags.host}; by a name of this machine only "
             "with --allow-host NAME"
         )

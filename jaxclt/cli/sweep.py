@@ -6,12 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
 from tyro.conf import Positional, arg
 
 from jaxclt.cli.attribution import AttributionFlags
 from jaxclt.cli.common import answer, asked
-from jaxclt.cli.progress import Run, lines, long_command, progress
+from jaxclt.cli.progress import Run
 
 __all__ = ["SweepFlags", "run_sweep"]
 
@@ -30,8 +29,7 @@ class SweepFlags(AttributionFlags):
     """What each graph.npz holds."""
 
 
-@long_command
-def run_sweep(flags: SweepFlags, say: Console, run: Run) -> None:
+def run_sweep(flags: SweepFlags, run: Run) -> None:
     """Trace all prompts, print how many."""
     from jaxclt.trace.sweep import read_prompts, sweep_prompts
 
@@ -40,8 +38,8 @@ def run_sweep(flags: SweepFlags, say: Console, run: Run) -> None:
     ]
     config = flags.config()
     run.own(flags.out)
-    model, dictionary = flags.load(say)
-    with progress(say, "prompts", "prompts/s", run.look) as on_prompt:
+    model, dictionary = flags.load(run)
+    with run.progress("prompts", "prompts/s") as on_prompt:
         index = sweep_prompts(
             model,
             dictionary,
@@ -53,7 +51,7 @@ def run_sweep(flags: SweepFlags, say: Console, run: Run) -> None:
         )
     for line in index:
         if line["status"] == "failed":
-            lines(say)(f"{line['directory']}: {line['error']}")
+            run.line(f"{line['directory']}: {line['error']}")
     done = sum(line["status"] == "done" for line in index)
     text = f"{done} of {len(index)} prompts traced: {flags.out}/index.jsonl"
     answer(flags.json, index, text)

@@ -8,14 +8,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional, arg
 
 from jaxclt.cli.attribution import AttributionFlags
 from jaxclt.cli.common import answer, asked, page_line, table
-from jaxclt.cli.progress import Run, long_command, progress
+from jaxclt.cli.progress import Run, progress
 from jaxclt.cli.validate import validate_opened
 from jaxclt.errors import InputError, check_at_least
 
@@ -64,8 +63,7 @@ class TraceFlags(AttributionFlags):
     """Compare the graph with patches of the model; adds validation.json and .md."""
 
 
-@long_command
-def run_trace(flags: TraceFlags, say: Console, run: Run) -> None:
+def run_trace(flags: TraceFlags, run: Run) -> None:
     """Trace, write, print."""
     from jaxclt.global_weights.files import load_globals
     from jaxclt.trace.files import write_trace
@@ -82,7 +80,7 @@ def run_trace(flags: TraceFlags, say: Console, run: Run) -> None:
     if not flags.dry_run:
         run.own(flags.out, makes="trace")
     started = time.perf_counter()
-    model, dictionary = flags.load(say)
+    model, dictionary = flags.load(run)
     run.look()
     loaded = time.perf_counter() - started
     if flags.dry_run:
@@ -93,7 +91,7 @@ def run_trace(flags: TraceFlags, say: Console, run: Run) -> None:
     if flags.prefilter is not None:
         size = flags.prefilter_size or 2 * flags.max_features
         prefilter = load_globals(flags.prefilter), size
-    with progress(say, "attributing", "rows/s") as on_rows:
+    with progress(run.say, "attributing", "rows/s") as on_rows:
         traced = trace_prompt(
             model,
             dictionary,
@@ -114,7 +112,7 @@ def run_trace(flags: TraceFlags, say: Console, run: Run) -> None:
         opened = Reopened(
             model=model, dictionary=dictionary, graph=traced.graph, report=report
         )
-        checked = validate_opened(opened, flags.out, say, look=run.look)
+        checked = validate_opened(opened, flags.out, run)
         verdict = [Text(checked["verdict"])]
     paths = "\n".join(["strongest paths:", *(f"  {path}" for path in report["paths"])])
     page = page_line(flags.out / "index.html")

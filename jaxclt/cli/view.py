@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from rich.console import Console
-
 from jaxclt.cli.common import answer, page_line
 from jaxclt.cli.flags import AsJson, Debug, TracedDirectory
+from jaxclt.cli.progress import Run
 from jaxclt.errors import InputError
 
 __all__ = ["ViewFlags", "run_view"]
@@ -37,9 +36,9 @@ class ViewFlags:
     debug: Debug = False
 
 
-def run_view(flags: ViewFlags, say: Console) -> None:
+def run_view(flags: ViewFlags, run: Run) -> None:
     """Write the page and say where."""
-    del say
+    del run
     from jaxclt.api import Page, show
     from jaxclt.graph.prune import prune
     from jaxclt.io.graph_file import load_graph

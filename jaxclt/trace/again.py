@@ -21,12 +21,10 @@ from jaxclt.graph.explain import EdgeParts, edge_parts
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.heads import head_loadings
 from jaxclt.graph.inhibition import Inhibition, check_thresholds, find_inhibition
-from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.provenance import graph_active, hop_spectrum
 from jaxclt.graph.target_reads import target_reads
 from jaxclt.graph.targets import token_targets
 from jaxclt.io.model import Model
-from jaxclt.replacement.errors import error_nodes
 from jaxclt.trace.record import recorded
 from jaxclt.types import Recording
 
@@ -52,11 +50,10 @@ def edge_parts_with_model(
     max_hops = min(max_hops, model.cfg.n_layers)  # a path passes no more heads
     parts = edge_parts(graph, source, target)
     with jax.default_matmul_precision("highest"):
-        recording, active = recorded(graph, model, dictionary)
-        error_LTD = error_nodes(active, recording)
-        nodes = graph_active(graph, active)
-        rows = _row(graph, parts.row, nodes, model, recording)
-        args = (model.params, recording, nodes, error_LTD, rows)
+        p = recorded(graph, model, dictionary)
+        nodes = graph_active(graph, p.active)
+        rows = _row(graph, parts.row, nodes, model, p.recording)
+        args = (model.params, p.recording, nodes, p.error_LTD, rows)
         hop_Q = hop_spectrum(*args, cfg=model.cfg, max_hops=max_hops)[:, 0, parts.col]
     if not math.isclose(hop_Q.sum(), parts.edge, rel_tol=1e-2, abs_tol=1e-4):
         raise InputError(
@@ -123,6 +120,5 @@ def inhibition(
       InputError: for a dictionary without thresholds, or not the graph's.
     """
     check_thresholds(dictionary, model.params, model.cfg)
-    recording, active = recorded(graph, model, dictionary)
-    prompt = Recorded(model.params, recording, active, cfg=model.cfg)
-    return find_inhibition(prompt, dictionary, margin=margin, limit=limit)
+    p = recorded(graph, model, dictionary)
+    return find_inhibition(p, dictionary, margin=margin, limit=limit)

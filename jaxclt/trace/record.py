@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.active import active_features
 from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.memory import available_bytes, patterns_kept
+from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.provenance import crop
 from jaxclt.io.model import Model
 from jaxclt.lm.config import LMConfig
@@ -112,10 +113,8 @@ def record_again(
     return record_text(model, graph.token_T, budget, pad=pad)
 
 
-def recorded(
-    graph: Graph, model: Model, dictionary: Dictionary
-) -> tuple[Recording, Active]:
-    """The clean pass of a graph's prompt, and all features active on it.
+def recorded(graph: Graph, model: Model, dictionary: Dictionary) -> Recorded:
+    """A graph's prompt, recorded again, with all features active on it.
 
     Raises:
       InputError: if the graph comes from another model or dictionary.
@@ -124,4 +123,5 @@ def recorded(
     active = active_features(dictionary, model.params, recording, model.cfg)
     if graph.meta.convention == "circuit-tracer":
         active = active.where(active.pos_A > 0)
-    return crop(recording, active, graph.n_tokens)
+    recording, active = crop(recording, active, graph.n_tokens)
+    return Recorded(model.params, recording, active, cfg=model.cfg)

@@ -202,7 +202,7 @@ def test_text_follows_where_patterns_are_computed_again():
 
 def test_an_edge_is_explained_in_the_memory_of_its_trace():
     model, clt, graph = parts()
-    recording, _ = recorded(small(graph), model, clt)
+    recording = recorded(small(graph), model, clt).recording
     assert recording.frozen.pattern_LHTS is None
     A = graph.n_features
     row, col = np.unravel_index(np.argmax(np.abs(graph.edge_RN[:A, :A])), (A, A))
