@@ -15,8 +15,6 @@ from rich.text import Text
 from jaxclt.files.json_text import to_json
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
     from jaxclt.cli.progress import Run
     from jaxclt.clt.coder import Dictionary
     from jaxclt.io.model import Model
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["answer", "asked", "load", "options", "page_line", "table"]
 __all__ += ["use_compilation_cache"]
 
-_Options = TypeVar("_Options", bound="DataclassInstance")
+_Options = TypeVar("_Options")
 
 
 def use_compilation_cache() -> None:
@@ -72,7 +70,8 @@ def options(kind: type[_Options], flags: Any, **others: Any) -> _Options:
       flags: of a command; those of the same names are taken.
       **others: fields whose flags have other names, or none.
     """
-    names = {field.name for field in dataclasses.fields(kind)} & vars(flags).keys()
+    fields: Any = kind
+    names = {field.name for field in dataclasses.fields(fields)} & vars(flags).keys()
     return kind(**{name: getattr(flags, name) for name in names}, **others)
 
 

@@ -99,31 +99,39 @@ def read_windows(
     if isinstance(data, TokenWindows):
         check_windows(model, data.token_WS)
         return data.take(slice(shard[0], None, shard[1]))
-    source = isinstance(data, str | os.PathLike)
-    if source:
+    if isinstance(data, str | os.PathLike):
         check_at_least(1, tokens=tokens, context=context)
-    rows = prompt_rows(data) if source else None
-    if source and rows is None:
-        check_context(context, model.cfg.n_ctx)
-        documents = by_hash(read_documents(os.fspath(data), tokens=tokens))
-        token_WS = pack_windows(
-            list(documents.values()),
-            model.tokenizer,
-            size=context,
-            n_tokens=tokens,
-            on_tokens=on_tokens,
-        )
+        rows = prompt_rows(data)
+        if rows is None:
+            token_WS = _cut(model, data, tokens, context, on_tokens)
+        else:
+            token_WS = _padded(model, row_ids(model.tokenizer, rows))
+        found = TokenWindows(token_WS, _mask(model, token_WS, mask)).first(tokens)
     else:
-        token_WS = _padded(
-            model, data if rows is None else row_ids(model.tokenizer, rows)
-        )
-    found = TokenWindows(token_WS, _mask(model, token_WS, mask))
-    if source:
-        found = found.first(tokens)
+        token_WS = _padded(model, data)
+        found = TokenWindows(token_WS, _mask(model, token_WS, mask))
     found = found.take(slice(shard[0], None, shard[1]))
     if not found.n_tokens:
         raise InputError("no position of the data counts: give more text, or a mask")
     return found
+
+
+def _cut(
+    model: Model,
+    source: str | os.PathLike[str],
+    tokens: int,
+    context: int,
+    on_tokens: Callable[[int, int], None],
+) -> np.ndarray:
+    check_context(context, model.cfg.n_ctx)
+    documents = by_hash(read_documents(os.fspath(source), tokens=tokens))
+    return pack_windows(
+        list(documents.values()),
+        model.tokenizer,
+        size=context,
+        n_tokens=tokens,
+        on_tokens=on_tokens,
+    )
 
 
 def row_ids(tokenizer: Tokenizer, rows: Iterable[PromptRow]) -> Iterator[list[int]]:
