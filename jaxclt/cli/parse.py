@@ -23,7 +23,7 @@ with contextlib.suppress(ImportError):
     # Not part of tyro's public interface; its own keeps the line breaks of docstrings.
     from tyro import _strings
 
-    vars(_strings)["remove_single_line_breaks"] = lambda helptext: "\n\n".join(
+    _strings.__dict__["remove_single_line_breaks"] = lambda helptext: "\n\n".join(
         " ".join(paragraph.split()) for paragraph in helptext.split("\n\n")
     )
 
