@@ -214,7 +214,7 @@ class Words:
         (["dif:w7|w8"], 'did you mean "diff"?'),
         (["vector:resid_mi:1:{probe}"], 'did you mean "resid_mid"?'),
         (["diff:w7"], "write diff:A|B"),
-        (["diff:w7|w7"], "so is their difference zero"),
+        (["diff:w7|w7"], "so their difference is zero"),
         (["diff:w7|w8 w9"], "write diff:A|B"),
         (["logp:w7 w8"], "'w7 w8' is 2 tokens, not one"),
         (["feature:1:2"], "write feature:layer:position:index"),
@@ -243,7 +243,7 @@ def test_files_that_hold_no_vector_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "whole.npz", vec=np.arange(3))
     (tmp_path / "text.npz").write_text("no")
     for name in ("plain.npy", "other.npz", "text.npz"):
-        with pytest.raises(InputError, match="no npz file with an array `vec`"):
+        with pytest.raises(InputError, match="not an npz file with an array `vec`"):
             read(f"vector:out:{tmp_path / name}")
     with pytest.raises(InputError, match="no floating-point"):
         read(f"vector:out:{tmp_path / 'whole.npz'}")
