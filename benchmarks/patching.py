@@ -4,8 +4,8 @@
     python benchmarks/patching.py --smoke
 
 Both go through the same function with the same measurement and give the same numbers
-(checked before timing), once as calls of `Subject.effects` and once with the edits
-prepared beforehand, which leaves only the compiled program. Rounds alternate, so that
+(checked before timing), once as calls of `Subject.effects` and once with the rows
+gathered beforehand, which leaves only the compiled program. Rounds alternate, so that
 other load on the machine hits both; ratios are of medians. CPU seconds are of all
 threads. Compilation is not in the times: the calls that are checked come first.
 """
@@ -99,9 +99,9 @@ def main() -> None:
     import jax
 
     import jaxclt
-    from jaxclt.patching.batch import default_range, patch_many
-    from jaxclt.patching.edits import batch_edits
-    from jaxclt.patching.effects import measure_effect
+    from jaxclt.patching.batch import default_range
+    from jaxclt.patching.change import Change, batched
+    from jaxclt.patching.patchable import How
     from jaxclt.patching.subject import Subject
 
     model = jaxclt.load_model(args.model)
@@ -112,17 +112,17 @@ def main() -> None:
     live = order[graph.value_A[order] != 0]
     node = np.asarray(jax.random.permutation(jax.random.key(0), live))[: args.n]
     node_3 = np.stack([graph.layer_A, graph.pos_A, graph.feature_A], 1)[node]
-    many = [[(*map(int, place), 0.0, 0.0)] for place in node_3]
-    span, ask = subject.patchable.clt_cfg.span, subject.ask()
-    prepared = [
-        jax.tree.map(np.asarray, batch_edits([subject.edits(one)])) for one in many
-    ]
-    whole = jax.tree.map(lambda *x: np.concatenate(x), *prepared)
+    span, ask = subject.patchable.coder.shape.span, subject.ask()
+
+    def ablation(node_E3: Any) -> Change:
+        return batched(Change.of(subject.gather(node_E3)), [1] * len(node_E3))
+
+    whole = ablation(node_3)
     hardware = hardware_line()
     print(hardware, flush=True)
 
     def run(mode: Any) -> list[str]:
-        how = subject.how(mode)
+        how = How(mode=mode)
         layers = np.array(
             [
                 default_range(
@@ -132,32 +132,18 @@ def main() -> None:
             ]
         )
 
-        def call(edits: Any, rows: Any) -> Any:
-            with jax.default_matmul_precision("highest"):
-                return patch_many(
-                    subject.patchable,
-                    edits,
-                    rows,
-                    how=how,
-                    measure=measure_effect,
-                    ask=ask,
-                    chunk=args.chunk,
-                )
+        def call(change: Change, rows: Any, chunk: int | None = None) -> Any:
+            return subject.effects(change, rows, how, ask, chunk=chunk)
 
-        rows = []
-        if mode != "iterative":  # which takes tables beside the edits
-            rows = compare(
-                f"{mode}, compiled programs",
-                lambda: call(whole, layers),
-                lambda n: [call(prepared[i], layers[i : i + 1]) for i in range(n)],
-                args,
-            )
-        return rows + compare(
+        return compare(
+            f"{mode}, compiled programs",
+            lambda: call(whole, layers, args.chunk),
+            lambda n: [call(whole.where([i]), layers[[i]]) for i in range(n)],
+            args,
+        ) + compare(
             f"{mode}, calls",
-            lambda: subject.effects(many, layers.tolist(), how, ask, chunk=args.chunk),
-            lambda count: [
-                subject.effects([many[i]], [layers[i]], how, ask) for i in range(count)
-            ],
+            lambda: call(ablation(node_3), layers, args.chunk),
+            lambda n: [call(ablation(node_3[[i]]), layers[[i]]) for i in range(n)],
             args,
         )
 

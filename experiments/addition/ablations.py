@@ -20,6 +20,8 @@ from global_circuit import weights_at_equals
 
 from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.io.model import Model
+from jaxclt.patching.change import Change, batched
+from jaxclt.patching.patchable import How
 from jaxclt.validation.stats import mean_interval, spearman
 
 KINDS = ("virtual", "era", "twera")
@@ -51,11 +53,11 @@ def measured(
             np.stack([layer_U, np.full_like(layer_U, last), feature_U], 1)
         )
         clean_U = a_LNF[layer_U, a * task.N + b, feature_U]
-        many = [[(int(l), last, int(f), 0.0, 0.0)] for l, f in places]
+        sources = subject.gather([(l, last, f) for l, f in places.tolist()])
         done = subject.effects(
-            many,
+            batched(Change.of(sources), [1] * len(places)),
             [(int(l), top - 1) for l, _ in places],
-            subject.how("constrained"),
+            How(),
             subject.ask(watch),
         )
         assert done.watch_W is not None

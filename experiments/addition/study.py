@@ -21,8 +21,9 @@ from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.targets import token_targets
 from jaxclt.io.model import Model
+from jaxclt.patching.change import Change, batched
 from jaxclt.patching.effects import clean_effect
-from jaxclt.patching.modes import Mode
+from jaxclt.patching.patchable import How, Mode
 from jaxclt.patching.subject import Subject
 from jaxclt.replacement.model import replacement_logits
 from jaxclt.train.harvest import harvest
@@ -30,7 +31,7 @@ from jaxclt.types import LMParams, Recording, Targets
 from jaxclt.validation.stats import spearman, wilson
 
 ROWS = 1_000  # sums computed together
-EDITS = 64  # patches are padded to a multiple of so many changes
+EDITS = 64  # patches are filled up to a multiple of so many changes
 ATTRIBUTION = {"max_features": 2_000, "tolerance": 0.0}
 
 
@@ -139,9 +140,6 @@ class Patched:
     n_edits: int
 
 
-Change = tuple[int, int, int, float, float]  # layer, position, feature, factor, offset
-
-
 def chosen(labels: dict[tuple[int, int], Label], what: str) -> set[tuple[int, int]]:
     """Features of a family or a pathway."""
     return {
@@ -170,18 +168,18 @@ def donated(
     donor: tuple[int, int],
     features: set[tuple[int, int]],
     last: int,
-) -> list[Change]:
-    """Give features at the `=` the activations that they have on another sum."""
+) -> dict[tuple[int, int, int], float]:
+    """Activations that features at the `=` are given: theirs on another sum."""
     at_own, at_donor = (a_LNF[:, a * task.N + b] for a, b in (own, donor))
-    return [
-        (layer, last, feature, 0.0, float(at_donor[layer, feature]))
+    return {
+        (layer, last, feature): float(at_donor[layer, feature])
         for layer, feature in sorted(features)
         if at_own[layer, feature] != at_donor[layer, feature]
-    ]
+    }
 
 
 def swap(
-    subject: Subject, many: Sequence[list[Change]], mode: Mode
+    subject: Subject, many: Sequence[dict[tuple[int, int, int], float]], mode: Mode
 ) -> tuple[list[int], list[float]]:
     """What the model says under each of some patches, and p of the right answer.
 
@@ -189,15 +187,18 @@ def swap(
     the last layer is left alone, so that the model's own MLP answers. Iterative: the
     replacement model, all layers.
     """
-    last, top = subject.n_tokens - 1, subject.model.cfg.n_layers - 1
-    layers, padded = [], []
+    top, layers = subject.model.cfg.n_layers - 1, []
     if mode == "constrained":
-        many = [[edit for edit in edits if edit[0] < top] for edits in many]
-    for edits in many:
-        edited = [edit[0] for edit in edits] or [0]
+        many = [{at: v for at, v in given.items() if at[0] < top} for given in many]
+    for given in many:
+        edited = [layer for layer, _, _ in given] or [0]
         layers.append((0, top) if mode == "iterative" else (min(edited), max(edited)))
-        padded.append(padded_edits(edits, last))
-    done = subject.effects(padded, layers, subject.how(mode), subject.ask(n_top=1))
+    places = [place for given in many for place in given]
+    values = [value for given in many for value in given.values()]
+    change = Change.of(subject.gather(places), 0.0, values)
+    sizes = [len(given) for given in many]
+    change = batched(change, sizes, least=room(max(sizes)))
+    done = subject.effects(change, layers, How(mode=mode), subject.ask(n_top=1))
     said = np.asarray(done.top_token_J)[:, 0].tolist()
     return said, np.asarray(done.prob_K)[:, 0].tolist()
 
@@ -322,28 +323,18 @@ def suppressed(subject: Subject, slots: Sequence[int]) -> tuple[float, float]:
     """
     graph: Graph = subject.graph
     effect = float(solve_total_effect(graph)[0, slots].sum())
-    edits = [
-        (int(graph.layer_A[s]), int(graph.pos_A[s]), int(graph.feature_A[s]), 0.0, 0.0)
-        for s in slots
-    ]
-    edits = padded_edits(edits, subject.n_tokens - 1)
-    how, ask = subject.how("iterative", freeze_norm=True), subject.ask()
-    done = subject.effects([edits], [(0, subject.model.cfg.n_layers - 1)], how, ask)
+    change = Change.of(subject.watch(np.array(slots)))
+    change = batched(change, [len(slots)], least=room(len(slots)))
+    how, ask = How(mode="iterative", freeze_norm=True), subject.ask()
+    done = subject.effects(change, [(0, subject.model.cfg.n_layers - 1)], how, ask)
     before = clean_effect(subject.patchable, ask)
     change = float(np.asarray(done.logit_K)[0, 0] - np.asarray(before.logit_K)[0])
     return effect, change
 
 
-def padded_edits(edits: list[Change], last: int) -> list[Change]:
-    """The changes with others that change nothing, up to one shape for one program.
-
-    A feature of layer 0 that is not edited keeps its value, and nothing edited lies
-    before it.
-    """
-    taken = {edit[2] for edit in edits if edit[0] == 0}
-    idle = next(f for f in range(len(taken) + 1) if f not in taken)
-    room = -len(edits) % EDITS if edits else EDITS
-    return edits + [(0, last, idle, 1.0, 0.0)] * room
+def room(n: int) -> int:
+    """Changes that a patch of n is filled up to: one shape for one program."""
+    return EDITS * max(1, -(-n // EDITS))
 
 
 def with_labels(

@@ -21,9 +21,9 @@ import numpy as np
 from participation import objective
 from safetensors import safe_open
 
-from jaxclt.train.evaluate import reconstruction
 from jaxclt.train.export import calibrate, threshold_form
 from jaxclt.train.objectives import Batch, Standard, Terms
+from jaxclt.train.outcome import reconstruction
 from jaxclt.train.params import Spec, init
 from jaxclt.train.schedules import Weights, learning_rate
 from jaxclt.train.step import Recipe, init_state, make_step, optimiser

@@ -11,9 +11,9 @@ from planted import Planted
 
 from jaxclt.clt.store import ParamsStore
 from jaxclt.clt.transcoder import StoreDictionary
-from jaxclt.train.export import to_dictionary
+from jaxclt.train.export import threshold_form
 from jaxclt.train.harvest import harvest, mlp_response
-from jaxclt.train.normalise import Moments, normalise, scales_of
+from jaxclt.train.normalise import Moments, fold, normalise, scales_of
 from jaxclt.train.objectives import Batch, Standard, Terms
 from jaxclt.train.params import Spec, init
 from jaxclt.train.schedules import Weights, learning_rate
@@ -121,7 +121,8 @@ def learn(
     )
     plain = Standard(Terms(sparsity="none"))
     _, found = jax.jit(plain, static_argnames="spec")(params, every, zero, spec=spec)
-    clt, clt_cfg = to_dictionary(params, spec, scales)
+    clt, clt_cfg = threshold_form(params, spec)
+    clt = fold(clt, scales)
     kind = "PLT" if span == 1 else "CLT"
     return Learned(
         dictionary=StoreDictionary(

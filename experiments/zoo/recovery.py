@@ -38,19 +38,13 @@ from jaxclt.graph.supernodes import supernode_graph
 from jaxclt.graph.targets import functional_targets
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import Run, embed, native_mlp, record, run, unembed
-from jaxclt.patching.batch import make_local, make_patchable
-from jaxclt.patching.edits import Edits, make_edits
-from jaxclt.patching.modes import (
-    Gates,
-    Patchable,
-    Tables,
-    constrained,
-    hold_of,
-    iterative,
-    underlying,
-)
+from jaxclt.patching.change import Change, batched
+from jaxclt.patching.features import gather_features
+from jaxclt.patching.local import Tables, make_local
+from jaxclt.patching.modes import patched, underlying
+from jaxclt.patching.patchable import Gates, How, Patchable, hold_of, make_patchable
 from jaxclt.types import Held, LMParams, Recording, Supernode
-from jaxclt.validation.faithfulness import Perturbation, nudged
+from jaxclt.validation.perturb import Perturbation, nudged
 
 __all__ = [
     "MATCH",
@@ -276,41 +270,36 @@ def swap_error(
     rec = record_prompt(params, case.token_T, cfg)
     model = make_patchable(dictionary, params, rec, cfg)
     local = make_local(dictionary, model, active_features(dictionary, params, rec, cfg))
-    idle = make_edits([(0, 0, 0, 1.0, 0.0)], dictionary, params, rec, cfg=cfg)
-    swap_D = np.asarray(case.swap_D, rec.mid_LTD.dtype)
-    change = nudged(
-        idle, case.swap_layer, case.swap_pos, swap_D, len(case.token_T), slot=0
+    idle = Change.of(gather_features(dictionary, model, [(0, 0, 0)]), 1.0)
+    swaps = nudged(
+        local.placed(batched(idle, [1])),
+        np.array([case.swap_layer]),
+        np.array([case.swap_pos]),
+        np.asarray(case.swap_D, rec.mid_LTD.dtype)[None],
+        len(case.token_T),
     )
-    if gates is None:
-        gates = "frozen" if model.coder.gated else "live"
-    said_K, real_K = _responses(
-        model, local.tables, change, jnp.asarray(planted.readout_K), gates=gates
-    )
+    swap = jax.tree.map(lambda leaf_B: leaf_B[0], swaps)
+    how = How(mode="iterative", freeze_norm=True, gates=gates)
+    readout_K = jnp.asarray(planted.readout_K)
+    said_K, real_K = _responses(model, local.tables, swap, readout_K, how=how)
     return float(jnp.linalg.norm(said_K - real_K) / jnp.linalg.norm(real_K))
 
 
-@partial(jax.jit, static_argnames="gates")
+@partial(jax.jit, static_argnames="how")
 def _responses(
-    model: Patchable, tables: Tables, change: Perturbation, token_K: Array, gates: Gates
+    model: Patchable, tables: Tables, swap: Perturbation, token_K: Array, *, how: How
 ) -> tuple[Array, Array]:
     """Changes of the logits [K], of the local replacement model and of the model."""
-    rec, last = model.recording, jnp.asarray(model.cfg.n_layers - 1, jnp.int32)
+    rec, last = model.recording, model.cfg.n_layers - 1
 
     def moved(done: Run) -> Array:
         return unembed(model.params, done.out_TD[-1] - rec.out_TD[-1])[token_K]
 
-    said = iterative(
-        model,
-        change.edits,
-        change.slot_E,
-        tables,
-        change.start,
-        last,
-        hold=hold_of(rec, norm=True),
-        gates=gates,
-        nudge=change.nudge,
+    layers_2 = jnp.stack([swap.start, jnp.asarray(last, jnp.int32)])
+    said = patched(
+        model, swap.change, layers_2, how=how, tables=tables, nudge=swap.nudge
     )
-    real = underlying(model, change.nudge, hold=hold_of(rec))
+    real = underlying(model, swap.nudge, how=How())
     return moved(said), moved(real)
 
 
@@ -344,10 +333,10 @@ def _replaced(params: LMParams, token_T: Array, hold: Held, cfg: LMConfig) -> Ar
     return unembed(params, done.out_TD[-1])
 
 
-@jax.jit
-def _ablated(model: Patchable, edits: Edits, layer: Array, hold: Held) -> Array:
-    """Logits at the last position with one layer's output clamped, edits included."""
-    done = constrained(model, edits, layer, layer, hold=hold)
+@partial(jax.jit, static_argnames="how")
+def _ablated(model: Patchable, change: Change, layer: Array, *, how: How) -> Array:
+    """Logits at the last position with one layer's output clamped, as changed."""
+    done = patched(model, change, jnp.stack([layer, layer]), how=how)
     return unembed(model.params, done.out_TD[-1])
 
 
@@ -369,20 +358,16 @@ def _hidden(
 
     other = min(set(range(cfg.d_vocab)) - set(case.token_T.tolist()))
     new_T = jnp.asarray(case.token_T).at[-1].set(other)
+    hows = [How(freeze_pattern=frozen, freeze_norm=True) for frozen in (True, False)]
     query_loss = [
-        loss(_replaced(params, new_T, hold_of(rec, pattern=frozen, norm=True), cfg))
-        for frozen in (True, False)
+        loss(_replaced(params, new_T, hold_of(rec, how), cfg)) for how in hows
     ]
     key_loss = [0.0, 0.0]
     if places:
         model = make_patchable(dictionary, params, rec, cfg)
-        single = [(*place, 0.0, 0.0) for place in places]
-        edits = make_edits(single, dictionary, params, rec, cfg=cfg)
+        change = Change.of(gather_features(dictionary, model, places))
         layer = jnp.asarray(places[0][0], jnp.int32)
-        key_loss = [
-            loss(_ablated(model, edits, layer, hold_of(rec, pattern=frozen, norm=True)))
-            for frozen in (True, False)
-        ]
+        key_loss = [loss(_ablated(model, change, layer, how=how)) for how in hows]
     place_A = zip(graph.layer_A, graph.pos_A, graph.feature_A, strict=True)
     own_A = np.array([tuple(map(int, at)) in places for at in place_A], bool)
     last_embed = graph.influence_N[graph.embed_cols][-1]

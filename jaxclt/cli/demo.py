@@ -27,7 +27,7 @@ from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.supernodes import SupernodeGraph, describe_supernodes, supernode_graph
 from jaxclt.patching.edits import Edit
-from jaxclt.patching.patch import PatchResult, patch
+from jaxclt.patching.patch import PatchResult, measure, plan_patch
 from jaxclt.patching.subject import Subject
 from jaxclt.types import Supernode
 
@@ -170,14 +170,8 @@ def run_demo(flags: DemoFlags, run: Run) -> None:
     edits = swap_edits(model, dictionary, case)
     subject = Subject.of(model, dictionary, traced.graph)
     layer_E = [edit.layer or 0 for edit in edits]
-    swapped = patch(
-        model,
-        dictionary,
-        traced.graph,
-        edits,
-        layers=(min(layer_E), max(layer_E)),  # the model's own MLPs answer after them
-        subject=subject,
-    )
+    layers = min(layer_E), max(layer_E)  # the model's own MLPs answer after them
+    swapped = measure(plan_patch(subject, edits, layers=layers))
     # Small graphs: fewer patches say the same, in a third of the time.
     options = validation.ValidateOptions(n_features=30, n_small=10, n_layers=3)
     with run.progress("validating", "patches/s") as on_done:

@@ -85,6 +85,7 @@ def run_eval(flags: EvalFlags, run: Run) -> None:
     from jaxclt.evaluation.claims import check_claims
     from jaxclt.evaluation.concepts import load_pairs
     from jaxclt.evaluation.evaluate import EvalOptions, evaluate
+    from jaxclt.evaluation.http_client import ClientOptions
     from jaxclt.evaluation.judging import read_judge
     from jaxclt.evaluation.prompts import read_eval_text
     from jaxclt.evaluation.report import write_evaluation
@@ -106,15 +107,18 @@ def run_eval(flags: EvalFlags, run: Run) -> None:
     if flags.judge != "none":
         judge = read_judge(
             flags.judge,
-            cache_dir=flags.out / "judge",
-            max_tokens_total=flags.judge_budget,
-            requests_per_minute=flags.judge_per_minute,
+            ClientOptions(
+                cache_dir=flags.out / "judge",
+                max_tokens_total=flags.judge_budget,
+                requests_per_minute=flags.judge_per_minute,
+            ),
         )
     started = time.perf_counter()
     use_compilation_cache()
     model = load_model(flags.model, progress=run.line)
     dictionaries = [load_dictionary(name, model) for name in flags.dictionary]
     text = read_eval_text(model, data, tokens=flags.tokens, context=flags.context)
+    text = dataclasses.replace(text, pairs=pairs)
     with run.stages(unit="done/s") as stages:
         rows, raw = evaluate(
             model,
@@ -123,7 +127,6 @@ def run_eval(flags: EvalFlags, run: Run) -> None:
             options=measured,
             prompts=prompts,
             judge=judge,
-            pairs=pairs,
             out=flags.out,
             on_stage=stages,
         )

@@ -59,7 +59,7 @@ class FeaturesFlags:
 def run_features(flags: FeaturesFlags, run: Run) -> None:
     """Gather, write, print."""
     from jaxclt.dashboards.gather import check_options, feature_dashboards
-    from jaxclt.evaluation.http_client import Client
+    from jaxclt.evaluation.http_client import Client, ClientOptions
     from jaxclt.evaluation.labels import automatic_labels
     from jaxclt.files.atomic import atomic_path
     from jaxclt.io.dictionary import LABELS
@@ -77,12 +77,10 @@ def run_features(flags: FeaturesFlags, run: Run) -> None:
     client = None
     if flags.labels:
         url, _, name = flags.labels.partition("#")
-        client = Client(
-            url,
-            name,
-            cache_dir=flags.out / "judge",
-            max_tokens_total=flags.labels_budget,
+        options = ClientOptions(
+            cache_dir=flags.out / "judge", max_tokens_total=flags.labels_budget
         )
+        client = Client(url, name, options)
     model, dictionary = load(flags.model, flags.dictionary, run)
     units = {"files": "layers/s", "labels": "labels/s"}
     with run.stages(units=units) as stages:

@@ -103,6 +103,7 @@ def run_patch(flags: PatchFlags, run: Run) -> None:
     from jaxclt.patching import patch as patching
     from jaxclt.patching.edits import Edit
     from jaxclt.patching.log import patch_record
+    from jaxclt.patching.patchable import How
     from jaxclt.patching.subject import Subject
 
     opened = None if directory is None else flags.reopen(directory, run)
@@ -115,37 +116,23 @@ def run_patch(flags: PatchFlags, run: Run) -> None:
     if opened is not None and directory is not None:
         groups = _chosen(flags, directory, opened)
         edits += [Edit(supernode=group, **edits_of) for group in groups]
-    gates = None if flags.gates == "auto" else flags.gates
-    how = subject.how(
-        flags.mode,
-        freeze_pattern=flags.freeze_patterns,
-        freeze_norm=flags.freeze_norms,
-        gates=gates,
-    )
-    result = patching.patch(
-        subject.model,
-        subject.dictionary,
-        subject.traced or flags.prompt,
-        edits,
+    how = How(
         mode=flags.mode,
-        layers=layers,
         freeze_pattern=flags.freeze_patterns,
         freeze_norm=flags.freeze_norms,
-        gates=gates,
-        n_later=flags.generate,
-        subject=subject,
+        gates=None if flags.gates == "auto" else flags.gates,
     )
-    out, later = result.to_json(), flags.generate
+    patch = patching.plan_patch(
+        subject, edits, how, layers=layers, n_later=flags.generate
+    )
+    result = patching.measure(patch)
+    out = result.to_json()
     if flags.sweep_end:
         first = None if layers is None else layers[0]
-        out["sweep_end"] = patching.sweep_end(
-            subject, edits, how=how, first=first, n_later=later
-        )
+        out["sweep_end"] = patching.sweep_end(patch, first=first)
     plot = flags.plot or (directory and directory / "patch.png")
     if plot or flags.json:
-        out["curve"] = patching.scale_curve(
-            subject, edits, how=how, layers=layers, n_later=later
-        )
+        out["curve"] = patching.scale_curve(patch)
     if plot:
         from jaxclt.validation.plots import draw_patch
 
@@ -155,15 +142,9 @@ def run_patch(flags: PatchFlags, run: Run) -> None:
         names = [*flags.group, *flags.feature]
         _keep(directory, opened, patch_record(result, names, edits_of))
     said = [result.warning]
-    if later:
-        out["generated"] = patching.generate_patched(
-            subject,
-            edits,
-            how=how,
-            n_new=later,
-            layers=layers,
-            temperature=flags.temperature,
-            seed=flags.seed,
+    if flags.generate:
+        out["generated"] = patching.generate(
+            patch, temperature=flags.temperature, seed=flags.seed
         )
         said.append(out["generated"]["warning"])
     for line in dict.fromkeys(filter(None, said)):

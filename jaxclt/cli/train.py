@@ -98,7 +98,7 @@ def run_train(flags: TrainFlags, run: Run) -> None:
     model = load_model(flags.model, progress=run.line)
     if flags.dry_run:
         found = dryrun.estimate(config, model.cfg, sizes)
-        answer(flags.json, dryrun.as_json(found), "\n".join(found.lines()))
+        answer(flags.json, dataclasses.asdict(found), "\n".join(found.lines()))
         return
     run.look()
     with _listener(config.n_steps, run) as listener:

@@ -15,7 +15,7 @@ dictionary is these two classes; see docs/maths.md and `tests/clt/test_new_kind.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -286,15 +286,21 @@ def stream_rows(
 
 
 def load(
-    dictionary: Dictionary, params: LMParams, cfg: LMConfig, *, decoders: bool = True
+    dictionary: Dictionary,
+    params: LMParams,
+    cfg: LMConfig,
+    *,
+    decoders: bool = True,
+    feature_LU: Sequence[np.ndarray | None] | None = None,
 ) -> Loaded:
-    """All weights of a dictionary in memory, in the model's dtype.
+    """The weights of a dictionary in memory, in the model's dtype.
 
     Args:
       dictionary: of any kind.
       params: the model.
       cfg: its shape.
       decoders: False leaves them and all constants out: enough to encode.
+      feature_LU: some features of each layer, as many of each; None takes all.
     """
     coder, dtype = dictionary.coder(cfg), params.embed_VD.dtype
     span = coder.shape.span
@@ -304,10 +310,10 @@ def load(
         return np.pad(dec, ((0, 0), (0, short), (0, 0))) if short else dec
 
     layers = []
-    for layer in range(cfg.n_layers):
-        dec = dictionary.decoders(params, layer) if decoders else None
+    for layer, feature_U in enumerate(feature_LU or [None] * cfg.n_layers):
+        dec = dictionary.decoders(params, layer, feature_U) if decoders else None
         w = Weights(
-            enc=dictionary.encoders(params, layer),
+            enc=dictionary.encoders(params, layer, feature_U),
             dec=None if dec is None else padded(dec),
             fixed=dictionary.fixed(params, layer) if decoders else None,
         )

@@ -16,9 +16,11 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.neurons import NeuronCoder
+from jaxclt.io.model import Model
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import mlp_norm, neuron_rows, normalise
 from jaxclt.lm.run import record
+from jaxclt.text.windows import TokenWindows
 from jaxclt.types import LMParams
 
 __all__ = ["neuron_thresholds"]
@@ -41,28 +43,22 @@ def _written_norms(params: LMParams, token_S: Array, cfg: LMConfig) -> Array:
 
 
 def neuron_thresholds(
-    params: LMParams,
-    token_WS: np.ndarray,
-    mask_WS: np.ndarray,
-    l0: Sequence[float],
-    *,
-    cfg: LMConfig,
+    model: Model, windows: TokenWindows, l0: Sequence[float]
 ) -> list[float]:
     """Thresholds (`neurons@x`) at which so many neurons are active on a token.
 
     Args:
-      params: the model.
-      token_WS: windows, -1 behind the text; the first few are used.
-      mask_WS: positions that count.
+      model: from `load_model`.
+      windows: of text; the first few are used.
       l0: wanted numbers of active neurons of a token, all layers together.
-      cfg: model shape.
 
     Returns:
       For each a threshold, rounded to three digits.
     """
     sizes, n = [], 0
-    for token_S, mask_S in zip(token_WS, mask_WS, strict=True):
-        found_LSI = np.asarray(_written_norms(params, jnp.asarray(token_S), cfg))
+    for token_S, mask_S in zip(windows.token_WS, windows.mask_WS, strict=True):
+        token_S = jnp.asarray(token_S)
+        found_LSI = np.asarray(_written_norms(model.params, token_S, model.cfg))
         sizes.append(found_LSI[:, mask_S].ravel())
         n += int(mask_S.sum())
         if n >= SAMPLE:

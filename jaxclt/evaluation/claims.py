@@ -121,13 +121,7 @@ def _values(
         if line["dictionary"] == dictionary and line["measure"] == measure
     ]
     if measure == "graphs":
-        found = [line["scores"][value] for line in lines]
-        x = np.array([np.nan if v is None else v for v in found], float)
-        return x, np.ones(len(x))
-    if measure == "reconstruction":
-        x = np.array([line[value] for line in lines], float)
-        return x, np.ones(len(x))
-    return (
-        np.array([line[value] for line in lines], float),
-        np.array([line["n"] for line in lines], float),
-    )
+        lines = [line["scores"] for line in lines]
+    x = np.array([line[value] for line in lines], float)  # None becomes nan
+    n = [line["n"] if measure == "agreement" else 1 for line in lines]
+    return x, np.array(n, float)

@@ -8,6 +8,7 @@ Another dictionary is added at its own cost: what was measured is kept.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.errors import InputError
 from jaxclt.evaluation.baselines import neuron_thresholds
-from jaxclt.evaluation.concepts import ConceptPair, load_pairs
+from jaxclt.evaluation.concepts import load_pairs
 from jaxclt.evaluation.judges import Judge
 from jaxclt.evaluation.measures import EvalOptions, Measures, Stage
 from jaxclt.evaluation.prompts import EvalText, graph_filter, pick_prompts
@@ -44,7 +45,6 @@ def evaluate(
     options: EvalOptions | None = None,
     prompts: Prompts | None = None,
     judge: Judge | None = None,
-    pairs: Sequence[ConceptPair] | None = None,
     out: Path | None = None,
     on_stage: Stage | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -58,7 +58,6 @@ def evaluate(
       prompts: of the graphs; None takes them from the text, see `choose_prompts`.
       judge: of the Sort and Contrastive Evals, from `jaxclt.evaluation.judges`; None
         leaves them out.
-      pairs: sentence pairs of the Contrastive Eval; None: the built-in ones.
       out: directory to keep measures in; what is there already is not measured again.
       on_stage: progress, (what, done, of); to the log if not given.
 
@@ -77,14 +76,22 @@ def evaluate(
             raise InputError(f"prompt {i} of --prompts: {error}") from None
     if prompts is None and options.graphs:
         prompts = choose_prompts(model, text, options, on_stage)
+    if text.pairs is None:
+        text = dataclasses.replace(text, pairs=load_pairs())
     rows: list[dict[str, Any]] = []
     raw: list[dict[str, Any]] = []
 
     def add(dictionary: Dictionary) -> None:
         one = Measures(
-            model, dictionary, text, list(prompts or ()), options, out, on_stage
+            model=model,
+            dictionary=dictionary,
+            text=text,
+            prompts=list(prompts or ()),
+            options=options,
+            out=out,
+            on_stage=on_stage,
         )
-        row, lines = one.row(judge, load_pairs() if pairs is None else pairs)
+        row, lines = one.row(judge)
         rows.append(row)
         raw.extend(lines)
 
@@ -93,13 +100,8 @@ def evaluate(
     l0 = [row["l0"] for row in rows if row["kind"] != "neurons" and row["l0"] > 0]
     if l0 and options.baselines:
         typical = float(np.exp(np.mean(np.log(l0))))
-        for threshold in neuron_thresholds(
-            model.params,
-            text.windows.token_WS,
-            text.windows.mask_WS,
-            [factor * typical for factor in options.baselines],
-            cfg=model.cfg,
-        ):
+        wanted = [factor * typical for factor in options.baselines]
+        for threshold in neuron_thresholds(model, text.windows, wanted):
             add(NeuronDictionary(threshold=threshold, hash=model.hash))
     return rows, raw
 

@@ -1,23 +1,22 @@
-"""A chat model behind an OpenAI-compatible address: asked once, never twice.
+"""A chat model at an OpenAI-compatible address: asked once, never twice.
 
 Every reply is on disk before anybody sees it: a run that is killed and started again
-goes on where it was. What goes wrong on the way (time-outs, rate limits, server errors,
-damaged or empty replies) is tried again with growing pauses.
+goes on where it was. Time-outs, rate limits and server errors are tried again by the
+`openai` package, which waits as long as the server asks; damaged and empty replies are
+asked for again here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import email.utils
 import hashlib
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -26,14 +25,14 @@ from jaxclt.files.json_file import COUNT, TEXT, json_schema, named, record
 from jaxclt.files.json_text import to_json
 from jaxclt.files.lines import append_line, read_lines
 
-__all__ = ["BudgetError", "Client", "Completion", "Message"]
+__all__ = ["BudgetError", "Client", "ClientOptions", "Completion", "Message"]
 
 Message = dict[str, str]  # role and content
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-_LONGEST = 120.0  # seconds of a pause, whatever a server asks for
+_COSTS = ("prompt_tokens", "completion_tokens", "requests")
+PAUSE = 0.5  # seconds before a damaged reply is asked for again; then twice as long
 _REPLY = json_schema(record({"key": TEXT, "text": TEXT}, {"usage": named(COUNT)}))
-_AGAIN = (408, 409, 425, 429)  # and all from 500 on
 
 
 class BudgetError(Exception):
@@ -49,8 +48,77 @@ class Completion:
     from_cache: bool
 
 
-class _DamagedError(Exception):
-    """A reply that is no reply."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClientOptions:
+    """How a model is asked.
+
+    Raises:
+      InputError: for a value out of its range.
+    """
+
+    cache_dir: str | os.PathLike[str] | None = None  # keeps replies; None: memory only
+    temperature: float | None = 0.0  # None leaves it to the server
+    max_tokens: int | None = 1024  # of a reply; None leaves it to the server
+    timeout: float = 120.0  # seconds to wait for a reply
+    tries: int = 8  # of a request, the first included
+    concurrency: int = 8  # requests under way together
+    requests_per_minute: float | None = None  # most that are sent
+    # After so many tokens, of prompts and replies, nothing more is asked. Replies under
+    # way by then still come in.
+    max_tokens_total: int | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(
+            timeout=self.timeout,
+            requests_per_minute=self.requests_per_minute,
+            tries=self.tries,
+            concurrency=self.concurrency,
+            max_tokens=self.max_tokens,
+        )
+        check_at_least(
+            0, temperature=self.temperature, max_tokens_total=self.max_tokens_total
+        )
+
+
+class _Meter:
+    """Counts what is asked and spent, in all and by question, and keeps to the rate."""
+
+    def __init__(self, options: ClientOptions) -> None:
+        self.options = options
+        self.usage: dict[str, int] = dict.fromkeys((*_COSTS, "cached"), 0)
+        self.lock = threading.Lock()
+        self.next = 0.0
+        self.here = threading.local()  # what the question of this thread has cost
+
+    def begin(self) -> dict[str, int]:
+        """Costs of a new question of this thread."""
+        spent: dict[str, int] = dict.fromkeys(_COSTS, 0)
+        self.here.spent = spent
+        return spent
+
+    def count(self, name: str, n: int) -> None:
+        with self.lock:
+            self.usage[name] += n
+            self.here.spent[name] += n
+
+    def check_budget(self) -> None:
+        most = self.options.max_tokens_total
+        total = self.usage["prompt_tokens"] + self.usage["completion_tokens"]
+        if most is not None and total >= most:
+            raise BudgetError(f"the budget of {most} tokens is spent")
+
+    def take_turn(self, _: Any) -> None:
+        """Count a request that is about to be sent, and wait for the rate limit."""
+        self.count("requests", 1)
+        rate = self.options.requests_per_minute
+        if not rate:
+            return
+        with self.lock:
+            now = time.monotonic()
+            turn = max(now, self.next)
+            self.next = turn + 60 / rate
+        if turn > now:
+            time.sleep(turn - now)
 
 
 class Client:
@@ -65,56 +133,18 @@ class Client:
     """
 
     def __init__(
-        self,
-        url: str,
-        model: str,
-        *,
-        cache_dir: str | os.PathLike[str] | None = None,
-        temperature: float | None = 0.0,
-        max_tokens: int | None = 1024,
-        timeout: float = 120.0,
-        tries: int = 6,
-        backoff: float = 1.0,
-        concurrency: int = 8,
-        requests_per_minute: float | None = None,
-        max_tokens_total: int | None = None,
-        sleep: Callable[[float], None] = time.sleep,
-        clock: Callable[[], float] = time.monotonic,
+        self, url: str, model: str, options: ClientOptions | None = None
     ) -> None:
         """Prepare to ask; nothing is sent yet.
 
         Args:
           url: up to and with ``/v1``.
           model: its name there.
-          cache_dir: folder that keeps replies; None keeps them in memory only.
-          temperature: None leaves it to the server.
-          max_tokens: of a reply; None leaves it to the server.
-          timeout: seconds to wait for a reply.
-          tries: of a request, the first included.
-          backoff: seconds of the first pause; each is twice as long as the one before.
-          concurrency: requests under way together.
-          requests_per_minute: most that are sent.
-          max_tokens_total: after so many tokens, of prompts and replies, nothing more
-            is asked. Replies under way by then still come in.
-          sleep: pauses.
-          clock: seconds that only grow.
+          options: how to ask.
 
         Raises:
           InputError: without the `openai` package, or for an address that is none.
         """
-        check_positive(
-            timeout=timeout,
-            requests_per_minute=requests_per_minute,
-            tries=tries,
-            concurrency=concurrency,
-            max_tokens=max_tokens,
-        )
-        check_at_least(
-            0,
-            temperature=temperature,
-            backoff=backoff,
-            max_tokens_total=max_tokens_total,
-        )
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or not model:
             raise InputError(f"judge {url!r}: give http(s)://host/v1#model")
@@ -129,76 +159,49 @@ class Client:
                 "asking a chat model needs the openai package: "
                 "pip install 'jaxclt[judge]'"
             ) from error
-        self.url, self.model, self.concurrency = url.rstrip("/"), model, concurrency
-        self.usage = dict.fromkeys(
-            ("prompt_tokens", "completion_tokens", "requests", "cached"), 0
-        )
+        self.url, self.model = url.rstrip("/"), model
+        self.options = options = options or ClientOptions()
+        self._meter = _Meter(options)
+        self.usage = self._meter.usage
         self._openai = openai
         self._key = os.environ.get("OPENAI_API_KEY") or "none"
         self._remote = openai.OpenAI(
-            base_url=self.url, api_key=self._key, timeout=timeout, max_retries=0
+            base_url=self.url,
+            api_key=self._key,
+            timeout=options.timeout,
+            http_client=openai.DefaultHttpxClient(
+                event_hooks={"request": [self._meter.take_turn]}
+            ),
         )
-        self._options: dict[str, Any] = {}
-        if temperature is not None:
-            self._options["temperature"] = temperature
-        if max_tokens is not None:
-            self._options["max_tokens"] = max_tokens
-        # What replies are filed under; `_options` may be adapted to the server.
-        self._asked = {"model": model, **self._options}
-        self._tries, self._backoff = tries, backoff
-        self._gap = 60 / requests_per_minute if requests_per_minute else 0.0
-        self._next, self._budget = 0.0, max_tokens_total
-        self._sleep, self._clock = sleep, clock
+        weakref.finalize(self, self._remote.close)
+        asked = {"temperature": options.temperature, "max_tokens": options.max_tokens}
+        self._said = {k: v for k, v in asked.items() if v is not None}
+        # What replies are filed under; `_said` may be adapted to the server.
+        self._asked = {"model": model, **self._said}
         self._lock = threading.Lock()
         self._asking: dict[str, threading.Lock] = {}
-        self._file = Path(cache_dir) / "replies.jsonl" if cache_dir else None
+        self._file = (
+            Path(options.cache_dir) / "replies.jsonl" if options.cache_dir else None
+        )
         self._known: dict[str, Completion] = {}
         if self._file is not None:
             for row in read_lines(self._file, _REPLY):
                 found = Completion(row["text"], row.get("usage", {}), from_cache=True)
                 self._known[row["key"]] = found
 
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """Close connections."""
         self._remote.close()
 
-    def complete(self, prompt: str) -> str:
-        """The reply to one prompt; empty if the model kept on saying nothing.
-
-        Raises:
-          BudgetError: if the tokens that may be spent are.
-          InputError: if there is no answer, or the server refuses the request.
-        """
-        return self.ask([{"role": "user", "content": prompt}]).text
-
-    def each(
-        self, prompts: Sequence[str]
-    ) -> Iterator[tuple[int, Completion | BudgetError]]:
-        """Replies with the number of their prompt, as they come.
-
-        Raises:
-          InputError: as `complete`; what came before is yielded first.
-        """
-        yield from self.map(
-            lambda prompt: self.ask([{"role": "user", "content": prompt}]), prompts
-        )
-
     def map(
         self, work: Callable[[_Item], _Result], items: Sequence[_Item]
     ) -> Iterator[tuple[int, _Result | BudgetError]]:
-        """Results of work that asks, `concurrency` at a time, as they come."""
-        pool = ThreadPoolExecutor(self.concurrency)
+        """Results of work that asks, `concurrency` at a time, with the item's number.
+
+        Raises:
+          InputError: as `ask`; what came before is yielded first.
+        """
+        pool = ThreadPoolExecutor(self.options.concurrency)
         futures = {pool.submit(work, item): i for i, item in enumerate(items)}
         try:
             failed: BaseException | None = None
@@ -221,7 +224,14 @@ class Client:
             pool.shutdown(cancel_futures=True)
 
     def ask(self, messages: Sequence[Message]) -> Completion:
-        """The reply to a conversation, from disk if it is there; see `complete`."""
+        """The reply to a conversation, from disk if it is there.
+
+        Its text is empty if the model kept on saying nothing.
+
+        Raises:
+          BudgetError: if the tokens that may be spent are.
+          InputError: if there is no answer, or the server refuses the request.
+        """
         text = to_json([self._asked, list(messages)], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()
         with self._lock:
@@ -232,7 +242,7 @@ class Client:
                 if key in self._known:
                     self.usage["cached"] += 1
                     return self._known[key]
-            text, usage = self._request(messages, key)
+            text, usage = self._request(messages)
             found = Completion(text, usage, from_cache=False)
             if text:
                 with self._lock:
@@ -245,100 +255,74 @@ class Client:
             row = {"key": key, "text": found.text, "usage": found.usage}
             append_line(self._file, row | {"model": self.model})
 
-    def _request(
-        self, messages: Sequence[Message], key: str
-    ) -> tuple[str, dict[str, int]]:
+    def _request(self, messages: Sequence[Message]) -> tuple[str, dict[str, int]]:
         """A reply that is not on disk, and what all the tries together cost."""
-        spent = {"prompt_tokens": 0, "completion_tokens": 0, "requests": 0}
-        problem, pause = "", 0.0
-        for attempt in range(self._tries):
-            if attempt:
-                # Threads that failed together should not come back together.
-                spread = 0.75 + int(key[:4], 16) / 0xFFFF / 2
-                longer = self._backoff * 2 ** (attempt - 1) * spread
-                self._sleep(min(max(pause, longer), max(_LONGEST, self._backoff)))
-            problem, pause, text = self._try(messages, spent)
-            if text is not None:
-                return text, spent
+        openai = self._openai
+        spent = self._meter.begin()
+        problem, pause = "", PAUSE
+        while (left := self.options.tries - spent["requests"]) > 0:
+            self._meter.check_budget()
+            said = dict(self._said)
+            body: Any = {"model": self.model, "messages": list(messages), **said}
+            try:
+                remote = self._remote.with_options(max_retries=left - 1)
+                reply = remote.chat.completions.create(**body)
+                if text := self._text(reply):
+                    return text, spent
+                problem = ""
+            except openai.APIStatusError as error:
+                if self._adapt(error, said):
+                    continue
+                problem, code = self._line(error), error.status_code
+                if code < 500 and code not in (408, 409, 429):
+                    raise InputError(
+                        f"{self.url} refuses requests ({problem}); is the model's name "
+                        "right, and does it need OPENAI_API_KEY?"
+                    ) from None
+                break
+            except openai.APIConnectionError as error:
+                problem = self._line(error)
+                break
+            except (openai.APIResponseValidationError, ValueError) as error:
+                problem = f"a damaged reply: {self._line(error)}"
+            if left > 1:
+                time.sleep(pause)
+                pause = min(2 * pause, 16 * PAUSE)
         if not problem:
             return "", spent
         raise InputError(
-            f"{self.url} gave no answer in {self._tries} tries ({problem}); start "
-            "again to go on: what was answered is kept"
+            f"{self.url} gave no answer in {spent['requests']} tries ({problem}); "
+            "start again to go on: what was answered is kept"
         )
 
-    def _try(
-        self, messages: Sequence[Message], spent: dict[str, int]
-    ) -> tuple[str, float, str | None]:
-        """One request: what went wrong, the pause asked for, and the reply or None."""
-        openai = self._openai
-        self._take_turn()
-        spent["requests"] += 1
-        options = dict(self._options)
-        body: Any = {"model": self.model, "messages": list(messages), **options}
-        try:
-            reply = self._remote.chat.completions.create(**body)
-            text = self._text(reply, spent)
-        except openai.APIStatusError as error:
-            code = error.status_code
-            problem = self._line(error)
-            if self._adapt(error, options):
-                return problem, -1.0, None
-            if code not in _AGAIN and code < 500:
-                raise InputError(
-                    f"{self.url} refuses requests ({problem}); is the model's name "
-                    "right, and does it need OPENAI_API_KEY?"
-                ) from None
-            return problem, _retry_after(error.response.headers), None
-        except (openai.APIConnectionError, openai.APIResponseValidationError) as error:
-            return self._line(error), 0.0, None
-        except (_DamagedError, ValueError) as error:
-            return f"a damaged reply: {self._line(error)}", 0.0, None
-        return "", 0.0, text or None
-
-    def _take_turn(self) -> None:
-        """Wait for the rate limit, and see that there is something left to spend."""
-        with self._lock:
-            total = self.usage["prompt_tokens"] + self.usage["completion_tokens"]
-            if self._budget is not None and total >= self._budget:
-                raise BudgetError(f"the budget of {self._budget} tokens is spent")
-            self.usage["requests"] += 1
-            now = self._clock()
-            turn = max(now, self._next)
-            self._next = turn + self._gap
-        if turn > now:
-            self._sleep(turn - now)
-
-    def _text(self, reply: Any, spent: dict[str, int]) -> str:
+    def _text(self, reply: Any) -> str:
         """Words of a reply; what it cost is counted even if there are none."""
         usage = getattr(reply, "usage", None)
         for name in ("prompt_tokens", "completion_tokens"):
             n = getattr(usage, name, None)
             if isinstance(n, int):
-                spent[name] += n
-                with self._lock:
-                    self.usage[name] += n
+                self._meter.count(name, n)
         try:
             content = reply.choices[0].message.content
         except (AttributeError, IndexError, TypeError) as error:
-            raise _DamagedError("no choices in it") from error
+            raise ValueError("no choices in it") from error
         return content.strip() if isinstance(content, str) else ""
 
-    def _adapt(self, error: Any, sent: dict[str, Any]) -> bool:
+    def _adapt(self, error: Any, said: dict[str, Any]) -> bool:
         """Say it as a server wants it that refuses an option; whether to try again.
 
         Newer models want another name for the length of a reply, and no temperature.
         """
         if error.status_code != 400:
             return False
-        said = str(error).lower()
+        text = str(error).lower()
         with self._lock:
-            if "max_completion_tokens" in said and "max_tokens" in sent:
-                n = self._options.pop("max_tokens", sent["max_tokens"])
-                self._options["max_completion_tokens"] = n
+            if "max_completion_tokens" in text and "max_tokens" in said:
+                n = self._said.pop("max_tokens", said["max_tokens"])
+                self._said["max_completion_tokens"] = n
                 return True
-            if "temperature" in said and "temperature" in sent:
-                self._options.pop("temperature", None)
+            if "temperature" in text and "temperature" in said:
+                self._said.pop("temperature", None)
                 return True
         return False
 
@@ -346,17 +330,3 @@ class Client:
         """What an error says, on one line; servers repeat keys in their errors."""
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         return said if self._key == "none" else said.replace(self._key, "***")
-
-
-def _retry_after(headers: Any) -> float:
-    """Seconds that a server asks to wait, said as a number or a date; 0 if none."""
-    said = headers.get("retry-after")
-    if not said:
-        return 0.0
-    with contextlib.suppress(ValueError):
-        return max(0.0, float(said))
-    with contextlib.suppress(ValueError, TypeError):
-        return max(
-            0.0, email.utils.parsedate_to_datetime(said).timestamp() - time.time()
-        )
-    return 0.0

@@ -141,7 +141,7 @@ def prompt_of(trial: Trial) -> str:
 
 
 def fence_of(text: str) -> str:
-    """A mark that does not occur in a text and cannot be told in advance."""
+    """A mark that does not occur in a text and cannot be guessed in advance."""
     fence = "data-" + hashlib.sha256(text.encode(errors="replace")).hexdigest()[:10]
     while fence in text:
         fence += "x"

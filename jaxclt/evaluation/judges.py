@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -49,10 +50,6 @@ class Answer:
     from_cache: bool = False
     usage: Mapping[str, int] = dataclasses.field(default_factory=dict)
     not_asked: str | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings."""
-        return dataclasses.asdict(self)
 
 
 class Judge(Protocol):
@@ -152,15 +149,9 @@ class BaselineJudge:
         """The feature, or the sentence, with the larger ratio."""
         for i, trial in enumerate(trials):
             known = self.background or _own_background(trial)
-            if trial.kind == "sort":
-                first, second = (
-                    self.ratio(shown, trial.query[0], known) for shown in trial.shown
-                )
-            else:
-                first, second = (
-                    self.ratio(trial.shown[0], text, known) for text in trial.query
-                )
-            scores = (first, second)
+            # Sort: two features and one text; Contrastive: one feature and two texts.
+            first, second = itertools.product(trial.shown, trial.query)
+            scores = self.ratio(*first, known), self.ratio(*second, known)
             choice = better(scores, trial)
             yield i, Answer(choice=choice, scores=scores)
 

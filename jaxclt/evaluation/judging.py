@@ -18,7 +18,7 @@ from jaxclt.clt.coder import Loaded
 from jaxclt.dashboards.examples import Examples
 from jaxclt.errors import InputError, did_you_mean, shown
 from jaxclt.evaluation.concepts import ConceptPair, sentence_peaks
-from jaxclt.evaluation.http_client import Client
+from jaxclt.evaluation.http_client import Client, ClientOptions
 from jaxclt.evaluation.http_judge import HttpJudge
 from jaxclt.evaluation.judges import (
     Answer,
@@ -29,14 +29,21 @@ from jaxclt.evaluation.judges import (
     background_of,
 )
 from jaxclt.evaluation.local_judge import LocalJudge
-from jaxclt.evaluation.trials import Trial, contrastive_trials, sort_trials
+from jaxclt.evaluation.trials import Source, Trial, contrastive_trials, sort_trials
 from jaxclt.files.json_file import COUNT, TEXT, json_schema, named, record
 from jaxclt.files.json_text import to_json
 from jaxclt.files.lines import append_line, read_lines
 from jaxclt.io.model import Model, load_model
 from jaxclt.validation.stats import ratio_interval, wilson
 
-__all__ = ["Row", "interpretability", "judge_score", "judge_trials", "read_judge"]
+__all__ = [
+    "Questions",
+    "Row",
+    "interpretability",
+    "judge_score",
+    "judge_trials",
+    "read_judge",
+]
 
 Row = dict[str, Any]  # key, judge, trial, answer, correct: JSON throughout
 _LOGGED = json_schema(
@@ -105,7 +112,7 @@ def _row(judge: str, key: str, trial: Trial, answer: Answer) -> Row:
         "key": key,
         "judge": judge,
         "correct": None if choice is None else choice == trial.answer,
-        "answer": answer.as_json(),
+        "answer": dataclasses.asdict(answer),
         "trial": trial.as_json(),
     }
     return _plain(row)
@@ -181,43 +188,21 @@ def _finite(interval: tuple[float, float]) -> list[float] | None:
     return list(interval) if np.isfinite(interval).all() else None
 
 
-def read_judge(
-    text: str,
-    *,
-    cache_dir: str | os.PathLike[str] | None = None,
-    concurrency: int = 8,
-    requests_per_minute: float | None = None,
-    max_tokens_total: int | None = None,
-    temperature: float | None = 0.0,
-) -> Judge:
+def read_judge(text: str, options: ClientOptions | None = None) -> Judge:
     """A judge from what a user wrote.
 
     Args:
       text: ``baseline``, ``coin``, ``oracle``, ``local:MODEL`` (as `load_model` takes
         it), or ``http(s)://host/v1#model``, an OpenAI-compatible address and a model's
         name there.
-      cache_dir: folder for replies of an address; see `Client`, also for the rest.
-      concurrency: requests under way together.
-      requests_per_minute: most that are sent.
-      max_tokens_total: after so many tokens nothing more is asked.
-      temperature: None leaves it to the server.
+      options: how an address is asked.
 
     Raises:
       InputError: for anything else, or what does not load.
     """
     if text.startswith(("http://", "https://")):
         url, _, model = text.partition("#")
-        return HttpJudge(
-            Client(
-                url,
-                model,
-                cache_dir=cache_dir,
-                temperature=temperature,
-                concurrency=concurrency,
-                requests_per_minute=requests_per_minute,
-                max_tokens_total=max_tokens_total,
-            )
-        )
+        return HttpJudge(Client(url, model, options))
     kind, _, rest = text.partition(":")
     if kind == "local" and rest:
         return LocalJudge(load_model(rest))
@@ -234,39 +219,41 @@ def read_judge(
     return known[text]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Questions:
+    """What is asked about a dictionary's features."""
+
+    sort: int  # trials of the Sort eval, and as many again of similar pairs
+    contrastive: int  # trials of the Contrastive eval
+    pairs: Sequence[ConceptPair] = ()  # of sentences, from `load_pairs`
+    seed: int = 0  # of the trials and the bootstrap
+    n_shown: int = 5  # excerpts shown of each feature
+    context: int = 32  # tokens of an excerpt at most
+
+
 def interpretability(
-    examples: Examples,
-    encoder: Loaded,
-    model: Model,
     judge: Judge,
+    examples: Examples,
+    loaded: Loaded,
+    model: Model,
+    questions: Questions,
     *,
-    n_sort: int,
-    n_contrastive: int,
-    pairs: Sequence[ConceptPair],
-    seed: int,
-    log_dir: str | os.PathLike[str] | None,
     directions_UD: np.ndarray | None = None,
-    n_shown: int = 5,
-    context: int = 32,
+    log_dir: str | os.PathLike[str] | None = None,
     on_trial: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> dict[str, Any]:
     """Sort eval and Contrastive eval of a dictionary's features.
 
     Args:
-      examples: what the features did on text.
-      encoder: of the dictionary.
-      model: whose stream it reads.
       judge: from `read_judge`.
-      n_sort: trials of the Sort eval (as many again of similar pairs).
-      n_contrastive: trials of the Contrastive eval.
-      pairs: of sentences, from `load_pairs`.
-      seed: of the trials and the bootstrap.
-      log_dir: folder for ``sort.jsonl``, ``sort_similar.jsonl``, ``contrastive.jsonl``
-        with every trial and answer, to go on from; or None.
+      examples: what the features did on text.
+      loaded: the dictionary.
+      model: whose stream it reads.
+      questions: how many, of what.
       directions_UD: a direction for each feature, such as its decoder; without them
         there are no similar pairs.
-      n_shown: excerpts shown of each feature.
-      context: tokens of an excerpt at most.
+      log_dir: folder for ``sort.jsonl``, ``sort_similar.jsonl``, ``contrastive.jsonl``
+        with every trial and answer, to go on from; or None.
       on_trial: progress: name, answers there are, of how many.
 
     Returns:
@@ -274,35 +261,34 @@ def interpretability(
       ``contrastive`` and ``contrastive_weighted`` (the answers of ``contrastive``
       counted by activation).
     """
+    pairs = questions.pairs
     words, sentences = _strings(examples, model, pairs)
     if isinstance(judge, BaselineJudge) and judge.background is None:
         judge = dataclasses.replace(judge, background=background_of(examples, words))
     key_sort, key_similar, key_contrastive, key_score = jax.random.split(
-        jax.random.key(seed), 4
+        jax.random.key(questions.seed), 4
     )
-    sort = partial(
-        sort_trials, examples, words, n_sort, n_shown=n_shown, context=context
+    source = Source(
+        examples, words, n_shown=questions.n_shown, context=questions.context
     )
-    contrastive: list[Trial] = []
-    if n_contrastive and pairs:
-        contrastive = contrastive_trials(
-            examples,
-            words,
+    trials = {
+        "sort": sort_trials(source, questions.sort, key_sort),
+        "sort_similar": [],
+        "contrastive": [],
+    }
+    if directions_UD is not None:
+        trials["sort_similar"] = sort_trials(
+            source, questions.sort, key_similar, direction_UD=directions_UD
+        )
+    if questions.contrastive and pairs:
+        trials["contrastive"] = contrastive_trials(
+            source,
             pairs,
-            sentence_peaks(encoder, model, pairs, examples.layer_U, examples.feature_U),
-            n_contrastive,
+            sentence_peaks(loaded, model, pairs, examples.layer_U, examples.feature_U),
+            questions.contrastive,
             key_contrastive,
             encode=sentences.__getitem__,
-            n_shown=n_shown,
-            context=context,
         )
-    trials = {
-        "sort": sort(key_sort),
-        "sort_similar": []
-        if directions_UD is None
-        else sort(key_similar, direction_UD=directions_UD),
-        "contrastive": contrastive,
-    }
     rows = {
         name: judge_trials(
             judge,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jaxclt.dashboards.examples import Examples
-from jaxclt.evaluation.http_client import BudgetError, Client
+from jaxclt.evaluation.http_client import BudgetError, Client, Completion
 from jaxclt.evaluation.http_judge import excerpt_lines, fence_of
 
 __all__ = ["MARK", "automatic_labels", "label_prompt", "parse_label"]
@@ -70,10 +70,14 @@ def automatic_labels(
       on_label: progress, (replies, of).
     """
     live = np.flatnonzero(examples.count_U > 0)
-    prompts = [label_prompt(examples, int(u), text) for u in live]
+
+    def asked(u: int) -> Completion:
+        prompt = label_prompt(examples, u, text)
+        return client.ask([{"role": "user", "content": prompt}])
+
     found: dict[int, str] = {}
-    for done, (i, reply) in enumerate(client.each(prompts), 1):
-        on_label(done, len(prompts))
+    for done, (i, reply) in enumerate(client.map(asked, live.tolist()), 1):
+        on_label(done, len(live))
         if isinstance(reply, BudgetError):
             continue
         label = parse_label(reply.text)

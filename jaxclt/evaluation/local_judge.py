@@ -1,4 +1,4 @@
-"""A judge without an API: how likely a language model finds a text behind excerpts."""
+"""A judge without an API: how likely a language model finds a text after excerpts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SHORTEST = 64
 
 
 class _Job(NamedTuple):
-    """A text whose log-probability behind a prefix is asked for."""
+    """A text whose log-probability after a prefix is wanted."""
 
     prefix: tuple[int, ...]
     text: tuple[int, ...]
@@ -42,8 +42,8 @@ class LocalJudge:
     Sort: ``log p(query | excerpts of feature i)`` for both features. Contrastive:
     ``log p(sentence | excerpts) - log p(sentence)`` for both sentences, so that neither
     wins by being likely anyway. Excerpts come weakest first, each with the tokens on
-    which the feature was active behind it; what the model has no room for is cut from
-    the front, and there the weakest stand.
+    which the feature was active after it; what the model has no room for is cut from
+    the front, where the weakest are.
 
     Attributes:
       model: any model that `load_model` reads; it need not be the one that is traced.
@@ -90,7 +90,7 @@ class LocalJudge:
         return _Job(tuple(opening) + tuple(prefix), tuple(text))
 
     def log_probs(self, jobs: Sequence[_Job]) -> dict[_Job, float]:
-        """Log-probability of each text behind its prefix, each job run once.
+        """Log-probability of each text after its prefix, each job run once.
 
         A job's batch depends on which jobs there are and not on their order, so that
         the numbers are the same to the last bit in either order of a trial.

@@ -12,6 +12,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +31,10 @@ from jaxclt.errors import (
     check_positive,
     check_share,
 )
-from jaxclt.evaluation.concepts import ConceptPair, readable
+from jaxclt.evaluation.concepts import readable
 from jaxclt.evaluation.graphs import graph_means, graph_row
 from jaxclt.evaluation.judges import Judge
-from jaxclt.evaluation.judging import interpretability
+from jaxclt.evaluation.judging import Questions, interpretability
 from jaxclt.evaluation.prompts import EvalText, unsure
 from jaxclt.files.atomic import atomic_path
 from jaxclt.files.json_file import MOST_DATA, check_json, json_schema, read_json, record
@@ -52,7 +53,7 @@ from jaxclt.text.prompts import Given
 from jaxclt.text.windows import batches
 from jaxclt.trace.prompt import trace_prompt
 from jaxclt.train.harvest import harvest
-from jaxclt.validation.perturb import by_distance, faithfulness
+from jaxclt.validation.faithfulness import by_distance, faithfulness
 from jaxclt.validation.stats import ratio_interval
 from jaxclt.version import __version__
 
@@ -128,35 +129,31 @@ class EvalOptions:
         check_finite(seed=self.seed)
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Measures:
     """One dictionary, and where its measures are kept."""
 
-    def __init__(
-        self,
-        model: Model,
-        dictionary: Dictionary,
-        text: EvalText,
-        prompts: list[Given],
-        options: EvalOptions,
-        out: Path | None,
-        on_stage: Stage,
-    ) -> None:
-        self.model, self.dictionary, self.text = model, dictionary, text
-        self.prompts, self.options, self.out = prompts, options, out
-        self.on_stage = on_stage
-        self.key = jax.random.key(options.seed)
-        self._loaded: Loaded | None = None
-        self._held: dict[int, Graph] = {}
+    model: Model
+    dictionary: Dictionary
+    text: EvalText
+    prompts: list[Given]
+    options: EvalOptions
+    out: Path | None
+    on_stage: Stage
+    # Graphs that are perturbed as well.
+    _held: dict[int, Graph] = dataclasses.field(default_factory=dict, init=False)
 
-    @property
+    @cached_property
+    def key(self) -> jax.Array:
+        """Of everything drawn."""
+        return jax.random.key(self.options.seed)
+
+    @cached_property
     def loaded(self) -> Loaded:
         """The dictionary in memory, read when it is first needed."""
-        if self._loaded is None:
-            model = self.model
-            self._loaded = load(self.dictionary, model.params, model.cfg)
-        return self._loaded
+        return load(self.dictionary, self.model.params, self.model.cfg)
 
-    def told(self, what: str) -> Callable[[int, int], None]:
+    def progress(self, what: str) -> Callable[[int, int], None]:
         """Progress of one measure."""
         return lambda done, total: self.on_stage(
             f"{self.dictionary.name}: {what}", done, total
@@ -195,9 +192,7 @@ class Measures:
                 temporary.write_text(to_json(kept), "utf-8")
         return row, raw, took
 
-    def row(
-        self, judge: Judge | None, pairs: Sequence[ConceptPair]
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def row(self, judge: Judge | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """All measures that are asked for."""
         stages: dict[str, Callable[[], Part]] = {
             "reconstruction": self.reconstruction,
@@ -211,8 +206,8 @@ class Measures:
             stages["faithfulness"] = self.faithfulness
         depends = ""
         if judge is not None:
-            stages["judged"] = lambda: self.judged(judge, pairs)
-            depends = f"{judge.name} {pairs}"
+            stages["judged"] = lambda: self.judged(judge)
+            depends = f"{judge.name} {self.text.pairs}"
         row, lines, seconds = self.described(), [], {}
         for name, measure in stages.items():
             found, raw, seconds[name] = self.kept(
@@ -244,7 +239,7 @@ class Measures:
         model, windows = self.model, self.text.windows
         per_token = 4 * model.cfg.n_layers * self.loaded.n_features
         n_tokens = max(windows.token_WS.shape[1], BATCH_BYTES // per_token)
-        told, parts = self.told("reconstruction"), []
+        report, parts = self.progress("reconstruction"), []
         for token_WS, mask_WS, done in batches(windows, 0, min(n_tokens, 2048)):
             read_LTD, write_LTD, _ = harvest(
                 model.params,
@@ -262,7 +257,7 @@ class Measures:
                 params=model.params,
             )
             parts.append(found)
-            told(int(windows.mask_WS[:done].sum()), windows.n_tokens)
+            report(int(windows.mask_WS[:done].sum()), windows.n_tokens)
         found = Reconstruction.joined(parts).where_tokens()
         W = len(found.token_W)
         draw = np.asarray(jax.random.randint(self.key, (200, W), 0, W))
@@ -279,7 +274,7 @@ class Measures:
         text = text.take(
             int(np.searchsorted(asked_W, self.options.agreement_tokens)) + 1
         )
-        W, told = len(text.windows.token_WS), self.told("replacement model")
+        W, report = len(text.windows.token_WS), self.progress("replacement model")
 
         row: dict[str, Any] = {"intervals": {}}
         lines = [{"window": w} for w in range(W)]
@@ -289,7 +284,7 @@ class Measures:
             text.windows.token_WS,
             cfg=self.model.cfg,
             keep_first=(True, False),
-            on_windows=told,
+            on_windows=report,
         )
         for name, found in zip(("", "_strict"), both, strict=True):
             unsure_WS = unsure(found.model_WS, found.confidence_WS, text.next_WS)
@@ -337,7 +332,7 @@ class Measures:
             self.loaded,
             text.windows.token_WS,
             cfg=self.model.cfg,
-            on_layer=self.told("layer by layer"),
+            on_layer=self.progress("layer by layer"),
         )
         return {
             "layer_kl_L": kl_LWS[:, text.ask_WS].mean(1),
@@ -346,11 +341,11 @@ class Measures:
 
     def graphs(self) -> Part:
         """Scores of the graphs of all prompts."""
-        lines, told, n = [], self.told("graphs"), len(self.prompts)
+        lines, report, n = [], self.progress("graphs"), len(self.prompts)
         for i in range(n):
-            graph = self._traced(i, lambda *_, i=i: told(i, n))
+            graph = self._traced(i, lambda *_, i=i: report(i, n))
             lines.append(graph_row(graph))
-            told(i + 1, n)
+            report(i + 1, n)
         return graph_means(lines, self.key), lines
 
     def _traced(self, i: int, on_rows: Callable[[int, int], None]) -> Graph:
@@ -373,10 +368,10 @@ class Measures:
 
     def faithfulness(self) -> Part:
         """How perturbations spread, by layers between."""
-        lines, told = [], self.told("perturbations")
+        lines, report = [], self.progress("perturbations")
         n = min(self.options.perturbed, len(self.prompts))
         for i in range(n):
-            graph = self._traced(i, lambda *_, i=i: told(i, n))
+            graph = self._traced(i, lambda *_, i=i: report(i, n))
             subject = Subject.of(self.model, self.dictionary, graph)
             tables, layers = faithfulness(
                 subject,
@@ -384,35 +379,37 @@ class Measures:
                 n_layers=5,
                 n_perturbed=2,
                 live=False,
-                on_batch=lambda _, i=i: told(i, n),
+                on_batch=lambda _, i=i: report(i, n),
             )
             lines.append({"layers": layers, "tables": tables})
-            told(i + 1, n)
+            report(i + 1, n)
         return {"faithfulness": by_distance(lines)}, lines
 
-    def judged(self, judge: Judge, pairs: Sequence[ConceptPair]) -> Part:
+    def judged(self, judge: Judge) -> Part:
         """Sort and Contrastive Evals; the trials are logged in ``judged/``."""
         model, options = self.model, self.options
-        encoder = self.loaded
         examples = gather_examples(
             model.params,
-            encoder,
+            self.loaded,
             self.text.windows,
-            on_tokens=self.told("examples of features"),
+            on_tokens=self.progress("examples of features"),
         )
         folder = re.sub(r"[^A-Za-z0-9@.-]+", "-", self.dictionary.name).strip("-.")
-        scores = interpretability(
-            examples,
-            encoder,
-            model,
-            judge,
-            n_sort=options.sort,
-            n_contrastive=options.contrastive,
-            pairs=readable(self.model, pairs),
+        questions = Questions(
+            sort=options.sort,
+            contrastive=options.contrastive,
+            pairs=readable(model, self.text.pairs or ()),
             seed=options.seed,
+        )
+        scores = interpretability(
+            judge,
+            examples,
+            self.loaded,
+            model,
+            questions,
             log_dir=None if self.out is None else self.out / "judged" / folder,
             directions_UD=self._directions(examples),
-            on_trial=lambda name, done, n: self.told(f"{name} trials")(done, n),
+            on_trial=lambda name, done, n: self.progress(f"{name} trials")(done, n),
         )
         row: dict[str, Any] = {"judge": scores.pop("judge"), "judged": scores}
         row["intervals"] = {}

@@ -89,7 +89,7 @@ def draw_graphs(path: Path, rows: Sequence[Row]) -> None:
 
 
 def draw_faithfulness(path: Path, rows: Sequence[Row]) -> None:
-    """Cosine and NMSE of perturbations by layers behind (figure 36)."""
+    """Cosine and NMSE of perturbations by layers downstream (figure 36)."""
     figure, axes = _figure(2)
     for row in rows:
         found = row.get("faithfulness", {}).get("upstream")
@@ -100,7 +100,9 @@ def draw_faithfulness(path: Path, rows: Sequence[Row]) -> None:
             if what == "nmse":
                 at.pop(0, None)  # nothing yet, and the axis is logarithmic
             ax.plot(list(at), list(at.values()), label=_name(row), lw=1.4)
-    axes[0].set(title="cosine of responses", xlabel="layers behind", ylim=(-0.05, 1.05))
-    axes[1].set(title="NMSE of responses", xlabel="layers behind")
+    axes[0].set(
+        title="cosine of responses", xlabel="layers downstream", ylim=(-0.05, 1.05)
+    )
+    axes[1].set(title="NMSE of responses", xlabel="layers downstream")
     axes[1].set_yscale("log")
     _save(figure, axes, path)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from jaxclt.evaluation.concepts import ConceptPair
 from jaxclt.io.model import Model
 from jaxclt.text.corpus import PAD
 from jaxclt.text.prompts import PromptRow, prompt_rows, prompt_text
@@ -37,6 +38,7 @@ class EvalText:
       next_WS: int32, the next token of the text; -1 where it is not known.
       count_V: how often each token occurs in the text (more than `windows` holds).
       prompts: whether each window is a prompt by itself, whose last position asks.
+      pairs: of sentences, for the Contrastive Eval; None: the built-in ones.
     """
 
     windows: TokenWindows
@@ -44,6 +46,7 @@ class EvalText:
     next_WS: np.ndarray
     count_V: np.ndarray
     prompts: bool
+    pairs: Sequence[ConceptPair] | None = None
 
     @property
     def digest(self) -> str:
@@ -86,43 +89,36 @@ def read_eval_text(
     """
     rows = prompt_rows(data)
     if rows is None:
-        every = read_windows(
-            model, data, tokens=max(tokens, count_tokens), context=context
-        )
+        n_tokens = max(tokens, count_tokens)
+        every = read_windows(model, data, tokens=n_tokens, context=context)
         windows = every.first(tokens)
         next_WS = np.full_like(windows.token_WS, PAD)
         next_WS[:, :-1] = windows.token_WS[:, 1:]
-        return EvalText(
-            windows=windows,
-            ask_WS=windows.mask_WS & (next_WS != PAD),
-            next_WS=next_WS,
-            count_V=_counts(every.token_WS, model.cfg.d_vocab),
-            prompts=False,
-        )
-    answers = [row.answer for row in rows]  # before any work
-    windows = read_windows(model, row_ids(model.tokenizer, rows))
-    last_W = (windows.token_WS != PAD).sum(1) - 1
-    here = np.arange(len(rows)), last_W
-    ask_WS = np.zeros(windows.token_WS.shape, bool)
-    next_WS = np.full_like(windows.token_WS, PAD)
-    ask_WS[here] = True
-    next_WS[here] = [
-        _answer(model, row, answer, int(last))
-        for row, answer, last in zip(rows, answers, last_W, strict=True)
-    ]
-    enough = windows.first(tokens)
+        ask_WS = windows.mask_WS & (next_WS != PAD)
+    else:
+        answers = [row.answer for row in rows]  # before any work
+        every = windows = read_windows(model, row_ids(model.tokenizer, rows))
+        next_WS = np.full_like(windows.token_WS, PAD)
+        ask_WS = np.zeros(windows.token_WS.shape, bool)
+        last_W = (windows.token_WS != PAD).sum(1) - 1
+        here = np.arange(len(rows)), last_W
+        ask_WS[here] = True
+        next_WS[here] = [
+            _answer(model, row, answer, int(last))
+            for row, answer, last in zip(rows, answers, last_W, strict=True)
+        ]
     found = EvalText(
         windows=windows,
         ask_WS=ask_WS,
         next_WS=next_WS,
-        count_V=_counts(windows.token_WS, model.cfg.d_vocab),
-        prompts=True,
+        count_V=_counts(every.token_WS, model.cfg.d_vocab),
+        prompts=rows is not None,
     )
-    return found.take(len(enough.token_WS))
+    return found.take(len(windows.first(tokens).token_WS)) if found.prompts else found
 
 
 def _answer(model: Model, row: PromptRow, answer: str, last: int) -> int:
-    """The token behind a prompt, or -1."""
+    """The token after a prompt, or -1."""
     if not answer:
         return PAD
     ids = model.tokenizer.encode(prompt_text(model.tokenizer, row.prompt) + answer)

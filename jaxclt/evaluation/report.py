@@ -113,7 +113,7 @@ def write_evaluation(
     Raises:
       InputError: if the directory cannot be written.
     """
-    told = [
+    verdicts = [
         {
             "claim": claim.text,
             "verdict": claim.verdict,
@@ -122,7 +122,7 @@ def write_evaluation(
         }
         for claim in claims
     ]
-    document = {**meta, "rows": list(rows), "claims": told}
+    document = {**meta, "rows": list(rows), "claims": verdicts}
     for name, text in {
         "eval.json": to_json(document, indent=1) + "\n",
         "rows.jsonl": "".join(to_json(line) + "\n" for line in raw),

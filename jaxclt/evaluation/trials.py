@@ -25,7 +25,7 @@ from jaxclt.dashboards.examples import Examples, Excerpts, Shown
 from jaxclt.evaluation.concepts import ConceptPair
 from jaxclt.files.json_text import to_json
 
-__all__ = ["Trial", "contrastive_trials", "shown_excerpt", "sort_trials"]
+__all__ = ["Source", "Trial", "contrastive_trials", "sort_trials"]
 
 Feature = tuple[int, int]  # layer and index
 _BLOCK = 256  # rows of random numbers drawn at a time
@@ -62,27 +62,10 @@ class Trial:
     concept: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings; `from_json` reads them."""
+        """Plain lists, numbers and strings."""
         return dataclasses.asdict(self) | {
             "shown": [[shown._asdict() for shown in each] for each in self.shown]
         }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Trial:
-        """The trial that `as_json` was called on."""
-        shown = tuple(
-            tuple(
-                Shown(s["window"], tuple(s["tokens"]), tuple(s["acts"]), s["peak"])
-                for s in each
-            )
-            for each in data["shown"]
-        )
-        fields: dict[str, Any] = data | {
-            "features": tuple((f[0], f[1]) for f in data["features"]),
-            "shown": shown,
-            "query": tuple(map(tuple, data["query"])),
-        }
-        return cls(**fields)
 
     @property
     def key(self) -> str:
@@ -90,24 +73,95 @@ class Trial:
         text = to_json(self.as_json(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def swapped(self) -> Trial:
-        """The same question with what is called "1" and "2" the other way round."""
-        other: Literal[1, 2] = 2 if self.answer == 1 else 1
-        if self.kind == "contrastive":
-            return dataclasses.replace(self, query=self.query[::-1], answer=other)
-        return dataclasses.replace(
-            self, features=self.features[::-1], shown=self.shown[::-1], answer=other
-        )
+
+class Source:
+    """Excerpts of features as trials show them, made once each.
+
+    Args:
+      examples: what the features did on text.
+      token_strings: of every token id.
+      n_shown: excerpts shown of each feature; features with fewer do not take part.
+      context: tokens of an excerpt at most, about its peak.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        token_strings: Sequence[str],
+        *,
+        n_shown: int = 5,
+        context: int = 32,
+    ) -> None:
+        self.examples, self.strings = examples, token_strings
+        self.n_shown, self.context = n_shown, context
+        self._shown: dict[int, tuple[Shown, ...]] = {}
+        self._held: dict[int, list[Shown]] = {}
+
+    def name(self, u: int) -> Feature:
+        """Layer and index of a row of the examples."""
+        return int(self.examples.layer_U[u]), int(self.examples.feature_U[u])
+
+    def text(self, ids: Sequence[int]) -> list[str]:
+        """Strings of tokens."""
+        return [self.strings[int(i)] for i in ids]
+
+    def able(self, *, held_out: bool) -> np.ndarray:
+        """Rows of the features with enough excerpts to show, and maybe one more."""
+        top, drawn = self.examples.top.window_UE, self.examples.drawn.window_UE
+        able_U = (top >= 0).sum(1) >= self.n_shown
+        if held_out:
+            first_U1E = np.where(top < 0, -2, top)[:, None, : self.n_shown]
+            other_U = ((drawn >= 0) & (drawn[:, :, None] != first_U1E).all(2)).any(1)
+            able_U &= ((top >= 0).sum(1) > self.n_shown) | other_U
+        return np.flatnonzero(able_U)
+
+    def shown(self, u: int) -> tuple[Shown, ...]:
+        """The excerpts that stand for a feature, strongest first."""
+        if u not in self._shown:
+            top = self.examples.top
+            self._shown[u] = tuple(
+                self.excerpt(top, u, e) for e in _rows(top, u)[: self.n_shown]
+            )
+        return self._shown[u]
+
+    def held(self, u: int) -> list[Shown]:
+        """Excerpts of other windows, with other words, than the shown ones."""
+        if u not in self._held:
+            top, drawn = self.examples.top, self.examples.drawn
+            places = [(top, e) for e in _rows(top, u)[self.n_shown :]]
+            places += [(drawn, e) for e in _rows(drawn, u)]
+            windows = {shown.window for shown in self.shown(u)}
+            texts = {shown.tokens for shown in self.shown(u)}
+            kept = []
+            for excerpts, e in places:
+                window = int(excerpts.window_UE[u, e])
+                if window not in windows:
+                    windows.add(window)
+                    shown = self.excerpt(excerpts, u, e)
+                    if shown.tokens not in texts:
+                        kept.append(shown)
+            self._held[u] = kept
+        return self._held[u]
+
+    def excerpt(self, excerpts: Excerpts, u: int, e: int) -> Shown:
+        """One of the excerpts of a feature, `context` tokens at most."""
+        whole, context = self.examples.shown(excerpts, u, e, self.text), self.context
+        # What a causal feature reacts to stands before its peak: most room is there.
+        low = max(0, min(whole.peak - 2 * context // 3, len(whole.tokens) - context))
+        cut = slice(low, low + context)
+        acts = tuple(map(_short, whole.acts[cut]))
+        return Shown(whole.window, whole.tokens[cut], acts, whole.peak - low)
+
+
+def _rows(excerpts: Excerpts, u: int) -> list[int]:
+    return np.flatnonzero(excerpts.window_UE[u] >= 0).tolist()
 
 
 def sort_trials(
-    examples: Examples,
-    token_strings: Sequence[str],
+    source: Source,
     n: int,
     key: jax.Array,
     *,
-    n_shown: int = 5,
-    context: int = 32,
     direction_UD: np.ndarray | None = None,
 ) -> list[Trial]:
     """Up to n trials of the Sort eval, each of another pair of features.
@@ -118,16 +172,12 @@ def sort_trials(
     over: two identical features have none.
 
     Args:
-      examples: what the features did on text.
-      token_strings: of every token id.
+      source: of excerpts.
       n: trials; fewer come back if there are not enough pairs.
       key: decides the pairs, whose excerpt the query is, which, and who is "1".
-      n_shown: excerpts shown of each feature; features with fewer do not take part.
-      context: tokens of an excerpt at most, about its peak.
       direction_UD: a direction for each feature, such as its decoder. Given, pairs are
         not drawn but taken by the cosine of their directions, highest first.
     """
-    source = _Source(examples, token_strings, n_shown, context)
     able_E = source.able(held_out=True)
     if len(able_E) < 2 or n < 1:
         return []
@@ -149,16 +199,13 @@ def sort_trials(
 
 
 def contrastive_trials(
-    examples: Examples,
-    token_strings: Sequence[str],
+    source: Source,
     pairs: Sequence[ConceptPair],
     peak_P2U: np.ndarray,
     n: int,
     key: jax.Array,
     *,
     encode: Callable[[str], Sequence[int]],
-    n_shown: int = 5,
-    context: int = 32,
 ) -> list[Trial]:
     """Up to n trials of the Contrastive eval, no feature twice on a pair of sentences.
 
@@ -166,18 +213,14 @@ def contrastive_trials(
     exactly one of the sentences.
 
     Args:
-      examples: what the features did on text.
-      token_strings: of every token id.
+      source: of excerpts.
       pairs: P pairs of sentences.
       peak_P2U: largest activation of each feature on both sentences of each pair, the
         one with the concept first; 0 where it is not active (see `sentence_peaks`).
       n: trials; fewer come back if there are not enough.
       key: decides which, and the order of the sentences.
       encode: token ids of a text, without special tokens.
-      n_shown: excerpts shown of a feature; features with fewer do not take part.
-      context: tokens of an excerpt at most, about its peak.
     """
-    source = _Source(examples, token_strings, n_shown, context)
     able_E = source.able(held_out=False)
     on_P2E = peak_P2U[:, :, able_E] != 0
     pair_N, index_N = np.nonzero(on_P2E[:, 0] != on_P2E[:, 1])
@@ -185,24 +228,19 @@ def contrastive_trials(
     if not len(pair_N) or n < 1:
         return []
     order_N = np.asarray(jax.random.permutation(key_order, len(pair_N)))[:n]
-    tokens = {
-        text: tuple(token_strings[int(i)] for i in encode(text))
-        for p in set(pair_N[order_N].tolist())
-        for text in pairs[p].sentences
-    }
     found = []
     for i, (side,) in zip(order_N.tolist(), _draws(key_sides, 1), strict=False):
         p, u = int(pair_N[i]), int(able_E[index_N[i]])
-        turned = bool(side < 0.5)
-        query = tuple(tokens[text] for text in pairs[p].sentences)
+        exchanged = bool(side < 0.5)
+        query = tuple(tuple(source.text(encode(x))) for x in pairs[p].sentences)
         first_is_on = bool(peak_P2U[p, 0, u] != 0)
         found.append(
             Trial(
                 kind="contrastive",
                 features=(source.name(u),),
                 shown=(source.shown(u),),
-                query=query[::-1] if turned else query,
-                answer=1 if first_is_on != turned else 2,
+                query=query[::-1] if exchanged else query,
+                answer=1 if first_is_on != exchanged else 2,
                 # Neurons of some dictionaries count when they are negative.
                 weight=_short(abs(float(peak_P2U[p, :, u].sum()))),
                 concept=pairs[p].concept,
@@ -211,94 +249,8 @@ def contrastive_trials(
     return found
 
 
-def shown_excerpt(
-    examples: Examples,
-    token_strings: Sequence[str],
-    excerpts: Excerpts,
-    u: int,
-    e: int,
-    *,
-    context: int,
-) -> Shown:
-    """One of the excerpts of feature `u` (its row), `context` tokens at most."""
-
-    def text(ids: Sequence[int]) -> list[str]:
-        return [token_strings[int(i)] for i in ids]
-
-    whole = examples.shown(excerpts, u, e, text)
-    # What a causal feature reacts to stands before its peak: most room is there.
-    low = max(0, min(whole.peak - 2 * context // 3, len(whole.tokens) - context))
-    cut = slice(low, low + context)
-    acts = tuple(map(_short, whole.acts[cut]))
-    return Shown(whole.window, whole.tokens[cut], acts, whole.peak - low)
-
-
-class _Source:
-    """Excerpts of features, made once each."""
-
-    def __init__(
-        self,
-        examples: Examples,
-        token_strings: Sequence[str],
-        n_shown: int,
-        context: int,
-    ) -> None:
-        self.examples, self.strings = examples, token_strings
-        self.n_shown, self.context = n_shown, context
-        self._shown: dict[int, tuple[Shown, ...]] = {}
-        self._held: dict[int, list[Shown]] = {}
-
-    def name(self, u: int) -> Feature:
-        return int(self.examples.layer_U[u]), int(self.examples.feature_U[u])
-
-    def able(self, *, held_out: bool) -> np.ndarray:
-        """Rows of the features with enough excerpts to show, and maybe one more."""
-        top, drawn = self.examples.top.window_UE, self.examples.drawn.window_UE
-        able_U = (top >= 0).sum(1) >= self.n_shown
-        if held_out:
-            first_U1E = np.where(top < 0, -2, top)[:, None, : self.n_shown]
-            other_U = ((drawn >= 0) & (drawn[:, :, None] != first_U1E).all(2)).any(1)
-            able_U &= ((top >= 0).sum(1) > self.n_shown) | other_U
-        return np.flatnonzero(able_U)
-
-    def shown(self, u: int) -> tuple[Shown, ...]:
-        if u not in self._shown:
-            top = self.examples.top
-            self._shown[u] = tuple(
-                self._excerpt(top, u, e) for e in self._rows(top, u)[: self.n_shown]
-            )
-        return self._shown[u]
-
-    def held(self, u: int) -> list[Shown]:
-        """Excerpts of other windows, with other words, than the shown ones."""
-        if u not in self._held:
-            top, drawn = self.examples.top, self.examples.drawn
-            places = [(top, e) for e in self._rows(top, u)[self.n_shown :]]
-            places += [(drawn, e) for e in self._rows(drawn, u)]
-            windows = {shown.window for shown in self.shown(u)}
-            texts = {shown.tokens for shown in self.shown(u)}
-            kept = []
-            for excerpts, e in places:
-                window = int(excerpts.window_UE[u, e])
-                if window not in windows:
-                    windows.add(window)
-                    shown = self._excerpt(excerpts, u, e)
-                    if shown.tokens not in texts:
-                        kept.append(shown)
-            self._held[u] = kept
-        return self._held[u]
-
-    def _rows(self, excerpts: Excerpts, u: int) -> list[int]:
-        return np.flatnonzero(excerpts.window_UE[u] >= 0).tolist()
-
-    def _excerpt(self, excerpts: Excerpts, u: int, e: int) -> Shown:
-        return shown_excerpt(
-            self.examples, self.strings, excerpts, u, e, context=self.context
-        )
-
-
 def _sort_trial(
-    source: _Source, pair: tuple[int, int], draw: np.ndarray
+    source: Source, pair: tuple[int, int], draw: np.ndarray
 ) -> Trial | None:
     """The trial of a pair; three uniform numbers decide side, query and order."""
     sides = (0, 1) if draw[0] < 0.5 else (1, 0)

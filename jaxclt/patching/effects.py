@@ -12,7 +12,7 @@ from jax import Array
 
 from jaxclt.lm.run import Run, cap_logits, readout
 from jaxclt.patching.features import Features, activation
-from jaxclt.patching.modes import Patchable
+from jaxclt.patching.patchable import Patchable
 
 __all__ = [
     "Ask",
@@ -65,16 +65,17 @@ def nats(kl: float) -> float | None:
 
 def measure_effect(model: Patchable, done: Run, ask: Ask) -> Effect:
     """Measure one run of a patch."""
-    clean_V = readout(model.params, model.recording.out_TD[ask.last])
-    return _effect(model, done, ask, clean_V)
+    logit_V = readout(model.params, done.out_TD[ask.last])
+    logit_V = jnp.where(sound(done), logit_V, jnp.full((), jnp.nan, logit_V.dtype))
+    watch = None if ask.watch is None else watch_values(model, done, ask.watch)
+    return _answer(model, logit_V, ask, watch)
 
 
 def clean_effect(model: Patchable, ask: Ask) -> Effect:
     """The same of the recording itself."""
-    rec = model.recording
-    logit_V = readout(model.params, rec.out_TD[ask.last])
+    logit_V = readout(model.params, model.recording.out_TD[ask.last])
     watch = None if ask.watch is None else ask.watch.value_E
-    return _answer(model, logit_V, logit_V, ask, watch)
+    return _answer(model, logit_V, ask, watch)
 
 
 def watch_values(model: Patchable, done: Run, watch: Features) -> Array:
@@ -99,17 +100,11 @@ def sound(done: Run) -> Array:
     return jnp.stack(parts).all()
 
 
-def _effect(model: Patchable, done: Run, ask: Ask, clean_V: Array) -> Effect:
-    logit_V = readout(model.params, done.out_TD[ask.last])
-    logit_V = jnp.where(sound(done), logit_V, jnp.full((), jnp.nan, logit_V.dtype))
-    watch = None if ask.watch is None else watch_values(model, done, ask.watch)
-    return _answer(model, logit_V, clean_V, ask, watch)
-
-
 def _answer(
-    model: Patchable, uncapped_V: Array, clean_V: Array, ask: Ask, watch: Array | None
+    model: Patchable, uncapped_V: Array, ask: Ask, watch: Array | None
 ) -> Effect:
     """The answer that readouts before any cap are."""
+    clean_V = readout(model.params, model.recording.out_TD[ask.last])
     logit_V = cap_logits(model.params, uncapped_V)
     log_V = jax.nn.log_softmax(logit_V)
     clean_log_V = jax.nn.log_softmax(cap_logits(model.params, clean_V))

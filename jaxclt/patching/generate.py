@@ -8,7 +8,6 @@ edits without an end also act on them, additively, for there is no recording to 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,10 +22,11 @@ from jaxclt.lm import layers
 from jaxclt.lm.block import Past
 from jaxclt.lm.cache import past_of
 from jaxclt.lm.run import Policy, Run, cap_logits, embed, readout, run
-from jaxclt.patching.edits import Change, Edits, amounts
+from jaxclt.patching.change import Change
 from jaxclt.patching.effects import sound
 from jaxclt.patching.features import Features, activation
-from jaxclt.patching.modes import Patchable, pending, read
+from jaxclt.patching.modes import pending
+from jaxclt.patching.patchable import Patchable, read
 from jaxclt.types import Block
 
 __all__ = ["Rivals", "continue_prompt", "rivals"]
@@ -38,28 +38,24 @@ class Rivals:
 
     layer_U: Array  # int32
     enc: Any  # encoders, leaves with a leading U
-    feature_E: Array  # int32, the edited ones
 
 
-def rivals(
-    dictionary: Dictionary, model: Patchable, single: Sequence[Change]
-) -> Rivals | None:
+def rivals(dictionary: Dictionary, model: Patchable, later: Change) -> Rivals | None:
     """What decides on new tokens whether edited features are active.
 
     None where a feature's own gate does.
     """
     if not model.coder.competes:
         return None
-    layer_U = np.unique([change[0] for change in single])
+    layer_U = np.unique(later.features.layer_E)
     dtype = model.recording.mid_LTD.dtype
     encoders = [
         in_dtype(dictionary.encoders(model.params, int(layer)), dtype)
         for layer in layer_U
     ]
     return Rivals(
-        layer_U=jnp.asarray(layer_U, jnp.int32),
+        layer_U=jnp.asarray(layer_U),
         enc=jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *encoders),
-        feature_E=jnp.asarray([change[2] for change in single], jnp.int32),
     )
 
 
@@ -67,7 +63,7 @@ def rivals(
 def continue_prompt(
     model: Patchable,
     done: Run,
-    later: Edits | None,
+    later: Change | None,
     layers_2: Array,
     key: Array,
     temperature: Array,
@@ -80,7 +76,7 @@ def continue_prompt(
     Args:
       model: the recording.
       done: the patched pass on the prompt.
-      later: edits of positions behind the prompt, None for none.
+      later: what changes at positions after the prompt, None for nothing.
       layers_2: first and last layer that `later` writes to.
       key: for sampling.
       temperature: of the softmax that is sampled; 0 takes the most probable token.
@@ -104,7 +100,7 @@ def continue_prompt(
     ) -> tuple[tuple[Array, Past], Array]:
         (token, past), (t, key) = state, now
         # The one row of this pass is position t.
-        here = None if later is None else _moved(later, -t)
+        here = None if later is None else _at_start(later, t)
 
         def write(
             carry: Any, mid_TD: Array, scale_T: Array, p: Block, x: Array
@@ -114,7 +110,7 @@ def continue_prompt(
                 return carry, real_TD
             f, index = here.features, x
             now_E = _activation(model, f, p, mid_TD, scale_T, post_T, index, among)
-            carry = jnp.where(f.layer_E == index, amounts(here, now_E), carry)
+            carry = jnp.where(f.layer_E == index, here.amounts(now_E), carry)
             inside = (layers_2[0] <= index) & (index <= layers_2[1])
             added_TD = pending(here, carry, index, mid_TD)
             return carry, jnp.where(inside, real_TD + added_TD, real_TD)
@@ -162,15 +158,15 @@ def _activation(
         at = jnp.argmax(among.layer_U == index)
         enc = jax.tree.map(lambda x: x[at], among.enc)
         read_1D = read(model, mid_1D, scale_1, p)
-        return model.coder.encode(p, enc, read_1D, post_1).a_TF[0, among.feature_E]
+        return model.coder.encode(p, enc, read_1D, post_1).a_TF[0, f.feature_E]
 
     here = (among.layer_U == index).any()
     return jax.lax.cond(here, compete, lambda: jnp.zeros_like(f.value_E))
 
 
-def _moved(edits: Edits, by: Array) -> Edits:
-    """The same edits with their positions counted from elsewhere."""
-    features = edits.features
+def _at_start(change: Change, t: Array) -> Change:
+    """The same with positions counted from t."""
+    f = change.features
     return dataclasses.replace(
-        edits, features=dataclasses.replace(features, pos_E=features.pos_E + by)
+        change, features=dataclasses.replace(f, pos_E=f.pos_E - t)
     )

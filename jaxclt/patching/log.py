@@ -1,7 +1,7 @@
 """``patches.json``: what patches of a traced prompt did, kept beside its graph.
 
-`jaxclt patch` and the server write it, the page shows it. A patch that was made before
-takes the place of the older one.
+`jaxclt patch` and the server write it, the page shows it. A patch that is made again
+replaces the older record.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def patch_record(
 def keep_patch(directory: Path, record: dict[str, Any], meta: GraphMeta) -> None:
     """Put a record first in the directory's ``patches.json``.
 
-    Records of another prompt or dictionary, which an earlier trace left, go.
+    Records of another prompt or dictionary, left by an earlier trace, are dropped.
 
     Args:
       directory: written by `trace`.
@@ -49,7 +49,7 @@ def keep_patch(directory: Path, record: dict[str, Any], meta: GraphMeta) -> None
       meta: of the graph.
 
     Raises:
-      InputError: if the file is there and no JSON, or cannot be written.
+      InputError: if the file exists but is not JSON, or cannot be written.
     """
     path = directory / PATCHES
     about = {"prompt": meta.prompt, "dictionary": meta.dictionary}

@@ -1,38 +1,40 @@
 """The shell of patching: a prompt is changed, and the answer measured.
 
-Subject --patch--> PatchResult; --scale_curve, sweep_end--> series;
-  --generate_patched--> text
+Subject, edits --plan_patch--> Patch --measure--> PatchResult
+  --scale_curve, sweep_end--> series; --generate--> text
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError, check_at_least, check_finite
 from jaxclt.files.json_text import finite, number
 from jaxclt.graph.graph import Graph
 from jaxclt.io.model import Model
-from jaxclt.lm.run import Run
-from jaxclt.patching.batch import How, patch_one
-from jaxclt.patching.edits import Change, Edit, batch_edits
+from jaxclt.patching.change import Change, batched
+from jaxclt.patching.edits import Edit
 from jaxclt.patching.effects import Effect, clean_effect, diverged, nats
 from jaxclt.patching.generate import continue_prompt, rivals
-from jaxclt.patching.modes import Gates, Mode
+from jaxclt.patching.patchable import How
 from jaxclt.patching.subject import Subject
 from jaxclt.text.prompts import Prompt
 
 __all__ = [
+    "Patch",
     "PatchResult",
-    "generate_patched",
+    "generate",
+    "measure",
     "patch",
+    "plan_patch",
     "scale_curve",
     "sweep_end",
 ]
@@ -68,20 +70,70 @@ class PatchResult:
         return finite(dataclasses.asdict(self))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Patch:
+    """A patch that is ready to be made, with the rows of what it changes."""
+
+    subject: Subject
+    change: Change  # also of tokens that are still to come
+    layers: tuple[int, int]  # both included
+    how: How
+    n_later: int  # tokens to generate
+    warnings: tuple[str, ...]  # what a reader of its result should know
+
+    @functools.cached_property
+    def now(self) -> Change:
+        """What changes on the prompt."""
+        return self.change.where(self.change.features.pos_E < self.subject.n_tokens)
+
+
+def plan_patch(
+    subject: Subject,
+    edits: Sequence[Edit],
+    how: How | None = None,
+    *,
+    layers: tuple[int, int] | None = None,
+    n_later: int = 0,
+) -> Patch:
+    """Find and gather what some edits change.
+
+    Args:
+      subject: the recorded prompt.
+      edits: made together.
+      how: the semantics.
+      layers: first and last layer of the range, see `patch`.
+      n_later: tokens that are to be generated, which edits may wait for.
+
+    Raises:
+      InputError: for edits, layers or a number of tokens that do not fit the prompt,
+        the model or the dictionary.
+    """
+    how, T, n_ctx = how or How(), subject.n_tokens, subject.model.cfg.n_ctx
+    if T + n_later > n_ctx:
+        raise InputError(
+            f"cannot generate {n_later} tokens: the prompt has {T} and the model's "
+            f"context holds {n_ctx}"
+        )
+    change = subject.change(edits, n_later=n_later)
+    return Patch(
+        subject=subject,
+        change=change,
+        layers=subject.check_range(layers, change.node_E3[:, 0], how.mode),
+        how=how.of(subject.patchable.coder),
+        n_later=n_later,
+        warnings=tuple(_warnings(subject, edits, how)),
+    )
+
+
 def patch(
     model: Model,
     dictionary: Dictionary,
     prompt: Graph | Prompt,
     edits: Sequence[Edit],
     *,
-    mode: Mode = "constrained",
     layers: tuple[int, int] | None = None,
-    freeze_pattern: bool = True,
-    freeze_norm: bool = False,
-    gates: Gates | None = None,
     n_features: int = 10,
-    n_later: int = 0,
-    subject: Subject | None = None,
+    **how: Any,
 ) -> PatchResult:
     """Change features of a prompt and measure the model's answer.
 
@@ -90,78 +142,69 @@ def patch(
       dictionary: from `load_dictionary`.
       prompt: the graph of one; or text, token ids or a chat, which need no graph.
       edits: made together.
-      mode: `constrained`, `iterative` or `additive`, see `jaxclt.patching.modes`.
       layers: first and last layer of the range, included; None: from the first edited
-        layer to two behind the last one (constrained: as far as the dictionary writes,
+        layer to two after the last one (constrained: as far as the dictionary writes,
         and the model's last MLP is left to answer; additive: all).
-      freeze_pattern: keep the clean attention patterns.
-      freeze_norm: keep the clean norm denominators.
-      gates: of the local replacement model; None: live, for neurons frozen.
-      n_features: how many of the graph's features behind the edits to watch.
-      n_later: tokens that are to be generated, which edits may wait for.
-      subject: the same prompt, recorded already.
+      n_features: how many of the graph's features after the edits to watch.
+      **how: fields of `jaxclt.patching.patchable.How`, for example
+        ``mode="iterative"`` (or constrained, the default, or additive) and
+        ``freeze_norm=True``.
 
     Raises:
       InputError: for edits or layers that do not fit the prompt or the dictionary.
     """
-    check_at_least(0, n_features=n_features)
-    subject = subject or Subject.of(model, dictionary, prompt)
-    single = subject.single(edits, n_later=n_later)
-    layer_E = np.array([change[0] for change in single])
-    layers = subject.check_range(layers, layer_E, mode)
-    how = subject.how(
-        mode, freeze_pattern=freeze_pattern, freeze_norm=freeze_norm, gates=gates
+    semantics = How(**how)
+    subject = Subject.of(model, dictionary, prompt)
+    return measure(
+        plan_patch(subject, edits, semantics, layers=layers), n_features=n_features
     )
-    now = _on_prompt(subject, single)
-    watched = _downstream(subject, int(layer_E.min()), now, n_features)
+
+
+def measure(patch: Patch, *, n_features: int = 10) -> PatchResult:
+    """What a patch does to the prediction, and to the graph's features after it.
+
+    Args:
+      patch: from `plan_patch`.
+      n_features: how many of these to watch, the most influential ones.
+    """
+    check_at_least(0, n_features=n_features)
+    subject, now = patch.subject, patch.now
+    watched = _downstream(patch, n_features)
     ask = subject.ask(subject.gather(watched), n_top=N_TOP)
-    done = subject.effects([now], [layers], how, ask)
+    done = subject.effects(
+        batched(now, [len(now.factor_E)]), [patch.layers], patch.how, ask
+    )
     after = jax.tree.map(lambda x: np.asarray(x)[0], done)
     with jax.default_matmul_precision("highest"):
         before = jax.tree.map(np.asarray, clean_effect(subject.patchable, ask))
-    found = _result(subject, now, layers, how, watched, before, after)
-    said = _warnings(subject, edits, how)
-    if diverged(after):
-        said.append(_why_diverged(subject, single, how))
-    return dataclasses.replace(found, warning="; ".join(said) or None)
+    return _result(patch, watched, before, after)
 
 
-def _on_prompt(subject: Subject, single: Sequence[Change]) -> list[Change]:
-    """Without the changes of tokens to come."""
-    return [change for change in single if change[1] < subject.n_tokens]
-
-
-def _downstream(
-    subject: Subject, layer: int, single: Sequence[Change], n: int
-) -> np.ndarray:
-    """The graph's most influential features behind `layer` that are not edited.
+def _downstream(patch: Patch, n: int) -> np.ndarray:
+    """The graph's most influential features after the first edit that are not edited.
 
     Int (layer, position, feature) rows; none without a graph.
     """
-    graph = subject.traced
+    graph = patch.subject.traced
     if graph is None:
         return np.zeros((0, 3), np.int32)
-    edited = {change[:3] for change in single}
+    edited = set(map(tuple, patch.now.node_E3.tolist()))
     place_A3 = np.stack([graph.layer_A, graph.pos_A, graph.feature_A], 1)
     order = np.argsort(-graph.influence_N[graph.feature_cols], kind="stable")
     free = np.array([tuple(p) not in edited for p in place_A3.tolist()], bool)
-    order = order[(graph.layer_A[order] > layer) & free[order]]
+    first = patch.change.features.layer_E.min()
+    order = order[(graph.layer_A[order] > first) & free[order]]
     return place_A3[order[:n]]
 
 
 def _result(
-    subject: Subject,
-    single: Sequence[Change],
-    layers: tuple[int, int],
-    how: How,
-    watched: np.ndarray,
-    before: Effect,
-    after: Effect,
+    patch: Patch, watched: np.ndarray, before: Effect, after: Effect
 ) -> PatchResult:
-    tokenizer, (_, text) = subject.model.tokenizer, subject.answers
-    lost = bool(diverged(after))
+    tokenizer, (_, text) = patch.subject.model.tokenizer, patch.subject.answers
+    now, lost = patch.now, bool(diverged(after))
+    said = [*patch.warnings, *([_why_diverged(patch)] if lost else [])]
 
-    def now(x: Any) -> float | None:
+    def known(x: Any) -> float | None:
         """What came after, unless it is no answer."""
         return None if lost else float(x)
 
@@ -169,41 +212,32 @@ def _result(
         names = tokenizer.token_strings([int(i) for i in effect.top_token_J])
         return [(n, float(p)) for n, p in zip(names, effect.top_prob_J, strict=True)]
 
+    was_K, is_K = before.raw_logit_K, after.raw_logit_K
     targets = [
         {
-            "token": text[k],
+            "token": token,
             "p_before": float(before.prob_K[k]),
-            "p_after": now(after.prob_K[k]),
-            "logit_before": float(before.raw_logit_K[k]),
-            "logit_after": now(after.raw_logit_K[k]),
+            "p_after": known(after.prob_K[k]),
+            "logit_before": float(was_K[k]),
+            "logit_after": known(is_K[k]),
         }
-        for k in range(len(text))
+        for k, token in enumerate(text)
     ]
     difference = None
     if len(text) > 1:
-        was_K, is_K = before.raw_logit_K, after.raw_logit_K
-        difference = {
-            "before": float(was_K[0] - was_K[1]),
-            "after": now(is_K[0] - is_K[1]),
-        }
+        was, new = was_K[0] - was_K[1], is_K[0] - is_K[1]
+        difference = {"before": float(was), "after": known(new)}
     assert before.watch_W is not None
     assert after.watch_W is not None
     features = zip(watched.tolist(), before.watch_W, after.watch_W, strict=True)
-    value_E = np.asarray(subject.edits(single).features.value_E)
+    value_E, after_E = now.features.value_E, now.factor_E * now.features.value_E
+    edited = zip(now.node_E3.tolist(), value_E, after_E + now.offset_E, strict=True)
     return PatchResult(
-        mode=how.mode,
-        layers=layers,
+        mode=patch.how.mode,
+        layers=patch.layers,
         edits=[
-            {
-                "layer": int(layer),
-                "pos": int(pos),
-                "feature": int(feature),
-                "before": float(value),
-                "after": float(factor * value + offset),
-            }
-            for (layer, pos, feature, factor, offset), value in zip(
-                single, value_E, strict=True
-            )
+            {**_named(place), "before": float(was), "after": float(new)}
+            for place, was, new in edited
         ],
         kl=None if lost else nats(float(after.kl)),
         targets=targets,
@@ -212,21 +246,23 @@ def _result(
         top_after=[] if lost else top(after),
         features=[
             {
-                "layer": layer,
-                "pos": pos,
-                "feature": feature,
+                **_named(place),
                 "before": float(was),
                 "after": number(new),  # what lies before the divergence is known
                 "share": number(new / was) if was else None,
             }
-            for (layer, pos, feature), was, new in features
+            for place, was, new in features
         ],
-        options=dataclasses.asdict(how),
+        options=dataclasses.asdict(patch.how),
+        warning="; ".join(said) or None,
     )
 
 
+def _named(place: Sequence[int]) -> dict[str, int]:
+    return dict(zip(("layer", "pos", "feature"), place, strict=True))
+
+
 def _warnings(subject: Subject, edits: Sequence[Edit], how: How) -> list[str]:
-    """What a reader of the result should know."""
     said = []
     for group in (edit.supernode for edit in edits if edit.supernode is not None):
         named = subject.named(group).nodes
@@ -240,15 +276,15 @@ def _warnings(subject: Subject, edits: Sequence[Edit], how: How) -> list[str]:
     return said
 
 
-def _why_diverged(subject: Subject, single: Sequence[Change], how: How) -> str:
+def _why_diverged(patch: Patch) -> str:
     """One line for a patch whose numbers left the range that can be held."""
-    rec = subject.patchable.recording
+    rec = patch.subject.patchable.recording
     why = "the change is too large: choose a smaller one"
-    if how.freeze_norm:
+    if patch.how.freeze_norm:
         why = "held norms do not damp it: let the norms be live"
         size_LT = np.linalg.norm(np.asarray(rec.write_LTD, np.float64), axis=-1)
         usual_L1 = np.maximum(np.median(size_LT, axis=1, keepdims=True), 1e-30)
-        pos = sorted({change[1] for change in _on_prompt(subject, single)})
+        pos = np.unique(patch.now.features.pos_E)
         times = (size_LT / usual_L1)[:, pos]
         if times.max(initial=0) > HUGE:
             layer, at = np.unravel_index(times.argmax(), times.shape)
@@ -263,56 +299,35 @@ def _why_diverged(subject: Subject, single: Sequence[Change], how: How) -> str:
     )
 
 
-def sweep_end(
-    subject: Subject,
-    edits: Sequence[Edit],
-    *,
-    how: How,
-    first: int | None = None,
-    n_later: int = 0,
-) -> dict[str, Any]:
+def sweep_end(patch: Patch, *, first: int | None = None) -> dict[str, Any]:
     """The same patch for every end layer of its range, in one batched call.
 
     Circuit Tracing (2025), section 3.5: the effect should reach a plateau once the
     range holds what the feature writes, then decay as ranges shut out real MLPs.
 
+    Args:
+      patch: from `plan_patch`.
+      first: layer of the ranges; None: the first edited one.
+
     Returns:
       {last_layers, kl, probability [per end layer][per target], strongest: the end
       layer with the lowest probability of the first target}; None where it diverged.
+
+    Raises:
+      InputError: if no layer is left.
     """
-    single = subject.single(edits, n_later=n_later)
-    layer_E = np.array([change[0] for change in single])
-    start = int(layer_E.min()) if first is None else first
-    ends = list(range(max(start, int(layer_E.min())), subject.model.cfg.n_layers))
+    edited = int(patch.change.features.layer_E.min())
+    start = edited if first is None else first
+    ends = list(range(max(start, edited), patch.subject.model.cfg.n_layers))
     if not ends:
         raise InputError(f"no layer from {start} on: choose a smaller first layer")
-    now = _on_prompt(subject, single)
-    done = subject.effects(
-        [now] * len(ends), [(start, end) for end in ends], how, subject.ask()
-    )
-    answers = _answers(done)
+    answers = _answers(patch, _copies(patch, len(ends)), [(start, end) for end in ends])
     known = [(p[0], end) for p, end in zip(answers["probability"], ends, strict=True)]
     lowest = min((one for one in known if one[0] is not None), default=(None, None))
     return {"first": start, "last_layers": ends, **answers, "strongest": lowest[1]}
 
 
-def _answers(done: Effect) -> dict[str, Any]:
-    """Divergences and probabilities of a batch of patches, as JSON."""
-    lost_B = diverged(done)
-    kl_B = np.where(lost_B, np.nan, np.asarray(done.kl, np.float64))
-    prob_BK = np.where(lost_B[:, None], np.nan, np.asarray(done.prob_K, np.float64))
-    return {"kl": [nats(x) for x in kl_B], "probability": finite(prob_BK)}
-
-
-def scale_curve(
-    subject: Subject,
-    edits: Sequence[Edit],
-    *,
-    how: How,
-    layers: tuple[int, int] | None = None,
-    scales: Sequence[float] = SCALES,
-    n_later: int = 0,
-) -> dict[str, Any]:
+def scale_curve(patch: Patch, scales: Sequence[float] = SCALES) -> dict[str, Any]:
     """Target probabilities for many factors on the edited features, in one call.
 
     Returns:
@@ -323,65 +338,69 @@ def scale_curve(
     """
     for factor in scales:
         check_finite(scale=factor)
-    single = subject.single(edits, n_later=n_later)
-    layer_E = np.array([change[0] for change in single])
-    layers = subject.check_range(layers, layer_E, how.mode)
-    now = _on_prompt(subject, single)
-    many = [[(*change[:3], float(scale), 0.0) for change in now] for scale in scales]
-    done = subject.effects(many, [layers] * len(many), how, subject.ask())
-    return {"scale": [float(s) for s in scales], **_answers(done)}
+    copies = _copies(patch, len(scales))
+    many = Change.of(copies.features, np.array(scales)[:, None])
+    answers = _answers(patch, many, [patch.layers] * len(scales))
+    return {"scale": [float(s) for s in scales], **answers}
 
 
-def generate_patched(
-    subject: Subject,
-    edits: Sequence[Edit],
-    *,
-    how: How,
-    n_new: int,
-    layers: tuple[int, int] | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
+def _copies(patch: Patch, n: int) -> Change:
+    """What changes on the prompt, in n patches."""
+    return batched(patch.now, [len(patch.now.factor_E)]).where(np.zeros(n, int))
+
+
+def _answers(
+    patch: Patch, many: Change, layers: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
+    """Divergences and probabilities of a batch of patches, as JSON."""
+    done = patch.subject.effects(many, layers, patch.how, patch.subject.ask())
+    lost_B = diverged(done)
+    kl_B = np.where(lost_B, np.nan, np.asarray(done.kl, np.float64))
+    prob_BK = np.where(lost_B[:, None], np.nan, np.asarray(done.prob_K, np.float64))
+    return {"kl": [nats(x) for x in kl_B], "probability": finite(prob_BK)}
+
+
+def generate(
+    patch: Patch, *, temperature: float = 0.0, seed: int = 0
 ) -> dict[str, Any]:
     """Text that follows the prompt, with and without the edits held.
+
+    Args:
+      patch: of at least one token to come, from `plan_patch`.
+      temperature: of the softmax that is sampled; 0 takes the most probable token.
+      seed: of the draws.
 
     Returns:
       {before, after, tokens_before, tokens_after, warning}; both use the same random
       draws. Text ends where a patch diverges, which the warning says.
 
     Raises:
-      InputError: for a number of tokens that the context does not hold, or a negative
-        or not finite temperature.
+      InputError: for a temperature that is negative or not finite.
     """
-    T, cfg = subject.n_tokens, subject.model.cfg
-    if n_new < 1 or T + n_new > cfg.n_ctx:
-        raise InputError(
-            f"cannot generate {n_new} tokens: the prompt has {T} and the model's "
-            f"context holds {cfg.n_ctx}"
-        )
     check_at_least(0, temperature=temperature)
     check_finite(seed=seed)
-    single = subject.single(edits, n_later=n_new)
-    now = _on_prompt(subject, single)
-    later = [change for change in single if change[1] >= T]
-    layer_E = np.array([change[0] for change in single])
-    layers = subject.check_range(layers, layer_E, how.mode)
-    range_2, key = jnp.asarray(layers, jnp.int32), jax.random.key(seed)
-    heat = jnp.asarray(temperature, jnp.float32)
-    ahead = (
-        (subject.edits(later), rivals(subject.dictionary, subject.patchable, later))
-        if later
-        else None
-    )
-    idle = [(*change[:3], 1.0, 0.0) for change in now]
+    subject, now = patch.subject, patch.now
+    later = patch.change.where(patch.change.features.pos_E >= subject.n_tokens)
+    held = (None, None)
+    if len(later.factor_E):
+        held = later, rivals(subject.dictionary, subject.patchable, later)
+    clean = Change.of(now.features, 1.0)
     texts: dict[str, list[int]] = {}
     with jax.default_matmul_precision("highest"):
-        for name, changes, held in (("before", idle, None), ("after", now, ahead)):
-            new, among = held or (None, None)
-            done = _patched(subject, changes, range_2, how)
+        for name, change, (new, among) in (
+            ("before", clean, (None, None)),
+            ("after", now, held),
+        ):
             token = continue_prompt(
-                subject.patchable, done, new, range_2, key, heat, n_new=n_new,
+                subject.patchable,
+                subject.run(change, patch.layers, patch.how),
+                new,
+                jnp.asarray(patch.layers, jnp.int32),
+                jax.random.key(seed),
+                jnp.asarray(temperature, jnp.float32),
+                n_new=patch.n_later,
                 among=among,
-            )  # fmt: skip
+            )
             texts[name] = [int(t) for t in np.asarray(token)]
     found = texts["after"]
     lost = found.index(-1) if -1 in found else None
@@ -391,24 +410,5 @@ def generate_patched(
         "before": "".join(say(texts["before"])),
         "after": None if lost == 0 else "".join(say(texts["after"])),
         **{f"tokens_{name}": tokens for name, tokens in texts.items()},
-        "warning": None if lost is None else _why_diverged(subject, single, how),
+        "warning": None if lost is None else _why_diverged(patch),
     }
-
-
-def _patched(
-    subject: Subject, changes: Sequence[Change], range_2: Array, how: How
-) -> Run:
-    """The whole pass of one patch."""
-    one = jax.tree.map(
-        lambda x_B: jnp.asarray(x_B[0]), batch_edits([subject.edits(changes)])
-    )
-    local = None
-    if how.mode == "iterative":
-        known, slot_E = subject.local_for(changes)
-        slots = np.zeros(len(one.factor_E), np.int32)
-        slots[: len(slot_E)] = slot_E
-        local = (known.tables, jnp.asarray(slots))
-    return _patch_one(subject.patchable, one, range_2, local, how=how)
-
-
-_patch_one = jax.jit(patch_one, static_argnames="how")

@@ -1,4 +1,4 @@
-"""A prompt, traced or not, becomes a model that is ready to be changed.
+"""A prompt, traced or not, recorded and ready to be changed.
 
 directory --reopen--> model, dictionary, graph (or a prompt) --Subject.of--> recording
   --Subject.effects--> measured patches
@@ -35,26 +35,20 @@ from jaxclt.graph.targets import salient_targets
 from jaxclt.io.dictionary import load_dictionary
 from jaxclt.io.graph_file import load_graph
 from jaxclt.io.model import Model, load_model
+from jaxclt.lm.run import Run
 from jaxclt.patching.batch import (
-    How,
-    Local,
+    chunk_size,
     default_range,
-    make_local,
-    make_patchable,
-    patch_many,
+    in_chunks,
+    patch_chunk,
 )
-from jaxclt.patching.edits import (
-    Change,
-    Edit,
-    Edits,
-    acting,
-    batch_edits,
-    changes_of,
-    make_edits,
-)
-from jaxclt.patching.effects import Ask, Effect, measure_effect
+from jaxclt.patching.change import Change, batched
+from jaxclt.patching.edits import Edit, acting, expand_edits
+from jaxclt.patching.effects import Ask, Effect
 from jaxclt.patching.features import Features, gather_features
-from jaxclt.patching.modes import Gates, Mode, Patchable
+from jaxclt.patching.local import Local, Tables, make_local
+from jaxclt.patching.modes import patched
+from jaxclt.patching.patchable import How, Mode, Patchable, make_patchable
 from jaxclt.text.prompts import Prompt
 from jaxclt.trace.record import prompt_tokens, record_again, record_text, same_hash
 from jaxclt.types import Supernode
@@ -99,7 +93,8 @@ def reopen(
       progress: called with one line per stage of a download.
 
     Raises:
-      InputError: if the directory is no trace, or the weights found are others.
+      InputError: if `trace` did not write the directory, or the weights found are not
+        the traced ones.
     """
     folder = Path(directory)
     graph = load_graph(folder / "graph.npz")
@@ -165,7 +160,7 @@ class Subject:
         """
         if self.traced is None:
             raise InputError(
-                "this takes the graph of the prompt, not it alone: trace it first"
+                "this needs the graph of a prompt, not only the prompt: trace it first"
             )
         return self.traced
 
@@ -179,19 +174,17 @@ class Subject:
     @functools.cached_property
     def local(self) -> Local:
         """The local replacement model's tables."""
-        return self.local_with(None)
+        return make_local(self.dictionary, self.patchable, self.active)
 
-    def local_with(self, also: np.ndarray | None) -> Local:
-        """Tables that also hold some (layer, feature) rows."""
-        return make_local(self.dictionary, self.patchable, self.active, also=also)
-
-    def local_for(self, single: Sequence[Change]) -> tuple[Local, np.ndarray]:
-        """Tables that hold the features of some changes, and where these are."""
+    def _placed(self, change: Change, how: How) -> tuple[Tables | None, Change]:
+        """Tables that hold what is changed, and the change with its slots in them."""
+        if how.mode != "iterative":
+            return None, change
         local = self.local
-        pair_E2 = np.array([(c[0], c[2]) for c in single], int).reshape(-1, 2)
-        if any(f not in local.feature_LU[l] for l, f in pair_E2):
-            local = self.local_with(pair_E2)
-        return local, local.slots(*pair_E2.T)
+        if not local.holds(change):
+            parts = self.dictionary, self.patchable, self.active
+            local = make_local(*parts, also=change)
+        return local.tables, local.placed(change)
 
     @functools.cached_property
     def targets(self) -> np.ndarray:
@@ -231,18 +224,11 @@ class Subject:
     def watch(self, nodes: np.ndarray) -> Features:
         """Rows of the graph's features by slot."""
         g = self.graph
-        node_W3 = np.stack([g.layer_A, g.pos_A, g.feature_A], 1)[nodes]
-        return self.gather(node_W3)
+        return self.gather(np.stack([g.layer_A, g.pos_A, g.feature_A], 1)[nodes])
 
-    def gather(self, node_E3: np.ndarray) -> Features:
-        """Rows of any features."""
-        return gather_features(
-            self.dictionary,
-            self.model.params,
-            self.patchable.recording,
-            node_E3,
-            cfg=self.model.cfg,
-        )
+    def gather(self, node_E3: np.ndarray | Sequence[tuple[int, int, int]]) -> Features:
+        """Rows of any features, see `gather_features`."""
+        return gather_features(self.dictionary, self.patchable, node_E3)
 
     def ask(self, watch: Features | None = None, *, n_top: int = 0) -> Ask:
         """What to measure: `answers` at the last position."""
@@ -263,21 +249,21 @@ class Subject:
             return group
         if self.traced is None:
             raise InputError(
-                f"supernode {group.name!r} names nodes in words, which takes the graph "
+                f"supernode {group.name!r} names nodes in words, which needs the graph "
                 "of the prompt: trace it first, or give (layer, position, feature)"
             )
         return with_features(self.traced, group)
 
-    def single(self, edits: Sequence[Edit], *, n_later: int = 0) -> list[Change]:
-        """The single changes that edits make, see `expand_edits` and `acting`.
+    def change(self, edits: Sequence[Edit], *, n_later: int = 0) -> Change:
+        """What edits change, with the rows of its features.
 
         Args:
           edits: made together.
           n_later: tokens that will be generated, which slices without an end cover.
 
         Raises:
-          InputError: as these two and `make_edits`, or for a name that the graph does
-            not have.
+          InputError: as `expand_edits`, `gather_features` and `acting`, or for a name
+            that the graph does not have.
         """
         found = [
             edit
@@ -285,77 +271,57 @@ class Subject:
             else dataclasses.replace(edit, supernode=self.named(edit.supernode))
             for edit in edits
         ]
-        groups = changes_of(found, n_tokens=self.n_tokens, n_later=n_later)
-        made = self.edits([change for group in groups for change in group])
-        value_E = np.asarray(made.features.value_E)
-        return acting(found, groups, value_E, self.n_tokens)
+        groups = expand_edits(found, n_tokens=self.n_tokens, n_later=n_later)
+        edit_E = np.repeat(np.arange(len(found)), [len(group) for group in groups])
+        features = self.gather([place for group in groups for place in group])
+        factor_E, offset_E = np.array([edit.affine for edit in found])[edit_E].T
+        change = Change.of(features, factor_E, offset_E)
+        return acting(found, edit_E, change, self.n_tokens)
 
-    def edits(self, single: Sequence[Change]) -> Edits:
-        """The pytree of single changes (layer, position, feature, factor, offset)."""
-        return make_edits(
-            single,
-            self.dictionary,
-            self.model.params,
-            self.patchable.recording,
-            cfg=self.model.cfg,
-        )
-
-    def how(
-        self,
-        mode: Mode = "constrained",
-        *,
-        freeze_pattern: bool = True,
-        freeze_norm: bool = False,
-        gates: Gates | None = None,
-    ) -> How:
-        """Semantics; neurons keep their gates unless asked, as in the graph."""
-        gated = self.patchable.coder.gated
-        return How(
-            mode=mode,
-            freeze_pattern=freeze_pattern,
-            freeze_norm=freeze_norm,
-            gates=gates or ("frozen" if gated else "live"),
-        )
+    def run(self, change: Change, layers: tuple[int, int], how: How) -> Run:
+        """The whole pass of one patch."""
+        change = batched(change, [len(change.factor_E)]).where(0)
+        tables, change = self._placed(change, how)
+        layers_2 = jnp.asarray(layers, jnp.int32)
+        with jax.default_matmul_precision("highest"):
+            return _run(self.patchable, change, layers_2, how=how, tables=tables)
 
     def effects(
         self,
-        many: Sequence[Sequence[Change]],
-        layers: Sequence[tuple[int, int]],
+        change: Change,
+        layers: Sequence[tuple[int, int]] | np.ndarray,
         how: How,
         ask: Ask,
         *,
         chunk: int | None = None,
         on_done: Callable[[int, int], None] = lambda done, total: None,
     ) -> Effect:
-        """Separate patches (each some single changes), measured; numpy, leading B."""
-        flat = [change for one in many for change in one]
-        whole = self.edits(flat)
-        ends = np.cumsum([len(one) for one in many])
-        parts = [
-            jax.tree.map(lambda x, a=a, b=b: np.asarray(x)[a:b], whole)
-            for a, b in zip([0, *ends[:-1]], ends, strict=True)
-        ]
-        edits = batch_edits(parts)
-        local = slot_BE = None
-        if how.mode == "iterative":
-            local, slot_N = self.local_for(flat)
-            slot_BE = np.zeros(edits.factor_E.shape, np.int32)
-            sizes = np.diff(ends, prepend=0)[:, None]
-            filled = np.arange(slot_BE.shape[1])[None] < sizes
-            slot_BE[filled] = slot_N
+        """B separate patches, measured; compiled once per shape.
+
+        Args:
+          change: of each patch, leaves with a leading B, see `batched`.
+          layers: first and last layer of every patch's range.
+          how: the semantics of all of them.
+          ask: what to measure.
+          chunk: patches run together, padded up to, so that batches of any length share
+            a program; None: as many as fit, at most B.
+          on_done: progress, (patches done, patches planned).
+
+        Returns:
+          The effects, numpy, with a leading B in the given order.
+        """
+        layers_B2 = np.asarray(layers, np.int32).reshape(-1, 2)
+        tables, change = self._placed(change, how)
+        how = how.of(self.patchable.coder)
+        B, E = change.factor_E.shape
+
+        def call(part: tuple[Change, np.ndarray]) -> Effect:
+            return patch_chunk(self.patchable, *part, tables, ask, how=how)
+
+        order_B = np.lexsort((layers_B2[:, 1], layers_B2[:, 0]))
+        size = chunk or min(chunk_size(self.patchable, E), B)
         with jax.default_matmul_precision("highest"):
-            return patch_many(
-                self.patchable,
-                edits,
-                np.asarray(layers, np.int32).reshape(-1, 2),
-                how=how,
-                measure=measure_effect,
-                ask=ask,
-                local=local,
-                slot_BE=slot_BE,
-                chunk=chunk,
-                on_done=on_done,
-            )
+            return in_chunks(call, (change, layers_B2), order_B, size, on_done)
 
     def check_range(
         self, layers: tuple[int, int] | None, layer_E: np.ndarray, mode: Mode
@@ -381,3 +347,6 @@ class Subject:
                 f"{L - 1}, both ends are included"
             )
         return first, last
+
+
+_run = jax.jit(patched, static_argnames="how")

@@ -35,19 +35,19 @@ TOGETHER = 256  # positions whose logits over the vocabulary are held at a time
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """Both models at every position of W windows; what stands behind the text is noise.
+    """Both models at every position of W windows; what follows the text is noise.
 
     Attributes:
       model_WS: the model's most probable next token, int32.
-      found_WS: the replacement's.
+      confidence_WS: its probability.
+      found_WS: the replacement's most probable next token.
       kl_WS: ``KL(model | replacement)`` in nats, float64.
-      confidence_WS: the probability of the model's most probable token.
     """
 
     model_WS: np.ndarray
+    confidence_WS: np.ndarray
     found_WS: np.ndarray
     kl_WS: np.ndarray
-    confidence_WS: np.ndarray
 
     @property
     def same_WS(self) -> np.ndarray:  # noqa: N802
@@ -65,34 +65,43 @@ def divergence(true_TV: Array, found_TV: Array) -> Array:
 @partial(jax.jit, static_argnames=("cfg", "keep_first"))
 def _compare(
     params: LMParams,
-    loaded: Loaded,
+    loaded: Loaded | None,
     token_WS: Array,
     cfg: LMConfig,
     keep_first: tuple[bool, ...],
-) -> list[tuple[Array, Array, Array, Array]]:
-    def one(token_S: Array) -> list[tuple[Array, Array, Array, Array]]:
+) -> tuple[tuple[Array, Array], list[tuple[Array, Array]]]:
+    """What the model says and how sure it is; what replacements say, and the KL."""
+
+    def one(token_S: Array) -> tuple[tuple[Array, Array], list[tuple[Array, Array]]]:
         true_SV = forward(params, token_S, cfg=cfg)
-        said_S = true_SV.argmax(-1)
-        confidence_S = jax.nn.softmax(true_SV).max(-1)
         rows = []
         for keep in keep_first:
+            assert loaded is not None
             found_SV = replacement_logits(
                 params, loaded, token_S, cfg=cfg, keep_first=keep
             )
-            kl_S = divergence(true_SV, found_SV)
-            rows.append((said_S, found_SV.argmax(-1), kl_S, confidence_S))
-        return rows
+            rows.append((found_SV.argmax(-1), divergence(true_SV, found_SV)))
+        return (true_SV.argmax(-1), jax.nn.softmax(true_SV).max(-1)), rows
 
     return jax.vmap(one)(jnp.maximum(token_WS, 0))
 
 
-def _chunks(token_WS: np.ndarray) -> Iterator[np.ndarray]:
-    """Windows that go through the models together, all of one shape."""
+def _compared(
+    params: LMParams,
+    loaded: Loaded | None,
+    token_WS: np.ndarray,
+    cfg: LMConfig,
+    keep_first: tuple[bool, ...] = (),
+) -> Iterator[tuple[int, tuple]]:
+    """`_compare` a few windows at a time, and how many are done."""
     W, S = token_WS.shape
     n = min(W, max(1, TOGETHER // S))
     for start in range(0, W, n):
-        part = token_WS[start : start + n]
-        yield np.pad(part, ((0, n - len(part)), (0, 0)))
+        part_WS = token_WS[start : start + n]
+        done = start + len(part_WS)
+        part_WS = np.pad(part_WS, ((0, n - len(part_WS)), (0, 0)))  # all of one shape
+        found = _compare(params, loaded, jnp.asarray(part_WS), cfg, keep_first)
+        yield done, jax.tree.map(lambda x: np.asarray(x)[: done - start], found)  # noqa: B023
 
 
 def compare(
@@ -109,7 +118,7 @@ def compare(
     Args:
       params: model weights.
       loaded: the dictionary, from `jaxclt.clt.coder.load`.
-      token_WS: windows, padded with -1 behind the text.
+      token_WS: windows, padded with -1 after the text.
       cfg: model shape.
       keep_first: whether the true MLPs stay at the first position; for each entry a
         replacement model is run, the model itself once for all.
@@ -118,17 +127,31 @@ def compare(
     Returns:
       One for each entry of `keep_first`.
     """
-    chunks = []
-    W = len(token_WS)
-    for part_WS in _chunks(token_WS):
-        found = _compare(params, loaded, jnp.asarray(part_WS), cfg, keep_first)
-        chunks.append(jax.tree.map(np.asarray, found))
-        on_windows(min(W, len(chunks) * len(part_WS)), W)
-    whole = jax.tree.map(lambda *x: np.concatenate(x)[:W], *chunks)
+    parts = []
+    for done, part in _compared(params, loaded, token_WS, cfg, keep_first):
+        parts.append(part)
+        on_windows(done, len(token_WS))
+    said, rows = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    said_WS, sure_WS = said
     return [
-        Compared(model_WS, found_WS, kl_WS.astype(np.float64), confidence_WS)
-        for model_WS, found_WS, kl_WS, confidence_WS in whole
+        Compared(said_WS, sure_WS, found_WS, kl_WS.astype(np.float64))
+        for found_WS, kl_WS in rows
     ]
+
+
+def predict(
+    params: LMParams, token_WS: np.ndarray, *, cfg: LMConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """The model's most probable next tokens [W, S] and their probabilities.
+
+    Args:
+      params: model weights.
+      token_WS: windows, padded with -1 after the text.
+      cfg: model shape.
+    """
+    parts = [said for _, (said, _) in _compared(params, None, token_WS, cfg)]
+    said_WS, sure_WS = (np.concatenate(x) for x in zip(*parts, strict=True))
+    return said_WS, sure_WS
 
 
 _logits = jax.jit(
@@ -165,13 +188,7 @@ def compare_layers(
     """The model with one layer's MLP replaced, each in turn; few windows.
 
     The first position keeps its MLP. The model's logits of all windows are held.
-
-    Args:
-      params: model weights.
-      loaded: the dictionary, from `jaxclt.clt.coder.load`.
-      token_WS: windows, padded with -1 behind the text.
-      cfg: model shape.
-      on_layer: progress, (layers done, of).
+    Arguments are those of `compare`; `on_layer` is called with (layers done, of).
 
     Returns:
       Whether the most probable token is the same, and the KL in nats, [L, W, S] each.
@@ -189,35 +206,6 @@ def compare_layers(
     return same_LWS, kl_LWS.astype(np.float64)
 
 
-@partial(jax.jit, static_argnames="cfg")
-def _predict(params: LMParams, token_WS: Array, cfg: LMConfig) -> tuple[Array, Array]:
-    def one(token_S: Array) -> tuple[Array, Array]:
-        p_SV = jax.nn.softmax(forward(params, token_S, cfg=cfg))
-        return p_SV.argmax(-1), p_SV.max(-1)
-
-    return jax.vmap(one)(jnp.maximum(token_WS, 0))
-
-
-def predict(
-    params: LMParams, token_WS: np.ndarray, *, cfg: LMConfig
-) -> tuple[np.ndarray, np.ndarray]:
-    """The model's most probable next tokens [W, S] and their probabilities.
-
-    Args:
-      params: model weights.
-      token_WS: windows, padded with -1 behind the text.
-      cfg: model shape.
-    """
-    found = [
-        _predict(params, jnp.asarray(part_WS), cfg) for part_WS in _chunks(token_WS)
-    ]
-    said_WS, sure_WS = (
-        np.concatenate([np.asarray(x) for x in column])[: len(token_WS)]
-        for column in zip(*found, strict=True)
-    )
-    return said_WS, sure_WS
-
-
 def agreement(
     params: LMParams,
     loaded: Loaded,
@@ -227,16 +215,7 @@ def agreement(
     cfg: LMConfig,
     keep_first: bool = True,
 ) -> dict[str, float]:
-    """Top-1 agreement and ``KL(model | replacement)`` in nats, over valid positions.
-
-    Args:
-      params: model weights.
-      loaded: the dictionary, from `jaxclt.clt.coder.load`.
-      token_WS: windows, padded with -1.
-      valid_WS: positions that count.
-      cfg: model shape.
-      keep_first: the true MLPs stay at the first position.
-    """
+    """Means of `compare` over the positions of `valid_WS`: ``top1`` and ``kl``."""
     (found,) = compare(params, loaded, token_WS, cfg=cfg, keep_first=(keep_first,))
     return {
         "top1": float(found.same_WS[valid_WS].mean()),

@@ -12,18 +12,18 @@ features re-encoded.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from jaxclt.clt.coder import Encoded, Loaded, constant
+from jaxclt.clt.coder import Encoded, Loaded
 from jaxclt.clt.sites import read_site
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import mlp_norm
-from jaxclt.replacement.model import replaced
+from jaxclt.replacement.model import Sources, replaced, written
 from jaxclt.types import Frozen, LMParams, Recording
 
 __all__ = ["LocalReplacement", "LocalRun", "local_replacement", "run_local"]
@@ -68,49 +68,17 @@ def local_replacement(
       recording: the clean pass.
       cfg: model shape.
     """
-    found = _encoded(params, loaded, recording.frozen, recording.mid_LTD)
-    return LocalReplacement(
+    lrm = LocalReplacement(
         params=params,
         loaded=loaded,
         frozen=recording.frozen,
         embed_TD=recording.embed_TD,
-        error_LTD=recording.write_LTD - _decoded(params, loaded, recording, found.a_TF),
+        error_LTD=recording.write_LTD,
         cfg=cfg,
     )
-
-
-def _encoded(
-    params: LMParams, loaded: Loaded, frozen: Frozen, mid_LTD: Array
-) -> Encoded:
-    """Features of every layer of a stream, norm denominators held, leading L."""
-
-    def one(x: tuple) -> Encoded:
-        p, w, mid_TD, scale_T, post_T = x
-        read_TD = read_site(loaded.coder.site, mlp_norm(p), mid_TD, scale_T)
-        return loaded.coder.encode(p, w.enc, read_TD, post_T)
-
-    scales = frozen.mlp_scale_LT, frozen.post_mlp_scale_LT
-    return jax.lax.map(one, (params.blocks, loaded.weights, mid_LTD, *scales))
-
-
-def _decoded(
-    params: LMParams, loaded: Loaded, recording: Recording, a_LTF: Array
-) -> Array:
-    """What the dictionary writes on the recording [L, T, D]."""
-    coder = loaded.coder
-
-    def step(ahead_MTD: Array, x: tuple) -> tuple[Array, Array]:
-        p, w, a_TF, mid_TD, scale_T = x
-        read_TD = read_site(coder.site, mlp_norm(p), mid_TD, scale_T)
-        ahead_MTD = ahead_MTD + coder.write(p, w.dec, a_TF)
-        write_TD = ahead_MTD[0] + constant(coder, p, w.fixed, read_TD)
-        return jnp.roll(ahead_MTD, -1, 0).at[-1].set(0), write_TD
-
-    _, T, D = recording.mid_LTD.shape
-    none_MTD = jnp.zeros((coder.shape.span, T, D), recording.mid_LTD.dtype)
-    scale_LT = recording.frozen.mlp_scale_LT
-    xs = (params.blocks, loaded.weights, a_LTF, recording.mid_LTD, scale_LT)
-    return jax.lax.scan(step, none_MTD, xs)[1]
+    post_LT = recording.frozen.post_mlp_scale_LT
+    _, write_LTD = written(params, loaded, lrm.reads(recording.mid_LTD), post_LT)
+    return dataclasses.replace(lrm, error_LTD=recording.write_LTD - write_LTD)
 
 
 def run_local(
@@ -129,17 +97,21 @@ def run_local(
       a_LTF: activations as free inputs (the direct-effect model, affine in everything);
         None re-encodes them layer by layer, gates live.
     """
-    done = replaced(
-        lrm.params,
-        lrm.loaded,
-        lrm.embed_TD if embed_TD is None else embed_TD,
-        cfg=lrm.cfg,
-        frozen=lrm.frozen,
-        a_LTF=a_LTF,
+    given = Sources(
+        embed_TD=lrm.embed_TD if embed_TD is None else embed_TD,
         error_LTD=lrm.error_LTD if error_LTD is None else error_LTD,
+        a_LTF=a_LTF,
     )
-    mid_LTD = done.taps.mid_TD
-    found = _encoded(lrm.params, lrm.loaded, lrm.frozen, mid_LTD)
+    done = replaced(lrm.params, lrm.loaded, given, cfg=lrm.cfg, frozen=lrm.frozen)
+    mid_LTD, coder = done.taps.mid_TD, lrm.loaded.coder
+
+    def encoded(x: tuple) -> Encoded:
+        p, w, read_TD, post_T = x
+        return coder.encode(p, w.enc, read_TD, post_T)
+
+    post_LT = lrm.frozen.post_mlp_scale_LT
+    xs = (lrm.params.blocks, lrm.loaded.weights, lrm.reads(mid_LTD), post_LT)
+    found = jax.lax.map(encoded, xs)
     return LocalRun(
         mid_LTD=mid_LTD,
         pre_LTF=found.pre_TF,

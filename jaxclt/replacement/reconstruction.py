@@ -16,11 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.clt.coder import Loaded, constant
+from jaxclt.clt.coder import Loaded
+from jaxclt.replacement.model import written
 from jaxclt.types import LMParams
 
 __all__ = ["DENSE", "Reconstruction", "decoder_reach", "reconstructed"]
 
+# Fields that have windows, and their axis.
+_WINDOWS = {"error_LW": 1, "write_LWD": 1, "square_LW": 1, "active_W": 0, "token_W": 0}
 DENSE = 0.1  # a feature active on more of the tokens than this is called dense
 
 
@@ -47,24 +50,20 @@ class Reconstruction:
     @classmethod
     def joined(cls, parts: Sequence[Reconstruction]) -> Reconstruction:
         """Several groups of windows as one."""
-        axis = {"error_LW": 1, "write_LWD": 1, "square_LW": 1}
         found = {
-            name: np.concatenate([getattr(part, name) for part in parts], n)
-            for name, n in (axis | {"active_W": 0, "token_W": 0}).items()
+            name: np.concatenate([getattr(part, name) for part in parts], axis)
+            for name, axis in _WINDOWS.items()
         }
         return cls(**found, count_LF=np.sum([part.count_LF for part in parts], axis=0))
 
     def where_tokens(self) -> Reconstruction:
         """Without windows that have no token that counts (those that fill a batch)."""
         some_W = self.token_W > 0
-        return dataclasses.replace(
-            self,
-            error_LW=self.error_LW[:, some_W],
-            write_LWD=self.write_LWD[:, some_W],
-            square_LW=self.square_LW[:, some_W],
-            active_W=self.active_W[some_W],
-            token_W=self.token_W[some_W],
-        )
+        kept: dict[str, Any] = {
+            name: np.compress(some_W, getattr(self, name), axis)
+            for name, axis in _WINDOWS.items()
+        }
+        return dataclasses.replace(self, **kept)
 
     def fvu_L(self, draw_W: np.ndarray | None = None) -> np.ndarray:  # noqa: N802
         """``Σ|y - ŷ|² / Σ|y - mean y|²`` by layer, of all windows or those drawn."""
@@ -107,24 +106,6 @@ class Reconstruction:
         }
 
 
-def _written(
-    params: LMParams | None, loaded: Loaded, read_LTD: Array
-) -> tuple[Array, Array]:
-    """Which features are active [L, T, F] and what they write [L, T, D]."""
-    coder, (_, T, D) = loaded.coder, read_LTD.shape
-
-    def step(ahead_MTD: Array, x: Any) -> tuple[Array, tuple[Array, Array]]:
-        p, w, read_TD = x
-        a_TF = coder.encode(p, w.enc, read_TD).a_TF
-        ahead_MTD = ahead_MTD + coder.write(p, w.dec, a_TF)
-        write_TD = ahead_MTD[0] + constant(coder, p, w.fixed, read_TD)
-        return jnp.roll(ahead_MTD, -1, 0).at[-1].set(0), (a_TF != 0, write_TD)
-
-    none_MTD = jnp.zeros((coder.shape.span, T, D), read_LTD.dtype)
-    blocks = None if params is None else params.blocks
-    return jax.lax.scan(step, none_MTD, (blocks, loaded.weights, read_LTD))[1]
-
-
 @partial(jax.jit, static_argnames="n_groups")
 def _sums(
     params: LMParams | None,
@@ -134,7 +115,7 @@ def _sums(
     mask_T: Array,
     n_groups: int,
 ) -> dict[str, Array]:
-    on_LTF, found_LTD = _written(params, loaded, read_LTD)
+    on_LTF, found_LTD = written(params, loaded, read_LTD)
     on_LTF = on_LTF & mask_T[None, :, None]
     L, T, _ = write_LTD.shape
 

@@ -75,20 +75,15 @@ class Patcher:
         try:
             from jaxclt.patching.edits import Edit
             from jaxclt.patching.log import keep_patch, patch_record
-            from jaxclt.patching.patch import patch
+            from jaxclt.patching.patch import measure, plan_patch
+            from jaxclt.patching.patchable import How
             from jaxclt.types import Supernode
 
             subject = self._of(directory)
             places = tuple((layer, pos, feature) for layer, feature, pos in nodes)
             group = Supernode(name or "patched", places)
-            result = patch(
-                subject.model,
-                subject.dictionary,
-                subject.graph,
-                [Edit(supernode=group, scale=scale)],
-                mode=mode,
-                subject=subject,
-            )
+            edits = [Edit(supernode=group, scale=scale)]
+            result = measure(plan_patch(subject, edits, How(mode=mode)))
             record = patch_record(result, [name], {"scale": scale})
             keep_patch(directory, record, subject.graph.meta)
             return record

@@ -6,11 +6,11 @@ Where things are, in the order a token passes through them:
 |---|---|
 | `sample` | text of the model -> windows; other text comes from `jaxclt.text` |
 | `harvest` | windows -> what encoders read and MLPs write |
-| `normalise`, `chunks` | per-layer scales; shuffled chunks by their position |
-| `params`, `activations`, `matmul` | weights by source layer; gates and their STEs |
+| `normalise`, `chunks`, `store` | per-layer scales; shuffled chunks, kept on disk |
+| `params`, `matmul` | weights by source layer; the one matrix product |
 | `penalties`, `objectives`, `schedules` | losses as pure functions, and their weights |
 | `step` | one update: autodiff, or two passes with one layer's gradient at a time |
-| `evaluate`, `replacement` | held-out numbers, the replacement model, graph scores |
+| `outcome` | held-out numbers, the replacement model, graph scores |
 | `checkpoint`, `trainer`, `dryrun` | the shell: resumable runs, predictions of cost |
 | `finetune` | the replacement model's KL, through all layers |
 | `processes`, `tracking` | several machines; metrics to Weights & Biases |

@@ -10,21 +10,16 @@ import jax
 
 from jaxclt.files.atomic import atomic_path
 from jaxclt.files.lines import read_lines
-from jaxclt.io.model import Model
 from jaxclt.text.corpus import Windows
-from jaxclt.train.config import TrainConfig
-from jaxclt.train.params import Spec, n_params
+from jaxclt.train.params import n_params
+from jaxclt.train.prepare import Job
 from jaxclt.version import __version__
 
 __all__ = ["make_card", "one_line", "plot", "readme"]
 
 
 def make_card(
-    *,
-    config: TrainConfig,
-    spec: Spec,
-    model: Model,
-    data: str,
+    job: Job,
     windows: Windows,
     final: dict[str, Any],
     seconds: dict[str, float],
@@ -33,15 +28,14 @@ def make_card(
     """Recipe, data and metrics of a finished run as JSON.
 
     Args:
-      config: the recipe.
-      spec: what was trained.
-      model: what it was trained on.
-      data: where the text came from.
-      windows: the tokens.
+      job: the run.
+      windows: its tokens.
       final: the last evaluation.
       seconds: spent by the last process, by activity.
       steps_timed: steps that process made.
     """
+    model, config = job.model, job.config
+    spec = config.spec(model.cfg)
     device = jax.devices()[0]
     return {
         "model": model.name,
@@ -51,7 +45,7 @@ def make_card(
         "dictionary": dataclasses.asdict(spec.clt_config()),
         "recipe": dataclasses.asdict(config),
         "data": {
-            "path": data,
+            "path": job.data,
             "train_windows": len(windows.train_WS),
             "heldout_windows": len(windows.held_WS),
             "context": windows.train_WS.shape[1],
@@ -88,20 +82,27 @@ def one_line(record: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+_MEASURED = (
+    ("unexplained variance (FVU), mean of layers", "fvu", ".4f"),
+    ("features active per token and layer", "l0", ".2f"),
+    ("features silent on the held-out text", "dead", ".1%"),
+    ("features active on over 10% of tokens", "dense", ".2%"),
+    ("replacement model, top-1 agreement", "top1", ".1%"),
+    ("KL(model, replacement), nats", "kl", ".3f"),
+)
+_TUNED = (
+    ("FVU", "fvu", ".4f"),
+    ("top-1 agreement", "top1", ".1%"),
+    ("KL", "kl", ".3f"),
+)
+
+
 def readme(card: dict[str, Any]) -> str:
     """The model card."""
     m, recipe = card["metrics"], card["recipe"]
     rows = [
-        ("unexplained variance (FVU), mean of layers", f"{m['fvu']:.4f}"),
-        ("features active per token and layer", f"{m['l0']:.2f}"),
-        ("features silent on the held-out text", f"{m['dead']:.1%}"),
-        ("features active on over 10% of tokens", f"{m['dense']:.2%}"),
+        (text, format(m[key], digits)) for text, key, digits in _MEASURED if key in m
     ]
-    if "top1" in m:
-        rows += [
-            ("replacement model, top-1 agreement", f"{m['top1']:.1%}"),
-            ("KL(model, replacement), nats", f"{m['kl']:.3f}"),
-        ]
     if "graphs" in m:
         rows += [
             (f"graphs: {key.replace('_', ' ')}", f"{m['graphs'][key]:.3f}")
@@ -109,22 +110,13 @@ def readme(card: dict[str, Any]) -> str:
         ]
     if "finetuned" in m:
         tuned = m["finetuned"]
-        rows += [
-            (f"`finetuned/`, after {tuned['kl_steps']} steps on the KL: {name}", value)
-            for name, value in (
-                ("FVU", f"{tuned['fvu']:.4f}"),
-                ("top-1 agreement", f"{tuned['top1']:.1%}"),
-                ("KL", f"{tuned['kl']:.3f}"),
-            )
-        ]
+        head = f"`finetuned/`, after {tuned['kl_steps']} steps on the KL"
+        rows += [(f"{head}: {x}", format(tuned[key], f)) for x, key, f in _TUNED]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     settings = "\n".join(f"| `{k}` | `{v}` |" for k, v in recipe.items())
     d = card["dictionary"]
-    left_out = "Special tokens were never trained on."
-    if not card["data"]["first_position"]:
-        left_out = (
-            "The first position of a text and special tokens were never trained on."
-        )
+    first = card["data"]["first_position"]
+    left_out = "Special" if first else "The first position of a text and special"
     return (
         f"# {card['kind']} for {card['model']}\n\n"
         f"{d['n_features']} features a layer, span {d['span']} of {d['n_layers']} "
@@ -136,7 +128,7 @@ def readme(card: dict[str, Any]) -> str:
         f"{card['model']} --dictionary THIS_DIRECTORY --out DIR\n\n"
         f"## Measured on held-out text ({m['heldout_tokens']:,} tokens)\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
-        f"{left_out}\n\n"
+        f"{left_out} tokens were never trained on.\n\n"
         f"## Recipe\n\n| | |\n|---|---|\n{settings}\n"
     )
 
@@ -153,24 +145,19 @@ def plot(metrics: Path, out: Path) -> None:
     evals = [r for r in records if r.get("kind") == "eval"]
     figure = Figure(figsize=(9, 6), layout="constrained")
     panels = figure.subplots(2, 2)
-    for panel, name, label in zip(
-        panels.flat,
-        ("fvu", "l0", "dead", "top1"),
-        ("unexplained variance", "active features a layer", "dead share",
-         "replacement top-1"),
-        strict=True,
-    ):  # fmt: skip
+    shown = {
+        "fvu": "unexplained variance",
+        "l0": "active features a layer",
+        "dead": "dead share",
+        "top1": "replacement top-1",
+    }
+    for panel, (name, label) in zip(panels.flat, shown.items(), strict=True):
         for group, style, legend in ((steps, "-", "batch"), (evals, "o", "held-out")):
             if name == "dead" and group is evals:
                 continue  # another definition: silent on the held-out text
-            there = [r for r in group if name in r]
-            if there:
-                panel.plot(
-                    [r["step"] for r in there],
-                    [r[name] for r in there],
-                    style,
-                    label=legend,
-                )
+            at = [(r["step"], r[name]) for r in group if name in r]
+            if at:
+                panel.plot(*zip(*at, strict=True), style, label=legend)
         panel.set(xlabel="step", ylabel=label)
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[0]:

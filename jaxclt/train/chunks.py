@@ -16,32 +16,17 @@ are trained on, so that no text is run through the model twice.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-import safetensors.numpy
 from jax import Array
 
 from jaxclt.clt.config import ReadSite
 from jaxclt.errors import InputError
-from jaxclt.files.atomic import atomic_path
-from jaxclt.files.json_file import (
-    COUNT,
-    TEXT,
-    check_json,
-    json_schema,
-    named,
-    read_json,
-    record,
-)
-from jaxclt.files.json_text import to_json
-from jaxclt.lm.config import LMConfig
+from jaxclt.io.model import Model
 from jaxclt.text.corpus import PAD, Windows
 from jaxclt.train.harvest import harvest
 from jaxclt.train.normalise import (
@@ -52,14 +37,11 @@ from jaxclt.train.normalise import (
     normalise,
     scales_of,
 )
-from jaxclt.types import LMParams
+from jaxclt.train.store import DTYPES, ChunkStore
 
-__all__ = ["ChunkConfig", "Chunks", "Position", "rows_of", "window_order"]
+__all__ = ["ChunkConfig", "Chunks", "Position", "window_order"]
 
-UNITS = "units.safetensors"
 MOMENT_ROWS = 2048  # of a chunk, converted to float32 together
-
-_DTYPE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,55 +90,9 @@ def bound(norm_LT: np.ndarray, outlier: float) -> np.ndarray:
     return (outlier * np.median(norm_LT, axis=1)).astype(np.float32)
 
 
-def rows_of(
-    params: LMParams,
-    token_WS: np.ndarray,
-    windows: Windows,
-    scales: Scales | None,
-    *,
-    cfg: LMConfig,
-    config: ChunkConfig,
-    dtype: str,
-    bound_L: np.ndarray | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Valid reads and writes [L, T, D], a few windows at a time.
-
-    Some models make further attention sinks in the middle of a text (a newline, a
-    bracket), whose MLP outputs are tens of times larger than any other: a handful of
-    tokens then is most of a layer's variance, its scale and its loss. Such tokens are
-    left out like the first position: those above `bound_L` anywhere, by default
-    ``scales.bound_L``.
-    """
-    W = config.windows_per_call
-    if bound_L is None and scales is not None:
-        bound_L = np.asarray(scales.bound_L)
-    for start in range(0, len(token_WS), W):
-        part_WS = token_WS[start : start + W]
-        full_WS = np.full((W, part_WS.shape[1]), PAD, np.int32)
-        full_WS[: len(part_WS)] = part_WS
-        read_LTD, write_LTD, norm_LT = harvest(
-            params, jnp.asarray(full_WS), scales, cfg=cfg, site=config.site, dtype=dtype
-        )
-        keep_T = np.flatnonzero(windows.valid(full_WS))
-        if bound_L is not None:
-            fits_LT = np.asarray(norm_LT)[:, keep_T] <= bound_L[:, None]
-            keep_T = keep_T[fits_LT.all(0)]
-        yield np.asarray(read_LTD)[:, keep_T], np.asarray(write_LTD)[:, keep_T]
-
-
 @jax.jit
 def _renormalise(change: Scales, read: Array, write: Array) -> tuple[Array, Array]:
     return normalise(change, read.astype(jnp.float32), write.astype(jnp.float32))
-
-
-_MANIFEST = json_schema(
-    record(
-        {
-            "identity": {"type": "object"},
-            "files": named(record({"sha256": TEXT, "bytes": COUNT})),
-        }
-    )
-)
 
 
 class Chunks:
@@ -169,24 +105,21 @@ class Chunks:
 
     def __init__(
         self,
-        params: LMParams,
-        cfg: LMConfig,
+        model: Model,
         windows: Windows,
         config: ChunkConfig,
         *,
-        model_hash: str = "",
         store: Path | None = None,
         spool: Path | None = None,
         read_only: bool = False,
     ) -> None:
-        self.params, self.cfg, self.windows, self.config = params, cfg, windows, config
+        self.params, self.cfg = model.params, model.cfg
+        self.windows, self.config = windows, config
         self.units: Scales | None = None
         self.scales: Scales | None = None
-        self.store = store
-        self.spool = spool if store is None else None
         self.read_only = read_only  # of the store: another process writes
-        self.identity = {
-            "model": model_hash,
+        identity = {
+            "model": model.hash,
             "windows": windows.digest,
             "config": {
                 k: v for k, v in dataclasses.asdict(config).items() if k != "reuse"
@@ -195,14 +128,55 @@ class Chunks:
         self._order: tuple[tuple[int, int], np.ndarray] | None = None
         self._chunk: tuple[int, np.ndarray, np.ndarray] | None = None
         self._change: Scales | None = None
+        sizes = model.cfg.n_layers, model.cfg.d_model
+        self.store = self.spool = None
         if store is not None:
-            self._check_store(store)
+            self.store = ChunkStore(store, identity, sizes)
+            self.store.check()
+        elif spool is not None:
+            self.spool = ChunkStore(spool, identity, sizes, passing=True)
 
     @property
     def windows_per_chunk(self) -> int:
         """Windows of a chunk."""
         size = self.windows.train_WS.shape[1]
         return max(1, self.config.chunk_tokens // size)
+
+    def harvested(
+        self, token_WS: np.ndarray, scales: Scales | None, dtype: str
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Valid reads and writes [L, T, D] of windows, a few at a time.
+
+        Some models make further attention sinks in the middle of a text (a newline, a
+        bracket), whose MLP outputs are tens of times larger than any other: a handful
+        of tokens then is most of a layer's variance, its scale and its loss. Such
+        tokens are left out like the first position: those above ``scales.bound_L``
+        anywhere.
+
+        Args:
+          token_WS: the windows.
+          scales: normalise by these; None leaves raw units, outliers and all.
+          dtype: of the result.
+        """
+        W, site = self.config.windows_per_call, self.config.site
+        for start in range(0, len(token_WS), W):
+            part_WS = token_WS[start : start + W]
+            full_WS = np.full((W, part_WS.shape[1]), PAD, np.int32)
+            full_WS[: len(part_WS)] = part_WS
+            read_LTD, write_LTD, norm_LT = harvest(
+                self.params,
+                jnp.asarray(full_WS),
+                scales,
+                cfg=self.cfg,
+                site=site,
+                dtype=dtype,
+            )
+            keep_T = np.flatnonzero(self.windows.valid(full_WS))
+            if scales is not None:
+                bound_L = np.asarray(scales.bound_L)
+                fits_LT = np.asarray(norm_LT)[:, keep_T] <= bound_L[:, None]
+                keep_T = keep_T[fits_LT.all(0)]
+            yield np.asarray(read_LTD)[:, keep_T], np.asarray(write_LTD)[:, keep_T]
 
     def first_units(self) -> Scales:
         """Normalisation from the first windows: near enough to hold activations in.
@@ -211,20 +185,9 @@ class Chunks:
           InputError: if no token of them is trained on.
         """
         n = len(self.windows.train_WS)
-        first = window_order(
-            self.config.seed, n, 0, min(n, self.config.windows_per_call)
-        )
-        rows = list(
-            rows_of(
-                self.params,
-                self.windows.train_WS[first],
-                self.windows,
-                None,
-                cfg=self.cfg,
-                config=self.config,
-                dtype="float32",
-            )
-        )
+        count = min(n, self.config.windows_per_call)
+        first = window_order(self.config.seed, n, 0, count)
+        rows = list(self.harvested(self.windows.train_WS[first], None, "float32"))
         read_LTD, write_LTD = (np.concatenate(x, 1) for x in zip(*rows, strict=True))
         if not read_LTD.shape[1]:
             raise InputError("the data has no token to train on: all are special")
@@ -261,11 +224,11 @@ class Chunks:
             self.windows.train_WS
         ):
 
-            def heard(done: int, n: int = n) -> None:
+            def report(done: int, n: int = n) -> None:
                 on_tokens(min(n + done, n_tokens), n_tokens)
 
             self._chunk = None  # two need not fit into memory
-            read_LND, write_LND = self._load(chunk, heard)
+            read_LND, write_LND = self._load(chunk, report)
             for start in range(0, read_LND.shape[1], MOMENT_ROWS):
                 here = slice(start, start + MOMENT_ROWS)
                 read = merge_moments(read, Moments.of(read_LND[:, here]))
@@ -273,8 +236,9 @@ class Chunks:
             n += read_LND.shape[1]
             self._chunk = (chunk, read_LND, write_LND)
             on_tokens(min(n, n_tokens), n_tokens)
-            if self.spool is not None and (chunk > 0 or n < n_tokens):
-                self._spool(self.spool, chunk)
+            more = chunk > 0 or n < n_tokens
+            if self.spool is not None and more and not self.spool.holds(chunk):
+                self.spool.write(*self._chunk)  # until it is trained on
             chunk += 1
         if read is None or write is None:
             raise InputError("the data has no token to train on: all are special")
@@ -285,7 +249,7 @@ class Chunks:
     def use(self, units: Scales, scales: Scales) -> None:
         """Normalise by what an earlier process measured."""
         if self.store is not None:
-            units = self._stored_units(self.store) or units
+            units = self.store.read_units() or units
         self.units, self.scales = units, scales
         self._change = between(units, scales)
 
@@ -348,185 +312,47 @@ class Chunks:
         if self._chunk is None or self._chunk[0] != chunk:
             self._chunk = None
             self._chunk = (chunk, *self._load(chunk))
-            self._forget(chunk)
+            if self.spool is not None:
+                self.spool.forget(chunk)
         return self._chunk[1], self._chunk[2]
 
     def _ready(self) -> Scales:
         """The units, from the store, or measured."""
         if self.units is None and self.store is not None:
-            self.units = self._stored_units(self.store)
+            self.units = self.store.read_units()
         if self.units is None:
             self.units = self.first_units()
             if self.store is not None and not self.read_only:
-                self._store_units(self.store, self.units)
+                self.store.write_units(self.units)
         return self.units
 
     def _load(
-        self, chunk: int, heard: Callable[[int], None] = lambda done: None
+        self, chunk: int, report: Callable[[int], None] = lambda done: None
     ) -> tuple[np.ndarray, np.ndarray]:
         """A chunk from the disk, or harvested (and stored)."""
-        for folder in (self.store, self.spool):
-            found = None if folder is None else self._read_stored(folder, chunk)
-            if found is not None:
+        for store in (self.store, self.spool):
+            if store is not None and (found := store.read(chunk)) is not None:
                 return found
         W = self.windows_per_chunk
         order = window_order(self.config.seed, len(self.windows.train_WS), chunk * W, W)
         token_WS = self.windows.train_WS[order]
         n = int(self.windows.valid(token_WS).sum())
         shape = (self.cfg.n_layers, n, self.cfg.d_model)
-        dtype = _DTYPE[self.config.dtype]
+        dtype = DTYPES[self.config.dtype]
         read_LND, write_LND = np.empty(shape, dtype), np.empty(shape, dtype)
         at = 0
-        for read_LTD, write_LTD in rows_of(
-            self.params,
-            token_WS,
-            self.windows,
-            self._ready(),
-            cfg=self.cfg,
-            config=self.config,
-            dtype=self.config.dtype,
-        ):
+        rows = self.harvested(token_WS, self._ready(), self.config.dtype)
+        for read_LTD, write_LTD in rows:
             end = at + read_LTD.shape[1]
             read_LND[:, at:end], write_LND[:, at:end] = read_LTD, write_LTD
             at = end
-            heard(at)
+            report(at)
         read_LND, write_LND = read_LND[:, :at], write_LND[:, :at]  # no outliers
         if self.store is not None and not self.read_only:
-            self._write_stored(self.store, chunk, read_LND, write_LND)
+            self.store.write(chunk, read_LND, write_LND)
         return read_LND, write_LND
-
-    # -- spool -------------------------------------------------------------------------
-
-    def _spool(self, spool: Path, chunk: int) -> None:
-        """Keep the chunk that is in memory until it is trained on."""
-        assert self._chunk is not None
-        assert self._chunk[0] == chunk
-        if f"chunk_{chunk:06d}.safetensors" not in self._manifest(spool)["files"]:
-            self._write_stored(spool, *self._chunk)
-
-    def _forget(self, chunk: int) -> None:
-        """Delete from the spool what lies before `chunk`, except the first.
-
-        Evaluations calibrate thresholds on the first chunk.
-        """
-        if self.spool is not None and self.spool.is_dir():
-            for file in self.spool.glob("chunk_*.safetensors"):
-                if 0 < int(file.stem.removeprefix("chunk_")) < chunk:
-                    file.unlink()
 
     def close(self) -> None:
         """Delete the spool: the run is over."""
         if self.spool is not None:
-            shutil.rmtree(self.spool, ignore_errors=True)
-
-    # -- store -------------------------------------------------------------------------
-
-    def _manifest(self, store: Path) -> dict:
-        file = store / "manifest.json"
-        if not file.is_file():
-            return {"identity": self.identity, "files": {}}
-        found = read_json(file)
-        check_json(found, _MANIFEST, file)
-        return found
-
-    def _check_store(self, store: Path) -> None:
-        found = self._manifest(store)["identity"]
-        for name, ours in self.identity.items():
-            if found.get(name) != ours:
-                raise InputError(
-                    f"--store {store} holds activations of another {name}: give "
-                    "another folder"
-                )
-
-    def _record(self, store: Path, file: Path) -> None:
-        manifest = self._manifest(store)
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        manifest["files"][file.name] = {"sha256": digest, "bytes": file.stat().st_size}
-        with atomic_path(store / "manifest.json") as temporary:
-            temporary.write_text(to_json(manifest, indent=1), "utf-8")
-
-    def _checked(self, store: Path, name: str) -> Path | None:
-        entry = self._manifest(store)["files"].get(name)
-        if entry is None:
-            return None
-        file = store / name
-        if file.is_file() and file.stat().st_size == entry["bytes"]:
-            with file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            if digest == entry["sha256"]:
-                return file
-        if store == self.spool:
-            return None  # ours alone: it is harvested again
-        raise InputError(
-            f"{file} is damaged (its checksum differs from manifest.json): delete the "
-            "file and its entry, and it is harvested again"
-        )
-
-    def _write_stored(
-        self, store: Path, chunk: int, read_LND: np.ndarray, write_LND: np.ndarray
-    ) -> None:
-        file = store / f"chunk_{chunk:06d}.safetensors"
-        with atomic_path(file) as temporary:
-            # safetensors writes the memory, whatever the strides say
-            tensors = {
-                "read_LND": np.ascontiguousarray(read_LND),
-                "write_LND": np.ascontiguousarray(write_LND),
-            }
-            safetensors.numpy.save_file(tensors, temporary)
-        self._record(store, file)
-
-    def _read_stored(
-        self, store: Path, chunk: int
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        file = self._checked(store, f"chunk_{chunk:06d}.safetensors")
-        if file is None:
-            return None
-        L, D = self.cfg.n_layers, self.cfg.d_model
-        found = _tensors(file, {"read_LND": (L, None, D), "write_LND": (L, None, D)})
-        read_LND, write_LND = found["read_LND"], found["write_LND"]
-        if read_LND.shape != write_LND.shape:
-            raise InputError(f"{file} is no chunk of this model: delete it")
-        return read_LND, write_LND
-
-    def _stored_units(self, store: Path) -> Scales | None:
-        file = self._checked(store, UNITS)
-        if file is None:
-            return None
-        L, D = self.cfg.n_layers, self.cfg.d_model
-        names = [field.name for field in dataclasses.fields(Scales)]
-        shapes = {x: (L, D) if x.endswith("_LD") else (L,) for x in names}
-        found = _tensors(file, shapes)
-        return Scales(**{name: jnp.asarray(found[name]) for name in names})
-
-    def _store_units(self, store: Path, units: Scales) -> None:
-        file = store / UNITS
-        with atomic_path(file) as temporary:
-            safetensors.numpy.save_file(
-                {
-                    f.name: np.asarray(getattr(units, f.name))
-                    for f in dataclasses.fields(units)
-                },
-                temporary,
-            )
-        self._record(store, file)
-
-
-def _tensors(
-    file: Path, shapes: Mapping[str, tuple[int | None, ...]]
-) -> dict[str, np.ndarray]:
-    """Floats of a file, of these shapes; None stands for any length."""
-    try:
-        found = safetensors.numpy.load_file(file)
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
-        raise InputError(f"{file} is no safetensors file: delete it") from error
-    for name, shape in shapes.items():
-        x = found.get(name)
-        if (
-            x is None
-            or x.dtype not in _DTYPE.values()
-            or len(x.shape) != len(shape)
-            or any(n not in (None, m) for n, m in zip(shape, x.shape, strict=True))
-        ):
-            raise InputError(f"{file} holds no {name} of this model: delete it")
-    return found
+            self.spool.remove()

@@ -1,4 +1,4 @@
-"""What a run is told: one frozen dataclass, and presets as values of it."""
+"""The recipe of a run: one frozen dataclass, and presets as values of it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ from jaxclt.errors import (
 )
 from jaxclt.lm.config import LMConfig
 from jaxclt.train.chunks import ChunkConfig
-from jaxclt.train.evaluate import PROMPTS
 from jaxclt.train.objectives import Terms
 from jaxclt.train.params import GateName, Spec
 from jaxclt.train.schedules import Weights
 from jaxclt.train.step import Recipe
 
-__all__ = ["PRESETS", "TrainConfig", "preset"]
+__all__ = ["PRESETS", "PROMPTS", "TrainConfig", "preset"]
+
+PROMPTS = (
+    "The Eiffel Tower is in the city of",
+    "The capital of France is",
+    "The opposite of hot is",
+)
 
 _INT32 = 2**31 - 1  # steps and silent tokens are counted in 32 bits
 # How fields are checked, by their names.
@@ -98,7 +103,7 @@ class TrainConfig:
     theta: float = 0.03
     """Initial JumpReLU threshold."""
     read: ReadSite = "resid_mid"
-    """What encoders read: the stream ahead of the MLP, that divided by its norm, or
+    """What encoders read: the stream before the MLP, that divided by its norm, or
     what the MLP reads."""
 
     tokens: int = 100_000_000

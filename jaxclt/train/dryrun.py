@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -232,8 +231,3 @@ def check_memory(config: TrainConfig, lm: LMConfig, sizes: dict[str, int]) -> No
                 f"{config.features:,}), --batch-tokens, --chunk-tokens or "
                 "--windows-per-call, or share them with --mesh"
             )
-
-
-def as_json(found: Estimate) -> dict[str, Any]:
-    """For programs."""
-    return dataclasses.asdict(found)

@@ -16,11 +16,10 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.config import CLTConfig
-from jaxclt.train.normalise import Scales, fold
 from jaxclt.train.params import LayerParams, Spec, TrainParams, to_clt
 from jaxclt.types import CLTParams
 
-__all__ = ["calibrate", "threshold_form", "to_dictionary"]
+__all__ = ["calibrate", "threshold_form"]
 
 
 @partial(jax.jit, static_argnames="k")
@@ -45,12 +44,8 @@ def calibrate(params: TrainParams, read_LTD: np.ndarray | Array, k: int) -> Arra
       read_LTD: training tokens; some thousands.
       k: features per layer and token.
     """
-    return jnp.stack(
-        [
-            _layer_threshold(p, jnp.asarray(read_TD), k)
-            for p, read_TD in zip(params, read_LTD, strict=True)
-        ]
-    )
+    layers = zip(params, read_LTD, strict=True)
+    return jnp.stack([_layer_threshold(p, jnp.asarray(x_TD), k) for p, x_TD in layers])
 
 
 def threshold_form(
@@ -69,11 +64,3 @@ def threshold_form(
         theta_LF = jnp.broadcast_to(theta_L[:, None], clt.b_enc_LF.shape)
         clt = dataclasses.replace(clt, theta_LF=theta_LF.astype(clt.b_enc_LF.dtype))
     return clt, cfg
-
-
-def to_dictionary(
-    params: TrainParams, spec: Spec, scales: Scales, theta_L: Array | None = None
-) -> tuple[CLTParams, CLTConfig]:
-    """The dictionary in the model's own units: thresholds, then the scales folded."""
-    clt, cfg = threshold_form(params, spec, theta_L)
-    return fold(clt, scales), cfg

@@ -19,19 +19,6 @@ from jaxclt.types import LMParams
 __all__ = ["harvest", "mlp_response"]
 
 
-def taps(
-    params: LMParams, token_S: Array, *, cfg: LMConfig, site: ReadSite
-) -> tuple[Array, Array]:
-    """Reads and writes [L, S, D] of one window."""
-    recording = record(params, token_S, cfg=cfg)
-    read_LSD = jax.vmap(partial(read_site, site))(
-        layers.mlp_norm(params.blocks),
-        recording.mid_LTD,
-        recording.frozen.mlp_scale_LT,
-    )
-    return read_LSD, recording.write_LTD
-
-
 @partial(jax.jit, static_argnames=("cfg", "site", "dtype"))
 def harvest(
     params: LMParams,
@@ -46,7 +33,7 @@ def harvest(
 
     The norms [L, W S] are of the writes in raw units, whatever `scales` says.
 
-    Padding (-1) stands behind the text, where a causal model does not see it.
+    Padding (-1) follows the text, where a causal model does not see it.
 
     Args:
       params: the model.
@@ -56,10 +43,15 @@ def harvest(
       site: where encoders read.
       dtype: of the result.
     """
-    token_WS = jnp.maximum(token_WS, 0)
-    one = partial(taps, params, cfg=cfg, site=site)
+
+    def taps(token_S: Array) -> tuple[Array, Array]:
+        recording = record(params, token_S, cfg=cfg)
+        norms, scale_LT = layers.mlp_norm(params.blocks), recording.frozen.mlp_scale_LT
+        read = jax.vmap(partial(read_site, site))
+        return read(norms, recording.mid_LTD, scale_LT), recording.write_LTD
+
     # Layers lead at once: a transpose of the result would copy all of it.
-    read_LWSD, write_LWSD = jax.vmap(one, out_axes=1)(token_WS)
+    read_LWSD, write_LWSD = jax.vmap(taps, out_axes=1)(jnp.maximum(token_WS, 0))
     L, W, S, D = read_LWSD.shape
     read_LTD, write_LTD = (x.reshape(L, W * S, D) for x in (read_LWSD, write_LWSD))
     norm_LT = jnp.sqrt(jnp.sum(jnp.square(write_LTD), -1))

@@ -89,36 +89,29 @@ def scales_of(
       units: what the moments are measured in; None is raw units. The result is in raw
         units.
     """
+    found: dict[str, Array] = {}
+    for site, m in (("read", read), ("write", write)):
+        size_L, centre_LD = np.sqrt((m.m2_LD / m.n).mean(1)), m.mean_LD
+        size_L = np.where(size_L > 0, size_L, 1.0)
+        if units is not None:
+            mean_LD, scale_L = _side(units, site)
+            size_L = size_L * scale_L
+            centre_LD = centre_LD * scale_L[:, None] + mean_LD
+        found |= _float32(site, centre_LD, size_L)
+    return Scales(**found, bound_L=jnp.asarray(bound_L, jnp.float32))
 
-    def in_raw(
-        m: Moments, mean_LD: Array | None, scale_L: Array | None
-    ) -> tuple[Array, Array]:
-        std_L = np.sqrt((m.m2_LD / m.n).mean(1))
-        std_L = np.where(std_L > 0, std_L, 1.0)
-        centre_LD = m.mean_LD
-        if mean_LD is not None and scale_L is not None:
-            size_L = np.asarray(scale_L, np.float64)
-            std_L = std_L * size_L
-            centre_LD = centre_LD * size_L[:, None] + np.asarray(mean_LD, np.float64)
-        return (
-            jnp.asarray(centre_LD.astype(np.float32)),
-            jnp.asarray(std_L.astype(np.float32)),
-        )
 
-    u = units
-    read_mean_LD, read_scale_L = in_raw(
-        read, u and u.read_mean_LD, u and u.read_scale_L
-    )
-    write_mean_LD, write_scale_L = in_raw(
-        write, u and u.write_mean_LD, u and u.write_scale_L
-    )
-    return Scales(
-        read_mean_LD=read_mean_LD,
-        read_scale_L=read_scale_L,
-        write_mean_LD=write_mean_LD,
-        write_scale_L=write_scale_L,
-        bound_L=jnp.asarray(bound_L, jnp.float32),
-    )
+def _side(scales: Scales, site: str) -> tuple[np.ndarray, np.ndarray]:
+    """Means and scales of the reads or writes, float64."""
+    names = f"{site}_mean_LD", f"{site}_scale_L"
+    mean_LD, scale_L = (np.asarray(getattr(scales, x), np.float64) for x in names)
+    return mean_LD, scale_L
+
+
+def _float32(site: str, mean_LD: np.ndarray, scale_L: np.ndarray) -> dict[str, Array]:
+    """Fields of `Scales`."""
+    found = {f"{site}_mean_LD": mean_LD, f"{site}_scale_L": scale_L}
+    return {name: jnp.asarray(x.astype(np.float32)) for name, x in found.items()}
 
 
 def between(units: Scales, scales: Scales) -> Scales:
@@ -127,26 +120,11 @@ def between(units: Scales, scales: Scales) -> Scales:
     ``normalise(between(u, s), *normalise(u, r, w)) == normalise(s, r, w)``. Computed in
     float64, held in float32.
     """
-
-    def both(name: str) -> tuple[np.ndarray, np.ndarray]:
-        return tuple(np.asarray(getattr(x, name), np.float64) for x in (units, scales))  # pyright: ignore[reportReturnType]
-
-    def relative(site: str) -> tuple[Array, Array]:
-        (m0_LD, m1_LD), (s0_L, s1_L) = both(f"{site}_mean_LD"), both(f"{site}_scale_L")
-        return (
-            jnp.asarray(((m1_LD - m0_LD) / s0_L[:, None]).astype(np.float32)),
-            jnp.asarray((s1_L / s0_L).astype(np.float32)),
-        )
-
-    read_mean_LD, read_scale_L = relative("read")
-    write_mean_LD, write_scale_L = relative("write")
-    return Scales(
-        read_mean_LD=read_mean_LD,
-        read_scale_L=read_scale_L,
-        write_mean_LD=write_mean_LD,
-        write_scale_L=write_scale_L,
-        bound_L=scales.bound_L,
-    )
+    found: dict[str, Array] = {}
+    for site in ("read", "write"):
+        (m0_LD, s0_L), (m1_LD, s1_L) = _side(units, site), _side(scales, site)
+        found |= _float32(site, (m1_LD - m0_LD) / s0_L[:, None], s1_L / s0_L)
+    return Scales(**found, bound_L=scales.bound_L)
 
 
 def normalise(scales: Scales, read_LTD: Array, write_LTD: Array) -> tuple[Array, Array]:

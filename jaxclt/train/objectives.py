@@ -50,6 +50,7 @@ __all__ = [
     "Terms",
     "Values",
     "Writes",
+    "emit_all",
     "encode_layer",
     "load_objective",
     "read_out",
@@ -73,12 +74,8 @@ class Batch:
 
     def layer(self, l: int) -> LayerBatch:
         """What one layer's features see."""
-        return LayerBatch(
-            read_TD=self.read_LTD[l],
-            dead_F=self.dead_LF[l],
-            tangent_TD=None if self.tangent_LTD is None else self.tangent_LTD[l],
-            response_TD=None if self.response_LTD is None else self.response_LTD[l],
-        )
+        seen = self.read_LTD, self.dead_LF, self.tangent_LTD, self.response_LTD
+        return LayerBatch(*(None if x is None else x[l] for x in seen))  # pyright: ignore[reportArgumentType]
 
 
 @struct.dataclass
@@ -242,43 +239,37 @@ class Standard:
         values: Values,
         spec: Spec,
     ) -> Array:
-        t = self.terms
-        total = jnp.zeros((), pre_TF.dtype)
+        t, dtype = self.terms, pre_TF.dtype
+        total = jnp.zeros((), dtype)
         norm_F = decoder_norm(p)
         if not t.norm_gradient:
             norm_F = jax.lax.stop_gradient(norm_F)
+
+        def weighted(name: str, term: Array) -> Array:
+            return values[name].astype(dtype) * term
+
         match t.sparsity:
             case "tanh":
                 term = penalties.tanh_sparsity(a_TF, norm_F, c=t.c)
+                total += weighted("sparsity", term)
             case "l1":
-                term = penalties.l1(a_TF, norm_F)
+                total += weighted("sparsity", penalties.l1(a_TF, norm_F))
             case "l0":
                 theta_F = jnp.zeros_like(p.b_enc_F) if p.theta_F is None else p.theta_F
                 term = penalties.l0_to_target(
                     pre_TF, theta_F, target=t.target_l0, bandwidth=spec.bandwidth
                 )
-            case "none":
-                term = None
-        if term is not None:
-            total += values["sparsity"].astype(total.dtype) * term
+                total += weighted("sparsity", term)
         if t.preactivation != "none":
-            weight_F = (
-                jnp.ones_like(p.b_enc_F)
-                if t.preactivation == "all"
-                else x.dead_F.astype(pre_TF.dtype)
-            )
-            total += values["preactivation"].astype(
-                total.dtype
-            ) * penalties.preactivation(pre_TF, p.theta_F, norm_F, weight_F)
+            every = t.preactivation == "all"
+            weight_F = jnp.ones_like(p.b_enc_F) if every else x.dead_F.astype(dtype)
+            term = penalties.preactivation(pre_TF, p.theta_F, norm_F, weight_F)
+            total += weighted("preactivation", term)
         if t.jacobian and x.tangent_TD is not None:
             assert x.response_TD is not None
-            total += values["jacobian"].astype(total.dtype) * penalties.jacobian(
-                a_TF,
-                p.W_enc_FD,
-                p.W_dec_FMD[:, 0],
-                x.tangent_TD.astype(pre_TF.dtype),
-                x.response_TD.astype(pre_TF.dtype),
-            )
+            along = x.tangent_TD.astype(dtype), x.response_TD.astype(dtype)
+            term = penalties.jacobian(a_TF, p.W_enc_FD, p.W_dec_FMD[:, 0], *along)
+            total += weighted("jacobian", term)
         if self.extra is not None:
             total += self.extra(p, pre_TF, a_TF, values, spec)
         return total
@@ -332,6 +323,37 @@ def read_out(emitted: list[dict[str, Array]], spec: Spec) -> Writes:
     }
 
 
+def emit_all(
+    objective: Separable,
+    params: TrainParams,
+    batch: Batch,
+    values: Values,
+    spec: Spec,
+    *,
+    remat: bool = False,
+) -> tuple[Writes, Array, Metrics]:
+    """What all layers write, their penalties together, and ``l0_L``, ``density_LF``.
+
+    With `remat` each layer's activations are recomputed in the backward pass.
+    """
+
+    def emit(p: LayerParams, x: LayerBatch) -> Emission:
+        return objective.emit(p, x, values, spec)
+
+    call = jax.checkpoint(emit) if remat else emit
+    found = [call(p, batch.layer(layer)) for layer, p in enumerate(params)]
+    writes = read_out([e.writes for e in found], spec)
+    penalty = sum((e.penalty for e in found[1:]), start=found[0].penalty)
+    return (
+        writes,
+        penalty,
+        {
+            "l0_L": jnp.stack([e.l0 for e in found]),
+            "density_LF": jnp.stack([e.density_F for e in found]),
+        },
+    )
+
+
 def separable_loss(
     objective: Separable,
     params: TrainParams,
@@ -341,33 +363,12 @@ def separable_loss(
     *,
     remat: bool = False,
 ) -> tuple[Array, Metrics]:
-    """The loss of a separable objective, for autodiff.
-
-    Args:
-      objective: emit and readout.
-      params: weights.
-      batch: tokens.
-      values: schedule values.
-      spec: what is trained.
-      remat: recompute each layer's activations in the backward pass.
-    """
-    emitted = []
-
-    def emit(p: LayerParams, x: LayerBatch) -> Emission:
-        return objective.emit(p, x, values, spec)
-
-    for layer, p in enumerate(params):
-        call = jax.checkpoint(emit) if remat else emit
-        emitted.append(call(p, batch.layer(layer)))
-    loss, metrics = objective.readout(
-        read_out([e.writes for e in emitted], spec), batch, values, spec
+    """The loss of a separable objective, for autodiff; `remat` as for `emit_all`."""
+    writes, penalty, counts = emit_all(
+        objective, params, batch, values, spec, remat=remat
     )
-    total = loss + sum(e.penalty for e in emitted)
-    return total, metrics | {
-        "reconstruction": loss,
-        "l0_L": jnp.stack([e.l0 for e in emitted]),
-        "density_LF": jnp.stack([e.density_F for e in emitted]),
-    }
+    loss, metrics = objective.readout(writes, batch, values, spec)
+    return loss + penalty, metrics | {"reconstruction": loss} | counts
 
 
 _SHIPPED = ("tanh", "l1", "l0", "none")

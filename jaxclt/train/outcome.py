@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclt.clt.config import CLTConfig
-from jaxclt.clt.transcoder import loaded_params
+from jaxclt.clt.store import ParamsStore
+from jaxclt.clt.transcoder import StoreDictionary, loaded_params
+from jaxclt.graph.attribute import AttributeConfig
+from jaxclt.graph.scores import scores
 from jaxclt.io.dictionary import save_dictionary
 from jaxclt.io.model import Model
 from jaxclt.replacement.agreement import agreement
-from jaxclt.replacement.reconstruction import decoder_reach
-from jaxclt.text.corpus import Windows
-from jaxclt.train.chunks import Chunks, rows_of
-from jaxclt.train.config import TrainConfig
-from jaxclt.train.evaluate import graph_scores, reconstruction
+from jaxclt.replacement.reconstruction import (
+    Reconstruction,
+    decoder_reach,
+    reconstructed,
+)
+from jaxclt.trace.prompt import trace_prompt
+from jaxclt.train.chunks import Chunks
 from jaxclt.train.export import calibrate, threshold_form
-from jaxclt.train.finetune import finetune_kl
+from jaxclt.train.finetune import Finetune, finetune_kl
 from jaxclt.train.normalise import Scales, fold
-from jaxclt.train.params import Spec
-from jaxclt.train.prepare import write_json
+from jaxclt.train.prepare import Job, write_json
 from jaxclt.types import CLTParams
 
-__all__ = ["Outcome"]
+__all__ = ["Outcome", "graph_scores", "reconstruction"]
 
 CALIBRATION_TOKENS = 4096
 
@@ -36,30 +40,22 @@ class Outcome:
     """Turns the weights of a run into a dictionary on disk and its measures.
 
     Args:
-      model: whose MLPs it stands for.
-      config: of the run.
-      spec: what is trained.
-      windows: with those that are held out.
-      chunks: activations, for the calibration of thresholds.
-      scales: what they are normalised by.
-      out: directory of the run.
+      job: the run.
+      chunks: its activations and normalisation, for the calibration of thresholds.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        config: TrainConfig,
-        spec: Spec,
-        windows: Windows,
-        chunks: Chunks,
-        scales: Scales,
-        out: Path,
-    ) -> None:
-        self.model, self.config, self.spec = model, config, spec
-        self.windows, self.chunks, self.scales = windows, chunks, scales
-        self.out = out
+    def __init__(self, job: Job, chunks: Chunks) -> None:
+        self.model, self.config, self.out = job.model, job.config, job.out
+        self.spec = job.config.spec(job.model.cfg)
+        self.chunks, self.windows = chunks, chunks.windows
         self._held: tuple[np.ndarray, np.ndarray] | None = None
         self._calibration: np.ndarray | None = None
+
+    @property
+    def scales(self) -> Scales:
+        """What activations are normalised by."""
+        assert self.chunks.scales is not None
+        return self.chunks.scales
 
     def evaluate(self, params: Any) -> dict[str, Any]:
         """Export to ``dictionary/``; what was measured."""
@@ -77,7 +73,7 @@ class Outcome:
         config = self.config
         clt, cfg = self._dictionary(params)
 
-        def heard(step: int, kl: float) -> None:
+        def report(step: int, kl: float) -> None:
             del kl
             stage("fine-tuning", step + 1, config.kl_steps)
 
@@ -85,12 +81,12 @@ class Outcome:
             self.model.params,
             fold(clt, self.scales),
             self.windows,
+            Finetune(
+                n_steps=config.kl_steps, windows=config.kl_windows, lr=config.kl_lr
+            ),
             cfg=self.model.cfg,
             clt_cfg=cfg,
-            n_steps=config.kl_steps,
-            windows_per_step=config.kl_windows,
-            lr=config.kl_lr,
-            on_step=heard,
+            on_step=report,
         )
         read_LTD, write_LTD = (np.array(x) for x in self._held_rows())
         s = jax.tree.map(np.asarray, self.scales)
@@ -121,15 +117,8 @@ class Outcome:
 
     def _held_rows(self) -> tuple[np.ndarray, np.ndarray]:
         if self._held is None:
-            rows = rows_of(
-                self.model.params,
-                self.windows.held_WS,
-                self.windows,
-                self.scales,
-                cfg=self.model.cfg,
-                config=self.config.chunk_config(),
-                dtype="float32",
-            )
+            held_WS = self.windows.held_WS
+            rows = self.chunks.harvested(held_WS, self.scales, "float32")
             read, write = zip(*rows, strict=True)
             n = self.config.heldout_tokens
             self._held = (
@@ -140,13 +129,13 @@ class Outcome:
 
     def _export(self, raw: CLTParams, cfg: CLTConfig, folder: Path) -> dict[str, Any]:
         """Write a dictionary in raw units; measure its replacement model and graphs."""
-        behind_norm = self.model.params.blocks.post_mlp_LD is not None
+        after_norm = self.model.params.blocks.post_mlp_LD is not None
         save_dictionary(
             raw,
             cfg,
             folder,
             model_name=self.model.name,
-            write="stream" if behind_norm else None,
+            write="stream" if after_norm else None,
         )
         held_WS = self.windows.held_WS[: self.config.agreement_windows]
         found: dict[str, Any] = {}
@@ -168,3 +157,59 @@ class Outcome:
                 max_features=self.config.graph_features,
             )
         return found
+
+
+def reconstruction(
+    clt: CLTParams,
+    cfg: CLTConfig,
+    read_LTD: np.ndarray,
+    write_LTD: np.ndarray,
+    *,
+    rows: int = 1024,
+) -> dict[str, Any]:
+    """FVU and L0 per layer, dead and dense features, on the given tokens.
+
+    ``fvu_L = Σ|y - ŷ|² / Σ|y - mean y|²`` (maths 18.1); a feature is dead here if it is
+    silent on all these tokens.
+
+    Args:
+      clt: dictionary in the units of the activations.
+      cfg: its shape.
+      read_LTD: what encoders read.
+      write_LTD: what the MLPs wrote.
+      rows: tokens computed together.
+    """
+    T = read_LTD.shape[1]
+    loaded = loaded_params(clt, cfg)
+    cuts = [slice(start, start + rows) for start in range(0, T, rows)]
+    parts = [reconstructed(loaded, read_LTD[:, x], write_LTD[:, x]) for x in cuts]
+    return Reconstruction.joined(parts).summary()
+
+
+def graph_scores(
+    model: Model,
+    clt: CLTParams,
+    cfg: CLTConfig,
+    prompts: Sequence[str],
+    *,
+    max_features: int,
+) -> dict[str, Any]:
+    """Replacement, completeness and path length of graphs of fixed prompts.
+
+    Args:
+      model: the language model.
+      clt: dictionary in raw units.
+      cfg: its shape.
+      prompts: texts.
+      max_features: most feature nodes of each graph; the rest counts as unexplained.
+    """
+    clt = jax.tree.map(np.asarray, clt)
+    dictionary = StoreDictionary(ParamsStore(clt, cfg), name="training")
+    config = AttributeConfig(max_features=max_features)
+    keys = ("replacement", "completeness", "mean_path_length")
+    each: list[dict[str, Any]] = []
+    for prompt in prompts:
+        found = scores(trace_prompt(model, dictionary, prompt, config=config).graph)
+        each.append({"prompt": prompt} | {key: getattr(found, key) for key in keys})
+    means = {key: float(np.mean([one[key] for one in each])) for key in keys}
+    return means | {"prompts": each}

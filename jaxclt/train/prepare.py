@@ -28,12 +28,12 @@ from jaxclt.text.corpus import (
 )
 from jaxclt.text.windows import check_windows
 from jaxclt.trace.record import prompt_tokens
-from jaxclt.train.config import TrainConfig
-from jaxclt.train.evaluate import PROMPTS
+from jaxclt.train.config import PROMPTS, TrainConfig
 from jaxclt.train.sample import sample_windows
 
-__all__ = ["claim_directory", "claimed", "fitted", "identity", "run_windows"]
-__all__ += ["write_json"]
+__all__ = ["Job", "claim_directory", "claimed", "fitted", "run_windows", "write_json"]
+
+Stage = Callable[[str, int, int], None]
 
 _RUN = json_schema(record({"config": {"type": "object"}, "model": TEXT, "data": TEXT}))
 # What may change between two parts of a run without changing its weights.
@@ -71,16 +71,26 @@ def fitted(config: TrainConfig, model: Model, given: Windows | None) -> TrainCon
     return dataclasses.replace(config, prompts=tuple(kept))
 
 
-def identity(config: TrainConfig, model: Model, data: str) -> dict[str, Any]:
-    """What the same command would give again."""
-    ours = dataclasses.asdict(config)
-    for name in _FREE:
-        ours.pop(name)
-    return {
-        "config": json.loads(to_json(ours)),
-        "model": model.hash,
-        "data": data,
-    }
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a run trains a dictionary for, on what, where, and how."""
+
+    model: Model
+    data: str  # where its text comes from
+    out: Path
+    config: TrainConfig
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the same command would give again."""
+        ours = dataclasses.asdict(self.config)
+        for name in _FREE:
+            ours.pop(name)
+        return {
+            "config": json.loads(to_json(ours)),
+            "model": self.model.hash,
+            "data": self.data,
+        }
 
 
 def claim_directory(out: Path, ours: dict[str, Any]) -> None:
@@ -90,7 +100,7 @@ def claim_directory(out: Path, ours: dict[str, Any]) -> None:
 
     Args:
       out: directory.
-      ours: from `identity`.
+      ours: see `Job.identity`.
 
     Raises:
       InputError: if it holds anything else.
@@ -141,26 +151,18 @@ def claimed(out: Path, ours: dict[str, Any]) -> Iterator[None]:
         raise
 
 
-def run_windows(
-    config: TrainConfig,
-    model: Model,
-    data: str,
-    out: Path,
-    stage: Callable[[str, int, int], None],
-) -> Windows:
+def run_windows(job: Job, stage: Stage) -> Windows:
     """The windows of a run, those of ``windows.npz`` if it has been there before.
 
     Args:
-      config: how many tokens, how they are cut, what is held out.
-      model: whose tokens.
-      data: text source, or ``model``.
-      out: directory of the run.
+      job: how many tokens, of which text, how they are cut, what is held out.
       stage: progress, (what, done, of).
 
     Raises:
       InputError: if there is no text, or too little.
     """
-    file = out / "windows.npz"
+    config, model = job.config, job.model
+    file = job.out / "windows.npz"
     special = frozenset(model.tokenizer.special_ids)
     if file.is_file():
         with open_npz(file, "cannot be read", "give another --out") as found:
@@ -172,8 +174,7 @@ def run_windows(
                 special=special,
                 digest=found.text("digest"),
             )
-    make = _sampled if data == "model" else _read
-    windows = make(config, model, data, out, stage)
+    windows = (_sampled if job.data == "model" else _read)(job, stage)
     with atomic_path(file) as temporary, temporary.open("wb") as stream:
         np.savez(
             stream,
@@ -189,27 +190,21 @@ def _tokens_needed(config: TrainConfig) -> int:
     return distinct + config.chunk_tokens
 
 
-def _read(
-    config: TrainConfig,
-    model: Model,
-    data: str,
-    out: Path,
-    stage: Callable[[str, int, int], None],
-) -> Windows:
+def _read(job: Job, stage: Stage) -> Windows:
     """Windows of text from files or the hub."""
-    del out
+    config = job.config
     needed, held = _tokens_needed(config), None
     if config.heldout:
         held = read_documents(config.heldout, tokens=config.heldout_tokens)
     else:
         needed = math.ceil(needed / (1 - config.heldout_share))
     train_docs, held_docs = split_documents(
-        read_documents(data, tokens=needed), held, config.heldout_share
+        read_documents(job.data, tokens=needed), held, config.heldout_share
     )
     return cut_windows(
         train_docs,
         held_docs,
-        model.tokenizer,
+        job.model.tokenizer,
         size=config.context,
         train_tokens=_tokens_needed(config),
         held_tokens=config.heldout_tokens,
@@ -217,28 +212,21 @@ def _read(
     )
 
 
-def _sampled(
-    config: TrainConfig,
-    model: Model,
-    data: str,
-    out: Path,
-    stage: Callable[[str, int, int], None],
-) -> Windows:
+def _sampled(job: Job, stage: Stage) -> Windows:
     """Windows that the model wrote itself."""
+    config = job.config
     if config.heldout:
         raise InputError(
-            f"--data {data} holds out samples of its own: leave --heldout away"
+            f"--data {job.data} holds out samples of its own: leave out --heldout"
         )
     return sample_windows(
-        model.params,
-        model.tokenizer,
-        cfg=model.cfg,
+        job.model,
         size=config.context,
         train_tokens=_tokens_needed(config),
         held_tokens=config.heldout_tokens,
         per_call=config.windows_per_call,
         seed=config.seed,
-        partial_file=out / "samples.npz",
+        partial_file=job.out / "samples.npz",
         on_tokens=lambda done, total: stage("sampling", done, total),
     )
 

@@ -21,6 +21,7 @@ from jax import Array
 from jaxclt.errors import InputError
 from jaxclt.files.atomic import atomic_path
 from jaxclt.files.npz import Must, open_npz
+from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Tokenizer
 from jaxclt.lm.cache import sample_text
 from jaxclt.lm.config import LMConfig
@@ -65,10 +66,8 @@ def sample(
 
 
 def sample_windows(
-    params: LMParams,
-    tokenizer: Tokenizer,
+    model: Model,
     *,
-    cfg: LMConfig,
     size: int,
     train_tokens: int,
     held_tokens: int,
@@ -80,9 +79,7 @@ def sample_windows(
     """Windows to train on and to hold out, all different draws.
 
     Args:
-      params: the model.
-      tokenizer: of the model.
-      cfg: model shape.
+      model: from `load_model`.
       size: positions of a window.
       train_tokens: at least so many, without the first of each window.
       held_tokens: likewise.
@@ -95,6 +92,7 @@ def sample_windows(
     Raises:
       InputError: see `start_token`.
     """
+    params, cfg, tokenizer = model.params, model.cfg, model.tokenizer
     start = jnp.full((per_call,), start_token(tokenizer), jnp.int32)
     n_held, n_train = (-(-n // (size - 1)) for n in (held_tokens, train_tokens))
     wanted = n_held + n_train

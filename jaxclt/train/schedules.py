@@ -9,7 +9,7 @@ import optax
 from flax import struct
 from jax import Array
 
-from jaxclt.errors import InputError
+from jaxclt.errors import check_at_least, check_positive, check_share
 
 __all__ = ["Control", "Weights", "control_start", "learning_rate", "steer", "values"]
 
@@ -29,11 +29,14 @@ class Weights:
     ramp: float = 1.0  # share of the run over which sparsity rises linearly from 0
 
     def __post_init__(self) -> None:
-        for name in ("sparsity", "preactivation", "auxk", "jacobian"):
-            if getattr(self, name) < 0:
-                raise InputError(f"the weight of {name} must not be negative")
-        if not 0 <= self.ramp <= 1:
-            raise InputError(f"ramp {self.ramp} must lie in 0..1")
+        check_at_least(
+            0,
+            sparsity=self.sparsity,
+            preactivation=self.preactivation,
+            auxk=self.auxk,
+            jacobian=self.jacobian,
+        )
+        check_share(zero=True, ramp=self.ramp)
 
 
 @struct.dataclass
@@ -52,15 +55,10 @@ def control_start() -> Control:
 def learning_rate(
     peak: float, n_steps: int, *, warmup: int, decay: float = 0.2
 ) -> optax.Schedule:
-    """Linear warm-up, constant, linear to zero over the last `decay` of the run.
-
-    Raises:
-      InputError: if the warm-up and the decay leave no step between them.
-    """
+    """Linear warm-up, constant, linear to zero over the last `decay` of the run."""
     down = max(1, int(n_steps * decay))
     warmup = max(1, min(warmup, n_steps // 10))
-    if peak <= 0:
-        raise InputError(f"--lr {peak}: it must be above 0")
+    check_positive(lr=peak)
     return optax.join_schedules(
         [
             optax.linear_schedule(peak / warmup, peak, warmup - 1),

@@ -70,16 +70,15 @@ def make_mesh(sizes: dict[str, int], n_features: int, batch_tokens: int) -> Mesh
         raise InputError(
             f"--mesh has {n} devices and the processes {jax.device_count()}: use all"
         )
-    if n_features % sizes["feature"]:
-        raise InputError(
-            f"--features {n_features} must be a multiple of the {sizes['feature']} "
-            "devices that share them"
-        )
-    if batch_tokens % sizes["data"]:
-        raise InputError(
-            f"--batch-tokens {batch_tokens} must be a multiple of the {sizes['data']} "
-            "devices that share them"
-        )
+    for flag, count, axis in (
+        ("--features", n_features, "feature"),
+        ("--batch-tokens", batch_tokens, "data"),
+    ):
+        if count % sizes[axis]:
+            raise InputError(
+                f"{flag} {count} must be a multiple of the {sizes[axis]} devices that "
+                "share them"
+            )
     return jax.make_mesh(
         (sizes["data"], sizes["feature"]),
         ("data", "feature"),
@@ -98,15 +97,11 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
 
     def of(path: tuple, leaf: Any) -> NamedSharding:
         del leaf
-        name = next(
-            (key.name for key in reversed(path) if isinstance(key, _ATTRIBUTE)), ""
-        )
-        return NamedSharding(mesh, _BY_NAME.get(name, P()))
+        attribute = jax.tree_util.GetAttrKey
+        names = (key.name for key in reversed(path) if isinstance(key, attribute))
+        return NamedSharding(mesh, _BY_NAME.get(next(names, ""), P()))
 
     return jax.tree_util.tree_map_with_path(of, state)
-
-
-_ATTRIBUTE = jax.tree_util.GetAttrKey
 
 
 def shard_state(state: Any, mesh: Mesh) -> Any:

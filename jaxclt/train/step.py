@@ -1,8 +1,8 @@
 """One training step: gradients, clipping, Adam, counters, and the L0 controller.
 
-`gradients` is plain automatic differentiation; `two_pass` gives the same numbers with
-one source layer's gradient in memory at a time: the loss of a separable objective
-depends on the layers only through the sum of their writes, so with
+`gradients` is plain automatic differentiation; `first_pass` and `source_gradient` give
+the same numbers with one source layer's gradient in memory at a time: the loss of a
+separable objective depends on the layers only through the sum of their writes, so with
 ``r = ∂loss/∂writes`` from a first pass the gradient of layer s alone is that of
 
     Σ <r, writes_s(p_s)> + penalty_s(p_s).
@@ -29,7 +29,7 @@ from jaxclt.train.objectives import (
     Objective,
     Separable,
     Values,
-    read_out,
+    emit_all,
     separable_loss,
 )
 from jaxclt.train.params import LayerParams, Spec, TrainParams
@@ -38,12 +38,12 @@ from jaxclt.train.schedules import Control, Weights, control_start, steer, value
 __all__ = [
     "Recipe",
     "TrainState",
+    "apply_gradient",
     "finish_step",
     "gradients",
     "init_state",
     "make_step",
     "optimiser",
-    "two_pass",
 ]
 
 
@@ -154,32 +154,16 @@ def first_pass(
     objective: Separable, params: TrainParams, batch: Batch, values: Values, spec: Spec
 ) -> tuple[dict[str, tuple[Array, ...]], Metrics]:
     """The residual ``∂readout/∂writes`` per channel and target, and the metrics."""
-    emitted, l0, density, penalty = [], [], [], jnp.zeros((), batch_dtype(params))
-    for layer, p in enumerate(params):
-        e = objective.emit(p, batch.layer(layer), values, spec)
-        emitted.append(e.writes)
-        l0.append(e.l0)
-        density.append(e.density_F)
-        penalty += e.penalty
-    writes = read_out(emitted, spec)
+    writes, penalty, counts = emit_all(objective, params, batch, values, spec)
     back, metrics = jax.grad(
         lambda w: _with_loss(objective.readout(w, batch, values, spec)), has_aux=True
     )(writes)
-    return back, metrics | {
-        "loss": metrics["reconstruction"] + penalty,
-        "l0_L": jnp.stack(l0),
-        "density_LF": jnp.stack(density),
-    }
+    return back, metrics | {"loss": metrics["reconstruction"] + penalty} | counts
 
 
 def _with_loss(found: tuple[Array, Metrics]) -> tuple[Array, Metrics]:
     loss, metrics = found
     return loss, metrics | {"reconstruction": loss}
-
-
-def batch_dtype(params: TrainParams) -> jnp.dtype:
-    """The dtype that losses are summed in."""
-    return params[0].W_enc_FD.dtype
 
 
 def source_gradient(
@@ -211,7 +195,7 @@ def source_gradient(
     return jax.grad(part)(p)
 
 
-def _near(
+def near(
     back: dict[str, tuple[Array, ...]], layer: int, spec: Spec
 ) -> dict[str, tuple[Array, ...]]:
     """The residual at the outputs that one layer writes."""
@@ -219,24 +203,20 @@ def _near(
     return {name: parts[layer:end] for name, parts in back.items()}
 
 
-def two_pass(
-    objective: Separable, params: TrainParams, batch: Batch, values: Values, spec: Spec
-) -> tuple[TrainParams, Metrics]:
-    """The same gradient as `gradients`, layer by layer from the residual."""
-    back, metrics = first_pass(objective, params, batch, values, spec)
-    grads = tuple(
-        source_gradient(
-            objective, p, _near(back, l, spec), batch.layer(l), values, spec
-        )
-        for l, p in enumerate(params)
-    )
-    return grads, metrics
-
-
 def clip_norm_squared(grad: LayerParams) -> Array:
     """Squared norm of a layer's gradient without its thresholds, float32."""
     rest: Any = dataclasses.replace(grad, theta_F=None)
     return optax.tree.norm(optax.tree.cast(rest, jnp.float32), squared=True)
+
+
+def apply_gradient(
+    tx: optax.GradientTransformation, params: Any, opt: Any, grad: Any
+) -> tuple[Any, Any]:
+    """Parameters and optimiser state after one update."""
+    # optax mixes a Python float with its integer count, which strict promotion forbids.
+    with jax.numpy_dtype_promotion("standard"):
+        step, opt = tx.update(grad, opt, params)
+        return optax.apply_updates(params, step), opt
 
 
 def update_layer(
@@ -257,10 +237,7 @@ def update_layer(
         theta_F = grad.theta_F
         grad = jax.tree.map(lambda g: g * scale.astype(g.dtype), grad)
         grad = dataclasses.replace(grad, theta_F=theta_F)
-    # optax mixes a Python float with its integer count, which strict promotion forbids.
-    with jax.numpy_dtype_promotion("standard"):
-        step, opt = tx.update(grad, opt, p)  # pyright: ignore[reportArgumentType]
-        new: Any = optax.apply_updates(p, step)  # pyright: ignore[reportArgumentType]
+    new, opt = apply_gradient(tx, p, opt, grad)
     if new.theta_F is not None:
         new = dataclasses.replace(
             new, theta_F=jnp.maximum(new.theta_F, jnp.zeros((), new.theta_F.dtype))
@@ -270,14 +247,16 @@ def update_layer(
 
 def finish_step(
     state: TrainState,
-    params: TrainParams,
-    opt: tuple[Any, ...],
     norm: Array,
     metrics: Metrics,
+    now: Values,
     recipe: Recipe,
     n_tokens: int,
-) -> TrainState:
-    """Counters and controller after an update."""
+) -> tuple[TrainState, Metrics]:
+    """Counters and controller after an update, and what is logged of the step.
+
+    That holds no array of the size of a layer's features.
+    """
     density_LF = metrics["density_LF"].astype(jnp.float32)
     keep = 0.5 ** (n_tokens / recipe.half_life)
     # Unbiased while young: weigh by what the running mean has seen.
@@ -288,25 +267,16 @@ def finish_step(
         control = steer(control, metrics["l0_L"].sum(), recipe.l0, gain=recipe.gain)
     ceiling = jnp.int32(2**30)
     silent_LF = jnp.where(density_LF > 0, 0, state.silent_LF + n_tokens)
-    return TrainState(
+    state = dataclasses.replace(
+        state,
         step=state.step + 1,
-        params=params,
-        opt=opt,
         control=control,
         silent_LF=jnp.minimum(silent_LF.astype(jnp.int32), ceiling),
         density_LF=running,
         grad_norm=norm,
-        key=state.key,
     )
-
-
-def summary(
-    metrics: Metrics, state: TrainState, now: Values, recipe: Recipe
-) -> Metrics:
-    """What is logged of a step: no array of the size of a layer's features."""
-    small = {k: v for k, v in metrics.items() if k != "density_LF"}
     dead_LF = state.silent_LF >= recipe.dead_tokens
-    return small | {
+    return state, {k: v for k, v in metrics.items() if k != "density_LF"} | {
         "dead": dead_LF.astype(jnp.float32).mean(),
         "dense": (state.density_LF > 0.1).astype(jnp.float32).mean(),
         "sparsity_weight": now["sparsity"],
@@ -360,16 +330,10 @@ def make_step(
             update_layer(tx, p, opt, grad, norm, recipe.clip)
             for p, opt, grad in zip(state.params, state.opt, grads, strict=True)
         ]
-        new = finish_step(
-            state,
-            tuple(p for p, _ in done),
-            tuple(o for _, o in done),
-            norm,
-            metrics,
-            recipe,
-            batch.read_LTD.shape[1],
-        )
-        return new, summary(metrics, new, now, recipe)
+        new, opt = zip(*done, strict=True)
+        state = dataclasses.replace(state, params=new, opt=opt)
+        n_tokens = batch.read_LTD.shape[1]
+        return finish_step(state, norm, metrics, now, recipe, n_tokens)
 
     return step
 
@@ -404,8 +368,8 @@ class PerSourceStep:
         for l in range(self.spec.n_layers):
             p, opt = layers[l]
             layers[l] = ()  # pyright: ignore[reportArgumentType, reportCallIssue]
-            near = _near(back, l, self.spec)
-            p, opt, square = self.update(p, opt, near, batch.layer(l), now, norm)
+            at = near(back, l, self.spec)
+            p, opt, square = self.update(p, opt, at, batch.layer(l), now, norm)
             params.append(p)
             opts.append(opt)
             squares.append(square)
@@ -428,13 +392,11 @@ def _per_source_step(
     @partial(jax.jit, donate_argnums=(0, 1))
     def update(p, opt, back, x, now, norm):
         grad = source_gradient(objective, p, back, x, now, spec)
-        return *update_layer(tx, p, opt, grad, norm, recipe.clip), clip_norm_squared(
-            grad
-        )
+        square = clip_norm_squared(grad)
+        return *update_layer(tx, p, opt, grad, norm, recipe.clip), square
 
     @jax.jit
     def finish(state: TrainState, norm: Array, metrics: Metrics, now: Values, T: Array):
-        new = finish_step(state, (), (), norm, metrics, recipe, T.shape[0])
-        return new, summary(metrics, new, now, recipe)
+        return finish_step(state, norm, metrics, now, recipe, T.shape[0])
 
     return PerSourceStep(spec, recipe, forward, update, finish)

@@ -24,7 +24,7 @@ def require(project: str) -> Any:
     except ImportError as error:
         raise InputError(
             f"--wandb {project} needs the package wandb: pip install "
-            "'jaxclt[wandb]', or leave the flag away"
+            "'jaxclt[wandb]', or leave out the flag"
         ) from error
     return wandb
 

@@ -21,8 +21,8 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,8 @@ from jaxclt.train.harvest import mlp_response
 from jaxclt.train.normalise import Scales
 from jaxclt.train.objectives import Batch, load_objective
 from jaxclt.train.outcome import Outcome
-from jaxclt.train.params import Spec, init
-from jaxclt.train.prepare import (
-    claimed,
-    fitted,
-    identity,
-    run_windows,
-    write_json,
-)
+from jaxclt.train.params import init
+from jaxclt.train.prepare import Job, claimed, fitted, run_windows, write_json
 from jaxclt.train.schedules import learning_rate
 from jaxclt.train.step import TrainState, init_state, make_step, optimiser
 from jaxclt.train.tracking import Tracker, require
@@ -76,16 +70,7 @@ class Listener:
     stoppable: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: (
         nullcontext(lambda: False)
     )
-
-
-@dataclasses.dataclass
-class _Clock:
-    """Seconds spent in this process, by activity."""
-
-    data: float = 0.0
-    step: float = 0.0
-    evaluate: float = 0.0
-    checkpoint: float = 0.0
+    stop_at: int | None = None  # as if stopped at this step
 
 
 def train(
@@ -98,7 +83,6 @@ def train(
     store: str | Path | None = None,
     wandb: str = "",
     listener: Listener | None = None,
-    stop_at: int | None = None,
 ) -> dict[str, Any]:
     """Train a dictionary, or go on with it, and export it.
 
@@ -112,7 +96,6 @@ def train(
       store: folder that keeps harvested chunks, for several runs on the same data.
       wandb: project that metrics are sent to as well, if not empty.
       listener: progress; to the log if not given.
-      stop_at: pause after this step with a checkpoint, as if interrupted there.
 
     Returns:
       The card of the run, or the last record when it was paused or stopped.
@@ -129,11 +112,12 @@ def train(
     if given is None and not name.startswith(PREFIX) and name != "model":
         name = str(Path(name))
     config = fitted(config, model, given)
-    run = _Run(model, name, given, Path(out), config, mesh, store, listener)
+    job = Job(model=model, data=name, out=Path(out), config=config)
+    run = _Run(job, given, mesh, None if store is None else Path(store), listener)
     if wandb and processes.is_first():
-        run.tracker = Tracker(wandb, run.out, run.identity()["config"])
+        run.tracker = Tracker(wandb, job.out, job.identity["config"])
     try:
-        return run.go(stop_at)
+        return run.go()
     finally:
         if run.tracker is not None:
             run.tracker.close()
@@ -141,10 +125,10 @@ def train(
 
 def _logging(n_steps: int) -> Listener:
     """One that writes to the log."""
-    told = logged()
+    report = logged()
     return Listener(
-        stage=told,
-        step=lambda record: told("steps", record["step"], n_steps),
+        stage=report,
+        step=lambda record: report("steps", record["step"], n_steps),
         line=logging.getLogger("jaxclt").info,
     )
 
@@ -154,18 +138,16 @@ class _Run:
 
     def __init__(
         self,
-        model: Model,
-        data: str,
+        job: Job,
         given: Windows | None,
-        out: Path,
-        config: TrainConfig,
         mesh: str,
-        store: str | Path | None,
+        store: Path | None,
         listener: Listener,
     ) -> None:
-        self.model, self.out, self.config, self.say = model, out, config, listener
-        self.data, self.given = data, given
-        self.spec: Spec = config.spec(model.cfg)
+        self.job, self.given, self.say = job, given, listener
+        self.model, self.out, self.config = job.model, job.out, job.config
+        model, config = job.model, job.config
+        self.spec = config.spec(model.cfg)
         self.recipe = config.recipe(model.cfg)
         self.objective = load_objective(config.objective, config.terms(model.cfg))
         sizes = sharding.parse_mesh(mesh)
@@ -183,38 +165,31 @@ class _Run:
         self.tx = optimiser(rate)
         self.step_fn = make_step(self.objective, self.spec, self.tx, self.recipe)
         if processes.is_first():
-            with claimed(out, self.identity()):
+            with claimed(self.out, job.identity):
                 self._windows()
         processes.wait("windows")
         self.windows = self._windows()
         self.chunks = Chunks(
-            model.params,
-            model.cfg,
+            model,
             self.windows,
             config.chunk_config(),
-            model_hash=model.hash,
-            store=None if store is None else Path(store),
+            store=store,
             spool=self.out / "spool" if processes.is_first() else None,
             read_only=not processes.is_first(),
         )
         self.scales = self._scales()
-        self.clock = _Clock()
-        self.outcome = Outcome(
-            model, config, self.spec, self.windows, self.chunks, self.scales, out
-        )
+        activities = ("data", "step", "evaluate", "checkpoint")
+        self.seconds: dict[str, float] = dict.fromkeys(activities, 0.0)
+        self.outcome = Outcome(job, self.chunks)
         self.last_good: Path | None = None
         self.tracker: Tracker | None = None
 
     # -- preparation -------------------------------------------------------------------
 
-    def identity(self) -> dict[str, Any]:
-        """What the same command would give again."""
-        return identity(self.config, self.model, self.data)
-
     def _windows(self) -> Windows:
         if self.given is not None:
             return self.given
-        return run_windows(self.config, self.model, self.data, self.out, self.say.stage)
+        return run_windows(self.job, self.say.stage)
 
     def _scales(self) -> Scales:
         """What earlier processes of this run normalised by, or measured now."""
@@ -287,7 +262,8 @@ class _Run:
 
     # -- the loop ----------------------------------------------------------------------
 
-    def go(self, stop_at: int | None) -> dict[str, Any]:
+    def go(self) -> dict[str, Any]:
+        """The steps that are left, and what comes after the last; see `train`."""
         config, n_steps = self.config, self.config.n_steps
         step, state, at = self._start()
         if at.chunk == 0 and self.spec.k is not None:
@@ -295,12 +271,12 @@ class _Run:
         first, began = step, time.perf_counter()
         logged, busy = step, 0.0  # at the last line of the log
         record: dict[str, Any] = {"step": step}
-        last_step = min(n_steps, stop_at or n_steps)
+        last_step = min(n_steps, self.say.stop_at or n_steps)
         with self.say.stoppable() as stopped:
             while step < last_step:
-                with _spent(self.clock, "data"):
+                with _spent(self.seconds, "data"):
                     batch, at = self._batch(state, at)
-                with _spent(self.clock, "step"):
+                with _spent(self.seconds, "step"):
                     state, metrics = self.step_fn(state, batch)
                     step += 1
                     due = step % config.log_every == 0
@@ -308,7 +284,7 @@ class _Run:
                     if due or step == last_step:
                         jax.block_until_ready(metrics)
                 if due or step == last_step:
-                    now = self.clock.data + self.clock.step
+                    now = self.seconds["data"] + self.seconds["step"]
                     rate = (step - logged) * config.batch_tokens / max(now - busy, 1e-9)
                     logged, busy = step, now
                     record = self._log_step(step, metrics, rate)
@@ -320,7 +296,7 @@ class _Run:
                     self._log_eval(step, state)
                 if step % config.checkpoint_every == 0 or step == last_step:
                     self._check_finite(step, processes.to_host(metrics))
-                    with _spent(self.clock, "checkpoint"):
+                    with _spent(self.seconds, "checkpoint"):
                         self.last_good = checkpoint.save_checkpoint(
                             self.out / "checkpoints",
                             step,
@@ -347,35 +323,27 @@ class _Run:
         return step % self.config.checkpoint_every == 0 or step == n_steps
 
     def _batch(self, state: TrainState, at: Position) -> tuple[Batch, Position]:
-        read, write, at = self.chunks.batch(at, self.config.batch_tokens)
-        rows = [read, write]
+        read_LTD, write_LTD, at = self.chunks.batch(at, self.config.batch_tokens)
+        rows = {"read_LTD": read_LTD, "write_LTD": write_LTD}
         if self.config.jacobian > 0:
             key, step = processes.to_host((state.key, state.step))
             key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(key)), step)
-            tangent_LTD = jax.random.normal(key, read.shape, jnp.float32)
-            rows += [
+            tangent_LTD = jax.random.normal(key, read_LTD.shape, jnp.float32)
+            rows["tangent_LTD"] = tangent_LTD
+            rows["response_LTD"] = mlp_response(
+                self.model.params,
+                self.scales,
+                read_LTD,
                 tangent_LTD,
-                mlp_response(
-                    self.model.params,
-                    self.scales,
-                    read,
-                    tangent_LTD,
-                    cfg=self.model.cfg,
-                    site=self.spec.read,
-                ),
-            ]
+                cfg=self.model.cfg,
+                site=self.spec.read,
+            )
         if self.mesh is not None:
             where = sharding.batch_sharding(self.mesh)
-            rows = [sharding.place(x, where) for x in rows]
-        tangent_LTD, response_LTD = rows[2:] if len(rows) > 2 else (None, None)
-        return Batch(
-            read_LTD=rows[0],
-            write_LTD=rows[1],
-            # numpy: the same on all devices of all processes
-            dead_LF=np.zeros((self.spec.n_layers, self.spec.n_features), bool),  # pyright: ignore[reportArgumentType]
-            tangent_LTD=tangent_LTD,
-            response_LTD=response_LTD,
-        ), at
+            rows = {name: sharding.place(x, where) for name, x in rows.items()}
+        # numpy: the same on all devices of all processes
+        dead_LF: Any = np.zeros((self.spec.n_layers, self.spec.n_features), bool)
+        return Batch(**rows, dead_LF=dead_LF), at
 
     def _log_step(
         self, step: int, metrics: dict[str, Any], rate: float
@@ -394,7 +362,7 @@ class _Run:
             "eta_s": (self.config.n_steps - step) * self.config.batch_tokens / rate,
         }
         if processes.is_first():
-            # Where a run was stopped is not told: it would have no line there.
+            # A run that was never stopped would have no line there.
             if step % self.config.log_every == 0 or step == self.config.n_steps:
                 self._append(record)
             self.say.step(record)
@@ -419,7 +387,7 @@ class _Run:
             self.tracker.log(record)
 
     def _log_eval(self, step: int, state: TrainState) -> dict[str, Any]:
-        with _spent(self.clock, "evaluate"):
+        with _spent(self.seconds, "evaluate"):
             params = processes.to_host(state.params)  # all processes hold a part
             found: dict[str, Any] = {}
             if processes.is_first():
@@ -439,17 +407,9 @@ class _Run:
     def _write_card(
         self, final: dict[str, Any], seconds: float, steps: int
     ) -> dict[str, Any]:
-        made = card.make_card(
-            config=self.config,
-            spec=self.spec,
-            model=self.model,
-            data=self.data,
-            windows=self.windows,
-            final=final,
-            seconds={k: round(v, 1) for k, v in dataclasses.asdict(self.clock).items()}
-            | {"total": round(seconds, 1)},
-            steps_timed=steps,
-        )
+        spent = {**self.seconds, "total": seconds}
+        spent = {name: round(x, 1) for name, x in spent.items()}
+        made = card.make_card(self.job, self.windows, final, spent, steps)
         write_json(self.out / "card.json", made)
         with atomic_path(self.out / "README.md") as temporary:
             temporary.write_text(card.readme(made), "utf-8")
@@ -457,18 +417,14 @@ class _Run:
         return made
 
 
-class _spent:  # noqa: N801
-    """Adds the seconds of its body to a field of the clock."""
-
-    def __init__(self, clock: _Clock, name: str) -> None:
-        self.clock, self.name = clock, name
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        spent = time.perf_counter() - self.start
-        setattr(self.clock, self.name, getattr(self.clock, self.name) + spent)
+@contextmanager
+def _spent(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds of its body."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] += time.perf_counter() - start
 
 
 def _step_of(line: str, n_steps: int) -> float:

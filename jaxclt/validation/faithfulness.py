@@ -1,225 +1,172 @@
-"""Does the replacement model respond to a perturbation as the model does?
+"""How faithfully the replacement model of a traced prompt responds to perturbations.
 
-Circuit Tracing (2025), sections 5.3 and G.3. A vector is added to the stream where
-the MLP of a layer reads, at one position, in the local replacement model and in the
-model; with delta the perturbed minus the clean stream at a later layer,
-
-    cosine = <delta, delta'> / (|delta| |delta'|)
-    nmse   = |delta - delta'|^2 / |delta'|^2
-
-primes are the model's, over all positions from the perturbed one on. Attention patterns
-are frozen in both, errors are constant, silent features may fire. The model's norms are
-live; the replacement model's are frozen (as in the paper) or live. For neurons the
-frozen variant also keeps their gates, as graphs do, and the live one computes them:
-with all neurons it is the model itself.
+The shell of `jaxclt.validation.perturb` (Circuit Tracing 2025, section 5.3 and appendix
+G.3): which features are perturbed, and tables of what came of it.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from functools import partial
-from typing import Literal
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jax import Array
 
-from jaxclt.lm.run import Run
-from jaxclt.patching.batch import Local
-from jaxclt.patching.edits import Edits
-from jaxclt.patching.modes import (
-    Gates,
-    Nudge,
-    Patchable,
-    Tables,
-    hold_of,
-    iterative,
-    underlying,
-)
+from jaxclt.patching.change import Change, batched
+from jaxclt.patching.patchable import How
+from jaxclt.patching.subject import Subject
+from jaxclt.validation.perturb import Perturbation, nudged, perturb_many, upstream
 
-__all__ = ["Agreement", "Perturbation", "agreement", "compare", "perturb_many"]
+__all__ = ["VARIANTS", "by_distance", "faithfulness"]
+
+KINDS = ("encoder", "random", "upstream")
+# The replacement model as it is in the graph, and as it is in the model, by its norms.
+VARIANTS = {
+    "frozen": How(mode="iterative", freeze_norm=True),
+    "live": How(mode="iterative", gates="live"),
+}
 
 
-@struct.dataclass
-class Perturbation:
-    """One perturbation: a nudge at `nudge.layer`, or an edit of an earlier feature.
-
-    An upstream perturbation has an edit with an effect and a zero nudge; the others a
-    nudge and an edit that changes nothing.
-    """
-
-    nudge: Nudge
-    edits: Edits
-    slot_E: Array
-    start: Array  # int32, layer from which the replacement model runs
-    pos: Array  # int32, first position that is compared
-
-
-@struct.dataclass
-class Agreement:
-    """Per measured layer; nan before the perturbation."""
-
-    cosine_L: Array
-    nmse_L: Array
-    ratio_L: Array  # |delta| / |delta'|
-    finite: Array  # bool, of both responses: a perturbation may diverge
-
-
-def compare(local_LTD: Array, real_LTD: Array) -> Agreement:
-    """Cosine, normalised squared error and size ratio of two responses, by layer.
-
-    ``nmse = 1 + ratio^2 - 2 ratio cosine`` (maths 16.7).
-    """
-    inner_L = (local_LTD * real_LTD).sum((1, 2))
-    local_L, real_L = ((x * x).sum((1, 2)) for x in (local_LTD, real_LTD))
-    error_L = jnp.square(local_LTD - real_LTD).sum((1, 2))
-    return Agreement(
-        cosine_L=inner_L / jnp.sqrt(local_L * real_L),
-        nmse_L=error_L / real_L,
-        ratio_L=jnp.sqrt(local_L / real_L),
-        finite=jnp.isfinite(local_L + real_L).all(),
-    )
-
-
-def agreement(
-    model: Patchable,
-    tables: Tables,
-    perturbation: Perturbation,
+def faithfulness(
+    subject: Subject,
+    key: jax.Array,
     *,
-    norms: Literal["frozen", "live"],
-    gates: Gates,
-    local_L: Array | None = None,
-) -> Agreement:
-    """How one perturbation spreads in both models.
+    n_layers: int = 8,
+    n_perturbed: int = 3,
+    size: float = 0.1,
+    live: bool = True,
+    on_batch: Callable[[int, int], None] = lambda n, n_diverged: None,
+) -> tuple[dict[str, Any], list[int]]:
+    """Cosine and NMSE of the two models' responses, with means over perturbations.
 
     Args:
-      model: the recording.
-      tables: of the replacement model.
-      perturbation: what is changed.
-      norms: of the replacement model.
-      gates: of the replacement model.
-      local_L: bool, layers that the replacement model computes for some member of a
-        batch.
+      subject: the traced prompt.
+      key: draws features and directions.
+      n_layers: perturbed layers, evenly spread.
+      n_perturbed: perturbations of a kind and layer.
+      size: of a perturbation, share of the feature's activation.
+      live: also with the replacement model's norms live (kinds ending in ``_live``).
+      on_batch: called with the perturbations of each batch done, and those that
+        diverged, which are in no mean.
+
+    Returns:
+      For each kind (encoder, random, upstream) ``cosine`` and ``nmse``, tables by
+      perturbed layer (rows) and measured layer (columns), None where nothing is said;
+      and the perturbed layers.
     """
-    rec, nudge, L = model.recording, perturbation.nudge, model.cfg.n_layers
-    index_L = jnp.arange(L, dtype=jnp.int32)
-    at_L = (index_L == nudge.layer)[:, None, None]
-    done = iterative(
-        model,
-        perturbation.edits,
-        perturbation.slot_E,
-        tables,
-        perturbation.start,
-        jnp.asarray(L - 1, jnp.int32),
-        hold=hold_of(rec, norm=norms == "frozen"),
-        gates=gates,
-        live_L=jnp.zeros(L, bool),
-        local_L=index_L >= perturbation.start if local_L is None else local_L,
-        nudge=nudge,
-    )
-    zero = jnp.zeros((), rec.mid_LTD.dtype)
-
-    def change(run: Run, nudge: Nudge) -> Array:
-        """Of the stream where MLPs read; after attention taps are ahead of a nudge."""
-        moved_LTD = run.taps.mid_TD - rec.mid_LTD
-        if model.cfg.parallel:
-            return moved_LTD
-        return moved_LTD + jnp.where(at_L, nudge.delta_TD[None], zero)
-
-    local_LTD = change(done, nudge)
-    # The model gets what the replacement model's stream holds at the layer.
-    given = Nudge(layer=nudge.layer, delta_TD=local_LTD[nudge.layer])
-    real = underlying(model, given, hold=hold_of(rec))
-    real_LTD = change(real, given)
-    behind_T = jnp.arange(len(rec.token_T), dtype=jnp.int32) >= perturbation.pos
-    found = compare(
-        jnp.where(behind_T[None, :, None], local_LTD, zero),
-        jnp.where(behind_T[None, :, None], real_LTD, zero),
-    )
-    before_L = index_L < nudge.layer
-    cosine_L, nmse_L, ratio_L = (
-        jnp.where(before_L, jnp.full((), jnp.nan, x_L.dtype), x_L)
-        for x_L in (found.cosine_L, found.nmse_L, found.ratio_L)
-    )
-    return Agreement(cosine_L, nmse_L, ratio_L, found.finite)
+    L = subject.model.cfg.n_layers
+    layers = sorted({round(x) for x in np.linspace(0, L - 2, n_layers)})
+    layers = [layer for layer in layers if layer >= 0] or [0]
+    made = _perturbations(subject, layers, key, n_perturbed, size)
+    out: dict[str, Any] = {}
+    for norms, how in list(VARIANTS.items())[: 2 if live else 1]:
+        for kind, (row_B, batch) in made.items():
+            name = kind if norms == "frozen" else f"{kind}_live"
+            tables, lost = np.full((2, len(layers), L), np.nan), 0
+            if batch is not None and len(row_B):
+                with jax.default_matmul_precision("highest"):
+                    done = perturb_many(
+                        subject.patchable,
+                        subject.local.tables,
+                        batch,
+                        how=how.of(subject.patchable.coder),
+                    )
+                fine_B = np.asarray(done.finite)
+                lost = int((~fine_B).sum())
+                for row in set(row_B[fine_B].tolist()):
+                    mine = (row_B == row) & fine_B
+                    tables[0, row] = np.asarray(done.cosine_L)[mine].mean(0)
+                    tables[1, row] = np.asarray(done.nmse_L)[mine].mean(0)
+            on_batch(len(row_B), lost)
+            out[name] = {"cosine": _table(tables[0]), "nmse": _table(tables[1])}
+    return out, layers
 
 
-@partial(jax.jit, static_argnames=("norms", "gates"))
-def _chunk(
-    model: Patchable,
-    tables: Tables,
-    perturbations: Perturbation,
-    *,
-    norms: Literal["frozen", "live"],
-    gates: Gates,
-) -> Agreement:
-    local_L = (
-        jnp.arange(model.cfg.n_layers, dtype=jnp.int32) >= perturbations.start.min()
+def by_distance(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Cosine and NMSE of each kind by layers passed, mean of prompts and layers.
+
+    Args:
+      lines: ``tables`` and ``layers`` from `faithfulness`, one a prompt.
+    """
+    found: dict[str, Any] = {}
+    for kind in lines[0]["tables"]:
+        found[kind] = {}
+        for what in ("cosine", "nmse"):
+            at: dict[int, list[float]] = {}
+            for line in lines:
+                table = line["tables"][kind][what]
+                for layer, row in zip(line["layers"], table, strict=True):
+                    for measured in range(layer, len(row)):
+                        if row[measured] is not None:
+                            at.setdefault(measured - layer, []).append(row[measured])
+            found[kind][what] = {str(d): float(np.mean(at[d])) for d in sorted(at)}
+    return found
+
+
+def _table(values: np.ndarray) -> list[list[float | None]]:
+    return [
+        [round(float(x), 6) if math.isfinite(x) else None for x in row]
+        for row in values
+    ]
+
+
+def _perturbations(
+    subject: Subject,
+    layers: list[int],
+    key: jax.Array,
+    n_perturbed: int,
+    size: float,
+) -> dict[str, tuple[np.ndarray, Perturbation | None]]:
+    """Rows of the heat map and perturbations of each kind."""
+    a, T = subject.active, subject.n_tokens
+    live_A = a.value_A != 0
+    if T > 1:
+        # The first position's stream is so large in many models that float32 hides a
+        # perturbation there.
+        live_A = live_A & (a.pos_A > 0)
+    drawn: list[tuple[int, int, bool]] = []  # row, feature, upstream
+    for row, layer in enumerate(layers):
+        key, here_key, before_key = jax.random.split(key, 3)
+        here = _draw(live_A & (a.layer_A == layer), n_perturbed, here_key)
+        before = _draw(live_A & (a.layer_A < layer), n_perturbed, before_key)
+        drawn += [(row, s, False) for s in here] + [(row, s, True) for s in before]
+    if not drawn:
+        return {kind: (np.zeros(0, int), None) for kind in KINDS}
+    row_N, slot_N, up_N = (np.array(column) for column in zip(*drawn, strict=True))
+    layer_N, pos_N, value_N = (
+        np.array(layers)[row_N],
+        a.pos_A[slot_N],
+        a.value_A[slot_N],
     )
-    return jax.vmap(
-        lambda one: agreement(
-            model, tables, one, norms=norms, gates=gates, local_L=local_L
+    # Upstream changes raise an activation; the others only lend their shape.
+    node_N3 = np.stack([a.layer_A[slot_N], pos_N, a.feature_A[slot_N]], 1)
+    rise_N = np.where(up_N, size * value_N.astype(float), 0)
+    every = batched(Change.of(subject.gather(node_N3), 1.0, rise_N), [1] * len(row_N))
+    every = subject.local.placed(every)
+    read_ND = a.reads(slot_N)
+    way_ND = np.asarray(jax.random.normal(key, read_ND.shape)).astype(read_ND.dtype)
+    inner_N = np.array([read_D @ read_D for read_D in read_ND])
+    vector_ND = (size * value_N / inner_N)[:, None] * read_ND
+    longer_N1 = _length(vector_ND) / _length(way_ND)
+    direct = np.flatnonzero(~up_N)
+    made: dict[str, tuple[np.ndarray, Perturbation | None]] = {
+        kind: (
+            row_N[direct],
+            nudged(
+                every.where(direct), layer_N[direct], pos_N[direct], x_ND[direct], T
+            ),
         )
-    )(perturbations)
+        for kind, x_ND in (("encoder", vector_ND), ("random", way_ND * longer_N1))
+    }
+    made["upstream"] = row_N[up_N], upstream(every.where(up_N), layer_N[up_N], T)
+    return made
 
 
-def perturb_many(
-    model: Patchable,
-    local: Local,
-    perturbations: Perturbation,
-    *,
-    norms: Literal["frozen", "live"],
-    gates: Gates,
-    chunk: int = 16,
-) -> Agreement:
-    """Many perturbations, leaves with a leading B; numpy. Chunks are padded up to."""
-    B = len(perturbations.start)
-    order = np.argsort(np.asarray(perturbations.start), kind="stable")
-    parts = []
-    for start in range(0, B, chunk):
-        index = order[start : start + chunk]
-        full = np.concatenate([index, np.repeat(index[-1:], chunk - len(index))])
-        part = jax.tree.map(lambda x, i=full: np.asarray(x)[i], perturbations)
-        done = _chunk(model, local.tables, part, norms=norms, gates=gates)
-        kept = slice(len(index))
-        parts.append(jax.tree.map(lambda x, i=kept: np.asarray(x)[i], done))
-    back = np.argsort(order)
-    return jax.tree.map(lambda *x: np.concatenate(x)[back], *parts)
+def _length(x_ND: np.ndarray) -> np.ndarray:
+    return np.array([np.linalg.norm(x_D) for x_D in x_ND])[:, None]
 
 
-def stack(perturbations: list[Perturbation]) -> Perturbation:
-    """A batch of perturbations."""
-    return jax.tree.map(lambda *x: np.stack([np.asarray(y) for y in x]), *perturbations)
-
-
-def upstream(edits: Edits, layer: int, zero_TD: np.ndarray, slot: int) -> Perturbation:
-    """The perturbation that an edit of an earlier feature causes at `layer`."""
-    start = int(np.asarray(edits.features.layer_E)[0])
-    return Perturbation(
-        nudge=Nudge(layer=np.int32(layer), delta_TD=zero_TD),  # pyright: ignore
-        edits=edits,
-        slot_E=np.array([slot], np.int32),  # pyright: ignore
-        start=np.int32(start),  # pyright: ignore
-        pos=np.int32(np.asarray(edits.features.pos_E)[0]),  # pyright: ignore
-    )
-
-
-def nudged(
-    edits: Edits, layer: int, pos: int, vector_D: np.ndarray, n_tokens: int, slot: int
-) -> Perturbation:
-    """A vector added to the stream; `edits` only lends its shape."""
-    delta_TD = np.zeros((n_tokens, len(vector_D)), vector_D.dtype)
-    delta_TD[pos] = vector_D
-    layer_E = np.full(np.shape(edits.factor_E), -1, np.int32)
-    idle = dataclasses.replace(
-        edits, features=dataclasses.replace(edits.features, layer_E=layer_E)
-    )
-    return Perturbation(
-        nudge=Nudge(layer=np.int32(layer), delta_TD=delta_TD),  # pyright: ignore
-        edits=idle,
-        slot_E=np.array([slot], np.int32),  # pyright: ignore
-        start=np.int32(layer),  # pyright: ignore
-        pos=np.int32(pos),  # pyright: ignore
-    )
+def _draw(mask_A: np.ndarray, n: int, key: jax.Array) -> np.ndarray:
+    found = np.flatnonzero(mask_A)
+    return found[np.asarray(jax.random.permutation(key, len(found)))[:n]]

@@ -13,26 +13,26 @@ reconstruction can be good and this bad, for it asks about directions, not value
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax import Array
 
 from jaxclt.lm import layers
-from jaxclt.patching.modes import Gates, Patchable, Tables, encode, read
-from jaxclt.validation.faithfulness import Agreement, compare
+from jaxclt.patching.local import Tables, encode
+from jaxclt.patching.patchable import How, Patchable, read
+from jaxclt.validation.perturb import Agreement, compare
 
 __all__ = ["jacobian_agreement"]
 
 
-@partial(jax.jit, static_argnames=("norms", "gates", "n_probes"))
+@partial(jax.jit, static_argnames=("how", "n_probes"))
 def jacobian_agreement(
     model: Patchable,
     tables: Tables,
     key: Array,
     *,
-    norms: Literal["frozen", "live"],
-    gates: Gates,
+    how: How,
     n_probes: int = 8,
 ) -> Agreement:
     """Cosine, nmse and size ratio [L] of the two responses, over all positions.
@@ -41,11 +41,11 @@ def jacobian_agreement(
       model: the recording.
       tables: of the replacement model; features that are silent do not respond.
       key: of the probes.
-      norms: "frozen" keeps the norm's denominator in both derivatives.
-      gates: of neurons, "frozen" as in graphs or "live".
+      how: whether the norm's denominator is held in both derivatives, and a neuron's
+        gate in the dictionary's.
       n_probes: directions at each position; layers share them.
     """
-    rec, cfg = model.recording, model.cfg
+    rec, cfg, gates = model.recording, model.cfg, how.of(model.coder).gates
     probe_PTD = jax.random.normal(key, (n_probes, *rec.embed_TD.shape))
 
     def one(x: Any) -> Agreement:
@@ -54,10 +54,9 @@ def jacobian_agreement(
         norm = layers.mlp_norm(p)
 
         def scale(mid_TD: Array) -> Array:
-            live = norms == "live"
-            return (
-                layers.norm_scale(mid_TD, norm, eps=cfg.norm_eps) if live else clean_T
-            )
+            if how.freeze_norm:
+                return clean_T
+            return layers.norm_scale(mid_TD, norm, eps=cfg.norm_eps)
 
         def replaced(mid_TD: Array) -> Array:
             read_TD = read(model, mid_TD, scale(mid_TD), p)
@@ -67,7 +66,7 @@ def jacobian_agreement(
 
         def real(mid_TD: Array) -> Array:
             normed_TD = layers.normalise(mid_TD, scale(mid_TD), norm)
-            held_T = None if norms == "live" else post_T
+            held_T = post_T if how.freeze_norm else None
             return layers.mlp(p, normed_TD, cfg=cfg, scale_T=held_T)
 
         def response(f: Any) -> Array:

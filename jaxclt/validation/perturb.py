@@ -1,185 +1,186 @@
-"""How perturbations of a traced prompt spread, in the replacement model and the model.
+"""How a perturbation of the stream spreads, in the replacement model and the model.
 
-The shell of `jaxclt.validation.faithfulness` (Circuit Tracing 2025, section 5.3 and
-appendix G.3): which features are perturbed, and tables of what came of it.
+A vector is added where the MLP of a layer reads, at one position, in the local
+replacement model and in the model, and the changes of their streams are compared at all
+later layers and positions (Circuit Tracing 2025, sections 5.3 and G.3; maths 16.4 says
+what is held in each). For neurons, a replacement model with frozen norms also keeps
+their gates, as graphs do, and one with live norms computes them: with all neurons it is
+the model itself.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+import dataclasses
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import struct
+from jax import Array
 
-from jaxclt.patching.modes import Gates
-from jaxclt.patching.subject import Subject
-from jaxclt.validation.faithfulness import (
-    Perturbation,
-    nudged,
-    perturb_many,
-    stack,
-    upstream,
-)
+from jaxclt.lm.run import Run
+from jaxclt.patching.batch import in_chunks
+from jaxclt.patching.change import Change
+from jaxclt.patching.local import Tables
+from jaxclt.patching.modes import Needed, Nudge, needed, patched, underlying
+from jaxclt.patching.patchable import How, Patchable
 
-__all__ = ["by_distance", "faithfulness", "variants"]
+__all__ = ["Agreement", "Perturbation", "agreement", "compare", "perturb_many"]
 
 
-def faithfulness(
-    subject: Subject,
-    key: jax.Array,
-    *,
-    n_layers: int = 8,
-    n_perturbed: int = 3,
-    size: float = 0.1,
-    live: bool = True,
-    on_batch: Callable[[int, int], None] = lambda n, n_diverged: None,
-) -> tuple[dict[str, Any], list[int]]:
-    """Cosine and NMSE of the two models' responses, with means over perturbations.
+@struct.dataclass
+class Perturbation:
+    """One perturbation: a nudge at `nudge.layer`, or a change of an earlier feature.
 
-    Args:
-      subject: the traced prompt.
-      key: draws features and directions.
-      n_layers: perturbed layers, evenly spread.
-      n_perturbed: perturbations of a kind and layer.
-      size: of a perturbation, share of the feature's activation.
-      live: also with the replacement model's norms live (kinds ending in ``_live``).
-      on_batch: called with the perturbations of each batch done, and those that
-        diverged, which are in no mean.
-
-    Returns:
-      For each kind (encoder, random, upstream) ``cosine`` and ``nmse``, tables by
-      perturbed layer (rows) and measured layer (columns), None where nothing is said;
-      and the perturbed layers.
+    An upstream perturbation has a change with an effect and a zero nudge; the others a
+    nudge and a change of nothing. Both know their slots in the tables.
     """
-    L = subject.model.cfg.n_layers
-    layers = sorted({round(x) for x in np.linspace(0, L - 2, n_layers)})
-    layers = [layer for layer in layers if layer >= 0] or [0]
-    made = _perturbations(subject, layers, key, n_perturbed, size)
-    out: dict[str, Any] = {}
-    for norms, gates in variants(subject)[: 2 if live else 1]:
-        for kind, (rows, batch) in made.items():
-            name = kind if norms == "frozen" else f"{kind}_live"
-            cosine, nmse = (np.full((len(layers), L), np.nan) for _ in range(2))
-            lost = 0
-            if batch:
-                with jax.default_matmul_precision("highest"):
-                    done = perturb_many(
-                        subject.patchable,
-                        subject.local,
-                        stack(batch),
-                        norms=norms,
-                        gates=gates,
-                    )
-                fine_B = np.asarray(done.finite)
-                lost = int((~fine_B).sum())
-                for row in range(len(layers)):
-                    mine = np.flatnonzero((np.array(rows) == row) & fine_B)
-                    if len(mine):
-                        cosine[row] = np.asarray(done.cosine_L)[mine].mean(0)
-                        nmse[row] = np.asarray(done.nmse_L)[mine].mean(0)
-            on_batch(len(batch), lost)
-            out[name] = {"cosine": _table(cosine), "nmse": _table(nmse)}
-    return out, layers
+
+    nudge: Nudge
+    change: Change
+    start: Array  # int32, layer from which the replacement model runs
+    pos: Array  # int32, first position that is compared
 
 
-def by_distance(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Cosine and NMSE of each kind by layers behind, mean of prompts and layers.
+@struct.dataclass
+class Agreement:
+    """Per measured layer; nan before the perturbation."""
 
-    Args:
-      lines: ``tables`` and ``layers`` from `faithfulness`, one a prompt.
+    cosine_L: Array
+    nmse_L: Array
+    ratio_L: Array  # |delta| / |delta'|
+    finite: Array  # bool, of both responses: a perturbation may diverge
+
+
+def compare(local_LTD: Array, real_LTD: Array) -> Agreement:
+    """Cosine, normalised squared error and size ratio of two responses, by layer.
+
+    ``nmse = 1 + ratio^2 - 2 ratio cosine`` (maths 16.7).
     """
-    found: dict[str, Any] = {}
-    for kind in lines[0]["tables"]:
-        found[kind] = {}
-        for what in ("cosine", "nmse"):
-            at: dict[int, list[float]] = {}
-            for line in lines:
-                table = line["tables"][kind][what]
-                for layer, row in zip(line["layers"], table, strict=True):
-                    for measured in range(layer, len(row)):
-                        if row[measured] is not None:
-                            at.setdefault(measured - layer, []).append(row[measured])
-            found[kind][what] = {str(d): float(np.mean(at[d])) for d in sorted(at)}
-    return found
-
-
-def variants(
-    subject: Subject,
-) -> list[tuple[Literal["frozen", "live"], Gates]]:
-    """Norms and gates of the replacement model: as in the graph, as in the model."""
-    gated = subject.patchable.coder.gated
-    return [("frozen", "frozen" if gated else "live"), ("live", "live")]
-
-
-def _table(values: np.ndarray) -> list[list[float | None]]:
-    return [
-        [round(float(x), 6) if math.isfinite(x) else None for x in row]
-        for row in values
-    ]
-
-
-def _perturbations(
-    subject: Subject,
-    layers: list[int],
-    key: jax.Array,
-    n_perturbed: int,
-    size: float,
-) -> dict[str, tuple[list[int], list[Perturbation]]]:
-    """Rows of the heat map and perturbations of each kind."""
-    a, rec = subject.active, subject.patchable.recording
-    T, D = subject.n_tokens, subject.model.cfg.d_model
-    dtype = np.asarray(rec.mid_LTD[0, 0, 0]).dtype
-    made: dict[str, tuple[list[int], list[Perturbation]]] = {
-        kind: ([], []) for kind in ("encoder", "random", "upstream")
-    }
-    live_A = a.value_A != 0
-    if T > 1:
-        # The first position's stream is so large in many models that float32 hides a
-        # perturbation there.
-        live_A = live_A & (a.pos_A > 0)
-    drawn: list[tuple[int, int, bool]] = []  # row, feature, upstream
-    for row, layer in enumerate(layers):
-        key, here_key, before_key = jax.random.split(key, 3)
-        n = n_perturbed
-        here = _draw(live_A & (a.layer_A == layer), n, here_key)
-        before = _draw(live_A & (a.layer_A < layer), n, before_key)
-        drawn += [(row, int(s), False) for s in here]
-        drawn += [(row, int(s), True) for s in before]
-    if not drawn:
-        return made
-    slot_N = np.array([s for _, s, _ in drawn])
-    place_N = subject.local.slots(a.layer_A[slot_N], a.feature_A[slot_N])
-    # Upstream edits raise an activation; the others only lend their shape.
-    edits = subject.edits(
-        [_place(a, s, 1.0, size * float(a.value_A[s]) * up) for _, s, up in drawn],
+    inner_L = (local_LTD * real_LTD).sum((1, 2))
+    local_L, real_L = ((x * x).sum((1, 2)) for x in (local_LTD, real_LTD))
+    error_L = jnp.square(local_LTD - real_LTD).sum((1, 2))
+    return Agreement(
+        cosine_L=inner_L / jnp.sqrt(local_L * real_L),
+        nmse_L=error_L / real_L,
+        ratio_L=jnp.sqrt(local_L / real_L),
+        finite=jnp.isfinite(local_L + real_L).all(),
     )
-    way_ND = np.asarray(jax.random.normal(key, (len(drawn), D))).astype(dtype)
-    read_ND = a.reads(slot_N)
-    zero_TD = np.zeros((T, D), dtype)
-    for i, (row, s, is_upstream) in enumerate(drawn):
-        one = jax.tree.map(lambda x, i=i: np.asarray(x)[i : i + 1], edits)
-        layer, pos, slot = layers[row], int(a.pos_A[s]), int(place_N[i])
-        if is_upstream:
-            made["upstream"][0].append(row)
-            made["upstream"][1].append(upstream(one, layer, zero_TD, slot))
-            continue
-        read_D = read_ND[i]
-        step = size * a.value_A[s] / (read_D @ read_D)
-        vector_D = (step * read_D).astype(dtype)
-        any_D = way_ND[i] * (np.linalg.norm(vector_D) / np.linalg.norm(way_ND[i]))
-        for kind, vector in (("encoder", vector_D), ("random", any_D)):
-            made[kind][0].append(row)
-            made[kind][1].append(nudged(one, layer, pos, vector, T, slot))
-    return made
 
 
-def _place(a: Any, s: int, factor: float, offset: float) -> tuple:
-    place = (int(a.layer_A[s]), int(a.pos_A[s]), int(a.feature_A[s]))
-    return (*place, factor, offset)
+def agreement(
+    model: Patchable,
+    tables: Tables,
+    perturbation: Perturbation,
+    *,
+    how: How,
+    need: Needed | None = None,
+) -> Agreement:
+    """How one perturbation spreads in both models.
+
+    Args:
+      model: the recording.
+      tables: of the replacement model.
+      perturbation: what is changed.
+      how: iterative; what of the replacement model is held.
+      need: of the batch that this one is part of, see `patched`.
+    """
+    rec, nudge, L = model.recording, perturbation.nudge, model.cfg.n_layers
+    index_L = jnp.arange(L, dtype=jnp.int32)
+    at_L = (index_L == nudge.layer)[:, None, None]
+    zero = jnp.zeros((), rec.mid_LTD.dtype)
+
+    def change(run: Run, nudge: Nudge) -> Array:
+        """Of the stream where MLPs read; after attention, taps come before a nudge."""
+        moved_LTD = run.taps.mid_TD - rec.mid_LTD
+        if model.cfg.parallel:
+            return moved_LTD
+        return moved_LTD + jnp.where(at_L, nudge.delta_TD[None], zero)
+
+    done = patched(
+        model,
+        perturbation.change,
+        _layers(perturbation, L),
+        how=how,
+        tables=tables,
+        need=need,
+        nudge=nudge,
+    )
+    local_LTD = change(done, nudge)
+    # The model gets what the replacement model's stream holds at the layer.
+    given = Nudge(layer=nudge.layer, delta_TD=local_LTD[nudge.layer])
+    real_LTD = change(underlying(model, given, how=How()), given)
+    after_T = jnp.arange(len(rec.token_T), dtype=jnp.int32) >= perturbation.pos
+    found = compare(
+        jnp.where(after_T[None, :, None], local_LTD, zero),
+        jnp.where(after_T[None, :, None], real_LTD, zero),
+    )
+    before_L = index_L < nudge.layer
+    cosine_L, nmse_L, ratio_L = (
+        jnp.where(before_L, jnp.full((), jnp.nan, x_L.dtype), x_L)
+        for x_L in (found.cosine_L, found.nmse_L, found.ratio_L)
+    )
+    return Agreement(cosine_L, nmse_L, ratio_L, found.finite)
 
 
-def _draw(mask_A: np.ndarray, n: int, key: jax.Array) -> np.ndarray:
-    found = np.flatnonzero(mask_A)
-    return found[np.asarray(jax.random.permutation(key, len(found)))[:n]]
+def _layers(perturbation: Perturbation, n_layers: int) -> Array:
+    """First and last layer of the replacement model, [2] or, of a batch, [B, 2]."""
+    start = jnp.asarray(perturbation.start)
+    return jnp.stack([start, jnp.full_like(start, n_layers - 1)], -1)
+
+
+@partial(jax.jit, static_argnames="how")
+def _chunk(
+    model: Patchable, tables: Tables, perturbations: Perturbation, *, how: How
+) -> Agreement:
+    L = model.cfg.n_layers
+    layers_B2 = _layers(perturbations, L)
+    need = needed(perturbations.change, layers_B2, how=how, n_layers=L)
+    one = partial(agreement, model, tables, how=how, need=need)
+    return jax.vmap(one)(perturbations)
+
+
+def perturb_many(
+    model: Patchable,
+    tables: Tables,
+    perturbations: Perturbation,
+    *,
+    how: How,
+    chunk: int = 16,
+) -> Agreement:
+    """Many perturbations, leaves with a leading B; numpy. Chunks are padded up to."""
+    start_B = np.asarray(perturbations.start)
+    order_B = np.argsort(start_B, kind="stable")
+    call = partial(_chunk, model, tables, how=how)
+    return in_chunks(call, perturbations, order_B, chunk)
+
+
+def upstream(change: Change, layer_B: np.ndarray, n_tokens: int) -> Perturbation:
+    """The perturbations that changes [B, 1] of earlier features cause at layers."""
+    B, _, _, D = change.features.decoder_EMD.shape
+    none_BTD: Any = np.zeros((B, n_tokens, D), change.factor_E.dtype)
+    at_B: Any = np.asarray(layer_B, np.int32)
+    start_B, pos_B, _ = change.node_E3[:, 0].T
+    return Perturbation(Nudge(at_B, none_BTD), change, start_B, pos_B)
+
+
+def nudged(
+    change: Change,
+    layer_B: np.ndarray,
+    pos_B: np.ndarray,
+    vector_BD: np.ndarray,
+    n_tokens: int,
+) -> Perturbation:
+    """Vectors added to the stream; the change [B, 1] only lends its shape."""
+    B, D = vector_BD.shape
+    delta_BTD: Any = np.zeros((B, n_tokens, D), vector_BD.dtype)
+    delta_BTD[np.arange(B), pos_B] = vector_BD
+    none_B1 = np.full((B, 1), -1, np.int32)
+    idle = dataclasses.replace(
+        change, features=dataclasses.replace(change.features, layer_E=none_B1)
+    )
+    at_B: Any = np.asarray(layer_B, np.int32)
+    first_B: Any = np.asarray(pos_B, np.int32)
+    return Perturbation(Nudge(at_B, delta_BTD), idle, at_B, first_B)

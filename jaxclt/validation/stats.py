@@ -1,8 +1,8 @@
-"""Correlations, shares and means with their intervals.
+"""Correlations, shares and means with their intervals (maths 16.10).
 
-Intervals are percentiles over draws of whole units (features, clusters), not of pairs:
-what one feature does to several targets is not independent. A draw in which a measure
-is undefined is left out; scipy's own bootstrap has no interval then.
+Intervals are 95% percentiles over draws of whole units (features, clusters), not of
+pairs: what one feature does to several targets is not independent. A draw in which a
+measure is undefined is left out; scipy's own bootstrap has no interval then.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 _DRAWN = 1 << 22  # numbers that are drawn at a time
+_NONE = float("nan"), float("nan")
 
 
 def pearson(x: np.ndarray, y: np.ndarray, axis: int | None = None) -> Any:
@@ -60,17 +61,15 @@ def resampled(
     key: jax.Array,
     *,
     n: int,
-    level: float = 0.95,
     width: int = 1,
 ) -> tuple[float, float]:
-    """Percentile interval of a measure of independent units that are drawn again.
+    """The interval of a measure of independent units that are drawn again.
 
     Args:
       measure: values of draws of units, [draws, units]; nan ones are left out.
       n_units: units there are, and of a draw.
       key: PRNG key.
       n: draws.
-      level: of the interval.
       width: numbers that `measure` holds of a unit; bounds its memory.
 
     Returns:
@@ -81,8 +80,8 @@ def resampled(
     draws = (np.asarray(jax.random.randint(k, shape, 0, n_units)) for k in keys)
     value_N = np.concatenate([measure(draw_NC) for draw_NC in draws])[:n]
     if np.isnan(value_N).all():
-        return float("nan"), float("nan")
-    tail = (1 - level) / 2
+        return _NONE
+    tail = (1 - 0.95) / 2
     low, high = np.nanquantile(value_N, [tail, 1 - tail])
     return float(low), float(high)
 
@@ -93,16 +92,12 @@ def bootstrap(
     y: np.ndarray,
     key: jax.Array,
 ) -> tuple[float, float]:
-    """The 95% interval of a correlation over 500 draws of the first axis.
+    """The interval of a correlation (`pearson` or `spearman`) over 500 draws.
 
-    Args:
-      measure: `pearson` or `spearman`.
-      x: first axis independent units.
-      y: as `x`.
-      key: PRNG key.
+    Units are the first axis of both sides; nan if there are fewer than 3.
     """
     if min(len(x), x.size) < 3:
-        return float("nan"), float("nan")
+        return _NONE
 
     def along(draw_NC: np.ndarray) -> np.ndarray:
         N = len(draw_NC)
@@ -120,58 +115,43 @@ def wilson(hits: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
     from scipy.stats import binomtest
 
     if n < 1:
-        return float("nan"), float("nan")
+        return _NONE
     found = binomtest(hits, n).proportion_ci(level, method="wilson")
     return float(found.low), float(found.high)
 
 
-def mean_interval(
-    x: np.ndarray, key: jax.Array, *, n: int = 2000, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of independent values.
+def mean_interval(x: np.ndarray, key: jax.Array) -> tuple[float, float]:
+    """The interval of the mean of independent values, over 2000 draws.
 
-    Args:
-      x: values; nan ones are dropped.
-      key: PRNG key.
-      n: resamples.
-      level: of the interval.
-
-    Returns:
-      Lower and upper end; nan if there are fewer than 2 values.
+    Values that are nan are dropped; nan if fewer than 2 are left.
     """
     x = np.asarray(x, np.float64).ravel()
     x = x[~np.isnan(x)]
-    return ratio_interval(x, np.ones(len(x)), key, n=n, level=level)
+    return ratio_interval(x, np.ones(len(x)), key)
 
 
 def ratio_interval(
-    top_C: np.ndarray,
-    bottom_C: np.ndarray,
-    key: jax.Array,
-    *,
-    n: int = 2000,
-    level: float = 0.95,
+    top_C: np.ndarray, bottom_C: np.ndarray, key: jax.Array
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of ``sum(top) / sum(bottom)``.
+    """The interval of ``sum(top) / sum(bottom)``, over 2000 draws.
 
     A weighted mean whose values come in clusters is such a ratio, with the sums of each
     cluster: whole clusters are drawn, since values within one are not independent.
+    Draws whose denominator is 0 are dropped.
 
     Args:
       top_C: a value for each independent unit.
       bottom_C: likewise.
       key: PRNG key.
-      n: resamples; those whose denominator is 0 are dropped.
-      level: of the interval.
 
     Returns:
       Lower and upper end; nan if there are fewer than 2 units or one is nan.
     """
     if len(top_C) < 2 or np.isnan(top_C + bottom_C).any():
-        return float("nan"), float("nan")
+        return _NONE
 
     def ratio(draw_NC: np.ndarray) -> np.ndarray:
         bottom_N = bottom_C[draw_NC].sum(1)
         return top_C[draw_NC].sum(1) / np.where(bottom_N != 0, bottom_N, np.nan)
 
-    return resampled(ratio, len(top_C), key, n=n, level=level)
+    return resampled(ratio, len(top_C), key, n=2000)

@@ -25,10 +25,12 @@ from jaxclt.errors import InputError
 from jaxclt.evaluation.evaluate import EvalOptions, evaluate
 from jaxclt.evaluation.prompts import read_eval_text
 from jaxclt.lm.run import embed, record, unembed
+from jaxclt.patching.change import batched
+from jaxclt.patching.patchable import How
 from jaxclt.patching.subject import Subject
 from jaxclt.replacement.errors import error_nodes
 from jaxclt.replacement.local import local_replacement, run_local
-from jaxclt.replacement.model import replaced
+from jaxclt.replacement.model import Sources, replaced
 from jaxclt.validation.report import ValidateOptions, validate_graph
 
 PROMPT = "w5 w9 w30 w7 w8"
@@ -202,9 +204,8 @@ def test_with_its_errors_the_replacement_is_the_model(name: str) -> None:
     done = replaced(
         model.params,
         loaded,
-        embed(model.params, ids),
+        Sources(embed(model.params, ids), error_LTD),
         cfg=model.cfg,
-        error_LTD=error_LTD,
     )
     np.testing.assert_allclose(done.out_TD, rec.out_TD, atol=2e-5)
     local = run_local(local_replacement(model.params, loaded, rec, cfg=model.cfg))
@@ -237,8 +238,9 @@ def test_it_can_be_patched(name: str, mode: Any) -> None:
     )
     assert same.kl < 1e-6
     L = s.model.cfg.n_layers
-    how = dataclasses.replace(s.how(mode), freeze_norm=True)
-    found = s.effects([[(*edit.values(), 0.0, 0.0)]], [(0, L - 1)], how, s.ask())
+    change = batched(s.change([jaxclt.Edit(**edit, scale=0.0)]), [1])
+    how = How(mode=mode, freeze_norm=True)
+    found = s.effects(change, [(0, L - 1)], how, s.ask())
     moved = float(found.logit_K[0, 0] - g.readout_R[g.n_features])
     if mode == "constrained":
         direct = -float(g.edge_RN[g.n_features, a])

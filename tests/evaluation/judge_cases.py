@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import numpy as np
 
-from jaxclt.dashboards.examples import Examples, Excerpts
+from jaxclt.dashboards.examples import Examples, Excerpts, Shown
+from jaxclt.evaluation.trials import Source, Trial
 
 WORDS = tuple(f" w{i}" for i in range(60))
 SHOWN = 3
@@ -71,3 +75,34 @@ def _excerpts(
 def planted(n: int = 12, seed: int = 0) -> Examples:
     """Feature u fires on the tokens 2u and 2u + 1."""
     return make_examples([{2 * u, 2 * u + 1} for u in range(n)], make_windows(seed))
+
+
+def source(examples: Examples, n_shown: int = SHOWN, context: int = 32) -> Source:
+    return Source(examples, WORDS, n_shown=n_shown, context=context)
+
+
+def trial_of(data: dict[str, Any]) -> Trial:
+    """The trial that `as_json` was called on."""
+    shown = tuple(
+        tuple(
+            Shown(s["window"], tuple(s["tokens"]), tuple(s["acts"]), s["peak"])
+            for s in each
+        )
+        for each in data["shown"]
+    )
+    fields: dict[str, Any] = data | {
+        "features": tuple((f[0], f[1]) for f in data["features"]),
+        "shown": shown,
+        "query": tuple(map(tuple, data["query"])),
+    }
+    return Trial(**fields)
+
+
+def swapped(trial: Trial) -> Trial:
+    """The same question with what is called "1" and "2" exchanged."""
+    answer = 2 if trial.answer == 1 else 1
+    if trial.kind == "contrastive":
+        return dataclasses.replace(trial, query=trial.query[::-1], answer=answer)
+    return dataclasses.replace(
+        trial, features=trial.features[::-1], shown=trial.shown[::-1], answer=answer
+    )

@@ -22,6 +22,7 @@ from jaxclt.evaluation.prompts import (
     unsure,
 )
 from jaxclt.lm.run import record
+from jaxclt.text.windows import TokenWindows
 
 
 def test_each_rule_of_the_filter_leaves_out():
@@ -110,7 +111,7 @@ def test_thresholds_keep_as_many_neurons_as_wanted():
     mask_WS = np.ones((3, 20), bool)
     mask_WS[:, 0] = False
     wanted = [3.0, 40.0, 200.0]
-    found = neuron_thresholds(model.params, token_WS, mask_WS, wanted, cfg=model.cfg)
+    found = neuron_thresholds(model, TokenWindows(token_WS, mask_WS), wanted)
     assert found == sorted(found, reverse=True)
     for threshold, l0 in zip(found, wanted, strict=True):
         counts = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import json
 import os
@@ -10,17 +11,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 from fake_chat import FakeChat, failure, reply
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge_cases import SHOWN, WORDS, planted
+from judge_cases import planted, source, swapped
 
 from jaxclt.dashboards.examples import Shown
 from jaxclt.errors import InputError
-from jaxclt.evaluation.http_client import BudgetError, Client, Completion
+from jaxclt.evaluation import http_client
+from jaxclt.evaluation.http_client import (
+    BudgetError,
+    Client,
+    ClientOptions,
+    Completion,
+)
 from jaxclt.evaluation.http_judge import HttpJudge, parse_answer, prompt_of
 from jaxclt.evaluation.judging import judge_score, judge_trials
 from jaxclt.evaluation.trials import Trial, sort_trials
@@ -36,11 +44,23 @@ def no_proxy(monkeypatch):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 1e-4)
+    monkeypatch.setattr(http_client, "PAUSE", 1e-4)
 
 
-def client_of(server: FakeChat, **more) -> Client:
-    options = {"backoff": 1e-4, "timeout": 60.0, "concurrency": 2}
-    return Client(server.url, "fake", **(options | more))
+def client_of(server: FakeChat, **more) -> contextlib.closing[Client]:
+    options = {"timeout": 60.0, "concurrency": 2}
+    return contextlib.closing(
+        Client(server.url, "fake", ClientOptions(**(options | more)))
+    )
+
+
+def complete(client: Client, prompt: str) -> str:
+    return client.ask([{"role": "user", "content": prompt}]).text
+
+
+def each(client: Client, prompts: list[str]):
+    return client.map(lambda x: client.ask([{"role": "user", "content": x}]), prompts)
 
 
 def last(body) -> str:
@@ -74,7 +94,7 @@ def test_what_goes_wrong_is_tried_again(tmp_path: Path):
         client_of(server, cache_dir=tmp_path, tries=3) as client,
     ):
         prompts = [str(i) for i in range(len(bad))]
-        found = dict(client.each(prompts))
+        found = dict(each(client, prompts))
         for i in range(len(bad)):
             one = found[i]
             assert isinstance(one, Completion)
@@ -83,13 +103,13 @@ def test_what_goes_wrong_is_tried_again(tmp_path: Path):
         assert len(server.bodies) == 3 * len(bad) == client.usage["requests"]
         # empty replies cost something too
         assert client.usage["prompt_tokens"] == 10 * (len(bad) + 4)
-        again = dict(client.each(prompts))
+        again = dict(each(client, prompts))
         assert all(isinstance(x, Completion) and x.from_cache for x in again.values())
         assert client.usage["cached"] == len(bad)
         assert len(server.bodies) == 3 * len(bad)
         assert set(server.keys) == {f"Bearer {SECRET}"}
     with client_of(server, cache_dir=tmp_path) as other:
-        assert other.complete("3") == "good 3"  # the server is gone
+        assert complete(other, "3") == "good 3"  # the server is gone
 
 
 def test_time_outs(tmp_path: Path):
@@ -97,31 +117,38 @@ def test_time_outs(tmp_path: Path):
         return None if n == 0 else reply("late")
 
     with FakeChat(answer) as server, client_of(server, timeout=0.2) as client:
-        assert client.complete("x") == "late"
+        assert complete(client, "x") == "late"
         assert len(server.bodies) >= 2  # a busy machine may be late more than once
 
 
-def test_it_waits_as_long_as_it_is_told():
+def test_it_waits_as_long_as_it_is_told(monkeypatch):
     waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     date = email.utils.formatdate(time.time() + 90, usegmt=True)
-    says = ["7", "1e9", date, "soon", "-3"]
+    says = ["7", date, "soon", "-3"]
 
     def answer(body, n):
         return failure(429, retry_after=says[n]) if n < len(says) else reply("ok")
 
-    with (
-        FakeChat(answer) as server,
-        client_of(server, backoff=0.01, sleep=waited.append) as client,
-    ):
-        assert client.complete("x") == "ok"
+    with FakeChat(answer) as server, client_of(server) as client:
+        assert complete(client, "x") == "ok"
     assert waited[0] == 7
-    assert waited[1] == 120
-    assert 60 < waited[2] <= 91
-    assert 0 < waited[3] < 0.2
-    assert waited[3] < waited[4] < 0.4
+    assert 60 < waited[1] <= 91
+    assert 0 < waited[2] <= 0.04
+    assert waited[2] < waited[3] <= 0.08
 
 
-def test_requests_per_minute():
+def test_a_pause_of_days_is_not_waited_for():
+    with (
+        FakeChat(lambda body, n: failure(429, retry_after="1e9")) as server,
+        client_of(server) as client,
+        pytest.raises(InputError, match=r"no answer in 1 tries .*start again to go on"),
+    ):
+        complete(client, "x")
+
+
+def test_requests_per_minute(monkeypatch):
     """By a clock that only sleeping moves."""
     now, waited = [0.0], []
 
@@ -129,14 +156,14 @@ def test_requests_per_minute():
         waited.append(seconds)
         now[0] += seconds
 
+    clock = SimpleNamespace(sleep=sleep, monotonic=lambda: now[0])
+    monkeypatch.setattr(http_client, "time", clock)
     with (
         FakeChat(lambda body, n: reply("ok")) as server,
-        client_of(
-            server, requests_per_minute=30, sleep=sleep, clock=lambda: now[0]
-        ) as client,
+        client_of(server, requests_per_minute=30) as client,
     ):
         for i in range(4):
-            client.complete(str(i))
+            complete(client, str(i))
     assert waited == [2, 2, 2]
 
 
@@ -145,7 +172,7 @@ def test_the_same_question_is_asked_once():
         FakeChat(lambda body, n: reply("ok")) as server,
         client_of(server, concurrency=8) as client,
     ):
-        assert len(list(client.each(["x"] * 20))) == 20
+        assert len(list(each(client, ["x"] * 20))) == 20
         assert len(server.bodies) == 1
 
 
@@ -153,7 +180,7 @@ def test_the_cache_knows_what_was_asked(tmp_path: Path):
     with FakeChat(lambda body, n: reply("ok")) as server:
         for more in ({}, {"temperature": 1.0}, {"max_tokens": 7}, {}):
             with client_of(server, cache_dir=tmp_path, **more) as client:
-                client.complete("x")
+                complete(client, "x")
         assert len(server.bodies) == 3
         assert server.bodies[1]["temperature"] == 1
         assert server.bodies[2]["max_tokens"] == 7
@@ -187,11 +214,11 @@ def test_a_half_written_reply_is_asked_for_again(tmp_path: Path):
     file = tmp_path / "replies.jsonl"
     with FakeChat(lambda body, n: reply(f"{last(body)} é")) as server:
         with client_of(server, cache_dir=tmp_path) as client:
-            list(client.each(["a", "b"]))
+            list(each(client, ["a", "b"]))
         file.write_bytes(file.read_bytes()[:-9] + b"\xff")
         for cached in (1, 2):
             with client_of(server, cache_dir=tmp_path) as client:
-                assert [client.complete(x) for x in "ab"] == ["a é", "b é"]
+                assert [complete(client, x) for x in "ab"] == ["a é", "b é"]
                 assert client.usage["cached"] == cached
         assert len(server.bodies) == 3
 
@@ -201,13 +228,13 @@ def test_a_budget_ends_the_asking():
         FakeChat(lambda body, n: reply("ok")) as server,
         client_of(server, max_tokens_total=30, concurrency=1) as client,
     ):
-        found = dict(client.each([str(i) for i in range(6)]))
+        found = dict(each(client, [str(i) for i in range(6)]))
         asked = [isinstance(found[i], Completion) for i in range(6)]
         assert asked == [True] * 3 + [False] * 3
         assert len(server.bodies) == 3
         with pytest.raises(BudgetError, match="budget of 30 tokens is spent"):
-            client.complete("new")
-        assert client.complete("0") == "ok"  # costs nothing
+            complete(client, "new")
+        assert complete(client, "0") == "ok"  # costs nothing
 
 
 def test_servers_that_want_other_options():
@@ -219,8 +246,8 @@ def test_servers_that_want_other_options():
         return reply("ok")
 
     with FakeChat(answer) as server, client_of(server) as client:
-        assert client.complete("x") == "ok"
-        assert client.complete("y") == "ok"
+        assert complete(client, "x") == "ok"
+        assert complete(client, "y") == "ok"
         assert len(server.bodies) == 4
         assert server.bodies[-1]["max_completion_tokens"] == 1024
 
@@ -231,7 +258,7 @@ def test_refusals_end_the_run_and_keep_the_key():
 
     with FakeChat(answer) as server, client_of(server) as client:
         with pytest.raises(InputError, match="refuses requests") as error:
-            client.complete("x")
+            complete(client, "x")
         assert SECRET not in str(error.value)
         assert "\n" not in str(error.value)
         assert len(server.bodies) == 1
@@ -243,14 +270,14 @@ def test_no_answer_at_all_says_so():
         client_of(server, tries=2) as client,
     ):
         with pytest.raises(InputError, match=r"no answer in 2 tries .*on fire"):
-            client.complete("x")
+            complete(client, "x")
         with pytest.raises(InputError, match="no answer in 2 tries"):
-            list(client.each(["a", "b", "c"]))
+            list(each(client, ["a", "b", "c"]))
     with (
         client_of(server, tries=2) as client,
         pytest.raises(InputError, match="no answer in 2 tries"),
     ):
-        client.complete("x")  # the server is gone
+        complete(client, "x")  # the server is gone
 
 
 @pytest.mark.parametrize(
@@ -297,7 +324,7 @@ def test_answers_are_read_but_not_guessed(text: str, choice):
 
 
 def trials_of(n: int) -> list[Trial]:
-    return sort_trials(planted(), WORDS, n, KEY, n_shown=SHOWN)
+    return sort_trials(source(planted()), n, KEY)
 
 
 def test_hostile_tokens_stay_inside():
@@ -346,7 +373,7 @@ def test_activations_are_marked_by_their_size():
 
 def reader(trials):
     """A model that finds the right answer by what stands in the prompt."""
-    known = {prompt_of(t): t.answer for s in trials for t in (s, s.swapped())}
+    known = {prompt_of(t): t.answer for s in trials for t in (s, swapped(s))}
     return lambda body, n: reply(f"Hm.\nANSWER: {known[last(body)]}")
 
 
@@ -356,7 +383,7 @@ def test_the_order_of_features_does_not_matter():
     with FakeChat(reader(trials)) as server, client_of(server) as client:
         judge = HttpJudge(client)
         rows = judge_trials(judge, trials)
-        back = judge_trials(judge, [t.swapped() for t in trials])
+        back = judge_trials(judge, [swapped(t) for t in trials])
     for one, other in zip(rows, back, strict=True):
         assert one["answer"]["choice"] == 3 - other["answer"]["choice"]
     assert judge_score(rows, KEY)["accuracy"] == judge_score(back, KEY)["accuracy"] == 1
@@ -408,13 +435,14 @@ def test_a_budget_leaves_trials_for_the_next_run(tmp_path: Path):
 CHILD = """
 import json, sys
 from pathlib import Path
-from jaxclt.evaluation.http_client import Client
+from jaxclt.evaluation.http_client import Client, ClientOptions
 from jaxclt.evaluation.http_judge import HttpJudge
 from jaxclt.evaluation.judging import judge_trials
-from jaxclt.evaluation.trials import Trial
+from judge_cases import trial_of
 url, folder = sys.argv[1], Path(sys.argv[2])
-trials = [Trial.from_json(t) for t in json.loads((folder / "trials.json").read_text())]
-client = Client(url, "fake", cache_dir=folder / "cache", concurrency=1, timeout=60)
+trials = [trial_of(t) for t in json.loads((folder / "trials.json").read_text())]
+options = ClientOptions(cache_dir=folder / "cache", concurrency=1, timeout=60)
+client = Client(url, "fake", options)
 judge_trials(HttpJudge(client), trials, log=folder / "log.jsonl")
 """
 
@@ -433,7 +461,8 @@ def test_a_killed_run_loses_nothing_and_asks_nothing_twice(tmp_path: Path):
     with FakeChat(answer) as server:
         child = subprocess.Popen(
             [sys.executable, "-c", CHILD, server.url, str(tmp_path)],
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            env=os.environ
+            | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         try:
             server.wait_for(stop + 1)  # four are answered, the fifth hangs

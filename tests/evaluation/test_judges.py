@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge_cases import SHOWN, WORDS, planted
+from judge_cases import WORDS, planted, source, swapped
 
 from jaxclt.dashboards.examples import Shown
 from jaxclt.evaluation.concepts import ConceptPair
@@ -34,7 +34,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
 def sort_of(n: int, features: int = 25) -> list[Trial]:
-    return sort_trials(planted(features), WORDS, n, KEY, n_shown=SHOWN)
+    return sort_trials(source(planted(features)), n, KEY)
 
 
 def contrastive_of(n: int) -> list[Trial]:
@@ -50,14 +50,12 @@ def contrastive_of(n: int) -> list[Trial]:
                 if i // 2 < 20:
                     peak_P2U[p, side, i // 2] = 1 + p
     return contrastive_trials(
-        examples,
-        WORDS,
+        source(examples),
         pairs,
         peak_P2U,
         n,
         KEY,
         encode=lambda text: [int(i) for i in text.split()],
-        n_shown=SHOWN,
     )
 
 
@@ -94,13 +92,13 @@ def test_a_coin_is_at_chance(seed: int):
 def assert_order_does_not_matter(judge, trials):
     """Maths 18.10."""
     there = dict(judge.judge(trials))
-    back = dict(judge.judge([t.swapped() for t in trials]))
+    back = dict(judge.judge([swapped(t) for t in trials]))
     for i, trial in enumerate(trials):
         a, b = there[i], back[i]
         assert a.scores is not None
         assert a.scores == b.scores[::-1]
         assert {a.choice, b.choice} in ({1, 2}, {None})
-        assert (a.choice == trial.answer) == (b.choice == trial.swapped().answer)
+        assert (a.choice == trial.answer) == (b.choice == swapped(trial).answer)
 
 
 def test_words_do_not_mind_the_order():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge_cases import SHOWN, WORDS, make_examples, planted
+from judge_cases import SHOWN, make_examples, planted, source, trial_of
 
 from jaxclt.clt.coder import load
 from jaxclt.dashboards.stream import gather_examples
 from jaxclt.errors import InputError
 from jaxclt.evaluation.concepts import ConceptPair
+from jaxclt.evaluation.http_client import ClientOptions
 from jaxclt.evaluation.http_judge import HttpJudge
 from jaxclt.evaluation.judges import (
     Answer,
@@ -25,6 +27,7 @@ from jaxclt.evaluation.judges import (
     OracleJudge,
 )
 from jaxclt.evaluation.judging import (
+    Questions,
     interpretability,
     judge_score,
     judge_trials,
@@ -42,7 +45,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
 def trials_of(n: int) -> list[Trial]:
-    return sort_trials(planted(), WORDS, n, KEY, n_shown=SHOWN)
+    return sort_trials(source(planted()), n, KEY)
 
 
 class Counting:
@@ -86,7 +89,7 @@ def test_interrupted_runs_add_up_to_one(tmp_path_factory, cuts, torn):
         assert sorted(asked + judge.asked) == sorted(t.key for t in trials)
     assert rows == judge_trials(Counting(), trials)
     assert seen[-1] == (12, 12)
-    assert [Trial.from_json(row["trial"]) for row in rows] == trials
+    assert [trial_of(row["trial"]) for row in rows] == trials
     again = Counting()
     assert judge_trials(again, trials, log=log) == rows
     assert again.asked == []
@@ -131,7 +134,7 @@ def rows_of(hits, weights, *, kind="sort", concepts=None, features=None):
             concept="" if concepts is None else concepts[i],
         )
         row = {"trial": trial.as_json(), "correct": hit}
-        rows.append(row | {"answer": Answer(choice=1).as_json()})
+        rows.append(row | {"answer": dataclasses.asdict(Answer(choice=1))})
     return json.loads(json.dumps(rows))
 
 
@@ -180,7 +183,8 @@ def test_judges_by_name(tmp_path: Path, monkeypatch):
     assert isinstance(read_judge("oracle"), OracleJudge)
     golden = GOLDENS / "circuit_tracer_clt" / "model"
     assert isinstance(read_judge(f"local:{golden}"), LocalJudge)
-    judge = read_judge("http://127.0.0.1:9/v1/#some/model:7b", cache_dir=tmp_path)
+    options = ClientOptions(cache_dir=tmp_path)
+    judge = read_judge("http://127.0.0.1:9/v1/#some/model:7b", options)
     assert isinstance(judge, HttpJudge)
     assert judge.name == "http://127.0.0.1:9/v1#some/model:7b"
     judge.client.close()
@@ -209,18 +213,11 @@ def evaluate(golden, judge, folder, seed=0, **more):
     model, encoder = golden
     examples = planted(12, seed=1)
     more = {"directions_UD": np.asarray(jax.random.normal(KEY, (12, 4)))} | more
+    questions = Questions(
+        sort=20, contrastive=30, pairs=PAIRS, seed=seed, n_shown=SHOWN
+    )
     return interpretability(
-        examples,
-        encoder,
-        model,
-        judge,
-        n_sort=20,
-        n_contrastive=30,
-        pairs=PAIRS,
-        seed=seed,
-        log_dir=folder,
-        n_shown=SHOWN,
-        **more,
+        judge, examples, encoder, model, questions, log_dir=folder, **more
     )
 
 
@@ -242,7 +239,7 @@ def test_both_evals_from_end_to_end(golden, tmp_path: Path):
     evaluate(golden, OracleJudge(), other, seed=1)
     assert (other / "sort.jsonl").read_bytes() != logs["sort.jsonl"]
     for line in logs["contrastive.jsonl"].splitlines():
-        trial = Trial.from_json(json.loads(line)["trial"])
+        trial = trial_of(json.loads(line)["trial"])
         assert all(token.startswith("w") for text in trial.query for token in text)
 
 
@@ -261,16 +258,21 @@ def test_on_examples_of_a_pass_over_text(golden):
     examples = gather_examples(
         model.params, encoder, windows, n_top=6, n_drawn=6, context=6
     )
+    questions = Questions(
+        sort=30, contrastive=60, pairs=PAIRS, n_shown=SHOWN, context=5
+    )
+    W_enc_LFD = np.asarray(encoder.weights.enc.W_enc_FD)
     found = {
         judge.name: interpretability(
-            examples, encoder, model, judge, n_sort=30, n_contrastive=60,
-            pairs=PAIRS, seed=0, log_dir=None, n_shown=SHOWN, context=5,
-            directions_UD=np.asarray(encoder.weights.enc.W_enc_FD).reshape(
-                len(examples.layer_U), -1
-            ),
+            judge,
+            examples,
+            encoder,
+            model,
+            questions,
+            directions_UD=W_enc_LFD.reshape(len(examples.layer_U), -1),
         )
         for judge in (OracleJudge(), CoinJudge())
-    }  # fmt: skip
+    }
     for name in ("sort", "sort_similar", "contrastive", "contrastive_weighted"):
         assert found["oracle"][name]["accuracy"] == 1, name
         low, high = found["coin:0"][name]["interval_clustered"]
@@ -283,8 +285,7 @@ def test_on_examples_of_a_pass_over_text(golden):
 def test_features_without_examples_have_no_score(golden):
     model, encoder = golden
     token_WS = planted().token_WS
-    found = interpretability(
-        make_examples([set(), set()], token_WS), encoder, model, OracleJudge(),
-        n_sort=5, n_contrastive=5, pairs=PAIRS[:2], seed=0, log_dir=None,
-    )  # fmt: skip
+    silent = make_examples([set(), set()], token_WS)
+    questions = Questions(sort=5, contrastive=5, pairs=PAIRS[:2])
+    found = interpretability(OracleJudge(), silent, encoder, model, questions)
     assert found["sort"]["accuracy"] is found["contrastive"]["accuracy"] is None

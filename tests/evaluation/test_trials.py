@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge_cases import SHOWN, WORDS, make_examples, make_windows, planted
+from judge_cases import (
+    WORDS,
+    make_examples,
+    make_windows,
+    planted,
+    source,
+    swapped,
+    trial_of,
+)
 
 from jaxclt.evaluation.concepts import ConceptPair
-from jaxclt.evaluation.trials import (
-    Trial,
-    contrastive_trials,
-    shown_excerpt,
-    sort_trials,
-)
+from jaxclt.evaluation.trials import Trial, contrastive_trials, sort_trials
 
 KEY = jax.random.key(0)
 
@@ -42,9 +45,7 @@ features = st.lists(st.sets(st.integers(0, 59), max_size=5), min_size=2, max_siz
 @given(fires_on=features, seed=st.integers(0, 9), n_shown=st.integers(1, 4))
 def test_a_query_is_held_out_and_silences_the_other(fires_on, seed, n_shown):
     examples = make_examples(fires_on, make_windows(seed, W=60))
-    trials = sort_trials(
-        examples, WORDS, 10, jax.random.key(seed), n_shown=n_shown, context=6
-    )
+    trials = sort_trials(source(examples, n_shown, context=6), 10, jax.random.key(seed))
     pairs = [tuple(sorted(t.features)) for t in trials]
     assert len(set(pairs)) == len(pairs)
     for trial in trials:
@@ -68,8 +69,8 @@ def test_excerpts_are_cut_about_their_peaks():
     for u in range(12):
         for e in np.flatnonzero(examples.top.window_UE[u] >= 0):
             for context in (1, 2, 5, 100):
-                shown = shown_excerpt(
-                    examples, WORDS, examples.top, u, int(e), context=context
+                shown = source(examples, context=context).excerpt(
+                    examples.top, u, int(e)
                 )
                 row_S = examples.token_WS[shown.window]
                 assert 1 <= len(shown.tokens) == len(shown.acts) <= context
@@ -85,7 +86,7 @@ def test_padding_is_not_shown():
     token_WS = make_windows(W=30)
     token_WS[:, 5:] = -1
     examples = make_examples([{i} for i in range(0, 60, 7)], token_WS)
-    for trial in sort_trials(examples, WORDS, 9, KEY, n_shown=1):
+    for trial in sort_trials(source(examples, 1), 9, KEY):
         assert max(len(s.tokens) for each in trial.shown for s in each) <= 5
         assert len(trial.query[0]) <= 5
 
@@ -93,16 +94,16 @@ def test_padding_is_not_shown():
 def test_the_key_decides_and_more_trials_only_add():
     """Maths 18.12."""
     examples = planted()
-    first = sort_trials(examples, WORDS, 20, KEY, n_shown=SHOWN)
+    first = sort_trials(source(examples), 20, KEY)
     assert len(first) == 20
-    assert first == sort_trials(examples, WORDS, 20, KEY, n_shown=SHOWN)
-    assert first[:7] == sort_trials(examples, WORDS, 7, KEY, n_shown=SHOWN)
-    other = sort_trials(examples, WORDS, 20, jax.random.key(1), n_shown=SHOWN)
+    assert first == sort_trials(source(examples), 20, KEY)
+    assert first[:7] == sort_trials(source(examples), 7, KEY)
+    other = sort_trials(source(examples), 20, jax.random.key(1))
     assert first != other
 
 
 def test_answers_are_balanced():
-    trials = sort_trials(planted(25), WORDS, 200, KEY, n_shown=SHOWN)
+    trials = sort_trials(source(planted(25)), 200, KEY)
     assert len(trials) == 200
     ones = sum(t.answer == 1 for t in trials)
     lower_first = sum(t.features[0] < t.features[1] for t in trials)
@@ -113,29 +114,24 @@ def test_answers_are_balanced():
 def test_identical_features_give_no_query():
     """Maths 18.11: also where they are the most similar pair."""
     examples = make_examples([{1, 2}, {1, 2}, {1, 2}], make_windows())
-    assert sort_trials(examples, WORDS, 5, KEY, n_shown=SHOWN) == []
+    assert sort_trials(source(examples), 5, KEY) == []
     same_UD = np.ones((3, 2))
-    assert (
-        sort_trials(examples, WORDS, 5, KEY, n_shown=SHOWN, direction_UD=same_UD) == []
-    )
+    assert sort_trials(source(examples), 5, KEY, direction_UD=same_UD) == []
 
 
 def test_too_few_examples_give_no_trial():
     examples = make_examples([{1}, set(), {2}], make_windows(W=20))
-    assert sort_trials(examples, WORDS, 5, KEY, n_shown=6) == []
-    assert sort_trials(examples, WORDS, 0, KEY, n_shown=1) == []
+    assert sort_trials(source(examples, 6), 5, KEY) == []
+    assert sort_trials(source(examples, 1), 0, KEY) == []
     assert all(
-        (0, 10) not in t.features
-        for t in sort_trials(examples, WORDS, 5, KEY, n_shown=1)
+        (0, 10) not in t.features for t in sort_trials(source(examples, 1), 5, KEY)
     )
 
 
 def test_similar_pairs_come_by_their_cosine():
     examples = planted(8)
     direction_UD = np.asarray(jax.random.normal(KEY, (8, 3)))
-    trials = sort_trials(
-        examples, WORDS, 10, KEY, n_shown=SHOWN, direction_UD=direction_UD
-    )
+    trials = sort_trials(source(examples), 10, KEY, direction_UD=direction_UD)
     unit_UD = direction_UD / np.linalg.norm(direction_UD, axis=1, keepdims=True)
     cosine_UU = unit_UD @ unit_UD.T
     want = np.sort(cosine_UU[np.triu_indices(8, 1)])[::-1][:10]
@@ -165,9 +161,8 @@ def test_contrastive_features_are_active_on_one_sentence(data, seed):
     peak_P2U = np.array(flat, np.float32).reshape(3, 2, 5)
     pairs = pairs_of(3)
     trials = contrastive_trials(
-        examples, WORDS, pairs, peak_P2U, 100, jax.random.key(seed), encode=encode,
-        n_shown=SHOWN,
-    )  # fmt: skip
+        source(examples), pairs, peak_P2U, 100, jax.random.key(seed), encode=encode
+    )
     assert len(trials) == ((peak_P2U != 0).sum(1) == 1).sum()
     for trial in trials:
         p = int(trial.concept[1:])
@@ -189,8 +184,8 @@ def test_contrastive_is_seeded_and_balanced():
 
     def make(n, seed):
         return contrastive_trials(
-            examples, WORDS, pairs_of(20), peak_P2U, n, jax.random.key(seed),
-            encode=encode, n_shown=SHOWN,
+            source(examples), pairs_of(20), peak_P2U, n, jax.random.key(seed),
+            encode=encode,
         )  # fmt: skip
 
     first = make(200, 0)
@@ -203,19 +198,19 @@ def test_contrastive_is_seeded_and_balanced():
 
 def test_a_trial_is_json_and_back_and_swaps():
     examples = planted()
-    trials = sort_trials(examples, WORDS, 3, KEY, n_shown=SHOWN)
+    trials = sort_trials(source(examples), 3, KEY)
     peak_P2U = np.zeros((1, 2, 12), np.float32)
     peak_P2U[0, 1] = 0.123456
     trials += contrastive_trials(
-        examples, WORDS, pairs_of(1), peak_P2U, 3, KEY, encode=encode, n_shown=SHOWN
+        source(examples), pairs_of(1), peak_P2U, 3, KEY, encode=encode
     )
     for trial in trials:
         text = json.dumps(trial.as_json())
-        again = Trial.from_json(json.loads(text))
+        again = trial_of(json.loads(text))
         assert again == trial
         assert again.key == trial.key
-        swapped = trial.swapped()
-        assert swapped.answer == 3 - trial.answer
-        assert swapped.key != trial.key
-        assert swapped.swapped() == trial
+        other = swapped(trial)
+        assert other.answer == 3 - trial.answer
+        assert other.key != trial.key
+        assert swapped(other) == trial
     assert len({t.key for t in trials}) == 6

@@ -64,8 +64,8 @@ from jaxclt.text.windows import TokenWindows
 from jaxclt.trace import pages, sweep, target_text
 from jaxclt.trace import supernodes as supernode_file
 from jaxclt.train import checkpoint, prepare, sample, trainer
-from jaxclt.train.chunks import Chunks
 from jaxclt.train.normalise import Scales
+from jaxclt.train.store import ChunkStore
 from jaxclt.viewer.graph_json import graph_json
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
@@ -393,24 +393,24 @@ def make_training(folder: Path) -> list[Path]:
 def open_training(folder: Path) -> None:
     lm = SimpleNamespace(d_vocab=6, n_layers=2, d_model=3)
     tokenizer = mock.Mock(special_ids=[0], bos_id=1, eos_id=2)
-    model = SimpleNamespace(hash="m", cfg=lm, tokenizer=tokenizer)
+    model = SimpleNamespace(hash="m", cfg=lm, tokenizer=tokenizer, params=None)
     config = SimpleNamespace(context=4)
-    prepare.run_windows(config, model, "d", folder, print)  # pyright: ignore
+    job = SimpleNamespace(config=config, model=model, data="d", out=folder)
+    prepare.run_windows(job, print)  # pyright: ignore
     prepare.claim_directory(folder, {"config": {"lr": None}, "model": "m", "data": "d"})
     chunks = SimpleNamespace(use=lambda *_: None)
     run = SimpleNamespace(out=folder, model=model, chunks=chunks)
     trainer._Run._scales(run)  # pyright: ignore
-    store = SimpleNamespace(identity={"model": "m"}, spool=folder)
-    store._manifest = functools.partial(Chunks._manifest, store)
-    Chunks._check_store(store, folder)  # pyright: ignore
-    Chunks._checked(store, folder, "chunk_000000.safetensors")  # pyright: ignore
+    store = ChunkStore(folder, {"model": "m"}, (2, 3), passing=True)
+    store.check()
+    store.read(0)
     drawn = np.ones((2, 4), np.int32)
     partial = folder / "samples.npz"
     shutil.copy(partial, folder / "once.npz")  # it is deleted when all is drawn
     with mock.patch.object(sample, "sample", return_value=drawn):
         sample.sample_windows(
-            None, model.tokenizer, cfg=lm, size=4, train_tokens=9, held_tokens=3,  # pyright: ignore
-            per_call=2, seed=0, partial_file=folder / "once.npz",
+            model, size=4, train_tokens=9, held_tokens=3, per_call=2,  # pyright: ignore
+            seed=0, partial_file=folder / "once.npz",
         )  # fmt: skip
 
 

@@ -13,19 +13,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_shell import DICTIONARY, MODEL, PROMPT, edit, parts, strongest, subject
+from test_shell import (
+    DICTIONARY,
+    MODEL,
+    PROMPT,
+    edit,
+    generated,
+    parts,
+    patched,
+    strongest,
+    subject,
+)
 
 import jaxclt
 from jaxclt.cli import main as cli
 from jaxclt.files.json_text import number, to_json
 from jaxclt.patching import patch as intervene
-from jaxclt.patching.batch import How
 from jaxclt.patching.effects import Ask, Effect
 from jaxclt.patching.log import keep_patch, patch_record
+from jaxclt.patching.patch import plan_patch
+from jaxclt.patching.patchable import How
 from jaxclt.patching.subject import Subject
-from jaxclt.validation import perturb
+from jaxclt.validation import faithfulness
 from jaxclt.validation import report as validate
-from jaxclt.validation.faithfulness import Agreement, compare, perturb_many
+from jaxclt.validation.perturb import Agreement, compare, perturb_many
 from jaxclt.validation.report import ValidateOptions
 from jaxclt.validation.stats import spearman
 
@@ -66,13 +77,7 @@ def strict(text: str) -> Any:
 )
 def test_there_is_no_answer_and_one_line_says_why(mode: Any, freeze_norm: bool):
     """With live norms no NaN tells: what is too large to square is divided away."""
-    result = jaxclt.patch(
-        *parts(),
-        [wild(scale=HUGE)],
-        mode=mode,
-        freeze_norm=freeze_norm,
-        subject=subject(),
-    )
+    result = patched([wild(scale=HUGE)], mode=mode, freeze_norm=freeze_norm)
     out = strict(json.dumps(result.to_json(), allow_nan=False))
     assert result.kl is out["kl"] is None
     for target in out["targets"]:
@@ -87,7 +92,7 @@ def test_there_is_no_answer_and_one_line_says_why(mode: Any, freeze_norm: bool):
     assert len(said) <= 300
     assert "\n" not in said
     # What it did not reach is known.
-    fine = jaxclt.patch(*parts(), [edit(strongest()[0], scale=2.0)], subject=subject())
+    fine = patched([edit(strongest()[0], scale=2.0)])
     assert fine.warning is None
     assert fine.kl is not None
 
@@ -102,39 +107,41 @@ def test_the_line_names_the_position_whose_writes_are_huge():
     )
     size_T = np.linalg.norm(np.asarray(write_LTD[2]), axis=-1)
     times = size_T[0] / np.median(size_T)
-    held = s.how(freeze_norm=True)
-    said = intervene._why_diverged(s, [(1, 0, 39, 0.0, 0.0)], held)
-    assert f"position 0's writes are huge ({times:,.0f} times the usual" in said
-    assert "held norms do not damp them" in said
+
+    def said(pos: int, *, freeze_norm: bool) -> str:
+        one = [jaxclt.Edit(layer=1, pos=pos, feature=39, scale=0.0)]
+        return intervene._why_diverged(plan_patch(s, one, How(freeze_norm=freeze_norm)))
+
+    why = said(0, freeze_norm=True)
+    assert f"position 0's writes are huge ({times:,.0f} times the usual" in why
+    assert "held norms do not damp them" in why
     # Not of a patch that does not touch it, or whose norms are live.
-    for change, how in (((1, 2, 39, 0.0, 0.0), held), ((1, 0, 39, 0.0, 0.0), s.how())):
-        assert "position 0" not in intervene._why_diverged(s, [change], how)
+    assert "position 0" not in said(2, freeze_norm=True)
+    assert "position 0" not in said(0, freeze_norm=False)
 
 
 def test_series_have_gaps_and_choose_among_what_is_known():
     s, one = subject(), edit(strongest()[0])
-    held = s.how(freeze_norm=True)
-    curve = intervene.scale_curve(
-        s, [one], how=held, layers=(1, 1), scales=[0.0, 1e15, 2.0]
-    )
+    held = plan_patch(s, [one], How(freeze_norm=True), layers=(1, 1))
+    curve = intervene.scale_curve(held, [0.0, 1e15, 2.0])
     assert [x is None for x in curve["kl"]] == [False, True, False]
     assert set(curve["probability"][1]) == {None}
     strict(to_json(curve))
-    sweep = intervene.sweep_end(s, [wild(scale=HUGE)], how=s.how())
+    sweep = intervene.sweep_end(plan_patch(s, [wild(scale=HUGE)]))
     assert sweep["strongest"] is None
     assert set(sweep["kl"]) == {None}
 
 
 def test_text_ends_where_a_patch_diverges():
     s = subject()
-    out = intervene.generate_patched(s, [wild(scale=HUGE)], how=s.how(), n_new=3)
+    out = generated(s, [wild(scale=HUGE)], 3)
     assert out["after"] is None
     assert out["tokens_after"] == []
     assert len(out["tokens_before"]) == 3
     assert "diverged" in out["warning"]
     # On the second token only: the first is what the clean prompt says.
     later = [wild(pos=slice(6, None), set=HUGE)]
-    out = intervene.generate_patched(s, later, how=s.how(), n_new=4)
+    out = generated(s, later, 4)
     assert out["tokens_after"] == out["tokens_before"][:1]
     assert out["after"]
     assert "diverged" in out["warning"]
@@ -176,7 +183,7 @@ def test_validation_counts_what_diverged_and_ranks_the_rest(
         return np.array([rng.random() for _ in range(math.prod(shape))]).reshape(shape)
 
     def made_up(self: Subject, many: Any, layers: Any, how: How, ask: Ask, **more: Any):
-        B, K = len(many), len(ask.token_K)
+        B, K = len(many.factor_E), len(ask.token_K)
         bad_B = np.arange(B) % 3 == 1
         lost.append(int(bad_B.sum()))
         W = 0 if ask.watch is None else len(ask.watch.value_E)
@@ -187,13 +194,13 @@ def test_validation_counts_what_diverged_and_ranks_the_rest(
         none_B0 = np.zeros((B, 0))
         return Effect(kl_B, *three, none_B0, none_B0, watch_BW)  # pyright: ignore
 
-    def faithful(*args: Any, on_batch: Any, **how: Any) -> Any:
+    def spread(*args: Any, on_batch: Any, **how: Any) -> Any:
         on_batch(6, 2)
         table = {"cosine": [[1.0, 0.5, None, None]], "nmse": [[0.0, 0.3, None, None]]}
         return {"encoder": table}, [0]
 
     monkeypatch.setattr(Subject, "effects", made_up)
-    monkeypatch.setattr(validate, "faithfulness", faithful)
+    monkeypatch.setattr(validate, "faithfulness", spread)
     monkeypatch.setattr(validate, "_jacobian", lambda *args: {})
     report = validate.validate_graph(subject(), options)
     total = report["total_effect"]
@@ -235,8 +242,8 @@ def test_perturbations_that_diverge_are_in_no_mean(monkeypatch: pytest.MonkeyPat
         )
         return Agreement(*worse, done.ratio_L, ~lost_B)
 
-    monkeypatch.setattr(perturb, "perturb_many", spoilt)
-    tables, layers = perturb.faithfulness(
+    monkeypatch.setattr(faithfulness, "perturb_many", spoilt)
+    tables, layers = faithfulness.faithfulness(
         subject(),
         jax.random.key(0),
         n_layers=1,

@@ -17,9 +17,10 @@ from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.io.dictionary import open_dictionary
 from jaxclt.io.model import load_model
 from jaxclt.lm.run import record, unembed
-from jaxclt.patching.batch import How, make_patchable, patch_one
-from jaxclt.patching.edits import batch_edits, make_edits
-from jaxclt.patching.modes import Patchable
+from jaxclt.patching.change import Change, batched
+from jaxclt.patching.features import gather_features
+from jaxclt.patching.modes import patched
+from jaxclt.patching.patchable import How, Patchable, make_patchable
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 LAST = 3
@@ -54,29 +55,21 @@ def test_logits_are_circuit_tracers(
     name: str, semantics: str, layers: tuple[int, int], how: How
 ):
     arrays, model, dictionary = golden(name)
-    edits = batch_edits(
-        [
-            make_edits(
-                [(int(l), int(p), int(f), 0.0, v) for l, p, f, v in case if l >= 0],
-                dictionary,
-                model.params,
-                model.recording,
-                cfg=model.cfg,
-            )
-            for case in arrays["change_CE4"]
-        ]
-    )
+    cases = [case[case[:, 0] >= 0] for case in arrays["change_CE4"]]
+    every = np.concatenate(cases)
+    features = gather_features(dictionary, model, every[:, :3].astype(int))
+    changes = batched(Change.of(features, 0.0, every[:, 3]), [len(c) for c in cases])
     range_2 = jnp.asarray(layers, jnp.int32)
 
     @jax.jit
-    def logits(edits: object) -> jax.Array:
+    def logits(changes: Change) -> jax.Array:
         return jax.vmap(
             lambda one: unembed(
-                model.params, patch_one(model, one, range_2, None, how=how).out_TD
+                model.params, patched(model, one, range_2, how=how).out_TD
             )
-        )(edits)
+        )(changes)
 
     want = arrays[f"{semantics}_CTV"]
     clean = np.asarray(unembed(model.params, model.recording.out_TD))
     assert np.abs(want - clean[None]).max() > 1
-    np.testing.assert_allclose(logits(edits), want, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits(changes), want, rtol=0, atol=1e-4)

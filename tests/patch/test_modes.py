@@ -17,12 +17,14 @@ from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.prompt import Prompt
 from jaxclt.lm.run import Run, record, unembed
-from jaxclt.patching.batch import How, Local, make_local, make_patchable, patch_one
-from jaxclt.patching.edits import Edit, Edits, expand_edits, make_edits
+from jaxclt.patching import modes
+from jaxclt.patching.change import Change
+from jaxclt.patching.edits import Edit
 from jaxclt.patching.effects import Ask, Effect, measure_effect, watch_values
 from jaxclt.patching.features import gather_features
 from jaxclt.patching.generate import continue_prompt, rivals
-from jaxclt.patching.modes import Patchable
+from jaxclt.patching.local import Local, make_local
+from jaxclt.patching.patchable import How, Patchable, make_patchable
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -46,42 +48,35 @@ def local(name: str) -> Local:
 
 
 @functools.partial(jax.jit, static_argnames="how")
-def run_jit(model: Patchable, edits: Edits, layers: Any, tables: Any, how: How) -> Run:
-    return patch_one(model, edits, layers, tables, how=how)
+def run_jit(
+    model: Patchable, change: Change, layers: Any, how: How, tables: Any = None
+) -> Run:
+    return modes.patched(model, change, layers, how=how, tables=tables)
 
 
 measure_jit = jax.jit(measure_effect)
 
 
-def edits_of(name: str, changes: dict[int, float], op: str = "scale") -> Edits:
-    """Edits of slots of the active features."""
-    t, a = case(name), case_active(name)
-    given = [
-        Edit(
-            layer=int(a.layer_A[s]),
-            pos=int(a.pos_A[s]),
-            feature=int(a.feature_A[s]),
-            **{op: value},
-        )
-        for s, value in changes.items()
+def change_of(name: str, changes: dict[int, float], op: str = "scale") -> Change:
+    """What edits of slots of the active features change."""
+    a, slots = case_active(name), list(changes)
+    places = np.stack([a.layer_A, a.pos_A, a.feature_A], 1)[slots]
+    features = gather_features(case(name).dictionary, model(name), places)
+    affine_E2 = [
+        Edit(layer=0, pos=0, feature=0, **{op: value}).affine
+        for value in changes.values()
     ]
-    single = expand_edits(given, n_tokens=len(t.token_T))
-    return make_edits(single, t.dictionary, t.params, t.recording, cfg=t.cfg)
+    return Change.of(features, *np.array(affine_E2).T)
 
 
 def patched(
     name: str, changes: dict[int, float], layers: tuple[int, int], **how: Any
 ) -> Run:
-    a = case_active(name)
-    slots = list(changes)
-    tables = None
+    change, tables = change_of(name, changes, how.pop("op", "scale")), None
     if how.get("mode") == "iterative":
-        slot = local(name).slots(a.layer_A[slots], a.feature_A[slots])
-        tables = (local(name).tables, jnp.asarray(slot))
-    edits = edits_of(name, changes, how.pop("op", "scale"))
-    return run_jit(
-        model(name), edits, jnp.asarray(layers, jnp.int32), tables, How(**how)
-    )
+        change, tables = local(name).placed(change), local(name).tables
+    range_2 = jnp.asarray(layers, jnp.int32)
+    return run_jit(model(name), change, range_2, How(**how), tables)
 
 
 def effect(name: str, done: Run) -> Effect:
@@ -247,7 +242,6 @@ def test_silent_features_may_switch_on_unless_gates_are_frozen():
     assert np.abs(live[0] + live[2] - 2 * live[1]).max() > 1e-3
     # ... because a feature that was silent fires.
     done = patched("clt", {s: 8.0}, (0, L - 1), mode="iterative", freeze_norm=True)
-    t = case("clt")
     fired = set(
         zip(a.layer_A.tolist(), a.pos_A.tolist(), a.feature_A.tolist(), strict=True)
     )
@@ -255,7 +249,7 @@ def test_silent_features_may_switch_on_unless_gates_are_frozen():
     silent = np.array(
         [n for n in every.reshape(-1, 3).tolist() if tuple(n) not in fired]
     )
-    watch = gather_features(t.dictionary, t.params, t.recording, silent, cfg=t.cfg)
+    watch = gather_features(case("clt").dictionary, model("clt"), silent)
     assert not np.asarray(watch.value_E).any()
     assert np.asarray(watch_values(model("clt"), done, watch)).any()
 
@@ -306,13 +300,14 @@ def neuron_patch(
     t = case(name)
     dictionary, a, _ = neurons(k, name)
     patchable = make_patchable(dictionary, t.params, t.recording, t.cfg)
-    node = (int(a.layer_A[s]), int(a.pos_A[s]), int(a.feature_A[s]), M, 0.0)
-    edits = make_edits([node], dictionary, t.params, t.recording, cfg=t.cfg)
+    node = (int(a.layer_A[s]), int(a.pos_A[s]), int(a.feature_A[s]))
+    change = Change.of(gather_features(dictionary, patchable, [node]), M)
     tables = None
     if how.get("mode") == "iterative":
         own = make_local(dictionary, patchable, a)
-        tables = (own.tables, jnp.asarray(a.feature_A[[s]]))
-    done = run_jit(patchable, edits, jnp.asarray(layers, jnp.int32), tables, How(**how))
+        change, tables = own.placed(change), own.tables
+    range_2 = jnp.asarray(layers, jnp.int32)
+    done = run_jit(patchable, change, range_2, How(**how), tables)
     return measure_effect(
         patchable, done, Ask(t.targets.token_K, jnp.asarray(5, jnp.int32))
     )
@@ -354,12 +349,12 @@ def test_generation_token_by_token_is_the_patch_of_the_whole_text(name: str):
     how = How(mode="additive", freeze_pattern=False)
     range_2 = jnp.asarray((0, L - 1), jnp.int32)
 
-    def edits(positions: range, recording: Any) -> Edits:
-        changes = [(layer, p, feature, 0.0, 40.0) for p in positions]
-        return make_edits(changes, t.dictionary, t.params, recording, cfg=t.cfg)
+    def held(positions: range, of: Patchable) -> Change:
+        places = [(layer, p, feature) for p in positions]
+        return Change.of(gather_features(t.dictionary, of, places), 0.0, 40.0)
 
-    done = run_jit(model(name), edits(range(2, T), t.recording), range_2, None, how)
-    later = edits(range(T, T + n), t.recording)
+    done = run_jit(model(name), held(range(2, T), model(name)), range_2, how)
+    later = held(range(T, T + n), model(name))
     rest = (range_2, jax.random.key(0), jnp.float32(0))
     new = continue_prompt(model(name), done, later, *rest, n_new=n)
     clean = continue_prompt(model(name), done, None, *rest, n_new=n)
@@ -369,7 +364,7 @@ def test_generation_token_by_token_is_the_patch_of_the_whole_text(name: str):
     text = jnp.concatenate([t.token_T, new])
     recording = jax.jit(record, static_argnames="cfg")(t.params, text, cfg=t.cfg)
     whole = make_patchable(t.dictionary, t.params, recording, t.cfg)
-    done = run_jit(whole, edits(range(2, T + n), recording), range_2, None, how)
+    done = run_jit(whole, held(range(2, T + n), whole), range_2, how)
     logit_TV = unembed(t.params, done.out_TD[T - 1 : -1])
     assert new.tolist() == jnp.argmax(logit_TV, -1).tolist()
 
@@ -386,17 +381,17 @@ def test_new_tokens_are_patched_where_the_feature_fires_on_them(name: str):
     range_2 = jnp.asarray((0, L - 1), jnp.int32)
     rest = (range_2, jax.random.key(0), jnp.float32(0))
 
-    def patched_text(recording: Any, changes: list[Any]) -> tuple[Patchable, Run]:
-        made = make_edits(changes, own, t.params, recording, cfg=t.cfg)
+    def patched_text(recording: Any, places: Any, M: float) -> tuple[Any, Change, Run]:
         whole = make_patchable(own, t.params, recording, t.cfg)
-        return whole, run_jit(whole, made, range_2, None, how)
+        change = Change.of(gather_features(own, whole, places), M)
+        return whole, change, run_jit(whole, change, range_2, how)
 
-    prompt, done = patched_text(t.recording, [(0, 0, 0, 1.0, 0.0)])
+    prompt, _, done = patched_text(t.recording, [(0, 0, 0)], 1.0)
     clean = continue_prompt(prompt, done, None, *rest, n_new=n)
     for feature in range(20):
-        changes = [(0, p, feature, -50.0, 0.0) for p in range(T, T + n)]
-        later = make_edits(changes, own, t.params, t.recording, cfg=t.cfg)
-        among = rivals(own, prompt, changes)
+        places = [(0, p, feature) for p in range(T, T + n)]
+        later = Change.of(gather_features(own, prompt, places), -50.0)
+        among = rivals(own, prompt, later)
         new = continue_prompt(prompt, done, later, *rest, n_new=n, among=among)
         if new.tolist() != clean.tolist():
             break
@@ -404,11 +399,8 @@ def test_new_tokens_are_patched_where_the_feature_fires_on_them(name: str):
         pytest.fail("no feature of the first 20 fires on new tokens")
     text = jnp.concatenate([t.token_T, new])
     recording = jax.jit(record, static_argnames="cfg")(t.params, text, cfg=t.cfg)
-    _, done = patched_text(recording, changes)
+    _, change, done = patched_text(recording, places, -50.0)
     logit_TV = unembed(t.params, done.out_TD[T - 1 : -1])
     assert new.tolist() == jnp.argmax(logit_TV, -1).tolist()
-    value_T = gather_features(
-        own, t.params, recording, np.array([c[:3] for c in changes]), cfg=t.cfg
-    ).value_E
     if name == "topk":  # some of both, which the last prompt position does not tell
-        assert 0 < np.count_nonzero(value_T) < n
+        assert 0 < np.count_nonzero(change.features.value_E) < n

@@ -25,11 +25,11 @@ from jaxclt.graph.graph import Graph
 from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.targets import token_targets
 from jaxclt.lm.run import record
-from jaxclt.patching.batch import How, make_patchable, patch_one
-from jaxclt.patching.edits import Edits, make_edits
+from jaxclt.patching.change import Change
 from jaxclt.patching.effects import Ask, Effect, measure_effect
 from jaxclt.patching.features import gather_features
-from jaxclt.patching.modes import Patchable
+from jaxclt.patching.modes import patched
+from jaxclt.patching.patchable import How, Patchable, make_patchable
 from jaxclt.testing import tiny
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -84,24 +84,17 @@ def slot(place: tuple[int, int, int]) -> int:
 
 def ablated(norm: bool, factor: float = 0.0) -> Effect:
     graph, model, dictionary = planted()
-    rec = model.recording
-    edits = make_edits(
-        [(*FIRST, factor, 0.0)], dictionary, model.params, rec, cfg=model.cfg
-    )
-    watch = gather_features(
-        dictionary, model.params, rec, np.array([SECOND]), cfg=model.cfg
-    )
+    change = Change.of(gather_features(dictionary, model, [FIRST]), factor)
+    watch = gather_features(dictionary, model, [SECOND])
     ask = Ask(jnp.asarray(graph.target_token_K), jnp.asarray(5, jnp.int32), watch)
 
     @jax.jit
-    def go(edits: Edits) -> Effect:
-        how = How(freeze_norm=norm)
+    def go(change: Change) -> Effect:
         range_2 = jnp.asarray([0, 0], jnp.int32)
-        return measure_effect(
-            model, patch_one(model, edits, range_2, None, how=how), ask
-        )
+        done = patched(model, change, range_2, how=How(freeze_norm=norm))
+        return measure_effect(model, done, ask)
 
-    return go(edits)
+    return go(change)
 
 
 def test_the_graph_shows_the_planted_path():

@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_shell import L, greedy, parts, subject
+from test_shell import L, generated, greedy, parts, patched, subject
 
 import jaxclt
 from jaxclt.lm.run import unembed
 from jaxclt.patching import patch as intervene
+from jaxclt.patching.change import batched
 from jaxclt.patching.edits import Edit
-from jaxclt.patching.modes import Mode
+from jaxclt.patching.patch import plan_patch
+from jaxclt.patching.patchable import How, Mode
 from jaxclt.types import Supernode
 
 LAYER, FEATURE, T = 1, 39, 6
@@ -24,7 +26,7 @@ def at(pos: int | slice, feature: int = FEATURE, **op: float) -> Edit:
 
 
 def kl(*edits: Edit, **how: Any) -> float:
-    found = jaxclt.patch(*parts(), edits, subject=subject(), **how).kl
+    found = patched(edits, **how).kl
     assert found is not None
     return found
 
@@ -66,9 +68,7 @@ def test_a_range_is_its_active_positions_one_by_one(mode: Mode, op: dict[str, fl
         (slice(1, 6, 2), [5]),
     ):
         alone = [at(pos, **op) for pos in covered]
-        result = jaxclt.patch(
-            *parts(), [at(slice_, **op)], mode=mode, subject=subject()
-        )
+        result = patched([at(slice_, **op)], mode=mode)
         assert [e["pos"] for e in result.edits] == covered
         assert result.kl == pytest.approx(kl(*alone, mode=mode), rel=1e-5)
         assert result.kl is not None
@@ -80,10 +80,10 @@ def test_a_range_moves_the_logits_by_the_edges_of_the_graph():
     s, graph = subject(), parts()[2]
     here = (graph.layer_A == LAYER) & (graph.feature_A == FEATURE)
     edge_K = graph.edge_RN[graph.target_rows, : graph.n_features][:, here].sum(1)
-    single = s.single([at(slice(0, None), scale=-2.0)])
-    done = s.effects([single], [(0, L - 1)], s.how(freeze_norm=True), s.ask())
-    clean = s.effects([[]], [(0, L - 1)], s.how(freeze_norm=True), s.ask())
-    change_K = np.asarray(done.logit_K - clean.logit_K)[0]
+    change = s.change([at(slice(0, None), scale=-2.0)])
+    both = batched(change, [len(ACTIVE), 0])
+    done = s.effects(both, [(0, L - 1)] * 2, How(freeze_norm=True), s.ask())
+    change_K = np.asarray(done.logit_K[0] - done.logit_K[1])
     np.testing.assert_allclose(change_K, -3 * edge_K, atol=1e-4)
     assert np.abs(edge_K).max() > 1e-2
 
@@ -111,19 +111,17 @@ def test_only_an_edit_without_any_effect_is_refused():
         ),
     ):
         with pytest.raises(jaxclt.InputError, match=why):
-            jaxclt.patch(*parts(), [edit], subject=subject())
+            patched([edit])
     # One that does nothing is not hidden by another that does something.
     with pytest.raises(jaxclt.InputError, match="not active at position 3"):
-        jaxclt.patch(*parts(), [at(0), at(3)], subject=subject())
+        patched([at(0), at(3)])
     with pytest.raises(jaxclt.InputError, match="edited twice"):
-        jaxclt.patch(*parts(), [at(slice(0, 3)), at(2)], subject=subject())
+        patched([at(slice(0, 3)), at(2)])
 
 
 def test_a_supernode_acts_where_its_members_are_active():
     group = Supernode("g", ((1, 0, FEATURE), (1, 1, FEATURE), (1, -1, FEATURE)))
-    result = jaxclt.patch(
-        *parts(), [Edit(supernode=group, scale=-1.0)], subject=subject()
-    )
+    result = patched([Edit(supernode=group, scale=-1.0)])
     assert result.kl == pytest.approx(kl(at(0, scale=-1.0), at(-1, scale=-1.0)))
     assert [(e["pos"], e["before"] != 0) for e in result.edits] == [
         (0, True),
@@ -137,40 +135,38 @@ def test_what_is_still_to_come_is_not_refused(mode: Mode):
     """A feature that is silent on the prompt may fire on generated tokens."""
     s, off = subject(), silent_feature()
     for edit in (at(slice(0, None), off), at(slice(T, None))):
-        result = jaxclt.patch(*parts(), [edit], mode=mode, n_later=3, subject=s)
+        result = patched([edit], mode=mode, n_later=3)
         assert result.edits == []
         assert result.kl == pytest.approx(0, abs=1e-6)
-        out = intervene.generate_patched(s, [edit], how=s.how(mode), n_new=3)
+        patch = plan_patch(s, [edit], How(mode=mode), n_later=3)
+        out = intervene.generate(patch)
         assert out["tokens_before"] == greedy(s.model, s.graph.token_T.tolist(), 3)
-        curve = intervene.scale_curve(s, [edit], how=s.how(mode), n_later=3)
+        curve = intervene.scale_curve(patch)
         assert max(curve["kl"]) < 1e-6
-        sweep = intervene.sweep_end(s, [edit], how=s.how(mode), n_later=3)
+        sweep = intervene.sweep_end(patch)
         assert max(sweep["kl"]) < 1e-6
 
 
 def test_an_open_range_scales_new_tokens_where_the_feature_fires():
     """Against the model run on the whole text, edited by hand token by token."""
     model, clt, _ = parts()
-    s, n = subject(), 4
+    s, n, how = subject(), 4, How(mode="additive", freeze_pattern=False)
     # Any feature that fires on what is generated, strongly changed.
     for feature in range(40):
-        change = at(slice(0, None), feature, scale=-60.0)
-        out = intervene.generate_patched(
-            s, [change], how=s.how("additive", freeze_pattern=False), n_new=n
-        )
+        one = at(slice(0, None), feature, scale=-60.0)
+        out = generated(s, [one], n, how)
         text = s.graph.token_T.tolist() + out["tokens_after"]
         whole = type(s).of(model, clt, text)
-        single = whole.single([change])
-        if any(T <= c[1] < T + n - 1 for c in single):
+        change = whole.change([one])
+        pos_E = change.features.pos_E
+        if ((pos_E >= T) & (pos_E < T + n - 1)).any():
             break
     else:
         pytest.fail("no feature fires on generated tokens")
-    how = s.how("additive", freeze_pattern=False)
-    done = intervene._patched(whole, single, np.array([0, L - 1]), how)
+    done = whole.run(change, (0, L - 1), how)
     logit_TV = np.asarray(unembed(model.params, done.out_TD))
     assert logit_TV[T - 1 : -1].argmax(-1).tolist() == out["tokens_after"]
     # The new tokens' part matters.
-    short = [c for c in single if c[1] < T]
-    done = intervene._patched(whole, short, np.array([0, L - 1]), how)
+    done = whole.run(change.where(pos_E < T), (0, L - 1), how)
     other_TV = np.asarray(unembed(model.params, done.out_TD))
     assert np.abs(other_TV[T:] - logit_TV[T:]).max() > 1e-2

@@ -5,19 +5,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from test_shell import DICTIONARY, MODEL, PROMPT, edit, parts, strongest, subject
+from test_shell import (
+    DICTIONARY,
+    MODEL,
+    PROMPT,
+    edit,
+    generated,
+    parts,
+    patched,
+    strongest,
+    subject,
+)
 
 import jaxclt
 from jaxclt.cli import main as cli
 from jaxclt.graph.graph import Graph
 from jaxclt.patching import patch as intervene
-from jaxclt.patching.modes import Mode
+from jaxclt.patching.patch import plan_patch
+from jaxclt.patching.patchable import How, Mode
 from jaxclt.patching.subject import Subject
 from jaxclt.trace import again
 from jaxclt.trace.record import recorded
@@ -43,7 +55,7 @@ def test_a_prompt_is_patched_as_its_graph_is(mode: Mode):
     model, clt, graph = parts()
     edits = [edit(strongest()[0], scale=-1.0)]
     how: dict[str, Any] = {"mode": mode, "layers": (0, 2), "freeze_norm": True}
-    want = jaxclt.patch(model, clt, graph, edits, subject=subject(), **how)
+    want = patched(edits, **how)
     for prompt in (PROMPT, graph.token_T.tolist()):
         found = jaxclt.patch(model, clt, prompt, edits, **how)
         assert found.features == []  # which only a graph has
@@ -55,16 +67,10 @@ def test_a_prompt_is_patched_as_its_graph_is(mode: Mode):
 def test_everything_that_takes_a_subject_takes_one_of_a_prompt():
     model, clt, _ = parts()
     s, edits = Subject.of(model, clt, PROMPT), [edit(strongest()[0])]
-    how = s.how(freeze_pattern=False)
-    assert intervene.scale_curve(s, edits, how=how) == intervene.scale_curve(
-        subject(), edits, how=how
-    )
-    assert intervene.sweep_end(s, edits, how=how) == intervene.sweep_end(
-        subject(), edits, how=how
-    )
-    assert intervene.generate_patched(
-        s, edits, how=how, n_new=3
-    ) == intervene.generate_patched(subject(), edits, how=how, n_new=3)
+    how = How(freeze_pattern=False)
+    one, two = (plan_patch(x, edits, how, n_later=3) for x in (s, subject()))
+    for series in (intervene.scale_curve, intervene.sweep_end, intervene.generate):
+        assert series(one) == series(two)
 
 
 def test_what_takes_the_graph_says_so():
@@ -72,14 +78,12 @@ def test_what_takes_the_graph_says_so():
     s = Subject.of(model, clt, PROMPT)
     group = Supernode("g", (strongest()[0],))
     plain = jaxclt.patch(model, clt, PROMPT, [jaxclt.Edit(supernode=group, scale=0)])
-    assert plain.kl == pytest.approx(
-        jaxclt.patch(model, clt, PROMPT, [edit(strongest()[0])], subject=s).kl
-    )
+    assert plain.kl == pytest.approx(patched([edit(strongest()[0])], s).kl)
     named = jaxclt.Edit(supernode=Supernode("g", (node(),)), scale=0)
     with pytest.raises(
-        jaxclt.InputError, match="'g' names nodes in words, which takes"
+        jaxclt.InputError, match="'g' names nodes in words, which needs"
     ):
-        jaxclt.patch(model, clt, PROMPT, [named], subject=s)
+        patched([named], s)
     with pytest.raises(jaxclt.InputError, match="trace it first"):
         s.watch(np.zeros(1, int))
     with pytest.raises(jaxclt.InputError, match="the prompt is empty"):
@@ -95,7 +99,7 @@ def test_the_command_needs_no_directory_and_writes_none(
     out = json.loads(capsys.readouterr().out)
     layer, feature = 1, 39
     edits = [jaxclt.Edit(layer=layer, pos=slice(0, None), feature=feature, scale=2.0)]
-    want = jaxclt.patch(*parts(), edits, mode="additive", subject=subject())
+    want = patched(edits, mode="additive")
     assert out["kl"] == pytest.approx(want.kl)
     assert out["targets"] == want.targets
     assert len(out["generated"]["tokens_after"]) == 2
@@ -183,7 +187,7 @@ def test_a_prompt_is_recorded_again_in_the_memory_of_its_trace(mode: Mode, norm:
     assert subject().patchable.recording.frozen.pattern_LHTS is not None
     edits = [edit(n, scale=-1.0) for n in strongest(2)]
     want, found = (
-        jaxclt.patch(*parts(), edits, subject=s, freeze_norm=norm, mode=mode)
+        patched(edits, s, freeze_norm=norm, mode=mode)
         for s in (subject(), recomputed())
     )
     assert found.kl == pytest.approx(want.kl, rel=1e-4)
@@ -192,11 +196,8 @@ def test_a_prompt_is_recorded_again_in_the_memory_of_its_trace(mode: Mode, norm:
 
 
 def test_text_follows_where_patterns_are_computed_again():
-    edits, how = [edit(strongest()[0], scale=-4.0)], subject().how()
-    want, found = (
-        intervene.generate_patched(s, edits, how=how, n_new=3)
-        for s in (subject(), recomputed())
-    )
+    edits = [edit(strongest()[0], scale=-4.0)]
+    want, found = (generated(s, edits, 3) for s in (subject(), recomputed()))
     assert found == want
 
 
@@ -221,10 +222,13 @@ def test_an_edge_is_explained_in_the_memory_of_its_trace():
 
 
 def test_nothing_records_a_prompt_past_the_memory_plan():
+    """Windows of text are short: training and evaluation record those themselves."""
     root = Path(jaxclt.__file__).parent
+    recording = re.compile(r"\brecord_prompt\(|from jaxclt.lm.run import .*\brecord\b")
     calls = {
         path.relative_to(root).as_posix()
         for path in root.rglob("*.py")
-        if "record_prompt(" in path.read_text("utf-8")
+        if recording.search(path.read_text("utf-8"))
     }
-    assert calls == {"trace/record.py"}
+    windows = ("train/", "evaluation/", "testing/")
+    assert {c for c in calls if not c.startswith(windows)} == {"trace/record.py"}

@@ -18,11 +18,13 @@ from jaxclt.io.model import Model
 from jaxclt.lm.run import forward
 from jaxclt.patching import patch as intervene
 from jaxclt.patching.batch import default_range
+from jaxclt.patching.change import Change, batched
 from jaxclt.patching.edits import Edit, expand_edits
-from jaxclt.patching.modes import Mode
+from jaxclt.patching.patch import PatchResult, measure, plan_patch
+from jaxclt.patching.patchable import How, Mode
 from jaxclt.patching.subject import Subject
 from jaxclt.types import Supernode
-from jaxclt.validation.report import ValidateOptions, _groups
+from jaxclt.validation.choice import named_groups
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
 MODEL, DICTIONARY = GOLDEN / "model", GOLDEN / "dictionary"
@@ -51,6 +53,21 @@ def strongest(n: int = 1, dictionary: str = "clt") -> list[tuple[int, int, int]]
     return [tuple(map(int, place[a])) for a in order[:n]]  # pyright: ignore
 
 
+def patched(
+    edits: Any,
+    s: Subject | None = None,
+    *,
+    layers: tuple[int, int] | None = None,
+    n_later: int = 0,
+    **how: Any,
+) -> PatchResult:
+    """`jaxclt.patch` of a prompt that is recorded already."""
+    patch = plan_patch(
+        s or subject(), edits, How(**how), layers=layers, n_later=n_later
+    )
+    return measure(patch)
+
+
 def edit(node: tuple[int, int, int], **op: float) -> Edit:
     layer, pos, feature = node
     return Edit(layer=layer, pos=pos, feature=feature, **(op or {"scale": 0.0}))
@@ -63,16 +80,20 @@ def test_slices_supernodes_and_negative_positions_become_single_changes():
         Edit(supernode=Supernode("g", ((2, 1, 4), (3, -2, 5))), add=0.5),
     ]
     assert expand_edits(edits, n_tokens=T) == [
-        (1, 2, 7, 2.0, 0.0),
-        (1, 3, 7, 2.0, 0.0),
-        (0, 6, 3, 0.0, 1.5),
-        (2, 1, 4, 1.0, 0.5),
-        (3, 5, 5, 1.0, 0.5),
+        [(1, 2, 7), (1, 3, 7)],
+        [(0, 6, 3)],
+        [(2, 1, 4), (3, 5, 5)],
     ]
+    assert [e.affine for e in edits] == [(2.0, 0.0), (0.0, 1.5), (1.0, 0.5)]
+    change = subject().change(edits[1:])
+    assert change.node_E3.tolist() == [[0, 5, 3], [2, 1, 4], [3, 4, 5]]
+    assert change.factor_E.tolist() == [0, 1, 1]
+    assert change.offset_E.tolist() == [1.5, 0.5, 0.5]
     later = [Edit(layer=1, pos=slice(5, None), feature=7, scale=0.0)]
-    places = [c[1] for c in expand_edits(later, n_tokens=T, n_later=2)]
-    assert places == [5, 6, 7, 8]
-    assert [c[1] for c in expand_edits(later, n_tokens=T)] == [5, 6]
+    (places,) = expand_edits(later, n_tokens=T, n_later=2)
+    assert [pos for _, pos, _ in places] == [5, 6, 7, 8]
+    (places,) = expand_edits(later, n_tokens=T)
+    assert [pos for _, pos, _ in places] == [5, 6]
 
 
 @pytest.mark.parametrize(
@@ -91,8 +112,9 @@ def test_slices_supernodes_and_negative_positions_become_single_changes():
             "are empty",
         ),
         (lambda: expand_edits([edit((1, 2, 3))] * 2, n_tokens=T), "edited twice"),
-        (lambda: subject().edits([(9, 1, 0, 0.0, 0.0)]), "layer 9 is unknown"),
-        (lambda: subject().edits([(1, 1, 40, 0.0, 0.0)]), "feature 40 is unknown"),
+        (lambda: subject().gather([(9, 1, 0)]), "layer 9 is unknown"),
+        (lambda: subject().gather([(1, 1, 40)]), "feature 40 is unknown"),
+        (lambda: How(mode="constraint"), 'choose one of .* did you mean "constrained"'),  # pyright: ignore
         (lambda: subject().check_range((3, 2), np.array([1]), "iterative"), "empty"),
         (lambda: subject().check_range((0, 4), np.array([1]), "iterative"), "layers 0"),
     ],
@@ -146,12 +168,15 @@ def test_scaling_a_silent_feature_is_refused_and_setting_it_is_not():
 def test_a_batch_is_its_members_one_by_one(mode: str, dictionary: str):
     """Also when members have different numbers of edits, in any chunk size."""
     s, nodes = subject(dictionary), strongest(4, dictionary)
-    how = s.how(mode)  # pyright: ignore[reportArgumentType]
-    many = [[(*n, 0.0, 0.0)] for n in nodes] + [[(*n, -1.0, 0.0) for n in nodes[:3]]]
-    layers = [(min(c[0] for c in one), 3) for one in many]
+    how = How(mode=mode)  # pyright: ignore[reportArgumentType]
+    sizes, factors = [1, 1, 1, 1, 3], [0.0] * 4 + [-1.0] * 3
+    every = Change.of(s.gather(nodes + nodes[:3]), factors)
+    many = batched(every, sizes)
+    layers = [(min(l for l in one if l >= 0), 3) for one in many.features.layer_E]
     together = s.effects(many, layers, how, s.ask(), chunk=2)
-    for i, (one, layer) in enumerate(zip(many, layers, strict=True)):
-        alone = s.effects([one], [layer], how, s.ask())
+    for i, (end, layer) in enumerate(zip(np.cumsum(sizes), layers, strict=True)):
+        one = every.where(slice(end - sizes[i], end))
+        alone = s.effects(batched(one, [sizes[i]]), [layer], how, s.ask())
         np.testing.assert_allclose(together.logit_K[i], alone.logit_K[0], atol=2e-5)
         assert abs(together.kl[i] - alone.kl[0]) < 1e-5
     assert (np.asarray(together.kl) > 1e-6).all()
@@ -181,18 +206,16 @@ def test_the_result_says_what_changed():
 
 def test_a_supernode_may_name_its_features():
     """As (layer, pos, feature) or by name; what has no activation is told."""
-    node, how = strongest()[0], subject().how()
+    node = strongest()[0]
     named = Supernode("g", (":".join(map(str, node)), "embed 1"))
     one, other = (
         Edit(supernode=g, scale=0.0) for g in (Supernode("g", (node,)), named)
     )
-    plain, found = (
-        jaxclt.patch(*parts(), [e], subject=subject()) for e in (one, other)
-    )
+    plain, found = (patched([e]) for e in (one, other))
     assert found.kl == plain.kl > 0
     assert plain.warning is None
     assert "'g': only features are patched, embed 1 stay" in (found.warning or "")
-    curve = intervene.scale_curve(subject(), [other], how=how, scales=[0.0])
+    curve = intervene.scale_curve(plan_patch(subject(), [other]), [0.0])
     assert curve["kl"][0] == pytest.approx(plain.kl, rel=1e-4)
     with pytest.raises(jaxclt.InputError, match="no node"):
         jaxclt.patch(*parts(), [Edit(supernode=Supernode("g", ("1:1:9999",)), scale=0)])
@@ -204,7 +227,7 @@ def test_validation_says_which_members_it_leaves_out():
         Supernode("g", (node, "embed 1", (1, 1, 39))),
         Supernode("e", ("embed 2",)),
     ]
-    found, left_out = _groups(subject(), ValidateOptions(), groups)
+    found, left_out = named_groups(parts()[2], groups)
     assert [name for name, _ in found] == ["g"]
     assert len(found[0][1]) == 1
     assert left_out == {"g": ["embed 1", "1:1:39"], "e": ["embed 2"]}
@@ -216,7 +239,7 @@ def test_a_factor_of_one_and_the_curve_pass_through_the_clean_model():
     for mode in ("constrained", "iterative", "additive"):
         result = jaxclt.patch(*parts(), [edit(node, scale=1.0)], mode=mode)  # pyright: ignore
         assert result.kl < 1e-6
-    curve = intervene.scale_curve(subject(), [edit(node)], how=subject().how())
+    curve = intervene.scale_curve(plan_patch(subject(), [edit(node)]))
     one = curve["scale"].index(1.0)
     assert curve["kl"][one] < 1e-6
     assert max(curve["kl"]) > 1e-3
@@ -224,7 +247,7 @@ def test_a_factor_of_one_and_the_curve_pass_through_the_clean_model():
 
 def test_every_end_layer_is_the_patch_of_that_range():
     node = strongest()[0]
-    sweep = intervene.sweep_end(subject(), [edit(node)], how=subject().how())
+    sweep = intervene.sweep_end(plan_patch(subject(), [edit(node)]))
     assert sweep["last_layers"] == list(range(node[0], L))
     for end, kl, p in zip(
         sweep["last_layers"], sweep["kl"], sweep["probability"], strict=True
@@ -251,10 +274,16 @@ def greedy(model: Model, tokens: list[int], n: int) -> list[int]:
     return known[len(tokens) :]
 
 
+def generated(
+    s: Subject, edits: Any, n_new: int, how: How | None = None, **sampled: Any
+) -> dict[str, Any]:
+    return intervene.generate(plan_patch(s, edits, how, n_later=n_new), **sampled)
+
+
 def test_generation_without_an_effect_is_the_models_own():
     """And ablating a feature for good is the live additive patch of every position."""
     s, node = subject(), strongest()[0]
-    out = intervene.generate_patched(s, [edit(node, scale=1.0)], how=s.how(), n_new=3)
+    out = generated(s, [edit(node, scale=1.0)], 3)
     want = greedy(s.model, s.graph.token_T.tolist(), 3)
     assert out["tokens_before"] == want
     assert out["tokens_after"] == want
@@ -263,8 +292,8 @@ def test_generation_without_an_effect_is_the_models_own():
 @pytest.mark.parametrize("mode", ["constrained", "iterative", "additive"])
 def test_generation_starts_with_the_patched_prediction(mode: str):
     s, node = subject(), strongest()[0]
-    edits, how = [edit(node, scale=-4.0)], s.how(mode)  # pyright: ignore
-    out = intervene.generate_patched(s, edits, how=how, n_new=3)
+    edits = [edit(node, scale=-4.0)]
+    out = generated(s, edits, 3, How(mode=mode))  # pyright: ignore
     result = jaxclt.patch(*parts(), edits, mode=mode)  # pyright: ignore
     token = s.model.tokenizer.token_strings(out["tokens_after"][:1])[0]
     assert token == result.top_after[0][0]
@@ -274,7 +303,7 @@ def test_open_slices_act_on_generated_tokens_too():
     """Setting a huge activation on new tokens only changes what follows them."""
     s, (layer, _, feature) = subject(), strongest()[0]
     edits = [Edit(layer=layer, pos=slice(T, None), feature=feature, set=300.0)]
-    out = intervene.generate_patched(s, edits, how=s.how(), n_new=4)
+    out = generated(s, edits, 4)
     assert out["tokens_before"][0] == out["tokens_after"][0]
     assert out["tokens_before"][1:] != out["tokens_after"][1:]
 
@@ -284,7 +313,7 @@ def test_positions_from_the_end_are_the_prompts_also_when_text_follows():
     s, (layer, pos, feature) = subject(), strongest()[0]
     change: dict[str, Any] = {"layer": layer, "feature": feature, "scale": -4.0}
     found = [
-        intervene.generate_patched(s, [Edit(pos=p, **change)], how=s.how(), n_new=4)
+        generated(s, [Edit(pos=p, **change)], 4)
         for p in (pos, pos - s.n_tokens, slice(pos, pos + 1))
     ]
     assert found[0] == found[1] == found[2]
@@ -295,29 +324,29 @@ def test_sampling_follows_the_seed():
     s, edits = subject(), [edit(strongest()[0])]
 
     def sample(seed: int, temperature: float) -> list[int]:
-        return intervene.generate_patched(
-            s, edits, how=s.how(), n_new=3, temperature=temperature, seed=seed
-        )["tokens_after"]
+        found = generated(s, edits, 3, temperature=temperature, seed=seed)
+        return found["tokens_after"]
 
     assert sample(1, 5.0) == sample(1, 5.0)
     assert len({tuple(sample(seed, 5.0)) for seed in range(4)}) > 1
     with pytest.raises(jaxclt.InputError, match="temperature"):
         sample(1, float("nan"))
     with pytest.raises(jaxclt.InputError, match="cannot generate"):
-        intervene.generate_patched(s, edits, how=s.how(), n_new=100)
+        generated(s, edits, 100)
 
 
 def test_patches_are_compiled_once_for_a_shape():
-    from jaxclt.patching.batch import _chunk
+    from jaxclt.patching.batch import patch_chunk
 
     s, nodes = subject(), strongest(3)
 
     def go(node: tuple[int, int, int], scale: float, layers: tuple[int, int]) -> None:
-        s.effects([[(*node, scale, 0.0)]], [layers], s.how(), s.ask())
+        change = batched(Change.of(s.gather([node]), scale), [1])
+        s.effects(change, [layers], How(), s.ask())
 
     go(nodes[0], 0.0, (0, 3))
-    before = _chunk._cache_size()  # pyright: ignore
+    before = patch_chunk._cache_size()  # pyright: ignore
     for node in nodes:
         go(node, 2.0, (0, 2))
-    assert _chunk._cache_size() == before  # pyright: ignore
+    assert patch_chunk._cache_size() == before  # pyright: ignore
     assert jax.devices()

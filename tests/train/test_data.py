@@ -162,17 +162,8 @@ CONFIG = ChunkConfig(chunk_tokens=256, reuse=2, dtype="float32", site="mlp_in")
 def make(
     windows: Windows, store: Path | None = None, spool: Path | None = None, **more
 ) -> Chunks:
-    model = tiny_model()
     config = dataclasses.replace(CONFIG, **more)
-    found = Chunks(
-        model.params,
-        model.cfg,
-        windows,
-        config,
-        model_hash=model.hash,
-        store=store,
-        spool=spool,
-    )
+    found = Chunks(tiny_model(), windows, config, store=store, spool=spool)
     found.normalisation(600)
     return found
 
@@ -362,7 +353,7 @@ def test_a_store_gives_the_same_chunks_without_the_model(
 ):
     store = tmp_path / "store"
     first = make(windows, store, dtype="bfloat16").rows(1, 0)
-    monkeypatch.setattr(chunking, "rows_of", None)  # harvesting would fail
+    monkeypatch.setattr(Chunks, "harvested", None)  # harvesting would fail
     again = make(windows, store, dtype="bfloat16", reuse=1)
     np.testing.assert_array_equal(first[0], again.rows(1, 0)[0])
     manifest = json.loads((store / "manifest.json").read_text())

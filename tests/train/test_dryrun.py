@@ -58,7 +58,7 @@ def xla(spec: Spec, T: int, memory: str, accumulate: int) -> tuple[float, float]
     held = bytes_of((state, batch, back))
     norm = jax.ShapeDtypeStruct((), jnp.float32)
     for l in range(L):
-        near = steps._near(back, l, spec)
+        near = steps.near(back, l, spec)
         x = jax.eval_shape(lambda b, l=l: b.layer(l), batch)
         given = (state.params[l], state.opt[l], near, x, now, norm)
         compiled = step.update.lower(*given).compile()

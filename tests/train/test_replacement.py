@@ -21,7 +21,7 @@ from jaxclt.replacement.model import replacement_logits
 from jaxclt.replacement.reconstruction import Reconstruction, reconstructed
 from jaxclt.testing import tiny
 from jaxclt.text.corpus import Windows
-from jaxclt.train.finetune import finetune_kl, replacement_kl
+from jaxclt.train.finetune import Finetune, finetune_kl, replacement_kl
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -271,10 +271,9 @@ def test_fine_tuning_lowers_the_kl(case):
         case.params,
         case.clt,
         windows,
+        Finetune(n_steps=12, lr=3e-3),
         cfg=case.cfg,
         clt_cfg=case.clt_cfg,
-        n_steps=12,
-        lr=3e-3,
     )
     assert history[-1] < 0.8 * history[0]
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(case.clt), strict=True):

@@ -23,7 +23,7 @@ from jaxclt.text.hub import HubText, parse_hub_text
 from jaxclt.train.processes import parse_processes
 from jaxclt.train.sample import sample, sample_windows, start_token
 from jaxclt.train.tracking import flat
-from jaxclt.train.trainer import train
+from jaxclt.train.trainer import Listener, train
 
 # orbax and datasets start threads of their own, and warn about it
 pytestmark = pytest.mark.filterwarnings("default")
@@ -118,14 +118,13 @@ def test_sampled_windows_go_on_and_hold_out(tmp_path: Path, monkeypatch):
 
     model = tiny_model()
     settings = {
-        "cfg": model.cfg,
         "size": 20,
         "train_tokens": 600,
         "held_tokens": 100,
         "per_call": 8,
         "seed": 3,
     }
-    whole = sample_windows(model.params, model.tokenizer, **settings)
+    whole = sample_windows(model, **settings)
     assert len(whole.held_WS) == 6
     assert len(whole.train_WS) == 32
     held = {row.tobytes() for row in whole.held_WS}
@@ -140,14 +139,11 @@ def test_sampled_windows_go_on_and_hold_out(tmp_path: Path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample_windows(
-            model.params, model.tokenizer, **settings, partial_file=file, on_tokens=stop
-        )
+        sample_windows(model, **settings, partial_file=file, on_tokens=stop)
     assert file.is_file()
     calls.clear()
     again = sample_windows(
-        model.params,
-        model.tokenizer,
+        model,
         **settings,
         partial_file=file,
         on_tokens=lambda done, total: calls.append(done),
@@ -162,7 +158,7 @@ def test_a_run_on_the_models_own_text(tmp_path: Path):
     card = train(tiny_model(), "model", tmp_path / "run", tiny_config(**SHORT))
     assert card["data"]["path"] == "model"
     assert 0 < card["metrics"]["fvu"] < 2
-    with pytest.raises(InputError, match="leave --heldout away"):
+    with pytest.raises(InputError, match="leave out --heldout"):
         train(tiny_model(), "model", tmp_path / "b", tiny_config(heldout="x", **SHORT))
 
 
@@ -189,7 +185,14 @@ def test_metrics_reach_wandb(text: Path, tmp_path: Path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     out = tmp_path / "run"
-    train(tiny_model(), text, out, tiny_config(**SHORT), wandb="clts", stop_at=2)
+    train(
+        tiny_model(),
+        text,
+        out,
+        tiny_config(**SHORT),
+        wandb="clts",
+        listener=Listener(stop_at=2),
+    )
     train(tiny_model(), text, out, tiny_config(**SHORT), wandb="clts")
     assert [s["project"] for s in started] == ["clts", "clts"]
     assert [s["id"] for s in started] == [None, "abc"]

@@ -129,7 +129,7 @@ def test_a_paused_and_damaged_run_ends_with_the_same_bits(
     """Stopped twice; the second checkpoint is damaged, a third was never finished."""
     out, heard = tmp_path / "run", []
     for stop in (9, 14):
-        train(tiny_model(), text, out, tiny_config(), stop_at=stop)
+        train(tiny_model(), text, out, tiny_config(), listener=Listener(stop_at=stop))
     newest = out / "checkpoints" / "00000014"
     files = [f for f in newest.rglob("*") if f.is_file()]
     largest = max(files, key=lambda f: f.stat().st_size)
@@ -170,7 +170,7 @@ def test_another_recipe_does_not_resume(whole: Path, text: Path):
 def test_a_run_that_diverges_stops_and_names_the_checkpoint(text: Path, tmp_path: Path):
     out = tmp_path / "run"
     config = tiny_config(lr=3e-3, checkpoint_every=2, log_every=1, tokens=64 * 12)
-    train(tiny_model(), text, out, config, stop_at=4)
+    train(tiny_model(), text, out, config, listener=Listener(stop_at=4))
     run = json.loads((out / "run.json").read_text())
     run["config"]["lr"] = 1e6
     run["config"]["clip"] = 0.0

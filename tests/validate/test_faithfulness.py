@@ -16,20 +16,21 @@ from jaxclt.clt.active import Active, active_features
 from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.lm import layers
-from jaxclt.patching.batch import Local, make_local, make_patchable
-from jaxclt.patching.edits import make_edits
-from jaxclt.patching.modes import Nudge, Patchable, hold_of, underlying
-from jaxclt.validation.faithfulness import (
+from jaxclt.patching.change import Change, batched
+from jaxclt.patching.features import gather_features
+from jaxclt.patching.local import Local, make_local
+from jaxclt.patching.modes import Nudge, patched, underlying
+from jaxclt.patching.patchable import How, Patchable, make_patchable
+from jaxclt.validation.jacobian import jacobian_agreement
+from jaxclt.validation.perturb import (
     Agreement,
     Perturbation,
     agreement,
     compare,
     nudged,
     perturb_many,
-    stack,
     upstream,
 )
-from jaxclt.validation.jacobian import jacobian_agreement
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -49,38 +50,39 @@ def parts(kind: str) -> tuple[Dictionary, Active, Patchable, Local]:
         return dictionary, active, model, make_local(dictionary, model, active)
 
 
-def perturbations(kind: str, size: float = 0.1) -> list[Perturbation]:
-    """Encoder, random and upstream, at layers 1 and 2."""
-    dictionary, a, _, local = parts(kind)
-    t = case(KINDS[kind][0])
-    made = []
-    for layer in (1, 2):
-        s = int(np.flatnonzero((a.layer_A == layer) & (a.pos_A > 0))[0])
-        before = int(np.flatnonzero(a.layer_A == layer - 1)[3])
+@functools.cache
+def perturbations(kind: str, size: float = 0.1) -> Perturbation:
+    """Along encoders, at random and upstream, each at layers 1 and 2."""
+    dictionary, a, model, local = parts(kind)
+    layers = np.array([1, 2])
+    here = [np.flatnonzero((a.layer_A == l) & (a.pos_A > 0))[0] for l in layers]
+    before = [np.flatnonzero(a.layer_A == l - 1)[3] for l in layers]
 
-        def edit(i: int, offset: float) -> Any:
-            place = (int(a.layer_A[i]), int(a.pos_A[i]), int(a.feature_A[i]))
-            return make_edits(
-                [(*place, 1.0, offset)], dictionary, t.params, t.recording, cfg=t.cfg
-            )
+    def change(slots: Any, offset: float) -> Change:
+        places = np.stack([a.layer_A, a.pos_A, a.feature_A], 1)[slots]
+        features = gather_features(dictionary, model, places)
+        return local.placed(batched(Change.of(features, 1.0, offset), [1, 1]))
 
-        slot = local.slots(a.layer_A[[s, before]], a.feature_A[[s, before]])
-        read = a.reads(np.array([s]))[0]
-        way = np.asarray(jax.random.normal(jax.random.key(layer), (D,), jnp.float64))
-        for vector in (size * read, size * way):
-            made.append(
-                nudged(edit(s, 0.0), layer, int(a.pos_A[s]), vector, T, int(slot[0]))
-            )
-        made.append(upstream(edit(before, size), layer, np.zeros((T, D)), int(slot[1])))
-    return made
+    way = [jax.random.normal(jax.random.key(l), (D,), jnp.float64) for l in layers]
+    made = [
+        nudged(change(here, 0.0), layers, a.pos_A[here], size * np.asarray(vector), T)
+        for vector in (a.reads(np.array(here)), way)
+    ]
+    made.append(upstream(change(before, size), layers, T))
+    return jax.tree.map(lambda *x: np.concatenate(x), *made)
+
+
+def how(norms: str, gates: Any = "live") -> How:
+    return How(mode="iterative", freeze_norm=norms == "frozen", gates=gates)
 
 
 @functools.cache
 def measured(kind: str, norms: Any) -> Agreement:
     with jax.enable_x64(True):
         _, _, model, local = parts(kind)
-        batch = stack(perturbations(kind))
-        return perturb_many(model, local, batch, norms=norms, gates="live", chunk=4)
+        return perturb_many(
+            model, local.tables, perturbations(kind), how=how(norms), chunk=4
+        )
 
 
 @pytest.mark.parametrize("norms", ["frozen", "live"])
@@ -88,8 +90,7 @@ def measured(kind: str, norms: Any) -> Agreement:
 def test_both_models_start_from_the_same_perturbation(kind: str, norms: str):
     """Maths 16.5, and nothing is said of layers before it."""
     found = measured(kind, norms)
-    for row, one in enumerate(perturbations(kind)):
-        layer = int(one.nudge.layer)
+    for row, layer in enumerate(perturbations(kind).nudge.layer):
         assert np.isnan(found.cosine_L[row, :layer]).all()
         np.testing.assert_allclose(found.cosine_L[row, layer], 1, atol=1e-12)
         np.testing.assert_allclose(found.nmse_L[row, layer], 0, atol=1e-12)
@@ -121,26 +122,24 @@ def test_the_error_is_a_function_of_cosine_and_size_ratio():
 def test_small_perturbations_measure_the_jacobians():
     """Maths 16.8: the limit is the agreement of the two linear responses."""
     _, _, model, local = parts("clt")
-    one = perturbations("clt")[1]
+    one = jax.tree.map(lambda x: x[2], perturbations("clt"))  # at random, in layer 1
     small = dataclasses.replace(
         one,
         nudge=Nudge(layer=one.nudge.layer, delta_TD=1e-6 * one.nudge.delta_TD),
     )
     found = jax.jit(
-        lambda p: agreement(model, local.tables, p, norms="frozen", gates="frozen")
+        lambda p: agreement(model, local.tables, p, how=how("frozen", "frozen"))
     )(small)
 
     def real(x: jax.Array) -> jax.Array:
         nudge = Nudge(layer=one.nudge.layer, delta_TD=x)
-        return underlying(model, nudge, hold=hold_of(model.recording)).taps.mid_TD
+        return underlying(model, nudge, how=How()).taps.mid_TD
 
     def replacement(x: jax.Array) -> jax.Array:
-        from jaxclt.patching.modes import iterative
-
-        return iterative(
-            model, one.edits, one.slot_E, local.tables, one.start,
-            jnp.asarray(L - 1, jnp.int32), hold=hold_of(model.recording, norm=True),
-            gates="frozen", nudge=Nudge(layer=one.nudge.layer, delta_TD=x),
+        return patched(
+            model, one.change, jnp.stack([one.start, L - 1]),
+            how=how("frozen", "frozen"), tables=local.tables,
+            nudge=Nudge(layer=one.nudge.layer, delta_TD=x),
         ).taps.mid_TD  # fmt: skip
 
     start, way = np.zeros((T, D)), np.asarray(one.nudge.delta_TD)
@@ -161,10 +160,11 @@ def test_all_neurons_have_the_mlps_derivative_and_others_do_not(kind: str):
     key = jax.random.key(0)
     for norms in ("frozen", "live"):
         _, _, model, local = parts(kind)
-        exact = jacobian_agreement(model, local.tables, key, norms=norms, gates="live")
+        exact = jacobian_agreement(model, local.tables, key, how=how(norms))
         np.testing.assert_allclose(exact.cosine_L, 1, atol=1e-12)
         np.testing.assert_allclose(exact.nmse_L, 0, atol=1e-12)
-    graph = jacobian_agreement(model, local.tables, key, norms="live", gates="frozen")
+    kept = how("live", "frozen")
+    graph = jacobian_agreement(model, local.tables, key, how=kept)
     assert (graph.nmse_L > 1e-3).all()
 
 
@@ -173,7 +173,7 @@ def test_jacobian_distance_is_the_frobenius_norm():
     _, _, model, local = parts("clt")
     got = jacobian_agreement(
         model, local.tables, jax.random.key(0),
-        norms="frozen", gates="frozen", n_probes=4000,
+        how=how("frozen", "frozen"), n_probes=4000,
     )  # fmt: skip
     cfg, rec, layer = model.cfg, model.recording, 1
     p, table = jax.tree.map(lambda x: x[layer], (model.params.blocks, local.tables))

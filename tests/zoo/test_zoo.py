@@ -16,8 +16,11 @@ from recovery import case_graph, hidden, match, record_prompt, recover
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.graph.certificate import certificate
 from jaxclt.lm.run import forward, unembed
-from jaxclt.patching.batch import How, default_range, make_patchable, patch_one
-from jaxclt.patching.edits import make_edits
+from jaxclt.patching.batch import default_range
+from jaxclt.patching.change import Change
+from jaxclt.patching.features import gather_features
+from jaxclt.patching.modes import patched
+from jaxclt.patching.patchable import How, make_patchable
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -190,11 +193,11 @@ def test_a_patch_lets_the_second_hop_answer() -> None:
     dictionary, case = true_dictionary(planted, span=2), planted.cases[1]
     rec = record_prompt(planted.params, case.token_T, planted.cfg)
     model = make_patchable(dictionary, planted.params, rec, planted.cfg)
-    first_hop = [(0, 0, 1, 0.0, 0.0)]  # layer, position, feature; its value is 0
-    edits = make_edits(first_hop, dictionary, planted.params, rec, cfg=planted.cfg)
+    first_hop = [(0, 0, 1)]  # layer, position, feature
+    change = Change.of(gather_features(dictionary, model, first_hop))
 
     def answer(layers: tuple[int, int]) -> float:
-        done = patch_one(model, edits, jnp.asarray(layers, jnp.int32), None, how=How())
+        done = patched(model, change, jnp.asarray(layers, jnp.int32), how=How())
         return float(unembed(planted.params, done.out_TD[-1])[case.answer["answer"]])
 
     edited = {"layer_E": np.array([0]), "span": 2, "n_layers": 2}
