@@ -10,6 +10,7 @@ from tyro.conf import arg
 from jaxclt.cli.common import load, options
 from jaxclt.cli.flags import AsJson, Debug, ModelName
 from jaxclt.cli.progress import Run
+from jaxclt.io.tokenizer import Bos
 
 if TYPE_CHECKING:
     from jaxclt.clt.coder import Dictionary
@@ -40,7 +41,7 @@ class AttributionFlags:
     """Share of the edge strength that the shown edges hold."""
     heads: int = 0
     """For this many of the strongest shown edges, list the last attention heads."""
-    bos: Literal["auto", "always", "never"] = "auto"
+    bos: Bos = "auto"
     """Put a beginning-of-sequence token first; auto: as the model's tokenizer does."""
     chat: bool = False
     """A prompt is what the user says: put the model's own chat template around it, up

@@ -16,6 +16,8 @@ from jaxclt.cli.common import answer, asked, load
 from jaxclt.cli.progress import Run
 from jaxclt.cli.reopened import ReopenFlags
 from jaxclt.errors import InputError, check_at_least, check_finite, did_you_mean
+from jaxclt.io.tokenizer import Bos
+from jaxclt.patching.patchable import Mode
 
 if TYPE_CHECKING:
     from jaxclt.patching.patch import PatchResult
@@ -35,7 +37,7 @@ class PatchFlags(ReopenFlags):
 
     prompt: Annotated[Positional[str], arg(metavar="DIR|PROMPT")]
     """Directory that trace wrote, or the text of a prompt."""
-    bos: Literal["auto", "always", "never"] = "auto"
+    bos: Bos = "auto"
     """For a prompt that was not traced: put a beginning-of-sequence token first."""
     chat: bool = False
     """For a prompt that was not traced: it is what the user says, in the model's own
@@ -52,7 +54,7 @@ class PatchFlags(ReopenFlags):
     """Activation to set instead of a factor."""
     add: float | None = None
     """Activation to add instead of a factor."""
-    mode: Literal["constrained", "iterative", "additive"] = "constrained"
+    mode: Mode = "constrained"
     """constrained: MLP outputs in the layer range clamped; iterative: the replacement
     model in the range; additive: writes added while all MLPs respond."""
     layers: str | None = None

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxclt.files.json_file import TEXT, check_json, json_schema, record
-
-if TYPE_CHECKING:
-    from jaxclt.patching.subject import Subject
+from jaxclt.patching.edits import Edit
+from jaxclt.patching.log import keep_patch, patch_record
+from jaxclt.patching.modes import MODES
+from jaxclt.patching.patch import measure, plan_patch
+from jaxclt.patching.patchable import How
+from jaxclt.patching.subject import Subject, reopen
+from jaxclt.types import Supernode
 
 __all__ = ["BUSY", "FILES", "MAX_NODES", "MAX_SCALE", "Patcher"]
 
@@ -23,19 +27,12 @@ FILES = ("graph.npz", "report.json")  # read for a patch, beside graph.json
 MAX_NODES = 512
 MAX_SCALE = 100.0
 MAX_NAME = 300
-MODES = ("constrained", "iterative", "additive")
 
 _NODE = {"type": "string", "pattern": "^[0-9]{1,9}_[0-9]{1,9}_[0-9]{1,9}$"}
+_NODES = {"type": "array", "items": _NODE, "minItems": 1, "maxItems": MAX_NODES}
 _CHANGE = json_schema(
     record(
-        {
-            "nodes": {
-                "type": "array",
-                "items": _NODE,
-                "minItems": 1,
-                "maxItems": MAX_NODES,
-            }
-        },
+        {"nodes": _NODES},
         {
             "scale": {"type": "number", "minimum": -MAX_SCALE, "maximum": MAX_SCALE},
             "mode": {"enum": list(MODES)},
@@ -73,12 +70,6 @@ class Patcher:
         if not self._running.acquire(blocking=False):
             return None
         try:
-            from jaxclt.patching.edits import Edit
-            from jaxclt.patching.log import keep_patch, patch_record
-            from jaxclt.patching.patch import measure, plan_patch
-            from jaxclt.patching.patchable import How
-            from jaxclt.types import Supernode
-
             subject = self._of(directory)
             places = tuple((layer, pos, feature) for layer, feature, pos in nodes)
             group = Supernode(name or "patched", places)
@@ -92,8 +83,6 @@ class Patcher:
 
     def _of(self, directory: Path) -> Subject:
         """The recorded prompt of a directory, again only if its graph is another."""
-        from jaxclt.patching.subject import Subject, reopen
-
         state = (directory / FILES[0]).stat()
         stamp = (str(directory), state.st_mtime_ns, state.st_size)
         if self._subject is None or stamp != self._stamp:
@@ -112,5 +101,5 @@ def read_change(change: Any) -> tuple[list[tuple[int, ...]], float, Any, str]:
     """
     check_json(change, _CHANGE, "what is to be patched")
     nodes = [tuple(map(int, i.split("_"))) for i in change["nodes"]]
-    mode, name = change.get("mode", MODES[0]), change.get("name", "")
+    mode, name = change.get("mode", "constrained"), change.get("name", "")
     return nodes, float(change.get("scale", 0.0)), mode, name

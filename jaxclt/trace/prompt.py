@@ -122,9 +122,10 @@ def trace_prompt(
     if prefilter is not None:
         shortlist = _shortlist(dictionary, *prefilter)
         depends["prefilter"] = {"links": len(shortlist.links), "size": shortlist.size}
-    # A template may ask for the time: its text is made once.
-    chat_text = depends["prompt"] if "messages" in depends else None
-    ids = _tokens(model, prompt, config, chat_text)
+    opened = Opened.of(prompt)
+    if "messages" in depends:  # a template may ask for the time: its text is made once
+        opened = dataclasses.replace(opened, prompt=depends["prompt"])
+    ids = _tokens(model, opened, config)
     clock: dict[str, float] = {}
     spent = Timing()
     with _compile_seconds() as compiled, _stage(clock, "total"):
@@ -235,18 +236,14 @@ def plan_trace(
     return plan, len(ids), len(active.layer_A)
 
 
-def _tokens(
-    model: Model, prompt: Prompt, config: AttributeConfig, text: str | None = None
-) -> list[int]:
-    """Token ids of a prompt, or of the text that a template made of it.
+def _tokens(model: Model, prompt: Prompt, config: AttributeConfig) -> list[int]:
+    """Token ids of a prompt.
 
     circuit-tracer puts a beginning-of-sequence token first unless it is told not to.
     """
     opened = Opened.of(prompt)
     if opened.bos == "auto" and config.convention == "circuit-tracer":
         opened = dataclasses.replace(opened, bos="always")
-    if text is not None:
-        opened = dataclasses.replace(opened, prompt=text)
     return prompt_tokens(model, opened)
 
 

@@ -22,7 +22,7 @@ from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.io.chat import is_chat
 from jaxclt.io.model import Model
 from jaxclt.runs.pace import logged
-from jaxclt.text.prompts import Opened, Prompt, read_prompts
+from jaxclt.text.prompts import Given, Opened, Prompt, read_prompts
 from jaxclt.trace.files import write_trace
 from jaxclt.trace.prompt import identity, trace_prompt
 
@@ -63,13 +63,13 @@ def sweep_prompts(
     """
     out, config = Path(out), config or AttributeConfig()
     told = on_prompt or partial(logged(), "prompts")
-    folders = [out / f"{i:05d}-{_slug(prompt)}" for i, prompt in enumerate(prompts)]
+    given = [Opened.of(prompt).prompt for prompt in prompts]
+    folders = [out / f"{i:05d}-{_slug(x)}" for i, x in enumerate(given)]
     before = _index(out)  # of prompts that this run has not come to yet
     index = []
     for i, (prompt, folder) in enumerate(zip(prompts, folders, strict=True)):
-        given = Opened.of(prompt).prompt
-        kind = "messages" if is_chat(given) else "prompt"
-        line: dict[str, Any] = {kind: given, "directory": folder.name}
+        kind = "messages" if is_chat(given[i]) else "prompt"
+        line: dict[str, Any] = {kind: given[i], "directory": folder.name}
         try:
             wanted = identity(model, dictionary, prompt, config)
             report = _finished(folder, wanted)
@@ -117,8 +117,7 @@ def _finished(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     return report if report.get("identity") == wanted else None
 
 
-def _slug(prompt: Prompt) -> str:
-    given = Opened.of(prompt).prompt
+def _slug(given: Given) -> str:
     text = given[-1].get("content") if is_chat(given) else given
     words: Iterator[str] = iter(re.findall(r"[a-z0-9]+", str(text).lower()))
     return "-".join(words)[:40].strip("-") or "prompt"
