@@ -24,7 +24,7 @@ from jaxclt.runs.pace import logged
 from jaxclt.text.prompts import Opened, Prompt
 from jaxclt.trace.again import edge_parts_with_model
 from jaxclt.trace.explained import TargetChoice
-from jaxclt.trace.files import state
+from jaxclt.trace.files import scores_json
 from jaxclt.trace.prompt import trace_prompt
 from jaxclt.viewer.graph_json import graph_json
 from jaxclt.viewer.page import page
@@ -165,4 +165,4 @@ def show(
 
 
 def _document(graph: Graph) -> dict[str, Any]:
-    return graph_json(graph, slug="graph", scores=state(graph))
+    return graph_json(graph, slug="graph", scores=scores_json(graph))

@@ -59,7 +59,7 @@ class DemoFlags:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is known of the prompt beforehand."""
+    """What is known about the prompt beforehand."""
 
     prompt: str
     donor: str  # the same sum with another last digit of b

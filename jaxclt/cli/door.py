@@ -27,7 +27,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def guarded(
     run: Callable[[Console], None], *, debug: bool, lower: str, kept: str
 ) -> int:
-    """The exit status of a command, whose errors are said on stderr.
+    """The exit status of a command, whose errors are printed on stderr.
 
     Args:
       run: the command; gets what it may say progress on.

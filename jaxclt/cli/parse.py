@@ -1,4 +1,4 @@
-"""A command line becomes a config, or one line that says what is wrong with it."""
+"""A command line becomes flags, or one line that says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _WANTED = {"INT": "a whole number", "FLOAT": "a number", "PATH": "a path"}
 
 
 def parse(kind: type[_Config], command: str, args: Sequence[str]) -> _Config:
-    """The config of a command.
+    """The flags of a command.
 
     Args:
       kind: its dataclass; one that has `defaults` makes its defaults from `args`.

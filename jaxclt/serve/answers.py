@@ -36,7 +36,7 @@ def list_page(graphs: Sequence[dict[str, str]]) -> str:
 
 
 def locked_page(path: str, how: str) -> str:
-    """For who has no token.
+    """The page for whoever has no token.
 
     Args:
       path: what was asked for, as addresses have it.

@@ -55,7 +55,7 @@ class Door:
         await answer(scope, receive, send)
 
     def _stop(self, request: Request) -> Response | None:
-        """The answer to who is not let through."""
+        """The answer to a request that is not let through."""
         self._check_host(request)
         path = request.scope["raw_path"]
         if len(path) > _LONGEST:

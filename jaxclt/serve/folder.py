@@ -1,4 +1,4 @@
-"""What of a folder is handed out: graphs, and the feature files beside them.
+"""What the server hands out from a folder: graphs, and the feature files beside them.
 
 Nothing else is, whatever its name: no hidden file or folder, nothing that links lead to
 outside, no JSON that is not a graph. The list is kept: a file is read again only when

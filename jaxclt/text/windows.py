@@ -203,7 +203,7 @@ def _mask(model: Model, token_WS: np.ndarray, mask: Mask) -> np.ndarray:
 def batches(
     windows: TokenWindows, start: int, n_tokens: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Batches (tokens, mask) of one shape from a window on, and windows then done."""
+    """Batches of one shape from a window on: tokens, mask, and windows done by then."""
     n, S = windows.token_WS.shape
     W = min(n, max(1, n_tokens // S))
     for i in range(start, n, W):

@@ -63,7 +63,7 @@ def plan_assumed(
     budget: int,
     n_targets: int = 10,
 ) -> tuple[MemoryPlan, int]:
-    """The plan and the active features.
+    """The plan, and how many features are active.
 
     Args:
       shape: a model directory or the path of its config.json; weights are not read.
@@ -104,7 +104,7 @@ def plan_assumed(
 
 
 def _parameters(cfg: LMConfig) -> int:
-    """Numbers of the model, embeddings tied."""
+    """How many parameters the model has, its embeddings tied."""
     attention = cfg.d_model * cfg.d_head * 2 * (cfg.n_heads + cfg.n_kv_heads)
     mlp = 3 * cfg.d_model * cfg.d_mlp
     norms = 2 * cfg.d_model

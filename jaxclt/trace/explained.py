@@ -17,7 +17,7 @@ from jaxclt.io.model import Model
 from jaxclt.trace.target_text import read_targets
 from jaxclt.types import LMParams, Recording, Targets
 
-__all__ = ["TargetChoice", "choose_targets", "next_tokens", "say_targets"]
+__all__ = ["TargetChoice", "choose_targets", "next_tokens", "targets_identity"]
 __all__ += ["target_labels"]
 
 # Texts (see `target_text`), or targets of `jaxclt.graph.targets`, or a function that
@@ -56,7 +56,7 @@ def choose_targets(
     return salient_targets(model.params, recording.out_TD[n_tokens - 1])
 
 
-def say_targets(choice: TargetChoice, targets: Targets) -> list[str] | str:
+def targets_identity(choice: TargetChoice, targets: Targets) -> list[str] | str:
     """What tells targets apart: their texts, or a digest; empty if none are given."""
     if not isinstance(choice, Targets) and not callable(choice):
         return _texts(choice)
@@ -71,7 +71,7 @@ def _texts(choice: str | Sequence[str]) -> list[str]:
 
 
 def next_tokens(model: Model, p: Prompt) -> Targets:
-    """The targets if all are next tokens, else the most probable ones of these."""
+    """The targets if all are next tokens, else the most probable next tokens."""
     chosen, last = p.targets, p.n_tokens - 1
     out_D = p.recording.out_TD[last]
     if ((chosen.token_K >= 0) & (chosen.pos_K == last)).all():

@@ -32,7 +32,7 @@ from jaxclt.types import Supernode
 from jaxclt.version import __version__
 from jaxclt.viewer.graph_json import graph_json, validate
 
-__all__ = ["FULL_GRAPH_BYTES", "MAKES", "check_writable", "state", "write_trace"]
+__all__ = ["FULL_GRAPH_BYTES", "MAKES", "check_writable", "scores_json", "write_trace"]
 
 FULL_GRAPH_BYTES = 512 << 20  # larger graphs are saved pruned unless asked otherwise
 # What tells which command a directory is of.
@@ -115,7 +115,7 @@ def check_writable(out: str | os.PathLike[str], *, makes: str = "") -> None:
         sweep(out)
 
 
-def state(graph: Graph) -> dict[str, Any]:
+def scores_json(graph: Graph) -> dict[str, Any]:
     """The scores of a graph, full and pruned, and its certificate, as JSON."""
     full, pruned = scores(graph), scores(graph, graph.pruning)
     return {
@@ -129,7 +129,7 @@ def state(graph: Graph) -> dict[str, Any]:
 
 def _report(traced: Traced) -> dict[str, Any]:
     graph = traced.graph
-    pruning, stated = graph.pruning, state(graph)
+    pruning, stated = graph.pruning, scores_json(graph)
     n_kept = int(pruning.keep_N.sum()) + graph.n_targets
     return {
         "prompt": graph.meta.prompt,
@@ -163,7 +163,7 @@ def _report(traced: Traced) -> dict[str, Any]:
 
 
 def _explained(graph: Graph) -> list[dict[str, Any]]:
-    """Given targets: where they read, what influence starts with, what they are."""
+    """Given targets: where they read, their weights and their values."""
     value_K = graph.readout_R[graph.target_rows]
     return [
         {

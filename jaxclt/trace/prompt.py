@@ -36,8 +36,8 @@ from jaxclt.trace.explained import (
     TargetChoice,
     choose_targets,
     next_tokens,
-    say_targets,
     target_labels,
+    targets_identity,
 )
 from jaxclt.trace.record import prompt_tokens, record_text
 from jaxclt.types import Targets
@@ -147,7 +147,7 @@ def trace_prompt(
                 stop=stop,
             )
             top = p.targets
-            if said := say_targets(targets, p.targets):
+            if said := targets_identity(targets, p.targets):
                 depends["targets"] = said
                 top = next_tokens(model, p)
         meta = GraphMeta(

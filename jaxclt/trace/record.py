@@ -35,7 +35,7 @@ __all__ += ["same_hash"]
 def record_prompt(
     params: LMParams, token_T: Array, cfg: LMConfig, *, keep_patterns: bool = True
 ) -> Recording:
-    """`jaxclt.lm.run.record`, jitted once for everybody."""
+    """`jaxclt.lm.run.record`, jitted once for all callers."""
     return record(params, token_T, cfg=cfg, keep_patterns=keep_patterns)
 
 
