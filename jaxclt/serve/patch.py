@@ -82,7 +82,7 @@ class Patcher:
             self._running.release()
 
     def _of(self, directory: Path) -> Subject:
-        """The recorded prompt of a directory, recorded again if its graph has changed."""
+        """The recorded prompt of a directory; again if its graph has changed."""
         state = (directory / FILES[0]).stat()
         stamp = (str(directory), state.st_mtime_ns, state.st_size)
         if self._subject is None or stamp != self._stamp:
