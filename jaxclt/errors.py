@@ -8,7 +8,8 @@ import reprlib
 from collections.abc import Callable, Collection, Iterable
 
 __all__ = ["InputError", "check_at_least", "check_choice", "check_finite"]
-__all__ += ["check_positive", "check_share", "did_you_mean", "on_one_line", "shown"]
+__all__ += ["check_positive", "check_share", "did_you_mean", "first_line"]
+__all__ += ["on_one_line", "shown"]
 
 _MOST = 292  # characters of a message: 300 with "jaxclt: " before it
 _HEAD = 190  # of them ahead of what is left out
@@ -63,6 +64,11 @@ def shown(value: object, most: int = 60) -> str:
 def on_one_line(text: str) -> str:
     """A name on one line; nothing in it can steer a terminal, or fail to print."""
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, up to its first line's end; its class if it is silent."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 _LOOKED_UP = 200  # characters of a name; longer ones are like nothing that is known

@@ -178,7 +178,7 @@ def test_a_row_without_text_is_passed_over(tmp_path: Path, key, value, kind):
     if kind is None:
         assert read() == ["w3 w4"]
         return
-    with pytest.raises(InputError, match=rf"3: `{key}` is no text but {kind}"):
+    with pytest.raises(InputError, match=rf"3: `{key}` is {kind}, not text"):
         read()
 
 
@@ -189,7 +189,7 @@ def test_prompts_for_windows_pass_over_the_same_rows(tmp_path: Path):
     text = read_eval_text(model(), file, tokens=10, context=16)
     assert text.windows.token_WS.shape == (1, 2)
     file.write_text('{"prompt": "w3", "answer": 5}\n')
-    with pytest.raises(InputError, match="line 1: `answer` is no text but int"):
+    with pytest.raises(InputError, match="line 1: `answer` is int, not text"):
         read_eval_text(model(), file, tokens=10, context=16)
     file.write_text('{"prompt": null}\n{"prompt": " "}\n')
     for read in (prompt_rows, read_prompts, lambda f: read_windows(model(), f)):

@@ -12,14 +12,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxclt.clt.config import CLTConfig
-from jaxclt.clt.gates import is_on
 from jaxclt.types import CLTParams
 
 
 def activate(pre_TF: Array, theta_F: Array | None, *, cfg: CLTConfig) -> Array:
     """Activations [T, F] of one layer."""
     zero = jnp.zeros((), pre_TF.dtype)
-    return jnp.where(is_on(pre_TF, theta_F, cfg), pre_TF, zero)
+    return jnp.where(cfg.gate.is_on(pre_TF, theta_F, cfg.k), pre_TF, zero)
 
 
 def preactivate(params: CLTParams, read_LTD: Array) -> Array:

@@ -29,11 +29,17 @@ class ConvertFlags:
     """Directory to create."""
     to: Annotated[
         Literal[
-            "circuit-tracer", "gemma-scope", "gemma-scope-2", "saelens", "sparsify"
+            "circuit-tracer",
+            "gemma-scope",
+            "gemma-scope-2",
+            "saelens",
+            "sparsify",
+            "jaxclt",
         ],
         arg(metavar="FORMAT"),
     ]
-    """circuit-tracer, gemma-scope (npz), gemma-scope-2, saelens or sparsify."""
+    """circuit-tracer, gemma-scope (npz), gemma-scope-2, saelens, sparsify, or jaxclt,
+    which can say all that a transcoder here can be."""
     lossy: tuple[str, ...] = ()
     """What may be lost, by the names that the refusal gives."""
     json: AsJson = False

@@ -19,6 +19,7 @@ from jax import Array
 
 from jaxclt.clt.coder import Coder, Dictionary, Encoded, in_dtype, picked, stream_rows
 from jaxclt.clt.sites import fold_reads, read_scale, read_site
+from jaxclt.errors import InputError
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import mlp_norm
 from jaxclt.types import Block, LMParams, Recording
@@ -26,9 +27,11 @@ from jaxclt.types import Block, LMParams, Recording
 __all__ = [
     "Active",
     "EncodedLayer",
+    "FeatureReads",
     "active_features",
     "encode_at",
     "encoded_layers",
+    "feature_reads",
 ]
 
 
@@ -38,7 +41,7 @@ class Active:
 
     Host arrays. Rows of the dictionary are held once, however often their feature
     fires: `row_A` is a feature's row in its layer's tables of U encoder and decoder
-    rows. Encoder rows are those of the residual stream: a norm that they read behind is
+    rows. Encoder rows are those of the residual stream: a norm before them is
     folded in, but for its denominator. With `read` such a row times that scale,
     ``preact = read · mid[layer, pos] + read_bias_A``, where the norm denominator (and a
     neuron's gate) are frozen.
@@ -267,3 +270,55 @@ def _constant_rows(
 @partial(jax.jit, static_argnames="coder")
 def _bias(blocks: Block, layer: Array, fixed: Any, coder: Coder) -> Array:
     return coder.bias(jax.tree.map(lambda leaf: leaf[layer], blocks), fixed)
+
+
+class FeatureReads(NamedTuple):
+    """Pre-activations as ``read · mid[layer, pos] + bias``, what is frozen frozen."""
+
+    read_KD: Array
+    bias_K: Array
+
+
+def feature_reads(
+    dictionary: Dictionary,
+    params: LMParams,
+    recording: Recording,
+    place_K3: np.ndarray,
+    *,
+    cfg: LMConfig,
+) -> FeatureReads:
+    """What given features, active or not, read of the residual stream.
+
+    Args:
+      dictionary: of any kind (gates are frozen).
+      params: the model.
+      recording: its clean pass.
+      place_K3: layer, position and feature index of each.
+      cfg: model shape.
+
+    Raises:
+      InputError: if there is no such layer, position or feature.
+    """
+    coder, (L, T, _) = dictionary.coder(cfg), recording.mid_LTD.shape
+    sizes = {"layer": L, "position": T, "feature": coder.shape.n_features}
+    dtype, found = recording.mid_LTD.dtype, []
+    for place in place_K3.tolist():
+        for (what, size), index in zip(sizes.items(), place, strict=True):
+            if not 0 <= index < size:
+                raise InputError(
+                    f"there is no {what} {index}: give one from 0 to {size - 1}"
+                )
+    for layer, pos, feature in place_K3.tolist():
+        enc = dictionary.encoders(params, layer, np.array([feature]))
+        enc = in_dtype(enc, dtype)
+        row_1D, const_1 = stream_rows(coder, params, layer, enc)
+        scale_T = read_scale(coder.site, recording.frozen.mlp_scale_LT[layer])
+        gate = 1
+        if coder.gated:
+            at = np.array([pos])
+            here = encode_at(params, recording, layer, at, enc, coder=coder)
+            assert here.gate_TF is not None
+            gate = here.gate_TF[0, 0]
+        read_D = jnp.asarray(row_1D[0]) * (scale_T[pos] * gate)
+        found.append((read_D, jnp.asarray(gate * const_1[0], dtype)))
+    return FeatureReads(*(jnp.stack(column) for column in zip(*found, strict=True)))

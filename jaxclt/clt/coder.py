@@ -119,7 +119,7 @@ class Coder(Protocol):
         ...
 
     def thresholds(self, enc: Any) -> Any | None:
-        """Where features switch on [U]; None where that is no threshold."""
+        """Where features switch on [U]; None where no threshold decides."""
         ...
 
     def write(self, p: Block, dec: Any, a_TF: Array) -> Array:

@@ -9,7 +9,7 @@ the kind of gate is a column here; formats say by name which ones they can expre
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +18,7 @@ from jax import Array
 from jaxclt.clt import estimators
 from jaxclt.errors import check_choice
 
-__all__ = ["GATES", "Gate", "Gated", "find_gate", "is_on"]
-
-
-class Gated(Protocol):
-    """What a gate is asked with: a `CLTConfig`, or a `Spec` of training."""
-
-    @property
-    def activation(self) -> str:
-        """Name of the gate."""
-        ...
-
-    @property
-    def k(self) -> int | None:
-        """Features, or groups of features, that pass where some compete."""
-        ...
+__all__ = ["GATES", "Gate", "find_gate"]
 
 
 class Gate(NamedTuple):
@@ -59,6 +45,17 @@ class Gate(NamedTuple):
     def competes(self) -> bool:
         """Whether the other features of a layer decide if one is on."""
         return self.switch is None
+
+    def is_on(self, pre_TF: Array, theta_F: Array | None, k: int | None) -> Array:
+        """Which features of one layer are active, bool [T, F]; zero is never active.
+
+        Args:
+          pre_TF: pre-activations.
+          theta_F: thresholds, of a gate that has them.
+          k: features, or groups of them, that pass where some compete.
+        """
+        assert self.on is not None
+        return self.on(pre_TF, theta_F, k or 0) & (pre_TF != 0)
 
 
 def _positive(pre_TF: Array, theta_F: Array | None = None, k: int = 0) -> Array:
@@ -123,21 +120,8 @@ def find_gate(name: str) -> Gate:
     """The gate of a dictionary.
 
     Raises:
-      InputError: if there is none of the name, or training only has it.
+      InputError: if there is none of that name, or only training has it.
     """
     known = [key for key, gate in GATES.items() if gate.on is not None]
     check_choice("activation", name, known)
     return GATES[name]
-
-
-def is_on(pre_TF: Array, theta_F: Array | None, cfg: Gated) -> Array:
-    """Which features of one layer are active, bool [T, F]; zero is never active.
-
-    Args:
-      pre_TF: pre-activations.
-      theta_F: thresholds, of a gate that has them.
-      cfg: the gate's name and k.
-    """
-    on = GATES[cfg.activation].on
-    assert on is not None
-    return on(pre_TF, theta_F, cfg.k or 0) & (pre_TF != 0)

@@ -38,8 +38,8 @@ class DictionaryStore(Protocol):
         """All encoder rows of one layer."""
         ...
 
-    def decoder_rows(self, layer: int, feature_A: np.ndarray) -> np.ndarray:
-        """Decoder rows [A, n_writes(layer), D] of the given features of one layer."""
+    def decoder(self, layer: int, feature_A: np.ndarray | None = None) -> np.ndarray:
+        """Decoder rows [A, n_writes(layer), D] of some features, or of all."""
         ...
 
     def b_dec(self) -> np.ndarray:
@@ -66,9 +66,10 @@ class ParamsStore:
             np.asarray(p.W_enc_LFD[layer]), np.asarray(p.b_enc_LF[layer]), theta_F
         )
 
-    def decoder_rows(self, layer: int, feature_A: np.ndarray) -> np.ndarray:
-        """Decoder rows [A, n_writes(layer), D] of the given features."""
-        return np.asarray(self.params.W_dec[layer])[feature_A]
+    def decoder(self, layer: int, feature_A: np.ndarray | None = None) -> np.ndarray:
+        """Decoder rows [A, n_writes(layer), D] of some features, or of all."""
+        rows = np.asarray(self.params.W_dec[layer])
+        return rows if feature_A is None else rows[feature_A]
 
     def b_dec(self) -> np.ndarray:
         """Decoder biases [L, D]."""
@@ -86,14 +87,10 @@ def materialise(store: DictionaryStore) -> CLTParams:
     enc = [store.encoder(layer) for layer in range(cfg.n_layers)]
     theta = [e.theta_F for e in enc if e.theta_F is not None]
     skip = [W for layer in range(cfg.n_layers) if (W := store.skip(layer)) is not None]
-    every = np.arange(cfg.n_features)
     return CLTParams(
         W_enc_LFD=jnp.stack([jnp.asarray(e.W_enc_FD) for e in enc]),
         b_enc_LF=jnp.stack([jnp.asarray(e.b_enc_F) for e in enc]),
-        W_dec=tuple(
-            jnp.asarray(store.decoder_rows(layer, every))
-            for layer in range(cfg.n_layers)
-        ),
+        W_dec=tuple(jnp.asarray(store.decoder(layer)) for layer in range(cfg.n_layers)),
         b_dec_LD=jnp.asarray(store.b_dec()),
         theta_LF=jnp.stack([jnp.asarray(t) for t in theta]) if theta else None,
         W_skip_LDD=jnp.stack([jnp.asarray(W) for W in skip]) if skip else None,

@@ -13,7 +13,6 @@ from jax import Array
 
 from jaxclt.clt.coder import Encoded, Loaded, Weights
 from jaxclt.clt.config import CLTConfig, ReadSite
-from jaxclt.clt.gates import is_on
 from jaxclt.clt.store import DictionaryStore, EncoderLayer, materialise
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import Block, CLTParams, LMParams
@@ -63,7 +62,8 @@ class TranscoderCoder:
         del p, post_T
         pre_TF = jnp.einsum("TD,FD->TF", read_TD, enc.W_enc_FD) + enc.b_enc_F[None, :]
         theta_F = None if enc.theta_F is None else jnp.asarray(enc.theta_F)
-        return Encoded(pre_TF, is_on(pre_TF, theta_F, self.shape))
+        on_TF = self.shape.gate.is_on(pre_TF, theta_F, self.shape.k)
+        return Encoded(pre_TF, on_TF)
 
     def rows(self, enc: EncoderLayer) -> tuple[Any, Any]:
         """Encoder rows and biases."""
@@ -133,10 +133,8 @@ class StoreDictionary:
     ) -> np.ndarray:
         """Decoder rows [U, n_writes(layer), D] of some features, or of all."""
         del params
-        cfg = self.cfg
-        feature_U = np.arange(cfg.n_features) if feature_U is None else feature_U
-        rows = np.asarray(self.store.decoder_rows(layer, feature_U))
-        return rows.reshape(len(feature_U), cfg.n_writes(layer), cfg.d_model)
+        rows = np.asarray(self.store.decoder(layer, feature_U))
+        return rows.reshape(len(rows), self.cfg.n_writes(layer), self.cfg.d_model)
 
     def fixed(self, params: LMParams, layer: int) -> Fixed:
         """Decoder bias, and the linear skip."""

@@ -39,7 +39,7 @@ def read_json(path: Path, *, most: int = MOST) -> dict[str, Any]:
       most: bytes that it may have.
 
     Raises:
-      InputError: if the file is missing, is no JSON, or holds no object.
+      InputError: if the file is missing, is not JSON, or does not hold an object.
     """
     return parse_object(read_bounded(path, most), path)
 
@@ -81,7 +81,7 @@ def parse_json(text: str | bytes, where: object, *, line: int = 1) -> Any:
       line: number of its first line in the file.
 
     Raises:
-      InputError: if it is no JSON, or nested deeper than anybody writes it.
+      InputError: if it is not JSON, or nested deeper than anybody writes it.
     """
     try:
         if isinstance(text, bytes):

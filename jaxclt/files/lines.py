@@ -25,8 +25,8 @@ __all__ = ["append_line", "json_rows", "read_lines", "text_of"]
 def read_lines(path: Path, schema: Schema | None = None) -> list[dict[str, Any]]:
     """The objects in a file; none if there is no file.
 
-    Lines that are no JSON object, such as a last one that was half written, or not of
-    the schema are passed over.
+    Lines that are not a JSON object of the schema, such as a last one that was half
+    written, are passed over.
 
     Raises:
       InputError: if the file cannot be read.
@@ -74,7 +74,7 @@ def json_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, Any]]:
 
     Args:
       path: of a .jsonl file.
-      errors: what becomes of bytes that are no UTF-8, as for `open`.
+      errors: what becomes of bytes that are not UTF-8, as for `open`.
 
     Raises:
       InputError: if the file cannot be read, or a line is not JSON; names the line.
@@ -98,7 +98,7 @@ def text_of(row: dict[str, Any], key: str, place: str) -> str:
 
     Args:
       row: of a .jsonl file or a dataset.
-      key: where the text is; null, as many data sets have it, is no text.
+      key: where the text is; null, as many data sets have it, reads as "".
       place: file and line, for the error.
 
     Raises:
@@ -109,6 +109,6 @@ def text_of(row: dict[str, Any], key: str, place: str) -> str:
         return ""
     if not isinstance(value, str):
         kind = type(value).__name__
-        raise InputError(f"{place}: `{key}` is no text but {kind}: only texts are read")
-    # JSON may escape half a character, which is damage like bytes that are no UTF-8.
+        raise InputError(f"{place}: `{key}` is {kind}, not text: only text is read")
+    # JSON may escape half a character, which is damage like bytes that are not UTF-8.
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -97,7 +97,7 @@ def read_header(stream: IO[bytes]) -> Header:
     width = {b"\x01\x00": 2, b"\x02\x00": 4, b"\x03\x00": 4}.get(start[6:], 0)
     length = int.from_bytes(stream.read(width), "little")
     if start[:6] != b"\x93NUMPY" or not 0 < length < 1 << 12:
-        raise ValueError("a part of it is no array")
+        raise ValueError("a part of it is not an array")
     found = _HEADER.fullmatch(stream.read(length))
     if found is None:
         raise ValueError("an array has a header that numpy does not write")
@@ -166,7 +166,7 @@ class Npz:
         """A text that is kept as an array of one string."""
         header = self.header(name)
         if header.shape or not re.fullmatch(r"<U[1-9]\d{0,9}", header.dtype):
-            raise ValueError(f"{name} is no text")
+            raise ValueError(f"{name} is not text")
         return str(self._read(name))
 
     def json(self, name: str, schema: Schema) -> Any:
@@ -263,7 +263,7 @@ def open_npz(path: Path, wrong: str, do: str) -> Iterator[Npz]:
 
     Args:
       path: the file.
-      wrong: what to say of a damaged one: "is no complete graph".
+      wrong: what to say of a damaged one: "is not a complete graph".
       do: what to do about it.
 
     Raises:

@@ -1,7 +1,7 @@
 """Which process a file belongs to, as a word that can stand in its name.
 
 A word names the machine, its boot, the process and the moment the process began, so
-that what a killed process left is told from what a running one is writing.
+that what a killed process left can be told from what a running one is writing.
 """
 
 from __future__ import annotations

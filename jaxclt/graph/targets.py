@@ -38,8 +38,8 @@ import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
 
+from jaxclt.clt.active import feature_reads
 from jaxclt.clt.coder import Dictionary
-from jaxclt.clt.reads import feature_reads
 from jaxclt.clt.sites import fold_reads
 from jaxclt.errors import InputError, did_you_mean
 from jaxclt.lm.config import LMConfig

@@ -16,7 +16,7 @@ DICTIONARIES = ("addition-clt", "addition-plt")
 
 
 def bundled(name: str) -> Path | None:
-    """Directory of a bundled model or dictionary; None if there is none of the name."""
+    """Directory of a bundled model or dictionary; None for another name."""
     if name not in MODELS + DICTIONARIES:
         return None
     return Path(str(resources.files("jaxclt").joinpath("bundled", name)))

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from jaxclt.errors import InputError
-from jaxclt.io.weights_safetensors import read_json
+from jaxclt.errors import InputError, first_line
+from jaxclt.files.json_file import read_json
 
 __all__ = [
     "Message",
@@ -59,7 +59,7 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
         for name in ("role", "content"):
             if not isinstance(message[name], str):
                 kind = type(message[name]).__name__
-                raise InputError(f"message {i}: its {name} is no text but {kind}")
+                raise InputError(f"message {i}: its {name} is {kind}, not text")
         found.append({"role": message["role"], "content": message["content"]})
     return found
 
@@ -120,7 +120,7 @@ def _rendered(backend: Any, messages: list[dict[str, str]]) -> str:
             messages, add_generation_prompt=True, tokenize=False
         )
     except Exception as error:  # whatever the template, foreign code, raises
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"the model's chat template refuses these messages ({why[:160]})"
+            "the model's chat template refuses these messages "
+            f"({first_line(error)[:160]})"
         ) from error

@@ -38,7 +38,7 @@ def whole(
     value = config.get(name)
     value = default if value is None else value
     low, high = (-_MOST, _MOST) if least is None else (least, 1 << 40)
-    # True is no 1, and 2.0 no size
+    # True is not 1, and 2.0 is not a size
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value < high:
         bound = "" if least is None else f" from {least}"
         raise InputError(

@@ -29,7 +29,7 @@ def convert(
     """Write a dictionary in another format.
 
     `out` appears whole or not at all. Weights keep the dtype they are stored in, unless
-    the format has none of it or something had to be folded into them.
+    the format lacks it or something had to be folded into them.
 
     Args:
       source: a dictionary, as for `jaxclt.load_dictionary`, but not neurons.

@@ -91,7 +91,7 @@ def locate_dictionary(name: str) -> Path:
     What is not here yet is fetched from the hub: what the format needs, no more.
 
     Raises:
-      InputError: if there is none of the name, or it cannot be had.
+      InputError: if there is none of that name, or it cannot be had.
     """
     path = bundled(name) or Path(os.path.expanduser(name))
     if not name or not _is_there(path):
@@ -170,7 +170,7 @@ def check(store: DictionaryStore, lm_cfg: LMConfig, *, post_norm: bool = False) 
             )
     if post_norm and getattr(store, "write", "stream") == "mlp":
         raise InputError(
-            "the dictionary reconstructs what the MLPs write ahead of the norm behind "
+            "the dictionary reconstructs what the MLPs write ahead of the norm after "
             "them (feature_output_hook mlp.hook_out), whose denominator is another at "
             "each token: give one that writes hook_mlp_out"
         )

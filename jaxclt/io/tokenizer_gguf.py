@@ -13,7 +13,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from jaxclt.errors import InputError, shown
+from jaxclt.errors import InputError, first_line, shown
 from jaxclt.files.atomic import atomic_path
 from jaxclt.files.digest import cache_root
 from jaxclt.files.json_text import to_json
@@ -63,8 +63,9 @@ def fast_tokenizer(file: GGUFFile) -> tuple[Any, dict[str, str]]:
         fast = make(meta, tokens, types)
         by_type = list(zip(tokens, types, strict=True))
     except Exception as error:  # the Rust tokenizer raises a bare Exception
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{file.path}: its tokenizer is damaged ({line})") from error
+        raise InputError(
+            f"{file.path}: its tokenizer is damaged ({first_line(error)})"
+        ) from error
     _add(fast, by_type)
     _begin(fast, meta, special.get("bos_token"), tokens)
     if kind == "llama":
@@ -97,8 +98,8 @@ def kept_tokenizer(file: GGUFFile) -> tuple[Path, dict[str, str]] | None:
 def _cache_path(meta: dict[str, Any]) -> Path:
     from tokenizers import __version__
 
-    told = {key: x for key, x in meta.items() if key.startswith("tokenizer.")}
-    text = to_json([_BUILD, __version__, sorted(told.items())])
+    said = {key: x for key, x in meta.items() if key.startswith("tokenizer.")}
+    text = to_json([_BUILD, __version__, sorted(said.items())])
     digest = hashlib.sha256(text.encode()).hexdigest()
     return cache_root() / "tokenizers" / f"{digest}.json"
 
@@ -178,7 +179,7 @@ def _sentence_piece(meta: dict[str, Any], tokens: list[str], types: list[int]) -
         )
     )
     prefix = bool(meta.get("tokenizer.ggml.add_space_prefix", True))
-    # A prefix at the start of a text only, not behind every token found before.
+    # A prefix at the start of a text only, not after every token found before.
     fast.pre_tokenizer = pre_tokenizers.Metaspace(
         prepend_scheme="first" if prefix else "never", split=False
     )

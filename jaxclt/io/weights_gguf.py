@@ -5,89 +5,57 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from jax.sharding import Mesh
 
 from jaxclt.errors import InputError, shown
+from jaxclt.io.families import FAMILIES, Family, family_act
 from jaxclt.io.gguf_file import GGUFFile, open_gguf
-from jaxclt.io.names import (
-    GEMMA,
-    GPT2,
-    GPT_NEOX,
-    LLAMA,
-    QWEN,
-    Layout,
-    Row,
-    tensor_name,
-)
-from jaxclt.io.read_params import read_params
+from jaxclt.io.names import Layout, tensor_name
+from jaxclt.io.read_params import Stored, read_params
 from jaxclt.io.rope import yarn, yarn_warmth
 from jaxclt.lm.config import LMConfig, RopeScaling
 from jaxclt.types import LMParams
 
-__all__ = ["config_from_gguf", "load_gguf", "params_from_gguf"]
+__all__ = ["load_gguf"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """What llama.cpp knows of an architecture and does not write into its files."""
-
-    rows: tuple[Row, ...] = LLAMA
-    options: frozenset[str] = frozenset()  # leaves that all its models have
-    act: Literal["silu", "gelu_tanh", "gelu"] = "silu"
-    layer_norm: bool = False
-    positions: bool = False  # learned ones, nothing turns
-    partial: bool = False  # a part of the channels may turn
-    parallel: bool = False  # unless the file says
-    scales_embedding: bool = False  # by the root of the width
-    capped: bool = False  # attention scores and logits
-    period: int = 0  # all but every so manieth layer are local; 0: all alike
-    rope_local_theta: float | None = None
-    # Its largest model, told by its layers, scales queries by the width per head.
-    wide_queries: int = 0
-
-
-ARCHITECTURES = {
-    "llama": Architecture(),
-    "qwen2": Architecture(rows=QWEN, options=frozenset({"qkv_bias"})),
-    "qwen3": Architecture(rows=QWEN, options=frozenset({"qk_norm"})),
-    "gemma2": Architecture(
-        rows=GEMMA,
-        act="gelu_tanh",
-        scales_embedding=True,
-        capped=True,
-        period=2,
-        wide_queries=46,
-    ),
-    "gemma3": Architecture(
-        rows=GEMMA,
-        options=frozenset({"qk_norm"}),
-        act="gelu_tanh",
-        scales_embedding=True,
-        period=6,
-        rope_local_theta=10_000.0,
-        wide_queries=62,
-    ),
-    "gpt2": Architecture(rows=GPT2, act="gelu_tanh", layer_norm=True, positions=True),
-    # llama.cpp runs the tanh form; the models were trained with this one.
-    "gptneox": Architecture(
-        rows=GPT_NEOX, act="gelu", layer_norm=True, partial=True, parallel=True
-    ),
-}
+_FAMILIES = {family.gguf: family for family in FAMILIES.values() if family.gguf}
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-def config_from_gguf(file: GGUFFile) -> LMConfig:
-    """Config of a model from GGUF metadata.
+def load_gguf(
+    source: str | os.PathLike[str] | GGUFFile,
+    *,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+) -> tuple[LMParams, LMConfig]:
+    """Read a GGUF file: weights dequantised, query and key rows put back in halves.
+
+    Args:
+      source: the file, opened or not.
+      dtype: of the weights.
+      mesh: devices to split them over.
 
     Raises:
       InputError: for another architecture, rotary embeddings that are scaled in
-        another way than linearly, by YaRN or by factors, experts, or a missing or
-        impossible size.
+        another way than linearly, by YaRN or by factors, experts, a missing or
+        impossible size, or a missing, unknown, wrongly shaped or not finite tensor.
     """
-    name, arch = _architecture(file)
+    file = source if isinstance(source, GGUFFile) else open_gguf(source)
+    cfg = _config(file)
+    stored = Stored(
+        where=str(file.path),
+        source="gguf",
+        shapes={name: tensor.shape for name, tensor in file.tensors.items()},
+        get=file.get,
+    )
+    return read_params(stored, cfg, _layout(file, cfg), dtype=dtype, mesh=mesh), cfg
+
+
+def _config(file: GGUFFile) -> LMConfig:
+    name, family = _family(file)
     if file.meta.get(f"{name}.expert_count", 0):
         raise InputError(f"{file.path}: mixtures of experts are not supported")
     if "token_embd.weight" not in file.tensors:
@@ -97,9 +65,9 @@ def config_from_gguf(file: GGUFFile) -> LMConfig:
     d_model, n_layers = get("embedding_length", int), get("block_count", int)
     n_heads = get("attention.head_count", int)
     d_head = get("attention.key_length", int, d_model // max(n_heads, 1))
-    d_rotary = 0 if arch.positions else None
+    d_rotary = 0 if family.positions else None
     whole_head = ["attention.value_length"]
-    if arch.partial:
+    if family.partial:
         d_rotary = get("rope.dimension_count", int, d_head)
     else:
         whole_head.append("rope.dimension_count")
@@ -109,8 +77,8 @@ def config_from_gguf(file: GGUFFile) -> LMConfig:
                 f"{file.path}: {name}.{key} differs from the head size {d_head}, "
                 "which is not supported"
             )
-    window, local_theta = None, arch.rope_local_theta
-    if arch.period or f"{name}.attention.sliding_window" in file.meta:
+    window, local_theta = None, family.rope_local_theta
+    if family.period or f"{name}.attention.sliding_window" in file.meta:
         window = get("attention.sliding_window", int)
     if local_theta is not None:
         local_theta = get("rope.freq_base_swa", float, local_theta)
@@ -119,12 +87,15 @@ def config_from_gguf(file: GGUFFile) -> LMConfig:
     turning = d_head if d_rotary is None else d_rotary
     scaling, warmer = _scaling(file, name, theta, turning, n_ctx)
     query_scale = None
-    if n_layers == arch.wide_queries:
+    if n_layers == family.wide_queries:
         query_scale = (d_model / n_heads) ** -0.5
     if warmer != 1:
         query_scale = (query_scale or d_head**-0.5) * warmer
-    norm = "layer_norm" if arch.layer_norm else "layer_norm_rms"
-    parallel = file.meta.get(f"{name}.use_parallel_residual", arch.parallel)
+    biased = any(row.leaf == "norm_out_bias_D" for row in family.rows)
+    norm = "layer_norm" if biased else "layer_norm_rms"
+    parallel = file.meta.get(
+        f"{name}.use_parallel_residual", bool(family.parallel_field)
+    )
     return LMConfig(
         n_layers=n_layers,
         d_model=d_model,
@@ -140,21 +111,26 @@ def config_from_gguf(file: GGUFFile) -> LMConfig:
         rope_theta=theta,
         rope_local_theta=local_theta,
         rope_scaling=scaling,
-        act=arch.act,
+        act=family_act(family, family.defaults),
         window=window,
         query_scale=query_scale,
-        attn_cap=get("attn_logit_softcapping", float) if arch.capped else None,
+        attn_cap=get("attn_logit_softcapping", float) if _capped(family) else None,
     )
 
 
-def _architecture(file: GGUFFile) -> tuple[str, Architecture]:
+def _family(file: GGUFFile) -> tuple[str, Family]:
     name = file.meta.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if name not in _FAMILIES:
         raise InputError(
             f"{file.path}: architecture {shown(name)} is not supported; "
-            f"supported: {', '.join(ARCHITECTURES)}"
+            f"supported: {', '.join(_FAMILIES)}"
         )
-    return name, ARCHITECTURES[name]
+    return name, _FAMILIES[name]
+
+
+def _capped(family: Family) -> bool:
+    """Whether attention scores and logits are."""
+    return any((family.cap_fields or {}).values())
 
 
 def _scaling(
@@ -205,63 +181,30 @@ _YARN_PLAIN = {
 }
 
 
-def params_from_gguf(
-    file: GGUFFile,
-    cfg: LMConfig,
-    *,
-    dtype: str = "float32",
-    mesh: Mesh | None = None,
-) -> LMParams:
-    """Dequantise all weights, with query and key rows put back in halves.
-
-    Args:
-      file: the file.
-      cfg: its config.
-      dtype: of the weights.
-      mesh: devices to split them over.
-
-    Raises:
-      InputError: for a missing, unknown, wrongly shaped or not finite tensor.
-    """
-    name, arch = _architecture(file)
+def _layout(file: GGUFFile, cfg: LMConfig) -> Layout:
+    name, family = _family(file)
     # An option is on where the last of its leaves is there: q, k and v may have biases
     # of their own, but o only with them.
-    last = {row.option: row for row in arch.rows if row.option}
+    last = {row.option: row for row in family.rows if row.option}
     options = {
         option
         for option, row in last.items()
         if tensor_name(row, "gguf") in file.tensors
     }
     local = None
-    if arch.period and cfg.n_layers <= len(file.tensors):  # else it is refused below
-        local = tuple((i + 1) % arch.period != 0 for i in range(cfg.n_layers))
+    if family.period and cfg.n_layers <= len(file.tensors):  # else it is refused below
+        local = tuple((i + 1) % family.period != 0 for i in range(cfg.n_layers))
     cap = None
-    if arch.capped:
+    if _capped(family):
         cap = _getter(file, name)("final_logit_softcapping", float)
-    return read_params(
-        file.get,
-        {name: tensor.shape for name, tensor in file.tensors.items()},
-        cfg,
-        layout=Layout(
-            rows=arch.rows,
-            options=arch.options | options,
-            local=local,
-            embed_scale=cfg.d_model**0.5 if arch.scales_embedding else None,
-            logit_cap=cap,
-        ),
-        source="gguf",
-        where=str(file.path),
-        ignore=lambda name: name == _ROPE_FACTORS,  # in the config
-        dtype=dtype,
-        mesh=mesh,
+    return Layout(
+        rows=family.rows,
+        options=family.options | options,
+        unread=(_ROPE_FACTORS,),  # in the config
+        local=local,
+        embed_scale=cfg.d_model**0.5 if family.scales_embedding else None,
+        logit_cap=cap,
     )
-
-
-def load_gguf(path: str | os.PathLike[str]) -> tuple[LMParams, LMConfig]:
-    """Read a GGUF file: `open_gguf`, `config_from_gguf` and `params_from_gguf`."""
-    file = open_gguf(path)
-    cfg = config_from_gguf(file)
-    return params_from_gguf(file, cfg), cfg
 
 
 def _getter(file: GGUFFile, name: str) -> Callable[..., Any]:

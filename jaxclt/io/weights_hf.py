@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,14 @@ from jaxclt.errors import InputError
 from jaxclt.files.atomic import atomic_path
 from jaxclt.files.json_file import read_json
 from jaxclt.files.json_text import to_json
-from jaxclt.io.families import describe_hf, shape_from_hf
+from jaxclt.io.families import describe_hf
 from jaxclt.io.names import LLAMA, Layout, from_leaf, tensor_name
-from jaxclt.io.read_params import read_params
-from jaxclt.io.weights_safetensors import open_weights
+from jaxclt.io.read_params import Stored, read_params
+from jaxclt.io.weights_safetensors import locate_tensors, read_part
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import LMParams
 
-__all__ = ["config_from_hf", "config_to_hf", "load_hf", "save_hf", "shape_from_hf"]
-
-
-def config_from_hf(hf: dict[str, Any]) -> LMConfig:
-    """Config of a model from the content of its config.json, see `describe_hf`."""
-    return describe_hf(hf)[0]
+__all__ = ["config_to_hf", "load_hf", "save_hf"]
 
 
 def config_to_hf(cfg: LMConfig, params: LMParams) -> dict[str, Any]:
@@ -91,22 +85,17 @@ def load_hf(
         cfg, layout = describe_hf(hf)
     except InputError as error:
         raise InputError(f"{root}: {error}") from error
-    weights = open_weights(root)
-    stored = {_our_name(name, layout): name for name in weights.shapes}
-    if len(stored) < len(weights.shapes):
+    files = locate_tensors(root)
+    theirs = {_our_name(name, layout): name for name in files}
+    if len(theirs) < len(files):
         raise InputError(f"{root}: a tensor is there twice, under two names")
-    params = read_params(
-        lambda name, part: weights.get(stored[name], part),
-        {ours: weights.shapes[name] for ours, name in stored.items()},
-        cfg,
-        layout=layout,
-        source="hf",
-        where=str(root),
-        ignore=lambda name: _redundant(name, layout),
-        dtype=dtype,
-        mesh=mesh,
-    )
-    return params, cfg
+
+    def get(ours: str, part: tuple[slice, ...], /) -> np.ndarray:
+        return read_part(files[theirs[ours]], theirs[ours], part)
+
+    shapes = {ours: files[name].tensors[name].shape for ours, name in theirs.items()}
+    stored = Stored(str(root), "hf", shapes, get)
+    return read_params(stored, cfg, _all_unread(layout), dtype=dtype, mesh=mesh), cfg
 
 
 def save_hf(params: LMParams, cfg: LMConfig, directory: str | os.PathLike[str]) -> None:
@@ -143,12 +132,15 @@ def _our_name(name: str, layout: Layout) -> str:
     return name
 
 
-def _redundant(name: str, layout: Layout) -> bool:
-    """Tensors that carry nothing: a second copy of the embedding, or constants."""
-    tied = {row.hf for row in layout.rows if row.leaf == "unembed_DV"}
-    if name in tied - {row.hf for row in layout.rows if row.exists(layout.options)}:
-        return True
-    return any(fnmatchcase(name, x) for x in ("*rotary_emb.inv_freq", *layout.unread))
+def _all_unread(layout: Layout) -> Layout:
+    """With what carries nothing: a second copy of the embedding, and constants."""
+    tied = [
+        row.hf
+        for row in layout.rows
+        if row.leaf == "unembed_DV" and not row.exists(layout.options)
+    ]
+    unread = ("*rotary_emb.inv_freq", *tied, *layout.unread)
+    return dataclasses.replace(layout, unread=unread)
 
 
 def _options(params: LMParams) -> set[str]:

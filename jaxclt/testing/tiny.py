@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxclt.clt import params as clt_params
 from jaxclt.clt.active import Active, active_features
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.gates import GATES
@@ -24,6 +23,7 @@ from jaxclt.graph.targets import salient_targets
 from jaxclt.lm.config import LMConfig, RopeScaling
 from jaxclt.lm.run import record
 from jaxclt.replacement.local import LocalReplacement, local_replacement
+from jaxclt.testing.random_clt import random_clt
 from jaxclt.testing.random_lm import Parts, random_lm
 from jaxclt.types import CLTParams, LMParams, Recording, Targets
 
@@ -161,7 +161,7 @@ FAMILIES: dict[str, TinyFamily] = {
 }
 
 _random_lm = jax.jit(random_lm, static_argnames=("cfg", "parts", "dtype"))
-_init_clt = jax.jit(clt_params.init, static_argnames=("cfg", "dtype", "biases", "skip"))
+_init_clt = jax.jit(random_clt, static_argnames=("cfg", "dtype", "biases", "skip"))
 
 
 @partial(jax.jit, static_argnames="cfg")

@@ -12,11 +12,11 @@ from cases import CASES, case, case_active, close
 from transcoder import activate, decode, encode
 
 from jaxclt.clt.config import CLTConfig
-from jaxclt.clt.params import check
 from jaxclt.clt.sites import fold_reads, read_scale, read_site
 from jaxclt.errors import InputError
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
 from jaxclt.graph.prompt import Prompt
+from jaxclt.io.save import check_params
 from jaxclt.lm.layers import Norm
 from jaxclt.replacement.errors import error_nodes, reconstruct
 from jaxclt.testing import Tiny
@@ -147,7 +147,7 @@ def test_plt_is_a_clt_with_only_diagonal_decoders() -> None:
         ),
     )
     cfg = dataclasses.replace(t.clt_cfg, span=L)
-    check(padded, cfg)
+    check_params(padded, cfg)
     wide = dataclasses.replace(t, clt=padded, clt_cfg=cfg)
     a = dense(t)[1]
     close(decode_jit(padded, a), decode_jit(t.clt, a), 1e-14)
@@ -202,8 +202,8 @@ def test_impossible_dictionaries_are_refused(change: dict, word: str) -> None:
 
 def test_arrays_that_do_not_fit_the_config_are_refused() -> None:
     t = case("clt")
-    check(t.clt, t.clt_cfg)
+    check_params(t.clt, t.clt_cfg)
     with pytest.raises(InputError, match="W_dec"):
-        check(t.clt, dataclasses.replace(t.clt_cfg, span=2))
+        check_params(t.clt, dataclasses.replace(t.clt_cfg, span=2))
     with pytest.raises(InputError, match="W_enc_LFD"):
-        check(t.clt, dataclasses.replace(t.clt_cfg, n_features=21))
+        check_params(t.clt, dataclasses.replace(t.clt_cfg, n_features=21))

@@ -13,13 +13,13 @@ from tiny_run import tiny_model
 from transcoder import encode
 
 import jaxclt
-from jaxclt.clt import params as clt_params
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.gates import GATES, Gate, find_gate
 from jaxclt.errors import InputError
 from jaxclt.io.convert import convert
 from jaxclt.io.dictionary import load_params, save_dictionary
 from jaxclt.io.formats.targets import TARGETS
+from jaxclt.testing.random_clt import random_clt
 from jaxclt.train.params import GateName
 
 PROMPT = "w5 w9 w30 w7 w8"
@@ -43,7 +43,7 @@ def saved(tmp_path: Path) -> Path:
         n_layers=lm.n_layers, d_model=lm.d_model, n_features=24, span=2,
         activation="abs_topk", k=3,
     )  # fmt: skip
-    params = clt_params.init(jax.random.key(0), cfg)
+    params = random_clt(jax.random.key(0), cfg)
     path = tmp_path / "own"
     save_dictionary(params, cfg, path, model_name="tiny", to="jaxclt")
     return path

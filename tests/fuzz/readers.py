@@ -51,7 +51,7 @@ from jaxclt.io import dictionary, fetch
 from jaxclt.io.gguf_file import open_gguf
 from jaxclt.io.graph_file import load_graph, save_graph
 from jaxclt.io.tokenizer import load_tokenizer
-from jaxclt.io.weights_gguf import config_from_gguf, params_from_gguf
+from jaxclt.io.weights_gguf import load_gguf
 from jaxclt.io.weights_hf import load_hf, save_hf
 from jaxclt.patching import subject
 from jaxclt.serve.folder import Folder
@@ -478,7 +478,7 @@ def make_gguf(folder: Path) -> list[Path]:
 
 def open_gguf_model(folder: Path) -> None:
     file = open_gguf(folder / "m.gguf")
-    params_from_gguf(file, config_from_gguf(file))
+    load_gguf(file)
     load_tokenizer(file).encode("the cat")
 
 

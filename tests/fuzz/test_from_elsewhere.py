@@ -100,7 +100,7 @@ def test_gguf_arrays_nested_deep(tmp_path: Path):
 CHANGES: dict[str, Any] = {
     "meta is a number": ("meta", lambda x: np.array("5"), "not of type"),
     "meta is a list": ("meta", lambda x: np.array("[]"), "not of type"),
-    "meta is no text": ("meta", lambda x: np.arange(3), "meta is no text"),
+    "meta is not text": ("meta", lambda x: np.arange(3), "meta is not text"),
     "no meta": ("meta", None, "it has no meta"),
 }
 OF_GRAPH: dict[str, Any] = CHANGES | {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import typing
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from transcoder import decode, encode
 
 import jaxclt
 from jaxclt.cli import main as cli
+from jaxclt.cli.convert import ConvertFlags
 from jaxclt.clt.store import materialise
 from jaxclt.errors import InputError
 from jaxclt.io import dictionary
@@ -171,6 +173,12 @@ def test_a_failure_leaves_nothing(tmp_path: Path):
     with pytest.raises(InputError, match="NaN"):
         convert(source, tmp_path / "b", "circuit-tracer")
     assert [x.name for x in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_command_offers_every_format():
+    hints = typing.get_type_hints(ConvertFlags, include_extras=True)
+    (offered, *_) = typing.get_args(hints["to"])
+    assert typing.get_args(offered) == tuple(TARGETS)
 
 
 def run(*args: object) -> int:

@@ -18,12 +18,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxclt.clt import params as clt_params
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import ParamsStore
 from jaxclt.errors import InputError
 from jaxclt.io import dictionary
 from jaxclt.lm.config import LMConfig
+from jaxclt.testing.random_clt import random_clt
 from jaxclt.types import CLTParams
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
@@ -46,7 +46,7 @@ CONFIGS = {
 def arbitrary_params(cfg: CLTConfig, *, skip: bool = False) -> CLTParams:
     """Distinct numbers everywhere; no random bits, which would cost a compilation."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    shapes = jax.eval_shape(lambda k: clt_params.init(k, cfg, skip=skip), key)
+    shapes = jax.eval_shape(lambda k: random_clt(k, cfg, skip=skip), key)
     leaves, tree = jax.tree.flatten(shapes)
     filled = [
         jnp.asarray(np.sin(1 + i + np.arange(x.size, dtype=x.dtype)).reshape(x.shape))
@@ -131,9 +131,9 @@ def test_the_lazy_store_reads_what_the_one_in_memory_holds(tmp_path: Path, name:
                 np.testing.assert_array_equal(a, b)
         for rows in ([], [0], [9], [2, 3, 4], [7, 1, 1, 0], list(range(10))):
             index = np.array(rows, np.int32)
-            got = lazy.decoder_rows(layer, index)
+            got = lazy.decoder(layer, index)
             assert got.shape == (len(rows), cfg.n_writes(layer), cfg.d_model)
-            np.testing.assert_array_equal(got, memory.decoder_rows(layer, index))
+            np.testing.assert_array_equal(got, memory.decoder(layer, index))
         a, b = lazy.skip(layer), memory.skip(layer)
         assert (a is None) == (b is None)
         if a is not None:
@@ -222,7 +222,7 @@ def test_half_precision_is_read_in_the_dtype_it_is_stored_in(clt_dir: Path):
     file = clt_dir / "W_dec_0.safetensors"
     W = safetensors.numpy.load_file(file)["W_dec_0"].astype(jnp.dtype("bfloat16"))
     edit_tensors(file, W_dec_0=W)
-    got = dictionary.open_dictionary(clt_dir).decoder_rows(0, np.array([3, 1]))
+    got = dictionary.open_dictionary(clt_dir).decoder(0, np.array([3, 1]))
     assert got.dtype == jnp.dtype("bfloat16")
     np.testing.assert_array_equal(got, W[[3, 1]])
     edit_tensors(file, W_dec_0=np.full_like(W, np.nan))
@@ -260,9 +260,9 @@ def test_decoder_rows_do_not_read_the_decoder(tmp_path: Path):
     W[500] = np.nan
     edit_tensors(file, W_dec_0=W)
     store = dictionary.open_dictionary(tmp_path)
-    np.testing.assert_array_equal(store.decoder_rows(0, np.array([499])), W[[499]])
+    np.testing.assert_array_equal(store.decoder(0, np.array([499])), W[[499]])
     with pytest.raises(InputError, match="NaN"):
-        store.decoder_rows(0, np.array([499, 500]))
+        store.decoder(0, np.array([499, 500]))
 
 
 def test_the_hash_tells_dictionaries_apart_and_ignores_their_place(

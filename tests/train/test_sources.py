@@ -76,7 +76,7 @@ def test_rows_of_a_dataset_without_text_are_passed_over(tmp_path: Path):
     file = tmp_path / "train-00000-of-00001.parquet"
     datasets.Dataset.from_dict(rows).to_parquet(str(file))
     assert list(read_documents(f"hub:{tmp_path}")) == ["one", "two"]
-    with pytest.raises(InputError, match="row 1: `id` is no text but int"):
+    with pytest.raises(InputError, match="row 1: `id` is int, not text"):
         list(read_documents(f"hub:{tmp_path}?text=id"))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.gates import GATES
 from jaxclt.errors import InputError, shown
 from jaxclt.files.yaml_file import read_yaml
 from jaxclt.io.config_fields import whole
@@ -32,7 +33,7 @@ from jaxclt.io.formats.pieces import (
     check_tensors,
     stored_shape,
 )
-from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
+from jaxclt.io.tensors import TensorFile, open_tensors
 
 __all__ = ["WEIGHTS", "is_crosslayer", "open_crosslayer"]
 
@@ -72,8 +73,6 @@ def open_crosslayer(path: Path) -> FileStore:
                 f"{where}: {name} is {shown(config.get(name))}; this format does not "
                 f"say where it reads and writes, so add one of {', '.join(known)}"
             )
-    if not (path / WEIGHTS).is_file():
-        refuse_pickles(path)
     file = open_tensors(path / WEIGHTS)
     model = config["model"]
     parts = model.get("init_args")
@@ -81,14 +80,15 @@ def open_crosslayer(path: Path) -> FileStore:
         raise InputError(f"{where}: model has no init_args")
     folded = bool(model.get("is_folded"))
     _class(where, model, ("CrossLayerTranscoder",))
-    gate, args = _class(where, parts.get("nonlinearity"), tuple(_NONLINEARITIES))
-    act = _NONLINEARITIES[gate]
+    kind, args = _class(where, parts.get("nonlinearity"), tuple(_NONLINEARITIES))
+    act = _NONLINEARITIES[kind]
+    gate = GATES[act]
     L, D, F = stored_shape(file, "encoder.W", 3)
     plt = "decoder.W" in file.tensors
     wanted: dict[str, tuple[int, ...]] = {"encoder.W": (L, D, F)}
     wanted |= {"decoder.W": (L, F, D)} if plt else {"decoder.b": (L, D)}
     wanted |= {} if plt else {f"decoder.W_{m}": (m + 1, F, D) for m in range(L)}
-    wanted |= {"nonlinearity.theta": (1, L, F)} if act == "jumprelu" else {}
+    wanted |= {"nonlinearity.theta": (1, L, F)} if gate.switch == "theta" else {}
     optional = {"encoder.b": (L, F), "nonlinearity.bandwidth": ()}
     standard = {}
     for side in ("input_standardizer", "output_standardizer"):
@@ -107,13 +107,12 @@ def open_crosslayer(path: Path) -> FileStore:
             n_features=F,
             span=1 if plt else L,
             activation=act,
-            k=whole(args, "k", where=where, least=1) if act == "topk" else None,
+            k=whole(args, "k", where=where, least=1) if gate.competes else None,
             read=READ_OF_HOOK[config["feature_input_hook"]],
         ),
         format="crosslayer-transcoder",
         layers=tuple(
-            _layer(file, layer, L, plt=plt, act=act, standard=standard)
-            for layer in range(L)
+            _layer(file, layer, L, plt=plt, standard=standard) for layer in range(L)
         ),
         files={CONFIG: where, WEIGHTS: path / WEIGHTS},
         write=WRITE_OF_HOOK[config["feature_output_hook"]],
@@ -141,7 +140,6 @@ def _layer(
     n_layers: int,
     *,
     plt: bool,
-    act: str,
     standard: Mapping[str, bool],
 ) -> LayerFiles:
     def part(name: str, at: int = layer) -> Piece:
@@ -156,14 +154,12 @@ def _layer(
     b_dec = [] if plt else [(part("decoder.b"), std)]
     return LayerFiles(
         W_enc=Piece(file, "encoder.W", (layer,), transposed=True),
-        b_enc=part("encoder.b") if "encoder.b" in file.tensors else None,
+        b_enc=Piece.found(file, "encoder.b", layer),
         decoder=tuple(
             part("decoder.W") if plt else part(f"decoder.W_{m}") for m in targets
         ),
         b_dec=(*b_dec, *([(of("output", "mean"), 1.0)] if writes else [])),
-        theta=Piece(file, "nonlinearity.theta", (0, layer))
-        if act == "jumprelu"
-        else None,
+        theta=Piece.found(file, "nonlinearity.theta", 0, layer),
         fold=Fold(
             read_mean=of("input", "mean") if reads else None,
             read_std=of("input", "std") if reads else None,

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.gates import GATES
 from jaxclt.errors import InputError, shown
 from jaxclt.files.json_file import read_json
 from jaxclt.io.config_fields import whole
 from jaxclt.io.formats.fields import READS, WRITES, check_fields, of_layer
 from jaxclt.io.formats.pieces import FileStore, Fold, LayerFiles, Piece, check_tensors
-from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
+from jaxclt.io.tensors import TensorFile, open_tensors
 
 __all__ = ["CONFIG", "WEIGHTS", "is_decode_clt", "open_decode_clt"]
 
@@ -59,18 +60,13 @@ def open_decode_clt(path: Path) -> FileStore:
     """Open a cross-layer transcoder of decode-clt without reading its weights.
 
     Raises:
-      InputError: if it is incomplete or damaged, or has a part that is no linear map.
+      InputError: if it is incomplete or damaged, or has a part that is not linear.
     """
     where = path / CONFIG
     config = read_json(where)
     check_fields(where, config, _FIELDS)
-    sizes = [
-        whole(config, x, where=where, least=1)
-        for x in ("num_layers", "num_features", "d_model")
-    ]
-    L, F, D = sizes
-    if not (path / WEIGHTS).is_file():
-        refuse_pickles(path)
+    sizes = ("num_layers", "num_features", "d_model")
+    L, F, D = (whole(config, x, where=where, least=1) for x in sizes)
     file = open_tensors(path / WEIGHTS)
     if len(file.tensors) < L:  # said before we count up to it
         raise InputError(f"{where}: num_layers is {L}, but {file.path} holds fewer")
@@ -82,7 +78,7 @@ def open_decode_clt(path: Path) -> FileStore:
         for j in range(i, L):
             name = _decoder(tying, i, j)
             wanted |= {f"{name}.weight": (D, F), f"{name}.bias_param": (D,)}
-    wanted |= {_THETA: (L, F)} if act == "jumprelu" else {}
+    wanted |= {_THETA: (L, F)} if GATES[act].switch == "theta" else {}
     check_tensors(file, wanted)
     (read, write), model = _sites(where, config, L), config.get("model_name")
     return FileStore(
@@ -96,7 +92,7 @@ def open_decode_clt(path: Path) -> FileStore:
             read=READS[read],
         ),
         format="decode-clt",
-        layers=tuple(_layer(file, i, L, tying, act) for i in range(L)),
+        layers=tuple(_layer(file, i, L, tying) for i in range(L)),
         files={CONFIG: where, WEIGHTS: path / WEIGHTS},
         write=WRITES[write],
         model_name=model if isinstance(model, str) else None,
@@ -132,9 +128,7 @@ def _sites(where: Path, config: Mapping[str, Any], n_layers: int) -> tuple[str, 
     return found[0], found[2]
 
 
-def _layer(
-    file: TensorFile, layer: int, n_layers: int, tying: str, act: str
-) -> LayerFiles:
+def _layer(file: TensorFile, layer: int, n_layers: int, tying: str) -> LayerFiles:
     def bias(source: int) -> tuple[Piece, float]:
         return Piece(file, f"{_decoder(tying, source, layer)}.bias_param"), 1.0
 
@@ -147,6 +141,6 @@ def _layer(
             for target in range(layer, n_layers)
         ),
         b_dec=tuple(bias(source) for source in sources),
-        theta=Piece(file, _THETA, (layer,)) if act == "jumprelu" else None,
+        theta=Piece.found(file, _THETA, layer),
         fold=Fold(log_theta=True, inclusive=True),
     )

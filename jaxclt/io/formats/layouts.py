@@ -121,14 +121,16 @@ class Opened(NamedTuple):
         F, D = sizes if at.enc_axes == "FD" else sizes[::-1]
         return F, D, decoder[1] if many else 1
 
-    def layers(self, cfg: CLTConfig, fold: Fold = Fold()) -> tuple[LayerFiles, ...]:  # noqa: B008
+    def layers(
+        self, cfg: CLTConfig, fold: Fold | None = None
+    ) -> tuple[LayerFiles, ...]:
         """Where every leaf lies.
 
         Raises:
           InputError: unless every layer has exactly the tensors of the format, in the
             config's shapes.
         """
-        return tuple(self._layer(cfg, fold, i) for i in range(cfg.n_layers))
+        return tuple(self._layer(cfg, fold or Fold(), i) for i in range(cfg.n_layers))
 
     def _layer(self, cfg: CLTConfig, fold: Fold, i: int) -> LayerFiles:
         at, F, D = self.layout, cfg.n_features, cfg.d_model

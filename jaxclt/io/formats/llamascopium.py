@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxclt.clt.config import CLTConfig, ReadSite
+from jaxclt.clt.gates import GATES
 from jaxclt.errors import InputError, shown
 from jaxclt.files.json_file import read_json
 from jaxclt.io.config_fields import whole
@@ -86,13 +87,13 @@ def open_llamascopium(path: Path) -> FileStore:
     file = open_tensors(found[0])
     L, D, F = stored_shape(file, "W_E", 3)
     act = _ACTIVATIONS[config.get("act_fn", "relu")]
-    hooks = {
-        x: _hooks(where, config, x, L) for x in ("hook_points_in", "hook_points_out")
-    }
+    gate = GATES[act]
+    sides = {"hook_points_in": READS, "hook_points_out": WRITES}
+    hooks = {side: _hooks(where, config, side, L) for side in sides}
     wanted: dict[str, tuple[int, ...]] = {"W_E": (L, D, F), "b_E": (L, F)}
     for layer in range(L):
         wanted |= {f"W_D.{layer}": (layer + 1, F, D), f"b_D.{layer}": (D,)}
-    wanted |= {_THETA: (L, F)} if act == "jumprelu" else {}
+    wanted |= {_THETA: (L, F)} if gate.switch == "theta" else {}
     norms = dict.fromkeys(f"{_NORM}{h}" for names in hooks.values() for h in names)
     scaled = config.get("norm_activation", "dataset-wise") == "dataset-wise"
     check_tensors(
@@ -100,12 +101,10 @@ def open_llamascopium(path: Path) -> FileStore:
         wanted | (dict.fromkeys(norms, ()) if scaled else {}),
         dict.fromkeys(norms, ()),
     )
-    reads = [
-        of_layer(where, "hook_points_in", h, READS) for h in hooks["hook_points_in"]
-    ]
-    writes = [
-        of_layer(where, "hook_points_out", h, WRITES) for h in hooks["hook_points_out"]
-    ]
+    reads, writes = (
+        [of_layer(where, side, hook, known) for hook in hooks[side]]
+        for side, known in sides.items()
+    )
     sites: set[tuple[ReadSite, WriteSite]] = {
         (READS[r], WRITES[w]) for (_, r), (_, w) in zip(reads, writes, strict=True)
     }
@@ -120,7 +119,10 @@ def open_llamascopium(path: Path) -> FileStore:
         for name, names in hooks.items()
     }
     read, write = sites.pop()
-    by_norm = bool(config.get("sparsity_include_decoder_norm", True)) and act != "relu"
+    by_norm = (
+        bool(config.get("sparsity_include_decoder_norm", True))
+        and gate.switch != "zero"
+    )
     return FileStore(
         path=path,
         cfg=CLTConfig(
@@ -129,13 +131,12 @@ def open_llamascopium(path: Path) -> FileStore:
             n_features=F,
             span=L,
             activation=act,
-            k=whole(config, "top_k", where=where, least=1) if act == "topk" else None,
+            k=whole(config, "top_k", where=where, least=1) if gate.competes else None,
             read=read,
         ),
         format="llamascopium",
         layers=tuple(
-            _layer(file, layer, L, act, gains=gains, by_norm=by_norm)
-            for layer in range(L)
+            _layer(file, layer, L, gains=gains, by_norm=by_norm) for layer in range(L)
         ),
         files={CONFIG: where, found[0].relative_to(path).as_posix(): found[0]},
         write=write,
@@ -148,7 +149,7 @@ def _hooks(where: Path, config: Mapping[str, Any], field: str, n: int) -> list[s
         raise InputError(f"{where}: {field} must list {n} hook points")
     for name in names:
         if not isinstance(name, str):
-            raise InputError(f"{where}: {field} holds {shown(name)}, which is no name")
+            raise InputError(f"{where}: {field} holds {shown(name)}, not a name")
     return names
 
 
@@ -164,7 +165,6 @@ def _layer(
     file: TensorFile,
     layer: int,
     n_layers: int,
-    act: str,
     *,
     gains: Mapping[str, list[float]],
     by_norm: bool,
@@ -177,7 +177,7 @@ def _layer(
             Piece(file, f"W_D.{m}", (layer,)) for m in range(layer, n_layers)
         ),
         b_dec=((Piece(file, f"b_D.{layer}"), out[layer]),),
-        theta=Piece(file, _THETA, (layer,)) if act == "jumprelu" else None,
+        theta=Piece.found(file, _THETA, layer),
         fold=Fold(
             read_gain=gains["hook_points_in"][layer],
             write_gain=tuple(out[layer:]),

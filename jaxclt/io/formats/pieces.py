@@ -33,6 +33,11 @@ class Piece(NamedTuple):
     pick: tuple[int | slice, ...] = ()  # of the stored axes
     transposed: bool = False  # the two axes that are left
 
+    @classmethod
+    def found(cls, file: TensorFile, name: str, *pick: int) -> Piece | None:
+        """A part of a tensor, or None where the file lacks it."""
+        return cls(file, name, pick) if name in file.tensors else None
+
     def read(self, rows: np.ndarray | None = None) -> np.ndarray:
         """A finite copy, or one of some rows only.
 
@@ -138,13 +143,13 @@ class FileStore:
             theta_F = np.maximum(theta_F, theta_F.dtype.type(fold.theta_floor))
         return EncoderLayer(W_FD, b_F, theta_F)
 
-    def decoder_rows(self, layer: int, feature_A: np.ndarray) -> np.ndarray:
-        """Decoder rows [A, n_writes(layer), D] of the given features."""
-        return self._decoder(layer, np.asarray(feature_A))
-
-    def decoder(self, layer: int) -> np.ndarray:
-        """The whole decoder [F, n_writes(layer), D] of one layer."""
-        return self._decoder(layer, None)
+    def decoder(self, layer: int, feature_A: np.ndarray | None = None) -> np.ndarray:
+        """Decoder rows [A, n_writes(layer), D] of some features, or of all."""
+        rows = None if feature_A is None else np.asarray(feature_A)
+        with np.errstate(all="ignore"):
+            W_AMD = self._scaled_decoder(layer, rows)
+        self._check(layer, W_AMD)
+        return W_AMD
 
     def b_dec(self) -> np.ndarray:
         """Decoder biases [L, D]."""
@@ -168,12 +173,6 @@ class FileStore:
         """Folding may leave the range of numbers, where reading did not."""
         if x is not None and self.layers[layer].fold != Fold():
             check_finite(x, f"{self.path}: layer {layer} in the units of the model")
-
-    def _decoder(self, layer: int, rows: np.ndarray | None) -> np.ndarray:
-        with np.errstate(all="ignore"):
-            W_AMD = self._scaled_decoder(layer, rows)
-        self._check(layer, W_AMD)
-        return W_AMD
 
     def _scaled_decoder(self, layer: int, rows: np.ndarray | None) -> np.ndarray:
         fold, W_AMD = self.layers[layer].fold, self._raw_decoder(layer, rows)

@@ -19,7 +19,7 @@ from jaxclt.files.json_file import read_json
 from jaxclt.io.formats.fields import READS, WRITES, check_fields, contiguous, of_layer
 from jaxclt.io.formats.layouts import SAELENS, Opened
 from jaxclt.io.formats.pieces import FileStore, Fold
-from jaxclt.io.tensors import open_tensors, refuse_pickles
+from jaxclt.io.tensors import open_tensors
 
 __all__ = ["ARCHITECTURES", "CONFIG", "WEIGHTS", "is_saelens", "open_saelens"]
 
@@ -103,9 +103,6 @@ def open_saelens(path: Path) -> FileStore:
         )
     placed = [folders[i][0] for i in range(len(folders))]
     (kind,), ((read, write),) = kinds, sites
-    for folder in placed:
-        if not (folder / WEIGHTS).is_file():
-            refuse_pickles(folder)
     files, has = tuple(open_tensors(x / WEIGHTS) for x in placed), ARCHITECTURES[kind]
     opened = Opened(SAELENS, files, files, theta=has.theta, skip=has.skip)
     n_features, d_model, span = opened.sizes()

@@ -7,7 +7,7 @@ clt/width_262k_l0_medium_affine/params_layer_3.safetensors            its CLTs
 A dictionary of all layers is named by what is left of the files' names without the
 layer: ``width_16k/average_l0_70``, ``transcoder_all/width_16k_l0_small_affine``. Gemma
 Scope has other average L0s in each layer, and 70 stands for the nearest one there;
-which one that is, is told. A name that leaves a choice is refused with what there is.
+it is said which one that is. A name that leaves a choice is refused with what there is.
 
 What features read and write: Gemma Scope 2 says so beside the weights, in config.json.
 Gemma Scope does not, and its residual SAEs look the same: there `published.toml` says
@@ -192,8 +192,8 @@ def chosen_files(names: Sequence[str], wanted: str, where: str) -> list[str] | N
 def _place(path: Path) -> tuple[Path, str] | None:
     """The folder that a path to a dictionary begins with, and the dictionary's name.
 
-    The latter is none of a folder that is there: ``width_16k/average_l0_70``. None if
-    the path names no such dictionary.
+    The name is not that of a folder there: ``width_16k/average_l0_70``. None if the
+    path names no such dictionary.
     """
     for root in (path, path.parent, path.parent.parent):
         wanted = path.relative_to(root).as_posix().removeprefix(".")
@@ -238,12 +238,12 @@ def _said_beside(root: Path, books: Sequence[_Book]) -> dict[str, Any]:
         place, read = of_layer(
             file, "hf_hook_point_in", said.get("hf_hook_point_in"), READS
         )
-        behind, write = of_layer(
+        after, write = of_layer(
             file, "hf_hook_point_out", said.get("hf_hook_point_out"), WRITES
         )
-        if {place, behind} != {x.layer}:
+        if {place, after} != {x.layer}:
             raise InputError(
-                f"{file} is of layers {place} and {behind}, not of layer {x.layer}; "
+                f"{file} is of layers {place} and {after}, not of layer {x.layer}; "
                 "fetch it again"
             )
         hooks.add((HOOK_OF_READ[READS[read]], HOOK_OF_WRITE[WRITES[write]]))

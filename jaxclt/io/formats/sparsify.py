@@ -5,7 +5,7 @@ layers.N.mlp/sae.safetensors    encoder.weight [F, D], encoder.bias, W_dec [F, D
                                 b_dec, [W_skip [out, in]]
 
 A coder with `n_targets` (clt-training) has W_decs.J, b_decs.J and W_skips.J for the
-layer J behind its own in place of the last three, post_encs.J besides, and, where
+layer J after its own in place of the last three, post_encs.J besides, and, where
 `normalize_io` is set, in_norm and out_norm. What a layer's MLP is taken to write is the
 sum of what all coders say of it, in the units of that layer's own coder: times its
 out_norm. `coalesce_topk` gives all decoders to the layer that is written instead: one
@@ -36,7 +36,7 @@ from jaxclt.io.formats.pieces import (
     check_tensors,
     stored_shape,
 )
-from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
+from jaxclt.io.tensors import TensorFile, open_tensors
 
 __all__ = ["ACTIVATIONS", "CONFIG", "WEIGHTS", "is_sparsify", "open_sparsify"]
 
@@ -54,7 +54,7 @@ _FIELDS: dict[str, tuple[Any, ...] | None] = {
     "activation": tuple(ACTIVATIONS),
     "transcode": (True,),
     "signed": (False,),
-    "embed_skip": (False,),  # these two add what is no function of the MLP's input
+    "embed_skip": (False,),  # these two add what is not a function of the MLP's input
     "gram_lookup": (False,),
     "coalesce_topk": ("none", "concat", "per-layer"),
     "topk_coalesced": (False,),  # one choice among all layers' features
@@ -81,13 +81,14 @@ class _Coder(NamedTuple):
         return self.config.get("n_targets") or 1
 
     @property
+    def scaled(self) -> bool:
+        """Whether features are scaled after the encoder, for each target."""
+        return bool(self.config.get("post_encoder_scale"))
+
+    @property
     def coalesce(self) -> str:
         """Whose the decoders are."""
         return self.config.get("coalesce_topk") or "none"
-
-    def number(self, name: str) -> float:
-        """A tensor of one value."""
-        return float(self.file.read(name).reshape(-1)[0])
 
 
 def is_sparsify(path: Path) -> bool:
@@ -99,7 +100,7 @@ def open_sparsify(path: Path) -> FileStore:
     """Open the coders of a sparsify or clt-training run without reading their weights.
 
     Raises:
-      InputError: if it is incomplete or damaged, or its coders are none of MLPs.
+      InputError: if it is incomplete or damaged, or its coders are not of MLPs.
     """
     coders = _coders(path)
     F, D = stored_shape(coders[0].file, "encoder.weight", 2)
@@ -153,8 +154,6 @@ def _coders(path: Path) -> list[_Coder]:
         check_fields(where, config, _FIELDS)
         if "transcode" not in config:
             raise InputError(f"{where} does not say that it transcodes: it is an SAE")
-        if not (where.parent / WEIGHTS).is_file():
-            refuse_pickles(where.parent)
         file = open_tensors(where.parent / WEIGHTS)
         found[int(layer[1])] = _Coder(file, config, where)
     contiguous(path, found)
@@ -209,9 +208,7 @@ def _shapes(
     single += [("post_enc", coder.multi, (F,)), ("post_enc_scale", coder.multi, (F,))]
     for name, many, shape in single:
         names = [f"{name}s.{j}" for j in range(coder.n_targets)] if many else [name]
-        may = name == "post_enc" or (
-            name == "post_enc_scale" and not config.get("post_encoder_scale")
-        )
+        may = name == "post_enc" or (name == "post_enc_scale" and not coder.scaled)
         (optional if may else wanted).update(dict.fromkeys(names, shape))
         optional |= {name: shape} if many and not may else {}
     if config.get("normalize_io"):
@@ -222,7 +219,10 @@ def _shapes(
 def _layer(coders: list[_Coder], layer: int, cfg: CLTConfig) -> LayerFiles:
     coder, root = coders[layer], cfg.d_model**0.5
     targets = range(layer, layer + cfg.n_writes(layer))
-    scales = [_post_scale(coder, j) for j in range(cfg.n_writes(layer))]
+    scales = [
+        Piece(coder.file, _listed(coder, "post_enc_scale", j))
+        for j in range(cfg.n_writes(layer) if coder.scaled else 0)
+    ]
     sources = range(max(0, layer - cfg.span + 1), layer + 1)
     own = coder.multi and coder.coalesce == "none"
     b_dec = [
@@ -247,7 +247,7 @@ def _layer(coders: list[_Coder], layer: int, cfg: CLTConfig) -> LayerFiles:
         fold=Fold(
             read_gain=read_gain,
             write_gain=tuple(_gain(coders, layer, target, cfg) for target in targets),
-            row_gain=tuple(x for x in scales if x is not None),
+            row_gain=tuple(scales),
         ),
     )
 
@@ -284,13 +284,8 @@ def _gain(coders: list[_Coder], source: int, target: int, cfg: CLTConfig) -> flo
 
 
 def _positive(coder: _Coder, name: str) -> float:
-    value = coder.number(name)
+    """A tensor of one value."""
+    value = float(coder.file.read(name).reshape(-1)[0])
     if not value > 0:
         raise InputError(f"{coder.file.path}: {name} is {value}, it must be above 0")
     return value
-
-
-def _post_scale(coder: _Coder, j: int) -> Piece | None:
-    if not coder.config.get("post_encoder_scale"):
-        return None
-    return Piece(coder.file, _listed(coder, "post_enc_scale", j))

@@ -66,7 +66,7 @@ def open_files(path: Path, supplement: Mapping[str, Any] | None = None) -> FileS
       supplement: what its config.yaml should say but does not.
 
     Raises:
-      InputError: if it is in none of them, or damaged.
+      InputError: if it is in no such format, or damaged.
     """
     if is_pickle(path):
         raise InputError(pickle_message(path))
@@ -82,7 +82,7 @@ def open_files(path: Path, supplement: Mapping[str, Any] | None = None) -> FileS
 
 
 def config_files(names: Sequence[str]) -> list[str]:
-    """Which of a folder's files describe a dictionary; none if there is no such."""
+    """Which of a folder's files describe a dictionary; none if there are none."""
     if CONFIG in names:
         return [x for x in (CONFIG, LABELS) if x in names]
     # a run of sparsify has both, and only the latter describe it

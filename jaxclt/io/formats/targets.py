@@ -125,12 +125,7 @@ TARGETS: dict[str, Target] = {
         _saelens,
         _UNNAMED,
         plt=SAELENS,
-        short={
-            "scan": (
-                lambda cfg, about: about.scan is not None,
-                "saelens has no place for `scan`",
-            ),
-        },
+        unsaid=("scan",),
         float32=True,
         clips=True,
     ),
@@ -146,15 +141,8 @@ TARGETS: dict[str, Target] = {
                 "its coders write ahead of a norm after the MLP; in a model that has "
                 "none nothing is lost",
             ),
-            "model_name": (
-                lambda cfg, about: about.model_name is not None,
-                "sparsify has no place for `model_name`",
-            ),
-            "scan": (
-                lambda cfg, about: about.scan is not None,
-                "sparsify has no place for `scan`",
-            ),
         },
+        unsaid=("model_name", "scan"),
     ),
     # all that a transcoder here can be
     "jaxclt": Target(_yaml, None, plt=OWN, clt=OWN),

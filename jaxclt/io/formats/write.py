@@ -58,7 +58,8 @@ class Target(NamedTuple):
       plt: where its tensors lie for dictionaries of span 1, None: it has none such.
       clt: the same for those of a larger span.
       reads: what its encoders may read.
-      short: for what it can say in part only, when that matters, and what is lost.
+      unsaid: fields of `About` that it has no place for.
+      short: what else may be lost: when it is, and why.
       float32: half precision is widened.
       clips: activations are clipped at zero ahead of their thresholds.
     """
@@ -68,6 +69,7 @@ class Target(NamedTuple):
     plt: Layout | None
     clt: Layout | None = None
     reads: tuple[ReadSite, ...] = tuple(HOOK_OF_READ)
+    unsaid: tuple[str, ...] = ()
     short: Mapping[str, tuple[Callable[[CLTConfig, About], bool], str]] = {}
     float32: bool = False
     clips: bool = False
@@ -109,10 +111,15 @@ def losses(name: str, target: Target, cfg: CLTConfig, about: About) -> dict[str,
             f"{name} has only coders that read {', '.join(target.reads)}, but this one "
             f"reads {cfg.read}; choose another format"
         )
-    return {
+    lost = {
         what: why.format(span=cfg.span)
         for what, (is_so, why) in target.short.items()
         if is_so(cfg, about)
+    }
+    return lost | {
+        field: f"{name} has no place for `{field}`"
+        for field in target.unsaid
+        if getattr(about, field) is not None
     }
 
 
@@ -144,13 +151,13 @@ def write_files(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     some = next(x for x in folder.rglob("*") if x.is_file())
-    mode, every = stat.S_IMODE(some.stat().st_mode), np.arange(cfg.n_features)
+    mode = stat.S_IMODE(some.stat().st_mode)
     b_dec_LD = np.asarray(store.b_dec())
     for i in range(cfg.n_layers):
         layer = Layer(
             i,
             store.encoder(i),
-            np.asarray(store.decoder_rows(i, every)),
+            np.asarray(store.decoder(i)),
             b_dec_LD[i],
             store.skip(i) if about.skip else None,
         )

@@ -1,4 +1,4 @@
-"""Random dictionaries, and the check that arrays and config agree."""
+"""Random parameters of a transcoder of any shape."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxclt.clt.config import CLTConfig
-from jaxclt.errors import InputError
 from jaxclt.types import CLTParams
 
-__all__ = ["check", "init"]
+__all__ = ["random_clt"]
 
 
-def init(
+def random_clt(
     key: Array,
     cfg: CLTConfig,
     *,
@@ -69,36 +68,3 @@ def init(
         ),
         W_skip_LDD=leaf["W_skip_LDD"] if skip else None,
     )
-
-
-def check(params: CLTParams, cfg: CLTConfig) -> None:
-    """Raise InputError unless every array has the shape that `cfg` states."""
-    L, F, D = cfg.n_layers, cfg.n_features, cfg.d_model
-    wanted = {
-        "W_enc_LFD": (L, F, D),
-        "b_enc_LF": (L, F),
-        "b_dec_LD": (L, D),
-        "theta_LF": (L, F),
-        "W_skip_LDD": (L, D, D),
-    }
-    for name, shape in wanted.items():
-        leaf = getattr(params, name)
-        if leaf is not None and leaf.shape != shape:
-            raise InputError(
-                f"dictionary: {name} has shape {leaf.shape}, its config needs {shape}"
-            )
-    if (params.theta_LF is None) == (cfg.gate.switch == "theta"):
-        raise InputError(
-            f"dictionary: activation {cfg.activation} and "
-            f"{'no ' if params.theta_LF is None else ''}thresholds do not go together"
-        )
-    if len(params.W_dec) != L:
-        raise InputError(
-            f"dictionary: {len(params.W_dec)} decoder layers, its config needs {L}"
-        )
-    for layer, W in enumerate(params.W_dec):
-        if W.shape != (F, cfg.n_writes(layer), D):
-            raise InputError(
-                f"dictionary: W_dec[{layer}] has shape {W.shape}, its config needs "
-                f"{(F, cfg.n_writes(layer), D)}"
-            )
