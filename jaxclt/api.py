@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxclt.clt.coder import Dictionary
-from jaxclt.errors import did_you_mean
+from jaxclt.errors import options_of
 from jaxclt.files.atomic import atomic_path
 from jaxclt.graph import prune as pruning
 from jaxclt.graph.attribute import AttributeConfig
@@ -60,18 +60,11 @@ def attribute(
     Raises:
       InputError: for input that does not fit the model.
     """
-    known = {field.name for field in dataclasses.fields(AttributeConfig)}
-    unknown = set(config) - known
-    if unknown:
-        raise TypeError(
-            f"attribute() has no option {sorted(unknown)[0]!r}; there are "
-            f"{', '.join(sorted(known))}{did_you_mean(sorted(unknown)[0], known)}"
-        )
     return trace_prompt(
         model,
         dictionary,
         dataclasses.replace(Opened.of(prompt), bos=bos),
-        config=AttributeConfig(**config),
+        config=options_of(AttributeConfig, "attribute", config),
         targets=targets,
         on_rows=partial(logged(), "attributing"),
     ).graph

@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import reprlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
 __all__ = ["InputError", "check_at_least", "check_choice", "check_finite"]
 __all__ += ["check_positive", "check_share", "did_you_mean", "first_line"]
-__all__ += ["on_one_line", "shown"]
+__all__ += ["on_one_line", "options_of", "shown"]
+
+Options = TypeVar("Options")
 
 _MOST = 292  # characters of a message: 300 with "jaxclt: " before it
 _HEAD = 190  # of them ahead of what is left out
@@ -84,6 +87,26 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if not close or by_lower[close[0]] == name:
         return ""
     return f'; did you mean "{by_lower[close[0]]}"?'
+
+
+def options_of(kind: type[Options], call: str, given: Mapping[str, Any]) -> Options:
+    """Options that a call was given by keyword.
+
+    Args:
+      kind: their dataclass.
+      call: name of the function, for the message.
+      given: the keyword arguments.
+
+    Raises:
+      TypeError: for one that there is not.
+    """
+    known = getattr(kind, "__dataclass_fields__", {})
+    for name in sorted(set(given) - set(known)):
+        raise TypeError(
+            f"{call}() has no option {name!r}; there are {', '.join(sorted(known))}"
+            f"{did_you_mean(name, known)}"
+        )
+    return kind(**given)
 
 
 def check_at_least(

@@ -9,8 +9,9 @@ from typing import Annotated
 from tyro.conf import arg
 
 from jaxclt.cli.common import answer, load, table
-from jaxclt.cli.flags import AsJson, Context, Debug, ModelName, TextSource, Tokens
+from jaxclt.cli.flags import AsJson, Debug, ModelName, TextSource
 from jaxclt.cli.progress import Run
+from jaxclt.dashboards.gather import FeatureOptions
 from jaxclt.errors import check_at_least
 from jaxclt.files.json_text import to_json
 
@@ -18,12 +19,8 @@ __all__ = ["FeaturesFlags", "run_features"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FeaturesFlags:
-    """What features respond to: examples from text, histograms, tokens they raise.
-
-    Writes feature files that `jaxclt view --features` and other viewers read, and
-    report.json. The same command resumes an interrupted run.
-    """
+class _Source:
+    """What `jaxclt --help` shows before the options."""
 
     model: ModelName
     dictionary: Annotated[str, arg(metavar="D")]
@@ -35,43 +32,33 @@ class FeaturesFlags:
     features: str = "all"
     """all; top:K, the K that fire most often; or a file: lines LAYER:FEATURE, a .json
     list of pairs, or a .npz with layer_U and feature_U."""
-    tokens: Tokens = 1_000_000
-    context: Context = 256
-    excerpt: int = 32
-    """Tokens of an example, three quarters of them before its peak."""
-    top: int = 16
-    """Examples of each feature with the largest activations."""
-    drawn: int = 24
-    """Examples drawn at random among the windows where a feature is active."""
-    histogram_every: int = 8
-    """Histograms are of one window in this many; counts and extremes are of all."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeaturesFlags(FeatureOptions, _Source):
+    """What features respond to: examples from text, histograms, tokens they raise.
+
+    Writes feature files that `jaxclt view --features` and other viewers read, and
+    report.json. The same command resumes an interrupted run.
+    """
+
     labels: str = ""
     """Let a chat model label every feature: http://HOST/v1#MODEL (OpenAI-compatible;
     key in OPENAI_API_KEY). Writes labels.json, each label beginning with "auto: "."""
     labels_budget: int | None = None
     """Tokens after which no more labels are asked for."""
-    loose: bool = False
-    """Also write one file per feature, features/NUMBER.json."""
     json: AsJson = False
     debug: Debug = False
 
 
 def run_features(flags: FeaturesFlags, run: Run) -> None:
     """Gather, write, print."""
-    from jaxclt.dashboards.gather import check_options, feature_dashboards
+    from jaxclt.dashboards.gather import feature_dashboards
     from jaxclt.evaluation.http_client import Client, ClientOptions
     from jaxclt.evaluation.labels import automatic_labels
-    from jaxclt.files.atomic import atomic_path
+    from jaxclt.files.atomic import write_text
     from jaxclt.io.dictionary import LABELS
 
-    check_options(
-        tokens=flags.tokens,
-        context=flags.context,
-        excerpt=flags.excerpt,
-        top=flags.top,
-        drawn=flags.drawn,
-        histogram_every=flags.histogram_every,
-    )
     check_at_least(1, labels_budget=flags.labels_budget)
     run.own(flags.out, makes="run")
     client = None
@@ -89,14 +76,8 @@ def run_features(flags: FeaturesFlags, run: Run) -> None:
             dictionary,
             flags.data,
             flags.out,
+            flags,
             features=flags.features,
-            tokens=flags.tokens,
-            context=flags.context,
-            excerpt=flags.excerpt,
-            top=flags.top,
-            drawn=flags.drawn,
-            histogram_every=flags.histogram_every,
-            loose=flags.loose,
             on_stage=stages,
         )
         if client is not None:
@@ -106,9 +87,8 @@ def run_features(flags: FeaturesFlags, run: Run) -> None:
                 model.tokenizer.token_strings,
                 on_label=lambda done, total: stages("labels", done, total),
             )
-            with atomic_path(flags.out / LABELS) as temporary:
-                text = to_json(labels, indent=0, ensure_ascii=False)
-                temporary.write_text(text, encoding="utf-8")
+            text = to_json(labels, indent=0, ensure_ascii=False)
+            write_text(flags.out / LABELS, text)
             report["labels"] = {"by": flags.labels, "n": len(labels)} | client.usage
     rate = report.get("tokens_per_second")
     rows = {

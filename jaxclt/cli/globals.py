@@ -13,7 +13,7 @@ from rich.table import Table
 from tyro.conf import arg
 
 from jaxclt.cli.common import answer, load, page_line, table
-from jaxclt.cli.flags import AsJson, Context, Debug, ModelName, TextSource, Tokens
+from jaxclt.cli.flags import AsJson, Context, Debug, ModelName, TextSource
 from jaxclt.cli.progress import Run
 from jaxclt.errors import InputError, check_at_least
 
@@ -41,7 +41,8 @@ class GlobalsFlags:
     """top:K, the K that fire most often; all (pairs that ever fire together are kept,
     sparsely); or a file: lines LAYER:FEATURE, a .json list of pairs, or a .npz with
     layer_U and feature_U."""
-    tokens: Tokens = 200_000
+    tokens: int = 200_000
+    """Tokens of text to look at; first positions and special tokens do not count."""
     context: Context = 256
     top: int = 32
     """Links kept: this many inputs and outputs of every feature by each of |V|, |ERA|

@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from jaxclt.runs.lock import held
+from jaxclt.runs.kept import owned
 from jaxclt.runs.pace import Pace, rate_text
 
 __all__ = ["Interrupted", "Run", "Stages", "Stop", "lines", "progress", "running"]
@@ -231,15 +231,12 @@ class Run:
 
         Args:
           out: directory.
-          makes: see `jaxclt.trace.files.check_writable`.
+          makes: see `jaxclt.runs.kept.owned`.
 
         Raises:
           InputError: if it cannot be written, or another command holds it.
         """
-        from jaxclt.trace.files import check_writable
-
-        self._stack.enter_context(held(out))
-        check_writable(out, makes=makes)
+        self._stack.enter_context(owned(out, makes=makes))
 
     def warn(self, text: str) -> None:
         """Print a warning."""

@@ -47,11 +47,12 @@ class ReopenFlags:
           InputError: if trace did not write the directory, it cannot be written, or
             they are not the traced ones.
         """
-        from jaxclt.trace.files import check_writable
+        from jaxclt.runs.kept import owned
 
         # The place to write to is checked before anything long begins.
         check_traced(directory)
-        check_writable(directory)
+        with owned(directory):
+            pass
         use_compilation_cache()
         from jaxclt.patching.subject import reopen
 

@@ -16,8 +16,7 @@ import jax
 import numpy as np
 import orjson
 
-from jaxclt.errors import InputError
-from jaxclt.files.atomic import atomic_path, sweep
+from jaxclt.files.atomic import atomic_path, write_text
 from jaxclt.files.json_text import to_json
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.graph import Graph
@@ -25,22 +24,15 @@ from jaxclt.graph.paths import describe_paths, strongest_paths
 from jaxclt.graph.prune import restrict
 from jaxclt.graph.scores import scores
 from jaxclt.io.graph_file import save_graph
-from jaxclt.runs.lock import held
 from jaxclt.trace.pages import grouped_ids, with_saved_view, write_page
 from jaxclt.trace.prompt import Traced
 from jaxclt.types import Supernode
 from jaxclt.version import __version__
 from jaxclt.viewer.graph_json import graph_json, validate
 
-__all__ = ["FULL_GRAPH_BYTES", "MAKES", "check_writable", "scores_json", "write_trace"]
+__all__ = ["FULL_GRAPH_BYTES", "scores_json", "write_trace"]
 
 FULL_GRAPH_BYTES = 512 << 20  # larger graphs are saved pruned unless asked otherwise
-# What tells which command a directory is of.
-MAKES = {
-    "trace": ("a traced graph", ("graph.npz",)),
-    "globals": ("global weights", ("statistics.npz", "partial.npz")),
-    "run": ("a run of features or train", ("run.json",)),
-}
 
 
 def write_trace(
@@ -85,34 +77,9 @@ def write_trace(
         temporary.write_bytes(orjson.dumps(doc))
     report["graph"]["saved"] = "pruned" if small else "full"
     report["timing_s"]["write"] = round(time.perf_counter() - started, 3)
-    _write_text(out / "report.json", to_json(report, indent=1, ensure_ascii=False))
+    write_text(out / "report.json", to_json(report, indent=1, ensure_ascii=False))
     write_page(out, doc=doc)
     return report
-
-
-def check_writable(out: str | os.PathLike[str], *, makes: str = "") -> None:
-    """Raise InputError now if `out` cannot be written later, or another command does.
-
-    Leaves nothing there; what killed commands left unfinished is removed.
-
-    Args:
-      out: directory.
-      makes: what of `MAKES` is to be written. What another command made has a
-        report and a page of the same names, which would be lost.
-    """
-    for kind, (what, names) in MAKES.items():
-        there = any(os.path.exists(Path(out) / name) for name in names)
-        if makes and kind != makes and there:
-            raise InputError(
-                f"{out} holds {what}, whose report would be replaced: give another "
-                "--out"
-            )
-    with held(out):
-        probe = Path(out) / ".jaxclt"
-        with atomic_path(probe):
-            pass
-        probe.unlink()
-        sweep(out)
 
 
 def scores_json(graph: Graph) -> dict[str, Any]:
@@ -197,8 +164,3 @@ def _environment(traced: Traced) -> dict[str, Any]:
 
 def _bytes(graph: Graph) -> int:
     return graph.edge_RN.nbytes + graph.pruning.keep_edge_RN.nbytes
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

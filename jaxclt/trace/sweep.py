@@ -15,18 +15,23 @@ from typing import Any
 
 from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
-from jaxclt.files.atomic import atomic_path
-from jaxclt.files.json_file import parse_json, read_json
+from jaxclt.files.atomic import write_text
+from jaxclt.files.json_file import TEXT, json_schema, record
 from jaxclt.files.json_text import to_json
+from jaxclt.files.lines import read_lines
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.io.chat import is_chat
 from jaxclt.io.model import Model
+from jaxclt.runs.kept import intact_json
 from jaxclt.runs.pace import logged
 from jaxclt.text.prompts import Given, Opened, Prompt, read_prompts
 from jaxclt.trace.files import write_trace
 from jaxclt.trace.prompt import identity, trace_prompt
 
 __all__ = ["read_prompts", "sweep_prompts"]
+
+_LINE = json_schema(record({"directory": TEXT}))
+_REPORT = json_schema(record({x: {"type": "object"} for x in ("identity", "scores")}))
 
 
 def sweep_prompts(
@@ -87,34 +92,23 @@ def sweep_prompts(
             line |= {"status": "failed", "error": str(error)}
         index.append(line)
         ahead = [before[f.name] for f in folders[i + 1 :] if f.name in before]
-        with atomic_path(out / "index.jsonl") as temporary:
-            rows = (to_json(x, ensure_ascii=False) + "\n" for x in index + ahead)
-            temporary.write_text("".join(rows), encoding="utf-8")
+        rows = (to_json(x, ensure_ascii=False) + "\n" for x in index + ahead)
+        write_text(out / "index.jsonl", "".join(rows))
         told(i + 1, len(prompts))
     return index
 
 
 def _index(out: Path) -> dict[str, dict[str, Any]]:
-    """The lines of an earlier run by directory, without those that cannot be read."""
-    found = {}
-    try:
-        for text in (out / "index.jsonl").read_text(encoding="utf-8").splitlines():
-            line = parse_json(text, out)
-            found[line["directory"]] = line
-    except (OSError, ValueError, InputError, KeyError, TypeError):
-        pass
-    return found
+    """The lines of an earlier run by directory; damaged ones are skipped."""
+    return {row["directory"]: row for row in read_lines(out / "index.jsonl", _LINE)}
 
 
 def _finished(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The report of an earlier run of exactly this, if it got to its last file."""
     if not (folder / "index.html").exists():
         return None
-    try:
-        report = read_json(folder / "report.json")
-    except InputError:
-        return None
-    return report if report.get("identity") == wanted else None
+    report = intact_json(folder / "report.json", _REPORT)
+    return report if report and report["identity"] == wanted else None
 
 
 def _slug(given: Given) -> str:
