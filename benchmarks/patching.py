@@ -99,7 +99,6 @@ def main() -> None:
     import jax
 
     import jaxclt
-    from jaxclt.patching.batch import default_range
     from jaxclt.patching.change import Change, batched
     from jaxclt.patching.patchable import How
     from jaxclt.patching.subject import Subject
@@ -112,7 +111,7 @@ def main() -> None:
     live = order[graph.value_A[order] != 0]
     node = np.asarray(jax.random.permutation(jax.random.key(0), live))[: args.n]
     node_3 = np.stack([graph.layer_A, graph.pos_A, graph.feature_A], 1)[node]
-    span, ask = subject.patchable.coder.shape.span, subject.ask()
+    ask = subject.ask()
 
     def ablation(node_E3: Any) -> Change:
         return batched(Change.of(subject.gather(node_E3)), [1] * len(node_E3))
@@ -123,14 +122,7 @@ def main() -> None:
 
     def run(mode: Any) -> list[str]:
         how = How(mode=mode)
-        layers = np.array(
-            [
-                default_range(
-                    place[:1], span=span, n_layers=model.cfg.n_layers, mode=mode
-                )
-                for place in node_3
-            ]
-        )
+        layers = np.array([subject.layer_range(None, x[:1], mode) for x in node_3])
 
         def call(change: Change, rows: Any, chunk: int | None = None) -> Any:
             return subject.effects(change, rows, how, ask, chunk=chunk)

@@ -37,8 +37,8 @@ from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.explain import EdgeParts, edge_parts
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.inhibition import Inhibition, find_inhibition
-from jaxclt.graph.nodes import find_node
-from jaxclt.graph.paths import Path, describe_paths, node_name, strongest_paths
+from jaxclt.graph.nodes import find_node, node_name
+from jaxclt.graph.paths import Path, describe_paths, strongest_paths
 from jaxclt.graph.scores import Scores, path_length_curve, scores
 from jaxclt.graph.supernodes import (
     SupernodeGraph,

@@ -11,7 +11,7 @@ from test_cli import DICTIONARY, MODEL, PROMPT, run, trace
 
 import jaxclt
 from jaxclt.graph import heads
-from jaxclt.graph.paths import node_name
+from jaxclt.graph.nodes import node_name
 
 
 @pytest.fixture(scope="module")

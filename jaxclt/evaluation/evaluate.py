@@ -136,21 +136,25 @@ def choose_prompts(
         lengths = (1, token_WS.shape[1])
     size = min(token_WS.shape[1], lengths[1])
     order = np.asarray(jax.random.permutation(key, len(token_WS)))[:SEARCHED]
-    token_WS, next_WS = token_WS[order, :size], text.next_WS[order, :size]
+    token_WS, next_WS, ask_WS = (
+        x_WS[order, :size] for x_WS in (token_WS, text.next_WS, text.ask_WS)
+    )
+
+    def picked(good_WS: np.ndarray) -> list[Sequence[int]]:
+        return pick_prompts(token_WS, good_WS, options.graphs, key, lengths=lengths)
+
+    found = [] if strict else picked(ask_WS)
     good_WS = np.zeros(token_WS.shape, bool)
-    if not strict:
-        good_WS = text.ask_WS[order, :size]
     for start in range(0, len(token_WS) if strict else 0, 32):
         here = slice(start, start + 32)
         said_WS, sure_WS = predict(model.params, token_WS[here], cfg=model.cfg)
-        good_WS[here] = text.ask_WS[order, :size][here] & graph_filter(
+        good_WS[here] = ask_WS[here] & graph_filter(
             token_WS[here], said_WS, sure_WS, next_WS[here], text.count_V
         )
-        found = pick_prompts(token_WS, good_WS, options.graphs, key, lengths=lengths)
+        found = picked(good_WS)
         on_stage("prompts of the paper's filter", len(found), options.graphs)
         if len(found) == options.graphs:
             break
-    found = pick_prompts(token_WS, good_WS, options.graphs, key, lengths=lengths)
     if len(found) < 2:
         raise InputError(
             f"{len(found)} prompts of the text pass the filter: give more --data, or "

@@ -99,9 +99,9 @@ def attention_share(graph: Graph) -> tuple[float, float]:
     total_R = shares_total(graph)
     every_N, _ = solve_walk(edge_RN, total_R, weight_K)
     stays_N, _ = solve_walk(stay_RN.astype(edge_RN.dtype), total_R, weight_K)
-    ends = np.r_[graph.error_cols, graph.embed_cols]
     found = []
-    for columns in (ends, np.r_[graph.embed_cols]):
+    for ends in (("error", "input"), ("input",)):
+        columns = graph.layout.ends(*ends)
         total = float(every_N[columns].sum())
         stayed = float(stays_N[columns].sum())
         found.append(1 - stayed / total if total > 0 else float("nan"))

@@ -98,9 +98,9 @@ def _with_provenance(p: Prompt, graph: Graph, selected: np.ndarray) -> Graph:
     error_LTD = p.error_LTD[:, :T]
     embed_TD = np.asarray(p.recording.embed_TD)[:T]
     direct_RN = direct_edges(nodes, error_LTD, embed_TD, rows)
-    own = dataclasses.replace(p, active=nodes).written()
-    if own_rows := {len(selected) + k: edge_N for k, edge_N in own}:
-        direct_RN = add_rows(direct_RN, own_rows)
+    written = dataclasses.replace(p, active=nodes).written()
+    if rows_of_targets := {len(selected) + k: edge_N for k, edge_N in written}:
+        direct_RN = add_rows(direct_RN, rows_of_targets)
     is_node_N = np.ones(graph.edge_RN.shape[1], bool)
     is_node_N[p.ignored_columns(len(selected))] = False
     graph = dataclasses.replace(graph, direct_RN=only_columns(direct_RN, is_node_N))

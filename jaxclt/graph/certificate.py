@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 
 from jaxclt.graph.graph import Graph
+from jaxclt.graph.kinds import KINDS
 
 __all__ = ["Certificate", "certificate"]
 
@@ -34,14 +35,17 @@ def certificate(graph: Graph) -> Certificate:
     rows = np.flatnonzero(graph.attributed_R)
     signed = graph.bias_R.astype(np.float64) + graph.rest_R - graph.readout_R
     absolute = np.abs(graph.bias_R).astype(np.float64) + graph.rest_abs_R
-    error = np.zeros(len(signed))
+    bias, error = np.abs(graph.bias_R).astype(np.float64), np.zeros(len(signed))
     # Row by row blocks: the edge matrix is large and need not be copied to float64.
     for start in range(0, len(rows), 512):
         part = rows[start : start + 512]
         edge = graph.edge_RN[part].astype(np.float64)
         signed[part] += edge.sum(1)
         absolute[part] += np.abs(edge).sum(1)
-        error[part] = np.abs(edge[:, graph.error_cols]).sum(1)
+        for kind in graph.layout.sources:
+            size = {"bias": bias, "error": error}.get(KINDS[kind].ends or "")
+            if size is not None:
+                size[part] += np.abs(edge[:, graph.layout.nodes[kind]]).sum(1)
     safe = np.where(absolute > 0, absolute, 1)[rows]
     if len(rows) == 0:
         return Certificate(
@@ -49,7 +53,7 @@ def certificate(graph: Graph) -> Certificate:
         )
     return Certificate(
         max_relative_row_error=float((np.abs(signed[rows]) / safe).max()),
-        bias_share=float((np.abs(graph.bias_R[rows]) / safe).mean()),
+        bias_share=float((bias[rows] / safe).mean()),
         rest_share=float((graph.rest_abs_R[rows] / safe).mean()),
         error_share=float((error[rows] / safe).mean()),
     )

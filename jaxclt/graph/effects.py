@@ -1,9 +1,8 @@
 """Signed total effects: what removing a feature does to the targets, all paths counted.
 
-In the local replacement model every path is a product of linear weights while gates
-stay as they are, and no path passes a feature twice. A target is therefore affine in a
-factor M on one feature's activation, with slope the total effect: the derivative at
-M = 1, and also exactly what a change of any size does (ablation, M = 0, subtracts it).
+While gates stay as they are, a target is affine in a factor on one feature's
+activation, with the total effect for its slope: what a change of any size does, too
+(maths 9.1; ablation subtracts it).
 
 Gates: that is the model with every other feature's gate frozen. A feature that the
 change would switch on or off (a JumpReLU crossing its threshold, a different top-k) is
@@ -29,8 +28,7 @@ __all__ = ["solve_total_effect"]
 def solve_total_effect(graph: Graph, *, block: int = BLOCK) -> np.ndarray:
     """Signed total effect of every feature on every target, [K, A].
 
-    `jaxclt.graph.influence.total_effect` for a large graph on the host: solves
-    ``y (diag(value) - A_ff) = A_kf`` block by block, then the effect is y times value.
+    Solves ``y (diag(value) - A_ff) = A_kf`` by blocks; the effect is y times value.
 
     Args:
       graph: attributed.

@@ -12,10 +12,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.nodes import find_column, find_row
-from jaxclt.graph.paths import node_name
+from jaxclt.graph.nodes import facts, find_column, find_row, node_name
+from jaxclt.graph.shares import whole_input
 
 __all__ = ["EdgeParts", "edge_parts"]
 
@@ -83,28 +85,27 @@ def edge_parts(graph: Graph, source: str, target: str) -> EdgeParts:
       InputError: if there is no such node or edge.
     """
     col, row = find_column(graph, source), find_row(graph, target)
-    N, A = graph.edge_RN.shape[1], graph.n_features
-    names = node_name(graph, col), node_name(graph, row if row < A else row - A + N)
+    names = node_name(graph, col), node_name(graph, graph.layout.node_of(row))
     edge = float(graph.edge_RN[row, col])
     if edge == 0:
         raise InputError(f"no edge {names[0]} -> {names[1]}: {_why(graph, row, col)}")
-    total = graph.row_strength[row] + abs(graph.bias_R[row]) + graph.rest_abs_R[row]
     direct = attention = heads = other = None
     if graph.direct_RN is not None:
         direct = float(graph.direct_RN[row, col])
         attention = edge - direct
-    at = None if graph.heads is None else graph.heads.find(row, col)
-    if graph.heads is not None and at is not None:
-        heads, other = graph.heads.listed(at), float(graph.heads.rest_E[at])
+    if graph.heads is not None:
+        (at,) = graph.heads.find(np.array([row]), np.array([col])).tolist()
+        if at >= 0:
+            heads, other = graph.heads.listed(at), float(graph.heads.rest_E[at])
     return EdgeParts(
         source=names[0],
         target=names[1],
         row=row,
         col=col,
         edge=edge,
-        share=abs(edge) / float(total),
+        share=abs(edge) / float(whole_input(graph)[row]),
         kept=bool(graph.pruning.keep_edge_RN[row, col]),
-        activation=float(graph.value_A[row]) if row < A else None,
+        activation=float(graph.value_A[row]) if row < graph.n_features else None,
         direct=direct,
         attention=attention,
         heads=heads,
@@ -114,19 +115,13 @@ def edge_parts(graph: Graph, source: str, target: str) -> EdgeParts:
 
 def _why(graph: Graph, row: int, col: int) -> str:
     """Why an edge is zero."""
-    A, T = graph.n_features, graph.n_tokens
     if not graph.attributed_R[row]:
         return "the inputs of the target were not computed"
-    if row < A:
-        if col < A:
-            layer, pos = int(graph.layer_A[col]), int(graph.pos_A[col])
-        elif col < graph.error_cols.stop:
-            layer, pos = divmod(col - A, T)
-        else:
-            layer, pos = -1, col - graph.embed_cols.start
-        if layer >= graph.layer_A[row]:
+    if row < graph.n_features:
+        source = facts(graph, col)
+        if source["layer"] >= graph.layer_A[row]:
             return "a feature reads only what layers below it wrote"
-        if pos > graph.pos_A[row]:
+        if source["pos"] > graph.pos_A[row]:
             return "the source comes after the target"
     if not graph.pruning.keep_N[col]:
         return "the source was pruned, or is no node in this convention"

@@ -170,20 +170,21 @@ class Graph:
         The token, or for a direction, and for a token that was there before,
         `VIRTUAL_TOKEN` + k.
         """
-        id_K, seen = VIRTUAL_TOKEN + np.arange(self.n_targets), set()
-        at_K = zip(
-            self.target_token_K.tolist(), self.target_pos_K.tolist(), strict=True
-        )
-        for k, (token, pos) in enumerate(at_K):
-            if token >= 0 and (token, pos) not in seen:
-                id_K[k] = token
-            seen.add((token, pos))
+        at_K2 = np.stack([self.target_token_K, self.target_pos_K], 1)
+        first_K = np.unique(at_K2, axis=0, return_index=True)[1]
+        id_K = VIRTUAL_TOKEN + np.arange(self.n_targets)
+        own_K = first_K[self.target_token_K[first_K] >= 0]
+        id_K[own_K] = self.target_token_K[own_K]
         return id_K
 
     @property
     def edge_direct_RN(self) -> np.ndarray | None:  # noqa: N802  as in graph.npz
         """Residual-direct part of every edge, made dense; the rest passed a head."""
         return None if self.direct_RN is None else self.direct_RN.toarray()
+
+    def feature(self, a: int) -> tuple[int, int, int]:
+        """Layer, position and index of feature node `a`."""
+        return int(self.layer_A[a]), int(self.pos_A[a]), int(self.feature_A[a])
 
     @property
     def n_tokens(self) -> int:

@@ -36,10 +36,12 @@ class HeadLoads:
         """The whole edges, [E]."""
         return self.direct_E + self.attention
 
-    def find(self, row: int, col: int) -> int | None:
-        """Where an edge stands in the table, None if it is not listed."""
-        found = np.flatnonzero((self.row_E == row) & (self.col_E == col))
-        return int(found[0]) if len(found) else None
+    def find(self, row_X: np.ndarray, col_X: np.ndarray) -> np.ndarray:
+        """Where edges stand in the table, [X]; -1 for those that are not listed."""
+        edges = zip(self.row_E.tolist(), self.col_E.tolist(), strict=True)
+        at = {edge: i for i, edge in enumerate(edges)}
+        wanted = zip(row_X.tolist(), col_X.tolist(), strict=True)
+        return np.array([at.get(edge, -1) for edge in wanted], int)
 
     def listed(self, at: int) -> tuple[tuple[int, int, float], ...]:
         """Heads of one entry: (layer, head, load), strongest first."""
@@ -60,19 +62,12 @@ class HeadLoads:
           col: its columns, ascending.
           keep_N: kept columns; others are in the smaller graph at most as empty ones.
         """
-        row_E = np.searchsorted(row, self.row_E)
-        col_E = np.searchsorted(col, self.col_E)
         stay_E = np.isin(self.row_E, row) & np.isin(self.col_E, col)
         stay_E &= keep_N[self.col_E]
-        numbered = dataclasses.replace(
-            self, row_E=row_E.astype(np.int32), col_E=col_E.astype(np.int32)
-        )
-        return HeadLoads(
-            **{
-                field.name: getattr(numbered, field.name)[stay_E]
-                for field in dataclasses.fields(self)
-            }
-        )
+        kept = {name: array_E[stay_E] for name, array_E in vars(self).items()}
+        for name, index in (("row_E", row), ("col_E", col)):
+            kept[name] = np.searchsorted(index, kept[name]).astype(np.int32)
+        return HeadLoads(**kept)
 
 
 def add_rows(x_RN: csr_array, rows: dict[int, np.ndarray]) -> csr_array:

@@ -2,16 +2,13 @@
 
 With the rows of |A| normalised to sum 1, B = (I - Â)^-1 - I sums the strengths of all
 paths, and a node's influence is the target-weighted sum of the rows of B that belong to
-targets (Circuit Tracing 2025, section 5.2.1; the paper's pseudocode multiplies from the
-other side, which is identically zero). Read as a walk that steps from a node to one of
-its inputs with probability Â, a node's influence is the probability that the walk
-visits it.
+targets (Circuit Tracing 2025, section 5.2.1; maths 8). It is the probability that a
+walk visits the node that steps from a node to one of its inputs with probability Â.
 
 Features are ordered by layer, so the system is triangular and one substitution solves
-it exactly: no iteration count, no convergence test. `influence` states it for any
-transform of JAX; `solve_walk` is the same substitution on a large host graph: a jitted
-triangular solve for every block of the diagonal, one compiled shape, one pass over the
-triangle.
+it exactly: no iteration count, no convergence test. On a large host graph that is a
+jitted triangular solve for every block of the diagonal, one compiled shape, one pass
+over the triangle.
 """
 
 from __future__ import annotations
@@ -28,62 +25,25 @@ from jaxclt.graph.blocks import BLOCK, row_blocks
 
 __all__ = [
     "Walk",
-    "influence",
     "influence_series",
-    "row_total",
     "solve_influence",
     "solve_walk",
-    "total_effect",
 ]
-
-
-def row_total(
-    edge_RN: Array, bias_R: Array | None = None, rest_abs_R: Array | None = None
-) -> Array:
-    """What a row's shares are taken of, [R]: the sum of its inputs' absolute values.
-
-    Args:
-      edge_RN: direct effects.
-      bias_R: bias path, an input of its own (None: left out, as circuit-tracer does).
-      rest_abs_R: absolute effects of sources that are not columns (None: left out).
-    """
-    total_R = jnp.abs(edge_RN).sum(1)
-    if bias_R is not None:
-        total_R = total_R + jnp.abs(bias_R)
-    if rest_abs_R is not None:
-        total_R = total_R + rest_abs_R
-    return total_R
-
-
-def influence(edge_RN: Array, total_R: Array, weight_K: Array) -> Array:
-    """Influence of every source node on the targets, [N].
-
-    Solves ``y^T (diag(total) - |A_ff|) = b^T`` over the features by back substitution,
-    with b the targets' inputs; rows with nothing in them absorb.
-
-    Args:
-      edge_RN: direct effects; the feature block is strictly lower triangular.
-      total_R: from `row_total`.
-      weight_K: weight of each target, usually its probability.
-    """
-    A = edge_RN.shape[0] - weight_K.shape[0]
-    abs_RN = jnp.abs(edge_RN)
-    total_R = jnp.where(total_R > 0, total_R, jnp.ones((), total_R.dtype))
-    direct_N = (weight_K / total_R[A:]) @ abs_RN[A:]
-    system_AA = jnp.diag(total_R[:A]) - abs_RN[:A, :A]
-    visits_A = jax.scipy.linalg.solve_triangular(
-        system_AA, direct_N[:A], trans=1, lower=True
-    )
-    return direct_N + visits_A @ abs_RN[:A]
 
 
 def influence_series(
     edge_RN: Array, total_R: Array, weight_K: Array, *, n_layers: int
 ) -> Array:
-    """The same sum term by term, [n_layers + 1, N]: term k holds paths of k + 1 edges.
+    """Influence term by term, [n_layers + 1, N]: term k holds paths of k + 1 edges.
 
     Exactly n_layers + 1 steps: the longest path is embedding, one feature per layer,
     target (maths 8.3). Path lengths are read off the terms.
+
+    Args:
+      edge_RN: direct effects; the feature block is strictly lower triangular.
+      total_R: what shares of rows are taken of, see `jaxclt.graph.shares`.
+      weight_K: weight of each target, usually its probability.
+      n_layers: L.
     """
     A = edge_RN.shape[0] - weight_K.shape[0]
     total_R = jnp.where(total_R > 0, total_R, jnp.ones((), total_R.dtype))
@@ -94,28 +54,6 @@ def influence_series(
 
     _, term_LN = jax.lax.scan(step, weight_K @ share_RN[A:], None, n_layers + 1)
     return term_LN
-
-
-def total_effect(edge_RN: Array, value_A: Array, n_targets: int) -> Array:
-    """Signed total effect of every feature on every target, [K, A].
-
-    The derivative of the target with respect to a factor on the feature's activation in
-    the local replacement model, all paths included, no gate flipping (maths 9.1):
-    ``T = U_kf (I - U_ff)^-1 diag(value)`` with ``U = A / value`` per source column.
-
-    Args:
-      edge_RN: direct effects.
-      value_A: activations.
-      n_targets: K.
-    """
-    A = edge_RN.shape[0] - n_targets
-    safe_A = jnp.where(value_A == 0, jnp.ones((), value_A.dtype), value_A)
-    unit_RA = edge_RN[:, :A] / safe_A[None, :]
-    eye_AA = jnp.eye(A, dtype=edge_RN.dtype)
-    effect_AK = jax.scipy.linalg.solve_triangular(
-        eye_AA - unit_RA[:A], unit_RA[A:].T, trans=1, lower=True
-    )
-    return effect_AK.T * value_A[None, :]
 
 
 class Walk(NamedTuple):
@@ -132,21 +70,14 @@ def solve_walk(
     *,
     block: int = BLOCK,
 ) -> Walk:
-    """Influence, and path lengths with it, of a graph on the host.
-
-    Args:
-      edge_RN: direct effects.
-      total_R: from `row_total`.
-      weight_K: weight of each target.
-      block: features substituted at a time.
-    """
+    """Influence, and path lengths with it; arguments as for `influence_series`."""
     return Walk(*_solve(edge_RN, total_R, weight_K, 2, block))
 
 
 def solve_influence(
     edge_RN: np.ndarray, total_R: np.ndarray, weight_K: np.ndarray
 ) -> np.ndarray:
-    """Influence [N] of a graph on the host: `solve_walk` without the lengths."""
+    """Influence on the targets, [N]: `solve_walk` without the lengths."""
     return _solve(edge_RN, total_R, weight_K, 1, BLOCK)[0]
 
 

@@ -31,7 +31,7 @@ from jaxclt.graph.plan import make_plan, mean_flops
 from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.rows import edge_rows, make_puller
 from jaxclt.lm.config import LMConfig
-from jaxclt.types import LMParams, Recording
+from jaxclt.types import LMParams
 
 __all__ = [
     "Candidates",
@@ -91,27 +91,17 @@ class Inhibition:
 
 
 def near_threshold(
-    dictionary: Dictionary,
-    params: LMParams,
-    recording: Recording,
-    cfg: LMConfig,
-    *,
-    margin: float,
-    limit: int | None = None,
-    n_tokens: int | None = None,
+    p: Recorded, dictionary: Dictionary, *, margin: float, limit: int | None = None
 ) -> Candidates:
     """Inactive features with a pre-activation at most `margin` below the threshold.
 
     Ordered by layer, then position, then feature index.
 
     Args:
+      p: a prompt.
       dictionary: one with thresholds.
-      params: the model.
-      recording: the clean pass.
-      cfg: model shape.
       margin: in units of the pre-activation; `math.inf` for all inactive features.
       limit: most candidates, the closest ones; None for no limit.
-      n_tokens: length of the prompt if the recording is padded beyond it.
 
     Raises:
       InputError: if the margin is negative, or the dictionary has no thresholds because
@@ -119,17 +109,18 @@ def near_threshold(
     """
     if not margin >= 0:
         raise InputError(f"margin {margin}: give a number that is not negative")
-    check_thresholds(dictionary, params, cfg)
-    coder, found = dictionary.coder(cfg), None
-    for layer, here in enumerate(encoded_layers(dictionary, params, recording, cfg)):
+    check_thresholds(dictionary, p.params, p.cfg)
+    coder, found = dictionary.coder(p.cfg), None
+    encoded = encoded_layers(dictionary, p.params, p.recording, p.cfg)
+    for layer, here in enumerate(encoded):
         theta_F = np.asarray(coder.thresholds(here.enc))
-        below_TF = theta_F[None, :] - here.pre_TF[:n_tokens]
+        below_TF = theta_F[None, :] - here.pre_TF[: p.n_tokens]
         pos, feature = np.nonzero((below_TF >= 0) & (below_TF <= margin))
         kept = _closest(below_TF[pos, feature], limit)
         pos, feature = pos[kept], feature[kept]
         unique, row = np.unique(feature, return_inverse=True)
-        enc = picked(dictionary, params, layer, unique, here.enc)
-        read_UD, _ = stream_rows(coder, params, layer, enc)
+        enc = picked(dictionary, p.params, layer, unique, here.enc)
+        read_UD, _ = stream_rows(coder, p.params, layer, enc)
         near = Candidates(
             layer_U=np.full(len(pos), layer, np.int32),
             pos_U=pos.astype(np.int32),
@@ -213,15 +204,7 @@ def find_inhibition(
     """
     config = config or AttributeConfig()
     with jax.default_matmul_precision(config.precision):
-        found = near_threshold(
-            dictionary,
-            p.params,
-            p.recording,
-            p.cfg,
-            margin=margin,
-            limit=limit,
-            n_tokens=p.n_tokens,
-        )
+        found = near_threshold(p, dictionary, margin=margin, limit=limit)
         T, A, U = len(p.recording.token_T), len(p.active.layer_A), len(found.layer_U)
         layout = Layout(n_features=A, n_layers=p.cfg.n_layers, n_tokens=T)
         bank = pack(writers(p.active), T)

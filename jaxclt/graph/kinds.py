@@ -3,9 +3,8 @@
 A kind says how its nodes are numbered, named and drawn, and what they count as. A new
 kind of source is a row of `KINDS`; a graph that has it names it in `GraphMeta.sources`.
 
-Names are formats of a node's own numbers: ``layer``, ``pos``, ``number`` (a feature's
-index, a token's vocabulary entry), ``k`` of a target, ``text`` (what a token or a
-target is called, in quotes) and ``cantor``, layer and number paired in one integer.
+Names are formats of what `jaxclt.graph.nodes.facts` knows of a node: its ``layer``,
+``pos`` and ``number`` (a feature's index, a token's vocabulary entry), and so on.
 """
 
 from __future__ import annotations
@@ -20,20 +19,25 @@ __all__ = ["KINDS", "SOURCES", "NodeKind"]
 class NodeKind:
     """One kind of node."""
 
-    axes: str  # what its nodes are numbered by, in order: letters of `Layout.sizes`
+    axes: str  # what its nodes are numbered by, in order: letters of `Layout.shape`
     names: tuple[str, ...]  # that users may type; the first is the short one
     label: str  # in paths
     # What a walk that ends in such a node counts as; None: the walk goes on from it.
     ends: Literal["input", "error", "bias"] | None = None
     kept_by: tuple[str, ...] = ()  # conventions whose pruning keeps all of them
-    # In graph.json:
+    # In graph.json. Its `node_id` is layer_number_pos.
     drawn: str  # the `feature_type`
     layer: str = "{layer}"
-    number: str = "{number}"  # of `node_id`, which is layer_number_pos
+    number: str = "{number}"
     js_id: str = "{layer}_{number}-{pos}"
     feature: str = "{number}"
-    always_drawn: bool = False  # also where no link of it is kept
     clerp: str = ""  # viewers name tokens and errors themselves
+    always_drawn: bool = False  # also where none of its links is kept
+
+    @property
+    def node_id(self) -> str:
+        """Format of the ids in graph.json."""
+        return f"{self.layer}_{self.number}_{{pos}}"
 
 
 KINDS = {
@@ -44,6 +48,7 @@ KINDS = {
         drawn="cross layer transcoder",
         js_id="{layer}_{number}-0",
         feature="{cantor}",
+        clerp="{text}",
     ),
     "error": NodeKind(
         axes="LT",
@@ -59,7 +64,7 @@ KINDS = {
     "embed": NodeKind(
         axes="T",
         names=("embed {pos}", "token {pos}"),
-        label="token {text}@{pos}",
+        label="token {quoted}@{pos}",
         ends="input",
         kept_by=("paper", "circuit-tracer"),
         drawn="embedding",
@@ -71,9 +76,10 @@ KINDS = {
     "target": NodeKind(
         axes="K",
         names=("target {k}",),
-        label="output {text}",
+        label="{what} {quoted}{where}",
         drawn="logit",
         js_id="L_{number}-{pos}",
+        clerp='Output "{token}" (p={probability:.3f})',
         always_drawn=True,
     ),
 }

@@ -62,15 +62,18 @@ class Layout:
         """Rows of the targets; the row of a feature has the number of its column."""
         return slice(self.n_features, self.n_features + self.n_targets)
 
-    def columns(self, test: Callable[[NodeKind], Any]) -> np.ndarray:
-        """Which columns are of some kinds, bool [N].
+    def ends(self, *ends: str | None) -> np.ndarray:
+        """Columns whose kind counts as one of these, bool [N]; None: walks go on."""
+        return self._columns(lambda kind: kind.ends in ends)
 
-        Args:
-          test: whether a kind is one of them.
-        """
+    def kept_by(self, convention: str) -> np.ndarray:
+        """Columns that pruning by a convention keeps whatever their influence, [N]."""
+        return self._columns(lambda kind: convention in kind.kept_by)
+
+    def _columns(self, test: Callable[[NodeKind], bool]) -> np.ndarray:
         wanted_N = np.zeros(self.n_columns, bool)
         for kind in self.sources:
-            wanted_N[self.nodes[kind]] = bool(test(KINDS[kind]))
+            wanted_N[self.nodes[kind]] = test(KINDS[kind])
         return wanted_N
 
     def kind(self, node: int) -> str:
@@ -91,7 +94,10 @@ class Layout:
         return dict(zip(KINDS[kind].axes, map(int, index), strict=True))
 
     def places(self, layer_A: np.ndarray, pos_A: np.ndarray) -> np.ndarray:
-        """Layer and position of every column, [2, N]; embeddings are in layer -1.
+        """Layer and position of every column, [2, N].
+
+        Kinds without layers, such as embeddings, are in layer -1, and those without
+        positions at the first.
 
         Args:
           layer_A: layers of the features.
@@ -103,8 +109,8 @@ class Layout:
             along = dict(zip(axes, np.indices(shape), strict=True))
             if axes == "A":
                 along = {"L": layer_A, "T": pos_A}
-            place = along.get("L", np.full(shape, -1)), along["T"]
-            found.append(np.stack(place).reshape(2, -1))
+            at = {"L": np.full(shape, -1), "T": np.zeros(shape, int)} | along
+            found.append(np.stack([at["L"], at["T"]]).reshape(2, -1))
         return np.concatenate(found, axis=1)
 
     def row_of(self, node: _Number) -> _Number:

@@ -7,31 +7,87 @@
 | token | ``embed 2`` | ``E_504_2`` | ``token " the"@2`` |
 | target | ``target 0``, ``0`` or its text | ``31_7042_8`` | ``output " Paris"`` |
 
-A target that is a token is found by ``id:7042`` too. Nodes are numbered as the graph's
-columns; target k is number N + k, after the last.
+A target that is a token is found by ``id:7042`` too. Nodes are numbered as in
+`jaxclt.graph.layout`; their names are rows of `jaxclt.graph.kinds`.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
+from string import Formatter
+from typing import Any
 
 import numpy as np
 
 from jaxclt.errors import InputError, did_you_mean, on_one_line
 from jaxclt.files.json_text import to_json
 from jaxclt.graph.graph import Graph
+from jaxclt.graph.kinds import KINDS
 
-__all__ = ["find_column", "find_node", "find_row", "quoted"]
+__all__ = [
+    "facts",
+    "find_column",
+    "find_node",
+    "find_row",
+    "node_name",
+    "quoted",
+    "short_name",
+]
 
-_FORMS = {
-    "feature": r"(?P<layer>\d{1,9}):(?P<pos>\d{1,9}):(?P<feature>\d{1,9})"
-    r"|L(?P<layer2>\d{1,9}) feature (?P<feature2>\d{1,9})@(?P<pos2>\d{1,9})",
-    "error": r"error (?P<layer>\d{1,9}):(?P<pos>\d{1,9})"
-    r"|L(?P<layer2>\d{1,9}) error@(?P<pos2>\d{1,9})",
-    "token": r'(?:embed|token) (?P<pos>\d{1,9})|token ".*"@(?P<pos2>\d{1,9})',
-    "target": r"target (?P<target>\d{1,9})",
-    "json": r"(?P<layer>E|\d{1,9})_(?P<feature>-?\d{1,9})_(?P<pos>\d{1,9})",
-}
+
+def facts(graph: Graph, node: int) -> dict[str, Any]:
+    """What is known of a node, and what names of its kind are made of.
+
+    ``layer`` (-1 before the first, above the last for a target), ``pos``, ``number``,
+    ``text`` (what a feature, token or target is called), also ``quoted``; of a feature
+    ``cantor``, layer and number paired in one integer; of a target ``k`` and what its
+    label and its clerp say.
+    """
+    place = graph.layout.place(node)
+    more: dict[str, Any] = {}
+    if "A" in place:
+        layer, pos, number = graph.feature(node)
+        text = graph.meta.label(layer, number)
+        more["cantor"] = (layer + number) * (layer + number + 1) // 2 + number
+    elif "K" in place:
+        k = more["k"] = place["K"]
+        layer, pos = graph.n_layers + 1, int(graph.target_pos_K[k])
+        number, text = int(graph.target_id_K[k]), graph.meta.target_tokens[k]
+        more["what"] = "output" if graph.target_token_K[k] >= 0 else "target"
+        more["where"] = "" if graph.is_next_token[k] else f"@{pos}"
+        probability = float(graph.target_prob_K[k])
+        more["probability"] = probability if np.isfinite(probability) else 0.0
+        # Readers cut the token at the first two quotes and the rest at "(p=".
+        more["token"] = text.replace('"', "”").replace("(p=", "( p=")
+    else:
+        layer, pos = place.get("L", -1), place.get("T", 0)
+        number, text = int(graph.token_T[pos]), graph.meta.tokens[pos]
+    said = {"layer": layer, "pos": pos, "number": number, "text": text}
+    return said | more | {"quoted": quoted(text)}
+
+
+def node_name(graph: Graph, index: int) -> str:
+    """What a node is called in text: a column of the graph, or N + k for target k.
+
+    Raises:
+      InputError: if there is no such node.
+    """
+    last = graph.layout.n_columns + graph.n_targets - 1
+    if not 0 <= index <= last:
+        raise InputError(f"node={index}: the graph has 0..{last}")
+    return KINDS[graph.layout.kind(index)].label.format_map(facts(graph, index))
+
+
+def short_name(graph: Graph, index: int) -> str:
+    """The shortest name that finds a node again."""
+    return KINDS[graph.layout.kind(index)].names[0].format_map(facts(graph, index))
+
+
+def quoted(token: str) -> str:
+    """A text in quotes on one line; nothing in it can steer a terminal."""
+    return on_one_line(to_json(token, ensure_ascii=False))
 
 
 def find_node(graph: Graph, name: str) -> int:
@@ -40,21 +96,20 @@ def find_node(graph: Graph, name: str) -> int:
     Raises:
       InputError: if there is no such node, or several targets have that name.
     """
-    text = name.strip()
-    for kind, form in _FORMS.items():
-        match = re.fullmatch(form, text, re.DOTALL)
-        if match:
-            part = {
-                k.rstrip("2"): v for k, v in match.groupdict().items() if v is not None
-            }
-            return _find(graph, name, kind, part)
-    return graph.embed_cols.stop + _target_by_name(graph, name)
+    like = None
+    for kind, at in _read(graph, name.strip()):
+        like, found = kind, _numbered(graph, kind, at)
+        if found is not None:
+            return found
+    if like is not None:
+        raise InputError(f"no node {quoted(name)} in this graph: {_hint(graph, like)}")
+    return graph.layout.at("target", _target_by_name(graph, name))
 
 
 def find_column(graph: Graph, name: str) -> int:
     """Column of a node that can be a source; InputError for targets too."""
     node = find_node(graph, name)
-    if node >= graph.embed_cols.stop:
+    if node >= graph.layout.n_columns:
         raise InputError(
             f"{quoted(name)} is a target of the graph: nothing starts there, give a "
             "feature, an error or a token as the source"
@@ -65,68 +120,66 @@ def find_column(graph: Graph, name: str) -> int:
 def find_row(graph: Graph, name: str) -> int:
     """Row of a node that has inputs; InputError for errors and tokens too."""
     node = find_node(graph, name)
-    if node < graph.n_features:
-        return node
-    if node < graph.embed_cols.stop:
+    if KINDS[graph.layout.kind(node)].ends is not None:
         raise InputError(
             f"{quoted(name)} is an input of the graph: nothing leads there, give a "
             "feature or a target"
         )
-    return graph.n_features + node - graph.embed_cols.stop
+    return graph.layout.row_of(node)
 
 
-def quoted(token: str) -> str:
-    """A text in quotes on one line; nothing in it can steer a terminal."""
-    return on_one_line(to_json(token, ensure_ascii=False))
+def _read(graph: Graph, text: str) -> Iterator[tuple[str, dict[str, int]]]:
+    """Kinds of nodes that have names like this, and the numbers in it."""
+    for kind in graph.layout.nodes:
+        row = KINDS[kind]
+        is_target = row.axes == "K"  # whose label is text, and not read here
+        forms = [*row.names, row.node_id] + [row.label] * (not is_target)
+        for match in (re.fullmatch(_pattern(form), text, re.DOTALL) for form in forms):
+            if match is not None:
+                at = {name: int(number) for name, number in match.groupdict().items()}
+                if not is_target or at.get("layer", math.inf) > graph.n_layers:
+                    yield kind, at
 
 
-def _find(graph: Graph, name: str, kind: str, part: dict[str, str]) -> int:
-    L, T, N = graph.n_layers, graph.n_tokens, graph.embed_cols.stop
-    if kind == "json":
-        kind, part = _json_kind(graph, part)
-    at = {key: int(value) for key, value in part.items() if value != "E"}
-    if kind == "target" and at["target"] < graph.n_targets:
-        return N + at["target"]
-    if kind == "vocabulary" and at["layer"] == L + 1:
-        same_K = graph.target_id_K == at["feature"]
-        found = np.flatnonzero(same_K & (graph.target_pos_K == at["pos"]))
-        if len(found):
-            return N + int(found[0])
-    if "pos" in at and at["pos"] < T:
-        if kind == "token":
-            return graph.embed_cols.start + at["pos"]
-        if kind == "error" and at["layer"] < L:
-            return graph.error_cols.start + at["layer"] * T + at["pos"]
-        if kind == "feature" and at["layer"] < L:
-            here = (graph.layer_A == at["layer"]) & (graph.pos_A == at["pos"])
-            found = np.flatnonzero(here & (graph.feature_A == at["feature"]))
-            if len(found):
-                return int(found[0])
-    raise InputError(f"no node {quoted(name)} in this graph: {_hint(graph, kind)}")
+def _pattern(form: str) -> str:
+    """What matches a name, with a group for each of its numbers."""
+    parts = []
+    for text, field, *_ in Formatter().parse(form):
+        parts.append(re.escape(text))
+        if field is not None:
+            number = rf"(?P<{field}>\d{{1,9}})"
+            parts.append('".*"' if field == "quoted" else number)
+    return "".join(parts)
 
 
-def _json_kind(graph: Graph, part: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """What kind of node an id of graph.json names."""
-    if part["layer"] == "E":
-        return "token", {"pos": part["pos"]}
-    if part["feature"].startswith("-"):
-        return "error", part
-    if int(part["layer"]) > graph.n_layers:
-        return "vocabulary", part
-    return "feature", part
+def _numbered(graph: Graph, kind: str, at: dict[str, int]) -> int | None:
+    """The node of a kind that has these numbers, if there is one."""
+    axes, shape = KINDS[kind].axes, graph.layout.shape(kind)
+    if axes == "A":
+        here_A = (graph.layer_A == at["layer"]) & (graph.pos_A == at["pos"])
+        place = np.flatnonzero(here_A & (graph.feature_A == at["number"]))[:1].tolist()
+    elif axes == "K" and "layer" in at:
+        same_K = (graph.target_id_K == at["number"]) & (graph.target_pos_K == at["pos"])
+        top = at["layer"] == graph.n_layers + 1
+        place = np.flatnonzero(same_K & top)[:1].tolist()
+    else:
+        place = [at[{"L": "layer", "T": "pos", "K": "k"}[axis]] for axis in axes]
+    if not place or any(i >= n for i, n in zip(place, shape, strict=True)):
+        return None
+    return graph.layout.at(kind, *place)
 
 
 def _hint(graph: Graph, kind: str) -> str:
-    L, T = graph.n_layers, graph.n_tokens
-    if kind == "feature":
-        kept = graph.pruning.keep_N[graph.feature_cols]
-        why = "it was not active there, or not selected"
-        if kept.all() and graph.pruning.node_threshold < 1:
-            why = "not active there, or pruned from this file (trace with --save full)"
-        return f"{why}; features are layer:position:feature"
-    if kind in ("target", "vocabulary"):
+    axes = KINDS[kind].axes
+    if axes == "K":
         return _targets(graph)
-    return f"layers are 0..{L - 1}, positions 0..{T - 1}"
+    if axes != "A":
+        return f"layers are 0..{graph.n_layers - 1}, positions 0..{graph.n_tokens - 1}"
+    why = "it was not active there, or not selected"
+    kept = graph.pruning.keep_N[graph.feature_cols]
+    if kept.all() and graph.pruning.node_threshold < 1:
+        why = "not active there, or pruned from this file (trace with --save full)"
+    return f"{why}; features are layer:position:feature"
 
 
 def _targets(graph: Graph) -> str:
@@ -161,8 +214,10 @@ def _target_by_name(graph: Graph, name: str) -> int:
             f"{quoted(name)} names several targets, write 'target K' with K from 0: "
             f"{_targets(graph)}"
         )
+    said = {"layer": "layer", "pos": "position", "number": "feature"}
+    forms = [KINDS[kind].names[0].format_map(said) for kind in graph.meta.sources]
+    listed = ", ".join(f"'{form}'" if " " in form else form for form in forms)
     raise InputError(
-        f"no node {quoted(name)} in this graph: write layer:position:feature, "
-        f"'error layer:position', 'embed position', or a target; {_targets(graph)}"
-        f"{did_you_mean(name, tokens)}"
+        f"no node {quoted(name)} in this graph: write {listed}, or a target; "
+        f"{_targets(graph)}{did_you_mean(name, tokens)}"
     )

@@ -3,8 +3,6 @@
 A path's strength is the product of the row shares along it times its target's weight:
 the probability that the walk of `jaxclt.graph.influence` takes just this path, so the
 strengths of all paths from the embeddings sum to the embeddings' influence.
-
-Nodes are numbered as the graph's columns; target k is number N + k, after the last.
 """
 
 from __future__ import annotations
@@ -17,10 +15,10 @@ import numpy as np
 
 from jaxclt.errors import InputError, on_one_line
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.nodes import find_column, find_row, quoted
+from jaxclt.graph.nodes import facts, find_column, find_row, node_name
 from jaxclt.graph.shares import shares_total
 
-__all__ = ["Path", "describe_paths", "node_name", "strongest_paths"]
+__all__ = ["Path", "describe_paths", "strongest_paths"]
 
 _FEW = 256  # rows to begin with
 
@@ -74,8 +72,9 @@ def strongest_paths(
     A = graph.n_features
     start = find_column(graph, start) if isinstance(start, str) else start
     end = find_row(graph, end) if isinstance(end, str) else end
-    _check("start", start, N)
-    _check("end", end, R)
+    for name, index, size in (("start", start, N), ("end", end, R)):
+        if index is not None and not 0 <= index < size:
+            raise InputError(f"{name}={index}: the graph has 0..{size - 1}")
     if k < 1:
         raise InputError(f"k={k}: ask for at least one path")
     first = 0 if start is None or start >= A else start + 1
@@ -86,7 +85,7 @@ def strongest_paths(
         if end < first:
             return []
     last = A if end is None else min(end + 1, A)
-    node_E = np.where(row_E < A, row_E, row_E - A + N)
+    node_E = graph.layout.node_of(row_E)
     row_B = np.arange(first, last)
     bounded = share and end is None and len(row_B) > _FEW
     if bounded:
@@ -117,11 +116,6 @@ def strongest_paths(
     ]
 
 
-def _check(name: str, index: int | None, size: int) -> None:
-    if index is not None and not 0 <= index < size:
-        raise InputError(f"{name}={index}: the graph has 0..{size - 1}")
-
-
 def _largest(x: np.ndarray, k: int) -> np.ndarray:
     """Indices of the k largest positive entries, largest first."""
     index = np.flatnonzero(x > 0)
@@ -136,12 +130,12 @@ class _Best:
     def __init__(
         self, graph: Graph, start: int | None, k: int, *, share: bool, kept: bool
     ) -> None:
-        N, A = graph.edge_RN.shape[1], graph.n_features
+        A, M = graph.n_features, graph.layout.n_columns + graph.n_targets
         self.graph, self.k = graph, k
         self.keep_RN = graph.pruning.keep_edge_RN if kept else None
-        start_X = np.arange(N)[graph.embed_cols] if start is None else np.array([start])
+        is_input_N = graph.layout.ends("input")
+        start_X = np.flatnonzero(is_input_N) if start is None else np.array([start])
         self.input_X = start_X[start_X >= A]
-        M = N + graph.n_targets
         self.strength_MK = np.zeros((M, k))
         self.strength_MK[start_X, 0] = 1
         self.source_MK = np.full((M, k), -1)
@@ -157,7 +151,7 @@ class _Best:
         Only the k sources with the best first path can matter: each of them alone is
         as good as anything that comes through the others.
         """
-        A, N = self.graph.n_features, self.graph.edge_RN.shape[1]
+        A = self.graph.n_features
         column_S = np.concatenate([np.arange(min(row, A)), self.input_X])
         size_S = np.abs(self.graph.edge_RN[row, column_S]).astype(np.float64)
         if self.keep_RN is not None:
@@ -169,7 +163,7 @@ class _Best:
         use = _largest(size_S * self.strength_MK[column_S, 0], self.k)
         through = (size_S[use, None] * self.strength_MK[column_S[use]]).ravel()
         found = _largest(through, self.k)
-        node, n = (row if row < A else row - A + N), len(found)
+        node, n = self.graph.layout.node_of(row), len(found)
         self.strength_MK[node, :n] = through[found]
         self.source_MK[node, :n] = column_S[use[found // self.k]]
         self.rank_MK[node, :n] = found % self.k
@@ -184,39 +178,13 @@ class _Best:
 
 
 def _sign(graph: Graph, nodes: Sequence[int]) -> int:
-    N, A = graph.edge_RN.shape[1], graph.n_features
     sign = 1
     for source, node in itertools.pairwise(nodes):
-        row = node if node < N else node - N + A
+        row = graph.layout.row_of(node)
         sign *= -1 if graph.edge_RN[row, source] < 0 else 1
         # What a feature below zero hands on changes against what it reads.
         sign *= 1 if node == nodes[-1] else int(graph.side_R[row])
     return sign
-
-
-def node_name(graph: Graph, index: int) -> str:
-    """What a node is called in text: a column of the graph, or N + k for target k.
-
-    Raises:
-      InputError: if there is no such node.
-    """
-    N, T = graph.edge_RN.shape[1], graph.n_tokens
-    _check("node", index, N + graph.n_targets)
-    if index >= N:
-        k = index - N
-        name = quoted(graph.meta.target_tokens[k])
-        if graph.is_next_token[k]:
-            return f"output {name}"
-        kind = "output" if graph.target_token_K[k] >= 0 else "target"
-        return f"{kind} {name}@{graph.target_pos_K[k]}"
-    if index >= graph.embed_cols.start:
-        pos = index - graph.embed_cols.start
-        return f"token {quoted(graph.meta.tokens[pos])}@{pos}"
-    if index >= graph.n_features:
-        layer, pos = divmod(index - graph.n_features, T)
-        return f"L{layer} error@{pos}"
-    layer, pos = graph.layer_A[index], graph.pos_A[index]
-    return f"L{layer} feature {graph.feature_A[index]}@{pos}"
 
 
 def describe_paths(graph: Graph, paths: Sequence[Path]) -> str:
@@ -236,7 +204,5 @@ def describe_paths(graph: Graph, paths: Sequence[Path]) -> str:
 
 def _labelled(graph: Graph, node: int) -> str:
     name = node_name(graph, node)
-    if node >= graph.n_features:
-        return name
-    label = graph.meta.label(int(graph.layer_A[node]), int(graph.feature_A[node]))
+    label = facts(graph, node)["text"] if node < graph.n_features else ""
     return f"{name} [{on_one_line(label)}]" if label else name

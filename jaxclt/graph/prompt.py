@@ -72,8 +72,7 @@ class Recorded:
             )
 
     def _set(self, **fields: Any) -> None:
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(fields)
 
     def _nodes(self, n_tokens: int) -> Active:
         """The features that may be nodes."""
@@ -180,7 +179,7 @@ class Computed:
 
     selected: np.ndarray  # active features, ascending
     edge_RN: np.ndarray  # columns: selected features, errors, embeddings
-    rest_R: np.ndarray  # what is no column, summed
+    rest_R: np.ndarray  # sources without a column, summed
     rest_abs_R: np.ndarray
     work: dict[str, Any]
 

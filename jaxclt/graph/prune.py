@@ -1,8 +1,9 @@
 """Pruning: the few nodes and edges that carry most of the influence.
 
 Circuit Tracing (2025), appendix F: keep the most influential nodes up to a share of the
-total, rebuild the shares on what is left, keep the strongest edges likewise. Embedding
-and error nodes stay. ``circuit-tracer``'s variant is here too, for comparison.
+total, rebuild the shares on what is left, keep the strongest edges likewise. Kinds of
+nodes that stay whatever their influence say so in `jaxclt.graph.kinds`.
+``circuit-tracer``'s variant is here too, for comparison.
 """
 
 from __future__ import annotations
@@ -94,9 +95,7 @@ def prune(
     check_share(node_threshold=node_threshold, edge_threshold=edge_threshold)
     peer = graph.meta.convention == "circuit-tracer"
     keep_N = kept_by_mass(graph.influence_N, node_threshold, ties=peer)
-    keep_N[graph.embed_cols] = True
-    if not peer:
-        keep_N[graph.error_cols] = True
+    keep_N |= graph.layout.kept_by(graph.meta.convention)
     row_E, col_E = _kept_edges(graph, keep_N, edge_threshold)
     if peer:
         keep_N, row_E, col_E = _drop_dead_ends(graph, keep_N, row_E, col_E)
@@ -150,11 +149,10 @@ def _drop_dead_ends(
 
     circuit-tracer's last step; a fixpoint after at most n_layers + 1 rounds.
     """
-    A, N = graph.n_features, len(keep_N)
-    is_embed_N = np.zeros(N, bool)
-    is_embed_N[graph.embed_cols] = True
+    A = graph.n_features
+    stays_N = graph.layout.kept_by(graph.meta.convention)
     while True:
-        alive_N = keep_N & is_embed_N
+        alive_N = keep_N & stays_N
         alive_N[col_E] = keep_N[col_E]
         fed_A = np.zeros(A, bool)
         fed_A[row_E[row_E < A]] = True
@@ -162,8 +160,7 @@ def _drop_dead_ends(
         if (alive_N == keep_N).all():
             return keep_N, row_E, col_E
         keep_N = alive_N
-        alive_R = np.concatenate([keep_N[:A], np.ones(graph.n_targets, bool)])
-        alive_E = alive_R[row_E] & keep_N[col_E]
+        alive_E = kept_rows(graph, keep_N)[row_E] & keep_N[col_E]
         row_E, col_E = row_E[alive_E], col_E[alive_E]
 
 
@@ -174,10 +171,9 @@ def restrict(graph: Graph) -> Graph:
     that the layout is the same.
     """
     pruning = graph.pruning
-    kept = np.flatnonzero(pruning.keep_N[graph.feature_cols])
-    row = np.concatenate([kept, np.arange(graph.n_features, len(graph.edge_RN))])
-    col = np.concatenate([kept, np.arange(graph.n_features, graph.edge_RN.shape[1])])
-    drop_N = ~pruning.keep_N
+    stays_N = pruning.keep_N | ~graph.layout.ends(None)
+    row, col = np.flatnonzero(kept_rows(graph, stays_N)), np.flatnonzero(stays_N)
+    kept, drop_N = row[row < graph.n_features], ~pruning.keep_N
     dropped = submatrix(graph.edge_RN, row, np.flatnonzero(drop_N))
     edge_RN = submatrix(graph.edge_RN, row, col)
     edge_RN[:, drop_N[col]] = 0
@@ -186,25 +182,26 @@ def restrict(graph: Graph) -> Graph:
         direct_RN = only_columns(direct_RN[row][:, col], ~drop_N[col])
     if heads is not None:
         heads = heads.restrict(row, col, pruning.keep_N)
+    along = {"A": kept, "R": row, "N": col}
+    cut = {
+        field.name: getattr(graph, field.name)[along[axis]]
+        for field in dataclasses.fields(graph)
+        for _, _, axis in [field.name.rpartition("_")]
+        if axis in along
+    }
     return dataclasses.replace(
         graph,
-        layer_A=graph.layer_A[kept],
-        pos_A=graph.pos_A[kept],
-        feature_A=graph.feature_A[kept],
-        value_A=graph.value_A[kept],
-        preact_A=graph.preact_A[kept],
-        attributed_R=graph.attributed_R[row],
-        edge_RN=edge_RN,
-        bias_R=graph.bias_R[row],
-        rest_R=graph.rest_R[row] + dropped.sum(1),
-        rest_abs_R=graph.rest_abs_R[row] + np.abs(dropped).sum(1),
-        readout_R=graph.readout_R[row],
-        influence_N=graph.influence_N[col],
-        pruning=dataclasses.replace(
-            pruning,
-            keep_N=pruning.keep_N[col],
-            keep_edge_RN=submatrix(pruning.keep_edge_RN, row, col),
-        ),
-        direct_RN=direct_RN,
-        heads=heads,
+        **cut
+        | {
+            "edge_RN": edge_RN,
+            "rest_R": cut["rest_R"] + dropped.sum(1),
+            "rest_abs_R": cut["rest_abs_R"] + np.abs(dropped).sum(1),
+            "pruning": dataclasses.replace(
+                pruning,
+                keep_N=pruning.keep_N[col],
+                keep_edge_RN=submatrix(pruning.keep_edge_RN, row, col),
+            ),
+            "direct_RN": direct_RN,
+            "heads": heads,
+        },
     )

@@ -14,29 +14,9 @@ and of the targets' own inputs alone, without the walk,
 On a pruned graph the shares stay those of the full graph and everything dropped counts
 as error: nothing is renormalised, nothing cancels.
 
-What a truncated graph can be off by. Let U be the probability that the walk ever steps
-to a feature whose row was not computed (part of `unexplored_share`), W the sum of the
-targets' weights, L the layers. Let the walk on the exact graph take the same steps
-until that happens; it happens with probability U, and the truncated walk ends there.
-So, with shares of whole rows, explored or not (convention "paper"):
-
-- Influence. A node is visited at most once, hence every node's exact influence lies
-  between its influence here and that plus U W; a feature left out has at most U W.
-- Replacement R = a / (1 - B), with a the embeddings' and B the bias's share of endings.
-  Of U, the exact walk sends some parts u to embeddings and v to the bias, u + v <= U:
-  R <= exact = (a + u) / (1 - B - v) <= (a + U) / (1 - B) = R + U / (1 - B). A quotient
-  of linear functions is largest at a corner, and this corner is the largest one, as
-  (a + U)(1 - B - U) - a (1 - B) = U (1 - B - U - a) is U times the share of what is
-  unexplained otherwise, which is not negative.
-- Completeness C = 1 - E / l. The exact E lies between E - U and E, the exact length
-  between l and l + U L, as at most one feature per layer is still to come:
-  C <= exact <= 1 - (E - U) / (l + U L).
-- Pruned sets. All influences together differ by at most D = (L + 1) U W. If one graph
-  keeps a node at threshold t, then in the other less than t + D / total of all
-  influence lies on nodes ahead of it by more than U W, since those are ahead of it in
-  both. So the two sets differ only in nodes next to the threshold, by that measure.
-
-Scores of a pruned graph are those of the same nodes and edges in the exact graph.
+How far a truncated graph can be off is maths 10.3-10.6: `Scores.replacement_at_most`
+and `completeness_at_most`. Scores of a pruned graph need no bound: those of the same
+nodes and edges in the exact graph are the same.
 """
 
 from __future__ import annotations
@@ -86,10 +66,8 @@ def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
     weight_K = graph.target_prob_K / graph.target_prob_K.sum()
     total_R = shares_total(graph)
     edge_RN, bias_R = graph.edge_RN, graph.bias_R
-    error_N = np.zeros(edge_RN.shape[1], bool)
-    error_N[graph.error_cols] = True
-    embed_N = np.zeros(edge_RN.shape[1], bool)
-    embed_N[graph.embed_cols] = True
+    ends = ("error", "input", "bias")
+    end_EN = np.stack([graph.layout.ends(end) for end in ends])
     if pruning is not None:
         # Only what is kept carries the walk on; shares stay those of the full graph.
         row = np.flatnonzero(kept_rows(graph, pruning.keep_N))
@@ -97,17 +75,19 @@ def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
         edge_RN = submatrix(edge_RN, row, col)
         edge_RN *= submatrix(pruning.keep_edge_RN, row, col)
         total_R, bias_R = total_R[row], bias_R[row]
-        error_N, embed_N = error_N[col], embed_N[col]
+        end_EN = end_EN[:, col]
         A = int(pruning.keep_N[graph.feature_cols].sum())
+    error_N, input_N, bias_N = end_EN
     visit_N, length_N = solve_walk(edge_RN, total_R, weight_K)
     open_A = total_R[:A] > 0  # rows that pass the walk on
     visit_R = np.concatenate([np.where(open_A, visit_N[:A], 0), weight_K])
     safe_R = np.where(total_R > 0, total_R, 1)
-    embedding = float(visit_N[embed_N].sum())
-    paths = float(length_N[embed_N].sum())
+    embedding = float(visit_N[input_N].sum())
+    paths = float(length_N[input_N].sum())
     error = float(visit_N[error_N].sum())
     paper = graph.meta.convention == "paper"
     bias = float((visit_R / safe_R) @ np.abs(bias_R)) if paper else 0.0
+    bias += float(visit_N[bias_N].sum())
     unexplored, left_out = 1.0 - embedding - error - bias, 0.0
     if pruning is None:
         # The same without the rounding of a difference, so that nothing is zero.
@@ -131,7 +111,7 @@ def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
         replacement=replacement,
         completeness=completeness,
         completeness_ct=1 - lost / (length + 1),
-        completeness_logit_edges=_logit_edges(graph, edge_RN[A:, ~error_N]),
+        completeness_logit_edges=_logit_edges(graph, edge_RN[A:, ~(error_N | bias_N)]),
         mean_path_length=paths / embedding if embedding > 0 else float("nan"),
         mean_walk_length=length,
         embedding_share=embedding,
@@ -146,6 +126,8 @@ def scores(graph: Graph, pruning: Pruning | None = None) -> Scores:
 def _logit_edges(graph: Graph, kept_KM: np.ndarray) -> float:
     """Share of what targets read, but for the bias, that some of their edges are."""
     read_K = graph.row_strength[graph.target_rows].astype(np.float64)
+    is_bias_N = graph.layout.ends("bias")
+    read_K -= np.abs(graph.edge_RN[graph.target_rows, is_bias_N]).sum(1)
     if graph.meta.convention == "paper":
         read_K += graph.rest_abs_R[graph.target_rows]
     kept_K = np.abs(kept_KM).sum(1, dtype=np.float64)
@@ -165,5 +147,6 @@ def path_length_curve(graph: Graph) -> np.ndarray:
         weight_K.astype(graph.edge_RN.dtype),
         n_layers=graph.n_layers,
     )
-    curve = np.cumsum(np.asarray(term_LN)[:, graph.embed_cols].sum(1), dtype=np.float64)
+    reach_L = np.asarray(term_LN)[:, graph.layout.ends("input")].sum(1)
+    curve = np.cumsum(reach_L, dtype=np.float64)
     return curve / curve[-1] if curve[-1] > 0 else curve

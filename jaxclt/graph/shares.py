@@ -6,15 +6,18 @@ import numpy as np
 
 from jaxclt.graph.graph import Graph
 
-__all__ = ["edge_influence", "shares_total"]
+__all__ = ["edge_influence", "shares_total", "whole_input"]
+
+
+def whole_input(graph: Graph) -> np.ndarray:
+    """Everything that rows read, summed without sign, [R]."""
+    return graph.row_strength + np.abs(graph.bias_R) + graph.rest_abs_R
 
 
 def shares_total(graph: Graph) -> np.ndarray:
     """What row shares are taken of [R], by the graph's convention."""
-    total_R = graph.row_strength
-    if graph.meta.convention == "paper":
-        total_R = total_R + np.abs(graph.bias_R) + graph.rest_abs_R
-    return total_R
+    paper = graph.meta.convention == "paper"
+    return whole_input(graph) if paper else graph.row_strength
 
 
 def edge_influence(graph: Graph, row_E: np.ndarray, edge_E: np.ndarray) -> np.ndarray:

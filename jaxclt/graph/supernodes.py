@@ -8,16 +8,13 @@ group s (Circuit Tracing 2025, sections 3.4 and J; maths 13.3)
 
 so that members which only hand on what their own group wrote do not count. A' is
 positive where m strengthens n (`Graph.side_R`), so members on both sides of zero add up
-and the signs along a path multiply. A group
-without any input from outside (only tokens or errors, or closed in itself) has no
-links to it: 0 / 0 is 0.
+and the signs along a path multiply. A group without any input from outside (only tokens
+or errors, or closed in itself) has no links to it: 0 / 0 is 0.
 
 Scores are those of the walk of `jaxclt.graph.scores` in which only grouped features
-carry on: what reaches any other feature counts as error, nothing is renormalised. They
-depend on which features are grouped and not on how: contracting groups with the walk's
-own visits as weights changes no visit of a group. S has f for weights instead, so
-walking the small graph (what a reader does with it) gives somewhat other influences.
-`blur` is by how much: the price of the grouping, 0 for groups of one.
+carry on: what reaches any other feature counts as error (maths 13.7). They depend on
+which features are grouped and not on how. `blur` is how far the influences that a
+reader gets by walking the small graph are off: 0 for groups of one.
 
 The graph of a paper's figure shows S with its sign; `size_GG` is the same of absolute
 edges, so ``|edge_GG| < size_GG`` where members cancel.
@@ -36,8 +33,7 @@ from jaxclt.graph.blocks import submatrix
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph, Pruning
 from jaxclt.graph.influence import solve_influence
-from jaxclt.graph.nodes import find_node
-from jaxclt.graph.paths import node_name
+from jaxclt.graph.nodes import find_node, node_name, short_name
 from jaxclt.graph.prune import kept_rows
 from jaxclt.graph.scores import scores
 from jaxclt.graph.shares import shares_total
@@ -190,9 +186,9 @@ def suggest_supernodes(
     if not blur >= 0:
         raise InputError(f"blur={blur}: give a number of at least 0")
     kept_B = np.flatnonzero(graph.pruning.keep_N[graph.feature_cols])
-    single = _singles(graph)
+    alone, single = list(kept_B[:, None]), _singles(graph)
     if len(kept_B) < 2:
-        return _named(graph, [kept_B[i : i + 1] for i in range(len(kept_B))], single)
+        return _named(graph, alone, single)
     tree = _tree(graph, kept_B, same_position=same_position, same_sign=same_sign)
 
     from scipy.cluster.hierarchy import fcluster
@@ -211,7 +207,7 @@ def suggest_supernodes(
         found = cut(float(at))
         if _read(graph, [*found, *single], visit_X)[1] <= blur:
             return _named(graph, found, single)
-    return _named(graph, [kept_B[i : i + 1] for i in range(len(kept_B))], single)
+    return _named(graph, alone, single)
 
 
 def with_features(graph: Graph, group: Supernode) -> Supernode:
@@ -219,21 +215,13 @@ def with_features(graph: Graph, group: Supernode) -> Supernode:
 
     What stays a name has no activation: errors, tokens and targets.
 
-    Args:
-      graph: whose nodes are named.
-      group: of features and names.
-
     Raises:
       InputError: for a name that the graph does not have.
     """
     nodes: list[tuple[int, int, int] | str] = []
     for node in group.nodes:
         at = find_node(graph, node) if isinstance(node, str) else -1
-        if 0 <= at < graph.n_features:
-            place = (graph.layer_A[at], graph.pos_A[at], graph.feature_A[at])
-            nodes.append((int(place[0]), int(place[1]), int(place[2])))
-        else:
-            nodes.append(node)
+        nodes.append(graph.feature(at) if 0 <= at < graph.n_features else node)
     return dataclasses.replace(group, nodes=tuple(nodes))
 
 
@@ -242,8 +230,6 @@ def with_features(graph: Graph, group: Supernode) -> Supernode:
 
 def _members(graph: Graph, groups: Sequence[Supernode]) -> list[np.ndarray]:
     """Node numbers of every group, ascending."""
-    place = zip(graph.layer_A, graph.pos_A, graph.feature_A, strict=True)
-    slot = {tuple(map(int, at)): a for a, at in enumerate(place)}
     owner: dict[int, str] = {}
     found = []
     for g, group in enumerate(groups):
@@ -251,18 +237,7 @@ def _members(graph: Graph, groups: Sequence[Supernode]) -> list[np.ndarray]:
             raise InputError(f"two supernodes are called {group.name!r}: rename one")
         if not group.nodes:
             raise InputError(f"supernode {group.name!r} has no members")
-        index = set()
-        for node in group.nodes:
-            if isinstance(node, str):
-                index.add(find_node(graph, node))
-                continue
-            layer, pos, feature = node
-            pos += graph.n_tokens if -graph.n_tokens <= pos < 0 else 0
-            at = slot.get((layer, pos, feature))
-            # What is no node gets the message that a name would get.
-            index.add(
-                find_node(graph, f"{layer}:{pos}:{feature}") if at is None else at
-            )
+        index = {find_node(graph, _called(graph, node)) for node in group.nodes}
         for i in sorted(index):
             if i in owner:
                 raise InputError(
@@ -274,16 +249,23 @@ def _members(graph: Graph, groups: Sequence[Supernode]) -> list[np.ndarray]:
     return found
 
 
+def _called(graph: Graph, node: tuple[int, int, int] | str) -> str:
+    if isinstance(node, str):
+        return node
+    layer, pos, feature = node
+    pos += graph.n_tokens if -graph.n_tokens <= pos < 0 else 0
+    return f"{layer}:{pos}:{feature}"
+
+
 def _row(graph: Graph, node: np.ndarray) -> np.ndarray:
     """Rows of the nodes that have one: features and targets."""
-    A, N = graph.n_features, graph.embed_cols.stop
-    return np.concatenate([node[node < A], node[node >= N] - N + A])
+    A, N = graph.n_features, graph.layout.n_columns
+    return graph.layout.row_of(node[(node < A) | (node >= N)])
 
 
 def _only(graph: Graph, members: Sequence[np.ndarray]) -> Pruning:
     """All nodes but the ungrouped features, and every edge between what is left."""
-    keep_N = np.ones(graph.edge_RN.shape[1], bool)
-    keep_N[graph.feature_cols] = False
+    keep_N = ~graph.layout.ends(None)
     for node in members:
         keep_N[node[node < graph.n_features]] = True
     return Pruning(
@@ -424,10 +406,9 @@ def _cosine(x_BX: np.ndarray) -> np.ndarray:
 
 def _singles(graph: Graph) -> list[np.ndarray]:
     """Tokens that have influence, then all targets, one each."""
-    N = graph.edge_RN.shape[1]
-    embed = np.arange(N)[graph.embed_cols]
-    target = np.arange(N, N + graph.n_targets)
-    used = embed[graph.influence_N[embed] > 0]
+    is_input_N = graph.layout.ends("input")
+    used = np.flatnonzero(is_input_N & (graph.influence_N > 0))
+    target = graph.layout.at("target", np.arange(graph.n_targets))
     return [np.array([i]) for i in (*used, *target)]
 
 
@@ -435,23 +416,14 @@ def _named(
     graph: Graph, found: Sequence[np.ndarray], single: Sequence[np.ndarray]
 ) -> list[Supernode]:
     """Groups of features by influence, called after their strongest; then singles."""
-    influence_N, N = graph.influence_N, graph.edge_RN.shape[1]
-    groups = []
+    influence_N, groups = graph.influence_N, []
     for node in sorted(found, key=lambda node: -influence_N[node].sum()):
         name = node_name(graph, int(node[np.argmax(influence_N[node])]))
         more = f" +{len(node) - 1}" if len(node) > 1 else ""
-        places = zip(
-            graph.layer_A[node].tolist(),
-            graph.pos_A[node].tolist(),
-            graph.feature_A[node].tolist(),
-            strict=True,
-        )
-        groups.append(Supernode(name + more, tuple(places)))
+        groups.append(Supernode(name + more, tuple(map(graph.feature, node))))
     for (i,) in single:
-        number = i - N if i >= N else i - graph.embed_cols.start
-        kind = "target" if i >= N else "embed"
-        name = node_name(graph, int(i))
+        name, short = node_name(graph, int(i)), short_name(graph, int(i))
         if name in {group.name for group in groups}:
-            name = f"{name} ({kind} {number})"
-        groups.append(Supernode(name, (f"{kind} {number}",)))
+            name = f"{name} ({short})"
+        groups.append(Supernode(name, (short,)))
     return groups

@@ -5,6 +5,10 @@ a token's probability to first order, features, any direction at a site and posi
 and several of these with weights (`combine_targets`). What the rows of targets need is
 in `jaxclt.graph.target_reads`.
 
+Builders of logits take the model, the normed output ``out_D`` of the position that is
+read (where probabilities matter) and token ids, int32. That position is ``pos``, by
+default the last of the prompt; ``labels`` are names instead of the builder's own.
+
 The sites of `functional_targets`, each linear once patterns and norms are frozen:
 
 | site | what is read |
@@ -18,12 +22,12 @@ The sites of `functional_targets`, each linear once patterns and norms are froze
 | attn_in:l | the same after the attention's norm |
 
 Where attention and MLP stand side by side, resid_mid:l is resid_pre:l, and resid_post:l
-what the next layer reads; behind the last layer there is only `out`.
+what the next layer reads; after the last layer there is only `out`.
 
 Weights are what influence starts with: a token's probability; for all else 1 / K each,
 which `combine_targets` changes. They are never negative: what is given a negative
-weight is turned round instead (``-v`` with weight ``|w|``), so that rows, paths and
-total effects have the sign that was asked for while influence counts sizes.
+weight is negated instead (``-v`` with weight ``|w|``), so that rows, paths and total
+effects have the sign that was asked for while influence counts sizes.
 """
 
 from __future__ import annotations
@@ -60,16 +64,9 @@ __all__ = [
     "token_targets",
 ]
 
-SITES = (
-    "out",
-    "resid_mid",
-    "normalized",
-    "mlp_in",
-    "mlp_out",
-    "resid_post",
-    "resid_pre",
-    "attn_in",
-)
+_STREAM = ("resid_mid", "normalized", "mlp_in", "mlp_out", "resid_post", "resid_pre")
+_LAYERED = (*_STREAM, "attn_in")
+SITES = ("out", *_LAYERED)
 
 
 def _unembedding(params: LMParams, token_K: Array) -> Array:
@@ -134,14 +131,7 @@ def _n_layers(params: LMParams) -> int:
 def token_targets(
     params: LMParams, out_D: Array, token_K: Array, *, pos: int = -1
 ) -> Targets:
-    """Logits of given tokens minus the mean logit; weights are their probabilities.
-
-    Args:
-      params: the model.
-      out_D: normed output at `pos`.
-      token_K: int32 token ids.
-      pos: the position that is read, by default the last of the prompt.
-    """
+    """Logits of given tokens minus the mean logit; weights are their probabilities."""
     prob_V = jax.nn.softmax(unembed(params, out_D))
     return _targets(
         demeaned_unembedding(params, token_K),
@@ -163,13 +153,6 @@ def salient_targets(
     """The top tokens up to `mass` of the probability, at most `most` of them.
 
     Circuit Tracing (2025), section 3.1: K = min(10, fewest tokens that hold 95%).
-
-    Args:
-      params: the model.
-      out_D: normed output at `pos`.
-      mass: cumulative probability to reach.
-      most: cap on K.
-      pos: the position that is read, by default the last of the prompt.
 
     Raises:
       InputError: if the model's output is not finite.
@@ -194,15 +177,7 @@ def difference_targets(
     pos: int = -1,
     labels: Sequence[str] | None = None,
 ) -> Targets:
-    """Logits of some tokens minus those of others, pair by pair.
-
-    Args:
-      params: the model.
-      token_K: int32 token ids.
-      other_K: int32 token ids that are subtracted.
-      pos: the position that is read, by default the last of the prompt.
-      labels: names; token ids by default.
-    """
+    """Logits of some tokens minus those of others, pair by pair."""
     pairs = zip(np.asarray(token_K).tolist(), np.asarray(other_K).tolist(), strict=True)
     return _targets(
         _unembedding(params, token_K) - _unembedding(params, other_K),
@@ -224,15 +199,8 @@ def probability_targets(
     """Gradients of probabilities (or of their logarithms) with respect to the logits.
 
     ``p_a (e_a - p)`` of logits z, and ``e_a - p`` with `log`. That is the first order:
-    what a row sums to is ``p_a (z_a - Σ_v p_v z_v)``, not the probability.
-
-    Args:
-      params: the model.
-      out_D: normed output at `pos`.
-      token_K: int32 token ids a.
-      log: of the log-probability; its negative is the loss.
-      pos: the position that is read, by default the last of the prompt.
-      labels: names; token ids by default.
+    what a row sums to is ``p_a (z_a - Σ_v p_v z_v)``, not the probability. The negative
+    of a log-probability is the loss.
     """
     prob_V = jax.nn.softmax(unembed(params, out_D))
     if params.unembed_DV is None:
@@ -325,13 +293,11 @@ def functional_targets(
     write_KD = np.zeros_like(read_KD)
     const_K = np.zeros(len(read_KD)) if const_K is None else np.atleast_1d(const_K)
     if name in ("normalized", "mlp_in", "attn_in"):
-        frozen, blocks = recording.frozen, params.blocks
-        before_attn = name == "attn_in"
-        norm = (attn_norm if before_attn else mlp_norm)(blocks).of_layer(layer)
-        scale_LT = frozen.attn_scale_LT if before_attn else frozen.mlp_scale_LT
-        read_KD, bias_K = fold_reads(
-            "normalized" if name == "normalized" else "mlp_in", norm, read_KD
-        )
+        norm, scale_LT = mlp_norm, recording.frozen.mlp_scale_LT
+        if name == "attn_in":
+            norm, scale_LT = attn_norm, recording.frozen.attn_scale_LT
+        form = "normalized" if name == "normalized" else "mlp_in"
+        read_KD, bias_K = fold_reads(form, norm(params.blocks).of_layer(layer), read_KD)
         read_KD = read_KD * np.asarray(scale_LT)[layer, p]
         const_K = const_K + bias_K
     match name:
@@ -363,10 +329,10 @@ def _site(site: str, n_layers: int) -> tuple[str, int]:
     found = re.fullmatch(r"(\w+):(\d{1,9})", site)
     if site == "out":
         return "out", n_layers
-    if found is None or found[1] not in SITES[1:]:
+    if found is None or found[1] not in _LAYERED:
         raise InputError(
             f"target site {site!r} is unknown: write out, or one of "
-            f"{', '.join(SITES[1:])} with a layer, for example resid_mid:3"
+            f"{', '.join(_LAYERED)} with a layer, for example resid_mid:3"
             f"{did_you_mean(site.partition(':')[0], SITES)}"
         )
     if int(found[2]) >= n_layers:
@@ -392,7 +358,7 @@ def combine_targets(
 
     Part i gets ``|weights[i]|`` of the influence, shared among its targets by their own
     weights (equally if these are all zero); everything is scaled to sum to 1. A part
-    with a negative weight is turned round.
+    with a negative weight is negated.
 
     Args:
       parts: targets; a negative position still counts from the end of the prompt.
@@ -417,7 +383,7 @@ def combine_targets(
 
 
 def _scaled(part: Targets, weight: float) -> Targets:
-    """A part whose weights sum to the size of `weight`, turned round if negative."""
+    """A part whose weights sum to the size of `weight`, negated if that is negative."""
     part = jax.tree.map(np.asarray, part)
     share_K = part.weight_K if part.weight_K.any() else np.ones_like(part.weight_K)
     share_K = (share_K * (abs(weight) / share_K.sum())).astype(share_K.dtype)
@@ -465,7 +431,7 @@ def place_targets(targets: Targets, *, cfg: LMConfig, n_tokens: int) -> Targets:
     if (host.weight_K < 0).any() or not host.weight_K.any():
         raise InputError(
             "target weights must not be negative and not all be zero: use "
-            "combine_targets, which turns a target round and scales weights"
+            "combine_targets, which negates targets and scales weights"
         )
     pos_K = [_position(int(pos), n_tokens) for pos in host.pos_K]
     return dataclasses.replace(host, pos_K=np.asarray(pos_K, np.int32))

@@ -1,5 +1,7 @@
 """Models in the Hugging Face layout: config.json and safetensors.
 
+The weights are one `model.safetensors`, or shards with `model.safetensors.index.json`.
+Of a tensor only the slices that are asked for are read; pickles are never opened.
 Reading accepts what transformers 4 and 5 write, of the families of
 `jaxclt.io.families`; writing is for models that are like Llama.
 """
@@ -16,18 +18,22 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, shown
 from jaxclt.files.atomic import atomic_path
 from jaxclt.files.json_file import read_json
 from jaxclt.files.json_text import to_json
 from jaxclt.io.families import describe_hf
 from jaxclt.io.names import LLAMA, Layout, from_leaf, tensor_name
 from jaxclt.io.read_params import Stored, read_params
-from jaxclt.io.weights_safetensors import locate_tensors, read_part
+from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import LMParams
 
 __all__ = ["config_to_hf", "load_hf", "save_hf"]
+
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 
 
 def config_to_hf(cfg: LMConfig, params: LMParams) -> dict[str, Any]:
@@ -85,17 +91,76 @@ def load_hf(
         cfg, layout = describe_hf(hf)
     except InputError as error:
         raise InputError(f"{root}: {error}") from error
-    files = locate_tensors(root)
+    files = _locate_tensors(root)
     theirs = {_our_name(name, layout): name for name in files}
     if len(theirs) < len(files):
         raise InputError(f"{root}: a tensor is there twice, under two names")
 
     def get(ours: str, part: tuple[slice, ...], /) -> np.ndarray:
-        return read_part(files[theirs[ours]], theirs[ours], part)
+        return _read_part(files[theirs[ours]], theirs[ours], part)
 
     shapes = {ours: files[name].tensors[name].shape for ours, name in theirs.items()}
     stored = Stored(str(root), "hf", shapes, get)
     return read_params(stored, cfg, _all_unread(layout), dtype=dtype, mesh=mesh), cfg
+
+
+def _locate_tensors(directory: Path) -> dict[str, TensorFile]:
+    """The file that each tensor of a directory lies in; reads no data yet.
+
+    Raises:
+      InputError: when there are only pickled weights or none, or when a file is
+        truncated, damaged or missing.
+    """
+    if (directory / _SINGLE).is_file():
+        file = open_tensors(directory / _SINGLE, others=True)
+        return dict.fromkeys(file.tensors, file)
+    if not (directory / _INDEX).is_file():
+        refuse_pickles(directory)
+        raise InputError(f"{directory} holds no {_SINGLE} and no {_INDEX}")
+    wanted, where = _read_index(directory / _INDEX), {}
+    for shard in sorted(set(wanted.values())):
+        path = directory / shard
+        if not os.path.isfile(path):  # which knows no impossible names
+            raise InputError(f"shard {path} is missing; fetch the model again")
+        file = open_tensors(path, others=True)
+        listed = {name for name, place in wanted.items() if place == shard}
+        for name in sorted(listed - set(file.tensors)):
+            raise InputError(
+                f"{path}: tensor {name} is missing although {_INDEX} lists it; "
+                "fetch the model again"
+            )
+        where |= dict.fromkeys(listed, file)
+    return where
+
+
+def _read_part(file: TensorFile, name: str, part: tuple[slice, ...]) -> np.ndarray:
+    """A slice of each axis of a tensor, float32.
+
+    Raises:
+      InputError: for a tensor that is not of a floating point type, or unreadable.
+    """
+    if file.tensors[name].other:
+        raise InputError(
+            f"{file.path}: cannot read tensor {name} (its type is "
+            f"{file.tensors[name].other.strip(chr(39))}, not floating point)"
+        )
+    try:
+        return np.asarray(file.map(name)[part]).astype(np.float32, copy=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file.path}: cannot read tensor {name} ({error})") from error
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    wanted = read_json(path).get("weight_map")
+    if not isinstance(wanted, dict) or not wanted:
+        raise InputError(f"{path} has no weight_map; fetch the model again")
+    for shard in wanted.values():
+        # A shard lies beside its index: an index must not reach elsewhere.
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise InputError(
+                f"{path} names a shard outside its directory: {shown(shard)}"
+            )
+    return wanted
 
 
 def save_hf(params: LMParams, cfg: LMConfig, directory: str | os.PathLike[str]) -> None:

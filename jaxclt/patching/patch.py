@@ -118,7 +118,7 @@ def plan_patch(
     return Patch(
         subject=subject,
         change=change,
-        layers=subject.check_range(layers, change.node_E3[:, 0], how.mode),
+        layers=subject.layer_range(layers, change.node_E3[:, 0], how.mode),
         how=how.of(subject.patchable.coder),
         n_later=n_later,
         warnings=tuple(_warnings(subject, edits, how)),

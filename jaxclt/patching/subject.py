@@ -323,10 +323,10 @@ class Subject:
         with jax.default_matmul_precision("highest"):
             return in_chunks(call, (change, layers_B2), order_B, size, on_done)
 
-    def check_range(
+    def layer_range(
         self, layers: tuple[int, int] | None, layer_E: np.ndarray, mode: Mode
     ) -> tuple[int, int]:
-        """The layer range of a patch.
+        """The layer range of a patch: as given, or by default (`default_range`).
 
         Raises:
           InputError: for an empty range, or one outside the model.

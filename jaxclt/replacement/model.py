@@ -4,8 +4,8 @@ Circuit Tracing (2025), section 2.2. Attention is live and each encoder reads th
 replacement's own stream; there are no error terms, except that the first position may
 keep its MLPs (`keep_first`): it is seldom trained on, and it only sees itself. The
 model's own neurons, the weak ones cut off, are the baseline (section 5.1.2). One layer
-can be replaced by itself (`layer_L`), and with the error nodes of a prompt
-the replacement is the model again.
+can be replaced by itself (`layer_L`), and with the error nodes of a prompt the
+replacement is the model again.
 
 `replaced` is the one pass in which a dictionary stands for the MLPs; with patterns and
 norms held and error nodes added it is the local replacement model as well. Where the
@@ -39,22 +39,12 @@ class Sources(NamedTuple):
 
 
 def _layer(
-    coder: Coder,
-    ahead_MTD: Array,
-    given: tuple[Block, Weights, Array | None, Array | None],
-    read_TD: Array,
-) -> tuple[Array, Array, Array]:
-    """One layer: what is then written ahead [M, T, D], its output [T, D], activations.
-
-    `given` are the model's block, the dictionary's weights, activations if they are
-    given, and the held scale of a norm after the MLP.
-    """
-    p, w, a_TF, post_T = given
-    if a_TF is None:
-        a_TF = coder.encode(p, w.enc, read_TD, post_T).a_TF
+    coder: Coder, p: Block, w: Weights, ahead_MTD: Array, read_TD: Array, a_TF: Array
+) -> tuple[Array, Array]:
+    """What is written ahead after a layer [M, T, D], and the layer's output [T, D]."""
     ahead_MTD = ahead_MTD + coder.write(p, w.dec, a_TF)
     write_TD = ahead_MTD[0] + constant(coder, p, w.fixed, read_TD)
-    return jnp.roll(ahead_MTD, -1, 0).at[-1].set(0), write_TD, a_TF
+    return jnp.roll(ahead_MTD, -1, 0).at[-1].set(0), write_TD
 
 
 def _nothing_ahead(coder: Coder, like_TD: Array) -> Array:
@@ -82,8 +72,8 @@ def written(
 
     def step(ahead_MTD: Array, x: Any) -> tuple[Array, tuple[Array, Array]]:
         p, w, read_TD, post_T = x
-        given = p, w, None, post_T
-        ahead_MTD, write_TD, a_TF = _layer(coder, ahead_MTD, given, read_TD)
+        a_TF = coder.encode(p, w.enc, read_TD, post_T).a_TF
+        ahead_MTD, write_TD = _layer(coder, p, w, ahead_MTD, read_TD, a_TF)
         return ahead_MTD, (a_TF != 0, write_TD)
 
     blocks = None if params is None else params.blocks
@@ -124,7 +114,9 @@ def replaced(
     ) -> tuple[Array, Array]:
         w, a_TF, error_TD, replace, post_T = x
         read_TD = read_site(coder.site, layers.mlp_norm(p), mid_TD, scale_T)
-        ahead_MTD, write_TD, _ = _layer(coder, carry, (p, w, a_TF, post_T), read_TD)
+        if a_TF is None:
+            a_TF = coder.encode(p, w.enc, read_TD, post_T).a_TF
+        ahead_MTD, write_TD = _layer(coder, p, w, carry, read_TD, a_TF)
         if error_TD is not None:
             write_TD = write_TD + error_TD
         if replace is not None:

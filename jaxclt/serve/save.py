@@ -16,6 +16,7 @@ from jaxclt.files.atomic import atomic_path
 from jaxclt.files.guard import locked
 from jaxclt.files.json_file import TEXT, TEXTS, check_json, json_schema, named, record
 from jaxclt.files.json_text import to_json, well_formed
+from jaxclt.graph.kinds import KINDS
 from jaxclt.trace.pages import read_graph
 
 __all__ = ["ChangedError", "save_view", "version_of"]
@@ -58,7 +59,7 @@ class ChangedError(Exception):
         self.labels = {
             node_id: node["clerp"]
             for node_id, node in _by_id(doc).items()
-            if node["feature_type"] != "logit"
+            if node["feature_type"] != KINDS["target"].drawn
         }
         self.view = doc["qParams"]
 
@@ -107,7 +108,7 @@ def _apply(doc: dict[str, Any], labels: dict[str, str], view: dict[str, Any]) ->
     node_by_id = _by_id(doc)
     for node_id, label in labels.items():
         node = node_by_id.get(node_id)
-        if node is None or node["feature_type"] == "logit":
+        if node is None or node["feature_type"] == KINDS["target"].drawn:
             raise InputError(f"no node {node_id[:60]!r} that can have a label")
         node["clerp"] = label
     pinned = {*view.get("pinnedIds", ())}.union(
@@ -126,7 +127,7 @@ def _by_id(doc: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
     As in files of circuit-tracer up to 0.5.0.
     """
-    error = "mlp reconstruction error"
+    error = KINDS["error"].drawn
     nodes = sorted(doc["nodes"], key=lambda node: node["feature_type"] != error)
     return {node["node_id"]: node for node in nodes}
 

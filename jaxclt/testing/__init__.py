@@ -1,5 +1,5 @@
 """Tiny random models and dictionaries for tests and examples."""
 
-from jaxclt.testing.tiny import Tiny, tiny
+from jaxclt.testing.tiny import Tiny, TinyOptions, tiny
 
-__all__ = ["Tiny", "tiny"]
+__all__ = ["Tiny", "TinyOptions", "tiny"]

@@ -27,7 +27,7 @@ from jaxclt.testing.random_clt import random_clt
 from jaxclt.testing.random_lm import Parts, random_lm
 from jaxclt.types import CLTParams, LMParams, Recording, Targets
 
-__all__ = ["FAMILIES", "Tiny", "TinyFamily", "tiny"]
+__all__ = ["FAMILIES", "Tiny", "TinyFamily", "TinyOptions", "tiny"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,67 +169,60 @@ def _record(params: LMParams, token_T: Array, cfg: LMConfig) -> Recording:
     return record(params, token_T, cfg=cfg)
 
 
-def tiny(
-    seed: int = 0,
-    *,
-    n_layers: int = 4,
-    n_kv_heads: int = 2,
-    n_tokens: int = 6,
-    n_features: int = 20,
-    span: int | None = None,
-    activation: str = "jumprelu",
-    read: str = "resid_mid",
-    biases: bool = True,
-    tied: bool = False,
-    skip: bool = False,
-    family: str = "llama",
-    dtype: jnp.dtype | type = jnp.float32,
-) -> Tiny:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TinyOptions:
+    """What a tiny model and its dictionary are like."""
+
+    n_layers: int = 4
+    n_kv_heads: int = 2  # 4 for plain attention, fewer for grouped queries
+    n_tokens: int = 6  # of the prompt
+    n_features: int = 20  # per layer
+    span: int | None = None  # of decoders, None for a full CLT
+    activation: str = "jumprelu"  # of the dictionary
+    read: Any = "resid_mid"  # where it reads
+    biases: bool = True  # in the model and the dictionary
+    tied: bool = False  # share embedding and unembedding
+    skip: bool = False  # give the dictionary a linear path
+    family: str = "llama"  # whose switches the model has, a key of `FAMILIES`
+    dtype: jnp.dtype | type = jnp.float32  # float64 needs jax's x64 mode
+
+
+def tiny(seed: int = 0, **options: Any) -> Tiny:
     """Make a random model and dictionary from a seed.
 
     Args:
       seed: of everything random.
-      n_layers: L.
-      n_kv_heads: 4 for plain attention, fewer for grouped queries.
-      n_tokens: prompt length.
-      n_features: per layer.
-      span: decoder span, None for a full CLT.
-      activation: of the dictionary.
-      read: where it reads.
-      biases: in the model and the dictionary.
-      tied: share embedding and unembedding.
-      skip: give the dictionary a linear path.
-      family: whose switches the model has, a key of `FAMILIES`.
-      dtype: float64 needs jax's x64 mode.
+      **options: fields of `TinyOptions`.
     """
+    o = TinyOptions(**options)
     key_lm, key_clt, key_tokens = jax.random.split(jax.random.key(seed), 3)
     cfg = LMConfig(
-        n_layers=n_layers,
+        n_layers=o.n_layers,
         d_model=16,
         n_heads=4,
-        n_kv_heads=n_kv_heads,
+        n_kv_heads=o.n_kv_heads,
         d_head=4,
         d_mlp=24,
         d_vocab=40,
         n_ctx=64,
-        **FAMILIES[family].cfg,
+        **FAMILIES[o.family].cfg,
     )
-    parts = Parts(tied=tied, biases=biases, **FAMILIES[family].parts)
+    parts = Parts(tied=o.tied, biases=o.biases, **FAMILIES[o.family].parts)
     if local := parts.local:  # again and again
-        cycled = tuple(local[i % len(local)] for i in range(n_layers))
+        cycled = tuple(local[i % len(local)] for i in range(o.n_layers))
         parts = dataclasses.replace(parts, local=cycled)
     clt_cfg = CLTConfig(
-        n_layers=n_layers,
+        n_layers=o.n_layers,
         d_model=16,
-        n_features=n_features,
-        span=span or n_layers,
-        activation=activation,
-        k=4 if GATES[activation].competes else None,
-        read=read,  # pyright: ignore[reportArgumentType]
+        n_features=o.n_features,
+        span=o.span or o.n_layers,
+        activation=o.activation,
+        k=4 if GATES[o.activation].competes else None,
+        read=o.read,
     )
-    params = _random_lm(key_lm, cfg, parts, dtype=dtype)
-    clt = _init_clt(key_clt, cfg=clt_cfg, dtype=dtype, biases=biases, skip=skip)
-    token_T = jax.random.randint(key_tokens, (n_tokens,), 0, cfg.d_vocab, jnp.int32)
+    params = _random_lm(key_lm, cfg, parts, dtype=o.dtype)
+    clt = _init_clt(key_clt, cfg=clt_cfg, dtype=o.dtype, biases=o.biases, skip=o.skip)
+    token_T = jax.random.randint(key_tokens, (o.n_tokens,), 0, cfg.d_vocab, jnp.int32)
     recording = _record(params, token_T, cfg)
     return Tiny(
         cfg=cfg,

@@ -17,6 +17,7 @@ from jaxclt.files.atomic import atomic_path
 from jaxclt.files.json_file import MOST_DATA, find_json
 from jaxclt.files.json_text import to_json
 from jaxclt.graph.graph import Graph
+from jaxclt.graph.kinds import KINDS
 from jaxclt.graph.supernodes import suggest_supernodes
 from jaxclt.types import Supernode
 from jaxclt.viewer.graph_json import validate
@@ -150,7 +151,7 @@ def carry_over(doc: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     labels = dict(own.pop("labels_not_shown", {})) | {
         node["jsNodeId"]: node["clerp"]
         for node in saved["nodes"]
-        if node["clerp"] and node["feature_type"] != "logit"
+        if node["clerp"] and node["feature_type"] != KINDS["target"].drawn
     }
     nodes = [
         {**node, "clerp": labels[node["jsNodeId"]]}

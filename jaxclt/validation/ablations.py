@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph
-from jaxclt.patching.batch import chunk_size, default_range
+from jaxclt.patching.batch import chunk_size
 from jaxclt.patching.change import Change, batched
 from jaxclt.patching.effects import clean_effect, diverged
 from jaxclt.patching.features import Features
@@ -119,14 +119,11 @@ class Bench:
           watch: also the activations of the watched features.
           everywhere: in all layers, not in the default range.
         """
-        subject, L = self.subject, self.subject.model.cfg.n_layers
+        subject = self.subject
+        given = (0, subject.model.cfg.n_layers - 1) if everywhere else None
         layers = [
-            (0, L - 1)
-            if everywhere
-            else default_range(
-                layer_E[layer_E >= 0], span=self.span, n_layers=L, mode=how.mode
-            )
-            for layer_E in change.features.layer_E
+            subject.layer_range(given, layer_E[layer_E >= 0], how.mode)
+            for layer_E in np.asarray(change.features.layer_E)
         ]
         done = subject.effects(
             Change.of(change.features, factor),

@@ -6,15 +6,12 @@ end its block, put in place as text only, and a content security policy forbids 
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import Any
 
 from jaxclt.files.json_text import finite, to_json
+from jaxclt.viewer.page import filled
 
 __all__ = ["globals_page"]
-
-_MARKER = "/*DATA*/null"
-_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
 def globals_page(doc: dict[str, Any]) -> str:
@@ -27,7 +24,4 @@ def globals_page(doc: dict[str, Any]) -> str:
         virtual, era, twera, coactivation]], strongest first.
     """
     data = to_json(finite(doc), separators=(",", ":"))
-    template = resources.files("jaxclt.viewer").joinpath("static/globals.html")
-    # Split, not replaced: the data may itself contain the marker.
-    head, _, tail = template.read_text(encoding="utf-8").partition(_MARKER)
-    return head + data.translate(_ESCAPES) + tail
+    return "".join(filled("globals.html", data))

@@ -32,7 +32,9 @@ from jaxclt.errors import InputError, shown
 from jaxclt.files.json_file import TEXT, Schema, check_json, json_schema
 from jaxclt.files.json_text import finite, well_formed
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.shares import edge_influence
+from jaxclt.graph.kinds import KINDS
+from jaxclt.graph.nodes import facts
+from jaxclt.graph.shares import edge_influence, whole_input
 
 __all__ = ["graph_json", "validate"]
 
@@ -71,15 +73,20 @@ def graph_json(
     )
     strongest = np.argsort(-edge_influence(graph, row_R, weight_R), kind="stable")
     row_R, col_R, weight_R = row_R[strongest], col_R[strongest], weight_R[strongest]
-    # Nodes are numbered as columns, then logits: a row of a feature is its column.
-    n_cols, n_features = len(graph.influence_N), graph.n_features
-    target_R = np.where(row_R < n_features, row_R, row_R - n_features + n_cols)
-    shown = np.zeros(n_cols + graph.n_targets, bool)
-    shown[col_R] = shown[target_R] = True
-    shown[graph.embed_cols] = shown[n_cols:] = True
-
-    node_by_index = _nodes(graph, shown)
-    ids = {index: node["node_id"] for index, node in node_by_index.items()}
+    layout = graph.layout
+    target_R = layout.node_of(row_R)
+    drawn = np.zeros(layout.nodes["target"].stop, bool)
+    drawn[col_R] = drawn[target_R] = True
+    for kind, at in layout.nodes.items():
+        drawn[at] |= KINDS[kind].always_drawn
+    influences = _cumulative_influence(graph.influence_N).tolist()
+    influences += [None] * graph.n_targets
+    inputs = _abs_input(graph)
+    nodes = {
+        i: _node(graph, i, influence=influences[i], inputs=inputs)
+        for i in np.flatnonzero(drawn).tolist()
+    }
+    ids = {i: node["node_id"] for i, node in nodes.items()}
     # Through text: the shortest decimal that reads back as the same float32.
     weights = orjson.loads(orjson.dumps(weight_R, option=orjson.OPT_SERIALIZE_NUMPY))
     links: list[dict[str, Any]] = [
@@ -96,7 +103,7 @@ def graph_json(
             "clickedId": "",
             "sg_pos": "",
         },
-        "nodes": list(node_by_index.values()),
+        "nodes": list(nodes.values()),
         "links": links,
         "jaxclt": finite(
             {
@@ -131,17 +138,11 @@ def _add_parts(
             link["direct"] = _brief(direct)
         if attention:
             link["attention"] = _brief(attention)
-    heads = graph.heads
-    if heads is None:
+    if graph.heads is None:
         return
-    n_cols = graph.edge_RN.shape[1]
-    place = np.argsort(heads.row_E.astype(np.int64) * n_cols + heads.col_E)
-    key_E = (heads.row_E.astype(np.int64) * n_cols + heads.col_E)[place]
-    want_R = row_R.astype(np.int64) * n_cols + col_R
-    at_R = np.searchsorted(key_E, want_R)
-    at_R = np.minimum(at_R, max(len(key_E) - 1, 0))
-    for i in np.flatnonzero(key_E[at_R] == want_R) if len(key_E) else ():
-        listed = heads.listed(int(place[at_R[i]]))[:_MAX_HEADS]
+    at_R = graph.heads.find(row_R, col_R)
+    for i in np.flatnonzero(at_R >= 0).tolist():
+        listed = graph.heads.listed(int(at_R[i]))[:_MAX_HEADS]
         if listed:
             links[i]["heads"] = [[l, h, _brief(load)] for l, h, load in listed]
 
@@ -166,54 +167,22 @@ def validate(doc: Any, *, foreign: bool = False) -> None:
     Raises:
         InputError: names the first offending value's path, as ``$.nodes[3].layer``.
     """
-    # Links are many and alike; their three keys are checked by hand below.
-    head = doc
-    if isinstance(doc, dict) and isinstance(doc.get("links"), list):
-        head = {**doc, "links": []}
-    check_json(head, _schema(foreign), _WRONG)
+    check_json(doc, _schema(foreign), _WRONG)
+    for part in ("nodes", "links"):
+        for i, thing in enumerate(doc[part]):
+            for key, value in thing.items():
+                if type(value) in _NUMBERS and not abs(value) <= _LARGEST:
+                    raise _bad(f"$.{part}[{i}].{key}", f"{shown(value)} is not finite")
     ids: set[str] = set()
     for i, node in enumerate(doc["nodes"]):
         if node["node_id"] in ids and not foreign:
             raise _bad(f"$.nodes[{i}].node_id", f"{shown(node['node_id'])} used twice")
         ids.add(node["node_id"])
-        for key, value in node.items():
-            if type(value) in _NUMBERS and not abs(value) <= _LARGEST:
-                raise _bad(f"$.nodes[{i}].{key}", f"{shown(value)} is not finite")
-    if not _all_good(doc["links"], ids):
-        for i, link in enumerate(doc["links"]):
-            _check_link(i, link, ids)
-
-
-def _all_good(links: list[Any], ids: set[str]) -> bool:
-    """Whether all links pass `_check_link`, a key at a time: there may be millions."""
-    try:
-        ends = {link["source"] for link in links} | {link["target"] for link in links}
-        weights = [link["weight"] for link in links]
-        for part in ("direct", "attention"):
-            weights += [link[part] for link in links if part in link]
-        kinds = set(map(type, links)), set(map(type, weights))
-        return (
-            ends <= ids
-            and kinds[0] <= {dict}
-            and kinds[1] <= _NUMBERS
-            and all(map(_LARGEST.__ge__, map(abs, weights)))
-        )
-    except (TypeError, KeyError, IndexError):
-        return False
-
-
-def _check_link(i: int, link: Any, ids: set[str]) -> None:
-    if not isinstance(link, dict):
-        raise _bad(f"$.links[{i}]", "is not an object")
-    for end in ("source", "target"):
-        name = link.get(end)
-        if not isinstance(name, str) or name not in ids:
-            raise _bad(f"$.links[{i}].{end}", f"{shown(name)} is no node of the graph")
-    for key in ("weight", *(k for k in ("direct", "attention") if k in link)):
-        value: Any = link.get(key)
-        # bool is an int to Python, not to JSON.
-        if type(value) not in _NUMBERS or not abs(value) <= _LARGEST:
-            raise _bad(f"$.links[{i}].{key}", f"{shown(value)} is not a finite number")
+    for i, link in enumerate(doc["links"]):
+        for end in ("source", "target"):
+            if link[end] not in ids:
+                why = f"{shown(link[end])} is no node of the graph"
+                raise _bad(f"$.links[{i}].{end}", why)
 
 
 def _bad(path: str, message: str) -> InputError:
@@ -229,7 +198,7 @@ def _schema(foreign: bool) -> Schema:
         parts["name"] = TEXT
         node = parts["node"]
         # The layer counts where the type does not say it all.
-        typed = {"enum": ["logit", "embedding"]}
+        typed = {"enum": [KINDS[kind].drawn for kind in ("target", "embed")]}
         node |= {"if": {"properties": {"feature_type": typed}}, "then": {}}
         node["else"] = {"properties": {"layer": node["properties"].pop("layer")}}
         node["properties"]["layer"] = {"type": ["string", "integer"]}
@@ -264,103 +233,40 @@ def _metadata(graph: Graph, slug: str) -> dict[str, Any]:
     }
 
 
-def _nodes(graph: Graph, shown: np.ndarray) -> dict[int, dict[str, Any]]:
-    """Shown nodes by their number (columns, then logits), in that order."""
-    T, n_cols = graph.n_tokens, len(graph.influence_N)
-    cumulative_N = _cumulative_influence(graph.influence_N).tolist()
-    abs_input_R = _abs_input(graph)
-    nodes = {}
-    for i in np.flatnonzero(shown[:n_cols]).tolist():
-        influence = cumulative_N[i]
-        if i < graph.n_features:
-            layer, pos = int(graph.layer_A[i]), int(graph.pos_A[i])
-            feature = int(graph.feature_A[i])
-            nodes[i] = _node(
-                node_id=f"{layer}_{feature}_{pos}",
-                jsNodeId=f"{layer}_{feature}-0",
-                feature=_cantor(layer, feature),
-                layer=str(layer),
-                ctx_idx=pos,
-                feature_type="cross layer transcoder",
-                influence=influence,
-                activation=float(str(np.float32(graph.value_A[i]))),
-                abs_input=abs_input_R[i],
-                clerp=well_formed(graph.meta.label(layer, feature)),
-            )
-        elif i < graph.error_cols.stop:
-            layer, pos = divmod(i - graph.error_cols.start, T)
-            nodes[i] = _node(
-                node_id=f"{layer}_-1_{pos}",
-                jsNodeId=f"{layer}_-1-{pos}",
-                feature=-1,
-                layer=str(layer),
-                ctx_idx=pos,
-                feature_type="mlp reconstruction error",
-                influence=influence,
-            )
-        else:
-            pos = i - graph.embed_cols.start
-            token = int(graph.token_T[pos])
-            nodes[i] = _node(
-                node_id=f"E_{token}_{pos}",
-                jsNodeId=f"E_{token}-{pos}",
-                feature=pos,
-                layer="E",
-                ctx_idx=pos,
-                feature_type="embedding",
-                influence=influence,
-            )
-    for k in range(graph.n_targets):
-        nodes[n_cols + k] = _logit(graph, k, abs_input_R[graph.n_features + k])
-    return nodes
-
-
-def _logit(graph: Graph, k: int, abs_input: float | None) -> dict[str, Any]:
-    vocab, pos = int(graph.target_id_K[k]), int(graph.target_pos_K[k])
-    prob = float(graph.target_prob_K[k])
-    prob = prob if math.isfinite(prob) else 0.0
-    layer = graph.n_layers + 1
-    extra = {}
-    if graph.meta.weights == "chosen" or not graph.is_next_token[k]:
-        read_layer = int(graph.target_layer_K[k])
-        extra["target"] = {
-            "layer": read_layer if read_layer < graph.n_layers else None,
-            "token": bool(graph.target_token_K[k] >= 0),
-            "readout": float(f"{graph.readout_R[graph.n_features + k]:.7g}"),
-        }
-    # Readers cut the token at the first two quotes and the rest at "(p=".
-    token = (
-        well_formed(graph.meta.target_tokens[k])
-        .replace('"', "”")
-        .replace("(p=", "( p=")
-    )
-    return _node(
-        node_id=f"{layer}_{vocab}_{pos}",
-        jsNodeId=f"L_{vocab}-{pos}",
-        feature=vocab,
-        layer=str(layer),
-        ctx_idx=pos,
-        feature_type="logit",
-        token_prob=prob,
-        is_target_logit=k == 0,
-        clerp=f'Output "{token}" (p={prob:.3f})',
-        abs_input=abs_input,
-        **extra,
-    )
-
-
-def _node(**fields: Any) -> dict[str, Any]:
-    """A node with circuit-tracer's defaults; ``abs_input`` is our own extra key."""
-    return {
-        "token_prob": 0.0,
-        "is_target_logit": False,
+def _node(
+    graph: Graph, i: int, *, influence: float | None, inputs: list[float | None]
+) -> dict[str, Any]:
+    """A node as circuit-tracer has it; ``abs_input`` and ``target`` are our own."""
+    kind, at = graph.layout.kind(i), facts(graph, i)
+    row = KINDS[kind]
+    node: dict[str, Any] = {
+        "token_prob": at.get("probability", 0.0),
+        "is_target_logit": at.get("k") == 0,
         "run_idx": 0,
         "reverse_ctx_idx": 0,
-        "clerp": "",
-        "influence": None,
+        "clerp": well_formed(row.clerp.format_map(at)),
+        "influence": influence,
         "activation": None,
-        **fields,
+        "node_id": row.node_id.format_map(at),
+        "jsNodeId": row.js_id.format_map(at),
+        "feature": int(row.feature.format_map(at)),
+        "layer": row.layer.format_map(at),
+        "ctx_idx": at["pos"],
+        "feature_type": row.drawn,
     }
+    if kind == "feature":
+        node["activation"] = float(str(np.float32(graph.value_A[i])))
+    if row.ends is None:
+        node["abs_input"] = inputs[graph.layout.row_of(i)]
+    k = at.get("k")
+    if k is not None and (graph.meta.weights == "chosen" or not graph.is_next_token[k]):
+        layer = int(graph.target_layer_K[k])
+        node["target"] = {
+            "layer": layer if layer < graph.n_layers else None,
+            "token": bool(graph.target_token_K[k] >= 0),
+            "readout": float(f"{graph.readout_R[graph.layout.row_of(i)]:.7g}"),
+        }
+    return node
 
 
 def _cumulative_influence(influence_N: np.ndarray) -> np.ndarray:
@@ -375,18 +281,13 @@ def _cumulative_influence(influence_N: np.ndarray) -> np.ndarray:
 
 def _abs_input(graph: Graph) -> list[float | None]:
     """Everything a row reads, summed without sign; None where it was not computed."""
-    total_R = graph.row_strength + np.abs(graph.bias_R) + graph.rest_abs_R
+    total_R = whole_input(graph)
     return [
         float(f"{total:.7g}") if done and math.isfinite(total) else None
         for total, done in zip(
             total_R.tolist(), graph.attributed_R.tolist(), strict=True
         )
     ]
-
-
-def _cantor(layer: int, feature: int) -> int:
-    """The pairing that numbers (layer, feature) in one integer."""
-    return (layer + feature) * (layer + feature + 1) // 2 + feature
 
 
 def _name(text: str) -> str:

@@ -21,7 +21,7 @@ import orjson
 from jaxclt.errors import InputError
 from jaxclt.files.json_text import finite
 
-__all__ = ["MAX_LINKS", "page"]
+__all__ = ["MAX_LINKS", "filled", "page"]
 
 _MARKER = "/*DATA*/null"
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
@@ -74,12 +74,18 @@ def page(
         text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:
         raise InputError(f"the graph document cannot be shown: {error}") from error
-    template = resources.files("jaxclt.viewer").joinpath("static/graph.html")
-    # Split, not replaced: the data may itself contain the marker.
-    head, _, tail = template.read_text(encoding="utf-8").partition(_MARKER)
+    head, data_block, tail = filled("graph.html", text)
     if serve is not None:
         head = head.replace(_CLOSED, _TO_SELF, 1)
-    return head + text.translate(_ESCAPES) + tail
+    return head + data_block + tail
+
+
+def filled(name: str, data: str) -> tuple[str, str, str]:
+    """A page's template before its data, the data escaped, and the rest."""
+    template = resources.files("jaxclt.viewer").joinpath(f"static/{name}")
+    # Split, not replaced: the data may itself contain the marker.
+    head, _, tail = template.read_text(encoding="utf-8").partition(_MARKER)
+    return head, data.translate(_ESCAPES), tail
 
 
 def _columns(doc: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from jaxclt.graph import heads, provenance
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.explain import edge_parts
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.nodes import find_column, find_node, find_row
-from jaxclt.graph.paths import describe_paths, node_name, strongest_paths
+from jaxclt.graph.nodes import find_column, find_node, find_row, node_name
+from jaxclt.graph.paths import describe_paths, strongest_paths
 from jaxclt.graph.prune import prune, restrict
 from jaxclt.io.graph_file import load_graph, save_graph
 from jaxclt.replacement.errors import error_nodes

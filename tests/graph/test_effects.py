@@ -1,4 +1,4 @@
-"""Total effects of a large graph: against the plain solve, an inverse and ablations."""
+"""Total effects of a large graph: against an inverse and ablations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from cases import case, case_graph, case_local, case_lrm, close, random_graph
 
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.influence import total_effect
 from jaxclt.replacement.local import run_local
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -28,13 +27,10 @@ def test_blocks_equal_an_inverse(block: int) -> None:
     close(solve_total_effect(graph, block=block), by_inverse(graph), 1e-12)
 
 
-def test_blocks_equal_the_plain_solve() -> None:
+def test_many_blocks_equal_an_inverse() -> None:
     graph = case_graph("clt")
-    got = solve_total_effect(graph, block=64)
     assert graph.n_features > 128
-    plain = jax.jit(total_effect, static_argnums=2)
-    close(got, plain(graph.edge_RN, graph.value_A, graph.n_targets), 1e-12)
-    close(got, by_inverse(graph), 1e-12)
+    close(solve_total_effect(graph, block=64), by_inverse(graph), 1e-12)
 
 
 def test_silent_features_and_single_precision() -> None:
@@ -44,6 +40,7 @@ def test_silent_features_and_single_precision() -> None:
     changed = {**vars(graph), "value_A": value_A, "edge_RN": edge_RN}
     fields = {name: changed[name] for name in Graph.__dataclass_fields__}
     exact = solve_total_effect(Graph(**fields))
+    assert np.isfinite(exact).all()
     assert (exact[:, 5] == 0).all()
     fields |= {name: fields[name].astype(np.float32) for name in ("value_A", "edge_RN")}
     single = solve_total_effect(Graph(**fields))

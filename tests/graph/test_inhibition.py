@@ -117,8 +117,8 @@ def test_margin_and_limit_cut_the_far_ones() -> None:
     assert 0 < len(want) < len(pairs(find("clt")))
     assert pairs(found) == want
     t = case("clt")
-    args = (t.dictionary, t.params, t.recording, t.cfg)
-    nearest = near_threshold(*args, margin=math.inf, limit=25)
+    prompt = Recorded(t.params, t.recording, case_active("clt"), cfg=t.cfg)
+    nearest = near_threshold(prompt, t.dictionary, margin=math.inf, limit=25)
     index = np.sort(np.argsort(below)[:25])
     for name, got in vars(nearest).items():
         np.testing.assert_array_equal(got, getattr(everything, name)[index])
@@ -132,9 +132,8 @@ def test_a_dictionary_without_thresholds_releases_at_zero() -> None:
             dataclasses.replace(t.clt_cfg, activation="relu"),
         )
     )
-    c = near_threshold(
-        dictionary, t.params, t.recording, t.cfg, margin=math.inf, n_tokens=4
-    )
+    prompt = Recorded(t.params, t.recording, t.active, cfg=t.cfg, n_tokens=4)
+    c = near_threshold(prompt, dictionary, margin=math.inf)
     pre = np.asarray(case_local("clt").pre_LTF)[:, :4]
     place = np.nonzero(pre <= 0)
     np.testing.assert_array_equal((c.layer_U, c.pos_U, c.feature_U), place)
@@ -170,8 +169,9 @@ def test_bad_requests_are_refused() -> None:
     t = case("clt")
     cfg = dataclasses.replace(t.clt_cfg, activation="signed_topk", k=4)
     topk = StoreDictionary(ParamsStore(t.clt, cfg))
+    prompt = Recorded(t.params, t.recording, t.active, cfg=t.cfg)
     with pytest.raises(InputError, match="topk"):
-        near_threshold(topk, t.params, t.recording, t.cfg, margin=1.0)
+        near_threshold(prompt, topk, margin=1.0)
     for margin in (-1.0, math.nan):
         with pytest.raises(InputError, match="margin"):
             find("clt", margin=margin)

@@ -12,7 +12,8 @@ from cases import close, random_graph, share_matrix
 from jaxclt.errors import InputError
 from jaxclt.graph import paths
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.paths import Path, describe_paths, node_name, strongest_paths
+from jaxclt.graph.nodes import node_name
+from jaxclt.graph.paths import Path, describe_paths, strongest_paths
 from jaxclt.graph.prune import prune
 
 pytestmark = pytest.mark.usefixtures("x64")

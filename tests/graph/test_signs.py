@@ -21,8 +21,8 @@ from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.explain import edge_parts
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.nodes import find_row
-from jaxclt.graph.paths import Path, describe_paths, node_name, strongest_paths
+from jaxclt.graph.nodes import find_row, node_name
+from jaxclt.graph.paths import Path, describe_paths, strongest_paths
 from jaxclt.graph.supernodes import (
     describe_supernodes,
     suggest_supernodes,

@@ -115,8 +115,8 @@ def test_slices_supernodes_and_negative_positions_become_single_changes():
         (lambda: subject().gather([(9, 1, 0)]), "layer 9 is unknown"),
         (lambda: subject().gather([(1, 1, 40)]), "feature 40 is unknown"),
         (lambda: How(mode="constraint"), 'choose one of .* did you mean "constrained"'),  # pyright: ignore
-        (lambda: subject().check_range((3, 2), np.array([1]), "iterative"), "empty"),
-        (lambda: subject().check_range((0, 4), np.array([1]), "iterative"), "layers 0"),
+        (lambda: subject().layer_range((3, 2), np.array([1]), "iterative"), "empty"),
+        (lambda: subject().layer_range((0, 4), np.array([1]), "iterative"), "layers 0"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(make: Any, message: str):
