@@ -282,7 +282,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
         (["view", "x" * 300], "DIR: a name of 300 bytes, too long"),
         (["view", "a", "--compare=" + "é" * 200], "a name of 400 bytes"),
         (["globals", *ADDITION, "--out", "o", "--merge", "a", ""], "a : give a path"),
-        (["convert", "a", "b", "--to", "saelns"], 'sparsify; did you mean "saelens"?'),
+        (["convert", "a", "b", "--to", "saelns"], 'jaxclt; did you mean "saelens"?'),
         (["trace", "x", "--bos", "Auto"], 'auto, always, never; did you mean "auto"?'),
         (["patch", "d", "--generate", "1e3"], "--generate 1e3: give a whole number"),
         (["patch", "d", "--generate", "nan"], "--generate nan: give a whole number"),
