@@ -282,7 +282,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
         (["view", "x" * 300], "DIR: a name of 300 bytes, too long"),
         (["view", "a", "--compare=" + "é" * 200], "a name of 400 bytes"),
         (["globals", *ADDITION, "--out", "o", "--merge", "a", ""], "a : give a path"),
-        (["convert", "a", "b", "--to", "saelns"], 'sparsify; did you mean "saelens"?'),
+        (["convert", "a", "b", "--to", "saelns"], 'jaxclt; did you mean "saelens"?'),
         (["trace", "x", "--bos", "Auto"], 'auto, always, never; did you mean "auto"?'),
         (["patch", "d", "--generate", "1e3"], "--generate 1e3: give a whole number"),
         (["patch", "d", "--generate", "nan"], "--generate nan: give a whole number"),
@@ -382,7 +382,7 @@ def test_numbers_are_checked_before_any_work(
     idle: None,
     capsys: pytest.CaptureFixture[str],
 ):
-    kind, run = cli._parts(command)
+    kind, _ = cli._parts(command)
     base = parse(kind, command, arguments(command, files, tmp_path / "out"))
     before = {path.name for path in files.iterdir()}
     n = 0
@@ -391,7 +391,9 @@ def test_numbers_are_checked_before_any_work(
             continue  # these have no model to stop at
         change = {name: value}  # which some refuse as soon as they are made
         found = guarded(
-            lambda say, change=change: run(dataclasses.replace(base, **change), say)
+            lambda say, change=change: cli._start(
+                command, dataclasses.replace(base, **change), say
+            )
         )
         assert found == 2, (name, value)
         line = one_line(capsys)
@@ -471,7 +473,7 @@ def test_texts_that_mean_nothing(
     capsys: pytest.CaptureFixture[str],
 ):
     """In the place of every text that a command takes: refused, or not looked at."""
-    kind, run = cli._parts(command)
+    kind, _ = cli._parts(command)
     base = parse(kind, command, arguments(command, files, tmp_path / "out"))
     before = {path.name: path.read_bytes() for path in files.iterdir()}
     for name, of in types(kind).items():
@@ -480,7 +482,7 @@ def test_texts_that_mean_nothing(
         value: Any = STRINGS[which]
         value = (value,) if "tuple" in of else value
         config = dataclasses.replace(base, **{name: value})
-        found = guarded(lambda say, config=config: run(config, say))
+        found = guarded(lambda say, config=config: cli._start(command, config, say))
         said = capsys.readouterr()
         if found == 0 and command in ("view", "explain", "convert"):
             continue

@@ -6,12 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
 from tyro.conf import arg
 
 from jaxclt.cli.common import answer, load, table
 from jaxclt.cli.flags import AsJson, Debug, ModelName, TextSource
-from jaxclt.cli.progress import Run, Stages, long_command
+from jaxclt.cli.progress import Run
 from jaxclt.dashboards.gather import FeatureOptions
 from jaxclt.errors import check_at_least
 from jaxclt.files.json_text import to_json
@@ -40,20 +39,19 @@ class FeaturesFlags(FeatureOptions, _Source):
     """What features respond to: examples from text, histograms, tokens they raise.
 
     Writes feature files that `jaxclt view --features` and other viewers read, and
-    report.json. An interrupted run goes on by itself.
+    report.json. The same command resumes an interrupted run.
     """
 
     labels: str = ""
     """Let a chat model label every feature: http://HOST/v1#MODEL (OpenAI-compatible;
     key in OPENAI_API_KEY). Writes labels.json, each label beginning with "auto: "."""
     labels_budget: int | None = None
-    """Tokens after which nothing more is asked."""
+    """Tokens after which no more labels are asked for."""
     json: AsJson = False
     debug: Debug = False
 
 
-@long_command
-def run_features(flags: FeaturesFlags, say: Console, run: Run) -> None:
+def run_features(flags: FeaturesFlags, run: Run) -> None:
     """Gather, write, print."""
     from jaxclt.dashboards.gather import feature_dashboards
     from jaxclt.evaluation.http_client import Client, ClientOptions
@@ -70,9 +68,9 @@ def run_features(flags: FeaturesFlags, say: Console, run: Run) -> None:
             cache_dir=flags.out / "judge", max_tokens_total=flags.labels_budget
         )
         client = Client(url, name, options)
-    model, dictionary = load(flags.model, flags.dictionary, say)
+    model, dictionary = load(flags.model, flags.dictionary, run)
     units = {"files": "layers/s", "labels": "labels/s"}
-    with Stages(say, units=units, look=run.look) as stages:
+    with run.stages(units=units) as stages:
         report, examples = feature_dashboards(
             model,
             dictionary,

@@ -64,7 +64,7 @@ class FeatureOptions(ExampleOptions):
     logits: int = 10
     """Tokens listed that a feature raises most, and that it lowers most."""
     loose: bool = False
-    """Also write one file a feature, features/NUMBER.json."""
+    """Also write one file per feature, features/NUMBER.json."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

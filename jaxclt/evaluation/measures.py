@@ -47,7 +47,7 @@ from jaxclt.replacement.reconstruction import (
     reconstructed,
 )
 from jaxclt.runs.kept import digest, intact_json
-from jaxclt.text.prompts import Prompt
+from jaxclt.text.prompts import Given
 from jaxclt.text.windows import batches
 from jaxclt.trace.prompt import trace_prompt
 from jaxclt.train.harvest import harvest
@@ -134,7 +134,7 @@ class Measures:
     model: Model
     dictionary: Dictionary
     text: EvalText
-    prompts: list[Prompt]
+    prompts: list[Given]
     options: EvalOptions
     out: Path | None
     on_stage: Stage

@@ -22,10 +22,9 @@ from jaxclt.files.lines import read_lines
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.io.chat import is_chat
 from jaxclt.io.model import Model
-from jaxclt.io.tokenizer import Bos
 from jaxclt.runs.kept import intact_json
 from jaxclt.runs.pace import logged
-from jaxclt.text.prompts import Prompt, read_prompts
+from jaxclt.text.prompts import Given, Opened, Prompt, read_prompts
 from jaxclt.trace.files import write_trace
 from jaxclt.trace.prompt import identity, trace_prompt
 
@@ -42,15 +41,13 @@ def sweep_prompts(
     out: str | os.PathLike[str],
     *,
     config: AttributeConfig | None = None,
-    bos: Bos = "auto",
     save: str = "pruned",
-    environment: dict[str, Any] | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Trace every prompt into a directory of its own and write `index.jsonl`.
+    """Trace every prompt into its own directory and write `index.jsonl`.
 
-    A prompt that is there already, traced with the same model, dictionary and settings,
-    is not traced again; one that fails is reported in the index and skipped.
+    A prompt that was traced there with the same model, dictionary and settings is not
+    traced again; one that fails is reported in the index and skipped.
 
     Args:
       model: from `load_model`.
@@ -58,9 +55,7 @@ def sweep_prompts(
       prompts: texts, or chats as messages.
       out: directory.
       config: how much to compute.
-      bos: as for `trace_prompt`.
       save: as for `write_trace`.
-      environment: added to the reports.
       on_prompt: progress, (prompts done, prompts in all), several times a prompt; to
         the log if not given.
 
@@ -73,14 +68,15 @@ def sweep_prompts(
     """
     out, config = Path(out), config or AttributeConfig()
     told = on_prompt or partial(logged(), "prompts")
-    folders = [out / f"{i:05d}-{_slug(prompt)}" for i, prompt in enumerate(prompts)]
+    given = [Opened.of(prompt).prompt for prompt in prompts]
+    folders = [out / f"{i:05d}-{_slug(x)}" for i, x in enumerate(given)]
     before = _index(out)  # of prompts that this run has not come to yet
     index = []
     for i, (prompt, folder) in enumerate(zip(prompts, folders, strict=True)):
-        kind = "messages" if is_chat(prompt) else "prompt"
-        line: dict[str, Any] = {kind: prompt, "directory": folder.name}
+        kind = "messages" if is_chat(given[i]) else "prompt"
+        line: dict[str, Any] = {kind: given[i], "directory": folder.name}
         try:
-            wanted = identity(model, dictionary, prompt, config, bos)
+            wanted = identity(model, dictionary, prompt, config)
             report = _finished(folder, wanted)
             if report is None:
                 traced = trace_prompt(
@@ -88,10 +84,9 @@ def sweep_prompts(
                     dictionary,
                     prompt,
                     config=config,
-                    bos=bos,
                     on_rows=lambda *_, i=i: told(i, len(prompts)),
                 )
-                report = write_trace(traced, folder, save=save, environment=environment)
+                report = write_trace(traced, folder, save=save)
             line |= {"status": "done", "scores": report["scores"]}
         except InputError as error:
             line |= {"status": "failed", "error": str(error)}
@@ -104,7 +99,7 @@ def sweep_prompts(
 
 
 def _index(out: Path) -> dict[str, dict[str, Any]]:
-    """The lines of an earlier run by directory; damaged ones are left out."""
+    """The lines of an earlier run by directory; damaged ones are skipped."""
     return {row["directory"]: row for row in read_lines(out / "index.jsonl", _LINE)}
 
 
@@ -116,7 +111,7 @@ def _finished(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     return report if report and report["identity"] == wanted else None
 
 
-def _slug(prompt: Prompt) -> str:
-    text = prompt[-1].get("content") if is_chat(prompt) else prompt
+def _slug(given: Given) -> str:
+    text = given[-1].get("content") if is_chat(given) else given
     words: Iterator[str] = iter(re.findall(r"[a-z0-9]+", str(text).lower()))
     return "-".join(words)[:40].strip("-") or "prompt"

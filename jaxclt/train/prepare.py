@@ -21,7 +21,7 @@ from jaxclt.text.corpus import (
     split_documents,
 )
 from jaxclt.text.windows import check_windows
-from jaxclt.trace.prompt import prompt_tokens
+from jaxclt.trace.record import prompt_tokens
 from jaxclt.train.config import PROMPTS, TrainConfig
 from jaxclt.train.sample import sample_windows
 

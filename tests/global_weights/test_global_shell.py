@@ -24,6 +24,7 @@ from jaxclt.global_weights.sparse import check_size
 from jaxclt.io.model import Model
 from jaxclt.runs import kept
 from jaxclt.text import features as global_text
+from jaxclt.trace.record import record_prompt
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
 MODEL, DICTIONARY = GOLDEN / "model", GOLDEN / "dictionary"
@@ -92,7 +93,7 @@ def test_windows_of_ids_text_and_masks(model: Model):
     for bad, kwargs, message in (
         ([], {}, "no tokens"),
         ([[5, 97]], {}, r"not in 0\.\.96"),
-        ([[5, -1, 6]], {}, "behind the text"),
+        ([[5, -1, 6]], {}, "put it after the text"),
         ([[5] * 65], {}, "at most 64"),
         ([[5, 6]], {"mask": [True]}, "1 positions, the windows 2"),
         ([[5, 6]], {"mask": "some"}, "give None"),
@@ -121,7 +122,7 @@ def test_prompt_family_to_neighbourhood(model: Model, dictionary, tmp_path: Path
     a_UN = np.zeros((56, 6))
     for w, ids in enumerate(WINDOWS):
         token = np.asarray(ids, np.int32)
-        recording = jaxclt.trace.prompt.record_prompt(model.params, token, model.cfg)
+        recording = record_prompt(model.params, token, model.cfg)
         active = active_features(dictionary, model.params, recording, model.cfg)
         for layer, pos, feature, value in zip(
             active.layer_A, active.pos_A, active.feature_A, active.value_A, strict=True
@@ -296,9 +297,7 @@ def test_inhibition_is_one_ablation_away(model: Model, dictionary):
     effect = np.zeros((40, 80))
     released = np.zeros((40, 80))
     for ids in WINDOWS:
-        recording = jaxclt.trace.prompt.record_prompt(
-            model.params, np.asarray(ids, np.int32), model.cfg
-        )
+        recording = record_prompt(model.params, np.asarray(ids, np.int32), model.cfg)
         layers = list(encoded_layers(dictionary, model.params, recording, model.cfg))
         theta_F = layers[3].enc.theta_F
         theta_F = np.zeros(40) if theta_F is None else theta_F
