@@ -20,6 +20,7 @@ from jaxclt.graph.explain import EdgeParts, edge_parts
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.heads import head_loadings
 from jaxclt.graph.inhibition import Inhibition, check_thresholds, find_inhibition
+from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.provenance import graph_active, hop_spectrum
 from jaxclt.graph.target_reads import target_reads
 from jaxclt.graph.targets import token_targets
