@@ -110,7 +110,7 @@ function validation(app: App, v: Json): HTMLElement[] {
   return parts;
 }
 
-/** Mean cosine by layers behind the perturbation, one line for each kind. */
+/** Mean cosine by layers after the perturbation, one line for each kind. */
 function faithfulness(found: Json, layers: unknown): HTMLElement | null {
   const W = 340, H = 120, left = 26, low = 16;
   const kinds = [["encoder", "", "along encoders"], ["upstream", "6 3", "features changed"], ["random", "2 3", "random"]] as const;
