@@ -307,6 +307,8 @@ def pack(items: Items, n_positions: int) -> Bank:
         width, slot_A, first_M, end_MT = _prefix_slots(items, count_MT)
     else:
         width, slot_A, first_M, end_MT = _layer_slots(items, count_MT)
+    # The first position often has far more features than the others: tiles that deep
+    # would be mostly empty elsewhere.
     depth_M = _shared_depth(end_MT - first_M[:, None])
     shared_first_M = np.concatenate([[0], np.cumsum(depth_M)])
     over_M, over_T, over_block = _overflow(first_M + depth_M, end_MT)
@@ -322,6 +324,7 @@ def pack(items: Items, n_positions: int) -> Bank:
         mine = np.flatnonzero(items.site_A == site)
         pos, value = items.pos_A[mine], items.value_A[mine]
         block, place = np.divmod(slot_A[mine], width)
+        # The same slot at every site: edges of all sites are then summed in place.
         for offset in range(n_sites):
             m = site + offset
             row = items.row_A[mine] + offset
