@@ -84,7 +84,7 @@ def rows(model: Any, encoder: Any, windows: Any, args: Any) -> list[str]:
     import jax
     import jax.numpy as jnp
 
-    from jaxclt.dashboards.stream import gather_examples
+    from jaxclt.dashboards.stream import ExampleOptions, gather_examples
     from jaxclt.lm.run import embed, native_mlp, run
     from jaxclt.text.windows import batches
 
@@ -106,7 +106,8 @@ def rows(model: Any, encoder: Any, windows: Any, args: Any) -> list[str]:
             jax.block_until_ready(blocks(model.params, token_WS))
 
     def stream() -> None:
-        gather_examples(model.params, encoder, windows, batch_tokens=batch_tokens)
+        options = ExampleOptions(batch_tokens=batch_tokens)
+        gather_examples(model.params, encoder, windows, options)
 
     calls = {"model alone, its blocks": bare, "streaming pass": stream}
     compile_s = {name: timed(call)[1] for name, call in calls.items()}

@@ -65,7 +65,7 @@ def worker(point: dict[str, Any]) -> None:
     from jaxclt.graph.targets import salient_targets
     from jaxclt.lm.config import LMConfig
     from jaxclt.testing.random_lm import random_lm
-    from jaxclt.trace.prompt import record_prompt
+    from jaxclt.trace.record import record_prompt
 
     T, L = point["tokens"], point["layers"]
     cfg = LMConfig(

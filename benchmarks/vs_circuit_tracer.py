@@ -54,7 +54,8 @@ import jaxclt.trace.prompt as trace_module
 from jaxclt.graph.attribute import AttributeConfig, Timing
 from jaxclt.io.dictionary import load_dictionary, save_dictionary
 from jaxclt.io.model import Model, load_model, save_hf
-from jaxclt.trace.prompt import Traced, record_prompt, trace_prompt
+from jaxclt.trace.prompt import Traced, trace_prompt
+from jaxclt.trace.record import record_prompt
 from jaxclt.types import CLTParams
 
 HERE = Path(__file__).resolve().parent

@@ -3,27 +3,8 @@
 Explains one prediction of a language model as a graph of interpretable features
 (Ameisen et al. 2025, *Circuit Tracing*), exactly, and checks it against the model.
 
-The rooms, from bottom to top; none imports what lies above it:
-
-| room | what it holds |
-|---|---|
-| `files`, `runs` | files that are whole or not there; what long runs need |
-| `lm` | the decoder: forward, record, and the frozen linear stream |
-| `clt` | dictionaries: encode, decode, what is active on a prompt |
-| `replacement` | replacement models, error nodes, how close they come |
-| `graph` | targets, edges, influence, pruning, scores, certificate |
-| `io` | models, dictionaries and their formats, tokenizers, graphs |
-| `text` | prompts, text and windows of tokens |
-| `viewer` | graph JSON and the page |
-| `global_weights` | virtual weights, co-activation, ERA, TWERA |
-| `dashboards` | what features respond to |
-| `trace` | a prompt becomes a graph, then a directory; many prompts |
-| `patching` | edits, the three modes, batches, generation |
-| `validation` | a graph's predictions against patches |
-| `train` | training of dictionaries |
-| `evaluation` | dictionaries side by side |
-| `serve`, `cli` | the local server, the command |
-| `testing` | tiny models for tests and examples |
+The names here are what a notebook needs. The rooms below are mapped in README.md; each
+says in its module docstrings what it computes and for which part of the paper.
 
 Importing this package touches no device and does not import transformers.
 """
@@ -80,75 +61,19 @@ from jaxclt.trace.sweep import sweep_prompts
 from jaxclt.types import Supernode
 from jaxclt.version import __version__
 
-__all__ = [
-    "AttributeConfig",
-    "Certificate",
-    "Coactivation",
-    "EdgeParts",
-    "Edit",
-    "GlobalWeights",
-    "Graph",
-    "GraphMeta",
-    "Inhibition",
-    "Inhibitors",
-    "InputError",
-    "Links",
-    "Model",
-    "Page",
-    "PatchResult",
-    "Path",
-    "Pruning",
-    "SavedGlobals",
-    "Scores",
-    "Subset",
-    "Supernode",
-    "SupernodeGraph",
-    "TokenWindows",
-    "Traced",
-    "__version__",
-    "attribute",
-    "certificate",
-    "coactivation",
-    "convert_dictionary",
-    "describe_paths",
-    "describe_supernodes",
-    "edge_parts",
-    "edge_parts_with_model",
-    "explain",
-    "find_inhibition",
-    "find_node",
-    "global_inhibition",
-    "global_weights",
-    "head_inputs",
-    "influence",
-    "inhibition",
-    "load_dictionary",
-    "load_globals",
-    "load_graph",
-    "load_model",
-    "load_statistics",
-    "local_replacement",
-    "merge_coactivation",
-    "neighbourhood",
-    "node_name",
-    "patch",
-    "path_length_curve",
-    "prune",
-    "read_windows",
-    "run_local",
-    "save_dictionary",
-    "save_graph",
-    "save_statistics",
-    "scores",
-    "show",
-    "solve_total_effect",
-    "strongest_paths",
-    "strongest_virtual",
-    "suggest_supernodes",
-    "supernode_graph",
-    "sweep_prompts",
-    "trace_prompt",
-    "virtual_weights",
-    "write_globals",
-    "write_trace",
-]
+__all__ = ["AttributeConfig", "Certificate", "Coactivation", "EdgeParts", "Edit"]
+__all__ += ["GlobalWeights", "Graph", "GraphMeta", "Inhibition", "Inhibitors"]
+__all__ += ["InputError", "Links", "Model", "Page", "PatchResult", "Path", "Pruning"]
+__all__ += ["SavedGlobals", "Scores", "Subset", "Supernode", "SupernodeGraph"]
+__all__ += ["TokenWindows", "Traced", "__version__", "attribute", "certificate"]
+__all__ += ["coactivation", "convert_dictionary", "describe_paths"]
+__all__ += ["describe_supernodes", "edge_parts", "edge_parts_with_model", "explain"]
+__all__ += ["find_inhibition", "find_node", "global_inhibition", "global_weights"]
+__all__ += ["head_inputs", "influence", "inhibition", "load_dictionary", "load_globals"]
+__all__ += ["load_graph", "load_model", "load_statistics", "local_replacement"]
+__all__ += ["merge_coactivation", "neighbourhood", "node_name", "patch"]
+__all__ += ["path_length_curve", "prune", "read_windows", "run_local"]
+__all__ += ["save_dictionary", "save_graph", "save_statistics", "scores", "show"]
+__all__ += ["solve_total_effect", "strongest_paths", "strongest_virtual"]
+__all__ += ["suggest_supernodes", "supernode_graph", "sweep_prompts", "trace_prompt"]
+__all__ += ["virtual_weights", "write_globals", "write_trace"]

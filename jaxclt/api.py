@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 
 from jaxclt.clt.coder import Dictionary
-from jaxclt.errors import did_you_mean
+from jaxclt.errors import options_of
 from jaxclt.files.atomic import atomic_path
 from jaxclt.graph import prune as pruning
-from jaxclt.graph import scores as scoring
 from jaxclt.graph.attribute import AttributeConfig
-from jaxclt.graph.certificate import certificate
 from jaxclt.graph.explain import edge_parts
 from jaxclt.graph.graph import Graph
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Bos
 from jaxclt.runs.pace import logged
-from jaxclt.text.prompts import Prompt
+from jaxclt.text.prompts import Opened, Prompt
 from jaxclt.trace.again import edge_parts_with_model
-from jaxclt.trace.prompt import TargetChoice, trace_prompt
+from jaxclt.trace.explained import TargetChoice
+from jaxclt.trace.files import scores_json
+from jaxclt.trace.prompt import trace_prompt
 from jaxclt.viewer.graph_json import graph_json
 from jaxclt.viewer.page import page
 
@@ -43,7 +43,7 @@ def attribute(
 ) -> Graph:
     """The attribution graph of a prompt.
 
-    Where it takes long, the logger "jaxclt" is told how far it is (level INFO).
+    Where it takes long, progress goes to the logger "jaxclt" (level INFO).
 
     Args:
       model: from `load_model`.
@@ -60,20 +60,12 @@ def attribute(
     Raises:
       InputError: for input that does not fit the model.
     """
-    known = {field.name for field in dataclasses.fields(AttributeConfig)}
-    unknown = set(config) - known
-    if unknown:
-        raise TypeError(
-            f"attribute() has no option {sorted(unknown)[0]!r}; there are "
-            f"{', '.join(sorted(known))}{did_you_mean(sorted(unknown)[0], known)}"
-        )
     return trace_prompt(
         model,
         dictionary,
-        prompt,
-        config=AttributeConfig(**config),
+        dataclasses.replace(Opened.of(prompt), bos=bos),
+        config=options_of(AttributeConfig, "attribute", config),
         targets=targets,
-        bos=bos,
         on_rows=partial(logged(), "attributing"),
     ).graph
 
@@ -166,8 +158,4 @@ def show(
 
 
 def _document(graph: Graph) -> dict[str, Any]:
-    full = dataclasses.asdict(scoring.scores(graph))
-    kept = dataclasses.asdict(scoring.scores(graph, graph.pruning))
-    proof = dataclasses.asdict(certificate(graph))
-    scores = {"scores": {"full": full, "pruned": kept}, "certificate": proof}
-    return graph_json(graph, slug="graph", scores=scores)
+    return graph_json(graph, slug="graph", scores=scores_json(graph))

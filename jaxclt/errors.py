@@ -5,20 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import reprlib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
-__all__ = [
-    "InputError",
-    "check_at_least",
-    "check_choice",
-    "check_finite",
-    "check_positive",
-    "check_share",
-    "did_you_mean",
-    "first_line",
-    "on_one_line",
-    "shown",
-]
+__all__ = ["InputError", "check_at_least", "check_choice", "check_finite"]
+__all__ += ["check_positive", "check_share", "did_you_mean", "first_line"]
+__all__ += ["on_one_line", "options_of", "shown"]
+
+Options = TypeVar("Options")
 
 _MOST = 292  # characters of a message: 300 with "jaxclt: " before it
 _HEAD = 190  # of them ahead of what is left out
@@ -60,7 +54,7 @@ class _Brief(reprlib.Repr):
 
 
 def shown(value: object, most: int = 60) -> str:
-    """A value as a message quotes it, in at most so many characters.
+    """A value as a message quotes it, in at most this many characters.
 
     Args:
       value: of a file or a command line, of any size and depth.
@@ -95,6 +89,26 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f'; did you mean "{by_lower[close[0]]}"?'
 
 
+def options_of(kind: type[Options], call: str, given: Mapping[str, Any]) -> Options:
+    """Options that a call was given by keyword.
+
+    Args:
+      kind: their dataclass.
+      call: name of the function, for the message.
+      given: the keyword arguments.
+
+    Raises:
+      TypeError: for one that there is not.
+    """
+    known = getattr(kind, "__dataclass_fields__", {})
+    for name in sorted(set(given) - set(known)):
+        raise TypeError(
+            f"{call}() has no option {name!r}; there are {', '.join(sorted(known))}"
+            f"{did_you_mean(name, known)}"
+        )
+    return kind(**given)
+
+
 def check_at_least(
     least: float, most: float = _LARGEST, /, **values: float | None
 ) -> None:
@@ -106,11 +120,8 @@ def check_at_least(
       **values: by the name of their field, which is also that of their flag; None is
         what was not given.
     """
-    for name, value in values.items():
-        if value is None or least <= value <= most:
-            continue
-        bound = f"at most {most:,}" if value > most else f"at least {least:,}"
-        raise InputError(f"{_flag(name)} {value}: give {bound}")
+    _check(values, lambda x: not x > most, f"at most {most:,}")
+    _check(values, lambda x: x >= least, f"at least {least:,}")
 
 
 def check_choice(what: str, value: str, known: Collection[str]) -> None:
@@ -124,16 +135,12 @@ def check_choice(what: str, value: str, known: Collection[str]) -> None:
 
 def check_finite(**values: float | None) -> None:
     """Raise InputError unless numbers are finite; named as for `check_at_least`."""
-    for name, value in values.items():
-        if value is not None and not abs(value) <= _LARGEST:
-            raise InputError(f"{_flag(name)} {value}: give a finite number")
+    _check(values, lambda x: abs(x) <= _LARGEST, "a finite number")
 
 
 def check_positive(**values: float | None) -> None:
     """Raise InputError unless numbers are above 0; named as for `check_at_least`."""
-    for name, value in values.items():
-        if value is not None and not 0 < value <= _LARGEST:
-            raise InputError(f"{_flag(name)} {value}: give a number above 0")
+    _check(values, lambda x: 0 < x <= _LARGEST, "a number above 0")
 
 
 def check_share(
@@ -146,13 +153,17 @@ def check_share(
       one: whether 1 is one.
       **values: the numbers.
     """
+    interval = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
+    _check(
+        values,
+        lambda x: 0 < x < 1 or (x == 0 and zero) or (x == 1 and one),
+        f"a share in {interval}",
+    )
+
+
+def _check(
+    values: dict[str, float | None], fits: Callable[[float], bool], wanted: str
+) -> None:
     for name, value in values.items():
-        if value is None or 0 < value < 1 or (value == 0 and zero):
-            continue
-        if not (value == 1 and one):
-            interval = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
-            raise InputError(f"{_flag(name)} {value}: give a share in {interval}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+        if value is not None and not fits(value):
+            raise InputError(f"--{name.replace('_', '-')} {value}: give {wanted}")

@@ -25,18 +25,8 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-__all__ = [
-    "Block",
-    "CLTParams",
-    "Frozen",
-    "Held",
-    "LMParams",
-    "Reads",
-    "Recording",
-    "Sources",
-    "Supernode",
-    "Targets",
-]
+__all__ = ["Block", "CLTParams", "Frozen", "Held", "LMParams", "Reads", "Recording"]
+__all__ += ["Sources", "Supernode", "Targets"]
 
 
 @struct.dataclass
@@ -192,7 +182,7 @@ class Targets:
     `jaxclt.graph.targets`, which makes them.
     """
 
-    token_K: Array | np.ndarray  # int32, -1 for what is no logit of a token
+    token_K: Array | np.ndarray  # int32, -1 for what is not a logit of a token
     weight_K: Array | np.ndarray  # what influence starts with: >= 0
     layer_K: Array | np.ndarray  # int32
     pos_K: Array | np.ndarray  # int32, negative counts from the end of the prompt

@@ -200,7 +200,7 @@ def test_view_without_the_features_named_says_so(
     traced: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert run("view", traced, "--features", traced / "nothing") == 2
-    assert "nothing is no folder" in capsys.readouterr().err
+    assert "nothing is not a folder" in capsys.readouterr().err
 
 
 def test_view_prunes_again(traced: Path, tmp_path: Path):

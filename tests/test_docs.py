@@ -29,7 +29,8 @@ def sources() -> Iterator[tuple[str, str]]:
             own = path == Path(__file__) or "node_modules" in path.parts
             if path.suffix in (".py", ".md", ".ts", ".toml", ".ipynb") and not own:
                 yield str(path.relative_to(ROOT)), read(path)
-    yield "README.md", read(ROOT / "README.md")
+    for name in ("README.md", "CONTRIBUTING.md"):
+        yield name, read(ROOT / name)
 
 
 def read(path: Path) -> str:

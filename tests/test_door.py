@@ -38,7 +38,7 @@ HUGE = 10**30
 # Fields whose numbers may be below zero, or zero.
 NEGATIVE = {"seed", "scale", "set", "add", "theta"}
 ZERO = NEGATIVE | {
-    *("heads", "tolerance", "drawn", "generate", "temperature"),
+    *("heads", "tolerance", "drawn", "logits", "generate", "temperature"),
     *("layer_tokens", "graphs", "perturbed", "sort", "contrastive"),
     *("span", "l0", "sparsity", "ramp", "preactivation", "auxk", "auxk_features"),
     *("jacobian", "warmup", "clip", "outlier", "eval_every", "agreement_windows"),
@@ -282,7 +282,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
         (["view", "x" * 300], "DIR: a name of 300 bytes, too long"),
         (["view", "a", "--compare=" + "é" * 200], "a name of 400 bytes"),
         (["globals", *ADDITION, "--out", "o", "--merge", "a", ""], "a : give a path"),
-        (["convert", "a", "b", "--to", "saelns"], 'sparsify; did you mean "saelens"?'),
+        (["convert", "a", "b", "--to", "saelns"], 'jaxclt; did you mean "saelens"?'),
         (["trace", "x", "--bos", "Auto"], 'auto, always, never; did you mean "auto"?'),
         (["patch", "d", "--generate", "1e3"], "--generate 1e3: give a whole number"),
         (["patch", "d", "--generate", "nan"], "--generate nan: give a whole number"),
@@ -382,15 +382,19 @@ def test_numbers_are_checked_before_any_work(
     idle: None,
     capsys: pytest.CaptureFixture[str],
 ):
-    kind, run = cli._parts(command)
+    kind, _ = cli._parts(command)
     base = parse(kind, command, arguments(command, files, tmp_path / "out"))
     before = {path.name for path in files.iterdir()}
     n = 0
     for name, value, refused in trials(kind):
-        config = dataclasses.replace(base, **{name: value})
         if command in ("view", "explain") and value in (0, HUGE) and not refused:
             continue  # these have no model to stop at
-        found = guarded(lambda say, config=config: run(config, say))
+        change = {name: value}  # which some refuse as soon as they are made
+        found = guarded(
+            lambda say, change=change: cli._start(
+                command, dataclasses.replace(base, **change), say
+            )
+        )
         assert found == 2, (name, value)
         line = one_line(capsys)
         begun = "the work begins" in line
@@ -469,7 +473,7 @@ def test_texts_that_mean_nothing(
     capsys: pytest.CaptureFixture[str],
 ):
     """In the place of every text that a command takes: refused, or not looked at."""
-    kind, run = cli._parts(command)
+    kind, _ = cli._parts(command)
     base = parse(kind, command, arguments(command, files, tmp_path / "out"))
     before = {path.name: path.read_bytes() for path in files.iterdir()}
     for name, of in types(kind).items():
@@ -478,7 +482,7 @@ def test_texts_that_mean_nothing(
         value: Any = STRINGS[which]
         value = (value,) if "tuple" in of else value
         config = dataclasses.replace(base, **{name: value})
-        found = guarded(lambda say, config=config: run(config, say))
+        found = guarded(lambda say, config=config: cli._start(command, config, say))
         said = capsys.readouterr()
         if found == 0 and command in ("view", "explain", "convert"):
             continue
@@ -514,12 +518,11 @@ def test_attribute_checks_its_options(option: str, value: Any):
 
 
 def test_options_of_the_other_calls_check_themselves():
-    from jaxclt.dashboards.gather import feature_dashboards
+    from jaxclt.dashboards.gather import FeatureOptions
     from jaxclt.evaluation.measures import EvalOptions
     from jaxclt.train.config import TrainConfig
     from jaxclt.validation.report import ValidateOptions
 
-    nothing: Any = None
     for make in (
         lambda: ValidateOptions(n_features=2),
         lambda: ValidateOptions(size=math.nan),
@@ -532,8 +535,8 @@ def test_options_of_the_other_calls_check_themselves():
         lambda: TrainConfig(tokens=10**14),
         lambda: TrainConfig(chunk_tokens=8, context=8, batch_tokens=64),
         lambda: TrainConfig(features=4096, matryoshka=(4096,)),
-        lambda: feature_dashboards(nothing, nothing, "x", "y", top=0),
-        lambda: feature_dashboards(nothing, nothing, "x", "y", context=-1),
+        lambda: FeatureOptions(top=0),
+        lambda: FeatureOptions(context=-1),
     ):
         with pytest.raises(InputError):
             make()
@@ -619,21 +622,25 @@ def test_a_training_without_text_leaves_nothing(
 
 
 def test_a_run_that_came_to_nothing_leaves_its_directory_free(tmp_path: Path):
-    from jaxclt.dashboards.gather import _claim, _refuse_other
-    from jaxclt.train.prepare import claim_directory
+    from jaxclt.runs.kept import claimed
+
+    def claim(out: Path, ours: dict[str, Any], *leaves: str) -> None:
+        with claimed(out, ours, leaves):
+            pass
 
     ours = {"config": {"lr": 1}, "model": "m", "data": "d"}
     other = ours | {"config": {"lr": 2}}
-    claim_directory(tmp_path / "run", ours)
-    claim_directory(tmp_path / "run", other)
+    claim(tmp_path / "run", ours)
+    claim(tmp_path / "run", other)
     (tmp_path / "run" / "windows.npz").touch()
-    claim_directory(tmp_path / "run", other)
-    with pytest.raises(InputError, match="holds a run with --lr 2, not 1"):
-        claim_directory(tmp_path / "run", ours)
+    claim(tmp_path / "run", other)
+    with pytest.raises(InputError, match=r"differs in lr \(2, not 1\)"):
+        claim(tmp_path / "run", ours)
     out = tmp_path / "features"
-    _claim(out, {"top": 1})
-    _refuse_other(out, {"top": 2})
+    claim(out, {"top": 1}, "features")
+    claim(out, {"top": 2}, "features")
     (out / "features").mkdir()
-    _refuse_other(out, {"top": 1})
-    with pytest.raises(InputError, match="another run"):
-        _refuse_other(out, {"top": 2})
+    claim(out, {"top": 1}, "features")
+    (out / "features" / "5.json").touch()
+    with pytest.raises(InputError, match=r"differs in top \(1, not 2\)"):
+        claim(out, {"top": 2}, "features")

@@ -18,7 +18,8 @@ from jaxclt.graph.targets import salient_targets
 from jaxclt.io.dictionary import load_dictionary
 from jaxclt.io.model import Model, load_model
 from jaxclt.shapes import bucket
-from jaxclt.trace.prompt import record_prompt, trace_prompt
+from jaxclt.trace.prompt import trace_prompt
+from jaxclt.trace.record import record_prompt
 
 GOLDEN = Path(__file__).parent / "goldens" / "circuit_tracer_clt"
 PROMPT = "w7 w31 w7 w55 w12 w90"

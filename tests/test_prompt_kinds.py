@@ -20,7 +20,8 @@ from jaxclt.patching.subject import Subject
 from jaxclt.text.corpus import read_documents
 from jaxclt.text.prompts import Prompt, prompt_ids, prompt_rows, read_prompts
 from jaxclt.text.windows import TokenWindows, read_windows
-from jaxclt.trace.prompt import identity, prompt_tokens, trace_prompt
+from jaxclt.trace.prompt import identity, trace_prompt
+from jaxclt.trace.record import prompt_tokens
 
 GOLDEN = Path(__file__).parent / "goldens" / "circuit_tracer_clt"
 # Roles are words of the tiny vocabulary.
@@ -140,10 +141,10 @@ def test_a_sweep_of_chats(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_another_template_is_another_trace():
     config = jaxclt.trace.prompt.AttributeConfig()
-    before = identity(model(), dictionary(), CHAT, config, "auto")
+    before = identity(model(), dictionary(), CHAT, config)
     tokenizer = dataclasses.replace(model().tokenizer, backend=Other())
     other = dataclasses.replace(model(), tokenizer=tokenizer)
-    after = identity(other, dictionary(), CHAT, config, "auto")
+    after = identity(other, dictionary(), CHAT, config)
     assert after["prompt"] == "said 1"
     assert after | {"prompt": before["prompt"]} == before
 

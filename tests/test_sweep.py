@@ -47,7 +47,7 @@ def test_resumed_equals_uninterrupted(
     real, calls = sweep.trace_prompt, []
 
     def killed(*args, **kwargs):
-        calls.append(args[2])
+        calls.append(args[2].prompt)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
@@ -61,7 +61,9 @@ def test_resumed_equals_uninterrupted(
     untouched = (first / "graph.npz").stat().st_mtime_ns
     calls.clear()
     monkeypatch.setattr(
-        sweep, "trace_prompt", lambda *a, **k: calls.append(a[2]) or real(*a, **k)
+        sweep,
+        "trace_prompt",
+        lambda *a, **k: calls.append(a[2].prompt) or real(*a, **k),
     )
     assert run(prompts, tmp_path / "out") == whole
     assert calls == PROMPTS[1:]

@@ -28,7 +28,7 @@ from jaxclt.graph.targets import (
 )
 from jaxclt.io.graph_file import load_graph
 from jaxclt.io.model import Model
-from jaxclt.trace.prompt import prompt_tokens, record_prompt
+from jaxclt.trace.record import prompt_tokens, record_prompt
 from jaxclt.trace.target_text import read_targets
 from jaxclt.types import LMParams, Recording, Targets
 from jaxclt.viewer.graph_json import validate
@@ -168,7 +168,7 @@ def test_the_vocabulary_comes_before_the_tokenizer(
         ("diff:95|id:999", "the model's tokens are id:0 to id:202"),
         ("999", "it is 3 tokens, not one"),
         ("id:x", "tokens, not one"),
-        (" ", "it is no token of this model"),
+        (" ", "it is not a token of this model"),
     ],
 )
 def test_what_is_not_in_the_vocabulary_is_refused(text: str, message: str) -> None:
@@ -201,7 +201,7 @@ class Words:
         (["w7 w7"], "'w7 w7': it is 2 tokens, not one"),
         (["w7 w7@1"], "'w7 w7' is 2 tokens, not one"),
         ([""], "it is 0 tokens, not one"),
-        (["nothing"], "it is no token of this model"),
+        (["nothing"], "it is not a token of this model"),
         (["w7", "w7"], "given twice"),
         (["w7", "w7@-1"], "given twice"),
         (["w90", "top:5"], "given twice"),
@@ -214,7 +214,7 @@ class Words:
         (["dif:w7|w8"], 'did you mean "diff"?'),
         (["vector:resid_mi:1:{probe}"], 'did you mean "resid_mid"?'),
         (["diff:w7"], "write diff:A|B"),
-        (["diff:w7|w7"], "so is their difference zero"),
+        (["diff:w7|w7"], "so their difference is zero"),
         (["diff:w7|w8 w9"], "write diff:A|B"),
         (["logp:w7 w8"], "'w7 w8' is 2 tokens, not one"),
         (["feature:1:2"], "write feature:layer:position:index"),
@@ -222,7 +222,7 @@ class Words:
         (["feature:0:6:0"], "give a position from 0 to 5"),
         (["feature:0:0:9999"], "no feature 9999: give one from 0 to"),
         (["vector:resid_mid:1"], "write vector:site@position:file.npz"),
-        (["vector:out:no.npz"], "no.npz is no npz file"),
+        (["vector:out:no.npz"], "no.npz is not an npz file"),
         (["vector:nowhere:1:{probe}"], "unknown: write out, or one of"),
         (["vector:out@9:{probe}"], "give a position from 0 to 5"),
         (["0*w7"], "other than 0"),
@@ -243,7 +243,7 @@ def test_files_that_hold_no_vector_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "whole.npz", vec=np.arange(3))
     (tmp_path / "text.npz").write_text("no")
     for name in ("plain.npy", "other.npz", "text.npz"):
-        with pytest.raises(InputError, match="no npz file with an array `vec`"):
+        with pytest.raises(InputError, match="not an npz file with an array `vec`"):
             read(f"vector:out:{tmp_path / name}")
     with pytest.raises(InputError, match="no floating-point"):
         read(f"vector:out:{tmp_path / 'whole.npz'}")

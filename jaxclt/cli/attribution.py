@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from rich.console import Console
 from tyro.conf import arg
 
-from jaxclt.cli.common import load
+from jaxclt.cli.common import load, options
 from jaxclt.cli.flags import AsJson, Debug, ModelName
+from jaxclt.cli.progress import Run
+from jaxclt.io.tokenizer import Bos
 
 if TYPE_CHECKING:
     from jaxclt.clt.coder import Dictionary
@@ -21,14 +22,14 @@ __all__ = ["AttributionFlags"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttributionFlags:
-    """What trace and sweep have in common."""
+    """The model, its dictionary, and how much of a graph to compute."""
 
     model: ModelName
     dictionary: Annotated[str, arg(metavar="D")]
-    """neurons, neurons:K or neurons@X, the model's own (all; the K strongest of every
-    token; those that write at least X); a bundled name; a local directory
-    (circuit-tracer, GemmaScope, SAELens, sparsify and more formats); or a hub id
-    organisation/name[//folder][@revision]."""
+    """neurons, neurons:K or neurons@X for the model's own neurons (all; the K strongest
+    at every token; those whose write has at least the norm X); a bundled name; a local
+    directory (circuit-tracer, GemmaScope, SAELens, sparsify and more formats); or a hub
+    id organisation/name[//folder][@revision]."""
     max_features: int = 8192
     """Most feature nodes; the most influential ones are taken."""
     tolerance: float = 0.02
@@ -39,33 +40,28 @@ class AttributionFlags:
     edge_threshold: float = 0.98
     """Share of the edge strength that the shown edges hold."""
     heads: int = 0
-    """List the last attention heads of this many of the strongest shown edges."""
-    bos: Literal["auto", "always", "never"] = "auto"
+    """For this many of the strongest shown edges, list the last attention heads."""
+    bos: Bos = "auto"
     """Put a beginning-of-sequence token first; auto: as the model's tokenizer does."""
     chat: bool = False
     """A prompt is what the user says: put the model's own chat template around it, up
     to where the assistant answers."""
     compat: Literal["none", "circuit-tracer"] = "none"
-    """circuit-tracer's conventions: a first token always, no features or errors there,
-    its pruning and its completeness score."""
+    """Follow circuit-tracer: a beginning-of-sequence token always comes first, without
+    features or errors; pruning and completeness score are that tool's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights; a graph is exact in float32."""
+    """Type of the weights. Attribution needs float32; bfloat16 is for --dry-run."""
     precision: Literal["highest", "high", "default"] = "highest"
-    """Of matmuls on accelerators; highest is full float32."""
+    """Precision of matrix products on accelerators; highest is full float32."""
     memory: float | None = None
-    """Most memory to use, GB (of each accelerator, if there are any); what is free if
-    not given. Graphs are fitted to it."""
+    """Most memory to use, in GB (per accelerator, if there are any); by default what is
+    free. Graphs are fitted to it."""
     devices: int | None = None
-    """How many accelerators share the rows of a graph; all if not given."""
+    """How many accelerators share the rows of a graph; by default all."""
     shard: int | None = None
     """Split the model's weights over this many devices, where one cannot hold them."""
     json: AsJson = False
     debug: Debug = False
-
-    @property
-    def environment(self) -> dict[str, Any]:
-        """Settings that the report lists with the machine's."""
-        return {"dtype": self.dtype, "precision": self.precision}
 
     def config(self) -> AttributeConfig:
         """How much to compute.
@@ -76,16 +72,9 @@ class AttributionFlags:
         from jaxclt.graph.attribute import AttributeConfig
         from jaxclt.graph.compute import row_mesh
 
-        config = AttributeConfig(
-            max_features=self.max_features,
-            tolerance=self.tolerance,
-            node_threshold=self.node_threshold,
-            edge_threshold=self.edge_threshold,
-            heads=self.heads,
-            convention="paper" if self.compat == "none" else self.compat,
-            precision=self.precision,
-            memory_gb=self.memory,
-            devices=self.devices,
+        convention = "paper" if self.compat == "none" else self.compat
+        config = options(
+            AttributeConfig, self, convention=convention, memory_gb=self.memory
         )
         row_mesh(config)
         if self.compat == "none":
@@ -93,7 +82,6 @@ class AttributionFlags:
         # That tool leaves out what is not explored: no bound could be stated.
         return dataclasses.replace(config, tolerance=0.0)
 
-    def load(self, say: Console) -> tuple[Model, Dictionary]:
+    def load(self, run: Run) -> tuple[Model, Dictionary]:
         """The model and its dictionary."""
-        options = {"dtype": self.dtype, "mesh": self.shard}
-        return load(self.model, self.dictionary, say, **options)
+        return load(self.model, self.dictionary, run, dtype=self.dtype, mesh=self.shard)

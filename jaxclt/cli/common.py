@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jaxclt.cli.progress import lines
 from jaxclt.files.json_text import to_json
 
 if TYPE_CHECKING:
+    from jaxclt.cli.progress import Run
     from jaxclt.clt.coder import Dictionary
     from jaxclt.io.model import Model
+    from jaxclt.io.tokenizer import Bos
+    from jaxclt.text.prompts import Prompt
 
-__all__ = ["answer", "load", "page_line", "table", "use_compilation_cache"]
+__all__ = ["answer", "asked", "load", "options", "page_line", "table"]
+__all__ += ["use_compilation_cache"]
+
+_Options = TypeVar("_Options")
 
 
 def use_compilation_cache() -> None:
@@ -38,22 +44,45 @@ def use_compilation_cache() -> None:
 
 
 def load(
-    model: str, dictionary: str, say: Console, **options: Any
+    model: str, dictionary: str, run: Run, **options: Any
 ) -> tuple[Model, Dictionary]:
     """A model and its dictionary, on compiled programs that are kept.
 
     Args:
       model: name or path.
       dictionary: name or path.
-      say: where downloads are reported.
+      run: where downloads are reported.
       **options: of `jaxclt.load_model`.
     """
     from jaxclt.io.dictionary import load_dictionary
     from jaxclt.io.model import load_model
 
     use_compilation_cache()
-    loaded = load_model(model, progress=lines(say), **options)
-    return loaded, load_dictionary(dictionary, loaded, progress=lines(say))
+    loaded = load_model(model, progress=run.line, **options)
+    return loaded, load_dictionary(dictionary, loaded, progress=run.line)
+
+
+def options(kind: type[_Options], flags: Any, **others: Any) -> _Options:
+    """The options of a call.
+
+    Args:
+      kind: their dataclass.
+      flags: of a command; those of the same names are taken.
+      **others: fields whose flags have other names, or none.
+    """
+    fields: Any = kind
+    names = {field.name for field in dataclasses.fields(fields)} & vars(flags).keys()
+    return kind(**{name: getattr(flags, name) for name in names}, **others)
+
+
+def asked(prompt: Prompt, *, chat: bool, bos: Bos) -> Prompt:
+    """A prompt that begins as ``--bos`` says; with ``--chat``, what a user says."""
+    from jaxclt.io.chat import user_says
+    from jaxclt.text.prompts import Opened
+
+    if chat and isinstance(prompt, str):
+        prompt = user_says(prompt)
+    return dataclasses.replace(Opened.of(prompt), bos=bos)
 
 
 def table(title: str | Text | None, rows: Mapping[str, str]) -> Table:

@@ -6,12 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
 from tyro.conf import Positional, arg
 
 from jaxclt.cli.common import answer, table
 from jaxclt.cli.flags import AsJson, Debug
-from jaxclt.cli.progress import Run, long_command, progress
+from jaxclt.cli.progress import Run
 
 __all__ = ["ConvertFlags", "run_convert"]
 
@@ -47,12 +46,11 @@ class ConvertFlags:
     debug: Debug = False
 
 
-@long_command
-def run_convert(flags: ConvertFlags, say: Console, run: Run) -> None:
+def run_convert(flags: ConvertFlags, run: Run) -> None:
     """Convert, and say what was written and what was lost."""
     from jaxclt.io.convert import convert
 
-    with progress(say, "converting", "layers/s", run.look) as on_layer:
+    with run.progress("converting", "layers/s") as on_layer:
         report = convert(
             flags.source, flags.out, flags.to, lossy=flags.lossy, on_layer=on_layer
         )

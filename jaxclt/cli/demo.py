@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.text import Text
 
 from jaxclt.cli.common import answer, load, page_line, table
 from jaxclt.cli.flags import AsJson, Debug
-from jaxclt.cli.progress import Run, lines, long_command, progress
+from jaxclt.cli.progress import Run
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.supernodes import SupernodeGraph, describe_supernodes, supernode_graph
@@ -59,7 +59,7 @@ class DemoFlags:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is known of the prompt beforehand."""
+    """What is known about the prompt beforehand."""
 
     prompt: str
     donor: str  # the same sum with another last digit of b
@@ -94,7 +94,7 @@ def swap_edits(model: Model, dictionary: Dictionary, case: Case) -> list[Edit]:
       dictionary: whose features the case names.
       case: prompt, donor and families.
     """
-    from jaxclt.trace.prompt import prompt_tokens
+    from jaxclt.trace.record import prompt_tokens
 
     clean, donor = (
         _last_values(model, dictionary, prompt) for prompt in (case.prompt, case.donor)
@@ -116,7 +116,7 @@ def _last_values(
     """Activations at the last position, by (layer, feature)."""
     from jaxclt.clt.active import active_features
     from jaxclt.graph.memory import available_bytes
-    from jaxclt.trace.prompt import prompt_tokens, record_text
+    from jaxclt.trace.record import prompt_tokens, record_text
 
     ids = prompt_tokens(model, prompt)
     recording = record_text(model, ids, available_bytes(), pad=False)
@@ -150,8 +150,7 @@ def family_supernodes(
     return [Supernode(name, tuple(nodes)) for name, nodes in groups.items() if nodes]
 
 
-@long_command
-def run_demo(flags: DemoFlags, say: Console, run: Run) -> None:
+def run_demo(flags: DemoFlags, run: Run) -> None:
     """Trace, group, patch, validate, write; show what came out."""
     from jaxclt.trace.files import write_trace
     from jaxclt.trace.prompt import trace_prompt
@@ -159,10 +158,10 @@ def run_demo(flags: DemoFlags, say: Console, run: Run) -> None:
 
     started = time.perf_counter()
     run.own(flags.out, makes="trace")
-    model, dictionary = load(MODEL, DICTIONARY, say)
+    model, dictionary = load(MODEL, DICTIONARY, run)
     case = load_case()
-    lines(say)(f"{MODEL}: {model.cfg.n_layers} layers that add; {case.prompt!r}")
-    with progress(say, "attributing", "rows/s", run.look) as on_rows:
+    run.line(f"{MODEL}: {model.cfg.n_layers} layers that add; {case.prompt!r}")
+    with run.progress("attributing", "rows/s") as on_rows:
         config = AttributeConfig(tolerance=0.0)
         traced = trace_prompt(
             model, dictionary, case.prompt, config=config, on_rows=on_rows
@@ -175,7 +174,7 @@ def run_demo(flags: DemoFlags, say: Console, run: Run) -> None:
     swapped = measure(plan_patch(subject, edits, layers=layers))
     # Small graphs: fewer patches say the same, in a third of the time.
     options = validation.ValidateOptions(n_features=30, n_small=10, n_layers=3)
-    with progress(say, "validating", "patches/s", run.look) as on_done:
+    with run.progress("validating", "patches/s") as on_done:
         checked = validation.validate_graph(subject, options, on_done=on_done)
     validation.write_validation(checked, flags.out)
     # last: its page shows what lies beside it

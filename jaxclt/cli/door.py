@@ -27,7 +27,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def guarded(
     run: Callable[[Console], None], *, debug: bool, lower: str, kept: str
 ) -> int:
-    """The exit status of a command, whose errors are said on stderr.
+    """The exit status of a command, whose errors are printed on stderr.
 
     Args:
       run: the command; gets what it may say progress on.
@@ -102,11 +102,11 @@ def _verdict(error: Exception, lower: str) -> tuple[int, str]:
 
 
 class _StdoutError(Exception):
-    """What was printed did not get where it should."""
+    """What was printed did not arrive."""
 
 
 class _Watched:
-    """A stream whose errors are told from those of other files."""
+    """A stream whose errors can be told from those of other files."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -155,7 +155,7 @@ def _leave_stdout() -> None:
 
 @contextlib.contextmanager
 def _library_warnings(say: Console) -> Iterator[None]:
-    """What libraries warn of and log is one line each."""
+    """Each warning and log record of a library becomes one line."""
 
     def show(text: str) -> None:
         _say(say, f"warning: {text.strip()}")
@@ -169,7 +169,7 @@ def _library_warnings(say: Console) -> Iterator[None]:
     last = logging.lastResort
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: show(str(message))
-        # What has no handler of its own is shown with its traceback otherwise.
+        # Otherwise loggers without a handler show tracebacks.
         logging.lastResort = Handler(logging.WARNING)
         try:
             yield

@@ -7,14 +7,13 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tyro.conf import arg
 
-from jaxclt.cli.common import answer, use_compilation_cache
+from jaxclt.cli.common import answer, options, use_compilation_cache
 from jaxclt.cli.flags import AsJson, Context, Debug, ModelName
-from jaxclt.cli.progress import Run, Stages, lines, long_command
+from jaxclt.cli.progress import Run
 from jaxclt.errors import InputError, check_at_least, check_positive
 
 __all__ = ["EvalFlags", "run_eval"]
@@ -25,31 +24,32 @@ class EvalFlags:
     """Every measure of the paper, for one dictionary or several side by side.
 
     Writes eval.json, rows.jsonl (a line for each prompt and window), table.md with the
-    paper's claims in words, and plots. An interrupted run goes on by itself.
+    paper's claims in words, and plots. The same command resumes an interrupted run.
     """
 
     model: ModelName
     dictionary: Annotated[tuple[str, ...], arg(metavar="D")]
-    """One or more: neurons:k, neurons@x (written norm at least x), bundled name, local
-    directory in a known format, or hub id."""
+    """One or more: neurons:k, neurons@x (whose write has at least the norm x), a
+    bundled name, a local directory in a known format, or a hub id."""
     data: str = ""
     """Held-out text, as for `jaxclt train --data`; or a .jsonl file of prompts, lines
     {"prompt": ..., "answer": ...}. The bundled model brings its own."""
     out: Path = Path("out/eval")
     """Directory to write to."""
     prompts: Path | None = None
-    """Prompts of the graphs, a .txt or .jsonl as for `jaxclt sweep`; without it they
-    are taken from the text."""
+    """Prompts of the graphs, a .txt or .jsonl file as for `jaxclt sweep`; by default
+    they are taken from the text."""
     filter: Literal["auto", "paper", "none"] = "auto"
     """Which prompts to take from the text. paper: the model is right with less than 80%
-    confidence, the next token is rare and new; auto: so for text, none for prompts."""
+    confidence, the next token is rare and new; auto: paper for text, none for a file of
+    prompts."""
     tokens: int = 8_192
     """Tokens of text for reconstruction, and to find examples of features in."""
     context: Context = 128
     agreement_tokens: int = 2_048
     """Tokens on which the replacement model is compared."""
     layer_tokens: int = 128
-    """Tokens on which each layer is replaced by itself; 0: none."""
+    """Tokens on which each layer alone is replaced; 0: none."""
     graphs: int = 16
     """Prompts to trace."""
     max_features: int = 512
@@ -57,15 +57,15 @@ class EvalFlags:
     perturbed: int = 3
     """Prompts on which perturbations are followed through the layers."""
     baselines: tuple[float, ...] = (1.0, 4.0)
-    """Add thresholded neurons with so many times the active features of the
-    transcoders."""
+    """Also evaluate thresholded neurons, this many times as many of them active as the
+    transcoders have features."""
     judge: str = "baseline"
-    """Who sorts: baseline (a naive Bayes, offline), local:M (a model, by probability),
+    """Who sorts: baseline (naive Bayes, offline), local:M (a model, by probability),
     http://HOST/v1#MODEL (OpenAI-compatible; key in OPENAI_API_KEY), or none."""
     judge_budget: int | None = None
-    """Tokens after which an address is asked nothing more; run again to go on."""
+    """Tokens after which an address gets no more requests; run again to continue."""
     judge_per_minute: float | None = None
-    """Requests to an address per minute at most."""
+    """Most requests to an address per minute."""
     concepts: Path | None = None
     """Sentence pairs of the Contrastive Eval instead of the built-in ones."""
     sort: int = 200
@@ -73,13 +73,12 @@ class EvalFlags:
     contrastive: int = 200
     """Trials of the Contrastive Eval."""
     seed: int = 0
-    """Of everything drawn."""
+    """Seed of everything drawn at random."""
     json: AsJson = False
     debug: Debug = False
 
 
-@long_command
-def run_eval(flags: EvalFlags, say: Console, run: Run) -> None:
+def run_eval(flags: EvalFlags, run: Run) -> None:
     """Measure, write, print."""
     import jax
 
@@ -95,10 +94,7 @@ def run_eval(flags: EvalFlags, say: Console, run: Run) -> None:
     from jaxclt.io.model import load_model
     from jaxclt.trace.sweep import read_prompts
 
-    names = {field.name for field in dataclasses.fields(EvalOptions)}
-    options = EvalOptions(
-        **{k: v for k, v in dataclasses.asdict(flags).items() if k in names}
-    )
+    measured = options(EvalOptions, flags)
     data = flags.data or bundled_text(flags.model)
     if not data:
         raise InputError("give --data: held-out text, or a .jsonl file of prompts")
@@ -119,16 +115,16 @@ def run_eval(flags: EvalFlags, say: Console, run: Run) -> None:
         )
     started = time.perf_counter()
     use_compilation_cache()
-    model = load_model(flags.model, progress=lines(say))
+    model = load_model(flags.model, progress=run.line)
     dictionaries = [load_dictionary(name, model) for name in flags.dictionary]
     text = read_eval_text(model, data, tokens=flags.tokens, context=flags.context)
     text = dataclasses.replace(text, pairs=pairs)
-    with Stages(say, unit="done/s", look=run.look) as stages:
+    with run.stages(unit="done/s") as stages:
         rows, raw = evaluate(
             model,
             dictionaries,
             text,
-            options=options,
+            options=measured,
             prompts=prompts,
             judge=judge,
             out=flags.out,
@@ -138,7 +134,7 @@ def run_eval(flags: EvalFlags, say: Console, run: Run) -> None:
     meta = {
         "model": model.name,
         "data": str(data),
-        "options": dataclasses.asdict(options),
+        "options": dataclasses.asdict(measured),
         "judge": flags.judge,
         "seconds": round(time.perf_counter() - started, 1),
     }

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated
 
-from rich.console import Console
 from tyro.conf import Positional, arg
 
 from jaxclt.cli.common import answer, load
 from jaxclt.cli.flags import AsJson, Debug, TracedDirectory
+from jaxclt.cli.progress import Run
 from jaxclt.errors import check_at_least
 
 __all__ = ["ExplainFlags", "run_explain"]
@@ -17,7 +17,7 @@ __all__ = ["ExplainFlags", "run_explain"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExplainFlags:
-    """How an edge travelled: straight up the residual stream, or moved by which heads.
+    """How an edge travelled: straight up the residual stream, or through which heads.
 
     Nodes are named as on the page and in graph.json: layer:position:feature (12:5:345,
     or 12_345_5), "error 12:5", "embed 2"; a target by its number, its text or id:TOKEN.
@@ -29,19 +29,19 @@ class ExplainFlags:
     target: Annotated[Positional[str], arg(metavar="TARGET")]
     """Feature or target it leads to."""
     hops: bool = False
-    """Load the model: also by the number of heads passed, and the last heads of any
-    edge, whether trace listed them or not."""
+    """Load the model to split the edge by the number of heads it passed, and to list
+    its last heads even if trace did not."""
     max_hops: int = 3
-    """With --hops: this many and more are one part."""
+    """With --hops: paths through this many heads or more count as one part."""
     model: str = ""
-    """With --hops: the model, if not where trace found it."""
+    """With --hops: the model, if it has moved since it was traced."""
     dictionary: str = ""
-    """With --hops: the dictionary, if not where trace found it."""
+    """With --hops: the dictionary, if it has moved since it was traced."""
     json: AsJson = False
     debug: Debug = False
 
 
-def run_explain(flags: ExplainFlags, say: Console) -> None:
+def run_explain(flags: ExplainFlags, run: Run) -> None:
     """Print the parts of the edge."""
     from jaxclt.graph.explain import edge_parts
     from jaxclt.io.graph_file import load_graph
@@ -54,7 +54,7 @@ def run_explain(flags: ExplainFlags, say: Console) -> None:
         model, dictionary = load(
             flags.model or graph.meta.model,
             flags.dictionary or graph.meta.dictionary,
-            say,
+            run,
         )
         parts = edge_parts_with_model(
             graph,

@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
 from tyro.conf import arg
 
 from jaxclt.cli.common import answer, load, table
-from jaxclt.cli.flags import AsJson, Context, Debug, ModelName, TextSource, Tokens
-from jaxclt.cli.progress import Run, Stages, long_command
+from jaxclt.cli.flags import AsJson, Debug, ModelName, TextSource
+from jaxclt.cli.progress import Run
+from jaxclt.dashboards.gather import FeatureOptions
 from jaxclt.errors import check_at_least
 from jaxclt.files.json_text import to_json
 
@@ -19,12 +19,8 @@ __all__ = ["FeaturesFlags", "run_features"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FeaturesFlags:
-    """What features respond to: examples from text, histograms, tokens they raise.
-
-    Writes feature files that `jaxclt view --features` and other viewers read, and
-    report.json. An interrupted run goes on by itself.
-    """
+class _Source:
+    """What `jaxclt --help` shows before the options."""
 
     model: ModelName
     dictionary: Annotated[str, arg(metavar="D")]
@@ -36,44 +32,33 @@ class FeaturesFlags:
     features: str = "all"
     """all; top:K, the K that fire most often; or a file: lines LAYER:FEATURE, a .json
     list of pairs, or a .npz with layer_U and feature_U."""
-    tokens: Tokens = 1_000_000
-    context: Context = 256
-    excerpt: int = 32
-    """Tokens of an example, three quarters of them before its peak."""
-    top: int = 16
-    """Examples with the largest activations, of each feature."""
-    drawn: int = 24
-    """Examples drawn at random among the windows where a feature is active."""
-    histogram_every: int = 8
-    """Histograms are of one window in so many, counts and extremes of all."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeaturesFlags(FeatureOptions, _Source):
+    """What features respond to: examples from text, histograms, tokens they raise.
+
+    Writes feature files that `jaxclt view --features` and other viewers read, and
+    report.json. The same command resumes an interrupted run.
+    """
+
     labels: str = ""
     """Let a chat model label every feature: http://HOST/v1#MODEL (OpenAI-compatible;
     key in OPENAI_API_KEY). Writes labels.json, each label beginning with "auto: "."""
     labels_budget: int | None = None
-    """Tokens after which nothing more is asked."""
-    loose: bool = False
-    """Also write one file a feature, features/NUMBER.json."""
+    """Tokens after which no more labels are asked for."""
     json: AsJson = False
     debug: Debug = False
 
 
-@long_command
-def run_features(flags: FeaturesFlags, say: Console, run: Run) -> None:
+def run_features(flags: FeaturesFlags, run: Run) -> None:
     """Gather, write, print."""
-    from jaxclt.dashboards.gather import check_options, feature_dashboards
+    from jaxclt.dashboards.gather import feature_dashboards
     from jaxclt.evaluation.http_client import Client, ClientOptions
     from jaxclt.evaluation.labels import automatic_labels
-    from jaxclt.files.atomic import atomic_path
+    from jaxclt.files.atomic import write_text
     from jaxclt.io.dictionary import LABELS
 
-    check_options(
-        tokens=flags.tokens,
-        context=flags.context,
-        excerpt=flags.excerpt,
-        top=flags.top,
-        drawn=flags.drawn,
-        histogram_every=flags.histogram_every,
-    )
     check_at_least(1, labels_budget=flags.labels_budget)
     run.own(flags.out, makes="run")
     client = None
@@ -83,22 +68,16 @@ def run_features(flags: FeaturesFlags, say: Console, run: Run) -> None:
             cache_dir=flags.out / "judge", max_tokens_total=flags.labels_budget
         )
         client = Client(url, name, options)
-    model, dictionary = load(flags.model, flags.dictionary, say)
+    model, dictionary = load(flags.model, flags.dictionary, run)
     units = {"files": "layers/s", "labels": "labels/s"}
-    with Stages(say, units=units, look=run.look) as stages:
+    with run.stages(units=units) as stages:
         report, examples = feature_dashboards(
             model,
             dictionary,
             flags.data,
             flags.out,
+            flags,
             features=flags.features,
-            tokens=flags.tokens,
-            context=flags.context,
-            excerpt=flags.excerpt,
-            top=flags.top,
-            drawn=flags.drawn,
-            histogram_every=flags.histogram_every,
-            loose=flags.loose,
             on_stage=stages,
         )
         if client is not None:
@@ -108,9 +87,8 @@ def run_features(flags: FeaturesFlags, say: Console, run: Run) -> None:
                 model.tokenizer.token_strings,
                 on_label=lambda done, total: stages("labels", done, total),
             )
-            with atomic_path(flags.out / LABELS) as temporary:
-                text = to_json(labels, indent=0, ensure_ascii=False)
-                temporary.write_text(text, encoding="utf-8")
+            text = to_json(labels, indent=0, ensure_ascii=False)
+            write_text(flags.out / LABELS, text)
             report["labels"] = {"by": flags.labels, "n": len(labels)} | client.usage
     rate = report.get("tokens_per_second")
     rows = {

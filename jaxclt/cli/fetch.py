@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.text import Text
 from tyro.conf import Positional, arg
 
 from jaxclt.cli.common import answer
 from jaxclt.cli.flags import AsJson, Debug
-from jaxclt.cli.progress import lines
+from jaxclt.cli.progress import Run
 
 if TYPE_CHECKING:
     from jaxclt.io.published import Pair
@@ -21,7 +21,7 @@ __all__ = ["FetchFlags", "run_fetch"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FetchFlags:
-    """Get a known model into the user cache, checksum verified."""
+    """Download a known model into the user cache and verify its checksum."""
 
     name: Annotated[Positional[str], arg(metavar="[NAME]")] = ""
     """Name of the model."""
@@ -33,7 +33,7 @@ class FetchFlags:
     debug: Debug = False
 
 
-def run_fetch(flags: FetchFlags, say: Console) -> None:
+def run_fetch(flags: FetchFlags, run: Run) -> None:
     """Fetch a model, or list what there is."""
     from jaxclt.io.fetch import fetch
 
@@ -41,7 +41,7 @@ def run_fetch(flags: FetchFlags, say: Console) -> None:
         _list(flags.json)
         return
     accepted = flags.accept_terms
-    path = str(fetch(flags.name, progress=lines(say), accept_terms=accepted))
+    path = str(fetch(flags.name, progress=run.line, accept_terms=accepted))
     answer(flags.json, {"name": flags.name, "path": path}, path)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-__all__ = ["AsJson", "Context", "Debug", "ModelName", "TextSource", "Tokens"]
+__all__ = ["AsJson", "Context", "Debug", "ModelName", "TextSource"]
 __all__ += ["TracedDirectory"]
 
 ModelName = Annotated[
@@ -27,13 +27,6 @@ TextSource = Annotated[
         help="Text file, or folder of .txt, .md, .rst, .utf8 and .jsonl files; a "
         '.jsonl file of prompts, lines {"prompt": ...}; or a dataset on the hub, '
         "hub:NAME[@REVISION][?config=..&split=..&text=..]."
-    ),
-]
-Tokens = Annotated[
-    int,
-    arg(
-        help="Tokens of text to look at; first positions and special tokens do not "
-        "count."
     ),
 ]
 Context = Annotated[int, arg(help="Tokens of a window of text.")]

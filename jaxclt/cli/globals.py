@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 from tyro.conf import arg
 
 from jaxclt.cli.common import answer, load, page_line, table
-from jaxclt.cli.flags import AsJson, Context, Debug, ModelName, TextSource, Tokens
-from jaxclt.cli.progress import Run, Stages, long_command
+from jaxclt.cli.flags import AsJson, Context, Debug, ModelName, TextSource
+from jaxclt.cli.progress import Run
 from jaxclt.errors import InputError, check_at_least
 
 if TYPE_CHECKING:
@@ -26,10 +25,10 @@ __all__ = ["GlobalsFlags", "run_globals"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GlobalsFlags:
-    """Weights between features whatever the prompt, and which of them text uses.
+    """Weights between features that hold for any prompt, and which of them text uses.
 
     Writes globals.npz (the strongest links), statistics.npz (co-activation sums),
-    report.json and the page index.html. An interrupted run goes on by itself.
+    report.json and the page index.html. The same command resumes an interrupted run.
     """
 
     model: ModelName
@@ -42,16 +41,18 @@ class GlobalsFlags:
     """top:K, the K that fire most often; all (pairs that ever fire together are kept,
     sparsely); or a file: lines LAYER:FEATURE, a .json list of pairs, or a .npz with
     layer_U and feature_U."""
-    tokens: Tokens = 200_000
+    tokens: int = 200_000
+    """Tokens of text to look at; first positions and special tokens do not count."""
     context: Context = 256
     top: int = 32
-    """Links kept: so many inputs and outputs of every feature by |V|, |ERA| and |TWERA|
-    each."""
+    """Links kept: this many inputs and outputs of every feature by each of |V|, |ERA|
+    and |TWERA|."""
     by: Literal["virtual", "era", "twera", "era_norm", "twera_norm"] = "twera"
     """What the links are ordered by; _norm: with the target's norm denominator in every
     term, which makes ERA exact where encoders read after the norm."""
     heads: tuple[str, ...] = ()
-    """LAYER:HEAD: also gather statistics.npz's sums for paths through this head."""
+    """LAYER:HEAD: also gather the sums in statistics.npz for paths through this
+    head."""
     shard: str = "0/1"
     """I/N: only every N-th window from the I-th (from 0) on, for several machines; give
     the same --features file to all."""
@@ -61,8 +62,7 @@ class GlobalsFlags:
     debug: Debug = False
 
 
-@long_command
-def run_globals(flags: GlobalsFlags, say: Console, run: Run) -> None:
+def run_globals(flags: GlobalsFlags, run: Run) -> None:
     """Gather, rank, write, print."""
     from jaxclt.global_weights import circuit, gather, views
     from jaxclt.global_weights.files import load_statistics
@@ -74,9 +74,9 @@ def run_globals(flags: GlobalsFlags, say: Console, run: Run) -> None:
     if bool(flags.data) == bool(flags.merge):
         raise InputError("give --data TEXT, or --merge with directories of shards")
     run.own(flags.out, makes="globals")
-    model, dictionary = load(flags.model, flags.dictionary, say)
+    model, dictionary = load(flags.model, flags.dictionary, run)
     started = time.perf_counter()
-    stages = Stages(say, units={"tokens of features": "layers/s"}, look=run.look)
+    stages = run.stages(units={"tokens of features": "layers/s"})
     if flags.merge:
         parts = [load_statistics(x / "statistics.npz") for x in flags.merge]
         for place, (_, more) in zip(flags.merge, parts, strict=True):
@@ -116,17 +116,17 @@ def run_globals(flags: GlobalsFlags, say: Console, run: Run) -> None:
             },
             on_layer=partial(stages, "tokens of features"),
         )
-    told = {k: v for k, v in found.meta.items() if k != "token_text"}
+    meta = {k: v for k, v in found.meta.items() if k != "token_text"}
     page = page_line(flags.out / "index.html")
-    answer(flags.json, told, _summary(told, found), page)
+    answer(flags.json, meta, _summary(meta, found), page)
 
 
-def _summary(told: dict[str, Any], found: SavedGlobals) -> Table:
-    share = told["interference"]
+def _summary(meta: dict[str, Any], found: SavedGlobals) -> Table:
+    share = meta["interference"]
     rows = {
-        "features": f"{told['features']:,}, {share['pairs']:,} pairs",
-        "tokens": f"{told['tokens']:,}",
-        "links": f"{told['links']:,}",
+        "features": f"{meta['features']:,}, {share['pairs']:,} pairs",
+        "tokens": f"{meta['tokens']:,}",
+        "links": f"{meta['links']:,}",
         "pairs that never fire together": f"{share['never']:.1%}",
     }
     for line in share["largest"]:

@@ -20,6 +20,8 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
+from rich.console import Console
+
 from jaxclt.cli.door import guarded
 from jaxclt.errors import InputError, did_you_mean
 from jaxclt.version import __version__
@@ -46,6 +48,7 @@ class _Command(NamedTuple):
     """
 
     lower: str = "a smaller model or dictionary"  # what helps if memory runs out
+    long: bool = True  # looks by itself whether it is to stop
     resumes: bool = False
 
 
@@ -54,16 +57,17 @@ _COMMANDS = {
     "demo": _Command(),
     "trace": _Command(_GRAPH),
     "sweep": _Command(_GRAPH, resumes=True),
-    "fetch": _Command(),
+    "fetch": _Command(long=False),
     "convert": _Command(),
-    "view": _Command(),
-    "serve": _Command(),
-    "explain": _Command(),
-    "patch": _Command(),
+    "view": _Command(long=False),
+    "serve": _Command(long=False),
+    "explain": _Command(long=False),
+    "patch": _Command(long=False),
     "validate": _Command("fewer --n-features"),
     "eval": _Command("a smaller --max-features, --tokens or --context", resumes=True),
     "globals": _Command(
-        "fewer features (--features top:K) or a smaller --context", resumes=True
+        "fewer features (--features top:K) or a smaller --context",
+        resumes=True,
     ),
     "features": _Command(
         "fewer features (--features top:K), or smaller --top, --drawn, --context",
@@ -95,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(status)
 
 
-def _run(args: list[str], say: Any) -> None:
+def _run(args: list[str], say: Console) -> None:
     first = args[0] if args else ""
     if not args:
         print(START)  # noqa: T201
@@ -111,8 +115,14 @@ def _run(args: list[str], say: Any) -> None:
     else:
         from jaxclt.cli.parse import parse
 
-        flags, run = _parts(first)
-        run(parse(flags, first, args[1:]), say)
+        _start(first, parse(_parts(first)[0], first, args[1:]), say)
+
+
+def _start(name: str, flags: Any, say: Console) -> None:
+    from jaxclt.cli.progress import running
+
+    with running(say, long=_COMMANDS[name].long) as run:
+        _parts(name)[1](flags, run)
 
 
 def _parts(name: str) -> tuple[type[Any], Any]:

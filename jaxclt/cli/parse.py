@@ -1,4 +1,4 @@
-"""A command line becomes a config, or one line that says what is wrong with it."""
+"""A command line becomes flags, or one line that says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ from jaxclt.errors import InputError, did_you_mean
 
 __all__ = ["parse"]
 
+with contextlib.suppress(ImportError):
+    # Not part of tyro's public interface; its own keeps the line breaks of docstrings.
+    from tyro import _strings
+
+    _strings.__dict__["remove_single_line_breaks"] = lambda helptext: "\n\n".join(
+        " ".join(paragraph.split()) for paragraph in helptext.split("\n\n")
+    )
+
 _Config = TypeVar("_Config")
 _OURS = "path: "  # what a message of ours begins with
 _LONGEST_NAME = 255  # bytes that file systems allow
@@ -26,7 +34,7 @@ _WANTED = {"INT": "a whole number", "FLOAT": "a number", "PATH": "a path"}
 
 
 def parse(kind: type[_Config], command: str, args: Sequence[str]) -> _Config:
-    """The config of a command.
+    """The flags of a command.
 
     Args:
       kind: its dataclass; one that has `defaults` makes its defaults from `args`.

@@ -8,15 +8,16 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional, arg
 
-from jaxclt.cli.common import answer, load
-from jaxclt.cli.progress import lines
+from jaxclt.cli.common import answer, asked, load
+from jaxclt.cli.progress import Run
 from jaxclt.cli.reopened import ReopenFlags
 from jaxclt.errors import InputError, check_at_least, check_finite, did_you_mean
+from jaxclt.io.tokenizer import Bos
+from jaxclt.patching.patchable import Mode
 
 if TYPE_CHECKING:
     from jaxclt.patching.patch import PatchResult
@@ -30,36 +31,36 @@ __all__ = ["PatchFlags", "parse_feature", "run_patch"]
 class PatchFlags(ReopenFlags):
     """Change features of a prompt and see what the model answers.
 
-    Of a traced directory the result is kept in its patches.json and shown on its page.
-    A prompt needs no graph, but --model and --dictionary, and nothing is written.
+    For a traced directory the result is kept in its patches.json and shown on its page.
+    A prompt that was not traced needs --model and --dictionary; nothing is written.
     """
 
     prompt: Annotated[Positional[str], arg(metavar="DIR|PROMPT")]
     """Directory that trace wrote, or the text of a prompt."""
-    bos: Literal["auto", "always", "never"] = "auto"
-    """Put a beginning-of-sequence token first, of a prompt that was not traced."""
+    bos: Bos = "auto"
+    """For a prompt that was not traced: put a beginning-of-sequence token first."""
     chat: bool = False
-    """A prompt that was not traced is what the user says, in the model's own chat
-    template."""
+    """For a prompt that was not traced: it is what the user says, in the model's own
+    chat template."""
     feature: tuple[str, ...] = ()
-    """LAYER:POS:FEATURE; POS from 0, negative from the end, or a slice a..b, b not
-    included (0.. is everywhere, generated tokens too): there it is scaled where it is
-    active."""
+    """LAYER:POS:FEATURE; POS counts from 0, or from the end if it is negative, or is a
+    slice a..b without b (0.. is everywhere, generated tokens included), in which the
+    feature is scaled wherever it is active."""
     group: tuple[str, ...] = ()
-    """Names of supernodes to change, of a traced directory."""
+    """Names of supernodes of a traced directory to change."""
     scale: float | None = None
     """Factor on the activation: 0 ablates (the default), -1 inhibits, 2 doubles."""
     set: float | None = None
     """Activation to set instead of a factor."""
     add: float | None = None
     """Activation to add instead of a factor."""
-    mode: Literal["constrained", "iterative", "additive"] = "constrained"
+    mode: Mode = "constrained"
     """constrained: MLP outputs in the layer range clamped; iterative: the replacement
     model in the range; additive: writes added while all MLPs respond."""
     layers: str | None = None
-    """First and last layer of the range a:b, both included; by default from the first
-    edited layer to two behind the last one (constrained: as far as the dictionary
-    writes, and the model's last MLP is left to answer; additive: all)."""
+    """First and last layer of the range, a:b, both included; by default from the first
+    edited layer to two after the last one (constrained: as far as the dictionary
+    writes, leaving the model's last MLP to answer; additive: all)."""
     sweep_end: bool = False
     """Also patch with every end layer of the range."""
     freeze_patterns: bool = True
@@ -67,15 +68,15 @@ class PatchFlags(ReopenFlags):
     freeze_norms: bool = False
     """Keep the clean norm denominators."""
     gates: Literal["auto", "live", "frozen"] = "auto"
-    """Gates of the replacement model (iterative); auto: live, for neurons frozen."""
+    """Gates of the replacement model (iterative); auto: live, frozen for neurons."""
     generate: int = 0
     """Tokens to generate with the edits held, and without."""
     temperature: float = 0.0
-    """Of generation; 0 takes the most probable token."""
+    """Temperature of generation; 0 takes the most probable token."""
     seed: int = 0
-    """Of sampled generation."""
+    """Seed of sampled generation."""
     plot: Path | None = None
-    """Where to draw target probability against the factor (-2 to 4); if not given,
+    """Where to draw the target's probability against the factor (-2 to 4); by default
     patch.png in the traced directory."""
 
 
@@ -92,11 +93,13 @@ def _asked(
     directory = Path(flags.prompt) if os.path.isdir(flags.prompt) else None
     if directory is not None and (flags.chat or flags.bos != "auto"):
         flag = "--chat" if flags.chat else "--bos"
-        raise InputError(f"{flag} is of a prompt: a traced directory keeps its tokens")
+        raise InputError(
+            f"{flag} goes with a prompt: a traced directory keeps its tokens"
+        )
     return layers, edits_of, places, directory
 
 
-def run_patch(flags: PatchFlags, say: Console) -> None:
+def run_patch(flags: PatchFlags, run: Run) -> None:
     """Reopen, patch, print."""
     layers, edits_of, places, directory = _asked(flags)
     from jaxclt.patching import patch as patching
@@ -105,9 +108,9 @@ def run_patch(flags: PatchFlags, say: Console) -> None:
     from jaxclt.patching.patchable import How
     from jaxclt.patching.subject import Subject
 
-    opened = None if directory is None else flags.reopen(directory, say)
+    opened = None if directory is None else flags.reopen(directory, run)
     if opened is None:
-        subject = _untraced(flags, say)
+        subject = _untraced(flags, run)
     else:
         subject = Subject.of(opened.model, opened.dictionary, opened.graph)
 
@@ -147,16 +150,16 @@ def run_patch(flags: PatchFlags, say: Console) -> None:
         )
         said.append(out["generated"]["warning"])
     for line in dict.fromkeys(filter(None, said)):
-        lines(say)(f"jaxclt: warning: {line}")
+        run.warn(line)
     plotted = [f"plot: {out['plot']}"] if "plot" in out else []
     answer(flags.json, out, _targets(result), _rows(result, out), *plotted)
 
 
-def _untraced(flags: PatchFlags, say: Console) -> Subject:
-    """The prompt itself, of which there is no graph.
+def _untraced(flags: PatchFlags, run: Run) -> Subject:
+    """A prompt of which there is no graph.
 
     Raises:
-      InputError: if it is rather the name of a directory, or something of a graph is
+      InputError: if it looks like the name of a directory, or something of a graph is
         asked for.
     """
     prompt = flags.prompt
@@ -164,29 +167,27 @@ def _untraced(flags: PatchFlags, say: Console) -> Subject:
         raise InputError("the prompt is empty: give some text, or a traced directory")
     if flags.model is None or flags.dictionary is None:
         raise InputError(
-            f"{prompt[:100]!r} is no directory; if it is a prompt, give --model and "
+            f"{prompt[:100]!r} is not a directory; if it is a prompt, give --model and "
             "--dictionary"
         )
     if os.sep in prompt and not re.search(r"\s", prompt) and _beside(prompt):
         raise InputError(
-            f"{prompt[:100]!r} looks like a directory and is none: give one that trace "
-            "wrote, or the text of a prompt"
+            f"{prompt[:100]!r} looks like a directory but is not one: give one that "
+            "trace wrote, or the text of a prompt"
         )
     if flags.group or flags.supernodes:
         raise InputError(
             "--group takes supernodes of a graph: trace the prompt and give its "
             "directory, or name the features"
         )
-    from jaxclt.io.chat import user_says
     from jaxclt.patching.subject import Subject
 
-    model, dictionary = load(flags.model, flags.dictionary, say)
-    given = user_says(prompt) if flags.chat else prompt
-    return Subject.of(model, dictionary, given, bos=flags.bos)
+    model, dictionary = load(flags.model, flags.dictionary, run)
+    return Subject.of(model, dictionary, asked(prompt, chat=flags.chat, bos=flags.bos))
 
 
 def _beside(path: str) -> bool:
-    """Whether the folder that would hold it is there."""
+    """Whether the folder that would hold it exists."""
     return os.path.isdir(os.path.dirname(path.rstrip(os.sep)))
 
 
@@ -194,7 +195,7 @@ def _chosen(flags: PatchFlags, directory: Path, opened: Reopened) -> list[Supern
     """The supernodes that the command names.
 
     Raises:
-      InputError: for a name that is none's.
+      InputError: for a name that no supernode has.
     """
     if not flags.group:
         return []
@@ -266,7 +267,7 @@ def _place(row: dict[str, Any]) -> str:
 
 
 def _said(x: float | None, form: str) -> str:
-    """A number, or that there is none."""
+    """A number, or a dash if there is none."""
     return "-" if x is None else format(x, form)
 
 

@@ -1,16 +1,15 @@
-"""What long commands have in common: progress on stderr, a stop, a directory held."""
+"""What long commands share: progress on stderr, a stop, and a directory they hold."""
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -25,26 +24,17 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from jaxclt.runs.lock import held
+from jaxclt.runs.kept import owned
 from jaxclt.runs.pace import Pace, rate_text
 
-__all__ = [
-    "Interrupted",
-    "Run",
-    "Stages",
-    "Stop",
-    "lines",
-    "long_command",
-    "progress",
-    "stoppable",
-]
+__all__ = ["Interrupted", "Run", "Stages", "Stop", "lines", "progress", "running"]
+__all__ += ["stoppable"]
 
-Config = TypeVar("Config")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def lines(say: Console) -> Callable[[str], None]:
-    """A function that says a line as it is."""
+    """A function that prints a line as it is."""
     return lambda text: say.print(text, markup=False, soft_wrap=True)
 
 
@@ -100,7 +90,7 @@ def stoppable(say: Console) -> Iterator[Stop]:
     os.set_blocking(writer, False)
     hearing = threading.Thread(target=_hear, args=(reader, stop, say), daemon=True)
     hearing.start()
-    # A command in the background, or under nohup, may have been told to ignore one.
+    # A command in the background, or under nohup, may have to ignore one.
     heeded = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
     before_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     before = {n: signal.signal(n, lambda *_: None) for n in heeded}
@@ -134,51 +124,11 @@ def _hear(reader: int, stop: Stop, say: Console) -> None:
         )
 
 
-class Run:
-    """What a long command has while it runs.
-
-    Attributes:
-      stop: set by Ctrl-C and SIGTERM.
-      look: ends the command if it is set.
-    """
-
-    def __init__(self, stop: Stop, stack: ExitStack) -> None:
-        self.stop, self.look, self._stack = stop, stop.look, stack
-
-    def own(self, out: Path, *, makes: str = "") -> None:
-        """Hold a directory until the command ends, once it is seen to be writable.
-
-        Args:
-          out: directory.
-          makes: see `jaxclt.trace.files.check_writable`.
-
-        Raises:
-          InputError: if it cannot be written, or another command holds it.
-        """
-        from jaxclt.trace.files import check_writable
-
-        self._stack.enter_context(held(out))
-        check_writable(out, makes=makes)
-
-
-def long_command(
-    command: Callable[[Config, Console, Run], None],
-) -> Callable[[Config, Console], None]:
-    """Give a command its `Run`."""
-
-    @functools.wraps(command)
-    def wrapped(config: Config, say: Console) -> None:
-        with stoppable(say) as stop, ExitStack() as stack:
-            command(config, say, Run(stop, stack))
-
-    return wrapped
-
-
 # -- progress --------------------------------------------------------------------------
 
 
 class _Rate(ProgressColumn):
-    """How many per second, or what is told instead."""
+    """How many per second, or the note that is given instead."""
 
     def render(self, task: Task) -> Text:
         """Rate once it is known."""
@@ -258,3 +208,61 @@ def progress(
     """One stage, of (done, total)."""
     with Stages(say, unit, look=look) as stages:
         yield partial(stages, what)
+
+
+# -- a command -------------------------------------------------------------------------
+
+
+class Run:
+    """What a command has while it runs.
+
+    Attributes:
+      say: where progress and warnings go.
+      stop: set by Ctrl-C and SIGTERM, if the command looks at it.
+      look: ends the command if it is set.
+    """
+
+    def __init__(self, say: Console, stop: Stop, stack: ExitStack) -> None:
+        self.say, self.stop, self.look, self._stack = say, stop, stop.look, stack
+        self.line = lines(say)
+
+    def own(self, out: Path, *, makes: str = "") -> None:
+        """Hold a directory until the command ends, once it is seen to be writable.
+
+        Args:
+          out: directory.
+          makes: see `jaxclt.runs.kept.owned`.
+
+        Raises:
+          InputError: if it cannot be written, or another command holds it.
+        """
+        self._stack.enter_context(owned(out, makes=makes))
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self.line(f"jaxclt: warning: {text}")
+
+    def stages(
+        self, unit: str = "tokens/s", units: Mapping[str, str] | None = None
+    ) -> Stages:
+        """Progress bars, at every report of which the command may end."""
+        return Stages(self.say, unit, units, self.look)
+
+    def progress(
+        self, what: str, unit: str
+    ) -> AbstractContextManager[Callable[[int, int], None]]:
+        """One such stage, of (done, total)."""
+        return progress(self.say, what, unit, self.look)
+
+
+@contextmanager
+def running(say: Console, *, long: bool) -> Iterator[Run]:
+    """A command's `Run`.
+
+    Args:
+      say: where it reports.
+      long: whether it looks by itself if it is to stop; others are interrupted.
+    """
+    with ExitStack() as stack:
+        stop = stack.enter_context(stoppable(say)) if long else Stop()
+        yield Run(say, stop, stack)

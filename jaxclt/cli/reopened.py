@@ -6,12 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
 from tyro.conf import arg
 
 from jaxclt.cli.common import use_compilation_cache
 from jaxclt.cli.flags import AsJson, Debug
-from jaxclt.cli.progress import lines
+from jaxclt.cli.progress import Run
 from jaxclt.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,27 +31,28 @@ class ReopenFlags:
     """A traced directory, where its model and dictionary are, and its groups."""
 
     model: Annotated[str | None, arg(metavar="M")] = None
-    """The model; of a traced directory only where it is now, if it has moved."""
+    """The model; for a traced directory only if it has moved since."""
     dictionary: Annotated[str | None, arg(metavar="D")] = None
-    """The dictionary; of a traced directory only where it is now, if it has moved."""
+    """The dictionary; for a traced directory only if it has moved since."""
     supernodes: Path | None = None
     """JSON file of groups, [["name", "layer_feature_pos", ...], ...] as the viewer
-    saves them; or a graph.json that has some."""
+    saves them; or a graph.json with some."""
     json: AsJson = False
     debug: Debug = False
 
-    def reopen(self, directory: Path, say: Console) -> Reopened:
+    def reopen(self, directory: Path, run: Run) -> Reopened:
         """The graph of a directory with its model and dictionary.
 
         Raises:
           InputError: if trace did not write the directory, it cannot be written, or
             they are not the traced ones.
         """
-        from jaxclt.trace.files import check_writable
+        from jaxclt.runs.kept import owned
 
         # The place to write to is checked before anything long begins.
         check_traced(directory)
-        check_writable(directory)
+        with owned(directory):
+            pass
         use_compilation_cache()
         from jaxclt.patching.subject import reopen
 
@@ -60,7 +60,7 @@ class ReopenFlags:
             directory,
             model=self.model,
             dictionary=self.dictionary,
-            progress=lines(say),
+            progress=run.line,
         )
 
     def groups(self, directory: Path, opened: Reopened) -> list[Supernode]:

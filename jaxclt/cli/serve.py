@@ -10,12 +10,11 @@ import logging
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
 from tyro.conf import Positional, UseAppendAction, arg
 
 from jaxclt.cli.common import answer, use_compilation_cache
 from jaxclt.cli.flags import AsJson, Debug
-from jaxclt.cli.progress import lines
+from jaxclt.cli.progress import Run
 from jaxclt.errors import InputError
 
 __all__ = ["ServeFlags", "run_serve"]
@@ -32,23 +31,23 @@ class ServeFlags:
     port: int = 8032
     """Port; 0 takes a free one."""
     host: str = "127.0.0.1"
-    """Address to listen at. Whoever reaches it and has the token can read the graphs,
+    """Address to listen on. Whoever can reach it and has the token can read the graphs,
     save labels and, with --model, run patches."""
     allow_host: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME")] = ()
-    """A name by which others reach this machine, as gpu.example; may be repeated.
+    """A name by which others reach this machine, such as gpu.example; may be repeated.
     Requests for other names are refused."""
     token: Annotated[str | None, arg(metavar="TEXT")] = None
-    """What a browser must know; it is part of the printed address. A random one unless
-    given."""
+    """What a browser must present; it is part of the printed address. By default a
+    random one."""
     model: Annotated[str | None, arg(metavar="M")] = None
     """With it, pages can patch graphs of this model; needs --dictionary."""
     dictionary: Annotated[str | None, arg(metavar="D")] = None
-    """The traced dictionary, for patches."""
+    """The dictionary that the graphs were traced with, for patches."""
     json: AsJson = False
     debug: Debug = False
 
 
-def run_serve(flags: ServeFlags, say: Console) -> None:
+def run_serve(flags: ServeFlags, run: Run) -> None:
     """Serve until interrupted."""
     from jaxclt.serve.listen import make_server
     from jaxclt.serve.patch import Patcher
@@ -70,7 +69,7 @@ def run_serve(flags: ServeFlags, say: Console) -> None:
     if flags.debug:
         logging.getLogger("jaxclt.serve").setLevel(logging.DEBUG)
     if flags.host not in _LOCAL:
-        lines(say)(
+        run.line(
             f"jaxclt: others can reach {flags.host}; by a name of this machine only "
             "with --allow-host NAME"
         )

@@ -6,56 +6,52 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
 from tyro.conf import Positional, arg
 
 from jaxclt.cli.attribution import AttributionFlags
-from jaxclt.cli.common import answer
-from jaxclt.cli.progress import Run, lines, long_command, progress
+from jaxclt.cli.common import answer, asked
+from jaxclt.cli.progress import Run
 
 __all__ = ["SweepFlags", "run_sweep"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepFlags(AttributionFlags):
-    """The same for many prompts: a directory each and an index; resumes by itself."""
+    """Attribution graphs of many prompts: a directory for each, and an index. The same
+    command resumes an interrupted sweep."""
 
     prompts: Annotated[Positional[Path], arg(metavar="PROMPTS")]
-    """.txt file with a prompt a line, or .jsonl file of objects with `prompt`, or with
-    `messages` of a chat, [{"role": ..., "content": ...}, ...]."""
+    """.txt file with one prompt per line, or .jsonl file of objects with `prompt`, or
+    with the `messages` of a chat, [{"role": ..., "content": ...}, ...]."""
     out: Path
     """Directory to write to."""
     save: Literal["auto", "full", "pruned"] = "pruned"
     """What each graph.npz holds."""
 
 
-@long_command
-def run_sweep(flags: SweepFlags, say: Console, run: Run) -> None:
+def run_sweep(flags: SweepFlags, run: Run) -> None:
     """Trace all prompts, print how many."""
-    from jaxclt.io.chat import user_says
     from jaxclt.trace.sweep import read_prompts, sweep_prompts
 
-    prompts = read_prompts(flags.prompts)
-    if flags.chat:
-        prompts = [user_says(x) if isinstance(x, str) else x for x in prompts]
+    prompts = [
+        asked(x, chat=flags.chat, bos=flags.bos) for x in read_prompts(flags.prompts)
+    ]
     config = flags.config()
     run.own(flags.out)
-    model, dictionary = flags.load(say)
-    with progress(say, "prompts", "prompts/s", run.look) as on_prompt:
+    model, dictionary = flags.load(run)
+    with run.progress("prompts", "prompts/s") as on_prompt:
         index = sweep_prompts(
             model,
             dictionary,
             prompts,
             flags.out,
             config=config,
-            bos=flags.bos,
             save=flags.save,
-            environment=flags.environment,
             on_prompt=on_prompt,
         )
     for line in index:
         if line["status"] == "failed":
-            lines(say)(f"{line['directory']}: {line['error']}")
+            run.line(f"{line['directory']}: {line['error']}")
     done = sum(line["status"] == "done" for line in index)
     text = f"{done} of {len(index)} prompts traced: {flags.out}/index.jsonl"
     answer(flags.json, index, text)

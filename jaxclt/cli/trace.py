@@ -8,14 +8,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional, arg
 
 from jaxclt.cli.attribution import AttributionFlags
-from jaxclt.cli.common import answer, page_line, table
-from jaxclt.cli.progress import Run, long_command, progress
+from jaxclt.cli.common import answer, asked, page_line, table
+from jaxclt.cli.progress import Run, progress
 from jaxclt.cli.validate import validate_opened
 from jaxclt.errors import InputError, check_at_least
 
@@ -29,8 +28,8 @@ __all__ = ["TraceFlags", "heading", "run_trace"]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TraceFlags(AttributionFlags):
     """Attribution graph of one prompt, written to a directory with a viewer page.
-    Ctrl-C or SIGTERM writes it with the features attributed so far, all else as
-    unexplored."""
+    After Ctrl-C or SIGTERM it is written with the features attributed so far; the rest
+    counts as unexplored."""
 
     prompt: Annotated[Positional[str], arg(metavar="PROMPT")]
     """Text whose next token is explained."""
@@ -48,26 +47,25 @@ class TraceFlags(AttributionFlags):
     save: Literal["auto", "full", "pruned"] = "auto"
     """What graph.npz holds; auto is the full graph up to 512 MB."""
     prefilter: Path | None = None
-    """Directory of `jaxclt globals`: only features that its links shortlist may become
-    nodes. What is left out counts as unexplored, and the scores' bounds say so."""
+    """Directory that `jaxclt globals` wrote: only features that its links shortlist may
+    become nodes. What is left out counts as unexplored, and the scores' bounds say
+    so."""
     prefilter_size: int | None = None
-    """Features on that shortlist; twice max-features if not given."""
+    """Features on that shortlist; by default twice max-features."""
     dry_run: bool = False
     """Say how much memory the graph needs and how it would be computed, then stop."""
     assume: str = ""
-    """With --dry-run: plan for a prompt of tokens=N, active=N features at each token
-    and layer, of a dictionary of features=N a layer that write to span=N layers, on an
-    accelerator beside host=GB of memory (without: on a CPU). Reads only config.json
-    of --model; the prompt is not looked at."""
+    """With --dry-run: plan for a prompt of tokens=N with active=N features at each
+    token and layer, from a dictionary of features=N per layer that write to span=N
+    layers, on an accelerator next to host=GB of memory (without host: on a CPU). Only
+    config.json of --model is read; the prompt is ignored."""
     validate: bool = False
     """Compare the graph with patches of the model; adds validation.json and .md."""
 
 
-@long_command
-def run_trace(flags: TraceFlags, say: Console, run: Run) -> None:
+def run_trace(flags: TraceFlags, run: Run) -> None:
     """Trace, write, print."""
     from jaxclt.global_weights.files import load_globals
-    from jaxclt.io.chat import user_says
     from jaxclt.trace.files import write_trace
     from jaxclt.trace.prompt import plan_trace, trace_prompt
 
@@ -77,38 +75,35 @@ def run_trace(flags: TraceFlags, say: Console, run: Run) -> None:
     if flags.assume:
         _plan_assumed(flags)
         return
-    prompt = user_says(flags.prompt) if flags.chat else flags.prompt
+    prompt = asked(flags.prompt, chat=flags.chat, bos=flags.bos)
     config = flags.config()
     if not flags.dry_run:
         run.own(flags.out, makes="trace")
     started = time.perf_counter()
-    model, dictionary = flags.load(say)
+    model, dictionary = flags.load(run)
     run.look()
     loaded = time.perf_counter() - started
     if flags.dry_run:
-        planned = plan_trace(model, dictionary, prompt, config=config, bos=flags.bos)
+        planned = plan_trace(model, dictionary, prompt, config=config)
         _show_plan(*planned, config, flags.json)
         return
     prefilter = None
     if flags.prefilter is not None:
         size = flags.prefilter_size or 2 * flags.max_features
         prefilter = load_globals(flags.prefilter), size
-    with progress(say, "attributing", "rows/s") as on_rows:
+    with progress(run.say, "attributing", "rows/s") as on_rows:
         traced = trace_prompt(
             model,
             dictionary,
             prompt,
             targets=flags.targets,
-            bos=flags.bos,
             prefilter=prefilter,
             on_rows=on_rows,
             stop=run.stop,
             config=config,
         )
     traced.timing["load"] = loaded
-    report = write_trace(
-        traced, flags.out, save=flags.save, environment=flags.environment
-    )
+    report = write_trace(traced, flags.out, save=flags.save)
     stopped = "stopped" in report["work"]
     verdict = []
     if flags.validate and not stopped:
@@ -117,7 +112,7 @@ def run_trace(flags: TraceFlags, say: Console, run: Run) -> None:
         opened = Reopened(
             model=model, dictionary=dictionary, graph=traced.graph, report=report
         )
-        checked = validate_opened(opened, flags.out, say, look=run.look)
+        checked = validate_opened(opened, flags.out, run)
         verdict = [Text(checked["verdict"])]
     paths = "\n".join(["strongest paths:", *(f"  {path}" for path in report["paths"])])
     page = page_line(flags.out / "index.html")

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
-from rich.console import Console
 
-from jaxclt.cli.common import answer, use_compilation_cache
+from jaxclt.cli.common import answer, options, use_compilation_cache
 from jaxclt.cli.flags import AsJson, Debug, ModelName
-from jaxclt.cli.progress import Run, Stages, lines, long_command
+from jaxclt.cli.progress import Run, Stages
 from jaxclt.train.config import PRESETS, TrainConfig, preset
 
 if TYPE_CHECKING:
@@ -79,13 +78,11 @@ class TrainFlags(TrainConfig):
         Raises:
           InputError: for values out of their range.
         """
-        names = [f.name for f in dataclasses.fields(TrainConfig)]
-        return TrainConfig(**{name: getattr(self, name) for name in names})
+        return options(TrainConfig, self)
 
 
-@long_command
-def run_train(flags: TrainFlags, say: Console, run: Run) -> None:
-    """Run the command; results on stdout, progress on `say`."""
+def run_train(flags: TrainFlags, run: Run) -> None:
+    """Run the command; results on stdout."""
     from jaxclt.io.model import load_model
     from jaxclt.train import dryrun, processes, sharding
     from jaxclt.train.trainer import train
@@ -98,13 +95,13 @@ def run_train(flags: TrainFlags, say: Console, run: Run) -> None:
     config = flags.config()
     if processes.is_first() and not flags.dry_run:
         run.own(flags.out)
-    model = load_model(flags.model, progress=lines(say))
+    model = load_model(flags.model, progress=run.line)
     if flags.dry_run:
         found = dryrun.estimate(config, model.cfg, sizes)
         answer(flags.json, dataclasses.asdict(found), "\n".join(found.lines()))
         return
     run.look()
-    with _listener(say, config.n_steps, run) as listener:
+    with _listener(config.n_steps, run) as listener:
         card = train(
             model,
             flags.data,
@@ -118,7 +115,7 @@ def run_train(flags: TrainFlags, say: Console, run: Run) -> None:
     if not processes.is_first():
         return
     if "metrics" not in card:
-        lines(say)(
+        run.line(
             f"jaxclt: stopped after step {card['step']} of {config.n_steps}, which is "
             "kept: the same command goes on"
         )
@@ -132,11 +129,11 @@ def run_train(flags: TrainFlags, say: Console, run: Run) -> None:
 
 
 @contextlib.contextmanager
-def _listener(say: Console, n_steps: int, run: Run) -> Iterator[Listener]:
+def _listener(n_steps: int, run: Run) -> Iterator[Listener]:
     """Progress with tokens/s, FVU, L0 and the dead share, and a stop."""
     from jaxclt.train.trainer import Listener
 
-    with Stages(say) as stages:
+    with Stages(run.say) as stages:
 
         def stage(what: str, done: int, total: int) -> None:
             run.look()
@@ -153,6 +150,6 @@ def _listener(say: Console, n_steps: int, run: Run) -> Iterator[Listener]:
         yield Listener(
             stage=stage,
             step=step,
-            line=lines(say),
+            line=run.line,
             stoppable=lambda: contextlib.nullcontext(run.stop),
         )

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.text import Text
 
 from jaxclt.cli.common import answer
 from jaxclt.cli.flags import TracedDirectory
-from jaxclt.cli.progress import Run, lines, long_command, progress
+from jaxclt.cli.progress import Run
 from jaxclt.cli.reopened import ReopenFlags, check_traced
 
 if TYPE_CHECKING:
@@ -32,25 +30,23 @@ class ValidateFlags(ReopenFlags):
     n_features: int = 100
     """Most influential features to patch, and as many random ones."""
     seed: int = 0
-    """Of the random features, perturbations and bootstrap."""
+    """Seed of the random features, perturbations and bootstrap."""
 
 
-@long_command
-def run_validate(flags: ValidateFlags, say: Console, run: Run) -> None:
+def run_validate(flags: ValidateFlags, run: Run) -> None:
     """Reopen, validate, print."""
     from jaxclt.validation.report import ValidateOptions
 
     options = ValidateOptions(n_features=flags.n_features, seed=flags.seed)
     check_traced(flags.directory)
     run.own(flags.directory)
-    opened = flags.reopen(flags.directory, say)
+    opened = flags.reopen(flags.directory, run)
     report = validate_opened(
         opened,
         flags.directory,
-        say,
+        run,
         options=options,
         groups=flags.groups(flags.directory, opened),
-        look=run.look,
     )
     where = f"report: {flags.directory / 'validation.md'}"
     answer(flags.json, report, Text(report["verdict"]), where)
@@ -59,11 +55,10 @@ def run_validate(flags: ValidateFlags, say: Console, run: Run) -> None:
 def validate_opened(
     opened: Reopened,
     directory: Path,
-    say: Console,
+    run: Run,
     *,
     options: ValidateOptions | None = None,
     groups: list[Supernode] | None = None,
-    look: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Validate a graph whose model is loaded; shared with `trace --validate`."""
     from jaxclt.patching.subject import Subject
@@ -73,10 +68,10 @@ def validate_opened(
 
     started = time.perf_counter()
     subject = Subject.of(opened.model, opened.dictionary, opened.graph)
-    with progress(say, "validating", "patches/s", look) as on_done:
+    with run.progress("validating", "patches/s") as on_done:
         report = validate_graph(subject, options, groups=groups, on_done=on_done)
     for said in left_out(report):
-        lines(say)(f"jaxclt: warning: {said}")
+        run.warn(said)
     report["traced"] = traced_digest(opened.report)
     report["seconds"] = round(time.perf_counter() - started, 2)
     write_validation(report, directory)

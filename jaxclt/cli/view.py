@@ -1,14 +1,13 @@
-"""`jaxclt view`: the page of a traced prompt again."""
+"""`jaxclt view`: the page of a traced prompt is written again."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
-from rich.console import Console
-
 from jaxclt.cli.common import answer, page_line
 from jaxclt.cli.flags import AsJson, Debug, TracedDirectory
+from jaxclt.cli.progress import Run
 from jaxclt.errors import InputError
 
 __all__ = ["ViewFlags", "run_view"]
@@ -21,7 +20,7 @@ class ViewFlags:
 
     directory: TracedDirectory
     out: Path | None = None
-    """Page to write; the directory's index.html if not given."""
+    """Page to write; by default the directory's index.html."""
     node_threshold: float | None = None
     """Prune the saved graph again with this share of influence."""
     edge_threshold: float | None = None
@@ -30,16 +29,16 @@ class ViewFlags:
     """Directory of a second graph to compare with."""
     features: Path | None = None
     """Feature files to embed: what `jaxclt features` wrote, or a folder of files
-    {number}.json in Anthropic's format; the directory's own features/ if not given."""
+    {number}.json in Anthropic's format; by default the directory's features/."""
     suggest: bool = False
     """Group the shown features into supernodes, which the page then offers."""
     json: AsJson = False
     debug: Debug = False
 
 
-def run_view(flags: ViewFlags, say: Console) -> None:
+def run_view(flags: ViewFlags, run: Run) -> None:
     """Write the page and say where."""
-    del say
+    del run
     from jaxclt.api import Page, show
     from jaxclt.graph.prune import prune
     from jaxclt.io.graph_file import load_graph
@@ -61,7 +60,7 @@ def run_view(flags: ViewFlags, say: Console) -> None:
     if flags.features is not None:
         if not flags.features.is_dir():
             raise InputError(
-                f"--features {flags.features} is no folder: give what `jaxclt "
+                f"--features {flags.features} is not a folder: give what `jaxclt "
                 "features` wrote, or a folder of feature files"
             )
         doc = pages.with_features(doc, flags.features)

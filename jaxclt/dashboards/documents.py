@@ -7,70 +7,51 @@ Keys are those of Anthropic's format and circuit-tracer's, see `SCHEMA`. ``act_m
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jsonschema_rs
 import numpy as np
 import orjson
 
 from jaxclt.dashboards.examples import Examples, Excerpts
 from jaxclt.dashboards.files import cantor
-from jaxclt.errors import InputError
+from jaxclt.files.json_file import TEXT, TEXTS, check_json, json_schema, record
 
 __all__ = ["SCHEMA", "feature_document", "significant", "validate"]
 
-INTERVALS = 4  # of activation, that the drawn examples are shown in
+INTERVALS = 4  # of activation, by which the drawn examples are grouped
 DIGITS = 4
 
-_NUMBERS = {"type": "array", "items": {"type": "number"}}
-_TEXTS = {"type": "array", "items": {"type": "string"}}
-SCHEMA = {
-    "type": "object",
-    "required": ["index", "examples_quantiles"],
-    "properties": {
-        "index": {"type": "integer", "minimum": 0},
-        "layer": {"type": "integer", "minimum": 0},
-        "feature": {"type": "integer", "minimum": 0},
-        "transcoder_id": {"type": "string"},
-        "top_logits": _TEXTS,
-        "bottom_logits": _TEXTS,
-        "act_min": {"type": "number"},
-        "act_max": {"type": "number"},
+_INDEX = {"type": "integer", "minimum": 0}
+_NUMBER = {"type": "number"}
+_NUMBERS = {"type": "array", "items": _NUMBER}
+_EXAMPLE = record(
+    {
+        "tokens": TEXTS,
+        "tokens_acts_list": _NUMBERS,
+        "train_token_ind": _INDEX,
+        "is_repeated_datapoint": {"type": "boolean"},
+    }
+)
+_QUANTILE = record(
+    {"quantile_name": TEXT, "examples": {"type": "array", "items": _EXAMPLE}}
+)
+SCHEMA = record(
+    {"index": _INDEX, "examples_quantiles": {"type": "array", "items": _QUANTILE}},
+    {
+        "layer": _INDEX,
+        "feature": _INDEX,
+        "transcoder_id": TEXT,
+        "top_logits": TEXTS,
+        "bottom_logits": TEXTS,
+        "act_min": _NUMBER,
+        "act_max": _NUMBER,
         "quantile_values": _NUMBERS,
         "histogram": _NUMBERS,
         "activation_frequency": {"type": "number", "minimum": 0, "maximum": 1},
-        "examples_quantiles": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["quantile_name", "examples"],
-                "properties": {
-                    "quantile_name": {"type": "string"},
-                    "examples": {
-                        "type": "array",
-                        "items": {
-                            "type": "object",
-                            "required": [
-                                "tokens",
-                                "tokens_acts_list",
-                                "train_token_ind",
-                                "is_repeated_datapoint",
-                            ],
-                            "properties": {
-                                "tokens": _TEXTS,
-                                "tokens_acts_list": _NUMBERS,
-                                "train_token_ind": {"type": "integer", "minimum": 0},
-                                "is_repeated_datapoint": {"type": "boolean"},
-                            },
-                        },
-                    },
-                },
-            },
-        },
     },
-}
+)
+_CHECKED = json_schema(SCHEMA)
 
 
 def validate(document: bytes) -> None:
@@ -79,15 +60,7 @@ def validate(document: bytes) -> None:
     Raises:
       InputError: if other viewers could not read it.
     """
-    error = next(_validator().iter_errors(orjson.loads(document)), None)
-    if error is not None:
-        where = "/".join(map(str, error.instance_path))
-        raise InputError(f"feature document, {where}: {error.message[:200]}")
-
-
-@functools.cache
-def _validator() -> jsonschema_rs.Draft202012Validator:
-    return jsonschema_rs.Draft202012Validator(SCHEMA)
+    check_json(orjson.loads(document), _CHECKED, "feature document")
 
 
 def feature_document(
@@ -118,12 +91,17 @@ def feature_document(
     layer, feature = int(examples.layer_U[u]), int(examples.feature_U[u])
     drawn = examples.drawn
     n_drawn = int((drawn.window_UE[u] >= 0).sum())
-    quantiles, in_top = [], set()
-    for name, top in _tops(examples, u):
-        n_top = int((top.window_UE[u] >= 0).sum())
-        in_top |= set(top.window_UE[u, :n_top].tolist())
-        shown = _examples(examples, top, u, range(n_top), strings, set())
-        quantiles.append({"quantile_name": name, "examples": shown})
+    quantiles: list[dict[str, Any]] = []
+    in_top: set[int] = set()
+
+    def show(name: str, excerpts: Excerpts, of: Sequence[int]) -> None:
+        rows = _examples(examples, excerpts, u, of, strings, in_top)
+        quantiles.append({"quantile_name": name, "examples": rows})
+
+    tops = _tops(examples, u)
+    for name, top in tops:
+        show(name, top, range(int((top.window_UE[u] >= 0).sum())))
+    in_top.update(*(top.window_UE[u].tolist() for _, top in tops))
     size_E = np.abs(drawn.value_UE[u, :n_drawn])
     most = float(max(abs(examples.max_U[u]), abs(examples.min_U[u])))
     edge_I = significant(np.linspace(0, most, INTERVALS + 1))
@@ -132,8 +110,7 @@ def feature_document(
         of = np.flatnonzero(place_E == i).tolist()
         if of:
             name = f"Drawn at random, {edge_I[i]:.4g} to {edge_I[i + 1]:.4g}"
-            shown = _examples(examples, drawn, u, of, strings, in_top)
-            quantiles.append({"quantile_name": name, "examples": shown})
+            show(name, drawn, of)
     histogram, low, high = _histogram(examples, u)
     document = {
         "index": cantor(layer, feature),
@@ -194,9 +171,7 @@ def _examples(
     act_EC = significant(excerpts.act_UEC[u])
     found = []
     for e in of:
-        shown = examples.shown(
-            excerpts, u, e, lambda ids: [strings[token] for token in ids]
-        )
+        shown = examples.shown(excerpts, u, e, lambda ids: [strings[t] for t in ids])
         found.append(
             {
                 "tokens": shown.tokens,

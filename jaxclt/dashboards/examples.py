@@ -20,7 +20,7 @@ class Excerpts:
       window_UE: int32, which window of the text; -1 where there is none.
       pos_UE: int32, position of the peak in its window.
       start_UE: int32, position where the excerpt starts.
-      act_UEC: activations of the C tokens from there; 0 behind the window's text.
+      act_UEC: activations of the C tokens from there; 0 after the end of the text.
     """
 
     value_UE: np.ndarray
@@ -83,7 +83,7 @@ class Examples:
     Attributes:
       layer_U: int32.
       feature_U: int32.
-      token_WS: the windows, int32, -1 behind the text.
+      token_WS: the windows, int32, -1 after the text.
       n_tokens: positions that counted.
       count_U: int64, positions on which each feature was active.
       min_U: least activation where active; 0 if never.
@@ -95,7 +95,7 @@ class Examples:
       drawn: windows drawn at random among those with any activation, largest first.
       fired_UW: uint8, bit-packed along W (`numpy.packbits`, little): whether a feature
         was active anywhere in a window.
-      histogram_every: of so many windows one is in the histograms.
+      histogram_every: one in this many windows is in the histograms.
       sides: `top` of activations above zero, and of those below; empty for dictionaries
         that have none below.
     """

@@ -4,8 +4,8 @@
     features/layer_0.bin     record after record, feature by feature
 
 A record is a little-endian uint32, its length, and that many bytes of gzip: a JSON
-document. Feature f of a layer lies at ``offsets[f]`` to ``offsets[f + 1]``, nothing at
-all where it has no record. `FeatureFiles` reads this form and loose ``{number}.json``.
+document. Feature f of a layer lies at ``offsets[f]`` to ``offsets[f + 1]``, equal where
+it has no record. `FeatureFiles` reads this form and loose ``{number}.json``.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class FeatureFiles:
         self.folder = inner if not packed and (inner / INDEX).is_file() else folder
 
     def paths(self, layer: int, feature: int) -> list[Path]:
-        """The files that are read for a record, in turn; those that exist."""
+        """The existing files that a record is read from, in the order tried."""
         loose = self.folder / f"{cantor(layer, feature)}.json"
         index = self.folder / INDEX
         found = [loose]
@@ -200,10 +200,10 @@ def _index(path: Path, changed: int) -> dict[str, tuple[str, np.ndarray]]:
     """An index, read again when it has changed.
 
     Raises:
-      InputError: if it is no such index.
+      InputError: if it is something else.
     """
     del changed
-    wrong = f"{path} is no index of feature files"
+    wrong = f"{path} is not an index of feature files"
     try:
         text = _inflated(read_bounded(path, _MOST_INDEX), _MOST_INDEX)
     except zlib.error as error:

@@ -9,7 +9,7 @@ it was, in the text or in the files, and the files come out the same to the byte
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,26 +20,56 @@ from typing import Any
 import numpy as np
 
 from jaxclt.clt.coder import Dictionary, load
-from jaxclt.clt.subset import FeatureSizes
 from jaxclt.dashboards import files
 from jaxclt.dashboards.documents import feature_document, validate
 from jaxclt.dashboards.examples import Examples
-from jaxclt.dashboards.logits import token_effects
-from jaxclt.dashboards.stream import SAVE_S, STATE, check_numbers, gather_examples
-from jaxclt.errors import InputError, check_at_least, check_finite
-from jaxclt.files.atomic import atomic_path, is_temporary
+from jaxclt.dashboards.logits import TokenEffects, token_effects
+from jaxclt.dashboards.stream import (
+    STATE,
+    ExampleOptions,
+    digest_of,
+    gather_examples,
+)
+from jaxclt.errors import InputError, check_at_least
+from jaxclt.files.atomic import is_temporary, write_text
 from jaxclt.files.json_file import read_json
 from jaxclt.files.json_text import to_json
 from jaxclt.io.model import Model
+from jaxclt.runs.kept import claimed
 from jaxclt.runs.pace import logged
 from jaxclt.text.features import Features, choose_features
-from jaxclt.text.windows import BATCH_TOKENS, Data, Mask, TokenWindows, read_windows
+from jaxclt.text.windows import Data, Mask, TokenWindows, read_windows
 
-__all__ = ["check_options", "feature_dashboards", "write_features"]
+__all__ = ["FeatureOptions", "feature_dashboards"]
 
-RUN = "run.json"  # what the directory's files are of
 REPORT = "report.json"
+# What files depend on, as run.json and report.json have it.
+SETTINGS = ("excerpt", "top", "drawn", "bins", "histogram_every")
+SETTINGS += ("logits", "loose", "seed")
 TOLD = 256  # records between two reports of progress
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureOptions(ExampleOptions):
+    """How much text to look at, and what to show of each feature.
+
+    Raises:
+      InputError: for a number out of its range.
+    """
+
+    tokens: int = 1_000_000
+    """Tokens of text to look at; first positions and special tokens do not count."""
+    context: int = 256
+    """Tokens of a window of text."""
+    logits: int = 10
+    """Tokens listed that a feature raises most, and that it lowers most."""
+    loose: bool = False
+    """Also write one file per feature, features/NUMBER.json."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, tokens=self.tokens, context=self.context)
+        check_at_least(0, logits=self.logits)
 
 
 def feature_dashboards(
@@ -47,20 +77,10 @@ def feature_dashboards(
     dictionary: Dictionary,
     data: Data | TokenWindows,
     out: str | os.PathLike[str],
+    options: FeatureOptions | None = None,
     *,
     features: Features = "all",
     mask: Mask = None,
-    tokens: int = 1_000_000,
-    context: int = 256,
-    excerpt: int = 32,
-    top: int = 16,
-    drawn: int = 24,
-    bins: int = 40,
-    histogram_every: int = 8,
-    logits: int = 10,
-    loose: bool = False,
-    batch_tokens: int = BATCH_TOKENS,
-    seed: int = 0,
     on_stage: Callable[[str, int, int], None] | None = None,
 ) -> tuple[dict[str, Any], Examples]:
     """What features respond to in text, as files that viewers read.
@@ -70,112 +90,71 @@ def feature_dashboards(
       dictionary: from `load_dictionary`, of any kind.
       data: a text source or windows, see `read_windows`.
       out: directory; a second call with the same arguments goes on.
+      options: how much of what.
       features: which, see `choose_features`.
       mask: which positions count, see `read_windows`.
-      tokens: positions that count to take from a text source.
-      context: positions of a window cut from a text source.
-      excerpt: tokens of an example.
-      top: examples with the largest activations.
-      drawn: examples drawn at random.
-      bins: of histograms.
-      histogram_every: histograms are of one window in so many.
-      logits: tokens listed that a feature raises and lowers most.
-      loose: also write features/{number}.json, one file a feature.
-      batch_tokens: positions that go through the model together.
-      seed: of the examples drawn.
       on_stage: progress, (what, done, in all); to the log if not given.
 
     Returns:
       The report (see report.json) and the examples.
 
     Raises:
-      InputError: for arguments out of range, more memory than is free, or a directory
-        of another run.
+      InputError: for more memory than is free, or a directory of another run.
     """
-    check_options(
-        tokens=tokens,
-        context=context,
-        excerpt=excerpt,
-        top=top,
-        drawn=drawn,
-        histogram_every=histogram_every,
-        bins=bins,
-        logits=logits,
-        seed=seed,
-    )
+    options = options or FeatureOptions()
     out, tell = Path(out), on_stage or logged()
     started = time.perf_counter()
     windows = read_windows(
         model,
         data,
         mask=mask,
-        tokens=tokens,
-        context=context,
+        tokens=options.tokens,
+        context=options.context,
         on_tokens=partial(tell, "tokens"),
     )
     subset = choose_features(
         model, dictionary, features, windows, partial(tell, "features")
     )
     encoder = load(dictionary, model.params, model.cfg, decoders=False)
-    settings = {
-        "excerpt": excerpt,
-        "top": top,
-        "drawn": drawn,
-        "bins": bins,
-        "histogram_every": histogram_every,
-        "logits": logits,
-        "loose": loose,
-        "seed": seed,
-    }
-    place_U2 = np.stack([subset.layer_U, subset.feature_U], 1)
-    identity = {
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    hashes = {
         "model": model.hash,
         "dictionary": dictionary.hash,
         # Neurons of one model differ by which of them count.
         "neurons": dictionary.name if encoder.coder.gated else "",
+    }
+    identity = {
+        **hashes,
         "windows": windows.digest,
-        "features": hashlib.sha256(place_U2.tobytes()).hexdigest(),
+        "features": digest_of(subset),
         **settings,
     }
-    _refuse_other(out, identity)
     passed = time.perf_counter()
     counted: list[int] = []
 
     def on_tokens(done: int, total: int) -> None:
-        if not counted:  # the pass fits, and is about to begin
-            _claim(out, identity)
         tell("examples", done, total)
         counted.append(done)
 
-    examples = gather_examples(
-        model.params,
-        encoder,
-        windows,
-        n_top=top,
-        n_drawn=drawn,
-        context=excerpt,
-        bins=bins,
-        histogram_every=histogram_every,
-        subset=subset,
-        batch_tokens=batch_tokens,
-        seed=seed,
-        state=out,
-        save_s=SAVE_S,
-        identity={k: identity[k] for k in ("model", "dictionary", "neurons")},
-        on_tokens=on_tokens,
-    )
+    with claimed(out, identity, (STATE, "features")):
+        examples = gather_examples(
+            model.params,
+            encoder,
+            windows,
+            options,
+            subset=subset,
+            state=out,
+            identity=hashes,
+            on_tokens=on_tokens,
+        )
     pass_s = time.perf_counter() - passed
-    write_features(
-        model,
-        dictionary,
-        examples,
-        out / "features",
-        sizes=encoder,
-        logits=logits,
-        loose=loose,
-        on_layer=partial(tell, "files"),
-    )
-    report = {
+    folder, on_layer = out / "features", partial(tell, "files")
+    _write_features(model, dictionary, examples, folder, options, on_layer)
+    new, report = counted[-1] - counted[0], out / REPORT
+    if not new and report.is_file():
+        # Nothing was left to do: the seconds are those of the run that did it.
+        return read_json(report), examples
+    found = {
         "schema": 1,
         "model": model.name,
         "dictionary": dictionary.name,
@@ -193,143 +172,87 @@ def feature_dashboards(
         "bytes": {
             "state": (out / STATE).stat().st_size,
             "features": sum(
-                x.stat().st_size
-                for x in (out / "features").iterdir()
-                if not is_temporary(x.name)
+                x.stat().st_size for x in folder.iterdir() if not is_temporary(x.name)
             ),
         },
+        "tokens_per_second": round(new / pass_s, 1),  # compiling included
     }
-    new = counted[-1] - counted[0]
-    if not new and (out / REPORT).is_file():
-        # Nothing was left to do: the seconds are those of the run that did it.
-        return read_json(out / REPORT), examples
-    report["tokens_per_second"] = round(new / pass_s, 1)  # compiling included
-    with atomic_path(out / REPORT) as temporary:
-        temporary.write_text(to_json(report, indent=1) + "\n", encoding="utf-8")
-    return report, examples
+    write_text(report, to_json(found, indent=1) + "\n")
+    return found, examples
 
 
-def check_options(
-    *,
-    tokens: int,
-    context: int,
-    excerpt: int,
-    top: int,
-    drawn: int,
-    histogram_every: int,
-    bins: int = 40,
-    logits: int = 10,
-    seed: int = 0,
-) -> None:
-    """Raise InputError for numbers that `feature_dashboards` cannot take."""
-    check_at_least(1, tokens=tokens, context=context)
-    check_at_least(0, logits=logits)
-    check_finite(seed=seed)
-    check_numbers(top, drawn, excerpt, bins, histogram_every)
-
-
-def _refuse_other(out: Path, identity: dict[str, Any]) -> None:
-    """Refuse a directory that is of something else; one that nothing came of is not."""
-    file = out / RUN
-    begun = (out / STATE).is_file() or (out / "features").is_dir()
-    if file.is_file() and begun:
-        try:
-            found = read_json(file)
-        except InputError:
-            found = {}
-        for what, value in identity.items():
-            if found.get(what) != value:
-                raise InputError(
-                    f"{out} holds the features of another run ({what} differs): give "
-                    "the same arguments, or another directory"
-                )
-        return
-    if (out / "features").is_dir() and any((out / "features").iterdir()):
-        raise InputError(
-            f"{out / 'features'} holds files that `jaxclt features` did not write: "
-            "choose another directory"
-        )
-
-
-def _claim(out: Path, identity: dict[str, Any]) -> None:
-    """Say what a directory is of."""
-    with atomic_path(out / RUN) as temporary:
-        temporary.write_text(to_json(identity, indent=1) + "\n", encoding="utf-8")
-
-
-def write_features(
+def _write_features(
     model: Model,
     dictionary: Dictionary,
     examples: Examples,
     folder: Path,
-    *,
-    sizes: FeatureSizes,
-    logits: int = 10,
-    loose: bool = False,
-    on_layer: Callable[[int, int], None] = lambda done, total: None,
+    options: FeatureOptions,
+    on_layer: Callable[[int, int], None],
 ) -> None:
-    """Write the feature files of some examples; layers that have a file are kept.
-
-    Args:
-      model: from `load_model`.
-      dictionary: what the features are of.
-      examples: from `gather_examples`.
-      folder: to write to.
-      sizes: of the dictionary.
-      logits: tokens listed that a feature raises and lowers most.
-      loose: also write one {number}.json a feature.
-      on_layer: progress.
-
-    Raises:
-      InputError: if the folder cannot be written.
-    """
+    """Write the feature files of some examples; layers that have a file are kept."""
     token_N = np.arange(model.cfg.d_vocab)
     strings = model.tokenizer.token_strings(token_N.tolist())
-    n_layers = sizes.n_layers
+    shape = dictionary.coder(model.cfg).shape
     offsets: dict[int, list[int]] = {}
     folder.mkdir(parents=True, exist_ok=True)
-    for layer in range(n_layers):
+    for layer in range(shape.n_layers):
         row_N = np.flatnonzero(examples.layer_U == layer)
         feature_N = examples.feature_U[row_N]
         path = folder / files.layer_file(layer)
         if not path.is_file():
             effects = token_effects(
-                dictionary, model.params, layer, feature_N, k=logits
+                dictionary, model.params, layer, feature_N, k=options.logits
             )
+            documents = _documents(examples, row_N, effects, strings, dictionary.name)
 
             def records(
-                layer: int = layer, row_N: np.ndarray = row_N, effects: Any = effects
+                layer: int = layer,
+                feature_N: np.ndarray = feature_N,
+                documents: Iterator[bytes] = documents,
             ) -> Iterator[bytes]:
-                for i, u in enumerate(row_N.tolist()):
+                for i, document in enumerate(documents):
                     if i and not i % TOLD:
-                        on_layer(layer, n_layers)
-                    document = feature_document(
-                        examples,
-                        u,
-                        strings,
-                        top_logits=[strings[t] for t in effects.top_NK[i].tolist()],
-                        bottom_logits=[
-                            strings[t] for t in effects.bottom_NK[i].tolist()
-                        ],
-                        transcoder_id=dictionary.name,
-                    )
-                    if not i:
-                        validate(document)
-                    if loose:
-                        place = int(examples.layer_U[u]), int(examples.feature_U[u])
+                        on_layer(layer, shape.n_layers)
+                    if options.loose:
                         # Not forced to disk one by one: the layer's file, which is,
                         # comes after them.
-                        name = f"{files.cantor(*place)}.json"
+                        name = f"{files.cantor(layer, int(feature_N[i]))}.json"
                         (folder / name).write_bytes(document)
                     yield files.pack(document)
 
             files.write_layer(folder, layer, records())
         found = files.read_offsets(path)
-        count_F = np.zeros(sizes.n_features, np.int64)
+        count_F = np.zeros(shape.n_features, np.int64)
         count_F[feature_N] = 1
         if len(found) != len(feature_N) + 1:
             raise InputError(f"{path} is of other features: remove it")
         # A feature without a record starts where the next one does.
         offsets[layer] = [0] + [found[i] for i in np.cumsum(count_F).tolist()]
-        on_layer(layer + 1, n_layers)
+        on_layer(layer + 1, shape.n_layers)
     files.write_index(folder, offsets)
+
+
+def _documents(
+    examples: Examples,
+    row_N: np.ndarray,
+    effects: TokenEffects,
+    strings: list[str],
+    name: str,
+) -> Iterator[bytes]:
+    """The documents of a layer's features; the first is checked."""
+    for i, u in enumerate(row_N.tolist()):
+        top, bottom = (
+            [strings[t] for t in token_NK[i].tolist()]
+            for token_NK in (effects.top_NK, effects.bottom_NK)
+        )
+        document = feature_document(
+            examples,
+            u,
+            strings,
+            top_logits=top,
+            bottom_logits=bottom,
+            transcoder_id=name,
+        )
+        if not i:
+            validate(document)
+        yield document

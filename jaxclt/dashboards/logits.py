@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.coder import Dictionary
-from jaxclt.global_weights.weights import written_logits
+from jaxclt.global_weights.weights import highest, written_logits
 from jaxclt.types import LMParams
 
 __all__ = ["TokenEffects", "token_effects"]
@@ -72,27 +72,6 @@ def token_effects(
 @partial(jax.jit, static_argnames="k")
 def _strongest(params: LMParams, written_ND: Array, *, k: int) -> tuple[Array, ...]:
     logit_NV = written_logits(params, written_ND)
-    top_value_NK, top_NK = _highest(logit_NV, k)
-    bottom_value_NK, bottom_NK = _highest(-logit_NV, k)
+    top_value_NK, top_NK = highest(logit_NV, k, _GROUP)
+    bottom_value_NK, bottom_NK = highest(-logit_NV, k, _GROUP)
     return top_NK, top_value_NK, bottom_NK, -bottom_value_NK
-
-
-def _highest(x_NV: Array, k: int) -> tuple[Array, Array]:
-    """Values and tokens [N, k] of the largest, of equals the first token.
-
-    They lie in the k groups of tokens with the largest maxima, so that only those are
-    searched, in the order of tokens: a maximum is much cheaper than a selection.
-    """
-    N, V = x_NV.shape
-    n_groups = -(-V // _GROUP)
-    if n_groups <= 2 * k:
-        return jax.lax.top_k(x_NV, k)
-    lowest = jnp.asarray(-jnp.inf, x_NV.dtype)
-    room = ((0, 0), (0, n_groups * _GROUP - V))
-    x_NGJ = jnp.pad(x_NV, room, constant_values=lowest).reshape(N, n_groups, _GROUP)
-    _, group_NK = jax.lax.top_k(x_NGJ.max(2), k)
-    group_NK = jnp.sort(group_NK, 1)
-    near_NKJ = jnp.take_along_axis(x_NGJ, group_NK[:, :, None], 1)
-    value_NK, at_NK = jax.lax.top_k(near_NKJ.reshape(N, -1), k)
-    group_NK = jnp.take_along_axis(group_NK, at_NK // _GROUP, 1)
-    return value_NK, group_NK * _GROUP + at_NK % _GROUP

@@ -50,7 +50,7 @@ class Newcomers:
 class Best:
     """The K windows of each feature with the largest keys, largest first.
 
-    Equal keys are in the order of their windows. A key of 0 is no window.
+    Equal keys are in the order of their windows. A key of 0 stands for no window.
     """
 
     key_UK: np.ndarray
@@ -141,7 +141,7 @@ class Histogram:
     """Counts in equal bins whose range is a power of two that doubles when exceeded.
 
     Doubling merges bins pairwise, exactly: the counts are as if the last range had been
-    known from the start, in whatever batches activations came.
+    known from the start, however activations were batched.
     """
 
     count_UB: np.ndarray

@@ -6,9 +6,9 @@ The device reduces every feature and window to its peak and the excerpt around i
 the host keeps the best of them while the device works on the next batch. Windows are
 ranked in two ways: by the largest activation, and by a random number that depends on
 layer, feature, window and seed alone, so that the windows drawn are a uniform sample of
-those with the feature, in whatever batches or subsets they come. Where activations are
-of either sign, the best of both sides of zero are kept, and drawn windows are shown at
-the larger of their peaks.
+those with the feature, whatever the batches and subsets. Where activations have both
+signs, the best of both sides of zero are kept, and drawn windows are shown at the
+larger of their peaks.
 
 Memory does not grow with the text, but for its tokens and one bit for every feature and
 window. A pass with a `state` directory goes on where it was killed, bit for bit.
@@ -19,8 +19,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import time
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,21 +34,20 @@ from jaxclt.clt.coder import Loaded
 from jaxclt.clt.subset import Subset
 from jaxclt.dashboards.examples import Examples, by_size
 from jaxclt.dashboards.state import Best, Histogram, Newcomers, Seen
-from jaxclt.errors import InputError, check_at_least
-from jaxclt.files.atomic import atomic_path
+from jaxclt.errors import InputError, check_at_least, check_finite
 from jaxclt.files.json_file import COUNT, json_schema, record
 from jaxclt.files.json_text import to_json
-from jaxclt.files.npz import Must, check_array, open_npz
+from jaxclt.files.npz import Must, check_array, open_npz, write_npz
 from jaxclt.graph.memory import host_available_bytes
+from jaxclt.runs.kept import State, refuse_other
 from jaxclt.text.peaks import Batch, Peaks, batch_peaks
 from jaxclt.text.windows import BATCH_TOKENS, TokenWindows, batches
 from jaxclt.types import LMParams
 
-__all__ = ["SAVE_S", "STATE", "Sizes", "gather_examples", "is_signed"]
+__all__ = ["STATE", "ExampleOptions", "Sizes", "digest_of", "gather_examples"]
+__all__ += ["is_signed"]
 
 STATE = "seen.npz"  # of a pass that is not over, in its state directory
-SAVE_S = 60.0  # between two states on disk
-SAVE_SHARE = 0.05  # of the time that saving may take, where it is slow
 _META = json_schema(record({"identity": {"type": "object"}, "windows": COUNT}))
 _RANGES = {  # of what is looked up by
     "slot_UK": Must("int", "UK", 0, "K"),
@@ -63,57 +63,88 @@ _peaks_of = jax.jit(batch_peaks, static_argnames=("context", "signed", "narrowed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExampleOptions:
+    """Which examples to keep of each feature.
+
+    Raises:
+      InputError: for a number out of its range.
+    """
+
+    excerpt: int = 32
+    """Tokens of an example, three quarters of them before its peak."""
+    top: int = 16
+    """Examples with the largest activations, of each feature."""
+    drawn: int = 24
+    """Examples drawn at random among the windows where a feature is active."""
+    bins: int = 40
+    """Bins of a histogram, an even number; its range is a power of two."""
+    histogram_every: int = 8
+    """Histograms take one window in this many; counts and extremes take all."""
+    seed: int = 0
+    """Of the examples drawn."""
+    batch_tokens: int = BATCH_TOKENS
+    """Tokens that go through the model together."""
+
+    def __post_init__(self) -> None:
+        check_at_least(
+            1,
+            top=self.top,
+            excerpt=self.excerpt,
+            histogram_every=self.histogram_every,
+            batch_tokens=self.batch_tokens,
+        )
+        check_at_least(0, drawn=self.drawn)
+        check_at_least(2, bins=self.bins)
+        check_finite(seed=self.seed)
+        if self.bins % 2:
+            raise InputError(
+                f"--bins {self.bins}: give an even number, they merge in pairs"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
     """What the memory of a pass depends on.
 
     Attributes:
+      options: what is kept.
       n_features: in all, U.
       width: the most of one layer.
       n_layers: of the model.
       n_windows: of the text.
-      batch_windows: that go through the model together.
       size: tokens of a window.
-      n_top: excerpts with the largest activations.
-      n_drawn: excerpts drawn at random.
-      context: tokens of an excerpt.
-      bins: of histograms.
-      histogram_every: see `gather_examples`.
       sides: of zero that activations are on, 1 or 2.
       itemsize: bytes of an activation.
     """
 
+    options: ExampleOptions
     n_features: int
     width: int
     n_layers: int
     n_windows: int
-    batch_windows: int
     size: int
-    n_top: int
-    n_drawn: int
-    context: int
-    bins: int
-    histogram_every: int
     sides: int = 1
     itemsize: int = 4
 
     @property
     def state_bytes(self) -> int:
         """Bytes of everything that is kept of the windows so far."""
-        item = self.itemsize
+        item, options = self.itemsize, self.options
         # Activations and their peak; key, slot, window, position, start.
-        excerpt = (self.context + 1) * item + (4 + 2 + 3 * 4)
-        feature = 8 * self.bins + 8 + 4 + 2 * item + -(-self.n_windows // 8)
-        n_top = self.sides * self.n_top
-        kept = (n_top + self.n_drawn) * excerpt + n_top * (item - 4)
+        excerpt = (options.excerpt + 1) * item + (4 + 2 + 3 * 4)
+        feature = 8 * options.bins + 8 + 4 + 2 * item + -(-self.n_windows // 8)
+        n_top = self.sides * options.top
+        kept = (n_top + options.drawn) * excerpt + n_top * (item - 4)
         return self.n_features * (kept + feature)
 
     @property
     def batch_bytes(self) -> int:
         """Bytes of what two batches, one seen and one on its way, add to it."""
-        W, item = self.batch_windows, self.itemsize
-        peaks = W * self.sides * ((self.context + 1) * item + 2 * 4)
+        item, options = self.itemsize, self.options
+        W = min(self.n_windows, max(1, options.batch_tokens // self.size))
+        peaks = W * self.sides * ((options.excerpt + 1) * item + 2 * 4)
         peaks += W * 4 + 4 + 2 * item
-        sampled = -(-W // self.histogram_every) * self.size * item
+        sampled = -(-W // options.histogram_every) * self.size * item
         one_layer = 3 * W * self.size * self.width * item
         return 2 * self.n_layers * self.width * (peaks + sampled) + one_layer
 
@@ -137,29 +168,24 @@ class Sizes:
 class _Places(NamedTuple):
     """Where features are among a layer's activations."""
 
-    layer_U: np.ndarray
-    feature_U: np.ndarray
+    subset: Subset
     column_U: np.ndarray
-    starts: tuple[int, ...]
     pick_LN: np.ndarray | None  # features of each column; None: all, in order
     width: int
+
+    def of_features(self, x_LN: np.ndarray) -> np.ndarray:
+        """What a layer's columns hold, by feature: [U, ..]."""
+        return x_LN[self.subset.layer_U, ..., self.column_U]
 
 
 def gather_examples(
     params: LMParams,
     encoder: Loaded,
     windows: TokenWindows,
+    options: ExampleOptions | None = None,
     *,
-    n_top: int = 16,
-    n_drawn: int = 24,
-    context: int = 32,
-    bins: int = 40,
-    histogram_every: int = 8,
     subset: Subset | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-    seed: int = 0,
     state: str | os.PathLike[str] | None = None,
-    save_s: float = SAVE_S,
     identity: dict[str, Any] | None = None,
     on_tokens: Callable[[int, int], None] = lambda done, total: None,
 ) -> Examples:
@@ -173,81 +199,65 @@ def gather_examples(
       params: the model.
       encoder: from `jaxclt.clt.coder.load`.
       windows: the text.
-      n_top: windows with the largest activations to keep of each feature.
-      n_drawn: windows to draw among those with any activation.
-      context: tokens of an excerpt, three quarters of them before the peak.
-      bins: of histograms, an even number. Ranges are powers of two.
-      histogram_every: histograms are of one in so many windows, which spares most of
-        their time.
+      options: what to keep.
       subset: the features; None for all.
-      batch_tokens: positions that go through the model together.
-      seed: of the windows drawn.
       state: directory to keep the pass in; another call with the same arguments goes
         on, and at its end returns the same at once.
-      save_s: seconds between two states on disk; longer where saving takes long. 0
-        saves after every batch.
       identity: more that a `state` must agree on, such as hashes; JSON.
       on_tokens: progress, positions that count done and in all; first what an earlier
         call had done.
 
     Raises:
-      InputError: for numbers out of range, more memory than is free, or a `state` of
-        another run.
+      InputError: for more memory than is free, or a `state` of another run.
     """
-    check_numbers(n_top, n_drawn, context, bins, histogram_every)
+    options = options or ExampleOptions()
     n, S = windows.token_WS.shape
     signed = is_signed(encoder)
+    subset = Subset.everything(encoder) if subset is None else subset
     places = _places(encoder, subset)
     sizes = Sizes(
-        n_features=len(places.layer_U),
+        options=options,
+        n_features=len(subset),
         width=places.width,
         n_layers=encoder.n_layers,
         n_windows=n,
-        batch_windows=min(n, max(1, batch_tokens // S)),
         size=S,
-        n_top=n_top,
-        n_drawn=n_drawn,
-        context=context,
-        bins=bins,
-        histogram_every=histogram_every,
         sides=1 + signed,
         itemsize=max(4, params.embed_VD.dtype.itemsize),
     )
     sizes.check(host_available_bytes())
-    seen = _nothing(sizes, np.dtype(f"f{sizes.itemsize}"))
-    told = {
+    seen = _nothing(sizes)
+    identity = (identity or {}) | {
         "windows": windows.digest,
-        "features": _digest(places),
-        "n_top": n_top,
-        "n_drawn": n_drawn,
-        "context": context,
-        "bins": bins,
-        "histogram_every": histogram_every,
-        "seed": seed,
+        "features": digest_of(subset),
+        "n_top": options.top,
+        "n_drawn": options.drawn,
+        "context": options.excerpt,
+        "bins": options.bins,
+        "histogram_every": options.histogram_every,
+        "seed": options.seed,
     }
-    keep = _Keeping(state, (identity or {}) | told, save_s)
-    first = keep.load(seen, windows)
+    keep = State(None if state is None else Path(state) / STATE)
+    first = keep.at = _load(keep.path, seen, windows, identity)
     encoder, narrowed = _narrow(encoder, places.pick_LN)
     pick_LN = None if places.pick_LN is None else jnp.asarray(places.pick_LN)
-    key = jax.random.key(seed)
+    key, every = jax.random.key(options.seed), options.histogram_every
     waiting: tuple[Peaks, int, int] | None = None
     on_tokens(int(windows.mask_WS[:first].sum()), windows.n_tokens)
 
     def absorb(peaks: Peaks, start: int, done: int) -> None:
-        _absorb(seen, places, peaks, start, done, histogram_every)
-        keep.save(seen, done, last=done == n)
-        try:
-            on_tokens(int(windows.mask_WS[:done].sum()), windows.n_tokens)
-        except KeyboardInterrupt:
-            keep.save(seen, done, last=True)
-            raise
+        _absorb(seen, places, peaks, start, done, every)
+        counted = int(windows.mask_WS[:done].sum())
+        save = partial(_save, seen=seen, identity=identity, windows=done)
+        keep.step(done, save, lambda: on_tokens(counted, windows.n_tokens))
+        if done == n:
+            keep.save(done, save, now=True)
 
-    for token_WS, mask_WS, done in batches(windows, first, batch_tokens):
+    for token_WS, mask_WS, done in batches(windows, first, options.batch_tokens):
         W = len(token_WS)
         start = first
         first = done
-        n_sampled = -(-W // histogram_every)
-        sample_H = -start % histogram_every + histogram_every * np.arange(n_sampled)
+        sample_H = -start % every + every * np.arange(-(-W // every))
         batch = Batch(
             token_WS=jnp.asarray(token_WS),
             mask_WS=jnp.asarray(mask_WS),
@@ -260,7 +270,7 @@ def gather_examples(
             pick_LN,
             key,
             batch,
-            context=context,
+            context=options.excerpt,
             signed=signed,
             narrowed=narrowed,
         )
@@ -269,7 +279,7 @@ def gather_examples(
         waiting = peaks, start, done
     if waiting is not None:
         absorb(*waiting)
-    return _examples(seen, places, windows, histogram_every)
+    return _examples(seen, subset, windows, every)
 
 
 def is_signed(encoder: Loaded) -> bool:
@@ -280,37 +290,21 @@ def is_signed(encoder: Loaded) -> bool:
     return theta_LF is not None and bool((np.asarray(theta_LF) < 0).any())
 
 
-def check_numbers(
-    n_top: int, n_drawn: int, context: int, bins: int, histogram_every: int
-) -> None:
-    """Raise InputError for numbers that `gather_examples` cannot take."""
-    check_at_least(1, top=n_top, excerpt=context, histogram_every=histogram_every)
-    check_at_least(0, drawn=n_drawn)
-    check_at_least(2, bins=bins)
-    if bins % 2:
-        raise InputError(f"--bins {bins}: give an even number, they merge in pairs")
+def digest_of(subset: Subset) -> str:
+    """Tells which features a pass is about."""
+    place_U2 = np.stack([subset.layer_U, subset.feature_U], 1).astype(np.int32)
+    return hashlib.sha256(place_U2.tobytes()).hexdigest()
 
 
-def _places(encoder: Loaded, subset: Subset | None) -> _Places:
-    if subset is None or len(subset) == encoder.n_layers * encoder.n_features:
-        everything = Subset.everything(encoder)
-        feature_U = everything.feature_U
-        return _Places(
-            everything.layer_U,
-            feature_U,
-            feature_U,
-            everything.starts,
-            None,
-            encoder.n_features,
-        )
-    starts = subset.starts
+def _places(encoder: Loaded, subset: Subset) -> _Places:
+    if len(subset) == encoder.n_layers * encoder.n_features:
+        return _Places(subset, subset.feature_U, None, encoder.n_features)
+    starts = np.asarray(subset.starts, np.int32)
     width = int(np.diff(starts).max())
-    column_U = np.arange(len(subset), dtype=np.int32) - np.asarray(
-        starts, np.int32
-    ).take(subset.layer_U)
+    column_U = np.arange(len(subset), dtype=np.int32) - starts[subset.layer_U]
     pick_LN = np.zeros((subset.n_layers, width), np.int32)
     pick_LN[subset.layer_U, column_U] = subset.feature_U
-    return _Places(subset.layer_U, subset.feature_U, column_U, starts, pick_LN, width)
+    return _Places(subset, column_U, pick_LN, width)
 
 
 def _narrow(encoder: Loaded, pick_LN: np.ndarray | None) -> tuple[Loaded, bool]:
@@ -324,19 +318,13 @@ def _narrow(encoder: Loaded, pick_LN: np.ndarray | None) -> tuple[Loaded, bool]:
     return dataclasses.replace(encoder, weights=weights), True
 
 
-def _digest(places: _Places) -> str:
-    place_U2 = np.stack([places.layer_U, places.feature_U], 1).astype(np.int32)
-    return hashlib.sha256(place_U2.tobytes()).hexdigest()
-
-
-def _nothing(sizes: Sizes, dtype: np.dtype) -> Seen:
-    U, C = sizes.n_features, sizes.context
+def _nothing(sizes: Sizes) -> Seen:
+    U, options, dtype = sizes.n_features, sizes.options, f"f{sizes.itemsize}"
+    top = partial(Best.empty, U, options.top, options.excerpt, dtype, dtype)
     return Seen(
-        tops=tuple(
-            Best.empty(U, sizes.n_top, C, dtype, dtype) for _ in range(sizes.sides)
-        ),
-        drawn=Best.empty(U, sizes.n_drawn, C, np.int32, dtype),
-        histogram=Histogram.empty(U, sizes.bins, signed=sizes.sides > 1),
+        tops=tuple(top() for _ in range(sizes.sides)),
+        drawn=Best.empty(U, options.drawn, options.excerpt, np.int32, dtype),
+        histogram=Histogram.empty(U, options.bins, signed=sizes.sides > 1),
         count_U=np.zeros(U, np.int64),
         low_U=np.full(U, np.inf, dtype),
         high_U=np.full(U, -np.inf, dtype),
@@ -350,14 +338,11 @@ def _absorb(
     """Take in a batch: windows `start` to `done`, then the rows that pad it."""
     n, dtype = done - start, seen.low_U.dtype
 
-    def each(x_LWN: Array) -> np.ndarray:
-        return np.asarray(x_LWN)[places.layer_U, :n, places.column_U]
+    def each(x_LN: Array) -> np.ndarray:
+        return places.of_features(np.asarray(x_LN))
 
     def of_sides(x_LZWN: Array) -> np.ndarray:
-        return np.stack([each(x_LZWN[:, z]) for z in range(x_LZWN.shape[1])])
-
-    def of_all(x_LN: Array) -> np.ndarray:
-        return np.asarray(x_LN)[places.layer_U, places.column_U]
+        return each(x_LZWN)[..., :n].swapaxes(0, 1)
 
     new = Newcomers(
         value_ZUW=of_sides(peaks.value_ZWN).astype(dtype),
@@ -365,32 +350,32 @@ def _absorb(
         start_ZUW=of_sides(peaks.start_ZWN),
         window_W=np.arange(start, done, dtype=np.int32),
         act_LZWCN=np.asarray(peaks.act_ZWCN),
-        layer_U=places.layer_U,
+        layer_U=places.subset.layer_U,
         column_U=places.column_U,
     )
     seen.add(
         new,
-        each(peaks.priority_WN),
-        of_all(peaks.count_N),
-        of_all(peaks.low_N).astype(dtype),
-        of_all(peaks.high_N).astype(dtype),
+        each(peaks.priority_WN)[:, :n],
+        each(peaks.count_N),
+        each(peaks.low_N).astype(dtype),
+        each(peaks.high_N).astype(dtype),
     )
     n_sampled = len(range(-start % every, n, every))
     sample_LHSN = np.asarray(peaks.sample_HSN)[:, :n_sampled]
-    for layer, (a, b) in enumerate(zip(places.starts, places.starts[1:], strict=False)):
+    for layer, (a, b) in enumerate(pairwise(places.subset.starts)):
         if a < b and n_sampled:
             a_TN = sample_LHSN[layer].reshape(-1, sample_LHSN.shape[3])[:, : b - a]
             seen.histogram.add(a_TN.astype(dtype, copy=False), slice(a, b))
 
 
 def _examples(
-    seen: Seen, places: _Places, windows: TokenWindows, every: int
+    seen: Seen, subset: Subset, windows: TokenWindows, every: int
 ) -> Examples:
     never_U = seen.count_U == 0
     sides = tuple(top.excerpts() for top in seen.tops)
     return Examples(
-        layer_U=places.layer_U,
-        feature_U=places.feature_U,
+        layer_U=subset.layer_U,
+        feature_U=subset.feature_U,
         token_WS=windows.token_WS,
         n_tokens=windows.n_tokens,
         count_U=seen.count_U,
@@ -406,57 +391,31 @@ def _examples(
     )
 
 
-class _Keeping:
-    """The state on disk, with what it is of."""
+def _save(path: Path, *, seen: Seen, identity: dict[str, Any], windows: int) -> None:
+    meta = to_json({"identity": identity, "windows": windows})
+    write_npz(path, meta=np.asarray(meta), **seen.arrays())
 
-    def __init__(
-        self,
-        directory: str | os.PathLike[str] | None,
-        identity: dict[str, Any],
-        save_s: float,
-    ) -> None:
-        self.path = None if directory is None else Path(directory) / STATE
-        self.identity, self.save_s = identity, save_s
-        self.saved, self.cost = time.monotonic(), 0.0
-        self.kept = 0  # windows that the file is of
 
-    def load(self, seen: Seen, windows: TokenWindows) -> int:
-        """Fill in what an earlier call left; how many of the windows that was.
+def _load(
+    path: Path | None, seen: Seen, windows: TokenWindows, identity: dict[str, Any]
+) -> int:
+    """Fill in what an earlier call left; how many of the windows that was.
 
-        Raises:
-          InputError: if it is of another run, or damaged.
-        """
-        if self.path is None or not self.path.is_file():
-            return 0
-        with open_npz(self.path, "cannot be read", "remove it to start again") as file:
-            meta = file.json("meta", _META)
-            for what, value in self.identity.items():
-                if meta["identity"].get(what) != value:
-                    raise InputError(
-                        f"{self.path} is of another run ({what} differs): give "
-                        "the same arguments, or another directory"
-                    )
-            W, S = windows.token_WS.shape
-            for name, array in seen.arrays().items():
-                file.fill(name, array)
-                must = _RANGES.get(name.rpartition(".")[2])
-                if must is not None:
-                    K = array.shape[-1]
-                    check_array(name, array, must, {"K": K, "W": W, "S": S})
-            if meta["windows"] > W:
-                raise ValueError("it has seen more windows than there are")
-        return meta["windows"]
-
-    def save(self, seen: Seen, windows: int, *, last: bool) -> None:
-        """Write everything if it is time to, or for the last time."""
-        if self.path is None or windows == self.kept:
-            return
-        wait = max(self.save_s, self.cost / SAVE_SHARE) if self.save_s else 0.0
-        started = time.monotonic()
-        if started - self.saved < wait and not last:
-            return
-        meta = to_json({"identity": self.identity, "windows": windows})
-        with atomic_path(self.path) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, allow_pickle=False, meta=np.asarray(meta), **seen.arrays())
-        self.kept, self.saved = windows, time.monotonic()
-        self.cost = self.saved - started
+    Raises:
+      InputError: if it is of another run, or damaged.
+    """
+    if path is None or not path.is_file():
+        return 0
+    with open_npz(path, "cannot be read", "remove it to start again") as file:
+        meta = file.json("meta", _META)
+        refuse_other(path, meta["identity"], identity)
+        W, S = windows.token_WS.shape
+        for name, array in seen.arrays().items():
+            file.fill(name, array)
+            must = _RANGES.get(name.rpartition(".")[2])
+            if must is not None:
+                K = array.shape[-1]
+                check_array(name, array, must, {"K": K, "W": W, "S": S})
+        if meta["windows"] > W:
+            raise ValueError("it has seen more windows than there are")
+    return meta["windows"]

@@ -27,12 +27,12 @@ from jaxclt.evaluation.prompts import EvalText, graph_filter, pick_prompts
 from jaxclt.io.model import Model
 from jaxclt.replacement.agreement import predict
 from jaxclt.runs.pace import logged
-from jaxclt.text.prompts import Prompt
-from jaxclt.trace.prompt import prompt_tokens
+from jaxclt.text.prompts import Given
+from jaxclt.trace.record import prompt_tokens
 
 __all__ = ["EvalOptions", "Prompts", "choose_prompts", "evaluate"]
 
-Prompts = Sequence[Prompt]
+Prompts = Sequence[Given]
 
 SEARCHED = 512  # windows at most in which prompts are looked for
 

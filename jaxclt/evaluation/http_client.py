@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from jaxclt.errors import InputError, check_at_least, check_positive
 from jaxclt.files.json_file import COUNT, TEXT, json_schema, named, record
 from jaxclt.files.json_text import to_json
-from jaxclt.files.lines import append_line, read_lines
+from jaxclt.runs.kept import Answers
 
 __all__ = ["BudgetError", "Client", "ClientOptions", "Completion", "Message"]
 
@@ -180,14 +180,9 @@ class Client:
         self._asked = {"model": model, **self._said}
         self._lock = threading.Lock()
         self._asking: dict[str, threading.Lock] = {}
-        self._file = (
-            Path(options.cache_dir) / "replies.jsonl" if options.cache_dir else None
-        )
-        self._known: dict[str, Completion] = {}
-        if self._file is not None:
-            for row in read_lines(self._file, _REPLY):
-                found = Completion(row["text"], row.get("usage", {}), from_cache=True)
-                self._known[row["key"]] = found
+        folder = options.cache_dir
+        file = Path(folder) / "replies.jsonl" if folder else None
+        self._known = Answers(file, _REPLY)
 
     def close(self) -> None:
         """Close connections."""
@@ -239,21 +234,15 @@ class Client:
         # The same question from two threads is asked once.
         with waiting:
             with self._lock:
-                if key in self._known:
+                if row := self._known.get(key):
                     self.usage["cached"] += 1
-                    return self._known[key]
+                    return Completion(row["text"], row.get("usage", {}), True)
             text, usage = self._request(messages)
-            found = Completion(text, usage, from_cache=False)
             if text:
+                row = {"key": key, "text": text, "usage": usage, "model": self.model}
                 with self._lock:
-                    self._keep(key, found)
-            return found
-
-    def _keep(self, key: str, found: Completion) -> None:
-        self._known[key] = dataclasses.replace(found, from_cache=True)
-        if self._file is not None:
-            row = {"key": key, "text": found.text, "usage": found.usage}
-            append_line(self._file, row | {"model": self.model})
+                    self._known.add(key, row)
+            return Completion(text, usage, from_cache=False)
 
     def _request(self, messages: Sequence[Message]) -> tuple[str, dict[str, int]]:
         """A reply that is not on disk, and what all the tries together cost."""

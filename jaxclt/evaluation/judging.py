@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from jaxclt.evaluation.local_judge import LocalJudge
 from jaxclt.evaluation.trials import Source, Trial, contrastive_trials, sort_trials
 from jaxclt.files.json_file import COUNT, TEXT, json_schema, named, record
 from jaxclt.files.json_text import to_json
-from jaxclt.files.lines import append_line, read_lines
 from jaxclt.io.model import Model, load_model
+from jaxclt.runs.kept import Answers
 from jaxclt.validation.stats import ratio_interval, wilson
 
 __all__ = [
@@ -83,27 +84,25 @@ def judge_trials(
     Raises:
       InputError: if the log cannot be read or written, or the judge cannot answer.
     """
-    path = None if log is None else Path(log)
-    keys = [trial.key for trial in trials]
+    kept = Answers(
+        None if log is None else Path(log), _LOGGED, itemgetter("judge", "key")
+    )
+    asked = {trial.key: trial for trial in trials}
     found: dict[str, Row] = {}
-    asked = dict(zip(keys, trials, strict=True))
-    for row in read_lines(path, _LOGGED) if path else ():
-        if row["judge"] == judge.name and row["key"] in asked:
-            found[row["key"]] = row | {"trial": _plain(asked[row["key"]].as_json())}
-    rest = {key: trial for key, trial in asked.items() if key not in found}
-    total = len(set(keys))
-    done = total - len(rest)
+    for key, trial in asked.items():
+        if row := kept.get((judge.name, key)):
+            found[key] = row | {"trial": _plain(trial.as_json())}
+    left = [trial for key, trial in asked.items() if key not in found]
+    done, total = len(found), len(asked)
     on_trial(done, total)
-    left = list(rest.items())
-    for i, answer in judge.judge([trial for _, trial in left]):
-        key, trial = left[i]
-        found[key] = row = _row(judge.name, key, trial, answer)
+    for i, answer in judge.judge(left):
+        key = left[i].key
+        found[key] = row = _row(judge.name, key, left[i], answer)
         if answer.not_asked is None:
-            if path is not None:
-                append_line(path, row)
+            kept.add((judge.name, key), row)
             done += 1
             on_trial(done, total)
-    return [found[key] for key in keys]
+    return [found[trial.key] for trial in trials]
 
 
 def _row(judge: str, key: str, trial: Trial, answer: Answer) -> Row:

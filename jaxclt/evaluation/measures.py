@@ -5,9 +5,7 @@ A file says what it depends on: an interrupted evaluation goes on where it was.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import math
 import re
 import time
@@ -24,7 +22,6 @@ from jaxclt.clt.coder import Dictionary, Loaded, load
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.stream import gather_examples
 from jaxclt.errors import (
-    InputError,
     check_at_least,
     check_choice,
     check_finite,
@@ -36,8 +33,8 @@ from jaxclt.evaluation.graphs import graph_means, graph_row
 from jaxclt.evaluation.judges import Judge
 from jaxclt.evaluation.judging import Questions, interpretability
 from jaxclt.evaluation.prompts import EvalText, unsure
-from jaxclt.files.atomic import atomic_path
-from jaxclt.files.json_file import MOST_DATA, check_json, json_schema, read_json, record
+from jaxclt.files.atomic import write_text
+from jaxclt.files.json_file import json_schema, record
 from jaxclt.files.json_text import finite, to_json
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.graph import Graph
@@ -49,7 +46,8 @@ from jaxclt.replacement.reconstruction import (
     decoder_reach,
     reconstructed,
 )
-from jaxclt.text.prompts import Prompt
+from jaxclt.runs.kept import digest, intact_json
+from jaxclt.text.prompts import Given
 from jaxclt.text.windows import batches
 from jaxclt.trace.prompt import trace_prompt
 from jaxclt.train.harvest import harvest
@@ -136,7 +134,7 @@ class Measures:
     model: Model
     dictionary: Dictionary
     text: EvalText
-    prompts: list[Prompt]
+    prompts: list[Given]
     options: EvalOptions
     out: Path | None
     on_stage: Stage
@@ -165,21 +163,16 @@ class Measures:
         """A measure from its file if that is of exactly this, else measured."""
         settings = dataclasses.asdict(self.options)
         prompts = [x if isinstance(x, str) else list(x) for x in self.prompts]
-        identity = to_json(
-            [
-                *(self.model.hash, self.dictionary.hash, self.dictionary.name),
-                *(self.text.digest, name, depends, __version__),
-                [settings[option] for option in _OPTIONS[name]],
-                prompts if "max_features" in _OPTIONS[name] else None,
-            ]
-        )
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:24]
-        file = None if self.out is None else self.out / "parts" / f"{digest}.json"
-        if file is not None and file.is_file():
-            with contextlib.suppress(InputError):  # a damaged file is measured again
-                old = read_json(file, most=MOST_DATA)
-                check_json(old, _PART, file)
-                return old["row"], old["raw"], old["seconds"]
+        identity = [
+            *(self.model.hash, self.dictionary.hash, self.dictionary.name),
+            *(self.text.digest, name, depends, __version__),
+            [settings[option] for option in _OPTIONS[name]],
+            prompts if "max_features" in _OPTIONS[name] else None,
+        ]
+        part = f"{digest(identity)[:24]}.json"
+        file = None if self.out is None else self.out / "parts" / part
+        if file is not None and (old := intact_json(file, _PART)):
+            return old["row"], old["raw"], old["seconds"]
         start = time.perf_counter()
         row, raw = measure()
         took = round(time.perf_counter() - start, 1)
@@ -187,9 +180,8 @@ class Measures:
         # What a judge was not asked yet is asked by the next run; its log has the rest.
         open_ = any(score["not_asked"] for score in row.get("judged", {}).values())
         if file is not None and not open_:
-            with atomic_path(file) as temporary:
-                kept = {"row": row, "raw": raw, "seconds": took, "measure": name}
-                temporary.write_text(to_json(kept), "utf-8")
+            kept = {"row": row, "raw": raw, "seconds": took, "measure": name}
+            write_text(file, to_json(kept))
         return row, raw, took
 
     def row(self, judge: Judge | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:

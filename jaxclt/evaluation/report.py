@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxclt.evaluation import plots
 from jaxclt.evaluation.claims import Claim
-from jaxclt.files.atomic import atomic_path
+from jaxclt.files.atomic import write_text
 from jaxclt.files.json_text import to_json
 
 __all__ = ["COLUMNS", "cells", "markdown", "write_evaluation"]
@@ -128,8 +128,7 @@ def write_evaluation(
         "rows.jsonl": "".join(to_json(line) + "\n" for line in raw),
         "table.md": markdown(rows, claims),
     }.items():
-        with atomic_path(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(out / name, text)
     plots.draw_layers(out / "layers.png", rows)
     plots.draw_graphs(out / "graphs.png", rows)
     plots.draw_faithfulness(out / "faithfulness.png", rows)

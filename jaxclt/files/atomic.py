@@ -20,7 +20,14 @@ from pathlib import Path
 from jaxclt.errors import InputError
 from jaxclt.files.owner import OWNER, is_gone, owner
 
-__all__ = ["atomic_directory", "atomic_path", "blame", "is_temporary", "sweep"]
+__all__ = [
+    "atomic_directory",
+    "atomic_path",
+    "blame",
+    "is_temporary",
+    "sweep",
+    "write_text",
+]
 
 _TEMPORARY = re.compile(rf"\.(?P<target>.+)\.(?P<owner>{OWNER})-\w+")
 
@@ -52,6 +59,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             _sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file of text in UTF-8.
+
+    Raises:
+      InputError: as `atomic_path`.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

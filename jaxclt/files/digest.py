@@ -19,7 +19,7 @@ from pathlib import Path
 from jaxclt.errors import InputError
 from jaxclt.files.atomic import atomic_path
 
-__all__ = ["cache_root", "fingerprint", "sha256"]
+__all__ = ["cache_root", "fingerprint", "read_sha256", "sha256"]
 
 _LARGE = 16 << 20  # bytes; smaller files are read again by the next process
 _SETTLED_S = 2.0
@@ -57,14 +57,19 @@ def sha256(path: Path) -> str:
     note = cache_root() / "hashes" / key if stat.st_size >= _LARGE else None
     found = _known.get(key) or (_read(note) if note else None)
     if found is None:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = read_sha256(path)
         if time.time() - max(times) / 1e9 < _SETTLED_S:
             return found
         if note is not None:
             _write(note, found)
     _known[key] = found
     return found
+
+
+def read_sha256(path: Path) -> str:
+    """Hex sha256 of a file as it is on disk now, where damage is looked for."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(note: Path) -> str | None:

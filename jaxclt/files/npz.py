@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 import struct
 import zipfile
@@ -20,6 +21,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from jaxclt.errors import InputError, shown
+from jaxclt.files.atomic import atomic_path
 from jaxclt.files.json_file import Schema, check_json, parse_json
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "check_order",
     "open_npz",
     "read_header",
+    "write_npz",
 ]  # fmt: skip
 
 # What zipfile and the checks below raise on a damaged archive.
@@ -275,3 +278,13 @@ def open_npz(path: Path, wrong: str, do: str) -> Iterator[Npz]:
     except DAMAGE as error:
         said = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(f"{path} {wrong} ({said}): {do}") from error
+
+
+def write_npz(path: str | os.PathLike[str], **arrays: Any) -> None:
+    """Write an npz file, whole or not at all; a text is kept as an array of one.
+
+    Raises:
+      InputError: if it cannot be written.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, allow_pickle=False, **arrays)

@@ -11,17 +11,17 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.subset import Subset
-from jaxclt.errors import InputError, check_choice
+from jaxclt.errors import InputError, check_choice, options_of
 from jaxclt.global_weights import ranking
 from jaxclt.global_weights import weights as weights_of
-from jaxclt.global_weights.attention import Head
-from jaxclt.global_weights.build import build, head_weights
+from jaxclt.global_weights.attention import Head, head_block
+from jaxclt.global_weights.build import build
 from jaxclt.global_weights.files import load_statistics
+from jaxclt.global_weights.gather import PassOptions, joined
 from jaxclt.global_weights.inhibition import (
     inhibition_of,
     rows_of_weights,
@@ -35,7 +35,6 @@ from jaxclt.text.features import Features, bound_of, choose_features
 from jaxclt.text.windows import (
     BATCH_TOKENS,
     Data,
-    Mask,
     TokenWindows,
     batches,
     read_windows,
@@ -97,6 +96,8 @@ def head_inputs(
 ) -> list[dict[str, Any]]:
     """The strongest sources of a feature through one attention head, at any position.
 
+    Norm-aware: n ERA is the sum of the graphs' edges through this head alone.
+
     Args:
       model: from `load_model`.
       dictionary: the one that the statistics are of.
@@ -108,16 +109,38 @@ def head_inputs(
       by: what to rank by.
 
     Returns:
-      ``layer feature virtual era twera`` of each source, strongest first; see
-      `jaxclt.global_weights.build.head_weights`.
+      ``layer feature virtual era twera`` of each source, strongest first.
 
     Raises:
       InputError: if the head was not gathered, or the target lies below it.
     """
     on = bound_of(dictionary, model)
-    value = head_weights(on, statistics, head, layer, feature, cfg=model.cfg)
+    subset, sums = statistics.subset, statistics.sums
+    if head not in statistics.heads:
+        raise InputError(
+            f"head {head[0]}:{head[1]} was not gathered: name it in `heads`"
+        )
+    slot, first = subset.slot(layer, feature), subset.starts[head[0]]
+    if slot < first:
+        raise InputError(
+            f"feature {layer}:{feature} lies below head {head[0]}:{head[1]}: choose a "
+            "target of the head's layer or above"
+        )
+    at, target = statistics.heads.index(head), (layer, np.asarray([feature]))
+    weight = [
+        head_block(on, head, target, (of, subset.features(of)), cfg=on.cfg)[0]
+        for of in range(head[0])
+        if len(subset.features(of))
+    ]
+    virtual_N = np.concatenate([np.zeros(0), *weight])
+    total = float(sums["sum_U"][slot])
+    ind_N, act_N = (sums[name][at][slot - first] for name in ("head_ind", "head_act"))
+    value = {
+        "virtual": virtual_N,
+        "era": ind_N / max(statistics.n_tokens, 1) * virtual_N,
+        "twera": act_N * virtual_N / total if total else np.zeros_like(act_N),
+    }
     check_choice("kind", by, value)
-    subset = statistics.subset
     return [
         {"layer": int(subset.layer_U[i]), "feature": int(subset.feature_U[i])}
         | {name: float(x_N[i]) for name, x_N in value.items()}
@@ -238,11 +261,8 @@ def global_inhibition(
     data: Data | TokenWindows,
     targets: Sequence[Sequence[int]] | np.ndarray,
     *,
-    features: Features = "top:4096",
-    mask: Mask = None,
-    tokens: int = 200_000,
-    context: int = 256,
     on_tokens: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
 ) -> Inhibitors:
     """Which sources keep targets from firing on text; TWERA is blind to them.
 
@@ -250,21 +270,21 @@ def global_inhibition(
       model: from `load_model`, in float32.
       dictionary: from `load_dictionary`, with ReLU or JumpReLU.
       data: a text source or windows, see `read_windows`.
-      targets: (layer, index) rows; each costs a step per source and position.
-      features: the sources, see `choose_features`; targets are added to them.
-      mask: which positions count.
-      tokens: positions that count to take from a text source.
-      context: positions of a window cut from a text source.
+      targets: (layer, index) rows; each costs a step per source and position. They are
+        added to the sources.
       on_tokens: progress.
+      **options: fields of `PassOptions`; its features are the sources.
 
     Raises:
       InputError: for input that does not fit, or a TopK dictionary.
     """
+    asked = options_of(PassOptions, "global_inhibition", options)
     on = bound_of(dictionary, model)
-    windows = read_windows(model, data, mask=mask, tokens=tokens, context=context)
-    sources = choose_features(model, dictionary, features, windows)
-    asked = Subset.of(np.asarray(targets, np.int64), on.shape)
-    place = [np.stack([x.layer_U, x.feature_U], 1) for x in (sources, asked)]
+    text = {"mask": asked.mask, "tokens": asked.tokens, "context": asked.context}
+    windows = read_windows(model, data, **text)
+    sources = choose_features(model, dictionary, asked.features, windows)
+    wanted = Subset.of(np.asarray(targets, np.int64), on.shape)
+    place = [np.stack([x.layer_U, x.feature_U], 1) for x in (sources, wanted)]
     subset = Subset.of(np.concatenate(place), on.shape)
     slot_R = np.asarray([subset.slot(int(a), int(b)) for a, b in place[1]], np.int32)
     theta_R = thresholds(on, subset, slot_R)
@@ -276,8 +296,7 @@ def global_inhibition(
         found = inhibition_of(
             model.params, enc, token_WS, mask_WS, slot_R, theta_R, V_RU, plan=plan
         )
-        more = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
-        total = jax.tree.map(np.add, total, more) if total else more
+        total = joined(total, found)
         on_tokens(int(windows.mask_WS[:done].sum()), windows.n_tokens)
     n = max(float(total["n"]), 1.0)
     return Inhibitors(

@@ -20,10 +20,9 @@ from scipy.sparse import csr_array
 
 from jaxclt.clt.subset import Subset
 from jaxclt.errors import check_choice, shown
-from jaxclt.files.atomic import atomic_path
 from jaxclt.files.json_file import COUNT, TEXT, json_schema, named, record
 from jaxclt.files.json_text import to_json
-from jaxclt.files.npz import Must, Npz, check_order, open_npz
+from jaxclt.files.npz import Must, Npz, check_order, open_npz, write_npz
 from jaxclt.global_weights.ranking import KINDS, Kind, Links, largest
 from jaxclt.global_weights.statistics import Coactivation
 
@@ -99,7 +98,7 @@ def save_statistics(
                     arrays[f"{key}/{part}"] = np.asarray(getattr(tile, part))
             else:
                 arrays[key] = tile
-    told = {
+    about = {
         "n_layers": found.subset.n_layers,
         "scaled": found.scaled,
         "sums": {
@@ -108,14 +107,13 @@ def save_statistics(
         },
         "more": meta,
     }
-    with atomic_path(path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, allow_pickle=False, meta=np.asarray(to_json(told)), **arrays)
+    write_npz(path, meta=np.asarray(to_json(about)), **arrays)
 
 
 def load_statistics(
     path: str | os.PathLike[str],
 ) -> tuple[Coactivation, dict[str, Any]]:
-    """Read what `save_statistics` wrote: the sums, and what else was told.
+    """Read what `save_statistics` wrote: the sums, and its `meta`.
 
     Raises:
       InputError: if there is no such file, or it is damaged.
@@ -266,16 +264,14 @@ def save_globals(path: str | os.PathLike[str], found: SavedGlobals) -> None:
         for name, column in found.links._asdict().items()
     }
     meta = found.meta | {"n_layers": found.subset.n_layers}
-    with atomic_path(path) as temporary, temporary.open("wb") as stream:
-        np.savez(
-            stream,
-            allow_pickle=False,
-            meta=np.asarray(to_json(meta, ensure_ascii=False)),
-            layer_U=found.subset.layer_U,
-            feature_U=found.subset.feature_U,
-            **links,
-            **{name: getattr(found, name) for name in _TABLE},
-        )
+    write_npz(
+        path,
+        meta=np.asarray(to_json(meta, ensure_ascii=False)),
+        layer_U=found.subset.layer_U,
+        feature_U=found.subset.feature_U,
+        **links,
+        **{name: getattr(found, name) for name in _TABLE},
+    )
 
 
 def load_globals(path: str | os.PathLike[str]) -> SavedGlobals:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,13 +23,12 @@ from jax import Array
 
 from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.subset import Subset
-from jaxclt.errors import InputError
+from jaxclt.errors import InputError, options_of
 from jaxclt.global_weights.attention import Head
 from jaxclt.global_weights.files import load_statistics, save_statistics
 from jaxclt.global_weights.sparse import check_size, sparse_sums
 from jaxclt.global_weights.statistics import (
     Coactivation,
-    Encoders,
     Plan,
     Sums,
     add_sums,
@@ -38,6 +36,8 @@ from jaxclt.global_weights.statistics import (
     sums_of,
 )
 from jaxclt.io.model import Model
+from jaxclt.lm.config import LMConfig
+from jaxclt.runs.kept import State, refuse_other
 from jaxclt.runs.pace import logged
 from jaxclt.text.features import Features, bound_of, choose_features
 from jaxclt.text.windows import (
@@ -48,13 +48,54 @@ from jaxclt.text.windows import (
     batches,
     read_windows,
 )
-from jaxclt.types import LMParams
 
-__all__ = ["coactivation"]
+__all__ = ["CoactivationOptions", "PassOptions", "coactivation", "joined"]
 
+WHOLE, PARTIAL = "statistics.npz", "partial.npz"  # of all windows, of some
 FLUSH_TOKENS = 16_384  # positions whose sums are added in the model's dtype
 DENSE_FEATURES = 8192  # more are held sparsely unless asked otherwise
-SAVE_S = 60.0  # between two states on disk
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PassOptions:
+    """Which features a pass over text is about, and which text.
+
+    Attributes:
+      features: which, see `choose_features`.
+      mask: which positions count, see `read_windows`.
+      tokens: positions that count to take from a text source.
+      context: positions of a window cut from a text source.
+    """
+
+    features: Features = "top:4096"
+    mask: Mask = None
+    tokens: int = 200_000
+    context: int = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CoactivationOptions(PassOptions):
+    """What to sum up, see `PassOptions` too.
+
+    Dense sums of U features take 12 U^2 bytes (20 U^2 where encoders read after the
+    norm).
+
+    Attributes:
+      sparse: hold only pairs that ever fire together; None: above 8,192 features.
+      heads: (layer, head) pairs that get sums of their own.
+      input_tokens: token ids whose embeddings count as sources, or a number of the
+        most frequent ones.
+      output_tokens: likewise tokens whose logits count as targets; costs the
+        unembedding.
+      shard: (i, n) takes every n-th window from the i-th on, the same features for all
+        only if they are given by name or measured on the same windows.
+    """
+
+    sparse: bool | None = None
+    heads: Sequence[Head] = ()
+    input_tokens: int | Sequence[int] | np.ndarray = 0
+    output_tokens: int | Sequence[int] | np.ndarray = 0
+    shard: tuple[int, int] = (0, 1)
 
 
 def coactivation(
@@ -62,17 +103,9 @@ def coactivation(
     dictionary: Dictionary,
     data: Data | TokenWindows,
     *,
-    features: Features = "top:4096",
-    mask: Mask = None,
-    tokens: int = 200_000,
-    context: int = 256,
-    sparse: bool | None = None,
-    heads: Sequence[Head] = (),
-    input_tokens: int | Sequence[int] | np.ndarray = 0,
-    output_tokens: int | Sequence[int] | np.ndarray = 0,
-    shard: tuple[int, int] = (0, 1),
     state: str | os.PathLike[str] | None = None,
     on_stage: Callable[[str, int, int], None] | None = None,
+    **options: Any,
 ) -> Coactivation:
     """Which features fire together on text: E[a_i 1(a_j)], E[a_i a_j], E[a_j].
 
@@ -84,102 +117,119 @@ def coactivation(
       model: from `load_model`, in float32.
       dictionary: from `load_dictionary`; not neurons, whose gates depend on the prompt.
       data: a text source or windows, see `read_windows`.
-      features: which, see `choose_features`. Dense sums of U features take 12 U^2 bytes
-        (20 U^2 where encoders read after the norm).
-      mask: which positions count, see `read_windows`.
-      tokens: positions that count to take from a text source.
-      context: positions of a window cut from a text source.
-      sparse: hold only pairs that ever fire together; None: above 8,192 features.
-      heads: (layer, head) pairs that get sums of their own.
-      input_tokens: token ids whose embeddings count as sources, or how many of the most
-        frequent ones.
-      output_tokens: likewise tokens whose logits count as targets; costs the
-        unembedding.
-      shard: (i, n) takes every n-th window from the i-th on, the same features for all
-        only if they are given by name or measured on the same windows.
       state: directory to keep sums in; a second call with the same arguments goes on.
       on_stage: progress, (what, positions done, positions in all); to the log if not
         given.
+      **options: fields of `CoactivationOptions`, for example ``features="top:4096"``.
 
     Raises:
       InputError: for data, features or heads that do not fit, or a `state` of another
         run.
     """
-    on_stage = on_stage or logged()
-    on = bound_of(dictionary, model)
-    for layer, head in heads:
-        if not (1 <= layer < model.cfg.n_layers and 0 <= head < model.cfg.n_heads):
-            raise InputError(
-                f"head {layer}:{head}: layers go from 1 (nothing is written below it "
-                f"in 0) to {model.cfg.n_layers - 1}, heads to {model.cfg.n_heads - 1}"
-            )
-    windows = read_windows(
+    asked = options_of(CoactivationOptions, "coactivation", options)
+    on_stage, on, cfg = on_stage or logged(), bound_of(dictionary, model), model.cfg
+    _check_heads(asked.heads, cfg)
+    every = read_windows(
         model,
         data,
-        mask=mask,
-        tokens=tokens,
-        context=context,
+        mask=asked.mask,
+        tokens=asked.tokens,
+        context=asked.context,
         on_tokens=partial(on_stage, "tokens"),
     )
-    # Features and tokens are chosen on all windows, so that shards agree.
-    chosen = _Choice(model, windows, features, input_tokens, output_tokens, on_stage)
-    windows = windows.take(slice(shard[0], None, shard[1]))
-    keep = _State(
-        None if state is None else Path(state),
-        {
-            "model": model.hash,
-            "dictionary": dictionary.hash,
-            "windows": windows.digest,
-            "features": _told(features),
-            "heads": [list(head) for head in heads],
-            "input_tokens": _told(input_tokens),
-            "output_tokens": _told(output_tokens),
-            "sparse": sparse,
-        },
-    )
-    kept, first = keep.load()
-    subset = kept.subset if kept else chosen.subset(dictionary)
-    thin = len(subset) > DENSE_FEATURES if sparse is None else sparse
-    if thin and (heads or chosen.asks_tokens):
+    windows = every.take(slice(asked.shard[0], None, asked.shard[1]))
+    identity = {
+        "model": model.hash,
+        "dictionary": dictionary.hash,
+        "windows": windows.digest,
+        "features": _named(asked.features),
+        "heads": [list(head) for head in asked.heads],
+        "input_tokens": _named(asked.input_tokens),
+        "output_tokens": _named(asked.output_tokens),
+        "sparse": asked.sparse,
+    }
+    folder = None if state is None else Path(state)
+    kept, first = _load(folder, identity)
+    if kept is not None:
+        found = kept
+    else:
+        # Features and tokens are chosen on all windows, so that shards agree.
+        on_tokens = partial(on_stage, "features")
+        found = Coactivation(
+            subset=choose_features(model, dictionary, asked.features, every, on_tokens),
+            scaled=on.coder.site != "resid_mid",
+            sums={},
+            heads=tuple((int(layer), int(head)) for layer, head in asked.heads),
+            input_Y=_tracked(every, asked.input_tokens, cfg.d_vocab),
+            output_Y=_tracked(every, asked.output_tokens, cfg.d_vocab),
+        )
+    subset, n = found.subset, len(windows.token_WS)
+    thin = asked.sparse
+    if thin is None:
+        thin = len(subset) > DENSE_FEATURES
+    token_Ys = [
+        jnp.asarray(x) if len(x) else None for x in (found.input_Y, found.output_Y)
+    ]
+    if thin and (found.heads or any(x is not None for x in token_Ys)):
         raise InputError(
             "heads and tokens are only gathered for a dense subset: choose one, for "
             "example --features top:4096"
         )
-    found = kept or Coactivation(
-        subset=subset,
-        scaled=on.coder.site != "resid_mid",
-        sums={},
-        heads=tuple((int(layer), int(head)) for layer, head in heads),
-        input_Y=chosen.tokens(input_tokens),
-        output_Y=chosen.tokens(output_tokens),
-    )
-    plan = Plan(lm=model.cfg, coder=on.coder, starts=subset.starts, heads=found.heads)
-    gathering = _Gathering(model.params, encoders(on, subset), plan)
-    gathering.total = found.sums
+    plan = Plan(lm=cfg, coder=on.coder, starts=subset.starts, heads=found.heads)
+    enc, sums = encoders(on, subset), _Flushed(found.sums)
+    keep = State(None if folder is None else folder / PARTIAL)
+    keep.at = first
+
+    def save(path: Path) -> None:
+        save_statistics(path, found, identity=identity, windows=first)
+
     batch = BATCH_TOKENS // 2 if thin else BATCH_TOKENS
     for token_WS, mask_WS, done in batches(windows, first, batch):
+        args = model.params, enc, token_WS, mask_WS
         if thin:
-            gathering.add_sparse(token_WS, mask_WS)
+            sums.total = joined(sums.total, sparse_sums(*args, plan=plan))
+            check_size(sums.total)
         else:
-            gathering.add(token_WS, mask_WS, found.input_Y, found.output_Y)
-        if not gathering.since:
+            sums.add(sums_of(*args, *token_Ys, plan=plan), token_WS.size)
+        if not sums.since:
             # Kept between two flushes, sums would be added up in another order.
-            found, first = dataclasses.replace(found, sums=gathering.total), done
-        try:
-            counted = int(windows.mask_WS[:done].sum())
-            on_stage("statistics", counted, windows.n_tokens)
-        except KeyboardInterrupt:
-            if first:
-                keep.save(found, first)
-            raise
-        if first == done and keep.due():
-            keep.save(found, first)
-    found = dataclasses.replace(found, sums=gathering.flush())
-    keep.finish(found, len(windows.token_WS))
+            found, first = dataclasses.replace(found, sums=sums.total), done
+        counted = int(windows.mask_WS[:done].sum())
+        report = partial(on_stage, "statistics", counted, windows.n_tokens)
+        keep.step(first, save, report)
+    found, first = dataclasses.replace(found, sums=sums.flush()), n
+    if folder is not None and not (folder / WHOLE).is_file():
+        save(folder / WHOLE)
+    keep.remove()
     return found
 
 
-def _told(x: Any) -> Any:
+def _check_heads(heads: Sequence[Head], cfg: LMConfig) -> None:
+    for layer, head in heads:
+        if not (1 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
+            raise InputError(
+                f"head {layer}:{head}: layers go from 1 (nothing is written below it "
+                f"in 0) to {cfg.n_layers - 1}, heads to {cfg.n_heads - 1}"
+            )
+
+
+def _load(
+    folder: Path | None, identity: dict[str, Any]
+) -> tuple[Coactivation | None, int]:
+    """What an earlier call left, and how many windows that was.
+
+    Raises:
+      InputError: if it is of other arguments.
+    """
+    for name in (WHOLE, PARTIAL):
+        if folder is not None and (folder / name).is_file():
+            found, more = load_statistics(folder / name)
+            refuse_other(folder, more.get("identity", {}), identity)
+            return found, more.get("windows", 0)
+    return None, 0
+
+
+def _named(x: Any) -> Any:
     """An argument as JSON, long ones by their digest."""
     if isinstance(x, Subset):
         x = np.stack([x.layer_U, x.feature_U], 1)
@@ -195,106 +245,57 @@ def _told(x: Any) -> Any:
     return hashlib.sha256(array.tobytes()).hexdigest()
 
 
-class _Choice:
-    """Features and tokens that arguments name, chosen when they are needed."""
-
-    def __init__(
-        self,
-        model: Model,
-        windows: TokenWindows,
-        features: Features,
-        input_tokens: Any,
-        output_tokens: Any,
-        on_stage: Callable[[str, int, int], None],
-    ) -> None:
-        self.model, self.windows, self.features = model, windows, features
-        self.asks_tokens = any(
-            np.size(x) and (np.ndim(x) > 0 or int(x) > 0)
-            for x in (input_tokens, output_tokens)
-        )
-        self.on_stage = on_stage
-
-    def subset(self, dictionary: Dictionary) -> Subset:
-        return choose_features(
-            self.model,
-            dictionary,
-            self.features,
-            self.windows,
-            partial(self.on_stage, "features"),
-        )
-
-    def tokens(self, wanted: int | Sequence[int] | np.ndarray) -> np.ndarray:
-        """Ids, ascending."""
-        V = self.model.cfg.d_vocab
-        if isinstance(wanted, int):
-            token_N = self.windows.token_WS[self.windows.mask_WS]
-            count_V = np.bincount(token_N, minlength=V)
-            order = np.argsort(-count_V, kind="stable")[:wanted]
-            return np.sort(order[count_V[order] > 0]).astype(np.int32)
-        token_Y = np.unique(np.asarray(wanted, np.int64))
-        if len(token_Y) and not 0 <= token_Y[0] <= token_Y[-1] < V:
-            raise InputError(f"tokens to track must be in 0..{V - 1}")
-        return token_Y.astype(np.int32)
+def _tracked(
+    windows: TokenWindows, wanted: int | Sequence[int] | np.ndarray, V: int
+) -> np.ndarray:
+    """Ids of the tokens that are asked for, ascending."""
+    if isinstance(wanted, int):
+        count_V = np.bincount(windows.token_WS[windows.mask_WS], minlength=V)
+        order = np.argsort(-count_V, kind="stable")[:wanted]
+        return np.sort(order[count_V[order] > 0]).astype(np.int32)
+    token_Y = np.unique(np.asarray(wanted, np.int64))
+    if len(token_Y) and not 0 <= token_Y[0] <= token_Y[-1] < V:
+        raise InputError(f"tokens to track must be in 0..{V - 1}")
+    return token_Y.astype(np.int32)
 
 
-class _Gathering:
+class _Flushed:
     """Sums in the model's dtype on the device, flushed to float64 on the host."""
 
-    def __init__(self, params: LMParams, enc: Encoders, plan: Plan) -> None:
-        self.params, self.enc, self.plan = params, enc, plan
-        self.total: Sums = {}
-        self.device: Sums | None = None
-        self.since = 0
+    def __init__(self, total: Sums) -> None:
+        self.total, self.since = total, 0
+        self._device: Sums | None = None
 
-    def add(
-        self,
-        token_WS: np.ndarray,
-        mask_WS: np.ndarray,
-        input_Y: np.ndarray,
-        output_Y: np.ndarray,
-    ) -> None:
-        found = sums_of(
-            self.params,
-            self.enc,
-            token_WS,
-            mask_WS,
-            jnp.asarray(input_Y) if len(input_Y) else None,
-            jnp.asarray(output_Y) if len(output_Y) else None,
-            plan=self.plan,
-        )
-        self.device = found if self.device is None else add_sums(self.device, found)
-        jax.block_until_ready(self.device)
-        self.since += token_WS.size
+    def add(self, more: Sums, n_tokens: int) -> None:
+        """Add the sums over `n_tokens` positions."""
+        self._device = more if self._device is None else add_sums(self._device, more)
+        jax.block_until_ready(self._device)
+        self.since += n_tokens
         if self.since >= FLUSH_TOKENS:
             self.flush()
 
-    def add_sparse(self, token_WS: np.ndarray, mask_WS: np.ndarray) -> None:
-        found = sparse_sums(self.params, self.enc, token_WS, mask_WS, plan=self.plan)
-        self._add(found)
-        check_size(self.total)
-
     def flush(self) -> Sums:
         """Everything so far, in float64."""
-        if self.device is not None:
-            self._add(self.device)
-            self.device, self.since = None, 0
+        if self._device is not None:
+            self.total = joined(self.total, self._device)
+            self._device, self.since = None, 0
         return self.total
 
-    def _add(self, more: Sums) -> None:
-        if not self.total:
-            self.total = jax.tree.map(
-                lambda x: np.array(x, np.float64) if _plain(x) else x, more
-            )
-            return
-        for name, value in more.items():
-            if not isinstance(value, tuple):
-                self.total[name] = _added(self.total[name], value)
-                continue
-            # Matrix by matrix: two copies of all sparse ones may not fit.
-            tiles = list(self.total.pop(name))
-            for i, tile in enumerate(value):
-                tiles[i] = _added(tiles[i], tile)
-            self.total[name] = tuple(tiles)
+
+def joined(total: Sums, more: Sums) -> Sums:
+    """Two sums as one in float64, in place where the first one can be."""
+    if not total:
+        return jax.tree.map(lambda x: np.array(x, np.float64) if _plain(x) else x, more)
+    for name, value in more.items():
+        if not isinstance(value, tuple):
+            total[name] = _added(total[name], value)
+            continue
+        # Matrix by matrix: two copies of all sparse ones may not fit.
+        tiles = list(total.pop(name))
+        for i, tile in enumerate(value):
+            tiles[i] = _added(tiles[i], tile)
+        total[name] = tuple(tiles)
+    return total
 
 
 def _plain(x: Any) -> bool:
@@ -308,58 +309,3 @@ def _added(total: Any, more: Any) -> Any:
         total += np.asarray(more)  # in place: sums may be most of the memory
         return total
     return np.asarray(total + np.asarray(more, np.float64))
-
-
-class _State:
-    """Sums on disk, with what they are of."""
-
-    def __init__(self, directory: Path | None, identity: dict[str, Any]) -> None:
-        self.directory, self.identity = directory, identity
-        self.saved = time.monotonic()
-
-    def load(self) -> tuple[Coactivation | None, int]:
-        """What an earlier call left, and how many windows that was.
-
-        Raises:
-          InputError: if it is of other arguments.
-        """
-        if self.directory is None:
-            return None, 0
-        for name in ("statistics.npz", "partial.npz"):
-            file = self.directory / name
-            if not file.is_file():
-                continue
-            found, more = load_statistics(file)
-            for what, value in self.identity.items():
-                if more.get("identity", {}).get(what) != value:
-                    raise InputError(
-                        f"{self.directory} holds statistics of another run ({what} "
-                        "differs): give the same arguments, or another directory"
-                    )
-            return found, more.get("windows", 0)
-        return None, 0
-
-    def due(self) -> bool:
-        """Whether it is time to save."""
-        return self.directory is not None and time.monotonic() - self.saved > SAVE_S
-
-    def save(self, found: Coactivation, windows: int) -> None:
-        """Keep what there is so far."""
-        if self.directory is None:
-            return
-        self._write("partial.npz", found, windows)
-        self.saved = time.monotonic()
-
-    def finish(self, found: Coactivation, windows: int) -> None:
-        """Keep the whole; what was in between is no longer needed."""
-        if self.directory is None:
-            return
-        if not (self.directory / "statistics.npz").is_file():
-            self._write("statistics.npz", found, windows)
-        (self.directory / "partial.npz").unlink(missing_ok=True)
-
-    def _write(self, name: str, found: Coactivation, windows: int) -> None:
-        assert self.directory is not None
-        save_statistics(
-            self.directory / name, found, identity=self.identity, windows=windows
-        )

@@ -61,7 +61,7 @@ def rows_of_weights(on: Bound, subset: Subset, slot_R: np.ndarray) -> np.ndarray
             chosen = subset.features(of)
             if len(chosen):
                 block = virtual_block(on, target, (of, chosen))
-                V_RU[row[:, None], np.arange(len(subset))[subset.of_layer(of)]] = block
+                V_RU[row, subset.of_layer(of)] = block
     return V_RU
 
 
@@ -77,16 +77,16 @@ def inhibition_of(
     *,
     plan: Plan,
 ) -> dict[str, Any]:
-    """``effect_RU``, ``released_RU`` and the tokens ``n`` of a batch of windows.
+    """``effect_RU``, ``released_RU`` and the tokens ``n`` of a batch; see `watch`.
 
     Args:
       params: the model.
-      enc: from `encoders`.
-      token_WS: token ids, negative behind the text.
-      mask_WS: bool, which positions count.
+      enc: see `watch`, also for the next two.
+      token_WS: windows.
+      mask_WS: which positions count.
       slot_R: the targets' slots in the subset.
-      theta_R: their thresholds.
-      V_RU: virtual weights into them.
+      theta_R: from `thresholds`.
+      V_RU: from `rows_of_weights`.
       plan: static sizes.
     """
     seen = watch(params, enc, token_WS, mask_WS, plan=plan)

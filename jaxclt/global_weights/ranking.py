@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -38,14 +38,7 @@ __all__ = [
 ]
 
 Kind = Literal["virtual", "era", "twera", "era_norm", "twera_norm", "coactivation"]
-KINDS: tuple[Kind, ...] = (
-    "virtual",
-    "era",
-    "twera",
-    "era_norm",
-    "twera_norm",
-    "coactivation",
-)
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Links(NamedTuple):
@@ -86,6 +79,13 @@ class TokenLinks(NamedTuple):
     era_P: np.ndarray
     twera_P: np.ndarray
     coactivation_P: np.ndarray  # share of tokens; for outputs E[p]
+
+    def strongest(self, kind: str, k: int) -> TokenLinks:
+        """The k largest by size of one of the numbers."""
+        kind = kind.removesuffix("_norm")
+        check_choice("kind", kind, ("virtual", "era", "twera", "coactivation"))
+        order = largest(getattr(self, f"{kind}_P"), k)
+        return TokenLinks(*(column[order] for column in self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,20 +248,21 @@ class GlobalWeights:
         V_UY, stats = self.input_virtual_UY, self.statistics
         if V_UY is None:
             raise InputError("no input tokens were tracked: give `input_tokens`")
-        slot, n = self.subset.slot(layer, feature), max(stats.n_tokens, 1)
-        norm = "_norm" if stats.scaled and (by or self.kind).endswith("_norm") else ""
-        ind_Y = stats.sums[f"input_ind{norm}_UY"][slot]
-        act_Y = stats.sums[f"input_act{norm}_UY"][slot]
-        total = stats.sums["sum_U"][slot]
-        return self._tokens(
+        slot, kind = self.subset.slot(layer, feature), by or self.kind
+        norm = "_norm" if stats.scaled and kind.endswith("_norm") else ""
+
+        def sums(name: str) -> np.ndarray:
+            return stats.sums[f"input_{name}_UY"][slot]
+
+        act_Y, total = sums(f"act{norm}"), stats.sums["sum_U"][slot]
+        n = max(stats.n_tokens, 1)
+        return _token_links(
             stats.input_Y,
             V_UY[slot],
-            ind_Y / n,
+            sums(f"ind{norm}") / n,
             act_Y / total if total else np.zeros_like(act_Y),
-            stats.sums["input_ind_UY"][slot] / n,
-            k,
-            by,
-        )
+            sums("ind") / n,
+        ).strongest(kind, k)
 
     def token_outputs(
         self, layer: int, feature: int, k: int = 10, *, by: Kind | None = None
@@ -278,38 +279,30 @@ class GlobalWeights:
         V_YU, stats = self.output_virtual_YU, self.statistics
         if V_YU is None:
             raise InputError("no output tokens were tracked: give `output_tokens`")
-        slot, n = self.subset.slot(layer, feature), max(stats.n_tokens, 1)
-        norm = "_norm" if (by or self.kind).endswith("_norm") else ""
+        slot, kind = self.subset.slot(layer, feature), by or self.kind
+        norm, n = "_norm" if kind.endswith("_norm") else "", max(stats.n_tokens, 1)
         act_Y = stats.sums[f"output_act{norm}_YU"][:, slot]
         sum_Y = stats.sums["output_sum_Y"]
-        return self._tokens(
+        return _token_links(
             stats.output_Y,
             V_YU[:, slot],
             act_Y / n,
             np.divide(act_Y, sum_Y, out=np.zeros_like(act_Y), where=sum_Y != 0),
             sum_Y / n,
-            k,
-            by,
-        )
+        ).strongest(kind, k)
 
-    def _tokens(
-        self,
-        token_Y: np.ndarray,
-        virtual_Y: np.ndarray,
-        era_Y: np.ndarray,
-        twera_Y: np.ndarray,
-        share_Y: np.ndarray,
-        k: int,
-        by: Kind | None,
-    ) -> TokenLinks:
-        era_Y, twera_Y = era_Y * virtual_Y, twera_Y * virtual_Y
-        value = {"virtual": virtual_Y, "era": era_Y, "twera": twera_Y}
-        value["coactivation"] = share_Y
-        kind = (by or self.kind).removesuffix("_norm")
-        check_choice("kind", kind, value)
-        order = largest(value[kind], k)
-        columns = (token_Y, virtual_Y, era_Y, twera_Y, share_Y)
-        return TokenLinks(*(column[order] for column in columns))
+
+def _token_links(
+    token_Y: np.ndarray,
+    virtual_Y: np.ndarray,
+    era_Y: np.ndarray,
+    twera_Y: np.ndarray,
+    share_Y: np.ndarray,
+) -> TokenLinks:
+    """Links of virtual weights, and of what text multiplies them by."""
+    return TokenLinks(
+        token_Y, virtual_Y, era_Y * virtual_Y, twera_Y * virtual_Y, share_Y
+    )
 
 
 def _dense(x: Matrix) -> np.ndarray:
@@ -318,11 +311,9 @@ def _dense(x: Matrix) -> np.ndarray:
 
 def _at(x: Matrix, row: np.ndarray, column: np.ndarray) -> np.ndarray:
     """Entries as float64."""
-    if not len(row):
+    if not len(row):  # which sparse matrices have no answer to
         return np.zeros(0)
-    if isinstance(x, csr_array):
-        return np.asarray(x[row, column], np.float64).ravel()
-    return np.asarray(x[row, column], np.float64)
+    return np.asarray(x[row, column], np.float64).ravel()
 
 
 def largest(value_N: np.ndarray, k: int) -> np.ndarray:

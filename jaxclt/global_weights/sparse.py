@@ -45,14 +45,7 @@ def sparse_sums(
     """The sums of `token_sums` for pairs, as sparse float64 matrices on the host.
 
     Costs a step for each pair of features that fire on a token, so it suits sparse
-    dictionaries: a few hundred active features a token.
-
-    Args:
-      params: the model.
-      enc: from `encoders`.
-      token_WS: token ids, negative behind the text.
-      mask_WS: bool, which positions count.
-      plan: static sizes; heads are not used.
+    dictionaries: a few hundred active features a token. Heads are not used.
     """
     a_UT, scale_LT, found = _watch(params, enc, token_WS, mask_WS, plan=plan)
     scale = np.asarray(scale_LT, np.float64) if plan.scaled else None

@@ -194,7 +194,7 @@ def watch(
     Args:
       params: the model.
       enc: from `encoders`.
-      token_WS: token ids; padding (negative) stands behind the text.
+      token_WS: token ids; padding (negative) comes after the text.
       mask_WS: bool, which positions count.
       plan: static sizes.
     """
@@ -331,16 +331,9 @@ def token_sums(
     *,
     plan: Plan,
 ) -> Sums:
-    """All sums of `Coactivation` over a batch of windows, dense.
+    """All sums of `Coactivation` over a batch of windows, dense; see `watch`.
 
-    Args:
-      params: the model.
-      enc: from `encoders`.
-      token_WS: token ids, negative behind the text.
-      mask_WS: bool, which positions count (as targets and as sources).
-      input_Y: tracked input tokens, or None.
-      output_Y: tracked output tokens, or None; costs the unembedding.
-      plan: static sizes.
+    Tracked input and output tokens are given or None; the latter cost the unembedding.
     """
     seen = watch(params, enc, token_WS, mask_WS, plan=plan)
     scale_LT = seen.scale_LT if plan.scaled else None

@@ -5,24 +5,22 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
 
 from jaxclt.clt.coder import Bound, Dictionary
 from jaxclt.clt.subset import Subset
 from jaxclt.errors import check_at_least
-from jaxclt.files.atomic import atomic_path
+from jaxclt.files.atomic import write_text
 from jaxclt.files.json_text import to_json
 from jaxclt.global_weights import ranking
 from jaxclt.global_weights.build import virtual_blocks
 from jaxclt.global_weights.files import SavedGlobals, load_globals, save_globals
-from jaxclt.global_weights.ranking import GlobalWeights, Kind
-from jaxclt.global_weights.weights import embedding_weights, logit_weights
+from jaxclt.global_weights.ranking import GlobalWeights, Kind, Links
+from jaxclt.global_weights.weights import embedding_weights, highest, logit_weights
 from jaxclt.io.model import Model
 from jaxclt.text.features import bound_of
 from jaxclt.viewer.globals_page import globals_page
@@ -53,7 +51,7 @@ def write_globals(
       top: links kept: the strongest inputs and outputs of every feature by |V|, |ERA|
         and |TWERA| each (sparse statistics: by the last two and |V| among the pairs
         that fire together).
-      meta: more to tell.
+      meta: more for the report.
       on_layer: progress of the vocabulary weights, layer by layer.
 
     Raises:
@@ -71,8 +69,8 @@ def write_globals(
     )
     share = ranking.interference(stats, blocks)
     tables = _token_tables(on, stats.subset, on_layer)
-    ids = np.unique(np.concatenate([tables[name].ravel() for name in _TOKEN_TABLES]))
-    told = (meta or {}) | {
+    ids = np.unique([tables[f"{name}_token_UK"] for name in _TOKENS])
+    about = (meta or {}) | {
         "schema": 1,
         "model": model.name,
         "dictionary": dictionary.name,
@@ -87,9 +85,9 @@ def write_globals(
         "interference": share,
     }
     texts = model.tokenizer.token_strings(ids.tolist())
+    token_text = {str(i): t for i, t in zip(ids.tolist(), texts, strict=True)}
     found = SavedGlobals(
-        meta=told
-        | {"token_text": {str(i): t for i, t in zip(ids.tolist(), texts, strict=True)}},
+        meta=about | {"token_text": token_text},
         links=links,
         subset=stats.subset,
         frequency_U=stats.frequency.astype(np.float32),
@@ -97,10 +95,8 @@ def write_globals(
         **tables,
     )
     save_globals(out / "globals.npz", found)
-    with atomic_path(out / "index.html") as temporary:
-        temporary.write_text(globals_page(page_document(found)), encoding="utf-8")
-    with atomic_path(out / "report.json") as temporary:
-        temporary.write_text(to_json(told, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "index.html", globals_page(page_document(found)))
+    write_text(out / "report.json", to_json(about, indent=1) + "\n")
     return found
 
 
@@ -138,14 +134,14 @@ def page_document(found: SavedGlobals, *, k: int = PAGE_LINKS) -> dict[str, Any]
     ]
     tokens = [
         [
-            [list(pair) for pair in zip(ids, short(weight_K), strict=True)]
-            for ids, weight_K in zip(
-                getattr(found, f"{name}_token_UK").tolist(),
+            _rows(token_K.tolist(), short(weight_K))
+            for token_K, weight_K in zip(
+                getattr(found, f"{name}_token_UK"),
                 getattr(found, f"{name}_weight_UK"),
                 strict=True,
             )
         ]
-        for name in ("input", "output", "lowest")
+        for name in _TOKENS
     ]
     meta = found.meta
     return {
@@ -154,35 +150,25 @@ def page_document(found: SavedGlobals, *, k: int = PAGE_LINKS) -> dict[str, Any]
         "attention is not in them.",
         "k": k,
         "texts": meta["token_text"],
-        "features": [
-            list(row)
-            for row in zip(
-                subset.layer_U.tolist(),
-                subset.feature_U.tolist(),
-                short(found.frequency_U),
-                short(found.mean_U),
-                *tokens,
-                strict=True,
-            )
-        ],
-        "links": [
-            list(row)
-            for row in zip(
-                source_P[keep_P].tolist(),
-                target_P[keep_P].tolist(),
-                *columns,
-                strict=True,
-            )
-        ],
+        "features": _rows(
+            subset.layer_U.tolist(),
+            subset.feature_U.tolist(),
+            short(found.frequency_U),
+            short(found.mean_U),
+            *tokens,
+        ),
+        "links": _rows(source_P[keep_P].tolist(), target_P[keep_P].tolist(), *columns),
     }
 
 
-_TOKEN_TABLES = ("input_token_UK", "output_token_UK", "lowest_token_UK")
+def _rows(*columns: list[Any]) -> list[list[Any]]:
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
-@partial(jax.jit, static_argnames="k")
-def _highest(x_RV: Array, k: int) -> tuple[Array, Array]:
-    return jax.lax.top_k(x_RV, k)
+_TOKENS = ("input", "output", "lowest")  # read most, raised most, lowered most
+
+
+_highest = jax.jit(highest, static_argnames="k")
 
 
 def _token_tables(
@@ -247,51 +233,46 @@ def neighbourhood(
     if isinstance(weights, str | os.PathLike):
         weights = load_globals(weights)
     slot = weights.subset.slot(layer, feature)
+    text: dict[str, str] = {}
+    tables: dict[str, np.ndarray] = {}
     if isinstance(weights, SavedGlobals):
-        by = by or weights.meta["by"]
+        kind, n_tokens = weights.meta["by"], weights.meta["tokens"]
         frequency, mean = weights.frequency_U[slot], weights.mean_U[slot]
-        tables = {name: getattr(weights, name)[slot] for name in _token_fields()}
-        n_tokens, text = weights.meta["tokens"], weights.meta["token_text"]
+        text = weights.meta["token_text"]
+        for name in _TOKENS:
+            for key in (f"{name}_token_UK", f"{name}_weight_UK"):
+                tables[key] = getattr(weights, key)[slot]
     else:
-        by = by or weights.kind
-        stats = weights.statistics
+        stats, kind = weights.statistics, weights.kind
+        n_tokens = stats.n_tokens
         frequency, mean = stats.frequency[slot], stats.mean[slot]
-        n_tokens, text, tables = stats.n_tokens, {}, {}
         if model is not None and dictionary is not None:
-            one = Subset(
-                weights.subset.layer_U[slot : slot + 1],
-                weights.subset.feature_U[slot : slot + 1],
-                weights.subset.n_layers,
-            )
             on = bound_of(dictionary, model)
+            one = Subset.of(np.asarray([[layer, feature]]), on.shape)
             found = _token_tables(on, one, lambda done, total: None)
-            tables = {name: value[0] for name, value in found.items()}
-            ids = np.unique(np.concatenate([tables[n] for n in _TOKEN_TABLES])).tolist()
+            tables = {key: x_1K[0] for key, x_1K in found.items()}
+            ids = np.unique([tables[f"{name}_token_UK"] for name in _TOKENS]).tolist()
             strings = model.tokenizer.token_strings(ids)
             text = {str(i): t for i, t in zip(ids, strings, strict=True)}
 
-    def links(found: ranking.Links, end: str) -> list[dict[str, Any]]:
-        rows = found.rows()
+    def links(found: Links, end: str) -> list[dict[str, Any]]:
         names = ("virtual", "era", "twera", "era_norm", "twera_norm", "coactivation")
         return [
             {"layer": row[f"{end}_layer"], "feature": row[f"{end}_feature"]}
             | {name: row[name] for name in names}
-            for row in rows
+            for row in found.rows()
         ]
 
     def tokens(name: str) -> list[dict[str, Any]]:
-        if f"{name}_token_UK" not in tables:
+        if not tables:
             return []
-        pairs = zip(
-            tables[f"{name}_token_UK"].tolist(),
-            tables[f"{name}_weight_UK"].tolist(),
-            strict=True,
-        )
+        token_K, weight_K = (tables[f"{name}_{x}_UK"][:k] for x in ("token", "weight"))
         return [
             {"token": token, "text": text.get(str(token), ""), "weight": weight}
-            for token, weight in list(pairs)[:k]
+            for token, weight in zip(token_K.tolist(), weight_K.tolist(), strict=True)
         ]
 
+    by = by or kind
     return {
         "feature": {
             "layer": layer,
@@ -307,8 +288,3 @@ def neighbourhood(
         "tokens_out": tokens("output"),
         "tokens_out_lowest": tokens("lowest"),
     }
-
-
-def _token_fields() -> list[str]:
-    names = [name.removesuffix("_token_UK") for name in _TOKEN_TABLES]
-    return [f"{name}_{what}_UK" for name in names for what in ("token", "weight")]

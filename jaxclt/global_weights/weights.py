@@ -35,6 +35,7 @@ __all__ = [
     "Tile",
     "embedding_weights",
     "folded_encoder",
+    "highest",
     "logit_weights",
     "strongest_virtual",
     "summed_writes",
@@ -43,20 +44,15 @@ __all__ = [
     "written_logits",
 ]
 
-_GROUP = 8  # columns whose largest is looked at first
-
 
 def folded_encoder(
     on: Bound,
     layer: int,
     feature_R: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Encoder rows [R, D] at the residual stream, the norm but its scale folded in.
+    """Encoder rows [R, D] of a layer's features (None: all of them) in the stream.
 
-    Args:
-      on: the dictionary on its model.
-      layer: of the features.
-      feature_R: which; None for all.
+    The norm but its scale is folded in.
     """
     if feature_R is None:
         feature_R = np.arange(on.shape.n_features)
@@ -80,12 +76,9 @@ def virtual_block(
     target: tuple[int, np.ndarray],
     source: tuple[int, np.ndarray],
 ) -> np.ndarray:
-    """Virtual weights [R, N] between some features of two layers.
+    """Virtual weights [R, N] between features of two layers, given with the layers.
 
-    Args:
-      on: the dictionary on its model.
-      target: layer and feature indices [R].
-      source: layer and feature indices [N]; zeros unless it lies below.
+    Zero unless the source lies below.
     """
     (to, feature_R), (of, feature_N) = target, source
     feature_R, feature_N = np.asarray(feature_R), np.asarray(feature_N)
@@ -174,24 +167,25 @@ class Strongest(NamedTuple):
     output_weight_UK: np.ndarray
 
 
-def top(x_RN: Array, k: int) -> tuple[Array, Array]:
-    """Values and columns [R, k] of the largest |x| of each row, exactly.
+def highest(x_RN: Array, k: int, group: int = 8) -> tuple[Array, Array]:
+    """Values and columns [R, k] of the largest of each row, of equals the first.
 
-    The largest k columns lie in the k groups of columns with the largest maxima, so
-    that only those are searched: a maximum is much cheaper than a selection.
+    They lie in the k groups of columns with the largest maxima, so that only those are
+    searched, in the order of columns: a maximum is much cheaper than a selection.
     """
     R, N = x_RN.shape
-    n_groups = N // _GROUP
-    if N % _GROUP or n_groups <= 2 * k:
-        _, index_RK = jax.lax.top_k(jnp.abs(x_RN), min(k, N))
-        return jnp.take_along_axis(x_RN, index_RK, 1), index_RK
-    x_RGJ = x_RN.reshape(R, n_groups, _GROUP)
-    _, group_RK = jax.lax.top_k(jnp.abs(x_RGJ).max(2), k)
+    n_groups = -(-N // group)
+    if n_groups <= 2 * k:
+        return jax.lax.top_k(x_RN, min(k, N))
+    lowest = jnp.asarray(-jnp.inf, x_RN.dtype)
+    room = ((0, 0), (0, n_groups * group - N))
+    x_RGJ = jnp.pad(x_RN, room, constant_values=lowest).reshape(R, n_groups, group)
+    _, group_RK = jax.lax.top_k(x_RGJ.max(2), k)
+    group_RK = jnp.sort(group_RK, 1)
     near_RKJ = jnp.take_along_axis(x_RGJ, group_RK[:, :, None], 1)
-    near_RN = near_RKJ.reshape(R, -1)
-    _, at_RK = jax.lax.top_k(jnp.abs(near_RN), k)
-    group_RK = jnp.take_along_axis(group_RK, at_RK // _GROUP, 1)
-    return jnp.take_along_axis(near_RN, at_RK, 1), group_RK * _GROUP + at_RK % _GROUP
+    value_RK, at_RK = jax.lax.top_k(near_RKJ.reshape(R, -1), k)
+    group_RK = jnp.take_along_axis(group_RK, at_RK // group, 1)
+    return value_RK, group_RK * group + at_RK % group
 
 
 Best = tuple[Array, Array]  # values and slots [width, k]
@@ -204,7 +198,8 @@ def _update(
     """The best so far with one more block; `first` are its first row's and column's."""
 
     def merge(best: Best, x_RN: Array, start: Array) -> Best:
-        value_RK, column_RK = top(x_RN, k)
+        _, column_RK = highest(jnp.abs(x_RN), k)
+        value_RK = jnp.take_along_axis(x_RN, column_RK, 1)
         slot_RK = column_RK.astype(start.dtype) + start
         slot_RK = jnp.where(value_RK == 0, -jnp.ones_like(slot_RK), slot_RK)
         value = jnp.concatenate([best[0], value_RK], 1)
@@ -224,12 +219,6 @@ def strongest_virtual(
     """The strongest inputs and outputs of every feature, by size of virtual weight.
 
     Streams `virtual_tiles`: memory is of one block and of the result.
-
-    Args:
-      on: the dictionary on its model.
-      subset: the features.
-      k: how many of each.
-      on_block: progress.
     """
     count_L = np.diff(subset.starts)
     width, dtype = int(count_L.max()), on.dtype
@@ -237,7 +226,6 @@ def strongest_virtual(
     def none() -> Best:
         return jnp.zeros((width, k), dtype), -jnp.ones((width, k), jnp.int32)
 
-    L = subset.n_layers
     into: list[Best | None] = [none() if n else None for n in count_L]
     out: list[Best | None] = [none() if n else None for n in count_L]
     for tile in virtual_tiles(on, subset, on_block):
@@ -249,11 +237,11 @@ def strongest_virtual(
         into[t], out[s] = _update(tile.value_RN, best_t, best_s, first, k=k)
 
     def gather(best: list[Best | None], part: int) -> np.ndarray:
-        rows = []
-        for layer in range(L):
-            found = best[layer]
-            if found is not None:
-                rows.append(np.asarray(found[part])[: count_L[layer]])
+        rows = [
+            np.asarray(found[part])[:n]
+            for found, n in zip(best, count_L, strict=True)
+            if found is not None
+        ]
         return np.concatenate(rows)
 
     return Strongest(gather(into, 1), gather(into, 0), gather(out, 1), gather(out, 0))
@@ -303,14 +291,9 @@ def logit_weights(
     """Virtual weights [N, Y] from features to demeaned logits ("output weights").
 
     The gain of the final norm is folded in, its denominator is not; logits are those
-    before a cap. Over the whole
-    vocabulary the weights of a feature sum to zero.
+    before a cap. Over the whole vocabulary the weights of a feature sum to zero.
 
-    Args:
-      on: the dictionary on its model.
-      layer: of the features.
-      feature_N: which; None for all.
-      token_Y: which tokens; None for the whole vocabulary.
+    Arguments as for `embedding_weights`.
     """
     cfg = on.shape
     feature_N = np.arange(cfg.n_features) if feature_N is None else feature_N

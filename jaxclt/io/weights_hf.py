@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from jaxclt.errors import InputError, shown
-from jaxclt.files.atomic import atomic_path
+from jaxclt.files.atomic import atomic_path, write_text
 from jaxclt.files.json_file import read_json
 from jaxclt.files.json_text import to_json
 from jaxclt.io.families import describe_hf
@@ -185,8 +185,7 @@ def save_hf(params: LMParams, cfg: LMConfig, directory: str | os.PathLike[str]) 
             tensors[name] = np.ascontiguousarray(from_leaf(one, row, cfg))
     with atomic_path(root / "model.safetensors") as path:
         save_file(tensors, path, metadata={"format": "pt"})
-    with atomic_path(root / "config.json") as path:
-        path.write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
+    write_text(root / "config.json", to_json(config, indent=2) + "\n")
 
 
 def _our_name(name: str, layout: Layout) -> str:

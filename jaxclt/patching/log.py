@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxclt.files.atomic import atomic_path
+from jaxclt.files.atomic import write_text
 from jaxclt.files.guard import locked
 from jaxclt.files.json_file import find_json
 from jaxclt.files.json_text import finite, to_json
@@ -63,8 +63,7 @@ def keep_patch(directory: Path, record: dict[str, Any], meta: GraphMeta) -> None
             if isinstance(p, dict) and _made_of(p) != _made_of(record)
         ]
         text = to_json({**about, "patches": [record, *kept][:MOST]})
-        with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, text)
 
 
 def _made_of(record: dict[str, Any]) -> str:

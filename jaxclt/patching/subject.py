@@ -35,7 +35,6 @@ from jaxclt.graph.targets import salient_targets
 from jaxclt.io.dictionary import load_dictionary
 from jaxclt.io.graph_file import load_graph
 from jaxclt.io.model import Model, load_model
-from jaxclt.io.tokenizer import Bos
 from jaxclt.lm.run import Run
 from jaxclt.patching.batch import (
     chunk_size,
@@ -51,8 +50,7 @@ from jaxclt.patching.local import Local, Tables, make_local
 from jaxclt.patching.modes import patched
 from jaxclt.patching.patchable import How, Mode, Patchable, make_patchable
 from jaxclt.text.prompts import Prompt
-from jaxclt.trace.again import record_again, same_hash
-from jaxclt.trace.prompt import prompt_tokens, record_text
+from jaxclt.trace.record import prompt_tokens, record_again, record_text, same_hash
 from jaxclt.types import Supernode
 
 __all__ = ["Reopened", "Subject", "reopen"]
@@ -127,8 +125,6 @@ class Subject:
         model: Model,
         dictionary: Dictionary,
         prompt: Graph | Prompt,
-        *,
-        bos: Bos = "auto",
     ) -> Subject:
         """Record a prompt.
 
@@ -136,7 +132,6 @@ class Subject:
           model: from `load_model`.
           dictionary: from `load_dictionary`.
           prompt: the graph of one, or text, token ids or a chat.
-          bos: for text, whether a beginning-of-sequence token is put first.
 
         Raises:
           InputError: if the graph belongs to another model or dictionary, or the prompt
@@ -147,7 +142,7 @@ class Subject:
             if isinstance(prompt, Graph):
                 recording = record_again(prompt, model, dictionary, pad=False)
             else:
-                ids = prompt_tokens(model, prompt, bos)
+                ids = prompt_tokens(model, prompt)
                 recording = record_text(model, ids, available_bytes(), pad=False)
         return cls(
             model=model,

@@ -1,1 +1,1 @@
-"""What a long run needs: its directory held, its pace told, its work kept."""
+"""What a long run needs: a directory to itself, progress in lines, its work kept."""

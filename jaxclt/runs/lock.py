@@ -27,8 +27,8 @@ from jaxclt.files.owner import is_gone, owner
 __all__ = ["LOCK", "held"]
 
 LOCK = ".jaxclt.lock"
-_COMMAND = 80  # characters of it that are told
-_WAIT_S = 0.2  # in which another process, about to end, may let go
+_COMMAND = 80  # characters of it that a message quotes
+_WAIT_S = 0.2  # for another process, about to end, to let go
 
 _held: set[Path] = set()  # by this process, which may enter again
 
@@ -37,11 +37,11 @@ _held: set[Path] = set()  # by this process, which may enter again
 def held(out: str | os.PathLike[str], *, beside: bool = False) -> Iterator[None]:
     """Hold a directory, so that other processes that would write into it refuse.
 
-    It is made if it is not there, and removed again if nothing came to lie in it.
+    It is made if need be, and removed again if it stays empty.
 
     Args:
       out: directory.
-      beside: the lock lies beside it, for one that is to appear whole.
+      beside: put the lock next to it, for a directory that appears all at once.
 
     Raises:
       InputError: if another process holds it, which the line names, or the lock cannot
@@ -99,7 +99,7 @@ def _taken(path: Path, out: Path) -> int:
 
 
 def _other(handle: int, path: Path) -> tuple[dict[str, Any] | None, bool]:
-    """Who else holds the file, None if we do now; and whether locks are to be had."""
+    """Who else holds the file, None if we do now; and whether locks work here."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""How far long work is, in lines for where no bar is drawn: logs, pipes, notebooks."""
+"""Progress of long work in lines, where no bar is drawn: logs, pipes, notebooks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ EVERY_S = 10.0  # between two lines
 
 
 class Pace:
-    """A line every ten seconds at most: what, done of total, rate, time left.
+    """At most one line every ten seconds: what, done of total, rate, time left.
 
     Nothing is said in the first ten seconds, so that short work stays quiet.
 
     Args:
-      say: told each line.
+      say: gets each line.
       clock: seconds.
     """
 
@@ -32,14 +32,14 @@ class Pace:
     def __call__(
         self, what: str, done: int, total: int, *, unit: str = "/s", note: str = ""
     ) -> None:
-        """Hear that `done` of `total` of `what` are done.
+        """Take note that `done` of `total` of `what` are done.
 
         Args:
           what: name of the stage.
           done: so far.
           total: planned.
-          unit: behind the rate.
-          note: said instead of the rate.
+          unit: after the rate.
+          note: instead of the rate.
         """
         now = self.clock()
         if what != self.what or done < self.first:

@@ -1,4 +1,4 @@
-"""What the server says of its own: JSON, refusals, the list, and where the token is."""
+"""The server's own words: JSON, refusals, the list, and where to find the token."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def list_page(graphs: Sequence[dict[str, str]]) -> str:
 
 
 def locked_page(path: str, how: str) -> str:
-    """For who has no token.
+    """The page for whoever has no token.
 
     Args:
       path: what was asked for, as addresses have it.

@@ -98,7 +98,7 @@ class _Answers:
 
     def graph(self, request: Request) -> Response:
         file = self.folder.graph(request.path_params["name"])
-        read_graph(file)  # or it is none
+        read_graph(file)  # refuses what is not a graph
         return Response(file.read_bytes(), media_type="application/json")
 
     def feature(self, request: Request) -> Response:
@@ -195,7 +195,7 @@ def _changed(_: Request, error: Exception) -> Response:
 
 
 def _failed(request: Request, error: Exception) -> Response:
-    """Our own fault, or a file that changed under our hands."""
+    """A fault of ours, or a file that changed meanwhile."""
     line = f"{type(error).__name__}: {error!s:.300}"
     full = error if _LOG.isEnabledFor(logging.DEBUG) else None
     where = request.scope["path"]

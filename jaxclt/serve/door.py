@@ -33,10 +33,10 @@ class Door:
     """An app that lets requests through to another.
 
     Args:
-      app: what is behind it.
-      hosts: names by which it may be addressed, lower case, beside the address that a
-        connection was made to.
-      token: that must be known.
+      app: where they are let through to.
+      hosts: names by which it may be addressed, in lower case, besides the address
+        that a connection was made to.
+      token: what requests must know.
       cookie: name of the cookie that keeps it.
     """
 
@@ -55,7 +55,7 @@ class Door:
         await answer(scope, receive, send)
 
     def _stop(self, request: Request) -> Response | None:
-        """The answer to who is not let through."""
+        """The answer to a request that is not let through."""
         self._check_host(request)
         path = request.scope["raw_path"]
         if len(path) > _LONGEST:
@@ -63,7 +63,7 @@ class Door:
         try:
             unquote_to_bytes(path).decode()
         except UnicodeDecodeError as error:
-            raise HTTPException(400, "the path is no UTF-8") from error
+            raise HTTPException(400, "the path is not UTF-8") from error
         here = "/" + path.decode().lstrip("/\\")  # two would begin another host
         given = request.query_params.get("token", "")
         if request.method in ("GET", "HEAD") and self._knows(given):

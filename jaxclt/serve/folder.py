@@ -1,4 +1,4 @@
-"""What of a folder is handed out: graphs, and the feature files beside them.
+"""What the server hands out from a folder: graphs, and the feature files beside them.
 
 Nothing else is, whatever its name: no hidden file or folder, nothing that links lead to
 outside, no JSON that is not a graph. The list is kept: a file is read again only when
@@ -171,7 +171,7 @@ def describe(file: Path) -> Entry | None:
     with file.open("rb") as stream:
         start = _metadata_at(stream)
         if start is None:
-            return {"error": "it is no graph"} if file.name == GRAPH else None
+            return {"error": "it is not a graph"} if file.name == GRAPH else None
         stream.seek(-min(64, stream.seek(0, os.SEEK_END)), os.SEEK_END)
         if not stream.read().rstrip().endswith(b"}"):
             return {"error": "it is cut off"}
@@ -182,11 +182,11 @@ def describe(file: Path) -> Entry | None:
                 return _told(file, json.JSONDecoder().raw_decode(text)[0])
             except (ValueError, RecursionError):
                 continue  # longer than what was read, perhaps
-    return {"error": "its metadata is no JSON"}
+    return {"error": "its metadata is not JSON"}
 
 
 def _metadata_at(stream: BinaryIO) -> int | None:
-    """Where the metadata of a graph begin; None if it is no graph.
+    """Where the metadata of a graph begin; None if it is not a graph.
 
     At its start, or anywhere in files whose keys are in another order.
     """
@@ -203,7 +203,7 @@ def _metadata_at(stream: BinaryIO) -> int | None:
 
 def _told(file: Path, meta: Any) -> Entry:
     if not isinstance(meta, dict):
-        return {"error": "its metadata is no object"}
+        return {"error": "its metadata is not an object"}
     slug, prompt = meta.get("slug"), meta.get("prompt")
     return {
         "slug": _said(slug if isinstance(slug, str) else file.stem)[:_LONGEST],

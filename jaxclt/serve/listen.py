@@ -110,7 +110,7 @@ def make_server(
         token is not one.
     """
     if not Path(directory).is_dir():
-        raise InputError(f"{directory} is no folder: give one that trace wrote to")
+        raise InputError(f"{directory} is not a folder: give one that trace wrote to")
     token = secrets.token_urlsafe(24) if token is None else token
     if not re.fullmatch(r"[A-Za-z0-9_.~-]{1,200}", token):
         raise InputError("--token must be 1 to 200 letters, digits, or _ . ~ -")
@@ -118,12 +118,12 @@ def make_server(
         if not re.fullmatch(r"[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]", name):
             raise InputError(f"--allow-host {name[:100]!r}: give a name without a port")
     if not 0 <= port < 1 << 16:
-        raise InputError(f"cannot listen at port {port}: take one from 0 to 65535")
+        raise InputError(f"cannot listen on port {port}: take one from 0 to 65535")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot listen at {host}:{port}: {error}") from error
+        raise InputError(f"cannot listen on {host}:{port}: {error}") from error
     hosts = {name.lower() for name in (*LOCAL, _name(host), *allow_host)}
     app = make_app(Folder(directory), patcher)
     cookie = f"jaxclt-{listener.getsockname()[1]}"

@@ -7,16 +7,18 @@ patch runs at a time.
 
 from __future__ import annotations
 
-import math
-import re
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from jaxclt.errors import InputError
-
-if TYPE_CHECKING:
-    from jaxclt.patching.subject import Subject
+from jaxclt.files.json_file import TEXT, check_json, json_schema, record
+from jaxclt.patching.edits import Edit
+from jaxclt.patching.log import keep_patch, patch_record
+from jaxclt.patching.modes import MODES
+from jaxclt.patching.patch import measure, plan_patch
+from jaxclt.patching.patchable import How
+from jaxclt.patching.subject import Subject, reopen
+from jaxclt.types import Supernode
 
 __all__ = ["BUSY", "FILES", "MAX_NODES", "MAX_SCALE", "Patcher"]
 
@@ -25,7 +27,19 @@ FILES = ("graph.npz", "report.json")  # read for a patch, beside graph.json
 MAX_NODES = 512
 MAX_SCALE = 100.0
 MAX_NAME = 300
-MODES = ("constrained", "iterative", "additive")
+
+_NODE = {"type": "string", "pattern": "^[0-9]{1,9}_[0-9]{1,9}_[0-9]{1,9}$"}
+_NODES = {"type": "array", "items": _NODE, "minItems": 1, "maxItems": MAX_NODES}
+_CHANGE = json_schema(
+    record(
+        {"nodes": _NODES},
+        {
+            "scale": {"type": "number", "minimum": -MAX_SCALE, "maximum": MAX_SCALE},
+            "mode": {"enum": list(MODES)},
+            "name": {**TEXT, "maxLength": MAX_NAME},
+        },
+    )
+)
 
 
 class Patcher:
@@ -56,12 +70,6 @@ class Patcher:
         if not self._running.acquire(blocking=False):
             return None
         try:
-            from jaxclt.patching.edits import Edit
-            from jaxclt.patching.log import keep_patch, patch_record
-            from jaxclt.patching.patch import measure, plan_patch
-            from jaxclt.patching.patchable import How
-            from jaxclt.types import Supernode
-
             subject = self._of(directory)
             places = tuple((layer, pos, feature) for layer, feature, pos in nodes)
             group = Supernode(name or "patched", places)
@@ -74,9 +82,7 @@ class Patcher:
             self._running.release()
 
     def _of(self, directory: Path) -> Subject:
-        """The recorded prompt of a directory, again only if its graph is another."""
-        from jaxclt.patching.subject import Subject, reopen
-
+        """The recorded prompt of a directory; again if its graph has changed."""
         state = (directory / FILES[0]).stat()
         stamp = (str(directory), state.st_mtime_ns, state.st_size)
         if self._subject is None or stamp != self._stamp:
@@ -87,39 +93,13 @@ class Patcher:
         return self._subject
 
 
-def read_change(change: Any) -> tuple[list[tuple[int, int, int]], float, Any, str]:
+def read_change(change: Any) -> tuple[list[tuple[int, ...]], float, Any, str]:
     """(layer, feature, pos) of the nodes, factor, mode and name of what was asked.
 
     Raises:
       InputError: if it is not as `Patcher.patch` says.
     """
-    if not isinstance(change, dict):
-        raise InputError("what is to be patched is no JSON object")
-    ids, scale = change.get("nodes"), change.get("scale", 0.0)
-    mode, name = change.get("mode", MODES[0]), change.get("name", "")
-    if not isinstance(ids, list) or not 0 < len(ids) <= MAX_NODES:
-        raise InputError(f"nodes must be a list of 1 to {MAX_NODES} node ids")
-    nodes = []
-    for i in ids:
-        match = (
-            re.fullmatch(r"(\d{1,9})_(\d{1,9})_(\d{1,9})", i, re.ASCII)
-            if isinstance(i, str)
-            else None
-        )
-        if match is None:
-            raise InputError(
-                f"{str(i)[:60]!r} is no feature: ids are layer_feature_pos"
-            )
-        layer, feature, pos = map(int, match.groups())
-        nodes.append((layer, feature, pos))
-    if (
-        type(scale) not in (int, float)
-        or not math.isfinite(scale)
-        or abs(scale) > MAX_SCALE
-    ):
-        raise InputError(f"scale must be a number from -{MAX_SCALE:g} to {MAX_SCALE:g}")
-    if mode not in MODES:
-        raise InputError(f"mode must be one of {', '.join(MODES)}")
-    if not isinstance(name, str) or len(name) > MAX_NAME:
-        raise InputError(f"name must be text of at most {MAX_NAME} characters")
-    return nodes, float(scale), mode, name
+    check_json(change, _CHANGE, "what is to be patched")
+    nodes = [tuple(map(int, i.split("_"))) for i in change["nodes"]]
+    mode, name = change.get("mode", "constrained"), change.get("name", "")
+    return nodes, float(change.get("scale", 0.0)), mode, name

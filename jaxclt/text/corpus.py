@@ -1,9 +1,9 @@
-"""Text to windows of tokens, held-out documents apart.
+"""Text becomes windows of tokens; some documents are held out.
 
 A document is a file, a line of a .jsonl file (its ``text``), or a part of a file
 between ``<|endoftext|>`` marks; long ones are cut at line ends into pieces, which
 count as documents. Documents are put in the order of their SHA-256, which shuffles
-them, drops copies, and decides who is held out, all without a random state.
+them, drops copies, and decides which are held out, all without a random state.
 
 Special tokens are never trained on, nor is the first position of a window: there many
 models park attention, with activations hundreds of times larger than elsewhere.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,8 @@ from jaxclt.files.lines import json_rows, text_of
 from jaxclt.io.tokenizer import Tokenizer
 from jaxclt.text.hub import PREFIX, stream_texts
 
-__all__ = [
-    "Windows",
-    "check_context",
-    "cut_windows",
-    "pack_windows",
-    "read_documents",
-    "split_documents",
-]
+__all__ = ["Windows", "by_hash", "check_context", "countable", "cut_windows"]
+__all__ += ["pack_windows", "read_documents", "split_documents"]
 
 SUFFIXES = (".txt", ".md", ".rst", ".utf8", ".jsonl")
 PIECE = 20_000  # characters
@@ -41,7 +35,7 @@ PAD = -1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Token windows [W, S], int32, padded with -1 behind the text."""
+    """Token windows [W, S], int32, padded with -1 after the text."""
 
     train_WS: np.ndarray
     held_WS: np.ndarray
@@ -61,11 +55,11 @@ class Windows:
         """Windows with their digest.
 
         Args:
-          train_WS: token ids [W, S], padded with -1 behind the text.
+          train_WS: token ids [W, S], padded with -1 after the text.
           held_WS: likewise, never trained on.
           special: token ids that are never trained on.
           first: train on the first position too. Models of text park attention there;
-            one trained on short prompts of its own may not.
+            one trained only on short prompts may not.
         """
         train_WS, held_WS = (np.asarray(x, np.int32) for x in (train_WS, held_WS))
         digest = hashlib.sha256(train_WS.tobytes() + b"|" + held_WS.tobytes())
@@ -79,18 +73,25 @@ class Windows:
         )
 
     def valid(self, token_WS: np.ndarray) -> np.ndarray:
-        """Which positions of windows like these are trained on, bool [W, S].
+        """Which positions of windows like these are trained on, bool [W, S]."""
+        return countable(token_WS, self.special, first=self.first)
 
-        No padding and no special token, and the first position only if `first`.
-        """
-        valid_WS = (token_WS != PAD) & ~np.isin(token_WS, sorted(self.special))
-        if not self.first:
-            valid_WS[:, 0] = False
-        return valid_WS
+
+def countable(
+    token_WS: np.ndarray, special: Collection[int], *, first: bool = False
+) -> np.ndarray:
+    """Which positions of windows count, bool [W, S].
+
+    No padding and no special token, and the first position only if `first`.
+    """
+    counts_WS = (token_WS != PAD) & ~np.isin(token_WS, sorted(special))
+    if not first:
+        counts_WS[:, 0] = False
+    return counts_WS
 
 
 def check_context(size: int, n_ctx: int) -> None:
-    """Raise InputError if windows of text cannot have so many positions.
+    """Raise InputError if windows of text cannot have this many positions.
 
     The first is never trained on; beyond its context a model does not know where it is.
     """
@@ -156,6 +157,12 @@ def _pieces(text: str) -> Iterator[str]:
         text = text[end:].strip()
 
 
+def by_hash(documents: Iterable[str]) -> dict[str, str]:
+    """Documents in the order of their hashes, each once."""
+    found = {hashlib.sha256(text.encode()).hexdigest(): text for text in documents}
+    return dict(sorted(found.items()))
+
+
 def split_documents(
     documents: Iterator[str], held: Iterator[str] | None, share: float
 ) -> tuple[list[str], list[str]]:
@@ -170,20 +177,19 @@ def split_documents(
     Raises:
       InputError: if either part would be empty.
     """
-    by_hash = {hashlib.sha256(d.encode()).hexdigest(): d for d in documents}
-    order = sorted(by_hash)
+    every = by_hash(documents)
     if held is not None:
-        apart = {hashlib.sha256(d.encode()).hexdigest(): d for d in held}
+        apart = by_hash(held)
     else:
         # Hashes are uniform: the smallest ones are a random share.
-        apart = {h: by_hash[h] for h in order[: max(1, round(len(order) * share))]}
-    train = [by_hash[h] for h in order if h not in apart]
+        apart = dict(list(every.items())[: max(1, round(len(every) * share))])
+    train = [text for key, text in every.items() if key not in apart]
     if not train or not apart:
         raise InputError(
-            f"the data has {len(by_hash)} documents; at least one to train on and one "
+            f"the data has {len(every)} documents; at least one to train on and one "
             "to hold out are needed"
         )
-    return train, [apart[h] for h in sorted(apart)]
+    return train, list(apart.values())
 
 
 def cut_windows(
@@ -203,7 +209,7 @@ def cut_windows(
       held: held-out documents.
       tokenizer: of the model; its bos opens every window if the model was trained so.
       size: positions of a window.
-      train_tokens: stop after so many; fewer mean that the run sees some twice.
+      train_tokens: stop after this many; with fewer the run sees some twice.
       held_tokens: likewise.
       on_tokens: progress.
     """
@@ -230,7 +236,7 @@ def pack_windows(
       documents: texts, in the order they are taken.
       tokenizer: of the model; its bos opens every window if the model was trained so.
       size: positions of a window.
-      n_tokens: stop after the batch of documents that reaches so many.
+      n_tokens: stop after the batch of documents that reaches this many.
       on_tokens: progress.
 
     Raises:

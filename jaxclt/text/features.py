@@ -27,9 +27,6 @@ Features = str | os.PathLike[str] | Subset | np.ndarray | Sequence[Sequence[int]
 SELECT_TOKENS = 16_384  # positions that features are chosen on
 
 
-# -- which features --------------------------------------------------------------------
-
-
 def bound_of(dictionary: Dictionary, model: Model) -> Bound:
     """A dictionary that has global weights, on its model.
 

@@ -5,9 +5,9 @@ dataset, its revision, configuration and split, and the column that holds the te
 but the name can be left out. A local folder of parquet or jsonl files works as a name
 too: ``hub:./folder``.
 
-A stream has no end that one would wait for: as many documents are taken as the run
-needs, from its start. Their order is then that of their hashes, as for local files, and
-the run keeps its token windows, so the hub is asked once.
+A stream may be endless: as many documents are taken from its start as the run needs.
+Their order is then that of their hashes, as for local files, and the run keeps its
+token windows, so that the hub is asked only once.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def parse_hub_text(source: str) -> HubText:
 
 
 def stream_texts(source: str, characters: int) -> Iterator[str]:
-    """Texts of a dataset from its start, until they have so many characters.
+    """Texts of a dataset from its start, until they have this many characters.
 
     Args:
       source: see `parse_hub_text`.

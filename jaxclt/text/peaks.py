@@ -59,7 +59,7 @@ class Batch:
     """W windows of one batch.
 
     Attributes:
-      token_WS: int32, negative behind the text.
+      token_WS: int32, negative after the text.
       mask_WS: bool, which positions count.
       window_W: uint32, their numbers in the text.
       sample_H: int32, rows that histograms are made of.

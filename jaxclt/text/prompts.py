@@ -15,12 +15,34 @@ from jaxclt.files.lines import json_rows, text_of
 from jaxclt.io.chat import Message, check_messages, is_chat
 from jaxclt.io.tokenizer import Bos, Tokenizer
 
-__all__ = ["Prompt", "PromptRow", "prompt_ids", "prompt_rows", "prompt_text"]
-__all__ += ["read_prompts"]
+__all__ = ["Given", "Opened", "Prompt", "PromptRow", "prompt_ids", "prompt_rows"]
+__all__ += ["prompt_text", "read_prompts"]
+
 
 # Text, token ids as they stand, or messages {"role", "content"} that the model's own
 # template makes a text of, up to where the assistant is to speak.
-Prompt = str | Sequence[int] | Sequence[Message]
+Given = str | Sequence[int] | Sequence[Message]
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A prompt whose first token is chosen.
+
+    Attributes:
+      prompt: ids stay as they are.
+      bos: whether a beginning-of-sequence token is put first.
+    """
+
+    prompt: Given
+    bos: Bos = "auto"
+
+    @classmethod
+    def of(cls, prompt: Prompt) -> Opened:
+        """Any prompt; one that does not say otherwise begins as the tokenizer does."""
+        return prompt if isinstance(prompt, Opened) else cls(prompt)
+
+
+Prompt = Given | Opened
 
 _USAGE = 'write a JSON object such as {"prompt": "text"}'
 
@@ -31,25 +53,27 @@ def prompt_text(tokenizer: Tokenizer, prompt: Prompt) -> str:
     Raises:
       InputError: for messages that the model's template does not take.
     """
-    if isinstance(prompt, str):
-        return prompt
-    if is_chat(prompt):
-        return tokenizer.chat(prompt)
-    return tokenizer.decode(_whole_numbers(prompt))
+    given = Opened.of(prompt).prompt
+    if isinstance(given, str):
+        return given
+    if is_chat(given):
+        return tokenizer.chat(given)
+    return tokenizer.decode(_whole_numbers(given))
 
 
-def prompt_ids(
-    tokenizer: Tokenizer, prompt: Prompt | np.ndarray, bos: Bos = "auto"
-) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt | np.ndarray) -> list[int]:
     """Token ids of a prompt; ids that are given stay as they are, whatever they are.
 
     Raises:
-      InputError: for anything that is no prompt, and as `Tokenizer.encode` and
+      InputError: for anything that is not a prompt, and as `Tokenizer.encode` and
         `Tokenizer.chat`.
     """
-    if isinstance(prompt, str) or is_chat(prompt):
-        return tokenizer.encode(prompt_text(tokenizer, prompt), bos)
-    return _whole_numbers(prompt)
+    if isinstance(prompt, np.ndarray):
+        return _whole_numbers(prompt)
+    opened = Opened.of(prompt)
+    if isinstance(opened.prompt, str) or is_chat(opened.prompt):
+        return tokenizer.encode(prompt_text(tokenizer, opened), opened.bos)
+    return _whole_numbers(opened.prompt)
 
 
 def _whole_numbers(prompt: Any) -> list[int]:
@@ -86,10 +110,10 @@ def prompt_rows(data: str | os.PathLike[str]) -> list[PromptRow] | None:
     """The rows of a .jsonl of prompts; None if it is anything else.
 
     A row has a ``prompt``, or ``messages`` of a chat. One whose prompt is null or blank
-    is passed over.
+    is skipped.
 
     Raises:
-      InputError: if a row after the first is no prompt, or one holds no text.
+      InputError: if a row after the first is not a prompt, or one holds no text.
     """
     path = Path(data)
     if path.suffix != ".jsonl" or not path.is_file():
@@ -123,7 +147,7 @@ def _prompt_of(row: dict[str, Any], place: str) -> str | list[dict[str, str]]:
         raise InputError(f"{place}: {error}") from None
 
 
-def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
+def read_prompts(path: str | os.PathLike[str]) -> list[Given]:
     """Prompts of a .txt file (one a line) or a .jsonl file (see `prompt_rows`).
 
     Raises:
@@ -132,7 +156,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     path = Path(path)
     if path.suffix == ".jsonl" and path.is_file():
         rows = prompt_rows(path)
-        prompts: list[Prompt] = [row.prompt for row in rows or ()]
+        prompts: list[Given] = [row.prompt for row in rows or ()]
     else:
         try:
             text = path.read_text(encoding="utf-8-sig")

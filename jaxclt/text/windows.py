@@ -13,19 +13,18 @@ import numpy as np
 from jaxclt.errors import InputError, check_at_least
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Tokenizer
-from jaxclt.text.corpus import PAD, check_context, pack_windows, read_documents
+from jaxclt.text.corpus import (
+    PAD,
+    by_hash,
+    check_context,
+    countable,
+    pack_windows,
+    read_documents,
+)
 from jaxclt.text.prompts import Prompt, PromptRow, prompt_ids, prompt_rows
 
-__all__ = [
-    "BATCH_TOKENS",
-    "Data",
-    "Mask",
-    "TokenWindows",
-    "batches",
-    "check_windows",
-    "read_windows",
-    "row_ids",
-]
+__all__ = ["BATCH_TOKENS", "Data", "Mask", "TokenWindows", "batches", "check_windows"]
+__all__ += ["read_windows", "row_ids"]
 
 Data = str | os.PathLike[str] | Iterable[Prompt | np.ndarray]
 Mask = Literal["all"] | np.ndarray | Sequence[Any] | None
@@ -35,10 +34,10 @@ BATCH_TOKENS = 2048  # positions that go through the model together
 
 @dataclasses.dataclass(frozen=True)
 class TokenWindows:
-    """Windows of tokens and which of their positions count.
+    """Windows of tokens, and which of their positions count.
 
     Attributes:
-      token_WS: int32, -1 behind the text.
+      token_WS: int32, -1 after the text.
       mask_WS: bool.
     """
 
@@ -52,7 +51,7 @@ class TokenWindows:
 
     @property
     def digest(self) -> str:
-        """Tells windows apart."""
+        """A digest of tokens and mask."""
         found = hashlib.sha256(repr(self.token_WS.shape).encode())
         found.update(self.token_WS.tobytes() + self.mask_WS.tobytes())
         return found.hexdigest()
@@ -62,7 +61,7 @@ class TokenWindows:
         return TokenWindows(self.token_WS[rows], self.mask_WS[rows])
 
     def first(self, n_tokens: int) -> TokenWindows:
-        """The first windows that have so many positions that count."""
+        """As many of the first windows as have this many positions that count."""
         have_W = np.cumsum(self.mask_WS.sum(1))
         return self.take(slice(0, int(np.searchsorted(have_W, n_tokens)) + 1))
 
@@ -82,7 +81,7 @@ def read_windows(
     Args:
       model: from `load_model`.
       data: where text is, as for `jaxclt train --data` (a file, a folder, ``hub:...``),
-        or a .jsonl file of prompts, see `prompt_rows`, each a window of its own;
+        or a .jsonl file of prompts, see `prompt_rows`, each one window;
         or an iterable of windows: each a prompt (text or a chat) or token ids. All of
         them are taken.
       mask: which positions count. None: no padding, no special token, not the first of
@@ -100,25 +99,13 @@ def read_windows(
     if isinstance(data, TokenWindows):
         check_windows(model, data.token_WS)
         return data.take(slice(shard[0], None, shard[1]))
-    source = isinstance(data, str | os.PathLike)
-    if source:
+    if isinstance(data, str | os.PathLike):
         check_at_least(1, tokens=tokens, context=context)
-    if source and (rows := prompt_rows(data)) is not None:
-        token_WS = _padded(model, row_ids(model.tokenizer, rows))
-        found = TokenWindows(token_WS, _mask(model, token_WS, mask)).first(tokens)
-    elif source:
-        check_context(context, model.cfg.n_ctx)
-        documents = {
-            hashlib.sha256(text.encode()).hexdigest(): text
-            for text in read_documents(os.fspath(data), tokens=tokens)
-        }
-        token_WS = pack_windows(
-            [documents[key] for key in sorted(documents)],
-            model.tokenizer,
-            size=context,
-            n_tokens=tokens,
-            on_tokens=on_tokens,
-        )
+        rows = prompt_rows(data)
+        if rows is None:
+            token_WS = _cut(model, data, tokens, context, on_tokens)
+        else:
+            token_WS = _padded(model, row_ids(model.tokenizer, rows))
         found = TokenWindows(token_WS, _mask(model, token_WS, mask)).first(tokens)
     else:
         token_WS = _padded(model, data)
@@ -127,6 +114,24 @@ def read_windows(
     if not found.n_tokens:
         raise InputError("no position of the data counts: give more text, or a mask")
     return found
+
+
+def _cut(
+    model: Model,
+    source: str | os.PathLike[str],
+    tokens: int,
+    context: int,
+    on_tokens: Callable[[int, int], None],
+) -> np.ndarray:
+    check_context(context, model.cfg.n_ctx)
+    documents = by_hash(read_documents(os.fspath(source), tokens=tokens))
+    return pack_windows(
+        list(documents.values()),
+        model.tokenizer,
+        size=context,
+        n_tokens=tokens,
+        on_tokens=on_tokens,
+    )
 
 
 def row_ids(tokenizer: Tokenizer, rows: Iterable[PromptRow]) -> Iterator[list[int]]:
@@ -152,7 +157,7 @@ def _padded(model: Model, data: Iterable[Prompt | np.ndarray]) -> np.ndarray:
     check_windows(model, token_WS)
     behind_WS = np.cumsum(token_WS == PAD, axis=1) > 0
     if ((token_WS != PAD) & behind_WS).any():
-        raise InputError("padding (-1) stands before a token: put it behind the text")
+        raise InputError("padding (-1) stands before a token: put it after the text")
     return token_WS.astype(np.int32)
 
 
@@ -171,9 +176,7 @@ def check_windows(model: Model, token_WS: np.ndarray) -> None:
 def _mask(model: Model, token_WS: np.ndarray, mask: Mask) -> np.ndarray:
     text_WS = token_WS != PAD
     if mask is None:
-        counts_WS = text_WS & ~np.isin(token_WS, sorted(model.tokenizer.special_ids))
-        counts_WS[:, 0] = False
-        return counts_WS
+        return countable(token_WS, model.tokenizer.special_ids)
     if isinstance(mask, str):
         if mask != "all":
             raise InputError(f'mask {mask!r}: give None, "all" or an array of bool')
@@ -200,7 +203,7 @@ def _mask(model: Model, token_WS: np.ndarray, mask: Mask) -> np.ndarray:
 def batches(
     windows: TokenWindows, start: int, n_tokens: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Batches (tokens, mask) of one shape from a window on, and windows then done."""
+    """Batches of one shape from a window on: tokens, mask, and windows done by then."""
     n, S = windows.token_WS.shape
     W = min(n, max(1, n_tokens // S))
     for i in range(start, n, W):

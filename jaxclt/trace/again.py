@@ -1,7 +1,7 @@
-"""What a traced prompt's model can still say about a graph, computed on demand.
+"""What the model of a traced prompt can still say about its graph, on demand.
 
-The prompt is recorded again, a fraction of a second; rows are pulled back or columns
-pushed for what is asked only. Graphs themselves keep what is cheap for all edges.
+The prompt is recorded again, which takes a fraction of a second, and only the rows or
+columns that are asked for are computed. Graphs keep what is cheap for all edges.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.active import Active, active_features
 from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError, check_at_least
 from jaxclt.graph.bank import RowTargets
@@ -21,66 +20,14 @@ from jaxclt.graph.explain import EdgeParts, edge_parts
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.heads import head_loadings
 from jaxclt.graph.inhibition import Inhibition, check_thresholds, find_inhibition
-from jaxclt.graph.memory import available_bytes
 from jaxclt.graph.prompt import Recorded
-from jaxclt.graph.provenance import crop, graph_active, hop_spectrum
+from jaxclt.graph.provenance import graph_active, hop_spectrum
 from jaxclt.graph.target_reads import target_reads
 from jaxclt.graph.targets import token_targets
 from jaxclt.io.model import Model
-from jaxclt.trace.prompt import record_text
-from jaxclt.types import Recording
+from jaxclt.trace.record import recorded
 
-__all__ = [
-    "edge_parts_with_model",
-    "inhibition",
-    "record_again",
-    "recorded",
-    "same_hash",
-]
-
-
-def same_hash(what: str, name: str, found: str, traced: str | None) -> None:
-    """Raise InputError if a model or dictionary is not the one that was traced."""
-    if found != traced:
-        raise InputError(
-            f"the {what} {name!r} is not the one that was traced but another {what} "
-            f"(hash {found[:12]} instead of {str(traced)[:12]}): give the traced one "
-            f"with --{what}, or trace again"
-        )
-
-
-def record_again(
-    graph: Graph, model: Model, dictionary: Dictionary, *, pad: bool = True
-) -> Recording:
-    """The clean pass of a graph's prompt, in the memory that its trace was given.
-
-    Less if less is free.
-
-    Raises:
-      InputError: if the graph comes from another model or dictionary.
-    """
-    for what, ours in (("model", model), ("dictionary", dictionary)):
-        theirs = graph.meta.hashes.get(what, ours.hash)
-        same_hash(what, ours.name, ours.hash, theirs)
-    given, budget = graph.meta.config.get("memory_gb"), available_bytes()
-    if isinstance(given, int | float):
-        budget = min(budget, int(given * 1e9))
-    return record_text(model, graph.token_T, budget, pad=pad)
-
-
-def recorded(
-    graph: Graph, model: Model, dictionary: Dictionary
-) -> tuple[Recording, Active]:
-    """The clean pass of a graph's prompt, and all features active on it.
-
-    Raises:
-      InputError: if the graph comes from another model or dictionary.
-    """
-    recording = record_again(graph, model, dictionary)
-    active = active_features(dictionary, model.params, recording, model.cfg)
-    if graph.meta.convention == "circuit-tracer":
-        active = active.where(active.pos_A > 0)
-    return crop(recording, active, graph.n_tokens)
+__all__ = ["edge_parts_with_model", "inhibition"]
 
 
 def edge_parts_with_model(
@@ -102,9 +49,8 @@ def edge_parts_with_model(
     max_hops = min(max_hops, model.cfg.n_layers)  # a path passes no more heads
     parts = edge_parts(graph, source, target)
     with jax.default_matmul_precision("highest"):
-        recording, active = recorded(graph, model, dictionary)
-        p = Recorded(model.params, recording, active, cfg=model.cfg)
-        p = dataclasses.replace(p, active=graph_active(graph, active))
+        p = recorded(graph, model, dictionary)
+        p = dataclasses.replace(p, active=graph_active(graph, p.active))
         rows = _row(graph, parts.row, p)
         hop_Q = hop_spectrum(p, rows, max_hops=max_hops)[:, 0, parts.col]
     if not math.isclose(hop_Q.sum(), parts.edge, rel_tol=1e-2, abs_tol=1e-4):
@@ -138,8 +84,8 @@ def _row(graph: Graph, row: int, p: Recorded) -> RowTargets:
     token = int(graph.target_token_K[row - graph.n_features])
     if token < 0:
         raise InputError(
-            "this target is a direction of its own, which the file does not hold: only "
-            "features and tokens can be followed with the model"
+            "this target is a direction that the file does not hold: only features and "
+            "tokens can be followed with the model"
         )
     last = graph.n_tokens - 1
     chosen = token_targets(p.params, recording.out_TD[last], jnp.asarray([token]))
@@ -171,6 +117,5 @@ def inhibition(
       InputError: for a dictionary without thresholds, or not the graph's.
     """
     check_thresholds(dictionary, model.params, model.cfg)
-    recording, active = recorded(graph, model, dictionary)
-    prompt = Recorded(model.params, recording, active, cfg=model.cfg)
-    return find_inhibition(prompt, dictionary, margin=margin, limit=limit)
+    p = recorded(graph, model, dictionary)
+    return find_inhibition(p, dictionary, margin=margin, limit=limit)

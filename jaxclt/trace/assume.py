@@ -1,7 +1,7 @@
-"""A memory plan for a prompt that is not there, on a model that need not be either.
+"""A memory plan for an imagined prompt, on a model whose weights need not be here.
 
-``jaxclt trace --dry-run --assume tokens=6000,active=100`` tells before anything is
-downloaded or rented whether a graph will fit.
+``jaxclt trace --dry-run --assume tokens=6000,active=100`` says whether a graph will fit
+before anything is downloaded or rented.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ class Assumed:
     tokens: int
     active: int  # features, at each token and layer
     features: int | None = None  # of a layer of the dictionary; None: all distinct
-    span: int | None = None  # layers that a feature writes to; None: all behind it
-    host: int | None = None  # GB beside an accelerator's memory; None: a CPU alone
+    span: int | None = (
+        None  # layers that a feature writes to; None: all from its own on
+    )
+    host: int | None = None  # GB next to an accelerator's memory; None: a CPU alone
 
 
 def read_assumed(text: str) -> Assumed:
@@ -61,7 +63,7 @@ def plan_assumed(
     budget: int,
     n_targets: int = 10,
 ) -> tuple[MemoryPlan, int]:
-    """The plan and the active features.
+    """The plan, and how many features are active.
 
     Args:
       shape: a model directory or the path of its config.json; weights are not read.
@@ -102,7 +104,7 @@ def plan_assumed(
 
 
 def _parameters(cfg: LMConfig) -> int:
-    """Numbers of the model, embeddings tied."""
+    """How many parameters the model has, its embeddings tied."""
     attention = cfg.d_model * cfg.d_head * 2 * (cfg.n_heads + cfg.n_kv_heads)
     mlp = 3 * cfg.d_model * cfg.d_mlp
     norms = 2 * cfg.d_model

@@ -16,8 +16,7 @@ import jax
 import numpy as np
 import orjson
 
-from jaxclt.errors import InputError
-from jaxclt.files.atomic import atomic_path, sweep
+from jaxclt.files.atomic import atomic_path, write_text
 from jaxclt.files.json_text import to_json
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.graph import Graph
@@ -25,22 +24,15 @@ from jaxclt.graph.paths import describe_paths, strongest_paths
 from jaxclt.graph.prune import restrict
 from jaxclt.graph.scores import scores
 from jaxclt.io.graph_file import save_graph
-from jaxclt.runs.lock import held
 from jaxclt.trace.pages import grouped_ids, with_saved_view, write_page
 from jaxclt.trace.prompt import Traced
 from jaxclt.types import Supernode
 from jaxclt.version import __version__
 from jaxclt.viewer.graph_json import graph_json, validate
 
-__all__ = ["FULL_GRAPH_BYTES", "MAKES", "check_writable", "write_trace"]
+__all__ = ["FULL_GRAPH_BYTES", "scores_json", "write_trace"]
 
 FULL_GRAPH_BYTES = 512 << 20  # larger graphs are saved pruned unless asked otherwise
-# What tells which command a directory is of.
-MAKES = {
-    "trace": ("a traced graph", ("graph.npz",)),
-    "globals": ("global weights", ("statistics.npz", "partial.npz")),
-    "run": ("a run of features or train", ("run.json",)),
-}
 
 
 def write_trace(
@@ -48,20 +40,18 @@ def write_trace(
     out: str | os.PathLike[str],
     *,
     save: str = "auto",
-    environment: dict[str, Any] | None = None,
     supernodes: Sequence[Supernode] = (),
 ) -> dict[str, Any]:
     """Write graph.npz, report.json, graph.json and index.html; return the report.
 
-    Files are written one by one, each atomically, the page last. It shows what lies
-    beside it of the same prompt and dictionary: validation, patches, features. What a
-    reader saved there (labels, pins, groups) is kept.
+    Files are written one by one, each atomically, the page last. It also shows the
+    validation, patches and features that are there for the same prompt and dictionary.
+    What a reader saved there (labels, pins, groups) is kept.
 
     Args:
       traced: from `trace_prompt`.
       out: directory, created if absent.
       save: `full`, `pruned`, or `auto` (full up to 512 MB).
-      environment: added to the report's environment.
       supernodes: groups of features that the page opens with, and that `jaxclt patch
         --group` knows by name.
 
@@ -71,7 +61,7 @@ def write_trace(
     out = Path(out)
     started = time.perf_counter()
     graph = traced.graph
-    report = _report(traced) | {"environment": _environment() | (environment or {})}
+    report = _report(traced) | {"environment": _environment(traced)}
     doc = graph_json(graph, slug=out.name or "graph", scores=report["scores"])
     doc = with_saved_view(doc, out)
     if groups := grouped_ids(doc, supernodes):
@@ -87,41 +77,27 @@ def write_trace(
         temporary.write_bytes(orjson.dumps(doc))
     report["graph"]["saved"] = "pruned" if small else "full"
     report["timing_s"]["write"] = round(time.perf_counter() - started, 3)
-    _write_text(out / "report.json", to_json(report, indent=1, ensure_ascii=False))
+    write_text(out / "report.json", to_json(report, indent=1, ensure_ascii=False))
     write_page(out, doc=doc)
     return report
 
 
-def check_writable(out: str | os.PathLike[str], *, makes: str = "") -> None:
-    """Raise InputError now if `out` cannot be written later, or another command does.
-
-    Leaves nothing there; what killed commands left unfinished is removed.
-
-    Args:
-      out: directory.
-      makes: what of `MAKES` is to be written. What another command made has a
-        report and a page of the same names, which would be lost.
-    """
-    for kind, (what, names) in MAKES.items():
-        there = any(os.path.exists(Path(out) / name) for name in names)
-        if makes and kind != makes and there:
-            raise InputError(
-                f"{out} holds {what}, whose report would be replaced: give another "
-                "--out"
-            )
-    with held(out):
-        probe = Path(out) / ".jaxclt"
-        with atomic_path(probe):
-            pass
-        probe.unlink()
-        sweep(out)
+def scores_json(graph: Graph) -> dict[str, Any]:
+    """The scores of a graph, full and pruned, and its certificate, as JSON."""
+    full, pruned = scores(graph), scores(graph, graph.pruning)
+    return {
+        "scores": {
+            "full": dataclasses.asdict(full),
+            "pruned": dataclasses.asdict(pruned),
+        },
+        "certificate": dataclasses.asdict(certificate(graph)),
+    }
 
 
 def _report(traced: Traced) -> dict[str, Any]:
     graph = traced.graph
-    pruning = graph.pruning
+    pruning, stated = graph.pruning, scores_json(graph)
     n_kept = int(pruning.keep_N.sum()) + graph.n_targets
-    full = scores(graph)
     return {
         "prompt": graph.meta.prompt,
         "model": graph.meta.model,
@@ -129,11 +105,7 @@ def _report(traced: Traced) -> dict[str, Any]:
         "convention": graph.meta.convention,
         "top_tokens": [list(pair) for pair in traced.top_tokens],
         **({"targets": _explained(graph)} if "targets" in traced.identity else {}),
-        "scores": {
-            "full": dataclasses.asdict(full),
-            "pruned": dataclasses.asdict(scores(graph, pruning)),
-        },
-        "certificate": dataclasses.asdict(certificate(graph)),
+        **stated,
         "graph": {
             "features_active": traced.n_active,
             "features_attributed": int(graph.attributed_R[graph.feature_cols].sum()),
@@ -142,7 +114,7 @@ def _report(traced: Traced) -> dict[str, Any]:
             "kept_nodes": n_kept,
             "kept_edges": int(pruning.keep_edge_RN.sum()),
             # circuit-tracer's shares leave out what is unexplored.
-            "unexplored_influence": full.unexplored_share
+            "unexplored_influence": stated["scores"]["full"]["unexplored_share"]
             if graph.meta.convention == "paper"
             else None,
         },
@@ -158,7 +130,7 @@ def _report(traced: Traced) -> dict[str, Any]:
 
 
 def _explained(graph: Graph) -> list[dict[str, Any]]:
-    """Given targets: where they read, what influence starts with, what they are."""
+    """Given targets: where they read, their weights and their values."""
     value_K = graph.readout_R[graph.target_rows]
     return [
         {
@@ -173,7 +145,7 @@ def _explained(graph: Graph) -> list[dict[str, Any]]:
     ]
 
 
-def _environment() -> dict[str, Any]:
+def _environment(traced: Traced) -> dict[str, Any]:
     device = jax.devices()[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
@@ -185,13 +157,10 @@ def _environment() -> dict[str, Any]:
         "n_devices": jax.device_count(),
         "cpus": os.cpu_count(),
         "peak_memory_gb": round(peak * unit / 1e9, 2),
+        "dtype": traced.dtype,
+        "precision": traced.identity["config"]["precision"],
     }
 
 
 def _bytes(graph: Graph) -> int:
     return graph.edge_RN.nbytes + graph.pruning.keep_edge_RN.nbytes
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

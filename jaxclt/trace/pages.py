@@ -1,6 +1,6 @@
 """A directory that trace wrote, as a page: graph, scores, validation, features.
 
-What a reader saved (labels in the nodes, pins and supernodes in ``qParams``) lies in
+What a reader saved (labels in the nodes, pins and supernodes in ``qParams``) is in
 ``graph.json`` and outlives the page.
 """
 
@@ -23,18 +23,9 @@ from jaxclt.types import Supernode
 from jaxclt.viewer.graph_json import validate
 from jaxclt.viewer.page import page
 
-__all__ = [
-    "PATCHES",
-    "carry_over",
-    "directory_page",
-    "grouped_ids",
-    "read_graph",
-    "traced_digest",
-    "with_features",
-    "with_saved_view",
-    "with_suggestions",
-    "write_page",
-]
+__all__ = ["PATCHES", "carry_over", "directory_page", "grouped_ids", "read_graph"]
+__all__ += ["traced_digest", "with_features", "with_saved_view", "with_suggestions"]
+__all__ += ["write_page"]
 
 FEATURES = "features"  # folder of feature files beside graph.json
 PATCHES = "patches.json"  # what patches did, see `jaxclt.patching.log`
@@ -44,7 +35,7 @@ def read_graph(path: Path) -> dict[str, Any]:
     """A checked graph document, of any tool that writes this format.
 
     Raises:
-        InputError: there is none, or it is not one.
+        InputError: if there is no such file, or it is not a graph.
     """
     doc = find_json(path, most=MOST_DATA)
     if doc is None:
@@ -60,17 +51,17 @@ def directory_page(
     compare: dict[str, Any] | None = None,
     serve: dict[str, Any] | None = None,
 ) -> str:
-    """The page of a traced prompt with all that lies beside its graph.
+    """The page of a traced prompt with all that is kept next to its graph.
 
     Args:
         directory: with graph.json, and report.json, validation.json, patches.json,
             features/ if any.
-        doc: the graph to show instead of graph.json, pruned in another way perhaps.
+        doc: the graph to show instead of graph.json, perhaps pruned differently.
         compare: a second graph document.
         serve: see `jaxclt.viewer.page.page`; features are then asked for one by one.
 
     Raises:
-        InputError: a file is not what it should be.
+        InputError: if a file is not what it should be.
     """
     doc = read_graph(directory / "graph.json") if doc is None else doc
     if serve is None:
@@ -104,7 +95,7 @@ def with_features(doc: dict[str, Any], folder: Path) -> dict[str, Any]:
         folder: of feature files, loose or packed (see `FeatureFiles`).
 
     Raises:
-        InputError: a feature's file is no JSON object.
+        InputError: if a feature's file is not a JSON object.
     """
     if not folder.is_dir():
         return doc
@@ -189,13 +180,13 @@ def with_saved_view(doc: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def traced_digest(report: dict[str, Any]) -> str:
-    """What tells the graph of a report.json from one traced with other settings."""
+    """A digest that differs between graphs traced with different settings."""
     same = to_json(report.get("identity"), sort_keys=True)
     return hashlib.sha256(same.encode()).hexdigest()
 
 
 def _validation(directory: Path, doc: dict[str, Any]) -> dict[str, Any] | None:
-    """What validate found of this graph, not of one that was here before."""
+    """What validate found about this graph, not about one that was here before."""
     found = _beside(directory, "validation.json", doc)
     if found is None or "traced" not in found:
         return found

@@ -30,13 +30,13 @@ def read_supernodes(path: Path, graph: Graph) -> list[Supernode]:
 
     Args:
       path: JSON of lists of a name and members, or a graph.json whose ``qParams`` has
-        them (as text, too: other viewers save it so). Members are ids as in graph.json
+        them (also as text, as other viewers save it). Members are ids as in graph.json
         or names (`jaxclt.graph.nodes`).
-      graph: whose nodes they are. Features need not be among them, to be set to a
-        value for example.
+      graph: whose nodes they are. Features need not be among its nodes: they can still
+        be set to a value.
 
     Raises:
-      InputError: if the file holds no groups, or a member is no node of the graph.
+      InputError: if the file holds no groups, or a member is not a node of the graph.
     """
     raw = parse_json(read_bounded(path, MOST_DATA), path)
     if isinstance(raw, dict):

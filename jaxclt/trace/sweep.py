@@ -15,19 +15,23 @@ from typing import Any
 
 from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
-from jaxclt.files.atomic import atomic_path
-from jaxclt.files.json_file import parse_json, read_json
+from jaxclt.files.atomic import write_text
+from jaxclt.files.json_file import TEXT, json_schema, record
 from jaxclt.files.json_text import to_json
+from jaxclt.files.lines import read_lines
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.io.chat import is_chat
 from jaxclt.io.model import Model
-from jaxclt.io.tokenizer import Bos
+from jaxclt.runs.kept import intact_json
 from jaxclt.runs.pace import logged
-from jaxclt.text.prompts import Prompt, read_prompts
+from jaxclt.text.prompts import Given, Opened, Prompt, read_prompts
 from jaxclt.trace.files import write_trace
 from jaxclt.trace.prompt import identity, trace_prompt
 
 __all__ = ["read_prompts", "sweep_prompts"]
+
+_LINE = json_schema(record({"directory": TEXT}))
+_REPORT = json_schema(record({x: {"type": "object"} for x in ("identity", "scores")}))
 
 
 def sweep_prompts(
@@ -37,15 +41,13 @@ def sweep_prompts(
     out: str | os.PathLike[str],
     *,
     config: AttributeConfig | None = None,
-    bos: Bos = "auto",
     save: str = "pruned",
-    environment: dict[str, Any] | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Trace every prompt into a directory of its own and write `index.jsonl`.
+    """Trace every prompt into its own directory and write `index.jsonl`.
 
-    A prompt that is there already, traced with the same model, dictionary and settings,
-    is not traced again; one that fails is reported in the index and skipped.
+    A prompt that was traced there with the same model, dictionary and settings is not
+    traced again; one that fails is reported in the index and skipped.
 
     Args:
       model: from `load_model`.
@@ -53,9 +55,7 @@ def sweep_prompts(
       prompts: texts, or chats as messages.
       out: directory.
       config: how much to compute.
-      bos: as for `trace_prompt`.
       save: as for `write_trace`.
-      environment: added to the reports.
       on_prompt: progress, (prompts done, prompts in all), several times a prompt; to
         the log if not given.
 
@@ -68,14 +68,15 @@ def sweep_prompts(
     """
     out, config = Path(out), config or AttributeConfig()
     told = on_prompt or partial(logged(), "prompts")
-    folders = [out / f"{i:05d}-{_slug(prompt)}" for i, prompt in enumerate(prompts)]
+    given = [Opened.of(prompt).prompt for prompt in prompts]
+    folders = [out / f"{i:05d}-{_slug(x)}" for i, x in enumerate(given)]
     before = _index(out)  # of prompts that this run has not come to yet
     index = []
     for i, (prompt, folder) in enumerate(zip(prompts, folders, strict=True)):
-        kind = "messages" if is_chat(prompt) else "prompt"
-        line: dict[str, Any] = {kind: prompt, "directory": folder.name}
+        kind = "messages" if is_chat(given[i]) else "prompt"
+        line: dict[str, Any] = {kind: given[i], "directory": folder.name}
         try:
-            wanted = identity(model, dictionary, prompt, config, bos)
+            wanted = identity(model, dictionary, prompt, config)
             report = _finished(folder, wanted)
             if report is None:
                 traced = trace_prompt(
@@ -83,46 +84,34 @@ def sweep_prompts(
                     dictionary,
                     prompt,
                     config=config,
-                    bos=bos,
                     on_rows=lambda *_, i=i: told(i, len(prompts)),
                 )
-                report = write_trace(traced, folder, save=save, environment=environment)
+                report = write_trace(traced, folder, save=save)
             line |= {"status": "done", "scores": report["scores"]}
         except InputError as error:
             line |= {"status": "failed", "error": str(error)}
         index.append(line)
         ahead = [before[f.name] for f in folders[i + 1 :] if f.name in before]
-        with atomic_path(out / "index.jsonl") as temporary:
-            rows = (to_json(x, ensure_ascii=False) + "\n" for x in index + ahead)
-            temporary.write_text("".join(rows), encoding="utf-8")
+        rows = (to_json(x, ensure_ascii=False) + "\n" for x in index + ahead)
+        write_text(out / "index.jsonl", "".join(rows))
         told(i + 1, len(prompts))
     return index
 
 
 def _index(out: Path) -> dict[str, dict[str, Any]]:
-    """The lines of an earlier run by directory; those that cannot be read are left."""
-    found = {}
-    try:
-        for text in (out / "index.jsonl").read_text(encoding="utf-8").splitlines():
-            line = parse_json(text, out)
-            found[line["directory"]] = line
-    except (OSError, ValueError, InputError, KeyError, TypeError):
-        pass
-    return found
+    """The lines of an earlier run by directory; damaged ones are skipped."""
+    return {row["directory"]: row for row in read_lines(out / "index.jsonl", _LINE)}
 
 
 def _finished(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The report of an earlier run of exactly this, if it got to its last file."""
     if not (folder / "index.html").exists():
         return None
-    try:
-        report = read_json(folder / "report.json")
-    except InputError:
-        return None
-    return report if report.get("identity") == wanted else None
+    report = intact_json(folder / "report.json", _REPORT)
+    return report if report and report["identity"] == wanted else None
 
 
-def _slug(prompt: Prompt) -> str:
-    text = prompt[-1].get("content") if is_chat(prompt) else prompt
+def _slug(given: Given) -> str:
+    text = given[-1].get("content") if is_chat(given) else given
     words: Iterator[str] = iter(re.findall(r"[a-z0-9]+", str(text).lower()))
     return "-".join(words)[:40].strip("-") or "prompt"

@@ -11,18 +11,17 @@
 | `"feature:12:5:345"` | a feature's pre-activation: layer, position, index |
 | `"vector:resid_post:12@5:probe.npz"` | a direction at a site and position |
 
-Differences and probabilities take ``@position`` too. Every text takes a weight in
-front, as in ``"0.5*top:5"``, and a negative one turns the target round.
+Differences and probabilities take ``@position`` too. Every text can begin with a
+weight, as in ``"0.5*top:5"``; a negative weight reverses the target's sign.
 
-A text that is one token of the model is always that token, whatever it looks like: the
-one whose string it is, whether or not the tokenizer would make it of the text; else the
-one that the tokenizer makes of it; else, with a space in front that no token has
-(``"diff: 95|94"``), that of the text without it.
+A text that is one token of the model always means that token, whatever it looks like:
+the one with this string, even if the tokenizer would split the text; else the one that
+the tokenizer makes of it; else, if it begins with a space that no such token has
+(``"diff: 95|94"``), the one of the text without the space.
 
-Plain tokens alone weigh as much as they are probable; as soon as anything else is
-given, every text counts the same, or by its weight. Vectors come from an npz file:
-`vec` [D] or [K, D] and, if there is a constant, `const`. Sites are those of
-`jaxclt.graph.targets`.
+If all texts are plain tokens, they are weighted by their probabilities; otherwise every
+text counts the same, or by its weight. Vectors come from an npz file: `vec` [D] or
+[K, D] and, if there is a constant, `const`. Sites are those of `jaxclt.graph.targets`.
 """
 
 from __future__ import annotations
@@ -149,7 +148,7 @@ def _one(prompt: _Prompt, body: str) -> Targets:
     what = "it" if text == body else repr(text)
     hint = did_you_mean(body.partition(":")[0], _KINDS) if ":" in body else ""
     if n == 1:
-        raise InputError(f"{what} is no token of this model{hint}")
+        raise InputError(f"{what} is not a token of this model{hint}")
     raise InputError(
         f"{what} is {n} tokens, not one: mind the leading space, or give a shorter "
         f"text, or id:N for token N{hint}"
@@ -157,7 +156,7 @@ def _one(prompt: _Prompt, body: str) -> Targets:
 
 
 def _logits(prompt: _Prompt, body: str, pos: int) -> Targets | None:
-    """Targets that read the output at `pos`, or None if the text is none."""
+    """Targets that read the output at `pos`, or None if the text names none."""
     model, out_D = prompt.model, prompt.recording.out_TD[pos]
     token = _token(model, body)
     if token is not None:
@@ -184,7 +183,7 @@ def _logits(prompt: _Prompt, body: str, pos: int) -> Targets | None:
 
 def _difference(model: Model, a: int, b: int, pos: int) -> Targets:
     if a == b:
-        raise InputError("both tokens are the same, and so is their difference zero")
+        raise InputError("both tokens are the same, so their difference is zero")
     return difference_targets(
         model.params,
         jnp.asarray([a], jnp.int32),
@@ -245,7 +244,7 @@ def _vector(prompt: _Prompt, body: str) -> Targets:
 
 
 def _read_vectors(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    wrong = "is no npz file with an array `vec` (and maybe `const`)"
+    wrong = "is not an npz file with an array `vec` (and maybe `const`)"
     with open_npz(Path(path), wrong, "write one with numpy.savez") as file:
         one, sizes = len(file.header("vec").shape) == 1, {}
         vec_KD = file.array("vec", Must("half", "D" if one else "KD"), sizes)

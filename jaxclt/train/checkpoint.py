@@ -7,7 +7,6 @@ and the one before it is used.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxclt.errors import InputError
-from jaxclt.files.atomic import atomic_path
+from jaxclt.files.atomic import write_text
+from jaxclt.files.digest import read_sha256
 from jaxclt.files.json_file import (
     COUNT,
     TEXT,
@@ -83,8 +83,7 @@ def save_checkpoint(
     if not processes.is_first():
         return path
     manifest = {"step": step, "position": position, "files": _digests(path)}
-    with atomic_path(path / "manifest.json") as temporary:
-        temporary.write_text(to_json(manifest), "utf-8")
+    write_text(path / "manifest.json", to_json(manifest))
     # Newer ones can only be damaged: this run went on from before them.
     numbered = [p for p in _numbered(folder) if int(p.name) <= step]
     usual = [p for p in numbered if regular(int(p.name))]
@@ -152,13 +151,11 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _digests(path: Path) -> dict[str, str]:
-    found = {}
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and file.name != "manifest.json":
-            with file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            found[file.relative_to(path).as_posix()] = digest
-    return found
+    return {
+        file.relative_to(path).as_posix(): read_sha256(file)
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name != "manifest.json"
+    }
 
 
 def _damage(path: Path) -> str | None:

@@ -13,6 +13,8 @@ import numpy as np
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.store import ParamsStore
 from jaxclt.clt.transcoder import StoreDictionary, loaded_params
+from jaxclt.files.atomic import write_text
+from jaxclt.files.json_text import to_json
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.scores import scores
 from jaxclt.io.dictionary import save_dictionary
@@ -28,7 +30,7 @@ from jaxclt.train.chunks import Chunks
 from jaxclt.train.export import calibrate, threshold_form
 from jaxclt.train.finetune import Finetune, finetune_kl
 from jaxclt.train.normalise import Scales, fold
-from jaxclt.train.prepare import Job, write_json
+from jaxclt.train.prepare import Job
 from jaxclt.types import CLTParams
 
 __all__ = ["Outcome", "graph_scores", "reconstruction"]
@@ -97,7 +99,7 @@ class Outcome:
         found: dict[str, Any] = reconstruction(raw, cfg, read_LTD, write_LTD)
         found |= self._export(raw, cfg, self.out / "finetuned" / "dictionary")
         found = {"kl_steps": config.kl_steps, "train_kl": history, **found}
-        write_json(self.out / "finetuned" / "metrics.json", found)
+        write_text(self.out / "finetuned" / "metrics.json", to_json(found, indent=1))
         return found
 
     def _dictionary(self, params: Any) -> tuple[CLTParams, CLTConfig]:

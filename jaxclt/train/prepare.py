@@ -1,24 +1,18 @@
-"""What a run begins with: a directory that is its own, and its windows of tokens."""
+"""What a run begins with: its recipe, its identity and its windows of tokens."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxclt.errors import InputError
-from jaxclt.files.atomic import atomic_path, is_temporary
-from jaxclt.files.json_file import TEXT, check_json, json_schema, read_json, record
-from jaxclt.files.json_text import to_json
-from jaxclt.files.npz import Must, open_npz
+from jaxclt.files.npz import Must, open_npz, write_npz
 from jaxclt.io.model import Model
-from jaxclt.runs.lock import LOCK
 from jaxclt.text.corpus import (
     Windows,
     check_context,
@@ -27,15 +21,14 @@ from jaxclt.text.corpus import (
     split_documents,
 )
 from jaxclt.text.windows import check_windows
-from jaxclt.trace.prompt import prompt_tokens
+from jaxclt.trace.record import prompt_tokens
 from jaxclt.train.config import PROMPTS, TrainConfig
 from jaxclt.train.sample import sample_windows
 
-__all__ = ["Job", "claim_directory", "claimed", "fitted", "run_windows", "write_json"]
+__all__ = ["Job", "fitted", "run_windows"]
 
 Stage = Callable[[str, int, int], None]
 
-_RUN = json_schema(record({"config": {"type": "object"}, "model": TEXT, "data": TEXT}))
 # What may change between two parts of a run without changing its weights.
 _FREE = (
     *("log_every", "eval_every", "checkpoint_every", "prompts"),
@@ -86,69 +79,7 @@ class Job:
         ours = dataclasses.asdict(self.config)
         for name in _FREE:
             ours.pop(name)
-        return {
-            "config": json.loads(to_json(ours)),
-            "model": self.model.hash,
-            "data": self.data,
-        }
-
-
-def claim_directory(out: Path, ours: dict[str, Any]) -> None:
-    """Make the directory that of this run, or see that it is.
-
-    A directory in which another run came to nothing is free.
-
-    Args:
-      out: directory.
-      ours: see `Job.identity`.
-
-    Raises:
-      InputError: if it holds anything else.
-    """
-    file = out / "run.json"
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    names = {name for name in names if name != LOCK and not is_temporary(name)}
-    if names <= {file.name}:
-        write_json(file, ours)
-        return
-    if file.name not in names:
-        raise InputError(
-            f"--out {out} is not empty and holds no run: give another directory"
-        )
-    theirs = read_json(file)
-    check_json(theirs, _RUN, f"{file} is damaged, give another --out")
-    config, rest = theirs["config"], {k: theirs[k] for k in ("model", "data")}
-    for name, value in ours["config"].items():
-        if config.get(name) != value:
-            flag = name.replace("_", "-")
-            raise InputError(
-                f"--out {out} holds a run with --{flag} {config.get(name)}, not "
-                f"{value}: give the same flags to go on, or another directory"
-            )
-    for name, value in rest.items():
-        if value != ours[name]:
-            raise InputError(
-                f"--out {out} holds a run of another {name}: give another directory"
-            )
-
-
-@contextlib.contextmanager
-def claimed(out: Path, ours: dict[str, Any]) -> Iterator[None]:
-    """`claim_directory`, undone if the body fails and has left nothing there.
-
-    Raises:
-      InputError: as `claim_directory`.
-    """
-    file = out / "run.json"
-    claim_directory(out, ours)
-    try:
-        yield
-    except BaseException:
-        if all(path.name[0] == "." for path in out.iterdir() if path != file):
-            file.unlink()
-            with contextlib.suppress(OSError):  # unless something hidden is there
-                out.rmdir()
-        raise
+        return {"config": ours, "model": self.model.hash, "data": self.data}
 
 
 def run_windows(job: Job, stage: Stage) -> Windows:
@@ -175,13 +106,12 @@ def run_windows(job: Job, stage: Stage) -> Windows:
                 digest=found.text("digest"),
             )
     windows = (_sampled if job.data == "model" else _read)(job, stage)
-    with atomic_path(file) as temporary, temporary.open("wb") as stream:
-        np.savez(
-            stream,
-            train_WS=windows.train_WS,
-            held_WS=windows.held_WS,
-            digest=np.asarray(windows.digest),
-        )
+    write_npz(
+        file,
+        train_WS=windows.train_WS,
+        held_WS=windows.held_WS,
+        digest=np.asarray(windows.digest),
+    )
     return windows
 
 
@@ -229,9 +159,3 @@ def _sampled(job: Job, stage: Stage) -> Windows:
         partial_file=job.out / "samples.npz",
         on_tokens=lambda done, total: stage("sampling", done, total),
     )
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(to_json(content, indent=1), "utf-8")

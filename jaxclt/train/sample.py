@@ -8,7 +8,6 @@ follows. Held-out windows are other draws of the same kind.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,18 +18,16 @@ import numpy as np
 from jax import Array
 
 from jaxclt.errors import InputError
-from jaxclt.files.atomic import atomic_path
-from jaxclt.files.npz import Must, open_npz
+from jaxclt.files.npz import Must, open_npz, write_npz
 from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Tokenizer
 from jaxclt.lm.cache import sample_text
 from jaxclt.lm.config import LMConfig
+from jaxclt.runs.kept import State
 from jaxclt.text.corpus import Windows
 from jaxclt.types import LMParams
 
 __all__ = ["sample", "sample_windows", "start_token"]
-
-SAVE_EVERY_S = 30.0
 
 
 def start_token(tokenizer: Tokenizer) -> int:
@@ -105,15 +102,19 @@ def sample_windows(
             if len(token_WS) % per_call:
                 raise ValueError("it was drawn in other portions")
         rows = list(token_WS.reshape(-1, per_call, size))
-    saved = time.monotonic()
+    state = State(partial_file)
+
+    def save(path: Path) -> None:
+        write_npz(path, token_WS=np.concatenate(rows))
+
+    def report() -> None:
+        n = min(len(rows) * per_call, wanted)
+        on_tokens(n * (size - 1), wanted * (size - 1))
+
     while len(rows) * per_call < wanted:
         key = jax.random.fold_in(jax.random.key(seed), len(rows))
         rows.append(np.asarray(sample(params, start, key, cfg=cfg, size=size)))
-        on_tokens(min(len(rows) * per_call, wanted) * (size - 1), wanted * (size - 1))
-        if partial_file is not None and time.monotonic() - saved > SAVE_EVERY_S:
-            with atomic_path(partial_file) as temporary, temporary.open("wb") as stream:
-                np.savez(stream, token_WS=np.concatenate(rows))
-            saved = time.monotonic()
+        state.step(len(rows), save, report)
     token_WS = np.concatenate(rows)[:wanted]
     held = {row.tobytes() for row in token_WS[:n_held]}
     # A model that is sure of itself draws the same window twice.
@@ -121,6 +122,5 @@ def sample_windows(
     if not others:
         raise InputError("--data model: the model writes the same text every time")
     train_WS = np.stack(others)
-    if partial_file is not None:
-        partial_file.unlink(missing_ok=True)
+    state.remove()
     return Windows.of(train_WS, token_WS[:n_held], special=tokenizer.special_ids)

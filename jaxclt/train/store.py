@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,8 @@ import numpy as np
 import safetensors.numpy
 
 from jaxclt.errors import InputError
-from jaxclt.files.atomic import atomic_path
+from jaxclt.files.atomic import atomic_path, write_text
+from jaxclt.files.digest import read_sha256
 from jaxclt.files.json_file import (
     COUNT,
     TEXT,
@@ -26,6 +26,7 @@ from jaxclt.files.json_file import (
     record,
 )
 from jaxclt.files.json_text import to_json
+from jaxclt.runs.kept import refuse_other
 from jaxclt.train.normalise import Scales
 
 __all__ = ["DTYPES", "ChunkStore"]
@@ -61,13 +62,7 @@ class ChunkStore:
 
     def check(self) -> None:
         """Raise InputError if the folder holds other activations."""
-        found = self._manifest()["identity"]
-        for name, ours in self.identity.items():
-            if found.get(name) != ours:
-                raise InputError(
-                    f"--store {self.folder} holds activations of another {name}: give "
-                    "another folder"
-                )
+        refuse_other(self.folder, self._manifest()["identity"], self.identity)
 
     def read(self, chunk: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Reads and writes [L, N, D] of a chunk, or None.
@@ -141,7 +136,7 @@ class ChunkStore:
             return None
         file = self.folder / name
         whole = file.is_file() and file.stat().st_size == entry["bytes"]
-        if whole and _sha256(file) == entry["sha256"]:
+        if whole and read_sha256(file) == entry["sha256"]:
             return file
         if self.passing:
             return None
@@ -157,19 +152,13 @@ class ChunkStore:
         with atomic_path(file) as temporary:
             safetensors.numpy.save_file(tensors, temporary)
         manifest = self._manifest()
-        entry = {"sha256": _sha256(file), "bytes": file.stat().st_size}
+        entry = {"sha256": read_sha256(file), "bytes": file.stat().st_size}
         manifest["files"][name] = entry
-        with atomic_path(self.folder / "manifest.json") as temporary:
-            temporary.write_text(to_json(manifest, indent=1), "utf-8")
+        write_text(self.folder / "manifest.json", to_json(manifest, indent=1))
 
 
 def _name(chunk: int) -> str:
     return f"chunk_{chunk:06d}.safetensors"
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _tensors(

@@ -31,11 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxclt.errors import InputError
-from jaxclt.files.atomic import atomic_path
+from jaxclt.files.atomic import write_text
 from jaxclt.files.json_file import parse_object
 from jaxclt.files.json_text import to_json
-from jaxclt.files.npz import Must, Npz, open_npz
+from jaxclt.files.npz import Must, Npz, open_npz, write_npz
 from jaxclt.io.model import Model
+from jaxclt.runs.kept import claimed
 from jaxclt.runs.pace import logged
 from jaxclt.text.corpus import Windows
 from jaxclt.text.hub import PREFIX
@@ -47,7 +48,7 @@ from jaxclt.train.normalise import Scales
 from jaxclt.train.objectives import Batch, load_objective
 from jaxclt.train.outcome import Outcome
 from jaxclt.train.params import init
-from jaxclt.train.prepare import Job, claimed, fitted, run_windows, write_json
+from jaxclt.train.prepare import Job, fitted, run_windows
 from jaxclt.train.schedules import learning_rate
 from jaxclt.train.step import TrainState, init_state, make_step, optimiser
 from jaxclt.train.tracking import Tracker, require
@@ -223,8 +224,7 @@ class _Run:
             for part, of in (("", scales), ("units_", self.chunks.units))
             for name in names
         }
-        with atomic_path(file) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, **arrays)
+        write_npz(file, **arrays)
         return scales
 
     def _start(self) -> tuple[int, TrainState, Position]:
@@ -257,8 +257,7 @@ class _Run:
         text = file.read_text("utf-8", "replace") if file.is_file() else ""
         lines, n_steps = text.splitlines(), self.config.n_steps
         kept = [line for line in lines if _step_of(line, n_steps) <= step]
-        with atomic_path(file) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+        write_text(file, "".join(f"{line}\n" for line in kept))
 
     # -- the loop ----------------------------------------------------------------------
 
@@ -410,9 +409,8 @@ class _Run:
         spent = {**self.seconds, "total": seconds}
         spent = {name: round(x, 1) for name, x in spent.items()}
         made = card.make_card(self.job, self.windows, final, spent, steps)
-        write_json(self.out / "card.json", made)
-        with atomic_path(self.out / "README.md") as temporary:
-            temporary.write_text(card.readme(made), "utf-8")
+        write_text(self.out / "card.json", to_json(made, indent=1))
+        write_text(self.out / "README.md", card.readme(made))
         card.plot(self.out / "metrics.jsonl", self.out / "curves.png")
         return made
 

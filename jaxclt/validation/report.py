@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from jaxclt.errors import InputError
-from jaxclt.files.atomic import atomic_path
+from jaxclt.files.atomic import write_text
 from jaxclt.files.json_text import to_json
 from jaxclt.patching.subject import Subject
 from jaxclt.runs.pace import logged
@@ -118,8 +118,7 @@ def write_validation(report: dict[str, Any], directory: str | Path) -> None:
         "validation.json": to_json(report, ensure_ascii=False),
         "validation.md": markdown(report),
     }.items():
-        with atomic_path(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
 
 
 def _planned(subject: Subject, options: ValidateOptions, choice: Choice) -> int:

@@ -20,7 +20,7 @@ from tiny_run import GOLDEN, tiny_model, write_text
 import jaxclt
 from jaxclt.clt.active import active_features
 from jaxclt.clt.coder import Encoded, load
-from jaxclt.dashboards.gather import feature_dashboards
+from jaxclt.dashboards.gather import FeatureOptions, feature_dashboards
 from jaxclt.errors import InputError
 from jaxclt.evaluation.evaluate import EvalOptions, evaluate
 from jaxclt.evaluation.prompts import read_eval_text
@@ -268,8 +268,9 @@ def test_inhibition_takes_those_with_thresholds() -> None:
 def test_dashboards_and_evaluation_take_it(name: str, tmp_path: Path) -> None:
     text = write_text(tmp_path / "text", 6)
     report, examples = feature_dashboards(
-        tiny_model(), kind(name), text, tmp_path / "out", tokens=300, context=20,
-        features=[(0, 3), (2, 7)], top=2, drawn=1, excerpt=8,
+        tiny_model(), kind(name), text, tmp_path / "out",
+        FeatureOptions(tokens=300, context=20, top=2, drawn=1, excerpt=8),
+        features=[(0, 3), (2, 7)],
     )  # fmt: skip
     assert report["features"] == len(examples.layer_U) == 2
     options = EvalOptions(

@@ -18,9 +18,10 @@ from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.clt.subset import Subset
 from jaxclt.dashboards import stream
 from jaxclt.dashboards.examples import Examples, Excerpts
-from jaxclt.dashboards.stream import gather_examples
+from jaxclt.dashboards.stream import ExampleOptions, gather_examples
 from jaxclt.errors import InputError
 from jaxclt.lm.run import record
+from jaxclt.runs import kept
 from jaxclt.testing.tiny import Tiny, tiny
 from jaxclt.text.windows import TokenWindows
 
@@ -28,9 +29,9 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 W, S, C, BINS = 21, 12, 8, 10
 NUMBERS: dict[str, Any] = {
-    "n_top": 4,
-    "n_drawn": 5,
-    "context": C,
+    "top": 4,
+    "drawn": 5,
+    "excerpt": C,
     "bins": BINS,
     "batch_tokens": 4 * S,
     "histogram_every": 1,
@@ -90,7 +91,7 @@ def dense(kind: str) -> np.ndarray:
 @cache
 def gathered(kind: str) -> Examples:
     t, encoder = case(kind)
-    return gather_examples(t.params, encoder, text(), **NUMBERS)
+    return gather_examples(t.params, encoder, text(), ExampleOptions(**NUMBERS))
 
 
 def same(a: Any, b: Any, compare: Callable[..., None]) -> None:
@@ -204,7 +205,7 @@ def test_histograms_count_activations_in_ranges_that_doubled(kind: str) -> None:
 def test_histograms_of_one_window_in_three() -> None:
     t, encoder = case("jumprelu")
     numbers = NUMBERS | {"histogram_every": 3}
-    found = gather_examples(t.params, encoder, text(), **numbers)
+    found = gather_examples(t.params, encoder, text(), ExampleOptions(**numbers))
     a_UWS = dense("jumprelu")
     np.testing.assert_array_equal(
         found.histogram_UB.sum(1), (a_UWS[:, ::3] != 0).sum((1, 2))
@@ -224,7 +225,7 @@ def test_histograms_of_one_window_in_three() -> None:
 def test_batches_do_not_matter(kind: str, windows: int) -> None:
     t, encoder = case(kind)
     numbers = NUMBERS | {"batch_tokens": windows * S}
-    found = gather_examples(t.params, encoder, text(), **numbers)
+    found = gather_examples(t.params, encoder, text(), ExampleOptions(**numbers))
     same(found, gathered(kind), close)
 
 
@@ -236,7 +237,9 @@ def test_a_subset_shows_what_all_features_show(kind: str) -> None:
     # Of layer 1 all, of layer 0 none.
     rows = [(1, f) for f in range(F)] + [(2, 3), (2, 19)]
     subset = Subset.of(np.asarray(rows), encoder)
-    found = gather_examples(t.params, encoder, text(), subset=subset, **NUMBERS)
+    found = gather_examples(
+        t.params, encoder, text(), ExampleOptions(**NUMBERS), subset=subset
+    )
     of = np.asarray([layer * F + f for layer, f in rows])
 
     def part(x: Any) -> Any:
@@ -257,7 +260,9 @@ def test_a_subset_shows_what_all_features_show(kind: str) -> None:
 
 def test_excerpts_longer_than_the_windows() -> None:
     t, encoder = case("jumprelu")
-    found = gather_examples(t.params, encoder, text(), **NUMBERS | {"context": 20})
+    found = gather_examples(
+        t.params, encoder, text(), ExampleOptions(**NUMBERS | {"excerpt": 20})
+    )
     a_UWS = dense("jumprelu")
     assert not found.top.start_UE.any()
     u, e = 7, 0
@@ -287,7 +292,9 @@ def test_the_sample_is_uniform_and_depends_on_the_seed_alone() -> None:
     drawn_W = np.zeros(W)
     n = 40
     for seed in range(n):
-        found = gather_examples(t.params, encoder, text_20, seed=seed, **NUMBERS)
+        found = gather_examples(
+            t.params, encoder, text_20, ExampleOptions(seed=seed, **NUMBERS)
+        )
         drawn_W += np.bincount(found.drawn.window_UE.ravel(), minlength=W)
     assert drawn_W[np.setdiff1d(np.arange(W), usable)].sum() == 0
     trials = n * len(found.layer_U)
@@ -304,7 +311,10 @@ class KilledError(Exception):
 
 
 @pytest.mark.parametrize("kind", ["jumprelu", "neurons"])
-def test_a_killed_pass_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
+def test_a_killed_pass_goes_on_bit_for_bit(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "SAVE_S", 0.0)
     t, encoder = case(kind)
     calls: list[int] = []
 
@@ -319,10 +329,9 @@ def test_a_killed_pass_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
             t.params,
             encoder,
             text(),
+            ExampleOptions(**NUMBERS),
             state=tmp_path,
-            save_s=0.0,
             on_tokens=die,
-            **NUMBERS,
         )
 
     for _ in range(2):
@@ -339,19 +348,20 @@ def test_a_killed_pass_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     t, encoder = case("jumprelu")
 
-    def go(**changed: Any) -> Examples:
+    def go(identity: dict[str, Any], **changed: Any) -> Examples:
+        options = ExampleOptions(**NUMBERS | changed)
         return gather_examples(
-            t.params, encoder, text(), state=tmp_path, **NUMBERS | changed
+            t.params, encoder, text(), options, state=tmp_path, identity=identity
         )
 
-    go(identity={"model": "a"})
-    with pytest.raises(InputError, match="another run \\(model differs\\)"):
-        go(identity={"model": "b"})
-    with pytest.raises(InputError, match="another run \\(n_top differs\\)"):
-        go(identity={"model": "a"}, n_top=3)
+    go({"model": "a"})
+    with pytest.raises(InputError, match=r"differs in model \(a, not b\)"):
+        go({"model": "b"})
+    with pytest.raises(InputError, match=r"differs in n_top \(4, not 3\)"):
+        go({"model": "a"}, top=3)
     (tmp_path / stream.STATE).write_bytes(b"x")
     with pytest.raises(InputError, match="cannot be read"):
-        go()
+        go({"model": "a"})
 
 
 def test_memory_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,34 +371,28 @@ def test_memory_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         width=20,
         n_layers=3,
         n_windows=W,
-        batch_windows=4,
         size=S,
-        n_top=4,
-        n_drawn=5,
-        context=C,
-        bins=BINS,
-        histogram_every=1,
+        options=ExampleOptions(**NUMBERS),
         itemsize=8,
     )
     for sides in (2, 1):
         sizes = dataclasses.replace(sizes, sides=sides)
-        seen = stream._nothing(sizes, np.dtype("f8"))
+        seen = stream._nothing(sizes)
         held = sum(array.nbytes for array in seen.arrays().values())
         assert sizes.state_bytes == held
     monkeypatch.setattr(stream, "host_available_bytes", lambda: 10_000)
     with pytest.raises(InputError, match="lower --drawn, --top or --excerpt"):
-        gather_examples(t.params, encoder, text(), **NUMBERS)
+        gather_examples(t.params, encoder, text(), ExampleOptions(**NUMBERS))
 
 
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"n_top": 0}, "--top 0: give at least 1"),
-        ({"context": 0}, "--excerpt 0: give at least 1"),
+        ({"top": 0}, "--top 0: give at least 1"),
+        ({"excerpt": 0}, "--excerpt 0: give at least 1"),
         ({"bins": 7}, "--bins 7: give an even number"),
     ],
 )
 def test_numbers_out_of_range(changed: dict[str, int], says: str) -> None:
-    t, encoder = case("jumprelu")
     with pytest.raises(InputError, match=says):
-        gather_examples(t.params, encoder, text(), **NUMBERS | changed)
+        ExampleOptions(**NUMBERS | changed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import struct
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,14 +18,15 @@ import jaxclt
 from jaxclt.cli import main as cli
 from jaxclt.clt.coder import Bound, load
 from jaxclt.dashboards import documents, files
-from jaxclt.dashboards import gather as feature_dashboards
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.files import FeatureFiles
+from jaxclt.dashboards.gather import FeatureOptions, feature_dashboards
 from jaxclt.dashboards.logits import token_effects
 from jaxclt.dashboards.stream import STATE, gather_examples
 from jaxclt.errors import InputError
 from jaxclt.global_weights.weights import logit_weights
 from jaxclt.io.model import Model
+from jaxclt.runs import kept as keeping
 from jaxclt.text.windows import read_windows
 from jaxclt.trace import pages
 
@@ -68,9 +69,11 @@ def make(out: Path, data: Path, **more: Any) -> tuple[dict[str, Any], Examples]:
         "drawn": 5,
         "batch_tokens": 240,
     }
-    return feature_dashboards.feature_dashboards(
-        model(), more.pop("dictionary", dictionary()), data, out, **settings | more
-    )
+    known = {field.name for field in dataclasses.fields(FeatureOptions)}
+    settings |= {name: more.pop(name) for name in known & set(more)}
+    which = more.pop("dictionary", dictionary())
+    options = FeatureOptions(**settings)
+    return feature_dashboards(model(), which, data, out, options, **more)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -194,7 +197,7 @@ class KilledError(Exception):
 def test_killed_anywhere_the_files_are_the_same(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_dashboards, "SAVE_S", 0.0)
+    monkeypatch.setattr(keeping, "SAVE_S", 0.0)
     report, _ = make(tmp_path / "whole", data)
     left: list[str] = []
 
@@ -221,14 +224,16 @@ def test_killed_anywhere_the_files_are_the_same(
     for timed in ("seconds", "tokens_per_second"):
         del report[timed], again[timed]
     assert again == report
-    with pytest.raises(InputError, match=r"another run \(top differs\)"):
+    with pytest.raises(
+        InputError, match=r"another run, which differs in top \(3, not 2\)"
+    ):
         make(tmp_path / "killed", data, top=2)
 
 
 def test_a_folder_of_others_is_left_alone(tmp_path: Path, data: Path) -> None:
     (tmp_path / "features").mkdir()
     (tmp_path / "features" / "5.json").write_text("{}")
-    with pytest.raises(InputError, match="did not write"):
+    with pytest.raises(InputError, match="is not empty and holds no run"):
         make(tmp_path, data)
 
 
@@ -253,17 +258,6 @@ def test_tokens_that_decoders_raise_and_lower(name: str) -> None:
     np.testing.assert_array_equal(found.bottom_NK, order_NV[:, :-5:-1])
     value_NK = np.take_along_axis(logit_NV, found.bottom_NK, 1)
     np.testing.assert_allclose(found.bottom_value_NK, value_NK, rtol=1e-4, atol=1e-5)
-
-
-def test_the_largest_are_found_in_groups() -> None:
-    from jaxclt.dashboards import logits
-
-    x_NV = jax.random.normal(jax.random.key(3), (5, 2000))
-    x_NV = jnp.round(x_NV, 1)  # with many equals
-    value_NK, at_NK = jax.jit(lambda x: logits._highest(x, 7))(x_NV)
-    want_value_NK, want_NK = jax.lax.top_k(x_NV, 7)
-    np.testing.assert_array_equal(value_NK, want_value_NK)
-    np.testing.assert_array_equal(at_NK, want_NK)
 
 
 def test_significant_digits() -> None:
@@ -296,7 +290,7 @@ def test_neurons_have_dashboards(name: str, tmp_path: Path, data: Path) -> None:
     few = [(0, 1), (0, 2), (1, 7)] if name == "neurons" else "top:6"
     report, examples = make(tmp_path, data, dictionary=dictionary(name), features=few)
     assert report["features"] == len(examples.layer_U) == (3 if few != "top:6" else 6)
-    with pytest.raises(InputError, match="neurons differs"):
+    with pytest.raises(InputError, match="differs in neurons"):
         make(tmp_path, data, dictionary=dictionary("neurons:4"), features=[(0, 1)])
     layer, feature = int(examples.layer_U[0]), int(examples.feature_U[0])
     doc = FeatureFiles(tmp_path).record(layer, feature)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from judge_cases import SHOWN, make_examples, planted, source, trial_of
 
 from jaxclt.clt.coder import load
-from jaxclt.dashboards.stream import gather_examples
+from jaxclt.dashboards.stream import ExampleOptions, gather_examples
 from jaxclt.errors import InputError
 from jaxclt.evaluation.concepts import ConceptPair
 from jaxclt.evaluation.http_client import ClientOptions
@@ -256,7 +256,7 @@ def test_on_examples_of_a_pass_over_text(golden):
     token_WS = np.asarray(jax.random.randint(KEY, (150, 12), 3, 97))
     windows = read_windows(model, list(token_WS))
     examples = gather_examples(
-        model.params, encoder, windows, n_top=6, n_drawn=6, context=6
+        model.params, encoder, windows, ExampleOptions(top=6, drawn=6, excerpt=6)
     )
     questions = Questions(
         sort=30, contrastive=60, pairs=PAIRS, n_shown=SHOWN, context=5

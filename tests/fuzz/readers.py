@@ -28,7 +28,6 @@ from jaxclt.clt.store import materialise
 from jaxclt.clt.subset import Subset
 from jaxclt.dashboards import files as feature_files
 from jaxclt.dashboards import stream
-from jaxclt.dashboards.gather import _claim
 from jaxclt.errors import InputError
 from jaxclt.evaluation import concepts, judging
 from jaxclt.files.lines import read_lines
@@ -54,6 +53,7 @@ from jaxclt.io.tokenizer import load_tokenizer
 from jaxclt.io.weights_gguf import load_gguf
 from jaxclt.io.weights_hf import load_hf, save_hf
 from jaxclt.patching import subject
+from jaxclt.runs import kept
 from jaxclt.serve.folder import Folder
 from jaxclt.serve.save import save_view
 from jaxclt.testing import tiny
@@ -280,25 +280,29 @@ def open_choice(folder: Path) -> None:
 
 
 SIZES = stream.Sizes(
-    n_features=3, width=2, n_layers=2, n_windows=9, batch_windows=2, size=6, n_top=2,
-    n_drawn=2, context=4, bins=4, histogram_every=1, itemsize=4,
+    n_features=3, width=2, n_layers=2, n_windows=9, size=6, itemsize=4,
+    options=stream.ExampleOptions(
+        top=2, drawn=2, excerpt=4, bins=4, histogram_every=1, batch_tokens=12
+    ),
 )  # fmt: skip
 WINDOWS = TokenWindows(np.zeros((9, 6), np.int32), np.ones((9, 6), bool))
 
 
 def make_seen(folder: Path) -> list[Path]:
-    keep = stream._Keeping(folder, {"model": "a"}, 0.0)
-    keep.save(stream._nothing(SIZES, np.dtype("f4")), 4, last=True)
+    seen, ours = stream._nothing(SIZES), {"model": "a"}
+    stream._save(folder / stream.STATE, seen=seen, identity=ours, windows=4)
     write(folder / "run.json", {"model": "a"})
     return [folder / stream.STATE, folder / "run.json"]
 
 
 def open_seen(folder: Path) -> None:
-    seen = stream._nothing(SIZES, np.dtype("f4"))
-    assert 0 <= stream._Keeping(folder, {"model": "a"}, 0.0).load(seen, WINDOWS) <= 9
+    seen = stream._nothing(SIZES)
+    ours = {"model": "a"}
+    assert 0 <= stream._load(folder / stream.STATE, seen, WINDOWS, ours) <= 9
     for best in (*seen.tops, seen.drawn):
         best.excerpts()
-    _claim(folder, {"model": "a"})
+    with kept.claimed(folder, ours):
+        pass
 
 
 def make_records(folder: Path) -> list[Path]:
@@ -397,7 +401,9 @@ def open_training(folder: Path) -> None:
     config = SimpleNamespace(context=4)
     job = SimpleNamespace(config=config, model=model, data="d", out=folder)
     prepare.run_windows(job, print)  # pyright: ignore
-    prepare.claim_directory(folder, {"config": {"lr": None}, "model": "m", "data": "d"})
+    ours = {"config": {"lr": None}, "model": "m", "data": "d"}
+    with kept.claimed(folder, ours):
+        pass
     chunks = SimpleNamespace(use=lambda *_: None)
     run = SimpleNamespace(out=folder, model=model, chunks=chunks)
     trainer._Run._scales(run)  # pyright: ignore

@@ -27,7 +27,6 @@ from global_cases import (
 from jaxclt.clt.coder import Bound
 from jaxclt.errors import InputError
 from jaxclt.global_weights.attention import HeadReads, head_block, head_sums
-from jaxclt.global_weights.build import head_weights
 from jaxclt.global_weights.circuit import head_inputs
 from jaxclt.graph import provenance
 from jaxclt.types import Held
@@ -125,22 +124,20 @@ def test_sums_of_one_head_by_a_loop():
     close(found.sums["head_ind"][0], ind)
     close(found.sums["head_act"][0], act)
     t, F = case("clt"), case("clt").clt_cfg.n_features
-    args = (Bound(t.dictionary, t.params, t.cfg), found)
     V_FN = whole_block("clt", HEADS[0])[F:]  # into layer 3
     total_F = a_UWS.sum((1, 2))[3 * F :]
     feature = int((total_F > 0).argmax())
     era_N = ind[F + feature] * V_FN[feature] / some().sum()
-    value = head_weights(*args, HEADS[0], 3, feature, cfg=t.cfg)
-    close(value["era"], era_N)
     twera_N = act[F + feature] * V_FN[feature] / total_F[feature]
-    close(value["twera"], twera_N)
-    # the shell's part: the strongest of them, by their names
     model: Any = SimpleNamespace(params=t.params, cfg=t.cfg)
     whole = (model, t.dictionary, found)
-    rows = head_inputs(*whole, HEADS[0], 3, feature, k=4, by="era")
-    order = np.argsort(-np.abs(era_N), kind="stable")[:4]
+    rows = head_inputs(*whole, HEADS[0], 3, feature, k=len(era_N), by="era")
+    order = np.argsort(-np.abs(era_N), kind="stable")
+    order = order[era_N[order] != 0]
     assert [row["layer"] * F + row["feature"] for row in rows] == order.tolist()
-    close(np.asarray([row["twera"] for row in rows]), twera_N[order])
+    for name, x_N in (("era", era_N), ("twera", twera_N), ("virtual", V_FN[feature])):
+        close(np.asarray([row[name] for row in rows]), x_N[order])
+    assert head_inputs(*whole, HEADS[0], 3, feature, k=4, by="era") == rows[:4]
     with pytest.raises(InputError, match="head 1:1 was not gathered"):
         head_inputs(*whole, (1, 1), 3, feature)
     with pytest.raises(InputError, match="lies below head 2:1"):

@@ -22,7 +22,9 @@ from jaxclt.errors import InputError
 from jaxclt.global_weights import gather as global_gather
 from jaxclt.global_weights.sparse import check_size
 from jaxclt.io.model import Model
+from jaxclt.runs import kept
 from jaxclt.text import features as global_text
+from jaxclt.trace.record import record_prompt
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
 MODEL, DICTIONARY = GOLDEN / "model", GOLDEN / "dictionary"
@@ -91,7 +93,7 @@ def test_windows_of_ids_text_and_masks(model: Model):
     for bad, kwargs, message in (
         ([], {}, "no tokens"),
         ([[5, 97]], {}, r"not in 0\.\.96"),
-        ([[5, -1, 6]], {}, "behind the text"),
+        ([[5, -1, 6]], {}, "put it after the text"),
         ([[5] * 65], {}, "at most 64"),
         ([[5, 6]], {"mask": [True]}, "1 positions, the windows 2"),
         ([[5, 6]], {"mask": "some"}, "give None"),
@@ -120,7 +122,7 @@ def test_prompt_family_to_neighbourhood(model: Model, dictionary, tmp_path: Path
     a_UN = np.zeros((56, 6))
     for w, ids in enumerate(WINDOWS):
         token = np.asarray(ids, np.int32)
-        recording = jaxclt.trace.prompt.record_prompt(model.params, token, model.cfg)
+        recording = record_prompt(model.params, token, model.cfg)
         active = active_features(dictionary, model.params, recording, model.cfg)
         for layer, pos, feature, value in zip(
             active.layer_A, active.pos_A, active.feature_A, active.value_A, strict=True
@@ -185,7 +187,7 @@ def test_interrupted_runs_go_on_and_shards_merge(
     args = {"features": "top:50", "tokens": 1500, "context": 48}
     whole = jaxclt.coactivation(model, dictionary, text, **args)
     assert 1500 <= whole.n_tokens < 1550
-    monkeypatch.setattr(global_gather, "SAVE_S", 0.0)
+    monkeypatch.setattr(kept, "SAVE_S", 0.0)
 
     def stop(what: str, done: int, total: int) -> None:
         if what == "statistics" and done > 600:
@@ -217,7 +219,7 @@ def test_interrupted_runs_go_on_and_shards_merge(
         np.testing.assert_array_equal(other.subset.feature_U, whole.subset.feature_U)
         for a, b in zip(other.sums["act"], whole.sums["act"], strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
-    with pytest.raises(InputError, match="another run \\(features differs"):
+    with pytest.raises(InputError, match="another run, which differs in features"):
         jaxclt.coactivation(
             model, dictionary, text, state=tmp_path, **(args | {"features": "top:9"})
         )
@@ -235,7 +237,7 @@ def test_wherever_a_run_is_stopped_its_sums_are_the_same_bits(
     """Between two flushes too, where sums are still in the model's dtype."""
     args = {"features": "top:50", "tokens": 1500, "context": 48}
     whole = jaxclt.coactivation(model, dictionary, text, **args)
-    monkeypatch.setattr(global_gather, "SAVE_S", save_s)
+    monkeypatch.setattr(kept, "SAVE_S", save_s)
     for n_reports in (1, 2, 3, 4, 5):
         state, left = tmp_path / str(n_reports), [n_reports] * 4
 
@@ -295,9 +297,7 @@ def test_inhibition_is_one_ablation_away(model: Model, dictionary):
     effect = np.zeros((40, 80))
     released = np.zeros((40, 80))
     for ids in WINDOWS:
-        recording = jaxclt.trace.prompt.record_prompt(
-            model.params, np.asarray(ids, np.int32), model.cfg
-        )
+        recording = record_prompt(model.params, np.asarray(ids, np.int32), model.cfg)
         layers = list(encoded_layers(dictionary, model.params, recording, model.cfg))
         theta_F = layers[3].enc.theta_F
         theta_F = np.zeros(40) if theta_F is None else theta_F
@@ -400,7 +400,10 @@ def test_the_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert told["interference"]["largest"][0]["share"] == 1e-4
     capsys.readouterr()
     for more, message in (
-        (("--features", "top:51"), "holds statistics of another run"),
+        (
+            ("--features", "top:51"),
+            "holds another run, which differs in features (top:50, not top:51)",
+        ),
         (("--shard", "2/2"), "--shard 2/2: write I/N"),
         (("--heads", "1-2"), "--heads 1-2: write LAYER:HEAD"),
         (("--top", 0), "--top 0: give at least 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import FEW, case, case_active, close, graph_rows, recorded
@@ -128,12 +129,13 @@ def test_streamed_strongest_are_those_of_the_square(part: bool, k: int):
             assert (slot_K[len(order) :] == -1).all()
 
 
-def test_grouped_selection_is_exact():
-    x_RN = np.asarray(jax.random.normal(jax.random.key(0), (5, 160)))
-    value, column = map(np.asarray, jax.jit(weights.top, static_argnums=1)(x_RN, 4))
-    order = np.argsort(-np.abs(x_RN), axis=1)[:, :4]
-    np.testing.assert_array_equal(column, order)
-    np.testing.assert_array_equal(value, np.take_along_axis(x_RN, order, 1))
+@pytest.mark.parametrize(("N", "k", "group"), [(160, 4, 8), (2000, 7, 64)])
+def test_grouped_selection_is_exact(N: int, k: int, group: int):
+    normal_RN = jax.random.normal(jax.random.key(3), (5, N))
+    for x_RN in (normal_RN, jnp.round(normal_RN, 1)):  # the second with many equals
+        found = jax.jit(lambda x: weights.highest(x, k, group))(x_RN)
+        for got, want in zip(found, jax.lax.top_k(x_RN, k), strict=True):
+            np.testing.assert_array_equal(got, want)
 
 
 def test_subsets_say_what_is_wrong():

@@ -16,15 +16,15 @@ import jax
 
 from jaxclt.cli import main as cli
 from jaxclt.cli import train as command  # noqa: F401
-from jaxclt.dashboards import gather as feature_dashboards
 from jaxclt.global_weights import gather as global_gather
-from jaxclt.train import sample, trainer  # noqa: F401
+from jaxclt.runs import kept
+from jaxclt.train import trainer  # noqa: F401
 
 jax.config.update("jax_disable_most_optimizations", True)
 # States are kept after every batch: there are only seconds to be killed in.
-global_gather.SAVE_S = feature_dashboards.SAVE_S = sample.SAVE_EVERY_S = 0.0
+kept.SAVE_S = 0.0
 global_gather.FLUSH_TOKENS = 1024
-global_gather.BATCH_TOKENS = feature_dashboards.BATCH_TOKENS = 256
+global_gather.BATCH_TOKENS = 256
 
 
 def run(argv: list[str], log: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -10,8 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from killing import LIGHT
@@ -151,6 +152,16 @@ def test_what_is_ignored_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Small(AttributeConfig):
+    """Many short steps, between which a trace can be stopped."""
+
+    chunk_size: int = 8
+    n_bands: int | None = 3
+    rows_per_update: int | None = 20
+    direction: Literal["auto", "pull", "push"] = "pull"
+
+
 @BOTH
 def test_a_stopped_trace_keeps_its_graph(
     number: signal.Signals,
@@ -162,10 +173,7 @@ def test_a_stopped_trace_keeps_its_graph(
     from jaxclt.graph import attribute
     from jaxclt.trace import prompt as trace
 
-    small = partial(
-        AttributeConfig, chunk_size=8, n_bands=3, rows_per_update=20, direction="pull"
-    )
-    monkeypatch.setattr(attribute, "AttributeConfig", small)
+    monkeypatch.setattr(attribute, "AttributeConfig", Small)
     real = trace.trace_prompt
 
     def traced(*args: object, stop: Stop, **more: object) -> object:

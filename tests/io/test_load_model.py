@@ -17,7 +17,7 @@ from jaxclt.files.digest import fingerprint, sha256
 from jaxclt.io.model import load_model, save_hf
 from jaxclt.text.corpus import pack_windows
 from jaxclt.text.windows import read_windows
-from jaxclt.trace.prompt import prompt_tokens
+from jaxclt.trace.record import prompt_tokens
 
 
 @pytest.fixture

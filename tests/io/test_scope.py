@@ -102,17 +102,13 @@ def test_a_reader_is_told_and_the_graph_remembers(fake: FakeHub):
     name = f"{REPO}//width_16k/average_l0_70"
     found = dictionary.load_dictionary(name, model, progress=told.append)
     assert told == [f"{name}: average_l0 of layers 0 to 2: 76, 95, 54"]
-    same = identity(model, found, "x", AttributeConfig(), "auto")
+    same = identity(model, found, "x", AttributeConfig())
     assert same["dictionary_made_of"]["average_l0"] == [76, 95, 54]
     other = dictionary.load_dictionary(f"{REPO}//width_16k/average_l0_20", model)
     assert other.hash != found.hash
-    assert "dictionary_made_of" not in identity(
-        model,
-        dictionary.load_dictionary("neurons", model),
-        "x",
-        AttributeConfig(),
-        "auto",
-    )
+    neurons = dictionary.load_dictionary("neurons", model)
+    other = identity(model, neurons, "x", AttributeConfig())
+    assert "dictionary_made_of" not in other
 
 
 def test_without_an_l0_there_must_be_one_of_each_layer(fake: FakeHub):

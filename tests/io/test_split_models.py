@@ -26,7 +26,7 @@ from jaxclt.io.weights_hf import load_hf
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.sharding import SPLIT, kept_whole, leaf_shapes, leaf_sharding, model_mesh
 from jaxclt.testing import tiny
-from jaxclt.trace.prompt import record_prompt
+from jaxclt.trace.record import record_prompt
 from jaxclt.types import Block, LMParams
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

@@ -31,7 +31,8 @@ from jaxclt.patching import patch as intervene
 from jaxclt.patching.patch import plan_patch
 from jaxclt.patching.patchable import How, Mode
 from jaxclt.patching.subject import Subject
-from jaxclt.trace import again as provenance
+from jaxclt.trace import again
+from jaxclt.trace.record import recorded
 from jaxclt.types import Supernode
 
 NAMES = ("--model", str(MODEL), "--dictionary", str(DICTIONARY))
@@ -131,19 +132,19 @@ def test_a_prompt_is_told_from_a_mistyped_directory(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     for args, why in (
-        ((PROMPT,), "is no directory; if it is a prompt, give --model and --dict"),
-        (("out/eifel",), "'out/eifel' is no directory; if it is a prompt"),
-        (("out/eifel", *NAMES), "looks like a directory and is none"),
-        (("eifel", *NAMES[:2]), "'eifel' is no directory"),
-        (("w7 " * 3000,), "is no directory"),
+        ((PROMPT,), "is not a directory; if it is a prompt, give --model and --dict"),
+        (("out/eifel",), "'out/eifel' is not a directory; if it is a prompt"),
+        (("out/eifel", *NAMES), "looks like a directory but is not one"),
+        (("eifel", *NAMES[:2]), "'eifel' is not a directory"),
+        (("w7 " * 3000,), "is not a directory"),
         (("out",), "no graph in out"),
         (("out", *NAMES), "no graph in out"),
         (("", *NAMES), "the prompt is empty"),
         ((" \n", *NAMES), "the prompt is empty"),
         ((PROMPT, *NAMES, "--group", "g"), "--group takes supernodes of a graph"),
         ((PROMPT, *NAMES, "--supernodes", "g.json"), "--group takes supernodes"),
-        (("out", "--bos", "never"), "--bos is of a prompt"),
-        (("out", "--chat"), "--chat is of a prompt"),
+        (("out", "--bos", "never"), "--bos goes with a prompt"),
+        (("out", "--chat"), "--chat goes with a prompt"),
     ):
         assert run("patch", *args, "--feature", node()) == 2
         said = capsys.readouterr().err
@@ -202,13 +203,13 @@ def test_text_follows_where_patterns_are_computed_again():
 
 def test_an_edge_is_explained_in_the_memory_of_its_trace():
     model, clt, graph = parts()
-    recording, _ = provenance.recorded(small(graph), model, clt)
+    recording = recorded(small(graph), model, clt).recording
     assert recording.frozen.pattern_LHTS is None
     A = graph.n_features
     row, col = np.unravel_index(np.argmax(np.abs(graph.edge_RN[:A, :A])), (A, A))
     names = (jaxclt.node_name(graph, int(col)), jaxclt.node_name(graph, int(row)))
     want, found = (
-        provenance.edge_parts_with_model(g, *names, model=model, dictionary=clt)
+        again.edge_parts_with_model(g, *names, model=model, dictionary=clt)
         for g in (graph, small(graph))
     )
     np.testing.assert_allclose(found.hops, want.hops, atol=1e-5)
@@ -230,4 +231,4 @@ def test_nothing_records_a_prompt_past_the_memory_plan():
         if recording.search(path.read_text("utf-8"))
     }
     windows = ("train/", "evaluation/", "testing/")
-    assert {c for c in calls if not c.startswith(windows)} == {"trace/prompt.py"}
+    assert {c for c in calls if not c.startswith(windows)} == {"trace/record.py"}

@@ -60,7 +60,7 @@ def test_windows_of_ones_own_are_trained_on_first_position_and_all(tmp_path: Pat
     assert real - len(held) < card["metrics"]["heldout_tokens"] <= real  # no outliers
     assert card["metrics"]["l0"] > 0
     assert "first position" not in (out / "README.md").read_text()
-    with pytest.raises(InputError, match="another data"):
+    with pytest.raises(InputError, match="differs in data"):
         train(model, Windows.of(rest, held), out, config)
 
 
@@ -161,7 +161,7 @@ def test_a_stop_is_a_checkpoint(text: Path, tmp_path: Path):
 
 
 def test_another_recipe_does_not_resume(whole: Path, text: Path):
-    with pytest.raises(InputError, match=r"holds a run with --lr 0\.003, not 0\.1"):
+    with pytest.raises(InputError, match=r"differs in lr \(0\.003, not 0\.1\)"):
         train(tiny_model(), text, whole, tiny_config(lr=0.1))
     with pytest.raises(InputError, match="is not empty and holds no run"):
         train(tiny_model(), text, text, tiny_config())

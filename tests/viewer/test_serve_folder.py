@@ -48,14 +48,14 @@ def test_bad_folders_are_named_and_the_rest_is_listed(tmp_path: Path):
     assert good == {"good", "half", "wide\u3000space"}
     bad = {"list", "number", "broken", "cut", "deep", "empty", "other", "bytes", "loop"}
     assert found.keys() == good | bad | {"\\udcff\\udcfe", "two\nlines"}
-    assert found["list"]["error"] == "its metadata is no object"
+    assert found["list"]["error"] == "its metadata is not an object"
     assert found["cut"]["error"] == "it is cut off"
     with serving(tmp_path) as server:
         ask = talk(server.port)
         status, _, text = ask("/")
         assert status == 200
         assert text.count("<a href=") == 3
-        assert "its metadata is no object" in text
+        assert "its metadata is not an object" in text
         assert ask("/view/list")[0] == ask("/view/cut")[0] == 422
         assert len(json.loads(ask("/api/graphs")[2])) == len(found)
 
