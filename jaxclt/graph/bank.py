@@ -21,7 +21,7 @@ U rows of the table, B targets or sources treated together, E slots read out.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -116,21 +116,20 @@ def readers(rows: RowTargets, n_layers: int) -> Items:
     )
 
 
-def written_at(active: Active, layer: int, pos: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features that write the MLP output of a layer at a position.
+def written_at(
+    active: Active, layer: int, pos: int
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Features that write the MLP output of a layer at a position, by their own layer.
 
-    Their slots, ascending, and what each writes: value x decoder row, [n, D].
+    Slots, and what each writes: value x decoder row, [n, D].
     """
-    slots, vectors = [np.zeros(0, np.int64)], [active.write_bias_LD[:0]]
     for source in range(layer + 1):
         if layer - source >= active.decoder[source].shape[1]:
             continue
         of = active.of_layer(source)
         lo, hi = of.start + np.searchsorted(active.pos_A[of], [pos, pos + 1])
-        slots.append(np.arange(lo, hi))
         row_AD = active.decoder[source][active.row_A[lo:hi], layer - source]
-        vectors.append(active.value_A[lo:hi, None] * row_AD)
-    return np.concatenate(slots), np.concatenate(vectors)
+        yield slice(lo, hi), active.value_A[lo:hi, None] * row_AD
 
 
 class Slots(NamedTuple):
@@ -307,6 +306,8 @@ def pack(items: Items, n_positions: int) -> Bank:
         width, slot_A, first_M, end_MT = _prefix_slots(items, count_MT)
     else:
         width, slot_A, first_M, end_MT = _layer_slots(items, count_MT)
+    # The first position often has far more features than the others: tiles that deep
+    # would be mostly empty elsewhere.
     depth_M = _shared_depth(end_MT - first_M[:, None])
     shared_first_M = np.concatenate([[0], np.cumsum(depth_M)])
     over_M, over_T, over_block = _overflow(first_M + depth_M, end_MT)
@@ -322,6 +323,7 @@ def pack(items: Items, n_positions: int) -> Bank:
         mine = np.flatnonzero(items.site_A == site)
         pos, value = items.pos_A[mine], items.value_A[mine]
         block, place = np.divmod(slot_A[mine], width)
+        # The same slot at every site: edges of all sites are then summed in place.
         for offset in range(n_sites):
             m = site + offset
             row = items.row_A[mine] + offset

@@ -144,6 +144,7 @@ def edge_columns(
     Returns:
       Whether all columns were reached.
     """
+    # Padding after the prompt's end is not pushed to: no target is there.
     p, T = columns.p, columns.p.n_tokens
     held = _Held(make_stream(p, pull=False), bank.on_device(packed=True))
     held = on_mesh(held, mesh)

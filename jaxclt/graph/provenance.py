@@ -124,8 +124,9 @@ def _direct_block(
             break
         if active.skip is not None:
             state_ND[has] += active.skip.at(layer, [pos]).write(state_ND[has])
-        slot, write_AD = written_at(active, layer, pos)
-        state_ND[np.searchsorted(feature, slot)] += write_AD
+        for slots, write_AD in written_at(active, layer, pos):
+            lo, hi = np.searchsorted(feature, [slots.start, slots.stop])
+            state_ND[lo:hi] += write_AD
         state_ND[len(feature) + layer] += p.error_LTD[layer, pos]
     return row, col, edge_RN
 

@@ -84,8 +84,8 @@ def written_edges(
         n_features=len(active.layer_A), n_layers=active.n_layers, n_tokens=n_tokens
     )
     edge_N = np.zeros(layout.n_columns, write_D.dtype)
-    slot, write_AD = written_at(active, layer, pos)
-    edge_N[slot] = write_AD @ write_D
+    for slots, write_AD in written_at(active, layer, pos):
+        edge_N[slots] = write_AD @ write_D
     edge_N[layout.at("error", layer, pos)] = error_LTD[layer, pos] @ write_D
     return edge_N
 

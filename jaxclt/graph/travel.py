@@ -71,6 +71,7 @@ def push(
     """
     write_MBD, start = jnp.asarray(writes.write_MBD), writes.start
     row_B = jnp.arange(write_MBD.shape[1])
+    # Only the window from the first source on is held: nothing reaches back before it.
     near_B = writes.pos_B - start
 
     def level(layer: Array, carried: tuple[Array, Any]) -> tuple[Array, Any]:
@@ -84,6 +85,8 @@ def push(
         # What is written at a layer is read from the next one on.
         return x_PBD.at[near_B, row_B].add(write_MBD[layer + 1]), state
 
+    # Below the first write every stream is zero, so that the loop starts there; its
+    # bounds are traced, which keeps one program for all chunks.
     x_PBD = jnp.zeros((n_positions, *write_MBD.shape[1:]), write_MBD.dtype)
     x_PBD = x_PBD.at[near_B, row_B].add(write_MBD[writes.first])
     return jax.lax.fori_loop(writes.first, end, level, (x_PBD, state))
@@ -121,6 +124,8 @@ def pull(
     row_B = jnp.arange(B)
 
     def add_reads(g_PXD: Array, layer: Array | int) -> Array:
+        # A mask instead of a gather: which targets read here differs by layer, and
+        # shapes may not.
         here_BD = jnp.where((layer_B == layer)[:, None], read_BD, 0)
         return g_PXD.at[pos_B, row_B].add(here_BD)
 
@@ -135,6 +140,7 @@ def pull(
     def level(step: Array, carried: tuple[Array, Any]) -> tuple[Array, Any]:
         g_PXD, state = carried
         layer = top - step
+        # Before the layer's own reads are added: what it writes comes after them.
         state = visit(layer, g_PXD, state, (step == 0) & from_mid)
         below_PXD, moved_PXD = down(
             g_PXD,

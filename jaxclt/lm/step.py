@@ -61,6 +61,7 @@ def up(
       skip: the layer's linear path.
       cfg: model shape.
     """
+    # Side by side with attention, an MLP does not see what that adds.
     after_TxD = x_TxD + moved_TxD
     mid_TxD = x_TxD if cfg.parallel else after_TxD
     return mid_TxD, after_TxD if skip is None else after_TxD + skip.write(mid_TxD)
@@ -83,5 +84,6 @@ def down(
       add_reads: adds what is read where the MLP reads.
       cfg: model shape.
     """
+    # The skip reads where the MLP reads, so that its share joins the reads there.
     x_TxD = add_reads(g_TxD if skip is None else g_TxD + skip.read(g_TxD))
     return x_TxD, g_TxD if cfg.parallel else x_TxD
