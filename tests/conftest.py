@@ -26,6 +26,21 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+MAPS = Path("/proc/self/maps")  # Linux
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs() -> Iterator[None]:
+    """Forget compiled programs before the process runs out of places to map them.
+
+    Each takes several, of the 65,530 that Linux grants; the next compilation after the
+    last of them dies of a segmentation fault.
+    """
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def x64() -> Iterator[None]:
     """Float64 for all tests of a module, where identities hold to rounding.

@@ -101,7 +101,7 @@ def test_prompts_ask_at_their_end(tmp_path: Path):
     with pytest.raises(InputError, match="line 2"):
         read_eval_text(model, file, tokens=10, context=16)
     file.write_text('{"prompt": 3}\n')
-    with pytest.raises(InputError, match="texts"):
+    with pytest.raises(InputError, match="only text is read"):
         read_eval_text(model, file, tokens=10, context=16)
 
 
