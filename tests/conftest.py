@@ -37,7 +37,7 @@ def _few_programs() -> Iterator[None]:
     last of them dies of a segmentation fault.
     """
     yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 40_000:
         jax.clear_caches()
 
 

@@ -284,7 +284,7 @@ def test_a_failed_write_leaves_the_file(root, monkeypatch):
 
 
 def test_no_folder_and_a_taken_port_are_input_errors(tmp_path, server):
-    with pytest.raises(InputError, match="no folder"):
+    with pytest.raises(InputError, match="not a folder"):
         make_server(tmp_path / "nothing")
     with pytest.raises(InputError, match="cannot listen"):
         make_server(tmp_path, port=server.port)
