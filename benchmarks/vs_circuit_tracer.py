@@ -593,6 +593,7 @@ def main() -> None:
     cases: list[dict[str, Any]] = []
     for kind in args.kinds:
         cases += run_kind(args, kind, files[kind], common)
+        args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "results.json").write_text(json.dumps(cases, indent=1))
     text = section(cases)
     same = git_sha() == common["git"]
