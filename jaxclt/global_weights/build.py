@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.sparse import csr_array
 
-from jaxclt.clt.coder import Bound
+from jaxclt.clt.coder import Bound, Dictionary
+from jaxclt.errors import InputError
 from jaxclt.global_weights.ranking import GlobalWeights, Kind
 from jaxclt.global_weights.statistics import Coactivation, Matrix
 from jaxclt.global_weights.weights import (
@@ -15,8 +16,29 @@ from jaxclt.global_weights.weights import (
     logit_weights,
     virtual_tiles,
 )
+from jaxclt.io.model import Model
 
-__all__ = ["build", "virtual_blocks"]
+__all__ = ["bound_of", "build", "virtual_blocks"]
+
+
+def bound_of(dictionary: Dictionary, model: Model) -> Bound:
+    """A dictionary that has global weights, on its model.
+
+    Raises:
+      InputError: for one with gates, and for a model in less than float32.
+    """
+    on = Bound(dictionary, model.params, model.cfg)
+    if on.coder.gated:
+        raise InputError(
+            f"dictionary {dictionary.name}: a neuron's gate depends on the prompt, so "
+            "neurons have no global weights; give a transcoder"
+        )
+    if on.dtype.itemsize < 4:
+        raise InputError(
+            f"statistics need float32, the model is {on.dtype}: load it "
+            'with dtype="float32"'
+        )
+    return on
 
 
 def build(

@@ -19,7 +19,7 @@ from jaxclt.errors import InputError, check_choice, options_of
 from jaxclt.global_weights import ranking
 from jaxclt.global_weights import weights as weights_of
 from jaxclt.global_weights.attention import Head, head_block
-from jaxclt.global_weights.build import build
+from jaxclt.global_weights.build import bound_of, build
 from jaxclt.global_weights.files import load_statistics
 from jaxclt.global_weights.gather import PassOptions, joined
 from jaxclt.global_weights.inhibition import (
@@ -31,7 +31,7 @@ from jaxclt.global_weights.ranking import GlobalWeights, Kind, largest
 from jaxclt.global_weights.statistics import Coactivation, Plan, Sums, encoders
 from jaxclt.global_weights.weights import Strongest, virtual_block
 from jaxclt.io.model import Model
-from jaxclt.text.features import Features, bound_of, choose_features
+from jaxclt.text.features import Features, choose_features
 from jaxclt.text.windows import (
     BATCH_TOKENS,
     Data,

@@ -25,6 +25,7 @@ from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.subset import Subset
 from jaxclt.errors import InputError, options_of
 from jaxclt.global_weights.attention import Head
+from jaxclt.global_weights.build import bound_of
 from jaxclt.global_weights.files import load_statistics, save_statistics
 from jaxclt.global_weights.sparse import check_size, sparse_sums
 from jaxclt.global_weights.statistics import (
@@ -39,7 +40,7 @@ from jaxclt.io.model import Model
 from jaxclt.lm.config import LMConfig
 from jaxclt.runs.kept import State, refuse_other
 from jaxclt.runs.pace import logged
-from jaxclt.text.features import Features, bound_of, choose_features
+from jaxclt.text.features import Features, choose_features
 from jaxclt.text.windows import (
     BATCH_TOKENS,
     Data,

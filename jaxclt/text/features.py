@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.clt.coder import Bound, Dictionary, Loaded, load
+from jaxclt.clt.coder import Dictionary, Loaded, load
 from jaxclt.clt.subset import FeatureSizes, Subset
 from jaxclt.errors import InputError, did_you_mean
 from jaxclt.files.json_file import MOST, parse_json, read_bounded
@@ -20,31 +20,11 @@ from jaxclt.io.model import Model
 from jaxclt.text.peaks import Batch, firing_counts
 from jaxclt.text.windows import BATCH_TOKENS, TokenWindows, batches
 
-__all__ = ["Features", "bound_of", "choose_features"]
+__all__ = ["Features", "choose_features"]
 
 Features = str | os.PathLike[str] | Subset | np.ndarray | Sequence[Sequence[int]]
 
 SELECT_TOKENS = 16_384  # positions that features are chosen on
-
-
-def bound_of(dictionary: Dictionary, model: Model) -> Bound:
-    """A dictionary that has global weights, on its model.
-
-    Raises:
-      InputError: for one with gates, and for a model in less than float32.
-    """
-    on = Bound(dictionary, model.params, model.cfg)
-    if on.coder.gated:
-        raise InputError(
-            f"dictionary {dictionary.name}: a neuron's gate depends on the prompt, so "
-            "neurons have no global weights; give a transcoder"
-        )
-    if on.dtype.itemsize < 4:
-        raise InputError(
-            f"statistics need float32, the model is {on.dtype}: load it "
-            'with dtype="float32"'
-        )
-    return on
 
 
 def choose_features(
