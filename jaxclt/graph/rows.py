@@ -32,7 +32,7 @@ from jaxclt.graph.layout import Layout
 from jaxclt.graph.plan import Chunk, Plan, chunk_flops
 from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.stream import Stream, make_stream, on_mesh
-from jaxclt.graph.travel import Reads, pull
+from jaxclt.graph.travel import Frozen, Reads, Way, pull
 from jaxclt.shapes import bucket
 
 __all__ = ["Puller", "RowTargets", "edge_rows", "make_puller", "padded_reads"]
@@ -42,7 +42,7 @@ __all__ += ["pipelined", "pull_flops", "visits"]
 class _Held(NamedTuple):
     """What all chunks of a prompt share, on every device."""
 
-    stream: Stream
+    way: Way
     bank: DeviceBank
     error_LTD: Array
     embed_TD: Array
@@ -51,7 +51,7 @@ class _Held(NamedTuple):
 class _Edges(NamedTuple):
     """Edges of a chunk by slot: features [Z, P, W, X], errors and embeddings.
 
-    X are the rows, or several states of each, see `jaxclt.graph.travel.pull`.
+    X are the rows, or several states of each, see `jaxclt.graph.travel.Way`.
     """
 
     edge_ZPWX: Array
@@ -59,9 +59,9 @@ class _Edges(NamedTuple):
     embed_PX: Array
 
 
-def _pull(held: _Held, reads: Reads, *, P: int, n_states: int) -> _Edges:
-    stream, bank, error_LTD, embed_TD = held
-    X, L = n_states * len(reads.pos_B), stream.cfg.n_layers
+def _pull(held: _Held, reads: Reads, *, P: int) -> _Edges:
+    way, bank, error_LTD, embed_TD = held
+    X, L = way.n_states * len(reads.pos_B), way.cfg.n_layers
 
     def visit(
         layer: Array, g_PXD: Array, state: tuple[Array, Array], nothing: Array
@@ -73,9 +73,7 @@ def _pull(held: _Held, reads: Reads, *, P: int, n_states: int) -> _Edges:
 
     dtype = reads.read_BD.dtype
     state = bank.no_edges(P, X, dtype), jnp.zeros((L, P, X), dtype)
-    g_PXD, (edge_ZPWX, error_LPX) = pull(
-        stream, reads, visit, state, n_positions=P, n_states=n_states
-    )
+    g_PXD, (edge_ZPWX, error_LPX) = pull(way, reads, visit, state, n_positions=P)
     embed_PX = jnp.einsum("PXD,PD->PX", g_PXD, embed_TD[:P])
     return _Edges(edge_ZPWX, error_LPX, embed_PX)
 
@@ -95,18 +93,17 @@ class _Read(NamedTuple):
 _ROW, _WHOLE = PartitionSpec("rows"), PartitionSpec()
 
 
-@partial(jax.jit, static_argnames=("P", "n_states", "mesh"))
+@partial(jax.jit, static_argnames=("P", "mesh"))
 def _pull_chunk(
     held: _Held,
     reads: Reads,
     place_E: Array | None,
     *,
     P: int,
-    n_states: int,
     mesh: Mesh,
 ) -> _Read:
     def local(held: _Held, reads: Reads, place_E: Array | None) -> _Read:
-        edges = _pull(held, reads, P=P, n_states=n_states)
+        edges = _pull(held, reads, P=P)
         edge_ZPWX, error_LPX, embed_PX = edges
         flat_YX = edge_ZPWX.reshape(-1, edge_ZPWX.shape[-1])
         rest_X = rest_abs_X = jnp.zeros_like(embed_PX[0])
@@ -138,7 +135,7 @@ def _visit_chunk(
     """Influence [devices, Z, P, W] that a chunk passes on to every slot."""
 
     def local(held: _Held, reads: Reads, visit_B: Array, is_node_LP: Array) -> Array:
-        edges = _pull(held, reads, P=P, n_states=1)
+        edges = _pull(held, reads, P=P)
         edge_ZPWB, error_LPB, embed_PB = map(jnp.abs, edges)
         total_B = edge_ZPWB.sum((0, 1, 2)) + embed_PB.sum(0)
         total_B += jnp.einsum("LPB,LP->B", error_LPB, is_node_LP)
@@ -159,7 +156,6 @@ class Puller:
     plan: Plan
     mesh: Mesh
     n_tokens: int  # of the prompt, without the padding of the recording
-    n_states: int = 1  # of a path, see `jaxclt.graph.travel.pull`
 
     @property
     def n_features(self) -> int:
@@ -178,7 +174,7 @@ def make_puller(
     mesh: Mesh,
     bank: Bank | None = None,
     packed: bool = True,
-    n_states: int = 1,
+    way: Callable[[Stream], Way] = Frozen,
 ) -> Puller:
     """Put what all rows of a prompt need on the devices, once.
 
@@ -188,11 +184,11 @@ def make_puller(
       mesh: devices to split chunks over, one axis `rows`.
       bank: packed `writers` of its active features, if already at hand.
       packed: hold the source vectors written out; else gather them as they are used.
-      n_states: states that paths are kept apart by; several take one device.
+      way: makes of a stream the way down; one of several states takes one device.
     """
     bank = bank or pack(writers(p.active), p.error_LTD.shape[1])
     held = _Held(
-        stream=make_stream(p, pull=True),
+        way=way(make_stream(p, pull=True)),
         bank=bank.on_device(packed=packed),
         error_LTD=jnp.asarray(p.error_LTD),
         embed_TD=p.recording.embed_TD,
@@ -203,7 +199,6 @@ def make_puller(
         plan=plan,
         mesh=mesh,
         n_tokens=p.n_tokens,
-        n_states=n_states,
     )
 
 
@@ -247,7 +242,7 @@ def edge_rows(
     """
     reached_R = np.zeros(len(targets.pos_R), bool)
     pool = np.arange(puller.n_features) if pool_A is None else pool_A
-    n_layers = puller.held.stream.cfg.n_layers
+    n_layers = puller.held.way.cfg.n_layers
     layout = Layout(n_features=len(pool), n_layers=n_layers, n_tokens=puller.n_tokens)
     near: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     device_places: dict[int, Array | None] = {}
@@ -265,14 +260,13 @@ def edge_rows(
 
     def start(chunk: Chunk) -> _Read:
         P = chunk.n_positions
-        how = {"P": P, "n_states": puller.n_states, "mesh": puller.mesh}
-        return _pull_chunk(
-            puller.held, padded_reads(targets, chunk), device_places[P], **how
-        )
+        reads = padded_reads(targets, chunk)
+        return _pull_chunk(puller.held, reads, device_places[P], P=P, mesh=puller.mesh)
 
     for chunk, read in pipelined(puller.chunks(targets), start, stop):
         n = len(chunk.index_B)
-        for q, out in enumerate(out_RN.reshape(puller.n_states, *out_RN.shape[-2:])):
+        n_states = puller.held.way.n_states
+        for q, out in enumerate(out_RN.reshape(n_states, *out_RN.shape[-2:])):
             mine = slice(q * chunk.capacity, q * chunk.capacity + n)
             part = [np.asarray(x)[..., mine] for x in read[:3]]
             _write_rows(chunk, part, *near[chunk.n_positions], layout, out)

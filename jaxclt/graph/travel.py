@@ -18,16 +18,18 @@ summed over prompts. All share the step, or the folded maps of `jaxclt.lm.frozen
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import Array
 
 from jaxclt.graph.stream import Stream
+from jaxclt.lm.config import LMConfig
 from jaxclt.lm.step import down, up
 
-__all__ = ["Reads", "Writes", "pull", "push"]
+__all__ = ["Frozen", "Hops", "Reads", "Way", "Writes", "descend", "pull", "push"]
 
 
 class Writes(NamedTuple):
@@ -92,35 +94,156 @@ def push(
     return jax.lax.fori_loop(writes.first, end, level, (x_PBD, state))
 
 
+class Way(Protocol):
+    """How cotangents pass a layer downwards: which derivative of it is taken.
+
+    Q > 1 states keep parts of a cotangent apart on their way; the vectors are then
+    Q * B, by state.
+    """
+
+    @property
+    def cfg(self) -> LMConfig:
+        """Model shape."""
+        ...
+
+    @property
+    def n_states(self) -> int:
+        """Q."""
+        ...
+
+    def below(
+        self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
+    ) -> Array:
+        """Cotangents of the stream that enters a layer, from those of what leaves it.
+
+        Args:
+          layer: which layer.
+          g_PXD: cotangents at the first positions.
+          add_reads: adds what is read where the MLP reads.
+        """
+        ...
+
+
+@struct.dataclass
+class Frozen:
+    """Past the frozen attention maps and the skip: the graph's edges."""
+
+    stream: Stream  # laid out for pulling
+
+    @property
+    def cfg(self) -> LMConfig:
+        """Model shape."""
+        return self.stream.cfg
+
+    @property
+    def n_states(self) -> int:
+        """One."""
+        return 1
+
+    def below(
+        self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
+    ) -> Array:
+        """See `Way`."""
+        return sum(_past(self.stream, layer, g_PXD, add_reads))  # pyright: ignore
+
+
+@struct.dataclass
+class Hops:
+    """As `Frozen`, with paths kept apart by the number of heads that they passed.
+
+    The last state has all with Q - 1 or more.
+    """
+
+    stream: Stream
+    n_states: int = struct.field(pytree_node=False)
+
+    @property
+    def cfg(self) -> LMConfig:
+        """Model shape."""
+        return self.stream.cfg
+
+    def below(
+        self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
+    ) -> Array:
+        """See `Way`."""
+        below_PXD, back_PXD = _past(self.stream, layer, g_PXD, add_reads)
+        P, X, D = back_PXD.shape
+        back_PQBD = back_PXD.reshape(P, self.n_states, -1, D)
+        first_P1BD, last_PBD = jnp.zeros_like(back_PQBD[:, :1]), back_PQBD[:, -1]
+        back_PQBD = jnp.concatenate([first_P1BD, back_PQBD[:, :-1]], axis=1)
+        return below_PXD + back_PQBD.at[:, -1].add(last_PBD).reshape(P, X, D)
+
+
+def _past(
+    stream: Stream, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
+) -> tuple[Array, Array]:
+    """Cotangents past one layer: up the residual stream, and through attention."""
+    skip = stream.skip_at(layer, 0, len(g_PXD))
+    below_PXD, moved_PXD = down(g_PXD, skip, add_reads, cfg=stream.cfg)
+    with jax.named_scope("pull_attention"):
+        # Attention is linear: where it is transposed does not matter.
+        _, back = jax.vjp(lambda x_PXD: stream.attend(layer, x_PXD, start=0), g_PXD)
+        return below_PXD, back(moved_PXD)[0]
+
+
+def descend(
+    way: Way,
+    g_PXD: Array,
+    top: Array | int,
+    add_reads: Callable[[Array, Array], Array],
+    visit: Callable[[Array, Array, Any], Any],
+    state: Any,
+) -> tuple[Array, Any]:
+    """Pull cotangents of the stream down to the embeddings.
+
+    Args:
+      way: past each layer.
+      g_PXD: cotangents of the stream that leaves layer `top`, at the first P positions:
+        nothing flows back in time.
+      top: the first layer that is passed.
+      add_reads: (cotangents, layer) -> the same with what is read where its MLP reads.
+      visit: (layer, cotangents of its MLP output, state) -> state.
+      state: to begin with.
+
+    Returns:
+      The cotangents [P, X, D] of the embeddings, and the state.
+    """
+
+    def level(step: Array, carried: tuple[Array, Any]) -> tuple[Array, Any]:
+        g_PXD, state = carried
+        layer = top - step
+        # Before the layer's own reads are added: what it writes comes after them.
+        state = visit(layer, g_PXD, state)
+        return way.below(layer, g_PXD, lambda g_PXD: add_reads(g_PXD, layer)), state
+
+    return jax.lax.fori_loop(0, top + 1, level, (g_PXD, state))
+
+
 def pull(
-    stream: Stream,
+    way: Way,
     reads: Reads,
     visit: Callable[[Array, Array, Any, Array], Any],
     state: Any,
     *,
     n_positions: int,
-    n_states: int = 1,
 ) -> tuple[Array, Any]:
-    """Pull targets down to the embeddings.
+    """`descend` from targets, each of which reads one layer at one position.
 
-    The positions are the first ones: nothing flows back in time, so that no target
-    needs more than those up to its own.
+    The positions are the first ones: no target needs more than those up to its own.
 
     Args:
-      stream: laid out for pulling.
-      reads: of the targets.
+      way: past each layer.
+      reads: of the targets; they enter in the first of several states.
       visit: (layer, cotangents of its MLP output, state, nothing) -> state; where
         `nothing` is true the cotangents are zero.
       state: to begin with.
       n_positions: P.
-      n_states: Q > 1 keeps paths apart by the number of heads that they passed, the
-        last one having all with Q - 1 or more; the vectors are then Q · B, by state.
 
     Returns:
       The cotangents [P, Q B, D] of the embeddings, and the state.
     """
     layer_B, pos_B, read_BD = reads
-    (B, D), L, P = read_BD.shape, stream.cfg.n_layers, n_positions
+    (B, D), L = read_BD.shape, way.cfg.n_layers
     row_B = jnp.arange(B)
 
     def add_reads(g_PXD: Array, layer: Array | int) -> Array:
@@ -129,33 +252,13 @@ def pull(
         here_BD = jnp.where((layer_B == layer)[:, None], read_BD, 0)
         return g_PXD.at[pos_B, row_B].add(here_BD)
 
-    def one_more_hop(g_PXD: Array) -> Array:
-        if n_states == 1:
-            return g_PXD
-        g_PQBD = g_PXD.reshape(P, n_states, B, D)
-        first_P1BD, last_PBD = jnp.zeros_like(g_PQBD[:, :1]), g_PQBD[:, -1]
-        g_PQBD = jnp.concatenate([first_P1BD, g_PQBD[:, :-1]], axis=1)
-        return g_PQBD.at[:, -1].add(last_PBD).reshape(g_PXD.shape)
-
-    def level(step: Array, carried: tuple[Array, Any]) -> tuple[Array, Any]:
-        g_PXD, state = carried
-        layer = top - step
-        # Before the layer's own reads are added: what it writes comes after them.
-        state = visit(layer, g_PXD, state, (step == 0) & from_mid)
-        below_PXD, moved_PXD = down(
-            g_PXD,
-            stream.skip_at(layer, 0, P),
-            lambda g_PXD: add_reads(g_PXD, layer),
-            cfg=stream.cfg,
-        )
-        with jax.named_scope("pull_attention"):
-            # Attention is linear: where it is transposed does not matter.
-            _, back = jax.vjp(lambda x_PXD: stream.attend(layer, x_PXD, start=0), g_PXD)
-            return below_PXD + one_more_hop(back(moved_PXD)[0]), state
-
     # A chunk of features starts at the highest of their layers, not at the output.
     top_read = jnp.max(layer_B)
     from_mid = top_read < L  # nothing has been read above the first visit
     top = jnp.minimum(top_read, L - 1)
-    g_PXD = add_reads(jnp.zeros((P, n_states * B, D), read_BD.dtype), L)
-    return jax.lax.fori_loop(0, top + 1, level, (g_PXD, state))
+
+    def visited(layer: Array, g_PXD: Array, state: Any) -> Any:
+        return visit(layer, g_PXD, state, (layer == top) & from_mid)
+
+    g_PXD = jnp.zeros((n_positions, way.n_states * B, D), read_BD.dtype)
+    return descend(way, add_reads(g_PXD, L), top, add_reads, visited, state)
