@@ -66,6 +66,10 @@ def test_trace_writes_the_four_files_of_the_contract(traced: Path):
         "write",
     } <= set(report["timing_s"])
     validate(json.loads((traced / "graph.json").read_text()))
+    agreement = report["derivative"]
+    assert agreement["n"] == report["graph"]["features_attributed"]
+    assert 0 <= agreement["sign"] <= 1
+    assert {"contrast", "spearman", "slope", "after_first"} < set(agreement)
     page = (traced / "index.html").read_text("utf-8")
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
 

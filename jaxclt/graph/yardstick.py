@@ -32,7 +32,8 @@ def _total_effect(graph: Graph, *, response: bool) -> np.ndarray:
     if response:
         assert graph.response is not None
         graph = dataclasses.replace(graph, edge_RN=graph.response.edge_RN)
-    return contrast(graph).weight_K @ solve_total_effect(graph).astype(np.float64)
+    weight_1K = contrast(graph).weight_K[None]
+    return solve_total_effect(graph, weight_XK=weight_1K)[0].astype(np.float64)
 
 
 def hidden_effect(graph: Graph) -> np.ndarray | None:
