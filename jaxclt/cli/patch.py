@@ -17,7 +17,7 @@ from jaxclt.cli.progress import Run
 from jaxclt.cli.reopened import ReopenFlags
 from jaxclt.errors import InputError, check_at_least, check_finite, did_you_mean
 from jaxclt.io.tokenizer import Bos
-from jaxclt.patching.patchable import Mode
+from jaxclt.patching.patchable import Mode, Part
 
 if TYPE_CHECKING:
     from jaxclt.patching.patch import PatchResult
@@ -63,10 +63,11 @@ class PatchFlags(ReopenFlags):
     writes, leaving the model's last MLP to answer; additive: all)."""
     sweep_end: bool = False
     """Also patch with every end layer of the range."""
-    freeze_patterns: bool = True
-    """Keep the clean attention patterns."""
-    freeze_norms: bool = False
-    """Keep the clean norm denominators."""
+    patterns: Part = "frozen"
+    """Attention patterns: frozen are those of the clean prompt, as in graphs; live ones
+    respond, so that QK answers too."""
+    norms: Part = "live"
+    """Norm denominators: live, or frozen at those of the clean prompt."""
     gates: Literal["auto", "live", "frozen"] = "auto"
     """Gates of the replacement model (iterative); auto: live, frozen for neurons."""
     generate: int = 0
@@ -120,8 +121,8 @@ def run_patch(flags: PatchFlags, run: Run) -> None:
         edits += [Edit(supernode=group, **edits_of) for group in groups]
     how = How(
         mode=flags.mode,
-        freeze_pattern=flags.freeze_patterns,
-        freeze_norm=flags.freeze_norms,
+        patterns=flags.patterns,
+        norms=flags.norms,
         gates=None if flags.gates == "auto" else flags.gates,
     )
     patch = patching.plan_patch(
@@ -241,6 +242,7 @@ def _rows(result: PatchResult, out: dict[str, Any]) -> Table:
     def row(name: str, value: str) -> None:
         made.add_row(name, Text(value))
 
+    row("model", ", ".join(f"{k} {result.options[k]}" for k in ("patterns", "norms")))
     row("top tokens", top(result.top_before))
     row("patched", top(result.top_after))
     if difference := result.logit_difference:

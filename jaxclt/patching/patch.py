@@ -148,7 +148,7 @@ def patch(
       n_features: how many of the graph's features after the edits to watch.
       **how: fields of `jaxclt.patching.patchable.How`, for example
         ``mode="iterative"`` (or constrained, the default, or additive) and
-        ``freeze_norm=True``.
+        ``patterns="live"``.
 
     Raises:
       InputError: for edits or layers that do not fit the prompt or the dictionary.
@@ -280,7 +280,7 @@ def _why_diverged(patch: Patch) -> str:
     """One line for a patch whose numbers left the range that can be held."""
     rec = patch.subject.patchable.recording
     why = "the change is too large: choose a smaller one"
-    if patch.how.freeze_norm:
+    if patch.how.norms == "frozen":
         why = "held norms do not damp it: let the norms be live"
         size_LT = np.linalg.norm(np.asarray(rec.write_LTD, np.float64), axis=-1)
         usual_L1 = np.maximum(np.median(size_LT, axis=1, keepdims=True), 1e-30)

@@ -73,6 +73,32 @@ def test_everything_that_takes_a_subject_takes_one_of_a_prompt():
         assert series(one) == series(two)
 
 
+def test_patterns_are_frozen_or_live_by_one_name(
+    capsys: pytest.CaptureFixture[str],
+):
+    what = (PROMPT, *NAMES, "--feature", node(), "--patterns", "live")
+    assert run("patch", *what, "--json", "--sweep-end", "--generate", 3) == 0
+    out = json.loads(capsys.readouterr().out)
+    live, older, frozen = (
+        patched([edit(strongest()[0])], **how)
+        for how in ({"patterns": "live"}, {"freeze_pattern": False}, {})
+    )
+    assert live == older
+    assert out["kl"] == live.kl != frozen.kl
+    assert out["options"]["patterns"] == live.options["patterns"] == "live"
+    assert frozen.options["patterns"] == "frozen"
+    plan = plan_patch(
+        subject(), [edit(strongest()[0])], How(patterns="live"), n_later=3
+    )
+    assert out["curve"] == intervene.scale_curve(plan)
+    assert out["sweep_end"] == intervene.sweep_end(plan)
+    assert out["generated"] == intervene.generate(plan)
+    assert run("patch", *what) == 0
+    assert "patterns live, norms live" in capsys.readouterr().out
+    with pytest.raises(jaxclt.InputError, match="patterns 'alive': choose one of"):
+        How(patterns="alive")  # pyright: ignore[reportArgumentType]
+
+
 def test_what_takes_the_graph_says_so():
     model, clt, _ = parts()
     s = Subject.of(model, clt, PROMPT)
