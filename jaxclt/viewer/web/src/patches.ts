@@ -29,8 +29,8 @@ export function changeText(record: Json): string {
 
 /** What a patch held, and where it acted, in a few words. */
 export function howText(record: Json): string {
-  const { patterns } = asObject(record.options);
-  return [asText(record.mode), ...(patterns ? [`patterns ${asText(patterns)}`] : [])].join(", ");
+  const { patterns } = asObject(record.options), heads = (Array.isArray(record.heads) ? record.heads : []).map(asText);
+  return [[asText(record.mode), ...heads].join(" "), ...(patterns ? [`patterns ${asText(patterns)}`] : [])].join(", ");
 }
 
 export function patchOfRecord(record: Json): PatchOf {
@@ -143,7 +143,7 @@ export class Patches {
       });
       const said = asObject(await answer.json().catch(() => ({})));
       if (!answer.ok) throw new Error(asText(said.error) || String(answer.status));
-      const made = (r: Json) => JSON.stringify([idsOf(r).sort(), r.change, r.mode, r.layers, r.options]);
+      const made = (r: Json) => JSON.stringify([idsOf(r).sort(), r.change, r.mode, r.layers, r.options, r.heads]);
       app.patches = [said, ...app.patches.filter((r) => made(r) !== made(said))];
       this.running = false;
       this.tell("");
