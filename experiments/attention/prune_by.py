@@ -72,7 +72,7 @@ def ranked(graph: Graph, seed: int) -> dict[str, np.ndarray]:
         "response": other.influence_N[:A],
         "value total": np.abs(jaxclt.solve_total_effect(graph)[0]),
         "response total": np.abs(jaxclt.solve_total_effect(other)[0]),
-        "random": np.random.default_rng(seed).random(A),
+        "random": np.asarray(jax.random.uniform(jax.random.key(seed), (A,))),
     }
     if graph.derivative_KN is not None:
         size["derivative"] = np.abs(graph.derivative_KN[0, :A])
@@ -130,7 +130,7 @@ def of_prompt(
     none_E = np.zeros((1, len(node_A3)), bool)
     edit_BE = np.concatenate([none_E, ~none_E, ~member_BE, member_BE])
 
-    features = subject.gather(node_A3)
+    features, n_tokens = subject.gather(node_A3), subject.n_tokens
     references = {"zero": np.zeros(len(node_A3))}
     if "counterfactual" in line:
         other = Subject.of(model, dictionary, line["counterfactual"])
@@ -140,7 +140,7 @@ def of_prompt(
                 f"{n_tokens}: give one of as many"
             )
         references["counterfactual"] = np.asarray(other.gather(node_A3).value_E)
-    recording, n_tokens = subject.patchable.recording, subject.n_tokens
+    recording = subject.patchable.recording
     answers = line["answer"], line["foil"]
     targets = read_targets(answers, model, dictionary, recording, n_tokens=n_tokens)
     last = jnp.asarray(n_tokens - 1, jnp.int32)
