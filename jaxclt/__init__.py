@@ -39,6 +39,7 @@ from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.inhibition import Inhibition, find_inhibition
 from jaxclt.graph.nodes import find_node, node_name
 from jaxclt.graph.paths import Path, describe_paths, strongest_paths
+from jaxclt.graph.response import by_response
 from jaxclt.graph.scores import Scores, path_length_curve, scores
 from jaxclt.graph.supernodes import (
     SupernodeGraph,
@@ -65,8 +66,8 @@ __all__ = ["AttributeConfig", "Certificate", "Coactivation", "EdgeParts", "Edit"
 __all__ += ["GlobalWeights", "Graph", "GraphMeta", "Inhibition", "Inhibitors"]
 __all__ += ["InputError", "Links", "Model", "Page", "PatchResult", "Path", "Pruning"]
 __all__ += ["SavedGlobals", "Scores", "Subset", "Supernode", "SupernodeGraph"]
-__all__ += ["TokenWindows", "Traced", "__version__", "attribute", "certificate"]
-__all__ += ["coactivation", "convert_dictionary", "describe_paths"]
+__all__ += ["TokenWindows", "Traced", "__version__", "attribute", "by_response"]
+__all__ += ["certificate", "coactivation", "convert_dictionary", "describe_paths"]
 __all__ += ["describe_supernodes", "edge_parts", "edge_parts_with_model", "explain"]
 __all__ += ["find_inhibition", "find_node", "global_inhibition", "global_weights"]
 __all__ += ["head_inputs", "influence", "inhibition", "load_dictionary", "load_globals"]

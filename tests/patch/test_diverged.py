@@ -28,6 +28,7 @@ from test_shell import (
 import jaxclt
 from jaxclt.cli import main as cli
 from jaxclt.files.json_text import number, to_json
+from jaxclt.graph.agreement import spearman
 from jaxclt.patching import patch as intervene
 from jaxclt.patching.effects import Ask, Effect
 from jaxclt.patching.log import keep_patch, patch_record
@@ -38,7 +39,6 @@ from jaxclt.validation import faithfulness
 from jaxclt.validation import report as validate
 from jaxclt.validation.perturb import Agreement, compare, perturb_many
 from jaxclt.validation.report import ValidateOptions
-from jaxclt.validation.stats import spearman
 
 HUGE = 1e36  # a factor; float32 ends at 3.4e38, its squares long before
 
