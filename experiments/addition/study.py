@@ -326,7 +326,7 @@ def suppressed(subject: Subject, slots: Sequence[int]) -> tuple[float, float]:
     effect = float(solve_total_effect(graph)[0, slots].sum())
     change = Change.of(subject.watch(np.array(slots)))
     change = batched(change, [len(slots)], least=room(len(slots)))
-    how, ask = How(mode="iterative", freeze_norm=True), subject.ask()
+    how, ask = How(mode="iterative", norms="frozen"), subject.ask()
     done = subject.effects(change, [(0, subject.model.cfg.n_layers - 1)], how, ask)
     before = clean_effect(subject.patchable, ask)
     change = float(np.asarray(done.logit_K)[0, 0] - np.asarray(before.logit_K)[0])

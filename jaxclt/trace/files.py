@@ -84,15 +84,17 @@ def write_trace(
 
 
 def scores_json(graph: Graph) -> dict[str, Any]:
-    """The scores of a graph, full and pruned, and its certificate, as JSON."""
+    """The scores of a graph, full and pruned, and by value its certificate, as JSON."""
     full, pruned = scores(graph), scores(graph, graph.pruning)
-    return {
+    said = {
         "scores": {
             "full": dataclasses.asdict(full),
             "pruned": dataclasses.asdict(pruned),
-        },
-        "certificate": dataclasses.asdict(certificate(graph)),
+        }
     }
+    if graph.meta.reading == "value":
+        said["certificate"] = dataclasses.asdict(certificate(graph))
+    return said
 
 
 def _report(traced: Traced) -> dict[str, Any]:

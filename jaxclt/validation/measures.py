@@ -68,7 +68,7 @@ def total_effects(bench: Bench) -> tuple[dict[str, Any], dict[str, Any], Ablated
             out[mode], scatter[mode], done[mode] = _in_mode(bench, mode)
     # The graph against the replacement model it describes: what is lost here is lost
     # to features that are not nodes of the graph.
-    exact = How(mode="iterative", freeze_norm=True, gates="frozen")
+    exact = How(mode="iterative", norms="frozen", gates="frozen")
     few = slice(bench.options.n_replacement)
     inside = bench.patch(bench.single.where(few), exact, everywhere=True)
     out["replacement"] = _correlations(

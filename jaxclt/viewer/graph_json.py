@@ -112,6 +112,7 @@ def graph_json(
                 "model": well_formed(graph.meta.model),
                 "dictionary": well_formed(graph.meta.dictionary),
                 "convention": graph.meta.convention,
+                "reading": graph.meta.reading,
                 "version": graph.meta.version,
                 "hashes": dict(graph.meta.hashes),
                 "scores": scores,

@@ -153,7 +153,16 @@ def test_the_command_warns_exits_0_and_keeps_null(
     node = ":".join(map(str, strongest()[0]))
     names = ("--model", str(MODEL), "--dictionary", str(DICTIONARY))
     # As far as a flag goes; MLPs after the range square it, and square that.
-    most = ("--feature", node, "--scale", "1e15", "--freeze-norms", "--layers", "1:1")
+    most = (
+        "--feature",
+        node,
+        "--scale",
+        "1e15",
+        "--norms",
+        "frozen",
+        "--layers",
+        "1:1",
+    )
     cli.main(["patch", PROMPT, *names, *most, "--json", "--generate", "2"])
     said = capsys.readouterr()
     out = strict(said.out)
