@@ -257,6 +257,9 @@ def test_the_bound_of_a_truncated_graph_is_stated_everywhere(
     bound = graph["unexplored_influence"]
     assert 0 < bound < 1
     assert f"{bound:.2%}" in table
+    small = report["derivative"]
+    said = f"derivative: Spearman {small['spearman']:.2f}, sign {small['sign']:.0%}"
+    assert said in " ".join(table.split())
     assert report["certificate"]["rest_share"] > 0
     doc = json.loads((tmp_path / "some" / "graph.json").read_text())
     assert doc["jaxclt"]["scores"]["full"]["unexplored_share"] == bound

@@ -1,4 +1,4 @@
-"""How far two sets of numbers agree: correlations, signs and slopes (maths 16.10)."""
+"""How far two sets of numbers agree: correlations, signs, slopes (maths 22.42)."""
 
 from __future__ import annotations
 
