@@ -23,6 +23,7 @@ from jaxclt.graph.blocks import row_strength
 from jaxclt.graph.head_table import HeadLoads
 from jaxclt.graph.kinds import SOURCES
 from jaxclt.graph.layout import Layout
+from jaxclt.graph.response_table import Response
 
 __all__ = ["VIRTUAL_TOKEN", "Graph", "GraphMeta", "Pruning"]
 
@@ -119,6 +120,10 @@ class Graph:
     # How edges travelled (maths 7); None in graphs of versions that did not say.
     direct_RN: csr_array | None = None  # residual-direct parts, between equal positions
     heads: HeadLoads | None = None  # the strongest kept edges by their last head
+    # What small changes do (maths 22); None where that was not computed.
+    response: Response | None = None  # before other features answer
+    # In the real model, all answers included: source value x derivative of each target.
+    derivative_KN: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         """Fill in where targets read if that was left out."""
