@@ -28,7 +28,7 @@ _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 _CLOSED, _TO_SELF = "connect-src 'none'", "connect-src 'self'"
 
 # Of a link: what it weighs, and the response with its parts, 0 where there is none.
-_NUMBERS = ("weight", "response", "query", "key", "norm", "gate")
+_NUMBERS = ("weight", "response", "qk_query", "qk_key", "norm", "gate")
 MAX_LINKS = 200_000  # more make the page slow; graph.json has them all
 
 

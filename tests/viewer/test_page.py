@@ -67,21 +67,29 @@ def data_of(html: str) -> dict:
     if isinstance(links, dict):
         ids = [n["node_id"] for n in data["graph"]["nodes"]]
         extra = dict(map(tuple, links["extra"]))
-        end, number = f"<u{links['width']}", "<f4" if links["single"] else "<f8"
+        end = f"<u{links['width']}"
 
-        def read(name: str, kind: str) -> np.ndarray:
-            return np.frombuffer(base64.b64decode(links[name]), kind)
+        def read(text: str, kind: str) -> np.ndarray:
+            return np.frombuffer(base64.b64decode(text), kind)
 
-        weight = read("weight", number)
+        numbers = {
+            name: read(column["bytes"], "<f4" if column["single"] else "<f8")
+            for name, column in links["numbers"].items()
+        }
+        always = {"weight", "response"}  # also where they are 0
         data["graph"]["links"] = [
-            {"source": ids[s], "target": ids[t], "weight": w, **extra.get(i, {})}
-            for i, (s, t, w) in enumerate(
-                zip(
-                    read("source", end),
-                    read("target", end),
-                    [float(str(w)) for w in weight],
-                    strict=True,
-                )
+            {
+                "source": ids[s],
+                "target": ids[t],
+                **{
+                    k: float(str(x[i]))
+                    for k, x in numbers.items()
+                    if x[i] or k in always
+                },
+                **extra.get(i, {}),
+            }
+            for i, (s, t) in enumerate(
+                zip(read(links["source"], end), read(links["target"], end), strict=True)
             )
         ]
     return data
@@ -178,11 +186,11 @@ def test_click_shows_inputs_and_outputs(open_page, doc):
     assert tab.evaluate("window.__jaxclt.state.selected.id") == node
     n_inputs = sum(link["target"] == node for link in doc["links"])
     assert f"Inputs ({n_inputs})" in tab.text_content("#side")
-    rows = tab.locator("ul[aria-label=Inputs] button")
+    rows = tab.locator("ul[aria-label=Inputs] li > button")
     assert rows.count() == n_inputs
-    said = rows.first.text_content()
+    said = tab.locator("ul[aria-label=Inputs] li").first.text_content()
     assert said[0] in "+−"
-    assert "residual +0.25 · attention −0.5 · heads 5.3 −0.5" in said
+    assert "residual +0.25 · attention −0.5 · L5H3 −0.5" in said
     rows.first.click()
     assert tab.evaluate("window.__jaxclt.state.selected.id") == strongest["source"]
     tab.keyboard.press("Escape")
@@ -241,6 +249,8 @@ def test_keyboard_reaches_every_view(open_page, doc):
     assert tab.is_visible("#rows tr")
     assert not tab.is_visible("#graph")
     tab.focus("#tab-node")
+    tab.keyboard.press("ArrowRight")
+    assert "--attention 20" in tab.text_content("#sidebody")
     tab.keyboard.press("ArrowRight")
     assert "How far to trust" in tab.text_content("#sidebody")
     tab.keyboard.press("?")

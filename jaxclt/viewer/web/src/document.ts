@@ -14,7 +14,7 @@ export interface RawNode extends Json {
 
 /** What links carry in numbers: their weight, and where the graph has it their response
  * and the parts of it that are not the weight (0 where a link does not name one). */
-export const NUMBERS = ["weight", "response", "query", "key", "norm", "gate"] as const;
+export const NUMBERS = ["weight", "response", "qk_query", "qk_key", "norm", "gate"] as const;
 export type NumberName = (typeof NUMBERS)[number];
 export type Numbers = Float32Array | Float64Array | number[];
 type NumberColumns = Partial<Record<NumberName, Numbers>> & { weight: Numbers };

@@ -87,9 +87,10 @@ export class Model {
 
   get hasResponse(): boolean { return this.doc.links.numbers.response !== undefined; }
 
-  /** Take the numbers, links and nodes of a reading; `value` where there is no other. */
+  /** Take the numbers, links and nodes of a reading; where there is one only, of that. */
   read(wanted: Reading): void {
-    const reading = this.hasResponse ? wanted : "value", E = this.source.length, { numbers } = this.doc.links;
+    const only: Reading = this.doc.jaxclt.reading === "response" ? "response" : "value";
+    const reading = this.hasResponse ? wanted : only, E = this.source.length, { numbers } = this.doc.links;
     this.reading = reading;
     this.weight = Float64Array.from(reading === "response" ? numbers.response ?? [] : numbers.weight);
     const other = new Set<number>(); // links of the other reading alone
@@ -164,7 +165,7 @@ export class Model {
   parts(link: number): ResponseParts | null {
     if (!this.hasResponse) return null;
     const part = (name: NumberName) => this.doc.links.numbers[name]?.[link] ?? 0;
-    return { value: part("weight"), query: part("query"), key: part("key"), norm: part("norm"), gate: part("gate") };
+    return { value: part("weight"), query: part("qk_query"), key: part("qk_key"), norm: part("norm"), gate: part("gate") };
   }
 
   /** Whether a link of the response acts mostly through what heads attend to. */
