@@ -46,6 +46,7 @@ class GraphMeta:
     messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
     convention: str = "paper"  # or "circuit-tracer"
     weights: str = "probability"  # what target_prob_K holds, or "chosen"
+    reading: str = "value"  # what edges say, or "response", see `graph.response`
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
     labels: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -61,8 +62,9 @@ class GraphMeta:
     def to_json(self) -> str:
         """Serialise; `of` reads it, parsed."""
         raw = dataclasses.asdict(self)
-        if self.sources == SOURCES:
-            del raw["sources"]
+        for name, usual in (("sources", SOURCES), ("reading", "value")):
+            if getattr(self, name) == usual:
+                del raw[name]
         return to_json(raw, ensure_ascii=False)
 
     @classmethod

@@ -39,6 +39,7 @@ def by_response(graph: Graph) -> Graph:
         )
     other = dataclasses.replace(
         graph,
+        meta=dataclasses.replace(graph.meta, reading="response"),
         edge_RN=found.edge_RN,
         rest_R=found.rest_R,
         rest_abs_R=found.rest_abs_R,

@@ -67,6 +67,7 @@ _META = json_schema(
             **dict.fromkeys(("convention", "weights", "version"), TEXT),
             **dict.fromkeys(("hashes", "labels"), named(TEXT)),
             "config": {"type": "object"},
+            "reading": {"enum": ["value", "response"]},
             "sources": TEXTS,
         },
     )

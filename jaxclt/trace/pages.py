@@ -78,7 +78,7 @@ def directory_page(
     return page(
         doc,
         # Scores of another pruning than trace's come with the document.
-        None if "certificate" in own else _beside(directory, "report.json", doc),
+        None if "scores" in own else _beside(directory, "report.json", doc),
         validation=_of_this_trace(directory, "validation.json", doc),
         attention=_of_this_trace(directory, ATTENTION, doc),
         patches=(_beside(directory, PATCHES, doc) or {}).get("patches"),

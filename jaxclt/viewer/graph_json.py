@@ -23,7 +23,6 @@ import functools
 import json
 import math
 import re
-from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -37,7 +36,8 @@ from jaxclt.graph.kinds import KINDS
 from jaxclt.graph.nodes import facts
 from jaxclt.graph.response import by_response
 from jaxclt.graph.shares import whole_input
-from jaxclt.viewer.links import edges_of, kept_edges, link_list
+from jaxclt.graph.yardstick import contrast_derivative, hidden_effect
+from jaxclt.viewer.links import brief, edges_of, kept_edges, link_list
 
 __all__ = ["graph_json", "validate"]
 
@@ -87,9 +87,7 @@ def graph_json(
         i: _node(graph, i, influence=influences[i], inputs=inputs)
         for i in np.flatnonzero(drawn).tolist()
     }
-    if "response" in readings:
-        share_N = _cumulative_influence(readings["response"].influence_N)
-        _add_to_sources(nodes, influence_response=share_N.tolist())
+    _add_changes(readings, nodes)
     ids = {i: node["node_id"] for i, node in nodes.items()}
     return {
         "metadata": _metadata(graph, slug),
@@ -107,6 +105,7 @@ def graph_json(
                 "model": well_formed(graph.meta.model),
                 "dictionary": well_formed(graph.meta.dictionary),
                 "convention": graph.meta.convention,
+                "reading": graph.meta.reading,
                 "version": graph.meta.version,
                 "hashes": dict(graph.meta.hashes),
                 "scores": scores,
@@ -116,11 +115,20 @@ def graph_json(
     }
 
 
-def _add_to_sources(
-    nodes: dict[int, dict[str, Any]], **numbers: Sequence[float]
-) -> None:
-    """Numbers of the columns [N] under their names."""
-    for name, number_N in numbers.items():
+def _add_changes(readings: dict[str, Graph], nodes: dict[int, dict[str, Any]]) -> None:
+    """Say of sources what a small change of them does, as far as the graph knows.
+
+    Their share of influence by response; their derivative, what it does to the contrast
+    in the real model; of features how much of it the graph's total effects by response
+    do not show.
+    """
+    graph, other = readings["value"], readings.get("response")
+    known = {"derivative": contrast_derivative(graph), "hidden": hidden_effect(graph)}
+    said = {k: [brief(x) for x in x_N] for k, x_N in known.items() if x_N is not None}
+    if other is not None:
+        share_N = _cumulative_influence(other.influence_N)
+        said["influence_response"] = share_N.tolist()
+    for name, number_N in said.items():
         for i, node in nodes.items():
             if i < len(number_N):
                 node[name] = number_N[i]
