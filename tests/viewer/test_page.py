@@ -725,17 +725,27 @@ def patched(doc: dict, ids: list[str] | None = None) -> dict:
 AXE = Path(__file__).parents[2] / "jaxclt/viewer/web/node_modules/axe-core/axe.min.js"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(open_page, doc, scheme):
+def violations(tab) -> list[str]:
+    """What axe finds serious in a page as it is now."""
     if not AXE.is_file():
         pytest.skip("axe-core is not there: npm ci in jaxclt/viewer/web")
+    if not tab.evaluate("'axe' in window"):
+        tab.add_script_tag(content=AXE.read_text(encoding="utf-8"))
+    return tab.evaluate(
+        "axe.run({resultTypes: ['violations']}).then(r => r.violations.filter("
+        "v => ['serious', 'critical'].includes(v.impact))"
+        ".map(v => v.id + ': ' + v.nodes.map(n => n.html).slice(0, 3).join(' ')))"
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(open_page, doc, scheme):
     doc = copy.deepcopy(doc)
     doc["qParams"]["supernodes"] = [["two", *ids_of(doc, FEATURE)[:2]]]
     layer, number, _ = ids_of(doc, FEATURE)[4].split("_")
     doc["jaxclt"]["features"] = {f"{layer}_{number}": feature_file(0)}
     parts = {"validation": VALIDATION, "patches": [patched(doc)], "other": doc}
     tab = open_page(page(doc, REPORT, **parts), scheme=scheme)
-    tab.add_script_tag(content=AXE.read_text(encoding="utf-8"))
     for state in (
         "0",
         f"__jaxclt.select({ids_of(doc, FEATURE)[4]!r})",
@@ -746,9 +756,4 @@ def test_axe_finds_nothing_serious(open_page, doc, scheme):
         "__jaxclt.app.showView('compare')",
     ):
         tab.evaluate(f"void {state}")
-        found = tab.evaluate(
-            "axe.run({resultTypes: ['violations']}).then(r => r.violations.filter("
-            "v => ['serious', 'critical'].includes(v.impact))"
-            ".map(v => v.id + ': ' + v.nodes.map(n => n.html).slice(0, 3).join(' ')))"
-        )
-        assert found == [], state
+        assert violations(tab) == [], state

@@ -2,7 +2,7 @@
 
 import type { App } from "./app";
 import { type Attention, type Cell, type Named, type Pair, SIDES, headName } from "./attention";
-import { button, clip, count, el, percent, quoted, signed, visible } from "./dom";
+import { button, clip, count, el, fact, percent, quoted, signed, visible } from "./dom";
 import { Matrix } from "./matrix";
 import type { GraphNode, Head } from "./model";
 
@@ -36,20 +36,22 @@ function headPanel(app: App, attention: Attention, head: Head): HTMLElement[] {
   const rank = attention.heads.findIndex((h) => headName(h.head) === headName(head)), effect = attention.heads[rank]?.effect;
   const title = heading(`Layer ${head[0]}, head ${head[1]}`, effect === undefined ? "not among the strongest heads"
     : `${signed(effect)} on ${contrast(attention)}, rank ${rank + 1} of ${count(attention.heads.length)}`);
-  const back = button("All heads", "plain", () => open(app, null));
-  title.append(el("div", "actions", back));
+  title.append(el("div", "actions", button("All heads", "plain", () => open(app, null))));
   const rowOf = new Map(cells.map((c) => [c.cell.join(), cellRow(app, c, strongest(cells), () => choose(c.cell))]));
   const matrix = pattern && new Matrix({
     name: headName(head), tokens: app.model.tokens, rows: pattern, listed: cells.map((c) => c.cell), chosen: app.cell, choose: (at) => choose([...at]),
   });
-  function choose(at: [number, number] | null): void {
+  function choose(at: [number, number]): void {
     app.cell = at;
     app.changed("cell");
+    show(at);
+  }
+  function show(at: [number, number] | null): void {
     matrix?.choose(at);
     for (const [key, row] of rowOf) row.setAttribute("aria-pressed", String(key === at?.join()));
     details.replaceChildren(...(at ? cellDetails(app, attention, head, at, !pattern) : []));
   }
-  choose(app.cell);
+  show(app.cell);
   const parts: HTMLElement[] = [title];
   if (matrix) parts.push(el("p", "note", "A row is a token that attends, a column one that it attends to; framed cells are taken apart. Dashed rings in the graph: nodes that take part in the chosen one."), matrix.element);
   else if (!cells.length) parts.push(el("p", "note", "None of its cells is taken apart: ", el("code", "", "jaxclt trace … --attention N"), " does so for the N strongest."));
@@ -65,11 +67,10 @@ function cellDetails(app: App, attention: Attention, head: Head, at: [number, nu
     return [title, el("p", "note", "Not taken apart in this trace; in Python ", el("code", "", call), " does it.")];
   }
   const facts = el("dl", "facts");
-  const fact = (name: string, value: string, why: string) => { facts.append(Object.assign(el("div", "", el("dt", "", name), el("dd", "", value)), { title: why })); };
-  fact("Attention", percent(cell.weight), "The weight that the row gives to this column");
-  if (cell.score !== null) fact("Score", signed(cell.score), "Before the softmax; the pairs below add up to it");
-  fact("Effect", signed(cell.effect), `What it moves here does this to ${contrast(attention)}`);
-  if (cell.patternEffect !== null) fact("Per unit of score", signed(cell.patternEffect), `How fast ${contrast(attention)} changes with the score: the row would attend elsewhere less`);
+  facts.append(fact("Attention", percent(cell.weight), "The weight that the row gives to this column"));
+  if (cell.score !== null) facts.append(fact("Score", signed(cell.score), "Before the softmax; the pairs below add up to it"));
+  facts.append(fact("Effect", signed(cell.effect), `What it moves here does this to ${contrast(attention)}`));
+  if (cell.patternEffect !== null) facts.append(fact("Per unit of score", signed(cell.patternEffect), `How fast ${contrast(attention)} changes with the score: the row would attend elsewhere less`));
   const parts: HTMLElement[] = [title, facts];
   if (alone) parts.push(...attendedTo(app, cell));
   const most = largest(cell.pairs);

@@ -25,6 +25,7 @@ export interface GraphNode {
   influence: number | null; // by the present reading
   influences: Record<Reading, number | null>;
   derivative: number | null; // of the model itself
+  hidden: number | null; // what of it the graph does not show
   activation: number | null;
   absInput: number | null;
   prob: number;
@@ -286,7 +287,7 @@ function readNode(raw: Json, index: number, tokens: string[]): GraphNode {
     given: kind === "feature" ? clerp : "",
     influence: null,
     influences: kind === "logit" ? { value: null, response: null } : { value: number(raw.influence), response: number(raw.influence_response) },
-    derivative: number(raw.derivative),
+    derivative: number(raw.derivative), hidden: number(raw.hidden),
     activation: number(raw.activation),
     absInput: number(raw.abs_input),
     prob: number(raw.token_prob) ?? 0,

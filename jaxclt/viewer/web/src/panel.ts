@@ -4,7 +4,7 @@ import { type App, type PatchOf, TABS } from "./app";
 import { headName } from "./attention";
 import { attendedBy, attentionPanel, open } from "./attention_panel";
 import type { Supernode } from "./document";
-import { $, button, clip, count, editText, el, percent, plural, quoted, short, signed, spaced, visible } from "./dom";
+import { $, button, clip, count, editText, el, fact, percent, plural, quoted, short, signed, spaced, visible } from "./dom";
 import { evidence } from "./evidence";
 import type { Features } from "./features";
 import { type GraphNode, isBelow, verb } from "./model";
@@ -31,10 +31,6 @@ export function showSide(app: App, features: Features): void {
   else body.replaceChildren(...overview(app));
   body.scrollTop = about === shown ? at : 0;
   shown = about;
-}
-
-function fact(name: string, value: string): HTMLElement {
-  return el("div", "", el("dt", "", name), el("dd", "", value));
 }
 
 function overview(app: App): HTMLElement[] {
@@ -89,8 +85,8 @@ function nodePanel(app: App, features: Features, n: GraphNode): HTMLElement[] {
   if (n.target) facts.append(fact("Weight", percent(n.prob)), fact("Value", short(n.target.readout)));
   if (n.rank !== null) facts.append(fact("Influence rank", `${count(n.rank)} of ${count(model.nRanked)}`));
   if (n.derivative !== null) {
-    facts.append(fact("Derivative", signed(n.derivative)));
-    facts.lastElementChild?.setAttribute("title", "What a small relative change of what it writes does in the model itself, everything else live");
+    facts.append(fact("Derivative", signed(n.derivative), "What a small change of what it writes does in the model itself, everything else live"));
+    if (n.hidden !== null) facts.append(fact("Hidden", signed(n.hidden), "The part of the derivative that this graph does not show"));
   }
   if (n.absInput && n.read > 0 && model.reading === "value") facts.append(fact("Inputs shown", `${percent(Math.min(1, n.read / n.absInput))} of all it reads`));
   const parts: HTMLElement[] = [el("div", "head", el("div", "", title, el("p", "", where)), actions)];
