@@ -224,6 +224,25 @@ def test_view_offers_supernodes_on_request(traced: Path, tmp_path: Path):
         assert set(members) <= shown
 
 
+def test_view_goes_by_either_reading(
+    traced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run("view", traced, "--by", "response") == 2
+    assert "trace the prompt with --response" in capsys.readouterr().err
+    graph = load_graph(traced / "graph.npz")
+    table = {f"{name}_E": np.zeros(0, np.int32) for name in ("row", "col", *PARTS)}
+    response = Response(
+        edge_RN=graph.edge_RN[:, ::-1] * (graph.edge_RN != 0),
+        rest_R=graph.rest_R,
+        rest_abs_R=graph.rest_abs_R,
+        parts=ResponseParts(**table),
+    )
+    save_graph(tmp_path / "graph.npz", dataclasses.replace(graph, response=response))
+    page = tmp_path / "response.html"
+    assert run("view", tmp_path, "--by", "response", "--suggest", "--out", page) == 0
+    assert '"reading":"response"' in page.read_text("utf-8")
+
+
 def test_view_sets_a_second_graph_beside(traced: Path, tmp_path: Path):
     page = tmp_path / "both.html"
     assert run("view", traced, "--compare", traced, "--out", page) == 0
