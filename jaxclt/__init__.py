@@ -52,7 +52,7 @@ from jaxclt.io.dictionary import load_dictionary, save_dictionary
 from jaxclt.io.graph_file import load_graph, save_graph
 from jaxclt.io.model import Model, load_model
 from jaxclt.patching.edits import Edit
-from jaxclt.patching.patch import PatchResult, patch
+from jaxclt.patching.patch import PatchResult, patch, patch_qk
 from jaxclt.replacement.local import local_replacement, run_local
 from jaxclt.text.windows import TokenWindows, read_windows
 from jaxclt.trace.again import edge_parts_with_model, inhibition
@@ -73,7 +73,7 @@ __all__ += ["find_inhibition", "find_node", "global_inhibition", "global_weights
 __all__ += ["head_inputs", "influence", "inhibition", "load_dictionary", "load_globals"]
 __all__ += ["load_graph", "load_model", "load_statistics", "local_replacement"]
 __all__ += ["merge_coactivation", "neighbourhood", "node_name", "patch"]
-__all__ += ["path_length_curve", "prune", "read_windows", "run_local"]
+__all__ += ["patch_qk", "path_length_curve", "prune", "read_windows", "run_local"]
 __all__ += ["save_dictionary", "save_graph", "save_statistics", "scores", "show"]
 __all__ += ["solve_total_effect", "strongest_paths", "strongest_virtual"]
 __all__ += ["suggest_supernodes", "supernode_graph", "sweep_prompts", "trace_prompt"]

@@ -42,7 +42,7 @@ from jaxclt.patching.change import Change, batched
 from jaxclt.patching.features import gather_features
 from jaxclt.patching.local import Tables, make_local
 from jaxclt.patching.modes import patched, underlying
-from jaxclt.patching.patchable import Gates, How, Patchable, hold_of, make_patchable
+from jaxclt.patching.patchable import How, Part, Patchable, hold_of, make_patchable
 from jaxclt.types import Held, LMParams, Recording, Supernode
 from jaxclt.validation.perturb import Perturbation, nudged
 
@@ -254,7 +254,7 @@ def _recover(
 
 
 def swap_error(
-    planted: Planted, dictionary: Dictionary, case: Case, *, gates: Gates | None = None
+    planted: Planted, dictionary: Dictionary, case: Case, *, gates: Part | None = None
 ) -> float:
     """How far the replacement model's response to the swap is from the model's.
 
@@ -279,7 +279,7 @@ def swap_error(
         len(case.token_T),
     )
     swap = jax.tree.map(lambda leaf_B: leaf_B[0], swaps)
-    how = How(mode="iterative", freeze_norm=True, gates=gates)
+    how = How(mode="iterative", norms="frozen", gates=gates)
     readout_K = jnp.asarray(planted.readout_K)
     said_K, real_K = _responses(model, local.tables, swap, readout_K, how=how)
     return float(jnp.linalg.norm(said_K - real_K) / jnp.linalg.norm(real_K))
@@ -358,7 +358,8 @@ def _hidden(
 
     other = min(set(range(cfg.d_vocab)) - set(case.token_T.tolist()))
     new_T = jnp.asarray(case.token_T).at[-1].set(other)
-    hows = [How(freeze_pattern=frozen, freeze_norm=True) for frozen in (True, False)]
+    parts: tuple[Part, ...] = ("frozen", "live")
+    hows = [How(patterns=part, norms="frozen") for part in parts]
     query_loss = [
         loss(_replaced(params, new_T, hold_of(rec, how), cfg)) for how in hows
     ]

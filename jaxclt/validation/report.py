@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxclt.errors import InputError
 from jaxclt.files.atomic import write_text
-from jaxclt.files.json_text import to_json
+from jaxclt.files.json_text import rounded, to_json
 from jaxclt.patching.subject import Subject
 from jaxclt.runs.pace import logged
 from jaxclt.types import Supernode
@@ -139,7 +139,7 @@ def _jacobian(subject: Subject, key: jax.Array) -> dict[str, Any]:
                 subject.patchable, subject.local.tables, key, how=how
             )
         out[norms] = {
-            "cosine": [measures.rounded(x) for x in np.asarray(found.cosine_L)],
-            "nmse": [measures.rounded(x) for x in np.asarray(found.nmse_L)],
+            "cosine": [rounded(x) for x in np.asarray(found.cosine_L)],
+            "nmse": [rounded(x) for x in np.asarray(found.nmse_L)],
         }
     return out

@@ -35,6 +35,7 @@ from jaxclt.graph.graph import Graph
 from jaxclt.graph.kinds import KINDS
 from jaxclt.graph.nodes import facts
 from jaxclt.graph.shares import edge_influence, whole_input
+from jaxclt.graph.yardstick import contrast_derivative, hidden_effect
 
 __all__ = ["graph_json", "validate"]
 
@@ -86,6 +87,7 @@ def graph_json(
         i: _node(graph, i, influence=influences[i], inputs=inputs)
         for i in np.flatnonzero(drawn).tolist()
     }
+    _add_derivatives(graph, nodes)
     ids = {i: node["node_id"] for i, node in nodes.items()}
     # Through text: the shortest decimal that reads back as the same float32.
     weights = orjson.loads(orjson.dumps(weight_R, option=orjson.OPT_SERIALIZE_NUMPY))
@@ -146,6 +148,19 @@ def _add_parts(
         listed = graph.heads.listed(int(at_R[i]))[:_MAX_HEADS]
         if listed:
             links[i]["heads"] = [[l, h, _brief(load)] for l, h, load in listed]
+
+
+def _add_derivatives(graph: Graph, nodes: dict[int, dict[str, Any]]) -> None:
+    """Say of sources what a small change does to the contrast in the real model.
+
+    Of features also how much of it the graph's total effects by response do not show.
+    """
+    known = {"derivative": contrast_derivative(graph), "hidden": hidden_effect(graph)}
+    for name, value_N in known.items():
+        if value_N is not None:
+            for i, node in nodes.items():
+                if i < len(value_N):
+                    node[name] = _brief(value_N[i])
 
 
 def _brief(x: float) -> float:

@@ -3,7 +3,7 @@
 import type { App } from "./app";
 import { type Json, asObject, asText } from "./document";
 import { button, clip, el, isNumber, percent, spaced, svg, visible } from "./dom";
-import { changeText, patchOfRecord } from "./patches";
+import { changeText, howText, patchOfRecord } from "./patches";
 
 const number = (x: unknown): number | null => (isNumber(x) ? x : null);
 const two = (x: unknown): string => (isNumber(x) ? x.toFixed(2).replace("-", "−") : "–");
@@ -53,7 +53,7 @@ function patchList(app: App): HTMLElement {
     const first = asObject(Array.isArray(record.targets) ? record.targets[0] : null), of = patchOfRecord(record);
     const row = button("", "surprise", () => app.openPatch(of));
     const p = (x: unknown) => (isNumber(x) ? percent(x) : "–");
-    row.append(el("span", "name", clip(of.name, 80), "  ", el("i", "", `${changeText(record)}, ${asText(record.mode)}`)),
+    row.append(el("span", "name", clip(of.name, 80), "  ", el("i", "", `${changeText(record)}, ${howText(record)}`)),
       el("span", "raw", `${spaced(asText(first.token))} ${p(first.p_before)} → ${p(first.p_after)}`));
     list.append(el("li", "", row));
   }
