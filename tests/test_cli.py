@@ -229,17 +229,9 @@ def test_view_goes_by_either_reading(
 ):
     assert run("view", traced, "--by", "response") == 2
     assert "trace the prompt with --response" in capsys.readouterr().err
-    graph = load_graph(traced / "graph.npz")
-    table = {f"{name}_E": np.zeros(0, np.int32) for name in ("row", "col", *PARTS)}
-    response = Response(
-        edge_RN=graph.edge_RN[:, ::-1] * (graph.edge_RN != 0),
-        rest_R=graph.rest_R,
-        rest_abs_R=graph.rest_abs_R,
-        parts=ResponseParts(**table),
-    )
-    save_graph(tmp_path / "graph.npz", dataclasses.replace(graph, response=response))
-    page = tmp_path / "response.html"
-    assert run("view", tmp_path, "--by", "response", "--suggest", "--out", page) == 0
+    out, page = tmp_path / "both", tmp_path / "response.html"
+    assert trace(out, "--response") == 0
+    assert run("view", out, "--by", "response", "--suggest", "--out", page) == 0
     assert '"reading":"response"' in page.read_text("utf-8")
 
 
