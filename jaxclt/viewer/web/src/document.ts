@@ -1,6 +1,8 @@
 // The JSON that circuit-tracer, Neuronpedia, Anthropic's viewer and jaxclt write, read
 // into one form: nodes with unique ids and links as columns of node numbers.
 
+import { isNumber } from "./dom";
+
 export type Json = Record<string, unknown>;
 
 export interface RawNode extends Json {
@@ -10,21 +12,27 @@ export interface RawNode extends Json {
   feature_type: string;
 }
 
-/** Links as columns; what few links carry beside their weight lies in `extra`. */
+/** What links carry in numbers: their weight, and where the graph has it their response
+ * and the parts of it that are not the weight (0 where a link does not name one). */
+export const NUMBERS = ["weight", "response", "qk_query", "qk_key", "norm", "gate"] as const;
+export type NumberName = (typeof NUMBERS)[number];
+export type Numbers = Float32Array | Float64Array | number[];
+type NumberColumns = Partial<Record<NumberName, Numbers>> & { weight: Numbers };
+
+/** Links as columns; what few links carry beside lies in `extra`. */
 export interface Columns {
   source: Uint16Array | Uint32Array | number[];
   target: Uint16Array | Uint32Array | number[];
-  weight: Float32Array | Float64Array | number[];
+  numbers: NumberColumns;
   extra: [number, Json][];
 }
 
-/** The same as `page()` embeds them: numbers of `width` bytes, in base64. */
+/** The same as `page()` embeds them: node numbers of `width` bytes, in base64. */
 interface PackedColumns {
   width: 2 | 4;
-  single: boolean; // float32, which stands for its shortest decimal
   source: string;
   target: string;
-  weight: string;
+  numbers: Record<string, { single: boolean; bytes: string }>; // single: float32, each its shortest decimal
   extra: [number, Json][];
 }
 
@@ -59,6 +67,7 @@ export interface Payload {
   graph: Json;
   report: Json | null;
   validation: Json | null;
+  attention: Json | null;
   patches: Json[] | null;
   allLinks: number;
   serve: Serve | null;
@@ -187,11 +196,11 @@ function readNodes(list: unknown[], notes: string[]): { nodes: RawNode[]; number
 
 function unpack(packed: PackedColumns): Columns {
   const ends = (text: string) => (packed.width === 2 ? new Uint16Array(bytes(text)) : new Uint32Array(bytes(text)));
-  const weight = bytes(packed.weight);
-  return {
-    source: ends(packed.source), target: ends(packed.target),
-    weight: packed.single ? new Float32Array(weight) : new Float64Array(weight), extra: packed.extra,
-  };
+  const numbers = Object.entries(packed.numbers).map(([name, column]) => {
+    const raw = bytes(column.bytes);
+    return [name, column.single ? new Float32Array(raw) : new Float64Array(raw)];
+  });
+  return { source: ends(packed.source), target: ends(packed.target), numbers: Object.fromEntries(numbers) as NumberColumns, extra: packed.extra };
 }
 
 function bytes(text: string): ArrayBuffer {
@@ -202,8 +211,19 @@ function bytes(text: string): ArrayBuffer {
   return read.buffer;
 }
 
+/** What a link of a file carries in numbers; parts that are 0 are not named. */
+export function numbersOf(links: Columns, e: number): Partial<Record<NumberName, number>> {
+  const said: Partial<Record<NumberName, number>> = {};
+  for (const name of NUMBERS) {
+    const column = links.numbers[name], x = column?.[e];
+    if (x === undefined || (x === 0 && name !== "weight" && name !== "response")) continue;
+    said[name] = column instanceof Float32Array ? shortest(x) : x;
+  }
+  return said;
+}
+
 /** The decimal that a float32 stands for in a file. */
-export function shortest(x: number): number {
+function shortest(x: number): number {
   for (let digits = 1; digits < 9; digits++) {
     const said = Number(x.toPrecision(digits));
     if (Math.fround(said) === x) return said;
@@ -215,6 +235,7 @@ function readLinks(
   list: unknown[], nodes: RawNode[], numbers: Map<string, number[]>, notes: string[],
 ): Columns {
   const sources: number[] = [], targets: number[] = [], weights: number[] = [], extra: [number, Json][] = [];
+  const parts: Partial<Record<NumberName, Float64Array>> = {};
   const height = nodes.map((n) => (n.feature_type === "embedding" ? -1 : n.feature_type === "logit" ? 1e9 : Number(n.layer)));
   let dropped = 0, guessed = 0;
   const order = new FileOrder(list, numbers);
@@ -231,6 +252,11 @@ function readLinks(
       if (fit.length !== 1) guessed += 1;
       a = fit[0] ?? below[0] ?? a;
     }
+    for (const name of NUMBERS) {
+      if (!isNumber(more[name])) continue;
+      (parts[name] ??= new Float64Array(list.length))[sources.length] = more[name];
+      delete more[name];
+    }
     if (Object.keys(more).length) extra.push([sources.length, more]);
     sources.push(a);
     targets.push(b);
@@ -238,7 +264,7 @@ function readLinks(
   }
   if (dropped) notes.push(`${dropped} links name no node of the file or have no weight, and are left out`);
   if (guessed) notes.push(`${guessed} links start at an id that a feature and an error share: the feature was taken`);
-  return { source: sources, target: targets, weight: weights, extra };
+  return { source: sources, target: targets, numbers: { ...parts, weight: weights }, extra };
 }
 
 /** circuit-tracer writes the links of a target one after the other, their sources in the
