@@ -29,7 +29,7 @@ from jaxclt.lm.frozen import attention_maps, scaled_pattern
 from jaxclt.lm.step import Skip
 from jaxclt.types import Block, Held
 
-__all__ = ["Stream", "causal_share", "make_stream", "on_mesh"]
+__all__ = ["Stream", "attention_weights", "causal_share", "make_stream", "on_mesh"]
 
 
 @struct.dataclass
@@ -127,12 +127,21 @@ def make_stream(p: Recorded, *, pull: bool) -> Stream:
 
 _PATTERN_LEAVES = ("norm_attn_LD", "norm_attn_bias_LD", "local_L", "q_LDHC", "k_LDGC")
 _PATTERN_LEAVES += ("q_bias_LHC", "k_bias_LGC", "q_norm_LC", "k_norm_LC")
+_MOVE_LEAVES = ("v_LDGC", "v_bias_LGC", "o_LHCD", "post_attn_LD")
 
 
 def _for_patterns(blocks: Block) -> Block:
     """What computes patterns: every device that works on edges holds it."""
-    unused = {k for k, leaf in vars(blocks).items() if leaf is not None}
-    unused -= set(_PATTERN_LEAVES)
+    return _only(blocks, _PATTERN_LEAVES)
+
+
+def attention_weights(blocks: Block) -> Block:
+    """What computes patterns, and what heads move."""
+    return _only(blocks, _PATTERN_LEAVES + _MOVE_LEAVES)
+
+
+def _only(blocks: Block, names: tuple[str, ...]) -> Block:
+    unused = {k for k, leaf in vars(blocks).items() if leaf is not None} - set(names)
     none_L = blocks.norm_attn_LD[:, 0]
     return dataclasses.replace(blocks, **dict.fromkeys(unused, none_L))
 
