@@ -17,7 +17,7 @@ _BLOCK = 512  # nodes of one side at a time
 
 def strongest_pairs(
     query_NC: np.ndarray, key_NC: np.ndarray, n: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
     """The n pairs of the largest products, without sign, strongest first.
 
     Args:
@@ -26,7 +26,7 @@ def strongest_pairs(
       n: how many; fewer where fewer are not zero.
 
     Returns:
-      Nodes of the first side, of the second, and the products.
+      Nodes of the first side, and of the second.
     """
     query, query_size = _by_length(query_NC)
     key, key_size = _by_length(key_NC)
@@ -45,8 +45,7 @@ def strongest_pairs(
             found = tuple(part[best] for part in found)
             if len(best) == n:
                 least = float(np.abs(found[0][-1]))
-    value, first, second = found
-    return first, second, value
+    return found[1], found[2]
 
 
 def _by_length(x_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

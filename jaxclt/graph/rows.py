@@ -36,7 +36,7 @@ from jaxclt.graph.travel import Frozen, Reads, Way, pull
 from jaxclt.shapes import bucket
 
 __all__ = ["Edges", "Puller", "RowTargets", "Shared", "edge_rows", "make_puller"]
-__all__ += ["padded_reads", "pipelined", "pull_flops", "visits"]
+__all__ += ["padded_reads", "pipelined", "pull_flops", "visits", "write_rows"]
 
 
 _Dots = tuple[Array, Array]  # the first two of `Edges`
@@ -281,7 +281,7 @@ def edge_rows(
         for q, out in enumerate(out_RN.reshape(n_states, *out_RN.shape[-2:])):
             mine = slice(q * chunk.capacity, q * chunk.capacity + n)
             part = [np.asarray(x)[..., mine] for x in read[:3]]
-            _write_rows(chunk, part, *near[chunk.n_positions], layout, out)
+            write_rows(chunk, part, *near[chunk.n_positions], layout, out)
         if rest_R is not None:
             rest_R[chunk.index_B] = np.asarray(read.rest_X)[:n]
         if rest_abs_R is not None:
@@ -313,7 +313,7 @@ def pipelined(
         yield pending
 
 
-def _write_rows(
+def write_rows(
     chunk: Chunk,
     edges: list[np.ndarray],
     columns: np.ndarray,
@@ -321,7 +321,16 @@ def _write_rows(
     layout: Layout,
     out_RN: np.ndarray,
 ) -> None:
-    """Put one chunk's edges where they belong: rows by target, columns by source."""
+    """Put one chunk's edges where they belong: rows by target, columns by source.
+
+    Args:
+      chunk: of targets.
+      edges: [E, B], [L, P, B] and [P, B], of as many as it has.
+      columns: of the features that it reaches.
+      place: of these among the E slots.
+      layout: of all columns.
+      out_RN: filled in place.
+    """
     edge_EB, error_LPB, embed_PB = edges
     L, P, B = error_LPB.shape
     P = min(P, layout.n_tokens)
