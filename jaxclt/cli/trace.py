@@ -115,8 +115,9 @@ def run_trace(flags: TraceFlags, run: Run) -> None:
         checked = validate_opened(opened, flags.out, run)
         verdict = [Text(checked["verdict"])]
     paths = "\n".join(["strongest paths:", *(f"  {path}" for path in report["paths"])])
+    small = _small_changes(report["derivative"])
     page = page_line(flags.out / "index.html")
-    answer(flags.json, report, _summary(report), paths, *verdict, page)
+    answer(flags.json, report, _summary(report), paths, small, *verdict, page)
     if stopped:
         sys.exit(run.stop.status)
 
@@ -187,6 +188,24 @@ def heading(prompt: str) -> str:
     """A prompt on one line; of a long one its end, which the graph explains."""
     line = prompt.replace("\n", "⏎")
     return line if len(line) <= _HEADING else "…" + line[1 - _HEADING :]
+
+
+def _small_changes(found: dict[str, Any]) -> str:
+    """How total effects compare with the model's derivative, in a sentence."""
+
+    def said(agreement: dict[str, Any]) -> list[str]:
+        rank, sign = agreement["spearman"], agreement["sign"]
+        stated = "not defined" if rank is None else f"{rank:.2f}"
+        return [stated, "none" if sign is None else f"{sign:.0%}"]
+
+    rank, sign = said(found)
+    response = ""
+    if "by_response" in found:
+        response = f" (by response {', '.join(said(found['by_response']))})"
+    return (
+        "in the model, small changes: the graph's total effects agree with the model's "
+        f"own derivative: Spearman {rank}, sign {sign}{response}"
+    )
 
 
 def _summary(report: dict[str, Any]) -> Table:

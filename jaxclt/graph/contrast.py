@@ -1,4 +1,4 @@
-"""What one number of a graph's targets effects are told of: answer minus runner-up."""
+"""The one number that effects are stated on where a graph explains several things."""
 
 from __future__ import annotations
 
@@ -7,34 +7,32 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.nodes import quoted
 
 __all__ = ["Contrast", "contrast"]
 
 
 class Contrast(NamedTuple):
-    """A weighted sum of targets."""
+    """A sum of targets, and what it is called."""
 
     weight_K: np.ndarray
-    text: str  # what it is called; nothing in it can steer a terminal
+    text: str  # has tokens in it, untrusted like them
 
 
 def contrast(graph: Graph) -> Contrast:
-    """The first target minus the second where both are tokens of one output.
+    """Logit of the first target minus that of the second; else the first target alone.
 
-    A difference of logits says what decides between two answers; what raises all logits
-    alike is not in it. Else the first target alone.
+    The second takes part if both are tokens of the output at one position: the answer
+    against its runner-up.
     """
+    is_logit_K = (graph.target_token_K >= 0) & (graph.target_layer_K == graph.n_layers)
+    names = [
+        f"logit({name})" if is_logit else name
+        for name, is_logit in zip(graph.meta.target_tokens, is_logit_K, strict=True)
+    ]
     weight_K = np.zeros(graph.n_targets)
     weight_K[0] = 1
-    first, *others = map(_name, graph.meta.target_tokens, graph.target_token_K)
-    place_KX = np.stack([graph.target_layer_K, graph.target_pos_K], 1)
-    same_K = (place_KX == place_KX[0]).all(1) & (graph.target_token_K >= 0)
-    if graph.n_targets < 2 or not same_K[:2].all():
-        return Contrast(weight_K, first)
+    pos_K = graph.target_pos_K
+    if is_logit_K[:2].sum() < 2 or pos_K[0] != pos_K[1]:
+        return Contrast(weight_K, names[0])
     weight_K[1] = -1
-    return Contrast(weight_K, f"{first} - {others[0]}")
-
-
-def _name(text: str, token: int) -> str:
-    return f"logit({quoted(text)})" if token >= 0 else quoted(text)
+    return Contrast(weight_K, f"{names[0]} - {names[1]}")

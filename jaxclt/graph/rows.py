@@ -31,7 +31,7 @@ from jaxclt.graph.bank import Bank, DeviceBank, RowTargets, add_dots, pack, writ
 from jaxclt.graph.layout import Layout
 from jaxclt.graph.plan import Chunk, Plan, chunk_flops
 from jaxclt.graph.prompt import Recorded
-from jaxclt.graph.stream import Stream, make_stream, on_mesh
+from jaxclt.graph.stream import make_stream, on_mesh
 from jaxclt.graph.travel import Frozen, Reads, Way, pull
 from jaxclt.shapes import bucket
 
@@ -105,6 +105,13 @@ class _Read(NamedTuple):
 _ROW, _WHOLE = PartitionSpec("rows"), PartitionSpec()
 
 
+def _split(local: Callable[..., Any], mesh: Mesh | None, **specs: Any) -> Any:
+    """What each device of a mesh does with its rows; None: they are not split."""
+    if mesh is None:
+        return local
+    return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
+
+
 @partial(jax.jit, static_argnames=("P", "mesh"))
 def _pull_chunk(
     held: Shared,
@@ -112,7 +119,7 @@ def _pull_chunk(
     place_E: Array | None,
     *,
     P: int,
-    mesh: Mesh,
+    mesh: Mesh | None,
 ) -> _Read:
     def local(held: Shared, reads: Reads, place_E: Array | None) -> _Read:
         edges = _pull(held, reads, P=P)
@@ -130,8 +137,7 @@ def _pull_chunk(
 
     by_row: Any = [PartitionSpec(*(None,) * n, "rows") for n in (1, 2, 1, 0, 0)]
     specs = {"in_specs": (_WHOLE, _ROW, _WHOLE), "out_specs": _Read(*by_row)}
-    split = jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
-    return split(held, reads, place_E)
+    return _split(local, mesh, **specs)(held, reads, place_E)
 
 
 @partial(jax.jit, static_argnames=("P", "mesh"))
@@ -142,7 +148,7 @@ def _visit_chunk(
     is_node_LP: Array,
     *,
     P: int,
-    mesh: Mesh,
+    mesh: Mesh | None,
 ) -> Array:
     """Influence [devices, Z, P, W] that a chunk passes on to every slot."""
 
@@ -155,8 +161,7 @@ def _visit_chunk(
         return jnp.einsum("ZPWB,B->ZPW", edge_ZPWB, share_B)[None]
 
     specs = {"in_specs": (_WHOLE, _ROW, _ROW, _WHOLE), "out_specs": _ROW}
-    split = jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
-    return split(held, reads, visit_B, is_node_LP)
+    return _split(local, mesh, **specs)(held, reads, visit_B, is_node_LP)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,7 +171,7 @@ class Puller:
     held: Shared
     bank: Bank
     plan: Plan
-    mesh: Mesh
+    mesh: Mesh | None
     n_tokens: int  # of the prompt, without the padding of the recording
 
     @property
@@ -183,30 +188,32 @@ def make_puller(
     p: Recorded,
     *,
     plan: Plan,
-    mesh: Mesh,
+    mesh: Mesh | None,
     bank: Bank | None = None,
     packed: bool = True,
-    way: Callable[[Stream], Way] = Frozen,
+    way: Way | None = None,
 ) -> Puller:
     """Put what all rows of a prompt need on the devices, once.
 
     Args:
       p: the prompt.
       plan: bands and chunk capacities.
-      mesh: devices to split chunks over, one axis `rows`.
+      mesh: devices to split chunks over, one axis `rows`; None leaves everything where
+        it is, for a way that needs all of a model that may be split over devices.
       bank: packed `writers` of its active features, if already at hand.
       packed: hold the source vectors written out; else gather them as they are used.
-      way: makes of a stream the way down; one of several states takes one device.
+      way: down, by default past the frozen stream; one of several states takes one
+        device.
     """
     bank = bank or pack(writers(p.active), p.error_LTD.shape[1])
     held = Shared(
-        way=way(make_stream(p, pull=True)),
+        way=way or Frozen(make_stream(p, pull=True)),
         bank=bank.on_device(packed=packed),
         error_LTD=jnp.asarray(p.error_LTD),
         embed_TD=p.recording.embed_TD,
     )
     return Puller(
-        held=on_mesh(held, mesh),
+        held=held if mesh is None else on_mesh(held, mesh),
         bank=bank,
         plan=plan,
         mesh=mesh,

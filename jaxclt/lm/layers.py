@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from jaxclt.lm.config import LMConfig, RopeScaling
-from jaxclt.types import Block, LMParams
+from jaxclt.types import Added, Block, LMParams
 
 __all__ = [
     "Norm",
@@ -232,8 +232,13 @@ def values(p: Block, normed_TD: Array) -> Array:
 
 
 def attention_scores(query_THC: Array, key_SGC: Array, *, cfg: LMConfig) -> Array:
-    """Scores [H, T, S] of queries and keys, before a soft cap and the mask."""
-    key_SHC = jnp.repeat(key_SGC, cfg.n_queries_per_kv, axis=1)
+    """Scores [H, T, S] of queries and keys, before a soft cap and the mask.
+
+    Keys may be those of groups or, [S, H, C], of query heads.
+    """
+    key_SHC = key_SGC
+    if key_SGC.shape[1] != query_THC.shape[1]:
+        key_SHC = jnp.repeat(key_SGC, cfg.n_queries_per_kv, axis=1)
     return jnp.einsum("THC,SHC->HTS", query_THC, key_SHC) * cfg.score_scale
 
 
@@ -244,6 +249,7 @@ def attention_pattern(
     cfg: LMConfig,
     key_SGC: Array | None = None,
     start: Array | int = 0,
+    added: Added | None = None,
 ) -> Array:
     """Causal attention probabilities [H, T, S]; rows sum to 1. `p` is one layer.
 
@@ -253,10 +259,15 @@ def attention_pattern(
       cfg: model shape.
       key_SGC: keys of all positions from 0 on; None: those of the rows.
       start: position of the first row.
+      added: to queries and keys of the rows, of one layer.
     """
     q_THC = queries(p, normed_TD, cfg=cfg, start=start)
     if key_SGC is None:
         key_SGC = keys(p, normed_TD, cfg=cfg, start=start)
+    if added is not None:
+        q_THC = q_THC + added.query_LTHC
+        key_SHC = jnp.repeat(key_SGC, cfg.n_queries_per_kv, axis=1)
+        key_SGC = key_SHC + added.key_LTHC
     score_HTS = attention_scores(q_THC, key_SGC, cfg=cfg)
     return pattern_of(p, score_HTS, cfg=cfg, start=start)
 

@@ -23,6 +23,7 @@ from jaxclt.graph.graph import Graph
 from jaxclt.graph.paths import describe_paths, strongest_paths
 from jaxclt.graph.prune import restrict
 from jaxclt.graph.scores import scores
+from jaxclt.graph.yardstick import derivative_agreement
 from jaxclt.io.graph_file import save_graph
 from jaxclt.trace.pages import grouped_ids, with_saved_view, write_page
 from jaxclt.trace.prompt import Traced
@@ -83,20 +84,23 @@ def write_trace(
 
 
 def scores_json(graph: Graph) -> dict[str, Any]:
-    """The scores of a graph, full and pruned, and its certificate, as JSON."""
+    """The scores of a graph, full and pruned, and by value its certificate, as JSON."""
     full, pruned = scores(graph), scores(graph, graph.pruning)
-    return {
+    said = {
         "scores": {
             "full": dataclasses.asdict(full),
             "pruned": dataclasses.asdict(pruned),
-        },
-        "certificate": dataclasses.asdict(certificate(graph)),
+        }
     }
+    if graph.meta.reading == "value":
+        said["certificate"] = dataclasses.asdict(certificate(graph))
+    return said
 
 
 def _report(traced: Traced) -> dict[str, Any]:
     graph = traced.graph
     pruning, stated = graph.pruning, scores_json(graph)
+    agreement = derivative_agreement(graph)
     n_kept = int(pruning.keep_N.sum()) + graph.n_targets
     return {
         "prompt": graph.meta.prompt,
@@ -106,6 +110,7 @@ def _report(traced: Traced) -> dict[str, Any]:
         "top_tokens": [list(pair) for pair in traced.top_tokens],
         **({"targets": _explained(graph)} if "targets" in traced.identity else {}),
         **stated,
+        **({} if agreement is None else {"derivative": agreement}),
         "graph": {
             "features_active": traced.n_active,
             "features_attributed": int(graph.attributed_R[graph.feature_cols].sum()),
