@@ -39,7 +39,7 @@ from jaxclt.graph.rows import (
     write_rows,
 )
 from jaxclt.graph.stream import Stream, make_stream, on_mesh
-from jaxclt.graph.travel import Way, Writes, descend, push
+from jaxclt.graph.travel import Frozen, Way, Writes, descend, push
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import bias_streams
 from jaxclt.replacement.errors import reconstruct
@@ -284,12 +284,15 @@ def make_nodes(
     nodes = dataclasses.replace(p, active=p.active.where(is_node_A))
     plan = Plan(band_end=(T,), capacities=(at_once,))
     mesh = Mesh(np.array(jax.devices()[:1]), ("rows",))
-    here = make_clean(p), make_stream(p, pull=False), _constant(p, ~is_node_A)
+    down = make_stream(p, pull=True)
+    up = make_stream(p, pull=False, other=down)
+    here = make_clean(p), up, _constant(p, ~is_node_A)
     clean, up, constant = on_mesh(here, mesh)
+    puller = make_puller(nodes, plan=plan, mesh=mesh, packed=packed, way=Frozen(down))
     return Nodes(
         clean=clean,
         columns=Columns(nodes),
-        puller=make_puller(nodes, plan=plan, mesh=mesh, packed=packed),
+        puller=puller,
         up=up,
         constant=constant,
         at_once=at_once,

@@ -32,12 +32,12 @@ from jaxclt.attending.clean import Clean, Layer, make_clean
 from jaxclt.clt.active import Active
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.contrast import contrast
-from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.provenance import graph_active
 from jaxclt.graph.stream import Stream, make_stream
 from jaxclt.graph.travel import Frozen, descend
+from jaxclt.graph.yardstick import total_effect
 from jaxclt.lm.layers import attention_scores, pattern_of
 from jaxclt.lm.step import down
 
@@ -61,7 +61,7 @@ class Cell(NamedTuple):
 class HeadEffects:
     """Total effects of heads on a weighted sum of a graph's targets."""
 
-    contrast: str  # what the effects are on
+    contrast: str  # what the effects are on; untrusted like tokens
     tokens: tuple[str, ...]  # untrusted: escape where shown
     effect_LH: np.ndarray  # all cells of a head together
     cells: tuple[Cell, ...]  # the strongest, strongest first
@@ -95,10 +95,9 @@ def moved_cotangents(p: Recorded, graph: Graph, targets: RowTargets) -> Array:
 
     Arguments as of `head_effects`.
     """
-    nodes = graph_active(graph, p.active)
-    weight_K = contrast(graph).weight_K.astype(graph.edge_RN.dtype)
-    effect_A = weight_K @ solve_total_effect(graph)
-    value_A = graph.value_A
+    nodes, value_A = graph_active(graph, p.active), graph.value_A
+    weight_K = contrast(graph).weight_K.astype(value_A.dtype)
+    effect_A = total_effect(graph).astype(value_A.dtype)
     unit_A = np.divide(effect_A, value_A, np.zeros_like(effect_A), where=value_A != 0)
     read_MTD = np.zeros((p.cfg.n_layers + 1, *p.recording.embed_TD.shape), unit_A.dtype)
     for layer in range(p.cfg.n_layers):

@@ -51,10 +51,15 @@ def packed(
 def channels(here: Layer, sides: Sides, resid_PD: Array) -> Array:
     """Channels [S, C] of sides, of a stream that enters the layer."""
     query_PHC, key_PGC = here.heads(resid_PD)
-    group_S = jnp.minimum(sides.head_S, here.cfg.n_kv_heads - 1)
-    query_PSC, key_PSC = query_PHC[:, sides.head_S], key_PGC[:, group_S]
-    asked_PSC = jnp.where(sides.is_query_S[None, :, None], query_PSC, key_PSC)
-    return jnp.einsum("SP,PSC->SC", sides.weight_SP, asked_PSC)
+
+    def one(side: Sides) -> Array:
+        is_query, head, weight_P = side
+        group = jnp.minimum(head, here.cfg.n_kv_heads - 1)
+        asked_PC = jnp.where(is_query, query_PHC[:, head], key_PGC[:, group])
+        return jnp.einsum("P,PC->C", weight_P, asked_PC)
+
+    # One at a time: where many streams do this together, channels are many numbers.
+    return jax.lax.map(one, sides)
 
 
 def read_vector(here: Layer, side: Sides, mix_C: Array) -> Array:

@@ -97,13 +97,17 @@ class Stream:
         return pattern_HTS.reshape(self.cfg.n_kv_heads, -1, P, P)
 
 
-def make_stream(p: Recorded, *, pull: bool) -> Stream:
+def make_stream(p: Recorded, *, pull: bool, other: Stream | None = None) -> Stream:
     """Put what moves vectors between positions on the device, once per prompt.
 
     Args:
       p: the prompt.
       pull: laid out for pulling targets back, else for pushing sources forward.
+      other: the prompt's other one, whose patterns are taken.
     """
+    value, output = _laid_out(p.params.blocks, pull=pull)
+    if other is not None:
+        return dataclasses.replace(other, value=value, output=output, pull=pull)
     frozen, blocks = p.recording.frozen, p.params.blocks
     held = Held(
         pattern_LHTS=frozen.pattern_LHTS,
@@ -113,7 +117,6 @@ def make_stream(p: Recorded, *, pull: bool) -> Stream:
     )
     again = None if held.clean_LTD is None else (_for_patterns(blocks), held)
     scaled_LHTS = None if again else _patterns(_for_patterns(blocks), held, cfg=p.cfg)
-    value, output = _laid_out(blocks, pull=pull)
     return Stream(
         value=value,
         output=output,
