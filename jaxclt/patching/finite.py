@@ -4,7 +4,7 @@ A graph by response is a first derivative. A whole ablation moves scores and nor
 denominators further than that holds. Here each feature is changed in the local
 replacement model with attention patterns and norms live and everything else of it as
 graphs have it: gates held, error nodes constant, other features encoded again, nodes or
-not (maths 22.60).
+not (maths 22.70).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a patch moves attention patterns, predicted and measured (maths 22.61).
+"""How a patch moves attention patterns, predicted and measured (maths 22.71).
 
 To first order ``dA(q, k) = A(q, k) (ds(q, k) - sum over k' of A(q, k') ds(q, k'))``:
 the derivative of the local replacement model with attention and norms live, gates held.

@@ -1,4 +1,4 @@
-"""In the model, patterns live: predictions and measurements (maths 22.61, 22.62)."""
+"""In the model, patterns live: predictions and measurements (maths 22.71, 22.72)."""
 
 from __future__ import annotations
 
