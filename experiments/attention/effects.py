@@ -1,14 +1,16 @@
 """What single features do to the answer, against what is predicted of it.
 
     python experiments/attention/effects.py --model M --dictionary D --out DIR \
-        [--prompts FILE] [--response]
+        [--prompts FILE] [--response] [--finite]
 
 Of every prompt's graph the most influential features and as many at random are changed
 in the model, one at a time, with attention, norms and MLPs live: ablated, and lowered
 by a tenth. Measured is the answer's logit minus its runner-up's. Predicted are the
-graph's total effect by value, the same by response (`--response`), and the model's own
-derivative. FILE has one prompt a line; without it, three prompts of the package's own
-report. Writes DIR/results.json and DIR/table.md after every prompt.
+graph's total effect by value, the same by response (`--response`), the model's own
+derivative, and what each ablation does in the local replacement model with attention
+and norms live, with gates held and live (`--finite`). FILE has one prompt a line;
+without it, three prompts of the package's own report. Writes DIR/results.json and
+DIR/table.md after every prompt.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from jaxclt.graph.contrast import contrast
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.yardstick import contrast_derivative, total_effect
 from jaxclt.io.model import Model
-from jaxclt.patching.patchable import How
+from jaxclt.patching.finite import finite_effects
+from jaxclt.patching.patchable import How, Part
 from jaxclt.patching.subject import Subject
 from jaxclt.trace.prompt import trace_prompt
 from jaxclt.validation.ablations import Bench, Counter
@@ -63,7 +66,12 @@ def predictions(graph: Graph) -> dict[str, np.ndarray]:
 
 
 def measured(
-    model: Model, dictionary: Dictionary, graph: Graph, options: ValidateOptions
+    model: Model,
+    dictionary: Dictionary,
+    graph: Graph,
+    options: ValidateOptions,
+    *,
+    finite: bool,
 ) -> dict[str, Any]:
     """Features, what is predicted of them and what each patch did, as JSON."""
     key = jax.random.key(options.seed)
@@ -80,6 +88,10 @@ def measured(
         "random": bench.choice.control_B.tolist(),
         "predicted": {k: x[node_B].tolist() for k, x in predictions(graph).items()},
     }
+    parts: tuple[Part, ...] = ("frozen", "live") if finite else ()
+    for part in parts:
+        done = finite_effects(bench.subject, node_B, gates=part)
+        found["predicted"][f"finite, gates {part}"] = (-done.contrast_B).tolist()
     for name, factor in FACTORS.items():
         done = bench.patch(bench.single, LIVE, factor=factor)
         change_B = done.change_BK @ weight_K[bench.subject.targets]
@@ -92,7 +104,7 @@ def compared(line: dict[str, Any], patch: str, what: str, *, after: bool) -> lis
     """Each measure of one prompt."""
     here = np.array([pos > 0 or not after for _, pos, _ in line["feature"]])
     x, y = np.array(line["predicted"][what])[here], np.array(line[patch])[here]
-    fine = np.isfinite(y)
+    fine = np.isfinite(x + y)
     return [measure(x[fine], y[fine]) for measure in MEASURES.values()]
 
 
@@ -143,6 +155,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=100, help="of each kind")
     parser.add_argument("--max-features", type=int, default=1024)
     parser.add_argument("--response", action="store_true")
+    parser.add_argument("--finite", action="store_true")
     args = parser.parse_args()
     use_compilation_cache()
     prompts = PROMPTS
@@ -157,7 +170,8 @@ def main() -> None:
     for prompt in filter(None, prompts):
         graph = trace_prompt(model, dictionary, prompt, config=config).graph
         said = {"prompt": prompt, "contrast": contrast(graph).text}
-        lines.append(said | measured(model, dictionary, graph, options))
+        found = measured(model, dictionary, graph, options, finite=args.finite)
+        lines.append(said | found)
         text = json.dumps({"prompts": lines}, ensure_ascii=False)
         (args.out / "results.json").write_text(text, "utf-8")
         (args.out / "table.md").write_text(table(lines), "utf-8")
