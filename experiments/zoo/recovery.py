@@ -179,6 +179,7 @@ def case_graph(
             config=AttributeConfig(
                 max_features=None, tolerance=0.0, devices=1, response=response
             ),
+            dictionary=dictionary,
         ),
         GraphMeta(
             model=planted.name,
