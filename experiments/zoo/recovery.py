@@ -326,7 +326,8 @@ def _responses(
     said = patched(
         model, swap.change, layers_2, how=how, tables=tables, nudge=swap.nudge
     )
-    real = underlying(model, swap.nudge, how=How(patterns=how.patterns))
+    hold, nudge = hold_of(rec, How(patterns=how.patterns)), swap.nudge
+    real = underlying(model, nudge.layer, hold, nudge=nudge)
     return moved(said), moved(real)
 
 
