@@ -17,7 +17,12 @@ from jaxclt.graph.contrast import contrast
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph
 
-__all__ = ["contrast_derivative", "derivative_agreement", "hidden_effect"]
+__all__ = [
+    "contrast_derivative",
+    "derivative_agreement",
+    "hidden_effect",
+    "total_effect",
+]
 
 
 def contrast_derivative(graph: Graph) -> np.ndarray | None:
@@ -27,12 +32,18 @@ def contrast_derivative(graph: Graph) -> np.ndarray | None:
     return contrast(graph).weight_K @ graph.derivative_KN.astype(np.float64)
 
 
-def _total_effect(graph: Graph, *, response: bool) -> np.ndarray:
-    """The graph's total effect of every feature on the contrast, [A]."""
+def total_effect(graph: Graph, *, response: bool = False) -> np.ndarray:
+    """The graph's total effect of every feature on the contrast, [A].
+
+    Args:
+      graph: attributed.
+      response: by response, which the graph must have, instead of by value.
+    """
     if response:
         assert graph.response is not None
         graph = dataclasses.replace(graph, edge_RN=graph.response.edge_RN)
-    return contrast(graph).weight_K @ solve_total_effect(graph).astype(np.float64)
+    weight_1K = contrast(graph).weight_K[None]
+    return solve_total_effect(graph, weight_XK=weight_1K)[0].astype(np.float64)
 
 
 def hidden_effect(graph: Graph) -> np.ndarray | None:
@@ -44,7 +55,7 @@ def hidden_effect(graph: Graph) -> np.ndarray | None:
     derivative_N = contrast_derivative(graph)
     if derivative_N is None or graph.response is None:
         return None
-    return derivative_N[graph.feature_cols] - _total_effect(graph, response=True)
+    return derivative_N[graph.feature_cols] - total_effect(graph, response=True)
 
 
 def derivative_agreement(graph: Graph) -> dict[str, Any] | None:
@@ -63,7 +74,7 @@ def derivative_agreement(graph: Graph) -> dict[str, Any] | None:
         return None
     derivative_A = derivative_N[graph.feature_cols]
     found: dict[str, Any] = {"contrast": contrast(graph).text}
-    found |= _slices(graph, _total_effect(graph, response=False), derivative_A)
+    found |= _slices(graph, total_effect(graph), derivative_A)
     hidden_A = hidden_effect(graph)
     if hidden_A is not None:
         size = np.abs(derivative_A).sum()

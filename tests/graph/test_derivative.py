@@ -13,6 +13,7 @@ from cases import FAMILY_CASES, OWN_MAPS, case, case_active, close
 
 from jaxclt.clt.active import Active, active_features
 from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.graph import derivative
 from jaxclt.graph.derivative import model_derivative
 from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.targets import combine_targets, functional_targets, salient_targets
@@ -137,3 +138,12 @@ def test_what_comes_after_the_prompt_changes_nothing() -> None:
         for recording in (t.recording, alone)
     )
     close(got, want, 1e-13)
+
+
+def test_many_targets_go_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cotangents are held together at most."""
+    p = prompt_of("plt")
+    want = model_derivative(p)
+    assert p.n_targets == 7
+    monkeypatch.setattr(derivative, "_MOST", 2)
+    close(model_derivative(p), want, 1e-13)

@@ -38,10 +38,22 @@ export function evidence(app: App): HTMLElement[] {
   const parts: HTMLElement[] = [el("div", "head", el("div", "", el("h2", "", "How far to trust this graph")))];
   if (scores.length) parts.push(cards);
   else parts.push(el("p", "note", "The file has no scores."));
+  parts.push(...derivative(asObject(app.report.derivative)));
   if (app.patches.length) parts.push(el("h3", "", `Patches (${app.patches.length})`), patchList(app));
   parts.push(el("h3", "", "Validation"));
   if (app.validation) parts.push(...validation(app, app.validation));
   else parts.push(el("p", "note", "No patches were run. “jaxclt validate DIR” compares the graph's predictions with patches of the model."));
+  return parts;
+}
+
+/** How total effects agree with the model's own derivative, by either reading. */
+function derivative(found: Json): HTMLElement[] {
+  const by = asObject(found.by_response), row = (reading: string, d: Json) =>
+    isNumber(d.spearman) ? [[reading, two(d.spearman), isNumber(d.sign) ? percent(d.sign) : "–", two(d.slope)]] : [];
+  const rows = [...row("by value", found), ...row("by response", by)];
+  if (!rows.length) return [];
+  const parts = [el("h3", "", "The model's derivative"), grid(["total effects", "Spearman", "sign", "slope"], rows, `What features do to ${clip(visible(asText(found.contrast)), 80)} against the model's first-order effects`)];
+  if (isNumber(by.hidden)) parts.push(el("p", "note", `${percent(by.hidden)} of the derivative is hidden: it goes through errors, features that are no nodes, and gates that move.`));
   return parts;
 }
 
