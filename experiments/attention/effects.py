@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -34,21 +35,22 @@ from jaxclt.graph.graph import Graph
 from jaxclt.graph.yardstick import contrast_derivative, total_effect
 from jaxclt.io.model import Model
 from jaxclt.lm.run import Policy, readout, run
+from jaxclt.patching.finite import FINITE
 from jaxclt.patching.patchable import How, Patchable, hold_of
 from jaxclt.patching.subject import Subject
 from jaxclt.trace.prompt import trace_prompt
 from jaxclt.types import Block
 from jaxclt.validation.ablations import Bench, Counter
 from jaxclt.validation.choice import ValidateOptions, choose
+from jaxclt.validation.patterns import LIVE, moved_patterns
 from jaxclt.validation.stats import resampled
 
 WAYS = {
     # The real MLPs, what the feature writes changed: what the derivative is a slope of.
-    "live": How(mode="additive", patterns="live"),
+    "live": LIVE,
     # Nothing but attention and norms answers: what edges to the targets are.
     "clamped": How(mode="constrained", patterns="live"),
 }
-FINITE = How(mode="iterative", patterns="live", gates="frozen")
 # Derivatives of the answer with all other MLP writes held, and what else is held.
 HELD = {
     "OV": How(patterns="frozen", norms="frozen"),  # edges by value
@@ -65,6 +67,7 @@ PREDICTED = {
     "clamped": HELD,
 }
 FACTORS = {"ablated": 0.0, "10% less": 0.9}
+N_PATTERNS = 6  # features of a prompt whose patches' patterns are compared
 MEASURES = {
     "spearman": (spearman, np.nanmean),
     "sign": (lambda said, found: sign_agreement(found, said), np.nanmean),
@@ -80,7 +83,7 @@ def predictions(graph: Graph, subject: Subject, node_B: np.ndarray) -> dict[str,
     if graph.response is not None:
         found_A["response"] = total_effect(graph, response=True)
     found = {name: x_A[node_B] for name, x_A in found_A.items()}
-    f, weight_K = subject.watch(node_B), contrast(graph).weight_K[subject.targets]
+    f, weight_K = subject.watch(node_B), subject.contrast_K
     for name, how in HELD.items():
         with jax.default_matmul_precision("highest"):
             g_LTD = write_gradient(
@@ -123,12 +126,12 @@ def measured(
         key=key,
         counter=Counter(lambda done, planned: None, 0),
     )
-    node_B, weight_K = bench.choice.node_B, contrast(graph).weight_K
+    node_B, weight_K = bench.choice.node_B, bench.subject.contrast_K
 
     def patched(how: How, factor: float) -> list[float]:
         """As effects of the activation: what went, by the part of it that went."""
         done = bench.patch(bench.single, how, factor=factor, everywhere=True)
-        change_B = done.change_BK @ weight_K[bench.subject.targets]
+        change_B = done.change_BK @ weight_K
         return listed(-change_B / (1 - factor))
 
     found: dict[str, Any] = {
@@ -141,7 +144,34 @@ def measured(
     found["finite"] = {name: patched(FINITE, x) for name, x in FACTORS.items()}
     for way, how in WAYS.items():
         found[way] = {name: patched(how, factor) for name, factor in FACTORS.items()}
-    return found
+    return found | {"patterns": patterns(bench)}
+
+
+def patterns(bench: Bench) -> dict[str, Any]:
+    """Changes of attention patterns by the most influential features, foretold.
+
+    Of the 100 cells of all heads that move most in each patch, and the cosine of all.
+    """
+    subject, at = bench.subject, np.arange(N_PATTERNS)
+    change, small = bench.single.where(at), FACTORS["10% less"]
+    with jax.default_matmul_precision("highest"):
+        found = moved_patterns(
+            subject.patchable,
+            subject.local.placed(change),
+            subject.local.tables,
+            jnp.asarray(small, change.factor_E.dtype),
+            n_cells=100,
+        )
+    return {
+        name: {
+            "spearman": spearman(moved.predicted_BX, moved.measured_BX),
+            "sign": sign_agreement(
+                *map(np.ravel, (moved.measured_BX, moved.predicted_BX))
+            ),
+            "cosine": float(np.nanmean(moved.cosine_B)),
+        }
+        for name, moved in zip(FACTORS, found, strict=True)
+    }
 
 
 def listed(x_B: np.ndarray) -> list[float]:
@@ -202,6 +232,16 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def of_patterns(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same of attention patterns."""
+    rows = []
+    for patch in FACTORS:
+        by = [line["patterns"][patch] for line in lines]
+        of = {k: interval(np.array([x[k] for x in by]), np.nanmean) for k in by[0]}
+        rows.append({"patterns": patch} | of)
+    return rows
+
+
 def interval(value_P: np.ndarray, middle: Any) -> list[float]:
     """A mean or median, and the ends of its interval over prompts."""
     P, key = len(value_P), jax.random.key(0)
@@ -209,11 +249,8 @@ def interval(value_P: np.ndarray, middle: Any) -> list[float]:
     return [round(float(x), 3) for x in (middle(value_P), *ends)]
 
 
-def table(lines: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
-    n = sum(len(line["feature"]) for line in lines)
-    text = f"{len(lines)} prompts, {n} features; Spearman and right signs of the larger"
-    text += " half (means), slope of measured on predicted (median)\n\n"
-    text += "| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|\n"
+def table(rows: list[dict[str, Any]]) -> str:
+    text = "| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|\n"
     for row in rows:
         cells = [
             x if isinstance(x, str) else "{:.2f} ({:.2f} to {:.2f})".format(*x)
@@ -230,7 +267,7 @@ def main() -> None:
     parser.add_argument("--dictionary", default="neurons:32")
     parser.add_argument("--prompts", type=Path, default=here / "prompts.txt")
     parser.add_argument("--limit", type=int, default=None, help="of prompts")
-    parser.add_argument("--features", type=int, default=24, help="of each kind")
+    parser.add_argument("--features", type=int, default=16, help="of each kind")
     parser.add_argument("--max-features", type=int, default=1024)
     parser.add_argument("--response", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
@@ -247,11 +284,14 @@ def main() -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(lines[-1], ensure_ascii=False) + "\n")
         print(f"{len(lines)}/{len(prompts)} {lines[-1]['seconds']} s {prompt!r}")
-    rows = summary(lines)
-    text = json.dumps({"prompts": len(lines), "rows": rows}, indent=1)
-    (args.out / "effects.json").write_text(text + "\n", "utf-8")
-    (args.out / "effects.md").write_text(table(lines, rows), "utf-8")
-    print(table(lines, rows))
+    found = {"effects": summary(lines), "patterns": of_patterns(lines)}
+    n = sum(len(line["feature"]) for line in lines)
+    said = f"{len(lines)} prompts, {n} features; slopes are medians, the rest means\n\n"
+    told = {"prompts": len(lines), "features": n} | found
+    (args.out / "effects.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+    text = said + "\n".join(table(rows) for rows in found.values())
+    (args.out / "effects.md").write_text(text, "utf-8")
+    print(text)
 
 
 if __name__ == "__main__":
