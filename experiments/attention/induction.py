@@ -35,6 +35,7 @@ SEEDS = {"oracle": 1, "choosing": 3, "held out": 7}
 ORACLE_PROMPTS, ORACLE_TOKENS = 20, 25
 LOOKS = 0.2, 0.4  # mean attention from which the oracle calls a head of a kind
 CELLS, PAIRS = 20, 30
+EARLY = 18  # of the layers with induction heads; on the first prompts they differed
 # Key positions, by what stands there; at most one is true of a cell of our prompts.
 PLACES = {
     "induction": "the token that followed the query's token before",
@@ -95,6 +96,7 @@ def named(effects: Any, look: dict[str, np.ndarray]) -> dict[str, Any]:
     found["cells"] = [
         {
             "cell": cell_name(cell),
+            "head": [cell.layer, cell.head],
             "place": (place := place_of(cell.query, cell.key, N)),
             "effect": cell.effect,
             "weight": cell.weight,
@@ -117,13 +119,13 @@ def cell_name(cell: Any) -> str:
     return f"L{cell.layer}H{cell.head} {cell.query} -> {cell.key}"
 
 
-def by_position(graph: Graph, query_NC: np.ndarray, key_NC: np.ndarray) -> np.ndarray:
+def by_position(graph: Graph, query_UC: np.ndarray, key_UC: np.ndarray) -> np.ndarray:
     """Pairs summed by the positions of their nodes [T + 2, T + 2]; then bias, rest."""
     T = graph.n_tokens
     pos_N = np.r_[positions(graph), T, T + 1]
-    sums = np.zeros((2, T + 2, query_NC.shape[1]))
-    for sum_TC, x_NC in zip(sums, (query_NC, key_NC), strict=True):
-        np.add.at(sum_TC, pos_N, x_NC.astype(np.float64))
+    sums = np.zeros((2, T + 2, query_UC.shape[1]))
+    for sum_TC, x_UC in zip(sums, (query_UC, key_UC), strict=True):
+        np.add.at(sum_TC, pos_N, x_UC)
     return sums[0] @ sums[1].T
 
 
@@ -143,12 +145,14 @@ def what_pairs_say(graph: Graph, apart: Any, look_LH: np.ndarray) -> dict[str, A
     """
     cell, T = apart.cell, graph.n_tokens
     at = cell.query, cell.key - 1
-    found = {"cell": cell_name(cell), "weight": cell.weight, "score": apart.score}
+    found = {"cell": cell_name(cell), "layer": cell.layer, "weight": cell.weight}
+    found["score"] = apart.score
     found["oracle"] = float(look_LH[cell.layer, cell.head])
     found["relative_error"] = apart.relative_error
     found["competition_error"] = apart.competition_error
-    for name, key_NC in (("score", apart.key_NC), ("competition", apart.against_NC)):
-        block_QK = by_position(graph, apart.query_NC, key_NC)
+    against_UC = apart.key_UC - apart.mean_key_UC
+    for name, key_UC in (("score", apart.key_UC), ("competition", against_UC)):
+        block_QK = by_position(graph, apart.query_UC, key_UC)
         size = np.abs(block_QK).sum()
         key_K = block_QK.sum(0)
         found[f"by {name}"] = {
@@ -158,7 +162,7 @@ def what_pairs_say(graph: Graph, apart: Any, look_LH: np.ndarray) -> dict[str, A
             "block_of_sizes": float(np.abs(block_QK[at]) / size),
         }
     pos_N = np.r_[positions(graph), T, T + 1]
-    joined = [(pos_N[i], pos_N[j]) == at for i, j, *_ in apart.pairs(PAIRS)]
+    joined = [(pos_N[p.query], pos_N[p.key]) == at for p in apart.pairs(PAIRS)]
     return found | {"first_pair": joined[0], "pairs": float(np.mean(joined))}
 
 
@@ -170,12 +174,15 @@ def of_prompt(
     prompt = np.r_[token_N, token_N[:CUT]].tolist()
     target = f"id:{token_N[CUT]}"
     graph = jaxclt.attribute(model, dictionary, prompt, targets=(target,))
-    effects, found = taken_apart(model, dictionary, graph)
-    said = [what_pairs_say(graph, apart, look["induction"]) for apart in found]
-    probability = float(graph.target_prob_K[0])
-    return {"prompt": number, "probability": probability, "pairs": said} | named(
-        effects, look
-    )
+    effects = jaxclt.head_effects(model, dictionary, graph)
+    said = []
+    for cell in effects.cells[:CELLS]:
+        if place_of(cell.query, cell.key, N) == "induction":
+            at = {k: getattr(cell, k) for k in ("layer", "head", "query", "key")}
+            apart = jaxclt.attention(model, dictionary, graph, **at)
+            said.append(what_pairs_say(graph, apart, look["induction"]))
+    found = {"prompt": number, "probability": float(graph.target_prob_K[0])}
+    return found | {"pairs": said} | named(effects, look)
 
 
 def mean(values: Any) -> str:
@@ -196,6 +203,9 @@ def table(rows: list[dict[str, Any]], look: dict[str, np.ndarray]) -> str:
         "precision at 5, by effect of the pattern": lambda row, x: row[
             "pattern_effect"
         ][x],
+        "the same of cells whose key is not the query": lambda row, x: np.mean(
+            [look_LH[tuple(head)] >= float(x) for head in elsewhere(row)]
+        ),
         "ranked above another head, by effect": lambda row, x: row["auc"][x],
     }
     for name, of in lines.items():
@@ -203,6 +213,12 @@ def table(rows: list[dict[str, Any]], look: dict[str, np.ndarray]) -> str:
         text += f"| {name} | " + " | ".join(cells) + " |\n"
     text += f"\nRank correlation over all heads: {mean(r['spearman'] for r in rows)}\n"
     return text + _cells(rows) + _pairs(rows)
+
+
+def elsewhere(row: dict[str, Any]) -> list[tuple[int, int]]:
+    """The first five heads of cells that look elsewhere than at their query."""
+    cells = [cell for cell in row["cells"] if cell["place"] != "itself"]
+    return list(dict.fromkeys(tuple(cell["head"]) for cell in cells))[:5]
 
 
 def _cells(rows: list[dict[str, Any]]) -> str:
@@ -225,13 +241,13 @@ def _cells(rows: list[dict[str, Any]]) -> str:
 
 
 def _pairs(rows: list[dict[str, Any]]) -> str:
-    """What pairs of the induction cells say, strong heads and weak ones."""
+    """What pairs of the induction cells say, by layers."""
     groups = {
-        f"oracle {LOOKS[1]} or more": lambda x: x >= LOOKS[1],
-        f"{LOOKS[0]} to {LOOKS[1]}": lambda x: LOOKS[0] <= x < LOOKS[1],
-        f"below {LOOKS[0]}": lambda x: x < LOOKS[0],
+        f"up to layer {EARLY}": lambda p: p["layer"] <= EARLY,
+        "later": lambda p: p["layer"] > EARLY,
     }
     lines = {
+        "what the oracle says of the head": lambda p: p["oracle"],
         "block is the first of all, score": lambda p: p["by score"]["block_rank"] == 1,
         "first of all, competition": lambda p: p["by competition"]["block_rank"] == 1,
         "key position is first, score": lambda p: p["by score"]["key_rank"] == 1,
@@ -245,13 +261,13 @@ def _pairs(rows: list[dict[str, Any]]) -> str:
     }
     text = "\n| induction cells | " + " | ".join(groups) + " |\n"
     text += "|---" * (1 + len(groups)) + "|\n"
-    every = [pair | {"row": i} for i, row in enumerate(rows) for pair in row["pairs"]]
-    counts = [sum(test(p["oracle"]) for p in every) for test in groups.values()]
+    every = [pair for row in rows for pair in row["pairs"]]
+    counts = [sum(map(test, every)) for test in groups.values()]
     text += "| cells | " + " | ".join(map(str, counts)) + " |\n"
     for name, of in lines.items():
         cells = []
         for test in groups.values():
-            mine = [[of(p) for p in row["pairs"] if test(p["oracle"])] for row in rows]
+            mine = [[of(p) for p in row["pairs"] if test(p)] for row in rows]
             cells.append(mean(np.mean(x) for x in mine if x) if any(mine) else "")
         text += f"| {name} | " + " | ".join(cells) + " |\n"
     worst = max(max(p["relative_error"], p["competition_error"]) for p in every)
