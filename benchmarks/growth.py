@@ -98,11 +98,11 @@ def worker(point: dict[str, Any]) -> None:
         targets = salient_targets(params, recording.out_TD[-1])
         prompt = Prompt(params, recording, active, targets, cfg=cfg, config=config)
         attribute_recording(prompt, meta, timing=timing)
-        if timing.attribute > 60:
+        if timing.seconds["attribute"] > 60:
             break
     result = {
-        "seconds": timing.attribute,
-        "reduce": timing.influence + timing.prune,
+        "seconds": timing.seconds["attribute"],
+        "reduce": timing.seconds["influence"] + timing.seconds["prune"],
         "peak_gib": peak_rss_gib(),
         "active": len(active.layer_A),
         **{k: timing.work[k] for k in ("direction", "tflop", "patterns")},

@@ -39,6 +39,7 @@ from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.inhibition import Inhibition, find_inhibition
 from jaxclt.graph.nodes import find_node, node_name
 from jaxclt.graph.paths import Path, describe_paths, strongest_paths
+from jaxclt.graph.response import by_response
 from jaxclt.graph.scores import Scores, path_length_curve, scores
 from jaxclt.graph.supernodes import (
     SupernodeGraph,
@@ -51,7 +52,7 @@ from jaxclt.io.dictionary import load_dictionary, save_dictionary
 from jaxclt.io.graph_file import load_graph, save_graph
 from jaxclt.io.model import Model, load_model
 from jaxclt.patching.edits import Edit
-from jaxclt.patching.patch import PatchResult, patch
+from jaxclt.patching.patch import PatchResult, patch, patch_qk
 from jaxclt.replacement.local import local_replacement, run_local
 from jaxclt.text.windows import TokenWindows, read_windows
 from jaxclt.trace.again import edge_parts_with_model, inhibition
@@ -65,14 +66,14 @@ __all__ = ["AttributeConfig", "Certificate", "Coactivation", "EdgeParts", "Edit"
 __all__ += ["GlobalWeights", "Graph", "GraphMeta", "Inhibition", "Inhibitors"]
 __all__ += ["InputError", "Links", "Model", "Page", "PatchResult", "Path", "Pruning"]
 __all__ += ["SavedGlobals", "Scores", "Subset", "Supernode", "SupernodeGraph"]
-__all__ += ["TokenWindows", "Traced", "__version__", "attribute", "certificate"]
-__all__ += ["coactivation", "convert_dictionary", "describe_paths"]
+__all__ += ["TokenWindows", "Traced", "__version__", "attribute", "by_response"]
+__all__ += ["certificate", "coactivation", "convert_dictionary", "describe_paths"]
 __all__ += ["describe_supernodes", "edge_parts", "edge_parts_with_model", "explain"]
 __all__ += ["find_inhibition", "find_node", "global_inhibition", "global_weights"]
 __all__ += ["head_inputs", "influence", "inhibition", "load_dictionary", "load_globals"]
 __all__ += ["load_graph", "load_model", "load_statistics", "local_replacement"]
 __all__ += ["merge_coactivation", "neighbourhood", "node_name", "patch"]
-__all__ += ["path_length_curve", "prune", "read_windows", "run_local"]
+__all__ += ["patch_qk", "path_length_curve", "prune", "read_windows", "run_local"]
 __all__ += ["save_dictionary", "save_graph", "save_statistics", "scores", "show"]
 __all__ += ["solve_total_effect", "strongest_paths", "strongest_virtual"]
 __all__ += ["suggest_supernodes", "supernode_graph", "sweep_prompts", "trace_prompt"]

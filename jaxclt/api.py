@@ -144,6 +144,7 @@ def show(
     *,
     compare: Graph | None = None,
     validation: dict[str, Any] | None = None,
+    attention: dict[str, Any] | None = None,
 ) -> Page:
     """The pruned graph as a page, with its scores.
 
@@ -151,10 +152,12 @@ def show(
       graph: from `attribute` or `load_graph`.
       compare: a second graph, whose nodes are set against this one's.
       validation: the content of ``validation.json``, shown as evidence.
+      attention: the content of ``attention.json``: heads, and what makes them attend.
     """
     doc = _document(graph)
     other = None if compare is None else _document(compare)
-    return Page(html=page(doc, validation=validation, other=other), doc=doc)
+    shown = page(doc, validation=validation, attention=attention, other=other)
+    return Page(html=shown, doc=doc)
 
 
 def _document(graph: Graph) -> dict[str, Any]:

@@ -25,8 +25,8 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-__all__ = ["Block", "CLTParams", "Frozen", "Held", "LMParams", "Reads", "Recording"]
-__all__ += ["Sources", "Supernode", "Targets"]
+__all__ = ["Added", "Block", "CLTParams", "Frozen", "Held", "LMParams", "Reads"]
+__all__ += ["Recording", "Sources", "Supernode", "Targets"]
 
 
 @struct.dataclass
@@ -104,8 +104,16 @@ class Frozen:
 
 
 @struct.dataclass
+class Added:
+    """What heads' queries and keys get on top, where scores are made of them."""
+
+    query_LTHC: Array
+    key_LTHC: Array  # of query heads: those that share a key may differ
+
+
+@struct.dataclass
 class Held:
-    """Parts of a `Frozen`; None is computed live.
+    """Parts of a `Frozen`; None is computed live. What is added goes on top.
 
     A patch of the underlying model holds the attention patterns but, unless asked, not
     the norms (maths 15.5).
@@ -118,6 +126,7 @@ class Held:
     clean_LTD: Array | None = None  # instead of patterns, see `Frozen`
     post_attn_scale_LT: Array | None = None
     post_mlp_scale_LT: Array | None = None
+    added: Added | None = None  # of patterns that are computed, live or again
 
 
 @struct.dataclass

@@ -66,6 +66,10 @@ def test_trace_writes_the_four_files_of_the_contract(traced: Path):
         "write",
     } <= set(report["timing_s"])
     validate(json.loads((traced / "graph.json").read_text()))
+    agreement = report["derivative"]
+    assert agreement["n"] == report["graph"]["features_attributed"]
+    assert 0 <= agreement["sign"] <= 1
+    assert {"contrast", "spearman", "slope", "after_first"} < set(agreement)
     page = (traced / "index.html").read_text("utf-8")
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
 
@@ -224,6 +228,17 @@ def test_view_offers_supernodes_on_request(traced: Path, tmp_path: Path):
         assert set(members) <= shown
 
 
+def test_view_goes_by_either_reading(
+    traced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run("view", traced, "--by", "response") == 2
+    assert "trace the prompt with --response" in capsys.readouterr().err
+    out, page = tmp_path / "both", tmp_path / "response.html"
+    assert trace(out, "--response") == 0
+    assert run("view", out, "--by", "response", "--suggest", "--out", page) == 0
+    assert '"reading":"response"' in page.read_text("utf-8")
+
+
 def test_view_sets_a_second_graph_beside(traced: Path, tmp_path: Path):
     page = tmp_path / "both.html"
     assert run("view", traced, "--compare", traced, "--out", page) == 0
@@ -253,6 +268,9 @@ def test_the_bound_of_a_truncated_graph_is_stated_everywhere(
     bound = graph["unexplored_influence"]
     assert 0 < bound < 1
     assert f"{bound:.2%}" in table
+    small = report["derivative"]
+    said = f"derivative: Spearman {small['spearman']:.2f}, sign {small['sign']:.0%}"
+    assert said in " ".join(table.split())
     assert report["certificate"]["rest_share"] > 0
     doc = json.loads((tmp_path / "some" / "graph.json").read_text())
     assert doc["jaxclt"]["scores"]["full"]["unexplored_share"] == bound

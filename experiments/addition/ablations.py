@@ -19,10 +19,11 @@ import task
 from global_circuit import weights_at_equals
 
 from jaxclt.clt.transcoder import StoreDictionary
+from jaxclt.graph.agreement import spearman
 from jaxclt.io.model import Model
 from jaxclt.patching.change import Change, batched
 from jaxclt.patching.patchable import How
-from jaxclt.validation.stats import mean_interval, spearman
+from jaxclt.validation.stats import mean_interval
 
 KINDS = ("virtual", "era", "twera")
 K = 10

@@ -17,6 +17,7 @@ from jax import Array
 import jaxclt
 from jaxclt.clt.coder import Dictionary, load
 from jaxclt.clt.transcoder import StoreDictionary, loaded_params
+from jaxclt.graph.agreement import spearman
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.targets import token_targets
@@ -28,7 +29,7 @@ from jaxclt.patching.subject import Subject
 from jaxclt.replacement.model import replacement_logits
 from jaxclt.train.harvest import harvest
 from jaxclt.types import LMParams, Recording, Targets
-from jaxclt.validation.stats import spearman, wilson
+from jaxclt.validation.stats import wilson
 
 ROWS = 1_000  # sums computed together
 EDITS = 64  # patches are filled up to a multiple of so many changes
@@ -325,7 +326,7 @@ def suppressed(subject: Subject, slots: Sequence[int]) -> tuple[float, float]:
     effect = float(solve_total_effect(graph)[0, slots].sum())
     change = Change.of(subject.watch(np.array(slots)))
     change = batched(change, [len(slots)], least=room(len(slots)))
-    how, ask = How(mode="iterative", freeze_norm=True), subject.ask()
+    how, ask = How(mode="iterative", norms="frozen"), subject.ask()
     done = subject.effects(change, [(0, subject.model.cfg.n_layers - 1)], how, ask)
     before = clean_effect(subject.patchable, ask)
     change = float(np.asarray(done.logit_K)[0, 0] - np.asarray(before.logit_K)[0])

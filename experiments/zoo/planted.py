@@ -14,7 +14,7 @@ Three tricks make the format (RMSNorm, rotary attention, gated MLP) say what is 
 |---|---|---|
 | `two_hop` | token -> first hop -> second hop -> answer | a cross-layer feature that writes both hops leaves the second out (maths 19.15) |
 | `absolute` | every coordinate: token -> its sign's unit -> its absolute value | one feature for a point that occurs often (*A Toy Model of Mechanistic (Un)Faithfulness*, 2025) |
-| `induction` | value: token -> copy -> answer; why there: key, query | frozen patterns: the second half has no edges (Circuit Tracing 2025, section 7.1) |
+| `induction` | value: token -> copy -> answer; why there: key, query | frozen patterns: by value the second half has no edges (Circuit Tracing 2025, section 7.1) |
 """  # noqa: E501  a table
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ class Case:
     swap_layer: int  # the swap: `swap_D` is added to the stream after attention there,
     swap_pos: int  # which replaces one value of a variable by another
     swap_D: np.ndarray
+    # The same for what is asked for: in layer 0, at the last position.
+    query_D: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -368,38 +370,49 @@ def induction(
     n: int = 8,
     n_tokens: int = 8,
     *,
+    soft: bool = False,
     n_prompts: int = 256,
     seed: int = 0,
     dtype: jnp.dtype | type = jnp.float32,
 ) -> Planted:
     """``a b ... a`` is answered by b, by a previous-token head and an induction head.
 
-    Layer 0 attends to the token before, and its MLP turns that into a key; layer 1's
-    queries (the token itself) find the key, its values bring the token found there, and
-    its MLP copies that to the answer. Prompts: a first token that is nothing, distinct
-    tokens, then one of them again.
+    Layer 0 attends to the token before, and its MLP turns that into a key and the token
+    itself into a query; layer 1's queries find the key, its values bring the token
+    found there, and its MLP copies that to the answer. Prompts: a first token that is
+    nothing, distinct tokens, then one of them again.
 
     Args:
       n: tokens of the alphabet; token n is the first of every prompt.
       n_tokens: length of a prompt, n_tokens - 2 <= n and at most 16.
+      soft: the induction head scores what it looks for 3 instead of 40, and units are
+        ReLU: a small change of key or query then has a small effect, where 40 leaves a
+        softmax without a derivative, and lookups copy a little of nothing.
       n_prompts: how many, different ones.
       seed: of the prompts.
       dtype: float64 needs jax's x64 mode.
     """
-    ch = _Channels(token=n, previous=n, key=n, found=n, out=n)
+    ch = _Channels(token=n, previous=n, key=n, query=n, found=n, out=n)
     C = 4 * n  # half of the pairs turn too fast to carry what a token is
-    cfg = _config(ch.D, n_layers=2, d_mlp=n, d_vocab=n + 1, d_head=C)
+    cfg = _config(ch.D, n_layers=2, d_mlp=2 * n, d_vocab=n + 1, d_head=C)
     one = {x: [ch.one(x, i) for i in range(n)] for x in ch.start}
     units = [
-        Unit(node="key", layer=0, read_D=one["previous"][i], write_D=one["key"][i])
-        for i in range(n)
-    ]
-    units += [
-        Unit(node="copy", layer=1, read_D=one["found"][i], write_D=one["out"][i])
+        Unit(
+            node=node,
+            layer=layer,
+            read_D=one[read][i],
+            write_D=one[write][i],
+            theta=0.0 if soft else 0.75,
+        )
+        for node, layer, read, write in (
+            ("key", 0, "previous", "key"),
+            ("query", 0, "token", "query"),
+            ("copy", 1, "found", "out"),
+        )
         for i in range(n)
     ]
     w = _weights(cfg)
-    _write_units(w, units, relu=False)
+    _write_units(w, units, relu=soft)
     for i in range(n):
         token = ch.start["token"] + i
         w["v_LDGC"][:, token, 0, i] = 1
@@ -407,7 +420,8 @@ def induction(
         w["o_LHCD"][1, 0, i] = one["found"][i]
         # Content goes to the slow half of the rotary pairs.
         slow = C // 2 - n + i
-        w["q_LDHC"][1, token, 0, slow] = 40 * C**0.5
+        query = ch.start["query"] + i
+        w["q_LDHC"][1, query, 0, slow] = (3 if soft else 40) * C**0.5
         w["k_LDGC"][1, ch.start["key"] + i, 0, slow] = 1
     # Position alone: a query turned back by one step matches the key one step before.
     rate = cfg.rope_theta ** (-2 * np.arange(C // 2) / C)
@@ -426,20 +440,22 @@ def induction(
     for token_T in prompts:
         first = int(np.flatnonzero(token_T[:last] == token_T[last])[0])
         answer = int(token_T[first + 1])
+        other = token_T[1 if first > 1 else 2]
         cases.append(
             Case(
                 token_T=token_T,
                 kind="",
                 source=first + 1,
-                place={"key": (0, first + 1), "copy": (1, last)},
+                place={"key": (0, first + 1), "query": (0, last), "copy": (1, last)},
                 answer={"answer": answer},
                 swap_layer=1,
                 swap_pos=last,
                 swap_D=one["found"][(answer + 1) % n] - one["found"][answer],
+                query_D=one["token"][other] - one["token"][token_T[last]],
             )
         )
     return Planted(
-        name="induction",
+        name="soft induction" if soft else "induction",
         cfg=cfg,
         params=_model(w, embed_VD, unembed_DV, dtype),
         units=tuple(units),

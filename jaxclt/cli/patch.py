@@ -17,14 +17,15 @@ from jaxclt.cli.progress import Run
 from jaxclt.cli.reopened import ReopenFlags
 from jaxclt.errors import InputError, check_at_least, check_finite, did_you_mean
 from jaxclt.io.tokenizer import Bos
-from jaxclt.patching.patchable import Mode
+from jaxclt.patching.heads import Head
+from jaxclt.patching.patchable import Mode, Part
 
 if TYPE_CHECKING:
     from jaxclt.patching.patch import PatchResult
     from jaxclt.patching.subject import Reopened, Subject
     from jaxclt.types import Supernode
 
-__all__ = ["PatchFlags", "parse_feature", "run_patch"]
+__all__ = ["PatchFlags", "parse_feature", "parse_head", "run_patch"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,12 +62,16 @@ class PatchFlags(ReopenFlags):
     """First and last layer of the range, a:b, both included; by default from the first
     edited layer to two after the last one (constrained: as far as the dictionary
     writes, leaving the model's last MLP to answer; additive: all)."""
+    qk: tuple[str, ...] = ()
+    """L9H3:key: the change is seen only by the keys (or :query, or both, the default)
+    of these heads, of layers after the features'; the real model answers."""
     sweep_end: bool = False
     """Also patch with every end layer of the range."""
-    freeze_patterns: bool = True
-    """Keep the clean attention patterns."""
-    freeze_norms: bool = False
-    """Keep the clean norm denominators."""
+    patterns: Part = "frozen"
+    """Attention patterns: frozen are those of the clean prompt, as in graphs; live ones
+    respond, so that QK answers too."""
+    norms: Part = "live"
+    """Norm denominators: live, or frozen at those of the clean prompt."""
     gates: Literal["auto", "live", "frozen"] = "auto"
     """Gates of the replacement model (iterative); auto: live, frozen for neurons."""
     generate: int = 0
@@ -102,10 +107,12 @@ def _asked(
 def run_patch(flags: PatchFlags, run: Run) -> None:
     """Reopen, patch, print."""
     layers, edits_of, places, directory = _asked(flags)
+    heads = [parse_head(text) for text in flags.qk]
     from jaxclt.patching import patch as patching
     from jaxclt.patching.edits import Edit
     from jaxclt.patching.log import patch_record
     from jaxclt.patching.patchable import How
+    from jaxclt.patching.plan import plan_patch
     from jaxclt.patching.subject import Subject
 
     opened = None if directory is None else flags.reopen(directory, run)
@@ -120,12 +127,12 @@ def run_patch(flags: PatchFlags, run: Run) -> None:
         edits += [Edit(supernode=group, **edits_of) for group in groups]
     how = How(
         mode=flags.mode,
-        freeze_pattern=flags.freeze_patterns,
-        freeze_norm=flags.freeze_norms,
+        patterns=flags.patterns,
+        norms=flags.norms,
         gates=None if flags.gates == "auto" else flags.gates,
     )
-    patch = patching.plan_patch(
-        subject, edits, how, layers=layers, n_later=flags.generate
+    patch = plan_patch(
+        subject, edits, how, layers=layers, n_later=flags.generate, heads=heads
     )
     result = patching.measure(patch)
     out = result.to_json()
@@ -241,6 +248,9 @@ def _rows(result: PatchResult, out: dict[str, Any]) -> Table:
     def row(name: str, value: str) -> None:
         made.add_row(name, Text(value))
 
+    if result.heads:
+        row("seen by", ", ".join(result.heads))
+    row("model", ", ".join(f"{k} {result.options[k]}" for k in ("patterns", "norms")))
     row("top tokens", top(result.top_before))
     row("patched", top(result.top_after))
     if difference := result.logit_difference:
@@ -293,6 +303,19 @@ def parse_feature(text: str) -> tuple[int, int | slice, int]:
     start, _, stop = pos.partition("..")
     ends = (int(x) if x else None for x in (start, stop))
     return int(layer), slice(*ends), int(feature)
+
+
+def parse_head(text: str) -> Head:
+    """Read L9H3, L9H3:query or L9H3:key.
+
+    Raises:
+      InputError: for any other text.
+    """
+    match = re.fullmatch(rf"L({_N})H({_N})(?::(query|key|both))?", text)
+    if match is None:
+        raise InputError(f"head {text!r}: write L9H3, L9H3:query or L9H3:key")
+    layer, head, side = match.groups("both")
+    return Head(int(layer), int(head), side)  # pyright: ignore[reportArgumentType]
 
 
 def _layers(text: str | None) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from jaxclt.cli.common import answer, page_line
 from jaxclt.cli.flags import AsJson, Debug, TracedDirectory
@@ -25,6 +26,9 @@ class ViewFlags:
     """Prune the saved graph again with this share of influence."""
     edge_threshold: float | None = None
     """Prune the saved graph again with this share of edge strength."""
+    by: Literal["value", "response"] = "value"
+    """What edges, influence and groups go by: what a node is made of, or what a small
+    change does (of a graph traced with --response)."""
     compare: Path | None = None
     """Directory of a second graph to compare with."""
     features: Path | None = None
@@ -41,6 +45,7 @@ def run_view(flags: ViewFlags, run: Run) -> None:
     del run
     from jaxclt.api import Page, show
     from jaxclt.graph.prune import prune
+    from jaxclt.graph.response import by_response
     from jaxclt.io.graph_file import load_graph
     from jaxclt.trace import pages
 
@@ -53,6 +58,8 @@ def run_view(flags: ViewFlags, run: Run) -> None:
             edge_threshold=_given(flags.edge_threshold, old.edge_threshold),
         )
         graph = dataclasses.replace(graph, pruning=pruning)
+    if flags.by == "response":
+        graph = by_response(graph)
     doc = show(graph).doc
     saved = flags.directory / "graph.json"
     if saved.exists():

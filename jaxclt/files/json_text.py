@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["finite", "number", "to_json", "well_formed"]
+__all__ = ["finite", "number", "rounded", "to_json", "well_formed"]
 
 
 def to_json(value: Any, **how: Any) -> str:
@@ -30,6 +30,11 @@ def to_json(value: Any, **how: Any) -> str:
 def number(x: Any) -> float | None:
     """A number for JSON: None for NaN and infinity."""
     return float(x) if math.isfinite(x) else None
+
+
+def rounded(x: float | None) -> float | None:
+    """A number for JSON with six decimals; None stays as it is."""
+    return None if x is None or number(x) is None else round(float(x), 6)
 
 
 def finite(value: Any) -> Any:

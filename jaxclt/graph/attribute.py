@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxclt.graph.compute import compute_edges
 from jaxclt.graph.config import AttributeConfig
+from jaxclt.graph.derivative import model_derivative
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.head_table import add_rows, only_columns
 from jaxclt.graph.heads import head_loadings, strongest_kept
@@ -33,12 +34,9 @@ __all__ = ["AttributeConfig", "Timing", "attribute_recording"]
 
 @dataclasses.dataclass
 class Timing:
-    """Seconds spent and work done, for the report; filled in by the shell."""
+    """Seconds spent by stage and work done, for the report; filled in by the shell."""
 
-    attribute: float = 0.0
-    influence: float = 0.0
-    prune: float = 0.0
-    provenance: float = 0.0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     work: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -46,7 +44,7 @@ class Timing:
         """Time a stage."""
         start = time.perf_counter()
         yield
-        setattr(self, stage, time.perf_counter() - start)
+        self.seconds[stage] = time.perf_counter() - start
 
 
 def attribute_recording(
@@ -85,25 +83,29 @@ def attribute_recording(
             edge_threshold=p.config.edge_threshold,
         )
         graph = dataclasses.replace(graph, pruning=pruning)
-    with timing.of("provenance"):
-        return _with_provenance(p, graph, found.selected)
-
-
-def _with_provenance(p: Prompt, graph: Graph, selected: np.ndarray) -> Graph:
-    """The graph with its edges' residual-direct parts, and heads if asked for."""
     keep_A = np.zeros(len(p.active.layer_A), bool)
-    keep_A[selected] = True
+    keep_A[found.selected] = True
     nodes = dataclasses.replace(p, active=p.active.where(keep_A))
-    rows = p.feature_rows(selected).followed_by(p.target_rows())
+    with timing.of("provenance"):
+        graph = _with_provenance(nodes, graph)
+    with timing.of("derivative"), jax.default_matmul_precision(p.config.precision):
+        packed = found.work.get("sources") != "gathered"
+        derivative_KN = model_derivative(nodes, packed=packed)
+    return dataclasses.replace(graph, derivative_KN=derivative_KN)
+
+
+def _with_provenance(nodes: Prompt, graph: Graph) -> Graph:
+    """The graph with its edges' residual-direct parts, and heads if asked for."""
+    rows = nodes.all_rows()
     direct_RN = direct_edges(nodes, rows)
-    if own_rows := {len(selected) + k: edge_N for k, edge_N in nodes.written()}:
+    if own_rows := {graph.n_features + k: edge_N for k, edge_N in nodes.written()}:
         direct_RN = add_rows(direct_RN, own_rows)
     is_node_N = np.ones(graph.edge_RN.shape[1], bool)
-    is_node_N[p.ignored_columns(len(selected))] = False
+    is_node_N[nodes.ignored_columns(graph.n_features)] = False
     graph = dataclasses.replace(graph, direct_RN=only_columns(direct_RN, is_node_N))
-    if p.config.heads <= 0:
+    if nodes.config.heads <= 0:
         return graph
-    edges = strongest_kept(graph, p.config.heads)
+    edges = strongest_kept(graph, nodes.config.heads)
     heads = head_loadings(nodes, rows, *edges, direct=graph.direct_RN)
     return dataclasses.replace(graph, heads=heads)
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["BLOCK", "RowBlock", "row_blocks", "row_strength", "submatrix"]
+__all__ = ["BLOCK", "Edges", "RowBlock", "cut_edges", "row_blocks", "row_strength"]
+__all__ += ["submatrix"]
 
 BLOCK = 128  # rows: a block of a graph of 10,000 nodes is 5 MB
 
@@ -80,3 +81,29 @@ def submatrix(x_RN: np.ndarray, row: np.ndarray, col: np.ndarray) -> np.ndarray:
         part = slice(start, start + BLOCK)
         np.take(x_RN[row[part]], col, 1, out=found[part], mode="clip")
     return found
+
+
+class Edges(NamedTuple):
+    """Rows of edges, and of each the sum of what is not among its columns."""
+
+    edge_RN: np.ndarray
+    rest_R: np.ndarray
+    rest_abs_R: np.ndarray  # summed without sign
+
+
+def cut_edges(
+    edges: Edges, row: np.ndarray, col: np.ndarray, keep_N: np.ndarray
+) -> Edges:
+    """Some rows and columns; what the rows lose is added to their rests.
+
+    Args:
+      edges: of the whole graph.
+      row: rows of the smaller one, ascending.
+      col: its columns, ascending.
+      keep_N: kept columns; others are in the smaller graph at most as empty ones.
+    """
+    dropped = submatrix(edges.edge_RN, row, np.flatnonzero(~keep_N))
+    edge_RN = submatrix(edges.edge_RN, row, col)
+    edge_RN[:, ~keep_N[col]] = 0
+    rest_R = edges.rest_R[row] + dropped.sum(1)
+    return Edges(edge_RN, rest_R, edges.rest_abs_R[row] + np.abs(dropped).sum(1))

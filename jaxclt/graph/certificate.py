@@ -10,6 +10,7 @@ import dataclasses
 
 import numpy as np
 
+from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.kinds import KINDS
 
@@ -31,7 +32,16 @@ class Certificate:
 
 
 def certificate(graph: Graph) -> Certificate:
-    """Check ``edge_RN.sum(1) + bias_R + rest_R == readout_R`` in float64."""
+    """Check ``edge_RN.sum(1) + bias_R + rest_R == readout_R`` in float64.
+
+    Raises:
+      InputError: for a graph by response, whose rows sum to nothing.
+    """
+    if graph.meta.reading != "value":
+        raise InputError(
+            "edges by response sum to nothing, so that there is no certificate: give "
+            "the graph itself, not what by_response made of it"
+        )
     rows = np.flatnonzero(graph.attributed_R)
     signed = graph.bias_R.astype(np.float64) + graph.rest_R - graph.readout_R
     absolute = np.abs(graph.bias_R).astype(np.float64) + graph.rest_abs_R

@@ -25,25 +25,30 @@ from jaxclt.graph.graph import Graph
 __all__ = ["solve_total_effect"]
 
 
-def solve_total_effect(graph: Graph, *, block: int = BLOCK) -> np.ndarray:
+def solve_total_effect(
+    graph: Graph, *, weight_XK: np.ndarray | None = None, block: int = BLOCK
+) -> np.ndarray:
     """Signed total effect of every feature on every target, [K, A].
 
     Solves ``y (diag(value) - A_ff) = A_kf`` by blocks; the effect is y times value.
 
     Args:
       graph: attributed.
+      weight_XK: weighted sums of targets to take instead, [X, A].
       block: features substituted at a time.
     """
-    A, K, dtype = graph.n_features, graph.n_targets, graph.edge_RN.dtype
+    A, dtype = graph.n_features, graph.edge_RN.dtype
     value_A = graph.value_A.astype(dtype)
     safe_A = np.where(value_A == 0, 1, value_A).astype(dtype)
     direct_KA = graph.edge_RN[graph.target_rows, :A].copy()
+    if weight_XK is not None:
+        direct_KA = weight_XK.astype(dtype) @ direct_KA
     unit_KA = np.empty_like(direct_KA)  # effect over value
     for rows, below_BX, _ in row_blocks(graph.edge_RN, A, block=block, signed=True):
         n = rows.stop - rows.start
         # Full blocks always, so that one shape is compiled.
         own_BB, value_B = np.zeros((block, block), dtype), np.ones(block, dtype)
-        direct_KB = np.zeros((K, block), dtype)
+        direct_KB = np.zeros((len(direct_KA), block), dtype)
         own_BB[:n, :n], value_B[:n] = below_BX[:, rows], safe_A[rows]
         direct_KB[:, :n] = direct_KA[:, rows]
         unit_KA[:, rows] = np.asarray(_substitute(own_BB, value_B, direct_KB))[:, :n]

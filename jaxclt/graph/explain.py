@@ -3,8 +3,12 @@
     edge = residual-direct + attention-mediated
          = residual-direct + heads listed + other heads
 
-(maths 7.4). Numbers come from the graph; hops, and heads of edges that the graph does
-not list, take the model (`jaxclt.explain`).
+(maths 7.4), and of what a small change of its source does:
+
+    response = edge + query + key + norm + gate
+
+(maths 22.4). Numbers come from the graph; hops, and whatever the graph does not list
+for an edge, take the model (`jaxclt.explain`).
 """
 
 from __future__ import annotations
@@ -17,9 +21,39 @@ import numpy as np
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.nodes import facts, find_column, find_row, node_name
+from jaxclt.graph.response_table import PARTS
 from jaxclt.graph.shares import whole_input
 
-__all__ = ["EdgeParts", "edge_parts"]
+__all__ = ["EdgeParts", "EdgeResponse", "check_edge", "edge_parts", "known_parts"]
+
+Heads = tuple[tuple[int, int, float], ...]  # layer, number, what it moved
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EdgeResponse:
+    """What a small change of an edge's source does; parts are None where not known."""
+
+    total: float
+    query: float | None = None  # through what heads ask for
+    key: float | None = None  # through what heads answer to
+    norm: float | None = None  # through denominators
+    gate: float | None = None  # through the target's own gate
+    query_heads: Heads | None = None  # the strongest
+    key_heads: Heads | None = None
+
+    def parts(self, edge: float) -> list[tuple[str, float]]:
+        """Name and size of each, `edge` being the part that the value is."""
+        found = [("response", self.total)]
+        if self.query is None:
+            return found
+        found.append(("  as by value", edge))
+        for name, heads in (("query", self.query_heads), ("key", self.key_heads)):
+            found.append((f"  {name}", getattr(self, name)))
+            found += [(f"    head {l}.{h}", part) for l, h, part in heads or ()]
+        return [
+            *found,
+            *((f"  {name}", getattr(self, name)) for name in ("norm", "gate")),
+        ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,9 +70,10 @@ class EdgeParts:
     activation: float | None  # of a target that is a feature
     direct: float | None  # residual-direct
     attention: float | None  # all that passed a head
-    heads: tuple[tuple[int, int, float], ...] | None = None  # last head: layer, number
+    heads: Heads | None = None  # by the last head
     other_heads: float | None = None
     hops: tuple[float, ...] | None = None  # by heads passed, the last: that or more
+    response: EdgeResponse | None = None
 
     def text(self) -> str:
         """A plain-text table, each part with its share of the edge."""
@@ -54,8 +89,10 @@ class EdgeParts:
             more = " or more" if k == len(self.hops or ()) - 1 else ""
             parts.append((f"{k}{more} hops", part))
         lines = [f"{self.source} -> {self.target}"]
-        for name, part in parts:
-            lines.append(f"{name:<20} {part:+12.4g} {part / self.edge:8.1%}")
+        lines += [_line(name, part, self.edge) for name, part in parts]
+        if said := self.response:
+            parts = said.parts(self.edge)
+            lines += [_line(name, part, said.total) for name, part in parts]
         shown = "shown" if self.kept else "not shown, pruned"
         lines.append(f"{self.share:.2%} of what the target reads; {shown}")
         if self.activation is not None and self.activation < 0:
@@ -66,6 +103,8 @@ class EdgeParts:
             lines.append("parts: not in this file; trace the prompt again")
         elif self.heads is None:
             lines.append("heads: not listed for this edge; trace with --heads N")
+        if self.response is None:
+            lines.append("response: not in this file; trace with --response")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,22 +112,44 @@ class EdgeParts:
         return dataclasses.asdict(self)
 
 
+def _line(name: str, part: float, whole: float) -> str:
+    share = f"{part / whole:8.1%}" if whole else ""
+    return f"{name:<20} {part:+12.4g} {share}".rstrip()
+
+
 def edge_parts(graph: Graph, source: str, target: str) -> EdgeParts:
     """What a graph says about one of its edges.
 
     Args:
-      graph: attributed.
+      graph: attributed; the graph itself, which has both readings.
       source: feature, error or token; see `jaxclt.graph.nodes` for the names.
       target: feature or target.
 
     Raises:
       InputError: if there is no such node or edge.
     """
+    parts = known_parts(graph, source, target)
+    check_edge(graph, parts)
+    return parts
+
+
+def check_edge(graph: Graph, parts: EdgeParts) -> None:
+    """Raise InputError if an edge is zero by either reading."""
+    if parts.edge == 0 and (parts.response is None or parts.response.total == 0):
+        why = _why(graph, parts.row, parts.col)
+        raise InputError(f"no edge {parts.source} -> {parts.target}: {why}")
+
+
+def known_parts(graph: Graph, source: str, target: str) -> EdgeParts:
+    """`edge_parts`, of edges that are zero too."""
+    if graph.meta.reading != "value":
+        raise InputError(
+            "an edge is explained by both readings: give the graph itself, not what "
+            "by_response made of it"
+        )
     col, row = find_column(graph, source), find_row(graph, target)
     names = node_name(graph, col), node_name(graph, graph.layout.node_of(row))
     edge = float(graph.edge_RN[row, col])
-    if edge == 0:
-        raise InputError(f"no edge {names[0]} -> {names[1]}: {_why(graph, row, col)}")
     direct = attention = heads = other = None
     if graph.direct_RN is not None:
         direct = float(graph.direct_RN[row, col])
@@ -103,14 +164,29 @@ def edge_parts(graph: Graph, source: str, target: str) -> EdgeParts:
         row=row,
         col=col,
         edge=edge,
-        share=abs(edge) / float(whole_input(graph)[row]),
+        share=abs(edge) / max(float(whole_input(graph)[row]), 1e-30),
         kept=bool(graph.pruning.keep_edge_RN[row, col]),
         activation=float(graph.value_A[row]) if row < graph.n_features else None,
         direct=direct,
         attention=attention,
         heads=heads,
         other_heads=other,
+        response=_response(graph, row, col),
     )
+
+
+def _response(graph: Graph, row: int, col: int) -> EdgeResponse | None:
+    """What the graph says of an edge's response, its parts if they are listed."""
+    if graph.response is None:
+        return None
+    parts, total = graph.response.parts, float(graph.response.edge_RN[row, col])
+    (at,) = parts.find(np.array([row]), np.array([col])).tolist()
+    if at < 0:
+        return EdgeResponse(total=total)
+    sizes: dict[str, Any] = {
+        part: float(getattr(parts, f"{part}_E")[at]) for part in PARTS
+    }
+    return EdgeResponse(total=total, **sizes)
 
 
 def _why(graph: Graph, row: int, col: int) -> str:

@@ -23,6 +23,7 @@ from jaxclt.graph.blocks import row_strength
 from jaxclt.graph.head_table import HeadLoads
 from jaxclt.graph.kinds import SOURCES
 from jaxclt.graph.layout import Layout
+from jaxclt.graph.response_table import Response
 
 __all__ = ["VIRTUAL_TOKEN", "Graph", "GraphMeta", "Pruning"]
 
@@ -45,6 +46,7 @@ class GraphMeta:
     messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
     convention: str = "paper"  # or "circuit-tracer"
     weights: str = "probability"  # what target_prob_K holds, or "chosen"
+    reading: str = "value"  # what edges say, or "response", see `graph.response`
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
     labels: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -60,8 +62,9 @@ class GraphMeta:
     def to_json(self) -> str:
         """Serialise; `of` reads it, parsed."""
         raw = dataclasses.asdict(self)
-        if self.sources == SOURCES:
-            del raw["sources"]
+        for name, usual in (("sources", SOURCES), ("reading", "value")):
+            if getattr(self, name) == usual:
+                del raw[name]
         return to_json(raw, ensure_ascii=False)
 
     @classmethod
@@ -119,6 +122,10 @@ class Graph:
     # How edges travelled (maths 7); None in graphs of versions that did not say.
     direct_RN: csr_array | None = None  # residual-direct parts, between equal positions
     heads: HeadLoads | None = None  # the strongest kept edges by their last head
+    # What small changes do (maths 22); None where that was not computed.
+    response: Response | None = None  # before other features answer
+    # In the real model, all answers included: source value x derivative of each target.
+    derivative_KN: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         """Fill in where targets read if that was left out."""

@@ -19,7 +19,6 @@ of `jaxclt.graph.graph.Graph`.
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -34,10 +33,11 @@ from jaxclt.graph.graph import Graph
 from jaxclt.graph.plan import Plan
 from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.rows import edge_rows, make_puller
+from jaxclt.graph.stream import make_stream
 from jaxclt.graph.travel import Hops
 from jaxclt.types import Recording
 
-__all__ = ["crop", "direct_edges", "graph_active", "hop_spectrum"]
+__all__ = ["crop", "direct_edges", "graph_active", "hop_spectrum", "node_mask"]
 
 
 def crop(
@@ -64,12 +64,17 @@ def crop(
 
 def graph_active(graph: Graph, active: Active) -> Active:
     """The active features that are nodes of a graph, in its order."""
+    return active.where(node_mask(graph, active))
+
+
+def node_mask(graph: Graph, active: Active) -> np.ndarray:
+    """Which active features are nodes of a graph, bool [A]."""
 
     def key(a: Graph | Active) -> np.ndarray:
         place = a.layer_A.astype(np.int64) * graph.n_tokens + a.pos_A
         return (place << 32) + a.feature_A
 
-    return active.where(np.isin(key(active), key(graph)))
+    return np.isin(key(active), key(graph))
 
 
 def direct_edges(p: Recorded, rows: RowTargets) -> csr_array:
@@ -147,7 +152,7 @@ def hop_spectrum(p: Recorded, rows: RowTargets, *, max_hops: int = 3) -> np.ndar
     edge_QRN = np.zeros((Q, R, Columns(p).layout.n_columns), rows.read_RD.dtype)
     with jax.default_matmul_precision("highest"):
         mesh = Mesh(np.array(jax.devices()[:1]), ("rows",))
-        way = partial(Hops, n_states=Q)
+        way = Hops(make_stream(p, pull=True), n_states=Q)
         puller = make_puller(p, plan=plan, mesh=mesh, way=way)
         edge_rows(puller, rows, edge_QRN)
     return edge_QRN

@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 
 from jaxclt.errors import check_share
-from jaxclt.graph.blocks import submatrix
+from jaxclt.graph.blocks import Edges, cut_edges, submatrix
 from jaxclt.graph.graph import Graph, Pruning
 from jaxclt.graph.head_table import only_columns
 from jaxclt.graph.influence import solve_influence
@@ -170,38 +170,36 @@ def restrict(graph: Graph) -> Graph:
     Rows still sum to their readouts. Columns of dropped error nodes stay, empty, so
     that the layout is the same.
     """
-    pruning = graph.pruning
-    stays_N = pruning.keep_N | ~graph.layout.ends(None)
+    pruning, keep_N = graph.pruning, graph.pruning.keep_N
+    stays_N = keep_N | ~graph.layout.ends(None)
     row, col = np.flatnonzero(kept_rows(graph, stays_N)), np.flatnonzero(stays_N)
-    kept, drop_N = row[row < graph.n_features], ~pruning.keep_N
-    dropped = submatrix(graph.edge_RN, row, np.flatnonzero(drop_N))
-    edge_RN = submatrix(graph.edge_RN, row, col)
-    edge_RN[:, drop_N[col]] = 0
-    direct_RN, heads = graph.direct_RN, graph.heads
+    edges = Edges(graph.edge_RN, graph.rest_R, graph.rest_abs_R)
+    direct_RN, derivative_KN = graph.direct_RN, graph.derivative_KN
     if direct_RN is not None:
-        direct_RN = only_columns(direct_RN[row][:, col], ~drop_N[col])
-    if heads is not None:
-        heads = heads.restrict(row, col, pruning.keep_N)
-    along = {"A": kept, "R": row, "N": col}
+        direct_RN = only_columns(direct_RN[row][:, col], keep_N[col])
+    if derivative_KN is not None:
+        derivative_KN = (derivative_KN * keep_N)[:, col]
+    tables = {
+        name: table.restrict(row, col, keep_N)
+        for name in ("heads", "response")
+        if (table := getattr(graph, name)) is not None
+    }
+    along = {"A": row[row < graph.n_features], "R": row, "N": col}
     cut = {
         field.name: getattr(graph, field.name)[along[axis]]
         for field in dataclasses.fields(graph)
         for _, _, axis in [field.name.rpartition("_")]
         if axis in along
     }
+    cut |= cut_edges(edges, row, col, keep_N)._asdict()
     return dataclasses.replace(
         graph,
-        **cut
-        | {
-            "edge_RN": edge_RN,
-            "rest_R": cut["rest_R"] + dropped.sum(1),
-            "rest_abs_R": cut["rest_abs_R"] + np.abs(dropped).sum(1),
-            "pruning": dataclasses.replace(
-                pruning,
-                keep_N=pruning.keep_N[col],
-                keep_edge_RN=submatrix(pruning.keep_edge_RN, row, col),
-            ),
-            "direct_RN": direct_RN,
-            "heads": heads,
-        },
+        **cut | tables,
+        direct_RN=direct_RN,
+        derivative_KN=derivative_KN,
+        pruning=dataclasses.replace(
+            pruning,
+            keep_N=keep_N[col],
+            keep_edge_RN=submatrix(pruning.keep_edge_RN, row, col),
+        ),
     )

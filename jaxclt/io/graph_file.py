@@ -3,7 +3,9 @@
 Array names and letters are those of `jaxclt.graph.graph.Graph`; `meta` is a JSON
 string. Never pickled, written atomically. `edge_direct_RN` is dense and, being mostly
 zeros, the one compressed array. The table of last heads, if there is one, has the
-arrays `heads_row_E`, `heads_col_E` and so on, one for each of its fields.
+arrays `heads_row_E`, `heads_col_E` and so on, one for each of its fields. So have edges
+by response, `response_RN`, `response_rest_R` and `response_rest_abs_R`, and their parts
+`parts_row_E` to `parts_gate_E`. What was not computed is not there.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from jaxclt.files.json_file import TEXT, TEXTS, json_schema, named, record
 from jaxclt.files.json_text import to_json
 from jaxclt.files.npz import Must, Npz, check_array, check_order, open_npz
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
-from jaxclt.graph.head_table import HeadLoads
+from jaxclt.graph.head_table import EdgeTable, HeadLoads
 from jaxclt.graph.layout import Layout, check_sources
+from jaxclt.graph.response_table import PARTS, Response, ResponseParts
 
 __all__ = ["load_graph", "save_graph"]
 
@@ -64,21 +67,30 @@ _META = json_schema(
             **dict.fromkeys(("convention", "weights", "version"), TEXT),
             **dict.fromkeys(("hashes", "labels"), named(TEXT)),
             "config": {"type": "object"},
+            "reading": {"enum": ["value", "response"]},
             "sources": TEXTS,
         },
     )
 )
 _LATER = ("target_layer_K", "target_pos_K")  # older files lack them: `Graph` knows
-_HEADS = {
+_EDGES = {
     "row_E": Must("int", "E", 0, "R"),
     "col_E": Must("int", "E", 0, "N"),
+}
+_HEADS = _EDGES | {
     "direct_E": Must("float", "E"),
     "layer_EJ": Must("short", "EJ", 0, "L"),
     "head_EJ": Must("short", "EJ", 0, 1 << 15),
     "load_EJ": Must("float", "EJ"),
     "rest_E": Must("float", "E"),
 }
-_DIRECT = "edge_direct_RN"
+_PARTS = _EDGES | {f"{part}_E": Must("float", "E") for part in PARTS}
+_RESPONSE = {  # names in the file, without `edge`
+    "edge_RN": ("response_RN", Must("float", "RN")),
+    "rest_R": ("response_rest_R", Must("float", "R")),
+    "rest_abs_R": ("response_rest_abs_R", Must("float", "R")),
+}
+_DIRECT, _DERIVATIVE = "edge_direct_RN", "derivative_KN"
 _BLOCK_BYTES = 1 << 24  # of dense rows held at once
 
 
@@ -98,8 +110,15 @@ def save_graph(path: str | os.PathLike[str], graph: Graph) -> None:
         name: getattr(graph.pruning if name in of_pruning else graph, name)
         for name in _ARRAYS
     }
-    if graph.heads is not None:
-        arrays |= {f"heads_{name}": getattr(graph.heads, name) for name in _HEADS}
+    arrays |= _table("heads", graph.heads, _HEADS)
+    if graph.response is not None:
+        arrays |= {
+            saved: getattr(graph.response, name)
+            for name, (saved, _) in _RESPONSE.items()
+        }
+        arrays |= _table("parts", graph.response.parts, _PARTS)
+    if graph.derivative_KN is not None:
+        arrays[_DERIVATIVE] = graph.derivative_KN
     with atomic_path(path) as temporary:
         with temporary.open("wb") as stream:
             np.savez(
@@ -118,6 +137,23 @@ def save_graph(path: str | os.PathLike[str], graph: Graph) -> None:
                 file.open(f"{_DIRECT}.npy", "w", force_zip64=True) as stream,
             ):
                 _write_dense(stream, graph.direct_RN)
+
+
+def _table(
+    prefix: str, table: EdgeTable | None, musts: dict[str, Must]
+) -> dict[str, np.ndarray]:
+    """Arrays of a table by their names in the file; none if there is no table."""
+    if table is None:
+        return {}
+    return {f"{prefix}_{name}": getattr(table, name) for name in musts}
+
+
+def _read_table(
+    file: Npz, prefix: str, musts: dict[str, Must], sizes: dict[str, int]
+) -> dict[str, np.ndarray]:
+    """What `_table` named; every table has its own number of edges."""
+    own = dict(sizes)
+    return {x: file.array(f"{prefix}_{x}", must, own) for x, must in musts.items()}
 
 
 def _write_dense(stream: IO[bytes], x_RN: csr_array) -> None:
@@ -179,13 +215,33 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
             raise ValueError("its targets have no weight")
         check_order(*(arrays[x] for x in ("layer_A", "pos_A", "feature_A")))
         direct_RN = _read_dense(f, sizes) if _DIRECT in f else None
-        heads = None
-        if f"heads_{next(iter(_HEADS))}" in f:
-            listed = {x: f.array(f"heads_{x}", _HEADS[x], sizes) for x in _HEADS}
-            heads = HeadLoads(**listed)
+        heads = response = derivative_KN = None
+        if "heads_row_E" in f:
+            heads = HeadLoads(**_read_table(f, "heads", _HEADS, sizes))
+        if "response_RN" in f:
+            response = _read_response(f, sizes)
+        if _DERIVATIVE in f:
+            derivative_KN = f.array(_DERIVATIVE, Must("float", "KN"), sizes)
     pruning = Pruning(
         keep_N=arrays.pop("keep_N"),
         keep_edge_RN=arrays.pop("keep_edge_RN"),
         **{name: float(raw["pruning"][name]) for name in _THRESHOLDS},
     )
-    return Graph(meta=meta, pruning=pruning, direct_RN=direct_RN, heads=heads, **arrays)
+    return Graph(
+        meta=meta,
+        pruning=pruning,
+        direct_RN=direct_RN,
+        heads=heads,
+        response=response,
+        derivative_KN=derivative_KN,
+        **arrays,
+    )
+
+
+def _read_response(file: Npz, sizes: dict[str, int]) -> Response:
+    arrays = {
+        name: file.array(saved, must, sizes)
+        for name, (saved, must) in _RESPONSE.items()
+    }
+    parts = ResponseParts(**_read_table(file, "parts", _PARTS, sizes))
+    return Response(parts=parts, **arrays)

@@ -90,7 +90,7 @@ def block(
         pattern_HTS = hold(
             frozen_pattern(p, held, cfg=cfg),
             lambda: layers.attention_pattern(
-                p, normed_TD, cfg=cfg, key_SGC=key_SGC, start=start
+                p, normed_TD, cfg=cfg, key_SGC=key_SGC, start=start, added=held.added
             ),
         )
         moved_TD = layers.move(p, pattern_HTS, value_SGC, cfg=cfg)
@@ -126,4 +126,4 @@ def frozen_pattern(p: Block, frozen: Held, *, cfg: LMConfig) -> Array | None:
     if scale_T is None:  # norms may be live where patterns are held
         scale_T = layers.norm_scale(frozen.clean_LTD, norm, eps=cfg.norm_eps)
     normed_TD = layers.normalise(frozen.clean_LTD, scale_T, norm)
-    return layers.attention_pattern(p, normed_TD, cfg=cfg)
+    return layers.attention_pattern(p, normed_TD, cfg=cfg, added=frozen.added)

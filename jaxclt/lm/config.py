@@ -118,6 +118,11 @@ class LMConfig:
         return self.d_head if self.d_rotary is None else self.d_rotary
 
     @property
+    def score_scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return self.d_head**-0.5 if self.query_scale is None else self.query_scale
+
+    @property
     def n_queries_per_kv(self) -> int:
         """Query heads that share one key/value head."""
         return self.n_heads // self.n_kv_heads

@@ -15,16 +15,18 @@ import numpy as np
 from jax import Array
 
 from jaxclt.lm.config import LMConfig, RopeScaling
-from jaxclt.types import Block, LMParams
+from jaxclt.types import Added, Block, LMParams
 
 __all__ = [
     "Norm",
     "activate_gate",
     "attention_pattern",
+    "attention_scores",
     "attn_norm",
     "fold_norm",
     "gate_and_up",
     "gate_factor",
+    "head_scales",
     "keys",
     "mlp",
     "mlp_and_scale",
@@ -35,6 +37,8 @@ __all__ = [
     "norm_scale",
     "normalise",
     "out_norm",
+    "pattern_of",
+    "queries",
     "rotary_frequencies",
     "rotate",
     "values",
@@ -146,31 +150,96 @@ def _rotated(
     p: Block,
     x_THC: Array,
     gain_C: Array | None,
+    scale_TH: Array | None,
     *,
     cfg: LMConfig,
     start: Array | int,
 ) -> Array:
     """Queries or keys, normalised where the model does so, at their positions."""
     if gain_C is not None:
-        scale_TH = norm_scale(x_THC, Norm(gain_C), eps=cfg.norm_eps)
+        if scale_TH is None:
+            scale_TH = norm_scale(x_THC, Norm(gain_C), eps=cfg.norm_eps)
         x_THC = x_THC * scale_TH[..., None] * gain_C[None, None, :]
     # Angles of late positions are large: half precision would not tell them apart.
     dtype = x_THC.dtype if x_THC.dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
     return rotate(x_THC, _frequencies(p, cfg, dtype), start=start)
 
 
-def keys(p: Block, normed_TD: Array, *, cfg: LMConfig, start: Array | int = 0) -> Array:
-    """Keys [T, G, C], rotated to their positions."""
-    k_TGC = jnp.einsum("TD,DGC->TGC", normed_TD, p.k_LDGC)
-    if p.k_bias_LGC is not None:
-        k_TGC = k_TGC + p.k_bias_LGC[None]
-    return _rotated(p, k_TGC, p.k_norm_LC, cfg=cfg, start=start)
+def _projected(normed_TD: Array, weight_DHC: Array, bias_HC: Array | None) -> Array:
+    """Queries, keys or values as heads project them."""
+    x_THC = jnp.einsum("TD,DHC->THC", normed_TD, weight_DHC)
+    return x_THC if bias_HC is None else x_THC + bias_HC[None]
+
+
+def queries(
+    p: Block,
+    normed_TD: Array,
+    *,
+    cfg: LMConfig,
+    start: Array | int = 0,
+    scale_TH: Array | None = None,
+) -> Array:
+    """Queries [T, H, C], rotated to their positions.
+
+    Args:
+      p: weights of one layer.
+      normed_TD: what attention reads.
+      cfg: model shape.
+      start: position of the first row.
+      scale_TH: holds the reciprocal denominators of a norm over their channels (see
+        `head_scales`), so that queries are linear; None computes them.
+    """
+    q_THC = _projected(normed_TD, p.q_LDHC, p.q_bias_LHC)
+    return _rotated(p, q_THC, p.q_norm_LC, scale_TH, cfg=cfg, start=start)
+
+
+def keys(
+    p: Block,
+    normed_TD: Array,
+    *,
+    cfg: LMConfig,
+    start: Array | int = 0,
+    scale_TG: Array | None = None,
+) -> Array:
+    """Keys [T, G, C], rotated to their positions; arguments as of `queries`."""
+    k_TGC = _projected(normed_TD, p.k_LDGC, p.k_bias_LGC)
+    return _rotated(p, k_TGC, p.k_norm_LC, scale_TG, cfg=cfg, start=start)
+
+
+def head_scales(
+    p: Block, normed_TD: Array, *, cfg: LMConfig
+) -> tuple[Array | None, Array | None]:
+    """Reciprocal denominators of the norms over queries' and keys' channels.
+
+    [T, H] and [T, G]; None where the model has no such norm.
+    """
+
+    def scale(weight: Array, bias: Array | None, gain_C: Array | None) -> Array | None:
+        if gain_C is None:
+            return None
+        x_THC = _projected(normed_TD, weight, bias)
+        return norm_scale(x_THC, Norm(gain_C), eps=cfg.norm_eps)
+
+    return (
+        scale(p.q_LDHC, p.q_bias_LHC, p.q_norm_LC),
+        scale(p.k_LDGC, p.k_bias_LGC, p.k_norm_LC),
+    )
 
 
 def values(p: Block, normed_TD: Array) -> Array:
     """Values [T, G, C]."""
-    v_TGC = jnp.einsum("TD,DGC->TGC", normed_TD, p.v_LDGC)
-    return v_TGC if p.v_bias_LGC is None else v_TGC + p.v_bias_LGC[None]
+    return _projected(normed_TD, p.v_LDGC, p.v_bias_LGC)
+
+
+def attention_scores(query_THC: Array, key_SGC: Array, *, cfg: LMConfig) -> Array:
+    """Scores [H, T, S] of queries and keys, before a soft cap and the mask.
+
+    Keys may be those of groups or, [S, H, C], of query heads.
+    """
+    key_SHC = key_SGC
+    if key_SGC.shape[1] != query_THC.shape[1]:
+        key_SHC = jnp.repeat(key_SGC, cfg.n_queries_per_kv, axis=1)
+    return jnp.einsum("THC,SHC->HTS", query_THC, key_SHC) * cfg.score_scale
 
 
 def attention_pattern(
@@ -180,6 +249,7 @@ def attention_pattern(
     cfg: LMConfig,
     key_SGC: Array | None = None,
     start: Array | int = 0,
+    added: Added | None = None,
 ) -> Array:
     """Causal attention probabilities [H, T, S]; rows sum to 1. `p` is one layer.
 
@@ -189,21 +259,28 @@ def attention_pattern(
       cfg: model shape.
       key_SGC: keys of all positions from 0 on; None: those of the rows.
       start: position of the first row.
+      added: to queries and keys of the rows, of one layer.
     """
-    T = normed_TD.shape[0]
-    q_THC = jnp.einsum("TD,DHC->THC", normed_TD, p.q_LDHC)
-    if p.q_bias_LHC is not None:
-        q_THC = q_THC + p.q_bias_LHC[None]
-    q_THC = _rotated(p, q_THC, p.q_norm_LC, cfg=cfg, start=start)
+    q_THC = queries(p, normed_TD, cfg=cfg, start=start)
     if key_SGC is None:
         key_SGC = keys(p, normed_TD, cfg=cfg, start=start)
-    k_SHC = jnp.repeat(key_SGC, cfg.n_queries_per_kv, axis=1)
-    scale = cfg.d_head**-0.5 if cfg.query_scale is None else cfg.query_scale
-    score_HTS = jnp.einsum("THC,SHC->HTS", q_THC, k_SHC) * scale
+    if added is not None:
+        q_THC = q_THC + added.query_LTHC
+        key_SHC = jnp.repeat(key_SGC, cfg.n_queries_per_kv, axis=1)
+        key_SGC = key_SHC + added.key_LTHC
+    score_HTS = attention_scores(q_THC, key_SGC, cfg=cfg)
+    return pattern_of(p, score_HTS, cfg=cfg, start=start)
+
+
+def pattern_of(
+    p: Block, score_HTS: Array, *, cfg: LMConfig, start: Array | int = 0
+) -> Array:
+    """Attention probabilities [H, T, S] of scores, soft-capped and masked here."""
     if cfg.attn_cap is not None:
         score_HTS = cfg.attn_cap * jnp.tanh(score_HTS / cfg.attn_cap)
-    pos_T = start + jnp.arange(T, dtype=jnp.int32)
-    seen_TS = _seen(p, pos_T, len(k_SHC), cfg=cfg)
+    _, n_queries, n_keys = score_HTS.shape
+    pos_T = start + jnp.arange(n_queries, dtype=jnp.int32)
+    seen_TS = _seen(p, pos_T, n_keys, cfg=cfg)
     lowest = jnp.finfo(score_HTS.dtype).min
     return jax.nn.softmax(jnp.where(seen_TS[None], score_HTS, lowest), axis=-1)
 

@@ -17,6 +17,7 @@ from jax import Array
 
 from jaxclt.patching.change import Change
 from jaxclt.patching.effects import Ask, Effect, measure_effect
+from jaxclt.patching.heads import Heads, in_heads
 from jaxclt.patching.local import Tables
 from jaxclt.patching.modes import needed, patched
 from jaxclt.patching.patchable import How, Mode, Patchable
@@ -57,14 +58,21 @@ def patch_chunk(
     layers_B2: Array,
     tables: Tables | None,
     ask: Ask,
+    heads: Heads | None = None,
     *,
     how: How,
 ) -> Effect:
-    """B separate patches, measured: leaves with a leading B, ranges [B, 2]."""
+    """B separate patches, measured: leaves with a leading B, ranges [B, 2].
+
+    If there are heads, only these see the changes, and there is no range.
+    """
     need = needed(change, layers_B2, how=how, n_layers=model.cfg.n_layers)
 
     def one(change: Change, layers_2: Array) -> Effect:
-        done = patched(model, change, layers_2, how=how, tables=tables, need=need)
+        if heads is not None:
+            done = in_heads(model, change, heads, how=how)
+        else:
+            done = patched(model, change, layers_2, how=how, tables=tables, need=need)
         return measure_effect(model, done, ask)
 
     return jax.vmap(one)(change, layers_B2)

@@ -17,7 +17,7 @@ from jax import Array
 from jaxclt.clt.active import Active
 from jaxclt.clt.coder import Dictionary, Encoded, load
 from jaxclt.patching.change import Change
-from jaxclt.patching.patchable import Gates, Patchable, read
+from jaxclt.patching.patchable import Part, Patchable, read
 from jaxclt.types import Block
 
 __all__ = ["Local", "Tables", "encode", "make_local"]
@@ -143,7 +143,7 @@ def encode(
     p: Block,
     post_T: Array | None,
     *,
-    gates: Gates | None,
+    gates: Part | None,
 ) -> Array:
     """Activations [T, U] of one layer of the tables."""
     assert table.on_LTU is not None

@@ -67,7 +67,7 @@ def keep_patch(directory: Path, record: dict[str, Any], meta: GraphMeta) -> None
 
 
 def _made_of(record: dict[str, Any]) -> str:
-    keys = ("nodes", "change", "mode", "layers", "options")
+    keys = ("nodes", "change", "mode", "layers", "options", "heads")
     said = {key: record.get(key) for key in keys}
     said["nodes"] = sorted(map(str, said["nodes"] or ()))
     return to_json(said, sort_keys=True)

@@ -203,6 +203,7 @@ def patched(
     tables: Tables | None = None,
     need: Needed | None = None,
     nudge: Nudge | None = None,
+    keep_patterns: bool = False,
 ) -> Run:
     """One patch in any mode; a pure function to jit, vmap or differentiate.
 
@@ -214,6 +215,7 @@ def patched(
       tables: for the iterative mode, whose changes know their slots in them.
       need: of the batch that this patch is part of; None: of this patch alone.
       nudge: a perturbation of the stream inside the range.
+      keep_patterns: the run then has them.
     """
     if need is None:
         need = needed(change, layers_2, how=how, n_layers=model.cfg.n_layers)
@@ -225,20 +227,37 @@ def patched(
         hold=hold_of(model.recording, how),
         tables=tables,
         nudge=nudge,
+        keep_patterns=keep_patterns,
     )
 
 
-def underlying(model: Patchable, nudge: Nudge, *, how: How) -> Run:
-    """The real model with its stream nudged at one layer."""
+def underlying(
+    model: Patchable,
+    first: Array,
+    hold: Held,
+    *,
+    nudge: Nudge | None = None,
+    keep_patterns: bool = False,
+) -> Run:
+    """The real model, recorded up to a layer, with its stream nudged at one layer.
+
+    Args:
+      model: the recording.
+      first: the first layer whose MLP may see something new.
+      hold: what is held, and added to queries and keys.
+      nudge: a perturbation of the stream.
+      keep_patterns: the run then has them.
+    """
     L = model.cfg.n_layers
-    live_L = jnp.arange(L, dtype=jnp.int32) >= nudge.layer
+    live_L = jnp.arange(L, dtype=jnp.int32) >= first
     return _run(
         model,
         Writing(None, lambda carry, here: (carry, here.real_TD)),
         jnp.asarray([0, L - 1], jnp.int32),
         Needed(live_L, live_L),
-        hold=hold_of(model.recording, how),
+        hold=hold,
         nudge=nudge,
+        keep_patterns=keep_patterns,
     )
 
 
@@ -251,6 +270,7 @@ def _run(
     hold: Held,
     tables: Tables | None = None,
     nudge: Nudge | None = None,
+    keep_patterns: bool,
 ) -> Run:
     """The recording up to the range, `writing` inside it, the real model after it."""
     rec, first, last = model.recording, layers_2[0], layers_2[1]
@@ -301,7 +321,7 @@ def _run(
         Policy(write, writing.carry, clean_L),
         cfg=model.cfg,
         frozen=hold,
-        keep_patterns=False,
+        keep_patterns=keep_patterns,
     )
 
 

@@ -7,7 +7,6 @@ Subject, edits --plan_patch--> Patch --measure--> PatchResult
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,17 +23,18 @@ from jaxclt.patching.change import Change, batched
 from jaxclt.patching.edits import Edit
 from jaxclt.patching.effects import Effect, clean_effect, diverged, nats
 from jaxclt.patching.generate import continue_prompt, rivals
+from jaxclt.patching.heads import Head, Side, choose_heads
 from jaxclt.patching.patchable import How
+from jaxclt.patching.plan import Patch, plan_patch
 from jaxclt.patching.subject import Subject
 from jaxclt.text.prompts import Prompt
 
 __all__ = [
-    "Patch",
     "PatchResult",
     "generate",
     "measure",
     "patch",
-    "plan_patch",
+    "patch_qk",
     "scale_curve",
     "sweep_end",
 ]
@@ -42,18 +42,13 @@ __all__ = [
 SCALES = tuple(0.5 * i for i in range(-4, 9))  # -2 ... 4: suppress, ablate, amplify
 N_TOP = 5
 HUGE = 10  # times what MLPs write at most positions of a layer
-DOUBLE = (
-    "additive patching of a cross-layer transcoder counts effects twice: later MLPs "
-    "respond to the first write and the later writes are added as well; use "
-    "constrained or iterative for a causal claim"
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PatchResult:
     """What a patch did to the prediction; None where it diverged."""
 
-    mode: str
+    mode: str  # "qk" where only heads see the change
     layers: tuple[int, int]  # both included
     edits: list[dict[str, Any]]  # on the prompt, where they act
     kl: float | None  # nats, KL(clean || patched) at the last position
@@ -63,66 +58,12 @@ class PatchResult:
     top_after: list[tuple[str, float]]
     features: list[dict[str, Any]]  # downstream activations, share of the original
     options: dict[str, Any]
+    heads: tuple[str, ...] = ()  # whose queries or keys see the change, L9H3:key
     warning: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
         return finite(dataclasses.asdict(self))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Patch:
-    """A patch that is ready to be made, with the rows of what it changes."""
-
-    subject: Subject
-    change: Change  # also of tokens that are still to come
-    layers: tuple[int, int]  # both included
-    how: How
-    n_later: int  # tokens to generate
-    warnings: tuple[str, ...]  # what a reader of its result should know
-
-    @functools.cached_property
-    def now(self) -> Change:
-        """What changes on the prompt."""
-        return self.change.where(self.change.features.pos_E < self.subject.n_tokens)
-
-
-def plan_patch(
-    subject: Subject,
-    edits: Sequence[Edit],
-    how: How | None = None,
-    *,
-    layers: tuple[int, int] | None = None,
-    n_later: int = 0,
-) -> Patch:
-    """Find and gather what some edits change.
-
-    Args:
-      subject: the recorded prompt.
-      edits: made together.
-      how: the semantics.
-      layers: first and last layer of the range, see `patch`.
-      n_later: tokens that are to be generated, which edits may wait for.
-
-    Raises:
-      InputError: for edits, layers or a number of tokens that do not fit the prompt,
-        the model or the dictionary.
-    """
-    how, T, n_ctx = how or How(), subject.n_tokens, subject.model.cfg.n_ctx
-    if T + n_later > n_ctx:
-        raise InputError(
-            f"cannot generate {n_later} tokens: the prompt has {T} and the model's "
-            f"context holds {n_ctx}"
-        )
-    change = subject.change(edits, n_later=n_later)
-    return Patch(
-        subject=subject,
-        change=change,
-        layers=subject.layer_range(layers, change.node_E3[:, 0], how.mode),
-        how=how.of(subject.patchable.coder),
-        n_later=n_later,
-        warnings=tuple(_warnings(subject, edits, how)),
-    )
 
 
 def patch(
@@ -148,7 +89,7 @@ def patch(
       n_features: how many of the graph's features after the edits to watch.
       **how: fields of `jaxclt.patching.patchable.How`, for example
         ``mode="iterative"`` (or constrained, the default, or additive) and
-        ``freeze_norm=True``.
+        ``patterns="live"``.
 
     Raises:
       InputError: for edits or layers that do not fit the prompt or the dictionary.
@@ -158,6 +99,44 @@ def patch(
     return measure(
         plan_patch(subject, edits, semantics, layers=layers), n_features=n_features
     )
+
+
+def patch_qk(
+    model: Model,
+    dictionary: Dictionary,
+    prompt: Graph | Prompt,
+    edits: Sequence[Edit],
+    heads: Sequence[tuple[int, int]],
+    *,
+    side: Side = "both",
+    **how: Any,
+) -> PatchResult:
+    """Change features only where some heads' queries or keys see them.
+
+    A feature's part of a head's queries (keys), through the frozen stream and with norm
+    denominators held, becomes the factor times itself, so that its scores change by
+    (factor - 1) times the feature's part of them (maths 15.19). From the softmax on the
+    real model answers.
+
+    Args:
+      model: as `patch`.
+      dictionary: as `patch`.
+      prompt: as `patch`.
+      edits: made together.
+      heads: (layer, head), of layers after the features'.
+      side: query, key or both.
+      **how: ``patterns="live"`` lets all other patterns respond too, ``norms="frozen"``
+        holds the norms; see `jaxclt.patching.patchable.How`.
+
+    Raises:
+      InputError: for edits or heads that do not fit the prompt, the dictionary or the
+        model.
+    """
+    chosen = [Head(layer, head, side) for layer, head in heads]
+    choose_heads(chosen, model.cfg)
+    semantics = How(**how)
+    subject = Subject.of(model, dictionary, prompt)
+    return measure(plan_patch(subject, edits, semantics, heads=chosen))
 
 
 def measure(patch: Patch, *, n_features: int = 10) -> PatchResult:
@@ -171,9 +150,7 @@ def measure(patch: Patch, *, n_features: int = 10) -> PatchResult:
     subject, now = patch.subject, patch.now
     watched = _downstream(patch, n_features)
     ask = subject.ask(subject.gather(watched), n_top=N_TOP)
-    done = subject.effects(
-        batched(now, [len(now.factor_E)]), [patch.layers], patch.how, ask
-    )
+    done = patch.effects(batched(now, [len(now.factor_E)]), [patch.layers], ask)
     after = jax.tree.map(lambda x: np.asarray(x)[0], done)
     with jax.default_matmul_precision("highest"):
         before = jax.tree.map(np.asarray, clean_effect(subject.patchable, ask))
@@ -193,6 +170,8 @@ def _downstream(patch: Patch, n: int) -> np.ndarray:
     order = np.argsort(-graph.influence_N[graph.feature_cols], kind="stable")
     free = np.array([tuple(p) not in edited for p in place_A3.tolist()], bool)
     first = patch.change.features.layer_E.min()
+    if patch.heads:  # nothing changes before the first of them
+        first = patch.layers[0] - 1
     order = order[(graph.layer_A[order] > first) & free[order]]
     return place_A3[order[:n]]
 
@@ -233,7 +212,7 @@ def _result(
     value_E, after_E = now.features.value_E, now.factor_E * now.features.value_E
     edited = zip(now.node_E3.tolist(), value_E, after_E + now.offset_E, strict=True)
     return PatchResult(
-        mode=patch.how.mode,
+        mode="qk" if patch.heads else patch.how.mode,
         layers=patch.layers,
         edits=[
             {**_named(place), "before": float(was), "after": float(new)}
@@ -254,6 +233,7 @@ def _result(
             for place, was, new in features
         ],
         options=dataclasses.asdict(patch.how),
+        heads=tuple(map(str, patch.heads)),
         warning="; ".join(said) or None,
     )
 
@@ -262,25 +242,11 @@ def _named(place: Sequence[int]) -> dict[str, int]:
     return dict(zip(("layer", "pos", "feature"), place, strict=True))
 
 
-def _warnings(subject: Subject, edits: Sequence[Edit], how: How) -> list[str]:
-    said = []
-    for group in (edit.supernode for edit in edits if edit.supernode is not None):
-        named = subject.named(group).nodes
-        if rest := [node for node in named if isinstance(node, str)]:
-            said.append(
-                f"supernode {group.name!r}: only features are patched, "
-                f"{', '.join(rest)} stay as they are"
-            )
-    if how.mode == "additive" and subject.patchable.coder.shape.span > 1:
-        said.append(DOUBLE)
-    return said
-
-
 def _why_diverged(patch: Patch) -> str:
     """One line for a patch whose numbers left the range that can be held."""
     rec = patch.subject.patchable.recording
     why = "the change is too large: choose a smaller one"
-    if patch.how.freeze_norm:
+    if patch.how.norms == "frozen":
         why = "held norms do not damp it: let the norms be live"
         size_LT = np.linalg.norm(np.asarray(rec.write_LTD, np.float64), axis=-1)
         usual_L1 = np.maximum(np.median(size_LT, axis=1, keepdims=True), 1e-30)
@@ -314,8 +280,10 @@ def sweep_end(patch: Patch, *, first: int | None = None) -> dict[str, Any]:
       layer with the lowest probability of the first target}; None where it diverged.
 
     Raises:
-      InputError: if no layer is left.
+      InputError: if no layer is left, or of a patch that has no range.
     """
+    if patch.heads:
+        raise InputError("what only heads see has no layer range that could end")
     edited = int(patch.change.features.layer_E.min())
     start = edited if first is None else first
     ends = list(range(max(start, edited), patch.subject.model.cfg.n_layers))
@@ -353,7 +321,7 @@ def _answers(
     patch: Patch, many: Change, layers: Sequence[tuple[int, int]]
 ) -> dict[str, Any]:
     """Divergences and probabilities of a batch of patches, as JSON."""
-    done = patch.subject.effects(many, layers, patch.how, patch.subject.ask())
+    done = patch.effects(many, layers, patch.subject.ask())
     lost_B = diverged(done)
     kl_B = np.where(lost_B, np.nan, np.asarray(done.kl, np.float64))
     prob_BK = np.where(lost_B[:, None], np.nan, np.asarray(done.prob_K, np.float64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import InitVar
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -17,9 +18,9 @@ from jaxclt.lm.layers import mlp_norm
 from jaxclt.types import Block, Held, LMParams, Recording
 
 __all__ = [
-    "Gates",
     "How",
     "Mode",
+    "Part",
     "Patchable",
     "hold_of",
     "make_patchable",
@@ -27,27 +28,39 @@ __all__ = [
 ]
 
 Mode = Literal["constrained", "iterative", "additive"]
-Gates = Literal["live", "frozen"]
+Part = Literal["live", "frozen"]  # of the model: computed, or as on the clean prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class How:
     """How a patch is made; hashable, a static argument of jit.
 
+    `freeze_pattern` and `freeze_norm`, true or false, are older names of `patterns` and
+    `norms`.
+
     Raises:
-      InputError: for a mode or gates that do not exist.
+      InputError: for a mode that does not exist, or a part that is neither live nor
+        frozen.
     """
 
     mode: Mode = "constrained"  # see `jaxclt.patching.modes`
-    freeze_pattern: bool = True  # keep the clean attention patterns
-    freeze_norm: bool = False  # keep the clean norm denominators
+    patterns: Part = "frozen"  # of attention
+    norms: Part = "live"  # their denominators
     # Of the local replacement model; None: live, but frozen where features have gates
     # of their own (neurons), as in graphs.
-    gates: Gates | None = None
+    gates: Part | None = None
+    freeze_pattern: InitVar[bool | None] = None
+    freeze_norm: InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(
+        self, freeze_pattern: bool | None, freeze_norm: bool | None
+    ) -> None:
+        for name, freeze in (("patterns", freeze_pattern), ("norms", freeze_norm)):
+            if freeze is not None:
+                object.__setattr__(self, name, "frozen" if freeze else "live")
         check_choice("mode", self.mode, get_args(Mode))
-        check_choice("gates", self.gates or "live", get_args(Gates))
+        for name in ("patterns", "norms", "gates"):
+            check_choice(name, getattr(self, name) or "live", get_args(Part))
 
     def of(self, coder: Coder) -> How:
         """The same with the gates of a dictionary decided."""
@@ -85,7 +98,8 @@ def make_patchable(
 
 def hold_of(recording: Recording, how: How) -> Held:
     """What a patch holds at its clean values."""
-    f, pattern, norm = recording.frozen, how.freeze_pattern, how.freeze_norm
+    f = recording.frozen
+    pattern, norm = how.patterns == "frozen", how.norms == "frozen"
     return Held(
         pattern_LHTS=f.pattern_LHTS if pattern else None,
         clean_LTD=f.clean_LTD if pattern else None,

@@ -28,6 +28,7 @@ from jaxclt.files.json_file import (
     read_json,
     record,
 )
+from jaxclt.graph.contrast import contrast
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.memory import available_bytes
 from jaxclt.graph.supernodes import with_features
@@ -46,6 +47,7 @@ from jaxclt.patching.change import Change, batched
 from jaxclt.patching.edits import Edit, acting, expand_edits
 from jaxclt.patching.effects import Ask, Effect
 from jaxclt.patching.features import Features, gather_features
+from jaxclt.patching.heads import Heads
 from jaxclt.patching.local import Local, Tables, make_local
 from jaxclt.patching.modes import patched
 from jaxclt.patching.patchable import How, Mode, Patchable, make_patchable
@@ -202,6 +204,15 @@ class Subject:
         return found
 
     @functools.cached_property
+    def contrast_K(self) -> np.ndarray:  # noqa: N802
+        """Weights of the targets that are tokens in the graph's contrast.
+
+        The first of them alone if the contrast is of something else.
+        """
+        weight_K = contrast(self.graph).weight_K[self.targets]
+        return weight_K if weight_K.any() else np.eye(len(weight_K))[0]
+
+    @functools.cached_property
     def answers(self) -> tuple[np.ndarray, list[str]]:
         """Tokens that patches are measured on, int32, and their texts.
 
@@ -295,6 +306,7 @@ class Subject:
         *,
         chunk: int | None = None,
         on_done: Callable[[int, int], None] = lambda done, total: None,
+        heads: Heads | None = None,
     ) -> Effect:
         """B separate patches, measured; compiled once per shape.
 
@@ -306,6 +318,7 @@ class Subject:
           chunk: patches run together, padded up to, so that batches of any length share
             a program; None: as many as fit, at most B.
           on_done: progress, (patches done, patches planned).
+          heads: the only ones whose queries or keys see the changes, if there are any.
 
         Returns:
           The effects, numpy, with a leading B in the given order.
@@ -316,7 +329,7 @@ class Subject:
         B, E = change.factor_E.shape
 
         def call(part: tuple[Change, np.ndarray]) -> Effect:
-            return patch_chunk(self.patchable, *part, tables, ask, how=how)
+            return patch_chunk(self.patchable, *part, tables, ask, heads, how=how)
 
         order_B = np.lexsort((layers_B2[:, 1], layers_B2[:, 0]))
         size = chunk or min(chunk_size(self.patchable, E), B)

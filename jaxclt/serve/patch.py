@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jaxclt.files.json_file import TEXT, check_json, json_schema, record
 from jaxclt.patching.edits import Edit
 from jaxclt.patching.log import keep_patch, patch_record
 from jaxclt.patching.modes import MODES
-from jaxclt.patching.patch import measure, plan_patch
-from jaxclt.patching.patchable import How
+from jaxclt.patching.patch import measure
+from jaxclt.patching.patchable import How, Part
+from jaxclt.patching.plan import plan_patch
 from jaxclt.patching.subject import Subject, reopen
 from jaxclt.types import Supernode
 
@@ -36,6 +37,7 @@ _CHANGE = json_schema(
         {
             "scale": {"type": "number", "minimum": -MAX_SCALE, "maximum": MAX_SCALE},
             "mode": {"enum": list(MODES)},
+            "patterns": {"enum": list(get_args(Part))},
             "name": {**TEXT, "maxLength": MAX_NAME},
         },
     )
@@ -57,7 +59,8 @@ class Patcher:
         Args:
           directory: that trace wrote.
           change: ``{"nodes": [layer_feature_pos, ...], "scale": number, "name": text,
-            "mode": one of `MODES`}``; scale is 0, mode constrained if not given.
+            "mode": one of `MODES`, "patterns": frozen or live}``; scale is 0, mode
+            constrained and patterns frozen if not given.
 
         Returns:
           The record that the page shows (`jaxclt.patching.log.patch_record`); None if
@@ -66,7 +69,7 @@ class Patcher:
         Raises:
           InputError: for a change that does not fit, or another model's graph.
         """
-        nodes, scale, mode, name = read_change(change)
+        nodes, scale, how, name = read_change(change)
         if not self._running.acquire(blocking=False):
             return None
         try:
@@ -74,7 +77,7 @@ class Patcher:
             places = tuple((layer, pos, feature) for layer, feature, pos in nodes)
             group = Supernode(name or "patched", places)
             edits = [Edit(supernode=group, scale=scale)]
-            result = measure(plan_patch(subject, edits, How(mode=mode)))
+            result = measure(plan_patch(subject, edits, how))
             record = patch_record(result, [name], {"scale": scale})
             keep_patch(directory, record, subject.graph.meta)
             return record
@@ -93,13 +96,13 @@ class Patcher:
         return self._subject
 
 
-def read_change(change: Any) -> tuple[list[tuple[int, ...]], float, Any, str]:
-    """(layer, feature, pos) of the nodes, factor, mode and name of what was asked.
+def read_change(change: Any) -> tuple[list[tuple[int, ...]], float, How, str]:
+    """(layer, feature, pos) of the nodes, factor, semantics and name of what was asked.
 
     Raises:
       InputError: if it is not as `Patcher.patch` says.
     """
     check_json(change, _CHANGE, "what is to be patched")
     nodes = [tuple(map(int, i.split("_"))) for i in change["nodes"]]
-    mode, name = change.get("mode", "constrained"), change.get("name", "")
-    return nodes, float(change.get("scale", 0.0)), mode, name
+    how = How(**{key: change[key] for key in ("mode", "patterns") if key in change})
+    return nodes, float(change.get("scale", 0.0)), how, change.get("name", "")

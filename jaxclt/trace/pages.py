@@ -23,10 +23,18 @@ from jaxclt.types import Supernode
 from jaxclt.viewer.graph_json import validate
 from jaxclt.viewer.page import page
 
-__all__ = ["PATCHES", "carry_over", "directory_page", "grouped_ids", "read_graph"]
+__all__ = [
+    "ATTENTION",
+    "PATCHES",
+    "carry_over",
+    "directory_page",
+    "grouped_ids",
+    "read_graph",
+]
 __all__ += ["traced_digest", "with_features", "with_saved_view", "with_suggestions"]
 __all__ += ["write_page"]
 
+ATTENTION = "attention.json"  # heads, and what makes them attend
 FEATURES = "features"  # folder of feature files beside graph.json
 PATCHES = "patches.json"  # what patches did, see `jaxclt.patching.log`
 
@@ -54,8 +62,8 @@ def directory_page(
     """The page of a traced prompt with all that is kept next to its graph.
 
     Args:
-        directory: with graph.json, and report.json, validation.json, patches.json,
-            features/ if any.
+        directory: with graph.json, and report.json, validation.json, attention.json,
+            patches.json, features/ if any.
         doc: the graph to show instead of graph.json, perhaps pruned differently.
         compare: a second graph document.
         serve: see `jaxclt.viewer.page.page`; features are then asked for one by one.
@@ -70,8 +78,9 @@ def directory_page(
     return page(
         doc,
         # Scores of another pruning than trace's come with the document.
-        None if "certificate" in own else _beside(directory, "report.json", doc),
-        validation=_validation(directory, doc),
+        None if "scores" in own else _beside(directory, "report.json", doc),
+        validation=_of_this_trace(directory, "validation.json", doc),
+        attention=_of_this_trace(directory, ATTENTION, doc),
         patches=(_beside(directory, PATCHES, doc) or {}).get("patches"),
         other=compare,
         serve=serve,
@@ -185,9 +194,11 @@ def traced_digest(report: dict[str, Any]) -> str:
     return hashlib.sha256(same.encode()).hexdigest()
 
 
-def _validation(directory: Path, doc: dict[str, Any]) -> dict[str, Any] | None:
-    """What validate found about this graph, not about one that was here before."""
-    found = _beside(directory, "validation.json", doc)
+def _of_this_trace(
+    directory: Path, name: str, doc: dict[str, Any]
+) -> dict[str, Any] | None:
+    """What a file says about this graph, not about one that was here before."""
+    found = _beside(directory, name, doc)
     if found is None or "traced" not in found:
         return found
     report = find_json(directory / "report.json") or {}

@@ -23,7 +23,7 @@ __all__ = ["VARIANTS", "by_distance", "faithfulness"]
 KINDS = ("encoder", "random", "upstream")
 # The replacement model as it is in the graph, and as it is in the model, by its norms.
 VARIANTS = {
-    "frozen": How(mode="iterative", freeze_norm=True),
+    "frozen": How(mode="iterative", norms="frozen"),
     "live": How(mode="iterative", gates="live"),
 }
 

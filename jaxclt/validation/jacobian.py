@@ -54,7 +54,7 @@ def jacobian_agreement(
         norm = layers.mlp_norm(p)
 
         def scale(mid_TD: Array) -> Array:
-            if how.freeze_norm:
+            if how.norms == "frozen":
                 return clean_T
             return layers.norm_scale(mid_TD, norm, eps=cfg.norm_eps)
 
@@ -66,7 +66,7 @@ def jacobian_agreement(
 
         def real(mid_TD: Array) -> Array:
             normed_TD = layers.normalise(mid_TD, scale(mid_TD), norm)
-            held_T = post_T if how.freeze_norm else None
+            held_T = post_T if how.norms == "frozen" else None
             return layers.mlp(p, normed_TD, cfg=cfg, scale_T=held_T)
 
         def response(f: Any) -> Array:

@@ -5,13 +5,13 @@ Circuit Tracing (2025), sections G.1 and G.2; maths 16.1 to 16.3.
 
 from __future__ import annotations
 
-import math
 from typing import Any, get_args
 
 import jax
 import numpy as np
 
-from jaxclt.files.json_text import number
+from jaxclt.files.json_text import rounded
+from jaxclt.graph.agreement import pearson, sign_agreement, slope, spearman
 from jaxclt.patching.effects import nats
 from jaxclt.patching.patchable import How, Mode
 from jaxclt.validation.ablations import Ablated, Bench
@@ -20,24 +20,18 @@ from jaxclt.validation.predictions import (
     group_effects,
     pairwise_influence,
 )
-from jaxclt.validation.stats import bootstrap, pearson, resampled, spearman
+from jaxclt.validation.stats import bootstrap, resampled
 
 __all__ = [
     "MODES",
     "failures",
     "influence_against_kl",
     "pairwise",
-    "rounded",
     "supernodes",
     "total_effects",
 ]
 
 MODES: tuple[Mode, ...] = get_args(Mode)
-
-
-def rounded(x: float | None) -> float | None:
-    """For JSON, which has no nan."""
-    return None if x is None or number(x) is None else round(float(x), 6)
 
 
 def _both(interval: tuple[float, float]) -> list[float | None]:
@@ -74,7 +68,7 @@ def total_effects(bench: Bench) -> tuple[dict[str, Any], dict[str, Any], Ablated
             out[mode], scatter[mode], done[mode] = _in_mode(bench, mode)
     # The graph against the replacement model it describes: what is lost here is lost
     # to features that are not nodes of the graph.
-    exact = How(mode="iterative", freeze_norm=True, gates="frozen")
+    exact = How(mode="iterative", norms="frozen", gates="frozen")
     few = slice(bench.options.n_replacement)
     inside = bench.patch(bench.single.where(few), exact, everywhere=True)
     out["replacement"] = _correlations(
@@ -101,10 +95,8 @@ def _in_mode(
     out = _correlations(predicted_BK, measured_BK, bench.key)
     for name, mine in (("top", top), ("random", control_B)):
         out[name] = _correlations(predicted_BK[mine], measured_BK[mine])
-    out["sign_agreement"] = rounded(
-        _sign_agreement(predicted_BK[top], measured_BK[top])
-    )
-    out["slope"] = rounded(_slope(predicted_BK, measured_BK))
+    out["sign_agreement"] = rounded(sign_agreement(predicted_BK[top], measured_BK[top]))
+    out["slope"] = rounded(slope(predicted_BK, measured_BK))
     at = choice.small(options.n_small)
     little = bench.patch(bench.single.where(at), how, factor=options.small, watch=watch)
     out["small"] = _correlations(
@@ -119,20 +111,6 @@ def _in_mode(
         "node": choice.node_B[done.fine_B],
     }
     return out, {name: x.tolist() for name, x in points.items()}, done
-
-
-def _sign_agreement(predicted_BK: np.ndarray, measured_BK: np.ndarray) -> float:
-    """Share of the larger predicted effects whose sign is right."""
-    if not len(predicted_BK):
-        return math.nan
-    large = np.abs(predicted_BK) >= np.median(np.abs(predicted_BK))
-    return float((np.sign(predicted_BK) == np.sign(measured_BK))[large].mean())
-
-
-def _slope(x: np.ndarray, y: np.ndarray) -> float:
-    """Measured change for one unit of predicted change, least squares."""
-    size = float((x * x).sum())
-    return float((x * y).sum() / size) if size > 0 else math.nan
 
 
 def influence_against_kl(

@@ -25,7 +25,7 @@ from jaxclt.patching.batch import in_chunks
 from jaxclt.patching.change import Change
 from jaxclt.patching.local import Tables
 from jaxclt.patching.modes import Needed, Nudge, needed, patched, underlying
-from jaxclt.patching.patchable import How, Patchable
+from jaxclt.patching.patchable import How, Patchable, hold_of
 
 __all__ = ["Agreement", "Perturbation", "agreement", "compare", "perturb_many"]
 
@@ -111,7 +111,8 @@ def agreement(
     local_LTD = change(done, nudge)
     # The model gets what the replacement model's stream holds at the layer.
     given = Nudge(layer=nudge.layer, delta_TD=local_LTD[nudge.layer])
-    real_LTD = change(underlying(model, given, how=How()), given)
+    real = underlying(model, given.layer, hold_of(rec, How()), nudge=given)
+    real_LTD = change(real, given)
     after_T = jnp.arange(len(rec.token_T), dtype=jnp.int32) >= perturbation.pos
     found = compare(
         jnp.where(after_T[None, :, None], local_LTD, zero),

@@ -1,4 +1,4 @@
-"""Correlations, shares and means with their intervals (maths 16.10).
+"""Intervals of correlations, shares and means (maths 16.10).
 
 Intervals are 95% percentiles over draws of whole units (features, clusters), not of
 pairs: what one feature does to several targets is not independent. A draw in which a
@@ -7,9 +7,7 @@ measure is undefined is left out; scipy's own bootstrap has no interval then.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,42 +15,13 @@ import numpy as np
 __all__ = [
     "bootstrap",
     "mean_interval",
-    "pearson",
     "ratio_interval",
     "resampled",
-    "spearman",
     "wilson",
 ]
 
 _DRAWN = 1 << 22  # numbers that are drawn at a time
 _NONE = float("nan"), float("nan")
-
-
-def pearson(x: np.ndarray, y: np.ndarray, axis: int | None = None) -> Any:
-    """Linear correlation; nan if a side does not vary or there are under 3 pairs.
-
-    Args:
-      x: any shape.
-      y: as `x`.
-      axis: of the pairs; None takes all of them and gives one number.
-    """
-    from scipy import stats
-
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if x.size < 3:
-        return float("nan")
-    if axis is None:
-        x, y, axis = x.ravel(), y.ravel(), 0
-    with warnings.catch_warnings():  # nan says it
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        return stats.pearsonr(x, y, axis=axis)[0]
-
-
-def spearman(x: np.ndarray, y: np.ndarray, axis: int | None = None) -> Any:
-    """Rank correlation, ties sharing their mean rank; see `pearson`."""
-    from scipy.stats import rankdata
-
-    return pearson(rankdata(x, axis=axis), rankdata(y, axis=axis), axis)
 
 
 def resampled(

@@ -12,8 +12,9 @@ its weight for the probability, so that other viewers draw it and score the same
 Our own extra key ``target`` says what it is.
 
 Identities the tests check: the links are exactly ``graph.pruning.keep_edge_RN`` with
-the weights of ``graph.edge_RN``; a node's ``influence`` is the share of all influence
-held by it and every more influential node.
+the weights of ``graph.edge_RN`` (those of the reading by response beside them, marked,
+where the graph has it); a node's ``influence`` is the share of all influence held by it
+and every more influential node.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
-import orjson
 
 from jaxclt.errors import InputError, shown
 from jaxclt.files.json_file import TEXT, Schema, check_json, json_schema
@@ -34,15 +34,14 @@ from jaxclt.files.json_text import finite, well_formed
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.kinds import KINDS
 from jaxclt.graph.nodes import facts
-from jaxclt.graph.shares import edge_influence, whole_input
+from jaxclt.graph.shares import whole_input
+from jaxclt.viewer.links import brief, edges_of, kept_edges, link_list
 
 __all__ = ["graph_json", "validate"]
 
 _WRONG = "not a graph document"
 _NUMBERS = {int, float}
 _LARGEST = float(np.finfo(np.float64).max)
-_MAX_PARTS = 10_000  # strongest links that say how they travelled, to bound the file
-_MAX_HEADS = 3  # listed for a link
 
 
 def graph_json(
@@ -51,9 +50,9 @@ def graph_json(
     """State the kept nodes and links of ``graph`` in the shared schema.
 
     Features and errors without a kept link are dropped; embeddings and logits always
-    stay. Links come strongest first, by the influence that passes them (see
-    `jaxclt.graph.shares.edge_influence`). Strings are well-formed and numbers finite:
-    ``json.dumps(doc, allow_nan=False)`` and any encoding work.
+    stay. Links come strongest first (see `jaxclt.viewer.links.kept_edges`); of a graph
+    with edges by response also those that only these keep. Strings are well-formed and
+    numbers finite: ``json.dumps(doc, allow_nan=False)`` and any encoding work.
 
     Args:
         graph: what to show; ``graph.pruning`` says which part.
@@ -63,20 +62,18 @@ def graph_json(
     Raises:
         InputError: a kept weight, an activation or an influence is not finite.
     """
-    row_R, col_R = np.nonzero(graph.pruning.keep_edge_RN)
-    weight_R = graph.edge_RN[row_R, col_R].astype(np.float32)
+    readings = _readings(graph)
+    row_E, col_E = kept_edges(readings)
+    for reading in readings.values():
+        _require_finite(edge_RN=edges_of(reading, row_E, col_E))
     _require_finite(
-        edge_RN=weight_R,
         value_A=graph.value_A,
         influence_N=graph.influence_N,
         readout_R=graph.readout_R[graph.target_rows],
     )
-    strongest = np.argsort(-edge_influence(graph, row_R, weight_R), kind="stable")
-    row_R, col_R, weight_R = row_R[strongest], col_R[strongest], weight_R[strongest]
     layout = graph.layout
-    target_R = layout.node_of(row_R)
     drawn = np.zeros(layout.nodes["target"].stop, bool)
-    drawn[col_R] = drawn[target_R] = True
+    drawn[col_E] = drawn[layout.node_of(row_E)] = True
     for kind, at in layout.nodes.items():
         drawn[at] |= KINDS[kind].always_drawn
     influences = _cumulative_influence(graph.influence_N).tolist()
@@ -86,14 +83,8 @@ def graph_json(
         i: _node(graph, i, influence=influences[i], inputs=inputs)
         for i in np.flatnonzero(drawn).tolist()
     }
+    _add_changes(readings, nodes)
     ids = {i: node["node_id"] for i, node in nodes.items()}
-    # Through text: the shortest decimal that reads back as the same float32.
-    weights = orjson.loads(orjson.dumps(weight_R, option=orjson.OPT_SERIALIZE_NUMPY))
-    links: list[dict[str, Any]] = [
-        {"source": ids[s], "target": ids[t], "weight": w}
-        for s, t, w in zip(col_R.tolist(), target_R.tolist(), weights, strict=True)
-    ]
-    _add_parts(graph, links, row_R[:_MAX_PARTS], col_R[:_MAX_PARTS])
     return {
         "metadata": _metadata(graph, slug),
         "qParams": {
@@ -104,12 +95,13 @@ def graph_json(
             "sg_pos": "",
         },
         "nodes": list(nodes.values()),
-        "links": links,
+        "links": link_list(readings, row_E, col_E, ids),
         "jaxclt": finite(
             {
                 "model": well_formed(graph.meta.model),
                 "dictionary": well_formed(graph.meta.dictionary),
                 "convention": graph.meta.convention,
+                "reading": graph.meta.reading,
                 "version": graph.meta.version,
                 "hashes": dict(graph.meta.hashes),
                 "scores": scores,
@@ -119,37 +111,35 @@ def graph_json(
     }
 
 
-def _add_parts(
-    graph: Graph, links: list[dict[str, Any]], row_R: np.ndarray, col_R: np.ndarray
-) -> None:
-    """Say of the strongest links how they travelled, as far as the graph knows.
+def _readings(graph: Graph) -> dict[str, Graph]:
+    """The graph by value, and by response if it has that."""
+    if graph.response is None:
+        return {"value": graph}
+    # Here, for jax comes with it, which who only reads documents does without.
+    from jaxclt.graph.response import by_response
 
-    A link that has no ``direct`` part because it moves between positions has no such
-    key: a viewer that reads the parts takes ``attention`` for the whole.
+    return {"value": graph, "response": by_response(graph)}
+
+
+def _add_changes(readings: dict[str, Graph], nodes: dict[int, dict[str, Any]]) -> None:
+    """Say of sources what a small change of them does, as far as the graph knows.
+
+    Their share of influence by response; their derivative, what it does to the contrast
+    in the real model; of features how much of it the graph's total effects by response
+    do not show.
     """
-    if graph.direct_RN is None or len(row_R) == 0:
-        return
-    direct_R = np.asarray(graph.direct_RN[row_R, col_R]).ravel()
-    attention_R = graph.edge_RN[row_R, col_R] - direct_R
-    for link, direct, attention in zip(
-        links, direct_R.tolist(), attention_R.tolist(), strict=False
-    ):
-        if direct:
-            link["direct"] = _brief(direct)
-        if attention:
-            link["attention"] = _brief(attention)
-    if graph.heads is None:
-        return
-    at_R = graph.heads.find(row_R, col_R)
-    for i in np.flatnonzero(at_R >= 0).tolist():
-        listed = graph.heads.listed(int(at_R[i]))[:_MAX_HEADS]
-        if listed:
-            links[i]["heads"] = [[l, h, _brief(load)] for l, h, load in listed]
+    from jaxclt.graph.yardstick import contrast_derivative, hidden_effect  # as above
 
-
-def _brief(x: float) -> float:
-    """Four digits: parts are read, not added up again."""
-    return float(f"{x:.4g}")
+    graph, other = readings["value"], readings.get("response")
+    known = {"derivative": contrast_derivative(graph), "hidden": hidden_effect(graph)}
+    said = {k: [brief(x) for x in x_N] for k, x_N in known.items() if x_N is not None}
+    if other is not None:
+        share_N = _cumulative_influence(other.influence_N)
+        said["influence_response"] = share_N.tolist()
+    for name, number_N in said.items():
+        for i, node in nodes.items():
+            if i < len(number_N):
+                node[name] = number_N[i]
 
 
 def validate(doc: Any, *, foreign: bool = False) -> None:

@@ -27,6 +27,8 @@ _MARKER = "/*DATA*/null"
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 _CLOSED, _TO_SELF = "connect-src 'none'", "connect-src 'self'"
 
+# Of a link: what it weighs, and the response with its parts, 0 where there is none.
+_NUMBERS = ("weight", "response", "qk_query", "qk_key", "norm", "gate")
 MAX_LINKS = 200_000  # more make the page slow; graph.json has them all
 
 
@@ -35,6 +37,7 @@ def page(
     report: dict[str, Any] | None = None,
     *,
     validation: dict[str, Any] | None = None,
+    attention: dict[str, Any] | None = None,
     patches: list[dict[str, Any]] | None = None,
     other: dict[str, Any] | None = None,
     serve: dict[str, Any] | None = None,
@@ -50,6 +53,7 @@ def page(
         report: the content of ``report.json``; its scores and certificate are shown
             as evidence. Without it, ``doc["jaxclt"]["scores"]`` is.
         validation: the content of ``validation.json``, shown beside them.
+        attention: the content of ``attention.json``: heads, and what makes them attend.
         patches: what patches did, as `jaxclt.patching.log.patch_record` says it.
         other: a second graph document to compare with.
         serve: what `jaxclt.serve` tells its own pages: the graph's ``path``, the
@@ -65,6 +69,7 @@ def page(
         "graph": _columns(doc),
         "report": finite(report),
         "validation": finite(validation),
+        "attention": finite(attention),
         "patches": finite(patches),
         "allLinks": len(doc.get("links") or ()),
         "other": None if other is None else _columns(other),
@@ -91,12 +96,12 @@ def filled(name: str, data: str) -> tuple[str, str, str]:
 def _columns(doc: dict[str, Any]) -> dict[str, Any]:
     """The document with its links as columns of numbers: a tenth of their text.
 
-    ``source`` and ``target`` are node numbers of ``width`` bytes, ``weight`` are
-    float32 (``single``) where these say the same decimals, else float64: little-endian
-    bytes in base64, which the page need not parse. What links carry beside comes as
-    ``extra``, pairs of number and object. A document that does not fit is embedded as
-    it is: the page reads both. Nodes stay objects: the browser's parser makes ten
-    thousand of them in 18 ms, a script out of columns in 120.
+    ``source`` and ``target`` are node numbers of ``width`` bytes, ``numbers`` what
+    links carry under `_NUMBERS` (see `_column`): bytes in base64, which the page need
+    not parse. What they carry beside comes as ``extra``, pairs of number and object. A
+    document that does not fit is embedded as it is: the page reads both. Nodes stay
+    objects: the browser's parser makes ten thousand of them in 18 ms, a script out of
+    columns in 120.
     """
     links = (doc.get("links") or [])[:MAX_LINKS]
     number: dict[str, int] = {}
@@ -104,32 +109,43 @@ def _columns(doc: dict[str, Any]) -> dict[str, Any]:
         number.setdefault(node["node_id"], i)
     if len(number) != len(doc.get("nodes") or ()):
         return {**doc, "links": links}
-    own = {"source", "target", "weight"}
+    present = {"weight"}.union(*links) & set(_NUMBERS)
+    own = {"source", "target", *present}
     try:
-        weight = [float(link["weight"]) for link in links]
+        numbers = {
+            name: [float(link.get(name, 0)) for link in links]
+            for name in _NUMBERS
+            if name in present
+        }
         ends = [[number[link[end]] for link in links] for end in ("source", "target")]
     except (KeyError, TypeError, ValueError):
         return {**doc, "links": links}
-    if not np.isfinite(weight).all():
+    if not all(np.isfinite(column).all() for column in numbers.values()):
         return {**doc, "links": links}  # which is refused in words
     width = 2 if len(number) <= 1 << 16 else 4
     source, target = (_base64(np.array(end, f"<u{width}")) for end in ends)
-    single = np.array(weight, "<f4")
-    # The page writes a float32 as its shortest decimal, as this does.
-    said = orjson.loads(orjson.dumps(single, option=orjson.OPT_SERIALIZE_NUMPY))
     columns = {
         "width": width,
-        "single": said == weight,
         "source": source,
         "target": target,
-        "weight": _base64(single if said == weight else np.array(weight, "<f8")),
+        "numbers": {name: _column(values) for name, values in numbers.items()},
         "extra": [
-            [i, {k: v for k, v in link.items() if k not in own}]
+            [i, more]
             for i, link in enumerate(links)
-            if len(link) > len(own)
+            if (more := {k: v for k, v in link.items() if k not in own})
         ],
     }
     return {**doc, "links": columns}
+
+
+def _column(values: list[float]) -> dict[str, Any]:
+    """Little-endian float32 (``single``) if these say the same decimals, or float64."""
+    single = np.array(values, "<f4")
+    # The page writes a float32 as its shortest decimal, as this does.
+    said = orjson.loads(orjson.dumps(single, option=orjson.OPT_SERIALIZE_NUMPY))
+    same = said == values
+    bytes_ = _base64(single if same else np.array(values, "<f8"))
+    return {"single": same, "bytes": bytes_}
 
 
 def _base64(array: np.ndarray) -> str:

@@ -239,7 +239,7 @@ def test_it_can_be_patched(name: str, mode: Any) -> None:
     assert same.kl < 1e-6
     L = s.model.cfg.n_layers
     change = batched(s.change([jaxclt.Edit(**edit, scale=0.0)]), [1])
-    how = How(mode=mode, freeze_norm=True)
+    how = How(mode=mode, norms="frozen")
     found = s.effects(change, [(0, L - 1)], how, s.ask())
     moved = float(found.logit_K[0, 0] - g.readout_R[g.n_features])
     if mode == "constrained":

@@ -323,6 +323,15 @@ def test_rows_sum_with_few_features_and_after_pruning(convention: str) -> None:
     whole = graph_of("skip")
     close(small.readout_R[small.target_rows], whole.readout_R[whole.target_rows])
     assert small.rest_R[small.target_rows].any()
+    # The model's derivative is that of a node, whatever others there are.
+    assert small.derivative_KN is not None
+    assert whole.derivative_KN is not None
+    place = [list(map(g.feature, range(g.n_features))) for g in (small, whole)]
+    there = [place[1].index(at) for at in place[0]]
+    derivative_KA = small.derivative_KN[:, small.feature_cols]
+    close(derivative_KA, whole.derivative_KN[:, there], 1e-12)
+    at_first = small.derivative_KN[:, small.error_cols.start]
+    assert at_first.any() == (convention == "paper")
 
 
 def test_weights_are_shares_and_their_signs_turn_targets_round() -> None:

@@ -28,17 +28,17 @@ from test_shell import (
 import jaxclt
 from jaxclt.cli import main as cli
 from jaxclt.files.json_text import number, to_json
+from jaxclt.graph.agreement import spearman
 from jaxclt.patching import patch as intervene
 from jaxclt.patching.effects import Ask, Effect
 from jaxclt.patching.log import keep_patch, patch_record
-from jaxclt.patching.patch import plan_patch
 from jaxclt.patching.patchable import How
+from jaxclt.patching.plan import DOUBLE, plan_patch
 from jaxclt.patching.subject import Subject
 from jaxclt.validation import faithfulness
 from jaxclt.validation import report as validate
 from jaxclt.validation.perturb import Agreement, compare, perturb_many
 from jaxclt.validation.report import ValidateOptions
-from jaxclt.validation.stats import spearman
 
 HUGE = 1e36  # a factor; float32 ends at 3.4e38, its squares long before
 
@@ -86,7 +86,7 @@ def test_there_is_no_answer_and_one_line_says_why(mode: Any, freeze_norm: bool):
     assert out["logit_difference"]["after"] is None
     assert out["top_after"] == []
     assert out["top_before"]
-    said = (result.warning or "").replace(intervene.DOUBLE + "; ", "")
+    said = (result.warning or "").replace(DOUBLE + "; ", "")
     assert said.startswith("the patch diverged, its numbers left the range of float32")
     assert ("held norms do not damp" in said) == freeze_norm
     assert len(said) <= 300
@@ -153,7 +153,16 @@ def test_the_command_warns_exits_0_and_keeps_null(
     node = ":".join(map(str, strongest()[0]))
     names = ("--model", str(MODEL), "--dictionary", str(DICTIONARY))
     # As far as a flag goes; MLPs after the range square it, and square that.
-    most = ("--feature", node, "--scale", "1e15", "--freeze-norms", "--layers", "1:1")
+    most = (
+        "--feature",
+        node,
+        "--scale",
+        "1e15",
+        "--norms",
+        "frozen",
+        "--layers",
+        "1:1",
+    )
     cli.main(["patch", PROMPT, *names, *most, "--json", "--generate", "2"])
     said = capsys.readouterr()
     out = strict(said.out)

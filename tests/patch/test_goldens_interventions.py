@@ -46,7 +46,7 @@ def golden(name: str) -> tuple[dict[str, np.ndarray], Patchable, StoreDictionary
 @pytest.mark.parametrize(
     ("semantics", "layers", "how"),
     [
-        ("constrained", (0, LAST), How(freeze_norm=True)),
+        ("constrained", (0, LAST), How(norms="frozen")),
         ("partial", (1, 2), How()),
         ("additive", (0, LAST), How(mode="additive")),
     ],

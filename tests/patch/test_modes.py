@@ -132,13 +132,13 @@ def test_constrained_patch_moves_features_by_their_edges(name: str):
     s, M = source(name), -7.0
     for layer in (2, 3):
         own = np.flatnonzero(a.layer_A == layer)
-        done = patched(name, {s: M}, (1, layer - 1), freeze_norm=True)
+        done = patched(name, {s: M}, (1, layer - 1), norms="frozen")
         change = np.asarray(done.taps.mid_TD) - clean_stream(name)
         moved = (a.reads(own) * change[layer, a.pos_A[own]]).sum(1)
         want = (M - 1) * graph.edge_RN[own, s]
         assert np.abs(want).max() > 1e-3
         np.testing.assert_allclose(moved, want, rtol=0, atol=1e-12)
-    live = patched(name, {s: M}, (1, 2), freeze_norm=False)
+    live = patched(name, {s: M}, (1, 2), norms="live")
     other = (np.asarray(live.taps.mid_TD) - clean_stream(name))[3]
     assert np.abs(other - change[3]).max() > 1e-6
     del t
@@ -148,7 +148,7 @@ def test_constrained_patch_moves_features_by_their_edges(name: str):
 def test_constrained_patch_of_all_layers_is_the_direct_edge_to_the_logits(name: str):
     """Maths 15.9."""
     graph, s, M = case_graph(name), source(name), -2.0
-    done = patched(name, {s: M}, (0, L - 1), freeze_norm=True)
+    done = patched(name, {s: M}, (0, L - 1), norms="frozen")
     change = effect(name, done).logit_K - graph.readout_R[graph.target_rows]
     close(change, (M - 1) * graph.edge_RN[graph.target_rows, s], 1e-11)
 
@@ -161,7 +161,7 @@ def test_the_stream_behind_the_range_is_affine_and_additive(name: str):
     clean = clean_stream(name)
 
     def at(changes: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
-        done = patched(name, changes, (1, 2), freeze_norm=True)
+        done = patched(name, changes, (1, 2), norms="frozen")
         change = np.asarray(done.taps.mid_TD) - clean
         return change[3], np.asarray(effect(name, done).logit_K)
 
@@ -184,7 +184,7 @@ def test_a_range_below_the_feature_does_nothing(mode: str):
 def test_a_plt_patched_in_its_own_layer_is_steering():
     """Maths 15.12: constrained on [l, l] is adding the decoder row to the real MLP."""
     s = source("plt")
-    clamped = patched("plt", {s: 0.0}, (1, 1), freeze_norm=False)
+    clamped = patched("plt", {s: 0.0}, (1, 1), norms="live")
     steered = patched("plt", {s: 0.0}, (0, L - 1), mode="additive")
     close(clamped.out_TD, steered.out_TD, 1e-13)
     assert np.abs(np.asarray(clamped.taps.mid_TD) - clean_stream("plt")).max() > 1e-3
@@ -215,7 +215,7 @@ def test_the_slope_of_iterative_patching_is_the_total_effect(name: str, gates: s
         effect(
             name,
             patched(
-                name, {s: 1 + d}, (0, L - 1), mode="iterative", freeze_norm=True,
+                name, {s: 1 + d}, (0, L - 1), mode="iterative", norms="frozen",
                 gates=gates,
             ),
         ).logit_K
@@ -232,7 +232,7 @@ def test_silent_features_may_switch_on_unless_gates_are_frozen():
 
     def logits(M: float, gates: str) -> np.ndarray:
         done = patched(
-            "clt", {s: M}, (0, L - 1), mode="iterative", freeze_norm=True, gates=gates
+            "clt", {s: M}, (0, L - 1), mode="iterative", norms="frozen", gates=gates
         )
         return np.asarray(effect("clt", done).logit_K)
 
@@ -241,7 +241,7 @@ def test_silent_features_may_switch_on_unless_gates_are_frozen():
     live = [logits(M, "live") for M in (-6.0, 1.0, 8.0)]
     assert np.abs(live[0] + live[2] - 2 * live[1]).max() > 1e-3
     # ... because a feature that was silent fires.
-    done = patched("clt", {s: 8.0}, (0, L - 1), mode="iterative", freeze_norm=True)
+    done = patched("clt", {s: 8.0}, (0, L - 1), mode="iterative", norms="frozen")
     fired = set(
         zip(a.layer_A.tolist(), a.pos_A.tolist(), a.feature_A.tolist(), strict=True)
     )
@@ -269,7 +269,7 @@ def test_set_and_add_are_scales_in_other_words(mode: str):
 def test_live_patterns_answer_too():
     s = source("clt")
     one, other = (
-        patched("clt", {s: -3.0}, (1, 1), freeze_pattern=held) for held in (True, False)
+        patched("clt", {s: -3.0}, (1, 1), patterns=held) for held in ("frozen", "live")
     )
     assert np.abs(one.out_TD - other.out_TD).max() > 1e-4
 
@@ -319,7 +319,7 @@ def test_a_neuron_with_its_gate_frozen_has_the_graphs_total_effect(name: str):
     _, _, graph = neurons(6, name)
     s = int(np.argmax(np.abs(solve_total_effect(graph)[:, : graph.n_features]).sum(0)))
     got = neuron_patch(
-        6, s, -2.0, (0, L - 1), name, mode="iterative", freeze_norm=True, gates="frozen"
+        6, s, -2.0, (0, L - 1), name, mode="iterative", norms="frozen", gates="frozen"
     ).logit_K
     want = -3 * solve_total_effect(graph)[:, s]
     close(got - graph.readout_R[graph.target_rows], want, 1e-11)
@@ -332,10 +332,10 @@ def test_with_all_neurons_and_live_gates_the_replacement_is_the_model(name: str)
     _, a, _ = neurons(None, name)
     last = np.flatnonzero((a.layer_A == 0) & (a.pos_A == 5))
     s = int(last[np.abs(a.value_A[last]).argmax()])
-    norm = name in NORMS_BEHIND
+    norm = "frozen" if name in NORMS_BEHIND else "live"
     every = (None, s, 0.0, (0, L - 1), name)
-    local = neuron_patch(*every, mode="iterative", gates="live", freeze_norm=norm)
-    real = neuron_patch(*every, mode="additive", freeze_norm=norm)
+    local = neuron_patch(*every, mode="iterative", gates="live", norms=norm)
+    real = neuron_patch(*every, mode="additive", norms=norm)
     close(local.logit_K, real.logit_K, 1e-12)
     assert float(real.kl) > 1e-6
 
@@ -346,7 +346,7 @@ def test_generation_token_by_token_is_the_patch_of_the_whole_text(name: str):
     t, a, n = case(name), case_active(name), 5
     s, T = source(name), len(t.token_T)
     layer, feature = int(a.layer_A[s]), int(a.feature_A[s])
-    how = How(mode="additive", freeze_pattern=False)
+    how = How(mode="additive", patterns="live")
     range_2 = jnp.asarray((0, L - 1), jnp.int32)
 
     def held(positions: range, of: Patchable) -> Change:
@@ -377,7 +377,7 @@ def test_new_tokens_are_patched_where_the_feature_fires_on_them(name: str):
     scale there. In the first layer, which no earlier edit reaches."""
     t, n = case(name), 5
     T, own = len(t.token_T), t.dictionary if name == "topk" else NeuronDictionary(None)
-    how = How(mode="additive", freeze_pattern=False)
+    how = How(mode="additive", patterns="live")
     range_2 = jnp.asarray((0, L - 1), jnp.int32)
     rest = (range_2, jax.random.key(0), jnp.float32(0))
 

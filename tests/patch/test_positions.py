@@ -13,8 +13,8 @@ from jaxclt.lm.run import unembed
 from jaxclt.patching import patch as intervene
 from jaxclt.patching.change import batched
 from jaxclt.patching.edits import Edit
-from jaxclt.patching.patch import plan_patch
 from jaxclt.patching.patchable import How, Mode
+from jaxclt.patching.plan import plan_patch
 from jaxclt.types import Supernode
 
 LAYER, FEATURE, T = 1, 39, 6
@@ -82,7 +82,7 @@ def test_a_range_moves_the_logits_by_the_edges_of_the_graph():
     edge_K = graph.edge_RN[graph.target_rows, : graph.n_features][:, here].sum(1)
     change = s.change([at(slice(0, None), scale=-2.0)])
     both = batched(change, [len(ACTIVE), 0])
-    done = s.effects(both, [(0, L - 1)] * 2, How(freeze_norm=True), s.ask())
+    done = s.effects(both, [(0, L - 1)] * 2, How(norms="frozen"), s.ask())
     change_K = np.asarray(done.logit_K[0] - done.logit_K[1])
     np.testing.assert_allclose(change_K, -3 * edge_K, atol=1e-4)
     assert np.abs(edge_K).max() > 1e-2
@@ -150,7 +150,7 @@ def test_what_is_still_to_come_is_not_refused(mode: Mode):
 def test_an_open_range_scales_new_tokens_where_the_feature_fires():
     """Against the model run on the whole text, edited by hand token by token."""
     model, clt, _ = parts()
-    s, n, how = subject(), 4, How(mode="additive", freeze_pattern=False)
+    s, n, how = subject(), 4, How(mode="additive", patterns="live")
     # Any feature that fires on what is generated, strongly changed.
     for feature in range(40):
         one = at(slice(0, None), feature, scale=-60.0)

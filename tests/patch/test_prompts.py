@@ -28,8 +28,8 @@ import jaxclt
 from jaxclt.cli import main as cli
 from jaxclt.graph.graph import Graph
 from jaxclt.patching import patch as intervene
-from jaxclt.patching.patch import plan_patch
 from jaxclt.patching.patchable import How, Mode
+from jaxclt.patching.plan import plan_patch
 from jaxclt.patching.subject import Subject
 from jaxclt.trace import again
 from jaxclt.trace.record import recorded
@@ -71,6 +71,66 @@ def test_everything_that_takes_a_subject_takes_one_of_a_prompt():
     one, two = (plan_patch(x, edits, how, n_later=3) for x in (s, subject()))
     for series in (intervene.scale_curve, intervene.sweep_end, intervene.generate):
         assert series(one) == series(two)
+
+
+def test_patterns_are_frozen_or_live_by_one_name(
+    capsys: pytest.CaptureFixture[str],
+):
+    what = (PROMPT, *NAMES, "--feature", node(), "--patterns", "live")
+    assert run("patch", *what, "--json", "--sweep-end", "--generate", 3) == 0
+    out = json.loads(capsys.readouterr().out)
+    live, older, frozen = (
+        patched([edit(strongest()[0])], **how)
+        for how in ({"patterns": "live"}, {"freeze_pattern": False}, {})
+    )
+    assert live == older
+    assert out["kl"] == live.kl != frozen.kl
+    assert out["options"]["patterns"] == live.options["patterns"] == "live"
+    assert frozen.options["patterns"] == "frozen"
+    plan = plan_patch(
+        subject(), [edit(strongest()[0])], How(patterns="live"), n_later=3
+    )
+    assert out["curve"] == intervene.scale_curve(plan)
+    assert out["sweep_end"] == intervene.sweep_end(plan)
+    assert out["generated"] == intervene.generate(plan)
+    assert run("patch", *what) == 0
+    assert "patterns live, norms live" in capsys.readouterr().out
+    with pytest.raises(jaxclt.InputError, match="patterns 'alive': choose one of"):
+        How(patterns="alive")  # pyright: ignore[reportArgumentType]
+
+
+def test_only_heads_see_a_change_by_call_and_by_command(
+    capsys: pytest.CaptureFixture[str],
+):
+    model, clt, graph = parts()
+    edits = [edit(strongest()[0], scale=-3.0)]
+    found = jaxclt.patch_qk(model, clt, graph, edits, [(2, 1), (3, 0)], side="key")
+    assert (found.mode, found.layers) == ("qk", (2, 3))
+    assert found.heads == ("L2H1:key", "L3H0:key")
+    assert found.kl is not None
+    assert found.kl > 1e-6
+    assert min(f["layer"] for f in found.features) >= 2
+    what = (PROMPT, *NAMES, "--feature", node(), "--scale", -3)
+    assert run("patch", *what, "--qk", "L2H1:key", "L3H0:key", "--json") == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["heads"] == ["L2H1:key", "L3H0:key"]
+    assert out["kl"] == pytest.approx(found.kl)
+    assert out["curve"]["kl"][out["curve"]["scale"].index(1.0)] < 1e-6
+    for more, why in (
+        (("--qk", "2.1"), "head '2.1': write L9H3"),
+        (("--qk", "L2H9"), "head L2H9 is unknown: the model has layers 0 to 3 and"),
+        (("--qk", "L0H1"), "no head sees the change"),
+        (("--qk", "L2H1", "--generate", 1), "answered by the real model"),
+        (("--qk", "L2H1", "--layers", "1:2"), "answered by the real model"),
+        (("--qk", "L2H1", "--mode", "iterative"), "answered by the real model"),
+        (("--qk", "L2H1", "--sweep-end"), "has no layer range"),
+    ):
+        assert run("patch", *what, *more) == 2
+        assert why in capsys.readouterr().err
+    with pytest.raises(jaxclt.InputError, match="side 'keys': choose one of"):
+        jaxclt.patch_qk(model, clt, graph, edits, [(2, 1)], side="keys")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(jaxclt.InputError, match="no head: name at least one"):
+        jaxclt.patch_qk(model, clt, graph, edits, [])
 
 
 def test_what_takes_the_graph_says_so():

@@ -73,7 +73,7 @@ def perturbations(kind: str, size: float = 0.1) -> Perturbation:
 
 
 def how(norms: str, gates: Any = "live") -> How:
-    return How(mode="iterative", freeze_norm=norms == "frozen", gates=gates)
+    return How(mode="iterative", norms=norms, gates=gates)
 
 
 @functools.cache

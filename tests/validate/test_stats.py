@@ -8,15 +8,14 @@ import pytest
 import scipy.stats
 from cases import random_graph
 
+from jaxclt.graph.agreement import pearson, spearman
 from jaxclt.graph.shares import shares_total
 from jaxclt.validation.predictions import group_effects, pairwise_influence
 from jaxclt.validation.stats import (
     bootstrap,
     mean_interval,
-    pearson,
     ratio_interval,
     resampled,
-    spearman,
     wilson,
 )
 

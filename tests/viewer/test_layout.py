@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
+from test_attention_panel import OPEN, make_attention
 from test_graph_json import make_graph
 from test_page import FEATURE, REPORT, VALIDATION, feature_file, ids_of, patched
 
@@ -41,6 +42,8 @@ def states(doc: dict) -> dict[str, str]:
         "an output": "__jaxclt.select(__jaxclt.app.model.logits[0].id)",
         "a supernode": f"__jaxclt.app.selectGroup({group})",
         "its patch": f"__jaxclt.app.openPatch({{name: 'x', ids: {group}.ids}})",
+        "attention": "__jaxclt.app.showTab('attention')",
+        "a head": OPEN,
         "evidence": "__jaxclt.app.showTab('evidence')",
         "help": "__jaxclt.app.showTab('help')",
         "table": "__jaxclt.app.showView('table')",
@@ -74,6 +77,7 @@ def doc(request) -> dict:
 def test_no_text_is_hidden_by_another_or_cut(open_page, doc, size):
     parts = {
         "validation": VALIDATION,
+        "attention": make_attention(doc),
         "patches": [patched(doc, ids_of(doc, FEATURE)[:4])],
         "other": doc,
     }

@@ -35,6 +35,18 @@ VALIDATION = {
     "verdict": "Ablations rank as the graph says.",
     "total_effect": {"constrained": {**CORRELATION, "sign_agreement": 0.9}},
     "influence_vs_kl": {"influence": 0.5, "activation": 0.4, "direct": None},
+    "patterns_live": {
+        "small": {
+            "predicted_by": "derivative",
+            "factor": 0.9,
+            "spearman": 0.98,
+            "sign": 1.0,
+            "slope": 1.03,
+            "n": 50,
+            "interval": [0.95, 0.99],
+            "value": {"spearman": 0.41, "sign": 0.66, "slope": None, "n": 50},
+        },
+    },
     "pairwise": {"spearman": 0.72, "interval": [0.7, 0.74]},
     "supernodes": {
         "groups": [
@@ -67,21 +79,29 @@ def data_of(html: str) -> dict:
     if isinstance(links, dict):
         ids = [n["node_id"] for n in data["graph"]["nodes"]]
         extra = dict(map(tuple, links["extra"]))
-        end, number = f"<u{links['width']}", "<f4" if links["single"] else "<f8"
+        end = f"<u{links['width']}"
 
-        def read(name: str, kind: str) -> np.ndarray:
-            return np.frombuffer(base64.b64decode(links[name]), kind)
+        def read(text: str, kind: str) -> np.ndarray:
+            return np.frombuffer(base64.b64decode(text), kind)
 
-        weight = read("weight", number)
+        numbers = {
+            name: read(column["bytes"], "<f4" if column["single"] else "<f8")
+            for name, column in links["numbers"].items()
+        }
+        always = {"weight", "response"}  # also where they are 0
         data["graph"]["links"] = [
-            {"source": ids[s], "target": ids[t], "weight": w, **extra.get(i, {})}
-            for i, (s, t, w) in enumerate(
-                zip(
-                    read("source", end),
-                    read("target", end),
-                    [float(str(w)) for w in weight],
-                    strict=True,
-                )
+            {
+                "source": ids[s],
+                "target": ids[t],
+                **{
+                    k: float(str(x[i]))
+                    for k, x in numbers.items()
+                    if x[i] or k in always
+                },
+                **extra.get(i, {}),
+            }
+            for i, (s, t) in enumerate(
+                zip(read(links["source"], end), read(links["target"], end), strict=True)
             )
         ]
     return data
@@ -178,11 +198,11 @@ def test_click_shows_inputs_and_outputs(open_page, doc):
     assert tab.evaluate("window.__jaxclt.state.selected.id") == node
     n_inputs = sum(link["target"] == node for link in doc["links"])
     assert f"Inputs ({n_inputs})" in tab.text_content("#side")
-    rows = tab.locator("ul[aria-label=Inputs] button")
+    rows = tab.locator("ul[aria-label=Inputs] li > button")
     assert rows.count() == n_inputs
-    said = rows.first.text_content()
+    said = tab.locator("ul[aria-label=Inputs] li").first.text_content()
     assert said[0] in "+−"
-    assert "residual +0.25 · attention −0.5 · heads 5.3 −0.5" in said
+    assert "residual +0.25 · attention −0.5 · L5H3 −0.5" in said
     rows.first.click()
     assert tab.evaluate("window.__jaxclt.state.selected.id") == strongest["source"]
     tab.keyboard.press("Escape")
@@ -241,6 +261,8 @@ def test_keyboard_reaches_every_view(open_page, doc):
     assert tab.is_visible("#rows tr")
     assert not tab.is_visible("#graph")
     tab.focus("#tab-node")
+    tab.keyboard.press("ArrowRight")
+    assert "--attention 20" in tab.text_content("#sidebody")
     tab.keyboard.press("ArrowRight")
     assert "How far to trust" in tab.text_content("#sidebody")
     tab.keyboard.press("?")
@@ -424,6 +446,8 @@ def test_evidence_stands_beside_the_graph(open_page, doc):
         "rounding only",
         "Ablations rank as the graph says.",
         "0.71 [0.60, 0.80]",
+        "times 0.9the model's derivative0.98 [0.95, 0.99]100 %1.03",
+        "times 0.9effects by value0.4166 %–",
         "<b> (2)",
         "Largest surprises",
     ):
@@ -715,17 +739,27 @@ def patched(doc: dict, ids: list[str] | None = None) -> dict:
 AXE = Path(__file__).parents[2] / "jaxclt/viewer/web/node_modules/axe-core/axe.min.js"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(open_page, doc, scheme):
+def violations(tab) -> list[str]:
+    """What axe finds serious in a page as it is now."""
     if not AXE.is_file():
         pytest.skip("axe-core is not there: npm ci in jaxclt/viewer/web")
+    if not tab.evaluate("'axe' in window"):
+        tab.add_script_tag(content=AXE.read_text(encoding="utf-8"))
+    return tab.evaluate(
+        "axe.run({resultTypes: ['violations']}).then(r => r.violations.filter("
+        "v => ['serious', 'critical'].includes(v.impact))"
+        ".map(v => v.id + ': ' + v.nodes.map(n => n.html).slice(0, 3).join(' ')))"
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(open_page, doc, scheme):
     doc = copy.deepcopy(doc)
     doc["qParams"]["supernodes"] = [["two", *ids_of(doc, FEATURE)[:2]]]
     layer, number, _ = ids_of(doc, FEATURE)[4].split("_")
     doc["jaxclt"]["features"] = {f"{layer}_{number}": feature_file(0)}
     parts = {"validation": VALIDATION, "patches": [patched(doc)], "other": doc}
     tab = open_page(page(doc, REPORT, **parts), scheme=scheme)
-    tab.add_script_tag(content=AXE.read_text(encoding="utf-8"))
     for state in (
         "0",
         f"__jaxclt.select({ids_of(doc, FEATURE)[4]!r})",
@@ -736,9 +770,4 @@ def test_axe_finds_nothing_serious(open_page, doc, scheme):
         "__jaxclt.app.showView('compare')",
     ):
         tab.evaluate(f"void {state}")
-        found = tab.evaluate(
-            "axe.run({resultTypes: ['violations']}).then(r => r.violations.filter("
-            "v => ['serious', 'critical'].includes(v.impact))"
-            ".map(v => v.id + ': ' + v.nodes.map(n => n.html).slice(0, 3).join(' ')))"
-        )
-        assert found == [], state
+        assert violations(tab) == [], state

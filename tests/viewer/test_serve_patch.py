@@ -18,6 +18,7 @@ from test_serve import talk as talk_to
 from jaxclt.cli import main as cli
 from jaxclt.errors import InputError
 from jaxclt.io.graph_file import load_graph
+from jaxclt.patching.patchable import How
 from jaxclt.serve.app import MAX_PATCH
 from jaxclt.serve.patch import BUSY, MAX_NODES, Patcher, read_change
 from jaxclt.trace.pages import read_graph
@@ -165,6 +166,12 @@ def test_a_graph_of_another_model_is_refused(traced: Path, tmp_path: Path):
 def test_what_is_no_patch_is_refused_in_words(change: object, why: str):
     with pytest.raises(InputError, match=why):
         read_change(change)
+
+
+def test_patterns_are_frozen_unless_they_are_asked_for_live():
+    assert read_change(NODES)[2] == How()
+    live = {**NODES, "patterns": "live", "mode": "iterative"}
+    assert read_change(live)[2] == How(patterns="live", mode="iterative")
 
 
 class Fake:

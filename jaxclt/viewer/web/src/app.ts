@@ -1,13 +1,15 @@
 // What the reader has chosen, and the one way to change it; the views listen.
 
+import { Attention } from "./attention";
 import { type GraphDocument, type Json, type Payload, type Serve, type Supernode, readDocument } from "./document";
 import { isFixed } from "./layout";
-import { type GraphNode, Model } from "./model";
+import { type GraphNode, type Head, Model, type Reading } from "./model";
 import { type Card, fromPlaces } from "./supernodes";
 
-export type Part = "graph" | "model" | "side" | "pins" | "labels" | "filter" | "view" | "compare" | "patches" | "layout";
+export type Part = "graph" | "cell" | "model" | "side" | "pins" | "labels" | "filter" | "view" | "compare" | "patches" | "layout";
 export type ViewName = "graph" | "table" | "compare";
-export type Tab = "node" | "evidence" | "help";
+export const TABS = ["node", "attention", "evidence", "help"] as const;
+export type Tab = (typeof TABS)[number];
 
 /** Shares of the page, in percent, that the reader gave to panels. */
 export interface Panels { side: number | null; lower: number | null }
@@ -20,6 +22,7 @@ export class App {
   other: Model | null;
   report: Json;
   validation: Json | null;
+  attention: Attention | null;
   patches: Json[]; // what patches of the model did, newest first
   readonly serve: Serve | null;
   allLinks: number;
@@ -27,6 +30,8 @@ export class App {
 
   selected: GraphNode | null = null;
   group: Supernode | null = null; // the chosen supernode
+  head: Head | null = null; // the chosen head
+  cell: [query: number, key: number] | null = null; // and where it attends
   pinned: string[] = []; // members of groups too
   groups: Supernode[] = [];
   readonly marked = new Set<string>(); // cards chosen to be grouped
@@ -50,6 +55,7 @@ export class App {
     this.other = payload.other ? new Model(readDocument(payload.other)) : null;
     this.report = payload.report ?? {};
     this.validation = payload.validation;
+    this.attention = payload.attention && new Attention(payload.attention);
     this.patches = payload.patches ?? [];
     this.allLinks = payload.allLinks;
     this.notes = doc.notes;
@@ -68,6 +74,7 @@ export class App {
     this.model = new Model(doc);
     this.report = (doc.jaxclt.scores ?? {}) as Json;
     this.validation = null;
+    this.attention = null;
     this.patches = [];
     this.allLinks = this.model.source.length;
     this.notes = doc.notes;
@@ -77,17 +84,37 @@ export class App {
 
   private reset(doc: GraphDocument): void {
     const { view } = doc;
-    this.highest = this.model.nodes.reduce((m, n) => (isFixed(n) ? m : Math.max(m, n.influence ?? 0)), 0);
-    this.highest = Math.ceil(this.highest * 200) / 200 || 1;
-    this.threshold = Math.min(view.threshold ?? this.highest, this.highest);
+    this.take("value", view.threshold);
     this.selected = this.model.byId.get(view.clicked) ?? null;
     this.group = null;
+    this.head = null;
     this.patchOf = null;
     this.path = [];
     this.marked.clear();
     for (const [key, label] of view.clerps) this.readLabel(key, label);
     this.setPins(view.pinned, view.supernodes);
     this.place(view.cards, view.places);
+  }
+
+  /** Take links and influence of a reading, and show the nodes that hold a share of it. */
+  take(reading: Reading, threshold: number | null): void {
+    for (const model of [this.model, this.other]) if (model && model.reading !== reading) model.read(reading);
+    const most = this.model.nodes.reduce((m, n) => (isFixed(n) || !n.linked ? m : Math.max(m, n.influence ?? 0)), 0);
+    this.highest = Math.ceil(most * 200) / 200 || 1;
+    this.threshold = Math.min(threshold ?? this.highest, this.highest);
+  }
+
+  showReading(reading: Reading): void {
+    this.path = [];
+    this.take(reading, this.threshold < this.highest ? this.threshold : null);
+    this.changed("graph", "side", "pins", "filter");
+  }
+
+  /** Compare with another graph, by the same reading where it has it. */
+  compareWith(doc: GraphDocument): void {
+    this.other = new Model(doc);
+    this.other.read(this.model.reading);
+    this.changed("compare", "view");
   }
 
   /** Put cards where a file or an address says they were. */
@@ -122,7 +149,7 @@ export class App {
 
   shows = (n: GraphNode): boolean =>
     n === this.selected
-    || ((isFixed(n) || (n.influence ?? 0) <= this.threshold + 1e-9 || this.isPinned(n)) && (n.kind !== "error" || this.errors));
+    || (((n.linked && (isFixed(n) || (n.influence ?? 0) <= this.threshold + 1e-9)) || this.isPinned(n)) && (n.kind !== "error" || this.errors));
   matches = (n: GraphNode): boolean => this.query !== "" && this.model.searchText(n).includes(this.query);
   isPinned = (n: GraphNode): boolean => this.pinned.length > 0 && this.pinned.includes(n.id);
   nShown(): number { return this.model.nodes.reduce((sum, n) => sum + Number(this.shows(n)), 0); }
@@ -134,6 +161,21 @@ export class App {
     if (n) this.tab = "node";
     if (this.patchOf && n?.kind === "feature") this.patchOf = { name: this.model.label(n), ids: [n.id] };
     this.changed("graph", "side");
+  }
+
+  /** Select a node for the picture and leave the side as it is. */
+  light(n: GraphNode): void {
+    this.selected = n;
+    this.group = null;
+    this.path = [];
+    this.changed("graph");
+  }
+
+  /** Show a head, and where it attends if that is said; without a head all heads. */
+  openHead(head: Head | null, cell: [number, number] | null = null): void {
+    this.head = head;
+    this.cell = cell ?? (head && this.attention?.ofHead(head)[0]?.cell) ?? null;
+    this.showTab("attention");
   }
 
   selectGroup(group: Supernode | null): void {
@@ -155,8 +197,14 @@ export class App {
     this.changed("patches");
   }
 
+  /** Nodes that take part in the score that the side shows. */
+  attending(): Set<string> {
+    const shown = this.tab === "attention" && this.head && this.cell && this.attention?.find(this.head, this.cell);
+    return new Set(shown ? [...shown.sides.query, ...shown.sides.key].map((piece) => piece.node.id) : []);
+  }
+
   showPath(links: number[]): void { this.path = links; this.changed("graph"); }
-  showTab(tab: Tab): void { this.tab = tab; this.changed("side"); }
+  showTab(tab: Tab): void { this.tab = tab; this.changed("side", "cell"); }
   showView(view: ViewName): void { this.view = view; this.changed("view"); }
 
   setLabel(n: GraphNode, label: string): void {

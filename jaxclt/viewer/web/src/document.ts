@@ -1,6 +1,9 @@
 // The JSON that circuit-tracer, Neuronpedia, Anthropic's viewer and jaxclt write, read
 // into one form: nodes with unique ids and links as columns of node numbers.
 
+import { type Columns, NUMBERS, type NumberName, type PackedColumns, unpack } from "./columns";
+import { isNumber } from "./dom";
+
 export type Json = Record<string, unknown>;
 
 export interface RawNode extends Json {
@@ -8,24 +11,6 @@ export interface RawNode extends Json {
   layer: string | number;
   ctx_idx: number;
   feature_type: string;
-}
-
-/** Links as columns; what few links carry beside their weight lies in `extra`. */
-export interface Columns {
-  source: Uint16Array | Uint32Array | number[];
-  target: Uint16Array | Uint32Array | number[];
-  weight: Float32Array | Float64Array | number[];
-  extra: [number, Json][];
-}
-
-/** The same as `page()` embeds them: numbers of `width` bytes, in base64. */
-interface PackedColumns {
-  width: 2 | 4;
-  single: boolean; // float32, which stands for its shortest decimal
-  source: string;
-  target: string;
-  weight: string;
-  extra: [number, Json][];
 }
 
 export interface Supernode {
@@ -59,6 +44,7 @@ export interface Payload {
   graph: Json;
   report: Json | null;
   validation: Json | null;
+  attention: Json | null;
   patches: Json[] | null;
   allLinks: number;
   serve: Serve | null;
@@ -185,36 +171,11 @@ function readNodes(list: unknown[], notes: string[]): { nodes: RawNode[]; number
   return { nodes, numbers };
 }
 
-function unpack(packed: PackedColumns): Columns {
-  const ends = (text: string) => (packed.width === 2 ? new Uint16Array(bytes(text)) : new Uint32Array(bytes(text)));
-  const weight = bytes(packed.weight);
-  return {
-    source: ends(packed.source), target: ends(packed.target),
-    weight: packed.single ? new Float32Array(weight) : new Float64Array(weight), extra: packed.extra,
-  };
-}
-
-function bytes(text: string): ArrayBuffer {
-  const { fromBase64 } = Uint8Array as unknown as { fromBase64?: (text: string) => Uint8Array<ArrayBuffer> };
-  if (fromBase64) return fromBase64.call(Uint8Array, text).buffer;
-  const raw = atob(text), read = new Uint8Array(raw.length);
-  for (let i = 0; i < raw.length; i++) read[i] = raw.charCodeAt(i);
-  return read.buffer;
-}
-
-/** The decimal that a float32 stands for in a file. */
-export function shortest(x: number): number {
-  for (let digits = 1; digits < 9; digits++) {
-    const said = Number(x.toPrecision(digits));
-    if (Math.fround(said) === x) return said;
-  }
-  return Number(x.toPrecision(9));
-}
-
 function readLinks(
   list: unknown[], nodes: RawNode[], numbers: Map<string, number[]>, notes: string[],
 ): Columns {
   const sources: number[] = [], targets: number[] = [], weights: number[] = [], extra: [number, Json][] = [];
+  const parts: Partial<Record<NumberName, Float64Array>> = {};
   const height = nodes.map((n) => (n.feature_type === "embedding" ? -1 : n.feature_type === "logit" ? 1e9 : Number(n.layer)));
   let dropped = 0, guessed = 0;
   const order = new FileOrder(list, numbers);
@@ -231,6 +192,11 @@ function readLinks(
       if (fit.length !== 1) guessed += 1;
       a = fit[0] ?? below[0] ?? a;
     }
+    for (const name of NUMBERS) {
+      if (!isNumber(more[name])) continue;
+      (parts[name] ??= new Float64Array(list.length))[sources.length] = more[name];
+      delete more[name];
+    }
     if (Object.keys(more).length) extra.push([sources.length, more]);
     sources.push(a);
     targets.push(b);
@@ -238,7 +204,7 @@ function readLinks(
   }
   if (dropped) notes.push(`${dropped} links name no node of the file or have no weight, and are left out`);
   if (guessed) notes.push(`${guessed} links start at an id that a feature and an error share: the feature was taken`);
-  return { source: sources, target: targets, weight: weights, extra };
+  return { source: sources, target: targets, numbers: { ...parts, weight: weights }, extra };
 }
 
 /** circuit-tracer writes the links of a target one after the other, their sources in the

@@ -11,6 +11,11 @@ export function el<K extends keyof HTMLElementTagNameMap>(
   return made;
 }
 
+/** A name and its value, for a list of facts. */
+export function fact(name: string, value: string, why = ""): HTMLElement {
+  return Object.assign(el("div", "", el("dt", "", name), el("dd", "", value)), { title: why });
+}
+
 export function svg(tag: string, attributes: Record<string, string | number>): SVGElement {
   const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, String(value));

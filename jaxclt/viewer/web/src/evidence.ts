@@ -3,7 +3,7 @@
 import type { App } from "./app";
 import { type Json, asObject, asText } from "./document";
 import { button, clip, el, isNumber, percent, spaced, svg, visible } from "./dom";
-import { changeText, patchOfRecord } from "./patches";
+import { changeText, howText, patchOfRecord } from "./patches";
 
 const number = (x: unknown): number | null => (isNumber(x) ? x : null);
 const two = (x: unknown): string => (isNumber(x) ? x.toFixed(2).replace("-", "−") : "–");
@@ -38,10 +38,22 @@ export function evidence(app: App): HTMLElement[] {
   const parts: HTMLElement[] = [el("div", "head", el("div", "", el("h2", "", "How far to trust this graph")))];
   if (scores.length) parts.push(cards);
   else parts.push(el("p", "note", "The file has no scores."));
+  parts.push(...derivative(asObject(app.report.derivative)));
   if (app.patches.length) parts.push(el("h3", "", `Patches (${app.patches.length})`), patchList(app));
   parts.push(el("h3", "", "Validation"));
   if (app.validation) parts.push(...validation(app, app.validation));
   else parts.push(el("p", "note", "No patches were run. “jaxclt validate DIR” compares the graph's predictions with patches of the model."));
+  return parts;
+}
+
+/** How total effects agree with the model's own derivative, by either reading. */
+function derivative(found: Json): HTMLElement[] {
+  const by = asObject(found.by_response), row = (reading: string, d: Json) =>
+    isNumber(d.spearman) ? [[reading, two(d.spearman), isNumber(d.sign) ? percent(d.sign) : "–", two(d.slope)]] : [];
+  const rows = [...row("by value", found), ...row("by response", by)];
+  if (!rows.length) return [];
+  const parts = [el("h3", "", "The model's derivative"), grid(["total effects", "Spearman", "sign", "slope"], rows, `What features do to ${clip(visible(asText(found.contrast)), 80)} against the model's first-order effects`)];
+  if (isNumber(by.hidden)) parts.push(el("p", "note", `${percent(by.hidden)} of the derivative is hidden: it goes through errors, features that are no nodes, and gates that move.`));
   return parts;
 }
 
@@ -53,7 +65,7 @@ function patchList(app: App): HTMLElement {
     const first = asObject(Array.isArray(record.targets) ? record.targets[0] : null), of = patchOfRecord(record);
     const row = button("", "surprise", () => app.openPatch(of));
     const p = (x: unknown) => (isNumber(x) ? percent(x) : "–");
-    row.append(el("span", "name", clip(of.name, 80), "  ", el("i", "", `${changeText(record)}, ${asText(record.mode)}`)),
+    row.append(el("span", "name", clip(of.name, 80), "  ", el("i", "", `${changeText(record)}, ${howText(record)}`)),
       el("span", "raw", `${spaced(asText(first.token))} ${p(first.p_before)} → ${p(first.p_after)}`));
     list.append(el("li", "", row));
   }
@@ -71,6 +83,23 @@ function grid(head: string[], rows: string[][], caption: string): HTMLElement {
   return scroller;
 }
 
+const SAID = [
+  ["response", "effects by response"],
+  ["derivative", "the model's derivative"],
+  ["finite", "replacement model, attention and norms live"],
+  ["value", "effects by value"],
+] as const;
+
+/** One line for each prediction of a kind of patch. */
+function liveRows(kind: string, found: Json): string[][] {
+  const patch = kind === "full" ? "ablated" : `times ${asText(found.factor)}`;
+  return SAID.flatMap(([name, says]) => {
+    const one = name === found.predicted_by ? found : asObject(found[name]);
+    if (!isNumber(one.n)) return [];
+    return [[patch, says, two(one.spearman) + within(one.interval), isNumber(one.sign) ? percent(one.sign) : "–", two(one.slope)]];
+  });
+}
+
 function validation(app: App, v: Json): HTMLElement[] {
   const effect = asObject(v.total_effect), parts: HTMLElement[] = [];
   if (v.verdict) parts.push(el("p", "verdict", asText(v.verdict)));
@@ -79,6 +108,8 @@ function validation(app: App, v: Json): HTMLElement[] {
     return [mode, two(e.spearman) + within(e.interval), two(e.pearson), isNumber(e.sign_agreement) ? percent(e.sign_agreement) : "–", two(e.slope)];
   });
   if (rows.length) parts.push(grid(["patch", "Spearman", "Pearson", "sign", "slope"], rows, "Predicted and measured effects on the targets"));
+  const live = ["small", "full"].flatMap((kind) => liveRows(kind, asObject(asObject(v.patterns_live)[kind])));
+  if (live.length) parts.push(grid(["patch", "predicted by", "Spearman", "sign", "slope"], live, "In the model, attention patterns live"));
   const influence = asObject(v.influence_vs_kl), pairs = asObject(v.pairwise), ranks: string[][] = [];
   for (const key of ["influence", "activation", "direct"]) {
     if (isNumber(influence[key])) ranks.push([`${key} with KL of an ablation`, two(influence[key]) + within(asObject(influence.intervals)[key])]);

@@ -4,7 +4,6 @@ import type { App } from "./app";
 import { asObject, asText, readDocument, readSupernodes, readView } from "./document";
 import { $, el, inPath, plural, visible } from "./dom";
 import { type Features, isFeatureFile } from "./features";
-import { Model } from "./model";
 import type { Picture } from "./picture";
 import { toDocument } from "./state";
 
@@ -41,9 +40,8 @@ function open(app: App, features: Features, raw: unknown, compare: boolean): voi
     app.setPins(app.pinned, groups);
     app.changed("graph", "side", "pins");
   } else if (compare) {
-    app.other = new Model(readDocument(raw));
     app.view = "compare";
-    app.changed("compare", "view");
+    app.compareWith(readDocument(raw));
   } else if (doc.qParams && !doc.nodes) { // a view alone
     const view = readView(doc.qParams);
     app.setPins(view.pinned, view.supernodes);
@@ -88,8 +86,7 @@ export async function fetchOther(app: App, path: string): Promise<void> {
   try {
     const answer = await fetch(`/api/graph/${inPath(path)}`);
     if (!answer.ok) throw new Error(String(answer.status));
-    app.other = new Model(readDocument(await answer.json()));
-    app.changed("compare", "view");
+    app.compareWith(readDocument(await answer.json()));
   } catch (error) {
     tell(`${path} was not opened: ${error instanceof Error ? error.message : String(error)}`, true);
   }

@@ -10,7 +10,7 @@ const RIGHT = 16, MIN_BAND = 6;
 export interface Layout {
   x: Float64Array; // by node, in the picture's own coordinates
   y: Float64Array;
-  r: Float32Array;
+  most: number; // the radius of the most influential node
   columns: { x: number; w: number }[];
   top: number;
   band: number; // height
@@ -22,6 +22,10 @@ export const logitText = (n: GraphNode): string => `${clip(spaced(n.token), 14)}
 
 export const isFixed = (n: GraphNode): boolean =>
   n.influence === null || n.kind === "embedding" || n.kind === "logit";
+
+/** How large a node is drawn at zoom 1. */
+export const radius = (l: Layout, n: GraphNode): number =>
+  isFixed(n) ? Math.min(4, l.most) : l.most * (0.5 + 0.5 * (1 - (n.influence ?? 1)) ** 0.7);
 
 export function layOut(
   model: Model, room: { width: number; height: number }, textWidth: (text: string) => number,
@@ -51,10 +55,9 @@ export function layOut(
     edge += w;
   }
   const layout: Layout = {
-    x: new Float64Array(nodes.length), y: new Float64Array(nodes.length), r: new Float32Array(nodes.length),
+    x: new Float64Array(nodes.length), y: new Float64Array(nodes.length), most: Math.min(5.2, band * 0.42),
     columns, top, band, width: GUTTER + inner + RIGHT, height: top + band * bands + 4,
   };
-  const most = Math.min(5.2, band * 0.42);
   for (const cell of cells.values()) {
     const head = cell[0] as GraphNode, { x, w } = columns[head.pos] ?? { x: GUTTER, w: 46 };
     cell.sort((a, b) => Number(a.kind === "error") - Number(b.kind === "error") || b.prob - a.prob
@@ -64,7 +67,6 @@ export function layOut(
       layout.x[n.index] = x + w / 2 + (i - (cell.length - 1) / 2) * step;
       layout.y[n.index] = top + (nLayers + 1 - n.band + 0.5) * band
         + (step < 8 ? (i % 2 ? 1 : -1) * Math.min(band / 5, 4) : 0);
-      layout.r[n.index] = isFixed(n) ? Math.min(4, most) : most * (0.5 + 0.5 * (1 - (n.influence ?? 1)) ** 0.7);
     });
   }
   return layout;

@@ -1,6 +1,6 @@
 // Ties the views to the state.
 
-import { App, type Part, type Tab, type ViewName } from "./app";
+import { App, type Part, TABS, type ViewName } from "./app";
 import { Compare } from "./compare";
 import { asObject, asText, type Payload } from "./document";
 import { $, count, el, percent, plural, visible } from "./dom";
@@ -70,8 +70,8 @@ function header(): void {
 function counts(): void {
   const { model } = app, cut = app.allLinks > model.source.length
     ? `, the strongest ${count(model.source.length)} of ${count(app.allLinks)} links` : "";
-  $("count").textContent = `${count(app.nShown())} of ${plural(model.nodes.length, "node")}${cut}`;
-  const found = app.query === "" ? [] : model.nodes.filter((n) => app.matches(n)), seen = found.filter((n) => app.shows(n)).length;
+  $("count").textContent = `${count(app.nShown())} of ${plural(model.nLinked, "node")}${cut}`;
+  const found = app.query === "" ? [] : model.nodes.filter((n) => n.linked && app.matches(n)), seen = found.filter((n) => app.shows(n)).length;
   $("found").hidden = app.query === "";
   $("found").textContent = `${count(seen)}${found.length > seen ? ` of ${count(found.length)}` : ""} ${found.length === 1 ? "match" : "matches"}`;
   $("found").title = found.length > seen ? "The others are hidden by the influence slider or by Errors" : "";
@@ -83,6 +83,9 @@ function controls(): void {
   slider.value = String(app.threshold);
   slider.setAttribute("aria-valuetext", percent(app.threshold));
   errors.checked = app.errors;
+  for (const reading of ["value", "response"] as const) $(`by-${reading}`).setAttribute("aria-pressed", String(app.model.reading === reading));
+  $("readings").hidden = !app.model.hasResponse;
+  for (const line of document.querySelectorAll<HTMLElement>(".legend .attended")) line.hidden = app.model.reading === "value";
   if (search.value.trim().toLowerCase() !== app.query) search.value = app.query;
 }
 
@@ -115,7 +118,7 @@ app.listen((changed: ReadonlySet<Part>) => {
   if (any("patches", "side", "pins", "model")) patches.show();
   if (any("layout", "model")) for (const divider of dividers) divider.apply();
   if (any("view", "model", "compare")) showView();
-  if (any("graph", "pins", "labels", "filter")) { if (app.view === "compare") compare.redraw(); else picture.draw(); }
+  if (any("graph", "pins", "labels", "filter", "cell")) { if (app.view === "compare") compare.redraw(); else picture.draw(); }
   if (any("filter", "graph", "pins")) counts();
   if (any("side", "labels") || (any("patches") && app.tab === "evidence")) showSide(app, features);
   if (any("filter")) controls();
@@ -129,11 +132,11 @@ app.listen((changed: ReadonlySet<Part>) => {
 
 // ---- controls ----------------------------------------------------------------------------
 for (const view of ["graph", "table", "compare"] as ViewName[]) $(`view-${view}`).addEventListener("click", () => app.showView(view));
-const tabs = ["node", "evidence", "help"] as Tab[];
-for (const [i, tab] of tabs.entries()) {
+for (const reading of ["value", "response"] as const) $(`by-${reading}`).addEventListener("click", () => app.showReading(reading));
+for (const [i, tab] of TABS.entries()) {
   $(`tab-${tab}`).addEventListener("click", () => app.showTab(tab));
   $(`tab-${tab}`).addEventListener("keydown", (e) => {
-    const step = e.key === "ArrowRight" ? 1 : e.key === "ArrowLeft" ? -1 : 0, next = tabs[(i + step + tabs.length) % tabs.length] ?? tab;
+    const step = e.key === "ArrowRight" ? 1 : e.key === "ArrowLeft" ? -1 : 0, next = TABS[(i + step + TABS.length) % TABS.length] ?? tab;
     if (step) { app.showTab(next); $(`tab-${next}`).focus(); }
   });
 }

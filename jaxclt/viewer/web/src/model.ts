@@ -1,11 +1,16 @@
 // The graph in numbers: nodes as objects, links as columns, inputs and outputs by node.
 
+import { Adjacency } from "./adjacency";
+import type { NumberName } from "./columns";
 import { type GraphDocument, type Json, asObject, asText } from "./document";
 import { isNumber, percent, quoted, visible } from "./dom";
 
 const FEW_LINKS = 10_000; // more are rarely drawn
 
 export type Kind = "feature" | "error" | "embedding" | "logit";
+
+/** What links say: what a node is made of, or what a small change of its inputs does. */
+export type Reading = "value" | "response";
 
 export interface Target { layer: number | null; token: boolean; readout: number }
 
@@ -19,7 +24,10 @@ export interface GraphNode {
   number: string; // of the feature in its layer
   key: string; // what a label belongs to: a feature at all its positions
   given: string; // label in the file
-  influence: number | null;
+  influence: number | null; // by the present reading
+  influences: Record<Reading, number | null>;
+  derivative: number | null; // of the model itself
+  hidden: number | null; // what of it the graph does not show
   activation: number | null;
   absInput: number | null;
   prob: number;
@@ -27,9 +35,14 @@ export interface GraphNode {
   target: Target | null;
   rank: number | null;
   read: number; // sum of the shown inputs without sign
+  linked: boolean; // the present reading draws it
 }
 
-export interface LinkParts { direct: number | null; attention: number | null; heads: [number, number, number][] }
+export type Head = [layer: number, head: number];
+/** How a link's value travelled. */
+export interface Travel { direct: number | null; attention: number | null; heads: { at: Head; load: number }[] }
+/** What a link's response is made of: its value, and what a change does to patterns and norms. */
+export interface ResponseParts { value: number; query: number; key: number; norm: number; gate: number }
 
 const KINDS: Record<string, Kind> = {
   "embedding": "embedding", "logit": "logit", "mlp reconstruction error": "error",
@@ -42,18 +55,19 @@ export class Model {
   readonly byId: Map<string, GraphNode>;
   readonly source: Int32Array;
   readonly target: Int32Array;
-  readonly weight: Float64Array;
-  readonly share: Float32Array; // of the target's shown inputs
-  readonly flow: Float32Array; // share times what arrives at the target
   readonly extra: Map<number, Json>;
   readonly logits: GraphNode[];
-  readonly ranked: GraphNode[]; // most influential first
-  readonly nRanked: number;
   readonly nLayers: number;
   private readonly anyGiven: boolean;
   readonly labels = new Map<string, string>(); // by key, edited here
-  private readonly ins: Adjacency;
-  private readonly outs: Adjacency;
+  // By the present reading, see `read`:
+  reading!: Reading;
+  weight!: Float64Array;
+  share!: Float32Array; // of the target's shown inputs
+  flow!: Float32Array; // share times what arrives at the target
+  ranked!: GraphNode[]; // most influential first
+  private ins!: Adjacency;
+  private outs!: Adjacency;
   private strongest: Int32Array | null = null;
 
   constructor(doc: GraphDocument) {
@@ -69,18 +83,44 @@ export class Model {
 
     this.source = new Int32Array(doc.links.source);
     this.target = new Int32Array(doc.links.target);
-    this.weight = new Float64Array(doc.links.weight);
     this.extra = new Map(doc.links.extra);
-    const E = this.source.length;
+    this.logits = this.nodes.filter((n) => n.kind === "logit").sort((a, b) => b.prob - a.prob);
+    this.read("value");
+  }
+
+  get hasResponse(): boolean { return this.doc.links.numbers.response !== undefined; }
+
+  /** Take the numbers, links and nodes of a reading; where there is one only, of that. */
+  read(wanted: Reading): void {
+    const only: Reading = this.doc.jaxclt.reading === "response" ? "response" : "value";
+    const reading = this.hasResponse ? wanted : only, E = this.source.length, { numbers } = this.doc.links;
+    this.reading = reading;
+    this.weight = Float64Array.from((reading === "response" && numbers.response) || numbers.weight);
+    const other = new Set<number>(); // links of the other reading alone
+    for (const [e, raw] of this.extra) if (raw.reading !== undefined && raw.reading !== reading) other.add(e);
+    for (const e of other) this.weight[e] = 0;
     this.share = new Float32Array(E);
-    this.flow = new Float32Array(E);
-    const { source, target, weight, share, flow } = this, read = new Float64Array(this.nodes.length);
+    const { source, target, weight, share } = this, read = new Float64Array(this.nodes.length);
     for (let e = 0; e < E; e++) read[target[e] as number] = (read[target[e] as number] as number) + Math.abs(weight[e] as number);
     for (let e = 0; e < E; e++) share[e] = Math.abs(weight[e] as number) / ((read[target[e] as number] as number) || 1);
-    for (const n of this.nodes) n.read = read[n.index] as number;
-    this.ins = new Adjacency(this.target, this.nodes.length, this.share);
-    this.outs = new Adjacency(this.source, this.nodes.length, this.share);
-    // A link matters as far as its target does: weight flows down from the outputs.
+    this.ins = new Adjacency(target, this.nodes.length, share, other);
+    this.outs = new Adjacency(source, this.nodes.length, share, other);
+    for (const n of this.nodes) {
+      n.read = read[n.index] as number;
+      n.influence = n.influences[reading];
+      n.linked = !this.hasResponse || n.kind === "embedding" || n.kind === "logit"
+        || this.ins.unsorted(n.index).length + this.outs.unsorted(n.index).length > 0;
+    }
+    this.flow = this.flowDown();
+    this.strongest = null;
+    this.ranked = this.nodes.slice().sort((a, b) => (a.influence ?? -1) - (b.influence ?? -1) || b.prob - a.prob);
+    let rank = 0;
+    for (const n of this.ranked) n.rank = n.influence === null || !n.linked ? null : ++rank;
+  }
+
+  /** A link matters as far as its target does: weight flows down from the outputs. */
+  private flowDown(): Float32Array {
+    const { source, share } = this, flow = new Float32Array(source.length);
     const arrives = Float64Array.from(this.nodes, (n) => (n.kind === "logit" ? Math.max(n.prob, 1e-6) : 0));
     for (const n of this.nodes.slice().sort((a, b) => b.band - a.band)) {
       const mine = this.ins.unsorted(n.index), here = arrives[n.index] as number;
@@ -90,12 +130,11 @@ export class Model {
         arrives[s] = (arrives[s] as number) + (flow[e] as number);
       }
     }
-    this.ranked = this.nodes.slice().sort((a, b) => (a.influence ?? -1) - (b.influence ?? -1) || b.prob - a.prob);
-    let rank = 0;
-    for (const n of this.ranked) n.rank = n.influence === null ? null : ++rank;
-    this.nRanked = rank;
-    this.logits = this.nodes.filter((n) => n.kind === "logit").sort((a, b) => b.prob - a.prob);
+    return flow;
   }
+
+  get nLinked(): number { return this.nodes.reduce((sum, n) => sum + Number(n.linked), 0); }
+  get nRanked(): number { return this.nodes.reduce((most, n) => Math.max(most, n.rank ?? 0), 0); }
 
   from(link: number): GraphNode { return this.nodes[this.source[link] as number] as GraphNode; }
   to(link: number): GraphNode { return this.nodes[this.target[link] as number] as GraphNode; }
@@ -122,13 +161,27 @@ export class Model {
     return isBelow(this.to(link)) ? -weight : weight;
   }
 
-  parts(link: number): LinkParts | null {
+  travel(link: number): Travel | null {
     const raw = this.extra.get(link);
     if (!raw) return null;
-    const heads = Array.isArray(raw.heads)
-      ? raw.heads.filter((h): h is [number, number, number] => Array.isArray(h) && h.length === 3 && h.every(isNumber)) : [];
+    const listed = Array.isArray(raw.heads) ? raw.heads : [], heads: Travel["heads"] = [];
+    for (const [layer, head, load] of listed.filter(Array.isArray)) if (isNumber(layer) && isNumber(head) && isNumber(load)) heads.push({ at: [layer, head], load });
     const direct = isNumber(raw.direct) ? raw.direct : null, attention = isNumber(raw.attention) ? raw.attention : null;
     return direct === null && attention === null && !heads.length ? null : { direct, attention, heads };
+  }
+
+  parts(link: number): ResponseParts | null {
+    if (!this.hasResponse) return null;
+    const part = (name: NumberName) => this.doc.links.numbers[name]?.[link] ?? 0;
+    return { value: part("weight"), query: part("qk_query"), key: part("qk_key"), norm: part("norm"), gate: part("gate") };
+  }
+
+  /** Whether a link of the response acts mostly through what heads attend to. */
+  isQK(link: number): boolean {
+    const p = this.reading === "response" && this.parts(link);
+    if (!p) return false;
+    const attended = Math.abs(p.query + p.key);
+    return attended > 0 && attended >= Math.abs(p.value) + Math.abs(p.norm) + Math.abs(p.gate);
   }
 
   /** Whether any feature has a label. */
@@ -188,41 +241,6 @@ function nearKth(values: Float32Array, k: number): number {
   return new Float32Array(new Uint32Array([bucket << 16]).buffer)[0] as number;
 }
 
-/** Links by one of their ends, in one array. */
-class Adjacency {
-  private readonly start: Int32Array;
-  private readonly list: Int32Array;
-  private readonly ordered: Uint8Array;
-
-  constructor(end: Int32Array, nNodes: number, private readonly share: Float32Array) {
-    this.start = new Int32Array(nNodes + 1);
-    for (let e = 0; e < end.length; e++) {
-      const i = (end[e] as number) + 1;
-      this.start[i] = (this.start[i] as number) + 1;
-    }
-    for (let i = 0; i < nNodes; i++) this.start[i + 1] = (this.start[i + 1] as number) + (this.start[i] as number);
-    const next = this.start.slice();
-    this.list = new Int32Array(end.length);
-    for (let e = 0; e < end.length; e++) {
-      const i = end[e] as number, at = next[i] as number;
-      this.list[at] = e;
-      next[i] = at + 1;
-    }
-    this.ordered = new Uint8Array(nNodes);
-  }
-
-  unsorted(i: number): Int32Array { return this.list.subarray(this.start[i], this.start[i + 1]); }
-
-  sorted(i: number): Int32Array {
-    const mine = this.unsorted(i);
-    if (!this.ordered[i]) {
-      mine.sort((a, b) => (this.share[b] as number) - (this.share[a] as number));
-      this.ordered[i] = 1;
-    }
-    return mine;
-  }
-}
-
 function readNode(raw: Json, index: number, tokens: string[]): GraphNode {
   const type = asText(raw.feature_type), kind = KINDS[type] ?? "feature";
   const clerp = asText(raw.clerp), number = (x: unknown) => (isNumber(x) ? x : null);
@@ -237,13 +255,15 @@ function readNode(raw: Json, index: number, tokens: string[]): GraphNode {
     number: own,
     key: kind === "feature" ? `${layer}_${own}` : asText(raw.node_id),
     given: kind === "feature" ? clerp : "",
-    influence: kind === "logit" ? null : number(raw.influence),
+    influence: null,
+    influences: kind === "logit" ? { value: null, response: null } : { value: number(raw.influence), response: number(raw.influence_response) },
+    derivative: number(raw.derivative), hidden: number(raw.hidden),
     activation: number(raw.activation),
     absInput: number(raw.abs_input),
     prob: number(raw.token_prob) ?? 0,
     token: kind === "logit" ? outputToken(clerp) : "",
     target: target && { layer: number(target.layer), token: target.token === true, readout: number(target.readout) ?? 0 },
-    rank: null, read: 0,
+    rank: null, read: 0, linked: true,
   };
 }
 

@@ -1,7 +1,7 @@
 // The picture: bands, columns, links, nodes and their names, on a canvas or as SVG.
 
 import { clip, spaced } from "./dom";
-import { FOOT, GUTTER, type Layout, logitText } from "./layout";
+import { FOOT, GUTTER, type Layout, logitText, radius } from "./layout";
 import type { GraphNode, Model } from "./model";
 import type { Pen } from "./pen";
 
@@ -9,7 +9,7 @@ const BACKGROUND_LINKS = 2000, MOVING_LINKS = 400, LINKS_OF_A_NODE = 800, NAMES 
 
 export interface Theme {
   panel: string; band: string; line: string; ink: string; muted: string; node: string; square: string;
-  error: string; link: string; pos: string; neg: string; accent: string; gained: string; font: string;
+  error: string; link: string; pos: string; neg: string; qk: string; accent: string; gained: string; font: string;
 }
 
 /** A point of the layout is at (k * x0 + x, v * y0 + y): zoomed out, layers stay apart. */
@@ -35,7 +35,7 @@ export function readTheme(): Theme {
   const css = getComputedStyle(document.documentElement), get = (name: string) => css.getPropertyValue(`--${name}`).trim();
   return {
     panel: get("panel"), band: get("band"), line: get("line"), ink: get("ink"), muted: get("muted"), node: get("node"),
-    square: get("square"), error: get("error"), link: get("link"), pos: get("pos"), neg: get("neg"), accent: get("accent"),
+    square: get("square"), error: get("error"), link: get("link"), pos: get("pos"), neg: get("neg"), qk: get("qk"), accent: get("accent"),
     gained: get("gained"), font: `12px ${getComputedStyle(document.body).fontFamily}`,
   };
 }
@@ -46,7 +46,7 @@ export function place(s: Scene, n: GraphNode): { x: number; y: number; r: number
   return {
     x: (l.x[n.index] as number) * c.k + c.x,
     y: (l.y[n.index] as number) * c.v + c.y,
-    r: (l.r[n.index] as number) * Math.min(Math.max(c.k, 0.6) ** 0.5, 2),
+    r: radius(l, n) * Math.min(Math.max(c.k, 0.6) ** 0.5, 2),
   };
 }
 
@@ -67,10 +67,17 @@ function curve(pen: Pen, s: Scene, link: number): void {
   pen.stroke();
 }
 
+/** Solid strengthens and dashes weaken, for the colour-blind too; links through what
+ * heads attend to are dotted, with dashes between where they weaken. */
+function setStroke(pen: Pen, s: Scene, link: number): void {
+  const positive = s.model.push(link) >= 0, attended = s.model.isQK(link);
+  pen.strokeStyle = attended ? s.theme.qk : positive ? s.theme.pos : s.theme.neg;
+  pen.setLineDash(attended ? (positive ? [2, 2] : [6, 2, 2, 2]) : positive ? [] : [5, 3]);
+}
+
 function signedLink(pen: Pen, s: Scene, link: number, most: number, faint: number): void {
-  const positive = s.model.push(link) >= 0, share = s.model.share[link] as number, relative = share / most;
-  pen.strokeStyle = positive ? s.theme.pos : s.theme.neg;
-  pen.setLineDash(positive ? [] : [5, 3]);
+  const share = s.model.share[link] as number, relative = share / most;
+  setStroke(pen, s, link);
   pen.lineWidth = 0.6 + relative + 3 * share;
   pen.globalAlpha = faint + (0.95 - faint) * relative;
   curve(pen, s, link);
@@ -110,7 +117,7 @@ function backgroundLinks(pen: Pen, s: Scene): Map<number, number> {
   const wanted = (all: boolean) => {
     const found: number[] = [];
     for (const e of model.byFlow(all)) {
-      if (bothShown(s, e)) found.push(e);
+      if (model.weight[e] !== 0 && bothShown(s, e)) found.push(e); // 0: of the other reading
       if (found.length >= most) break;
     }
     return found;
@@ -122,10 +129,12 @@ function backgroundLinks(pen: Pen, s: Scene): Map<number, number> {
   const soft = Math.min(1, Math.sqrt(500 / Math.min(total, BACKGROUND_LINKS))) * (s.path.length ? 0.3 : 1);
   for (const e of drawn) {
     const strength = Math.sqrt((model.flow[e] as number) / strongest);
-    pen.strokeStyle = `rgba(${s.theme.link},${(soft * (0.05 + 0.5 * strength)).toFixed(3)})`;
+    pen.strokeStyle = model.isQK(e) ? s.theme.qk : `rgb(${s.theme.link})`;
+    pen.globalAlpha = soft * (0.05 + 0.5 * strength);
     pen.lineWidth = 0.5 + 1.5 * strength;
     curve(pen, s, e);
   }
+  pen.globalAlpha = 1;
   return new Map();
 }
 
@@ -150,9 +159,7 @@ function ownLinks(pen: Pen, s: Scene, chosen: GraphNode): Map<number, number> {
 function pathLinks(pen: Pen, s: Scene): Set<number> {
   const on = new Set<number>();
   for (const e of s.path) {
-    const positive = s.model.push(e) >= 0;
-    pen.strokeStyle = positive ? s.theme.pos : s.theme.neg;
-    pen.setLineDash(positive ? [] : [6, 3]);
+    setStroke(pen, s, e);
     pen.lineWidth = 2.5;
     curve(pen, s, e);
     on.add(s.model.source[e] as number).add(s.model.target[e] as number);

@@ -1,33 +1,36 @@
 // The side: what is selected, with its inputs and outputs.
 
-import type { App, PatchOf } from "./app";
+import { type App, type PatchOf, TABS } from "./app";
+import { headName } from "./attention";
+import { attendedBy, attentionPanel, open } from "./attention_panel";
 import type { Supernode } from "./document";
-import { $, button, clip, count, editText, el, percent, plural, quoted, short, signed, spaced, visible } from "./dom";
+import { $, button, clip, count, editText, el, fact, percent, plural, quoted, short, signed, spaced, visible } from "./dom";
 import { evidence } from "./evidence";
 import type { Features } from "./features";
-import { type GraphNode, type LinkParts, isBelow, verb } from "./model";
+import { type GraphNode, isBelow, verb } from "./model";
 import { type Path, pathsToInputs, pathsToTargets } from "./paths";
 import { mergeLinks } from "./supernodes";
 
 const LIST_ROWS = 60, PATHS = 3;
 
+let shown = ""; // what the side is about, to stay where the reader is while that is the same
+
 export function showSide(app: App, features: Features): void {
-  for (const tab of ["node", "evidence", "help"] as const) {
+  for (const tab of TABS) {
     $(`tab-${tab}`).setAttribute("aria-selected", String(app.tab === tab));
     $(`tab-${tab}`).tabIndex = app.tab === tab ? 0 : -1;
   }
   const body = $("sidebody");
   body.setAttribute("aria-labelledby", `tab-${app.tab}`);
-  body.scrollTop = 0;
-  if (app.tab === "evidence") body.replaceChildren(...evidence(app));
+  const about = [app.tab, ...(app.tab === "node" ? [app.selected?.id, app.group?.label] : [app.head])].join(" "), at = body.scrollTop;
+  if (app.tab === "attention") body.replaceChildren(...attentionPanel(app));
+  else if (app.tab === "evidence") body.replaceChildren(...evidence(app));
   else if (app.tab === "help") body.replaceChildren(...help());
   else if (app.group) body.replaceChildren(...groupPanel(app, app.group));
   else if (app.selected) body.replaceChildren(...nodePanel(app, features, app.selected));
   else body.replaceChildren(...overview(app));
-}
-
-function fact(name: string, value: string): HTMLElement {
-  return el("div", "", el("dt", "", name), el("dd", "", value));
+  body.scrollTop = about === shown ? at : 0;
+  shown = about;
 }
 
 function overview(app: App): HTMLElement[] {
@@ -47,7 +50,9 @@ function overview(app: App): HTMLElement[] {
     list, ...notes,
     el("h3", "", "How to read the graph"),
     el("p", "note", "Each column is a token of the prompt, each row a layer. Circles are features the model switched on there; larger ones matter more for the output. Lines are direct effects; the strongest carry most of the output. “·” stands for a space."),
-    el("p", "note", "A share says how much of a node's shown inputs one link makes up, counted without sign. The weight is the effect itself: with constant terms and what was pruned, a feature's weights add up to its pre-activation, an output's to its logit. ↑ acts at the same token, ↗ on a later one."),
+    el("p", "note", `A share says how much of a node's shown inputs one link makes up, counted without sign. ${model.reading === "value"
+      ? "The weight is the effect itself: with constant terms and what was pruned, a feature's weights add up to its pre-activation, an output's to its logit."
+      : "The response is what a small change of the source does, attention and norms live and other features held; responses need not add up. Dotted links act mostly through what heads attend to."} ↑ acts at the same token, ↗ on a later one.`),
     el("p", "note", "+ strengthens a feature, − weakens it, on whichever side of zero its activation is; of an output, + raises the logit. So the signs along a path multiply."),
   ];
 }
@@ -79,7 +84,11 @@ function nodePanel(app: App, features: Features, n: GraphNode): HTMLElement[] {
   if (n.kind === "logit" && !n.target) facts.append(fact("Probability", percent(n.prob)));
   if (n.target) facts.append(fact("Weight", percent(n.prob)), fact("Value", short(n.target.readout)));
   if (n.rank !== null) facts.append(fact("Influence rank", `${count(n.rank)} of ${count(model.nRanked)}`));
-  if (n.absInput && n.read > 0) facts.append(fact("Inputs shown", `${percent(Math.min(1, n.read / n.absInput))} of all it reads`));
+  if (n.derivative !== null) {
+    facts.append(fact("Derivative", signed(n.derivative), "What a small change of what it writes does in the model itself, everything else live"));
+    if (n.hidden !== null) facts.append(fact("Hidden", signed(n.hidden), "The part of the derivative that this graph does not show"));
+  }
+  if (n.absInput && n.read > 0 && model.reading === "value") facts.append(fact("Inputs shown", `${percent(Math.min(1, n.read / n.absInput))} of all it reads`));
   const parts: HTMLElement[] = [el("div", "head", el("div", "", title, el("p", "", where)), actions)];
   if (facts.children.length) parts.push(facts);
   if (isBelow(n)) parts.push(el("p", "note", "Below zero: what strengthens it (+) makes it more negative, so the weights of its inputs have the other sign."));
@@ -92,11 +101,12 @@ function nodePanel(app: App, features: Features, n: GraphNode): HTMLElement[] {
   parts.push(pathsBox(app, n));
   if (n.kind === "feature" || n.kind === "logit") parts.push(...linkList(app, "Inputs", model.insOf(n), true));
   if (n.kind !== "logit") parts.push(...linkList(app, "Outputs", model.outsOf(n), false));
+  parts.push(...attendedBy(app, n));
   return parts;
 }
 
 function linkList(app: App, title: string, links: Int32Array, incoming: boolean): HTMLElement[] {
-  const { model } = app, hint = incoming ? "share of inputs · weight" : "share of target's inputs · weight";
+  const { model } = app, hint = `share of ${incoming ? "inputs" : "target's inputs"} · ${model.reading === "value" ? "weight" : "response"}`;
   const head = el("h3", "", `${title} (${count(links.length)})`, el("small", "", links.length ? hint : ""));
   if (!links.length) return [head, el("p", "note", incoming ? "Nothing shown feeds this node." : "This node feeds nothing shown.")];
   const list = el("ul", "links"), most = (model.share[links[0] as number] as number) || 1;
@@ -112,21 +122,28 @@ function linkRow(app: App, e: number, incoming: boolean, most: number): HTMLElem
   const { model } = app, from = model.from(e), to = model.to(e), other = incoming ? from : to;
   const row = signedRow(model.push(e), to, model.share[e] as number, most, model.label(other), model.brief(other),
     from.pos === to.pos ? "↑" : "↗", signed(model.weight[e] as number));
+  row.classList.toggle("qk", model.isQK(e));
   const turned = isBelow(to) && !incoming ? " · below zero there, so the weight has the other sign" : "";
   row.title = `${clip(model.label(other), 300)} · ${model.where(other)}${turned}`;
-  const parts = model.parts(e);
-  if (parts) row.append(el("span", "parts", partsText(parts)));
   row.addEventListener("click", () => { app.select(other); ($("sidebody").querySelector("h2") as HTMLElement).focus(); });
-  return el("li", "", row);
+  return el("li", "", row, ...linkParts(app, e));
 }
 
-/** How a link travelled: straight up the residual stream, or moved by attention heads. */
-function partsText({ direct, attention, heads }: LinkParts): string {
-  const said: string[] = [];
-  if (direct !== null) said.push(`residual ${signed(direct)}`);
-  if (attention !== null) said.push(`attention ${signed(attention)}`);
-  if (heads.length) said.push(`heads ${heads.map(([l, h, load]) => `${l}.${h} ${signed(load)}`).join(", ")}`);
-  return said.join(" · ");
+/** What a link is made of, a line for each reading: its response by what a change goes
+ * through; its value straight up the residual stream, or moved by heads. */
+function linkParts(app: App, e: number): HTMLElement[] {
+  const { model } = app, parts = model.reading === "response" ? model.parts(e) : null, travel = model.travel(e), lines: HTMLElement[] = [];
+  const least = 1e-3 * Math.abs(model.weight[e] as number); // of rounding nothing is said
+  const said = (name: string, size: number | null) => (Math.abs(size ?? 0) > least ? [el("span", "", `${name} ${signed(size ?? 0)}`)] : []);
+  const line = (items: HTMLElement[]) => { if (items.length) lines.push(el("p", "parts", ...items.flatMap((item, i) => (i ? [" · ", item] : [item])))); };
+  if (parts) line(Object.entries(parts).flatMap(([name, size]) => said(name, size)));
+  if (travel && (!parts || travel.attention)) {
+    line([...said("residual", travel.direct), ...said("attention", travel.attention), ...travel.heads.map(({ at, load }) => {
+      const text = `${headName(at)} ${signed(load)}`;
+      return app.attention ? button(text, "inline", () => open(app, at)) : el("span", "", text);
+    })]);
+  }
+  return lines;
 }
 
 /** Plus or minus; read aloud, what that does to a node. */
@@ -247,6 +264,7 @@ function help(): HTMLElement[] {
   return [
     el("div", "head", el("div", "", el("h2", "", "Keys and pointer"))), list,
     el("p", "note", "Wheel or drag moves the graph, Ctrl + wheel or pinch zooms. Click selects, Shift + click pins. In the subgraph, Shift + click (or Space) marks cards, which Group then joins; cards can be dragged."),
+    el("p", "note", "Attention lists the heads that matter; in the pattern of one, arrow keys move and Enter chooses a cell. Value and Response, above the graph of a trace with --response, switch between what nodes are made of and what small changes of them do."),
     el("p", "note", "Patch, on a feature or a supernode, changes its features in the model and shows what the model answers then: run by a server that was started with a model, otherwise by the command it shows. Lines between panels can be dragged, or moved with arrow keys; double-click resets them."),
     el("p", "note", "The address of this page holds what is selected, pinned, grouped, labelled and where cards lie: copy it to share a view. Save keeps it in the graph's JSON."),
   ];

@@ -10,6 +10,10 @@ const MODES = [
   ["iterative", "iterative: replacement model"],
   ["additive", "additive: MLPs respond"],
 ] as const;
+const PATTERNS = [
+  ["frozen", "patterns frozen"],
+  ["live", "patterns live"],
+] as const;
 const MOST = 100; // that the server accepts as a factor
 const MOST_NAME = 300;
 
@@ -23,6 +27,12 @@ export function changeText(record: Json): string {
   return how === "scale" ? `× ${short(value)}` : how === "add" ? `${value < 0 ? "−" : "+"} ${short(Math.abs(value))}` : `set to ${short(value)}`;
 }
 
+/** What a patch held, and where it acted, in a few words. */
+export function howText(record: Json): string {
+  const { patterns } = asObject(record.options), heads = (Array.isArray(record.heads) ? record.heads : []).map(asText);
+  return [[asText(record.mode), ...heads].join(" "), ...(patterns ? [`patterns ${asText(patterns)}`] : [])].join(", ");
+}
+
 export function patchOfRecord(record: Json): PatchOf {
   return { name: visible(asText(record.name)), ids: idsOf(record) };
 }
@@ -31,6 +41,7 @@ export class Patches {
   private readonly box = $("patched");
   private scale = "0";
   private mode = "constrained";
+  private patterns = "frozen";
   private running = false;
   private said = "";
   private wrong = false;
@@ -56,18 +67,24 @@ export class Patches {
   }
 
   private controls(of: PatchOf, command: HTMLElement): HTMLElement {
-    const form = el("form", "patchform"), scale = el("input"), mode = el("select", "plain");
+    const form = el("form", "patchform"), scale = el("input");
+    const choice = (options: readonly (readonly [string, string])[], label: string, value: string, take: (value: string) => void) => {
+      const select = el("select", "plain");
+      for (const [value, says] of options) select.append(Object.assign(el("option", "", says), { value }));
+      select.value = value;
+      select.setAttribute("aria-label", label);
+      select.addEventListener("change", () => { take(select.value); command.textContent = this.command(of); });
+      return select;
+    };
     scale.type = "number";
     scale.step = "any";
     scale.min = String(-MOST);
     scale.max = String(MOST);
     scale.value = this.scale;
     scale.addEventListener("input", () => { this.scale = scale.value; command.textContent = this.command(of); });
-    for (const [value, says] of MODES) mode.append(Object.assign(el("option", "", says), { value }));
-    mode.value = this.mode;
-    mode.setAttribute("aria-label", "Kind of patch");
-    mode.addEventListener("change", () => { this.mode = mode.value; command.textContent = this.command(of); });
-    form.append(el("label", "", `Scale ${plural(of.ids.length, "feature")} by `, scale), mode);
+    form.append(el("label", "", `Scale ${plural(of.ids.length, "feature")} by `, scale),
+      choice(MODES, "Kind of patch", this.mode, (value) => { this.mode = value; }),
+      choice(PATTERNS, "Attention patterns", this.patterns, (value) => { this.patterns = value; }));
     scale.title = "0 ablates, −1 inhibits, 2 doubles";
     form.addEventListener("submit", (e) => { e.preventDefault(); if (this.app.serve?.patch) void this.run(of); });
     if (this.app.serve?.patch) {
@@ -95,7 +112,7 @@ export class Patches {
     const quote = (text: string) => (/^[\w./:-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
     const at = this.app.serve ? this.app.serve.path
       : location.protocol === "file:" ? decodeURIComponent(location.pathname).replace(/\/[^/]*$/, "") : "DIR";
-    const more = this.mode === "constrained" ? "" : ` --mode ${this.mode}`;
+    const more = (this.mode === "constrained" ? "" : ` --mode ${this.mode}`) + (this.patterns === "frozen" ? "" : ` --patterns ${this.patterns}`);
     return `jaxclt patch ${quote(at)} --feature ${places.join(" ")} --scale ${Number(this.scale) || 0}${more}`;
   }
 
@@ -122,11 +139,11 @@ export class Patches {
     try {
       const answer = await fetch(`/api/patch/${inPath(app.serve?.path ?? "")}`, {
         method: "POST", headers: { "Content-Type": "application/json" },
-        body: JSON.stringify({ nodes: of.ids, scale, mode: this.mode, name: of.name.slice(0, MOST_NAME) }),
+        body: JSON.stringify({ nodes: of.ids, scale, mode: this.mode, patterns: this.patterns, name: of.name.slice(0, MOST_NAME) }),
       });
       const said = asObject(await answer.json().catch(() => ({})));
       if (!answer.ok) throw new Error(asText(said.error) || String(answer.status));
-      const made = (r: Json) => JSON.stringify([idsOf(r).sort(), r.change, r.mode, r.layers]);
+      const made = (r: Json) => JSON.stringify([idsOf(r).sort(), r.change, r.mode, r.layers, r.options, r.heads]);
       app.patches = [said, ...app.patches.filter((r) => made(r) !== made(said))];
       this.running = false;
       this.tell("");
@@ -160,7 +177,7 @@ const number = (x: unknown): string => (isNumber(x) ? short(x) : "–");
 /** Targets and most probable tokens, before and after. */
 function result(record: Json): HTMLElement {
   const layers = Array.isArray(record.layers) ? record.layers.map(asText).join("–") : "";
-  const says = `${changeText(record)}, ${asText(record.mode)}, layers ${layers}, KL ${number(record.kl)} nats`;
+  const says = `${changeText(record)}, ${howText(record)}, layers ${layers}, KL ${number(record.kl)} nats`;
   const pairs = new Map<string, [number | null, number | null]>();
   const take = (list: unknown, which: 0 | 1) => {
     for (const item of Array.isArray(list) ? list : []) {

@@ -40,12 +40,12 @@ export class Picture {
 
   // ---- state to pixels ----------------------------------------------------------------
   scene(): Scene {
-    const { app } = this, model = this.own.model(), here = model === app.model;
+    const { app } = this, model = this.own.model(), here = model === app.model, attending = app.attending();
     return {
       model, layout: this.layout as Layout, camera: this.camera, width: this.width, height: this.height, theme: this.theme,
       shows: here ? app.shows : (n) => (n.influence ?? 0) <= app.threshold + 1e-9 && (n.kind !== "error" || app.errors),
       selected: here ? app.selected : null, pinned: here ? app.isPinned : () => false,
-      matches: here ? app.matches : () => false, mark: this.own.mark,
+      matches: (n) => here && (app.matches(n) || attending.has(n.id)), mark: this.own.mark,
       path: here ? app.path : [], moving: this.moving,
     };
   }

@@ -1,7 +1,8 @@
 // A view in the address and in the file, in the words other viewers use too.
 
-import type { App, Tab, ViewName } from "./app";
-import { type Json, asText, readView, shortest } from "./document";
+import { type App, TABS, type Tab, type ViewName } from "./app";
+import { numbersOf } from "./columns";
+import { type Json, asText, readView } from "./document";
 import { toPlaces } from "./supernodes";
 
 /** The address's hash: only what differs from a fresh page. */
@@ -17,6 +18,8 @@ export function toHash(app: App): string {
   if (app.positions.size) q.set("cards", JSON.stringify(cardsOf(app)));
   if (app.view !== "graph") q.set("view", app.view);
   if (app.tab !== "node") q.set("tab", app.tab);
+  if (app.model.hasResponse && app.model.reading !== "value") q.set("reading", app.model.reading);
+  if (app.head) q.set("attention", [...app.head, ...(app.cell ?? [])].join("."));
   for (const name of ["side", "lower"] as const) {
     const share = app.panels[name];
     if (share !== null) q.set(name, share.toFixed(1));
@@ -39,7 +42,7 @@ export function fromHash(app: App, hash: string): void {
   for (const [key, label] of view.clerps) app.readLabel(key, label);
   app.setPins(view.pinned, view.supernodes);
   app.selected = app.model.byId.get(view.clicked) ?? null;
-  app.threshold = Math.min(view.threshold ?? app.highest, app.highest);
+  app.take(q.get("reading") === "response" ? "response" : "value", view.threshold);
   app.place(view.cards);
   for (const name of ["side", "lower"] as const) {
     const share = Number(q.get(name) ?? NaN);
@@ -47,7 +50,10 @@ export function fromHash(app: App, hash: string): void {
   }
   app.errors = q.get("errors") !== "0";
   if (["table", "compare"].includes(q.get("view") ?? "")) app.view = q.get("view") as ViewName;
-  if (["evidence", "help"].includes(q.get("tab") ?? "")) app.tab = q.get("tab") as Tab;
+  if (TABS.some((tab) => tab === q.get("tab"))) app.tab = q.get("tab") as Tab;
+  const [layer, head, query, key] = (q.get("attention") ?? "").split(".").map((part) => (/^\d+$/.test(part) ? Number(part) : undefined));
+  app.head = layer === undefined || head === undefined ? null : [layer, head];
+  app.cell = query === undefined || key === undefined ? null : [query, key];
 }
 
 /** What the server writes into the graph's file, with the ids that the file has. */
@@ -80,7 +86,7 @@ function state(app: App, name: (id: string) => string): { labels: Json; qParams:
  * read it. */
 export function toDocument(app: App): Json {
   const { model } = app, { doc } = model, slug = (text: string) => text.replace(/[^a-zA-Z0-9_.-]+/g, "-") || "graph";
-  const extra = new Map(doc.links.extra), single = doc.links.weight instanceof Float32Array;
+  const extra = new Map(doc.links.extra);
   return {
     metadata: { ...doc.metadata, slug: slug(doc.metadata.slug), scan: slug(doc.metadata.scan) },
     qParams: state(app, (id) => id).qParams,
@@ -92,7 +98,7 @@ export function toDocument(app: App): Json {
         clerp: n.kind === "logit" ? output : n.kind === "feature" ? model.named(n) : clerp,
       };
     }),
-    links: Array.from(doc.links.weight, (weight, e) => ({ source: model.from(e).id, target: model.to(e).id, weight: single ? shortest(weight) : weight, ...extra.get(e) })),
+    links: Array.from(model.source, (_, e) => ({ source: model.from(e).id, target: model.to(e).id, ...numbersOf(doc.links, e), ...extra.get(e) })),
     jaxclt: doc.jaxclt,
     ...doc.rest,
   };

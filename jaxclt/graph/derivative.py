@@ -1,0 +1,164 @@
+"""The model's own derivative: what a small change of a node's write does to targets.
+
+``D[k, n] = a_n · d target_k / d a_n`` of the real model, with what node n writes
+``a_n · vector`` and everything else live: attention patterns, norms, MLPs (maths
+22.40). No dictionary is asked how it would answer, so that this is what a graph's total
+effects can be measured by.
+
+Cotangents go the same way down as those of a graph's rows, past the model's own layers
+at the clean stream instead of the frozen ones. No more than one layer's intermediate
+values is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from jaxclt.graph.bank import RowTargets
+from jaxclt.graph.columns import Columns
+from jaxclt.graph.plan import Plan
+from jaxclt.graph.prompt import Prompt
+from jaxclt.graph.rows import edge_rows, make_puller
+from jaxclt.lm.block import Taps, block
+from jaxclt.lm.config import LMConfig
+from jaxclt.lm.layers import mlp_norm, norm_scale, normalise, out_norm
+from jaxclt.lm.run import native_mlp
+from jaxclt.shapes import bucket
+from jaxclt.types import Block, LMParams, Targets
+
+__all__ = ["model_derivative"]
+
+
+@struct.dataclass
+class _Live:
+    """Past the real model's layers, all that is in them live, at the clean stream."""
+
+    blocks: Block
+    clean_LTD: Array  # what enters each layer
+    cfg: LMConfig = struct.field(pytree_node=False)
+
+    @property
+    def n_states(self) -> int:
+        """One."""
+        return 1
+
+    def below(
+        self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
+    ) -> Array:
+        """See `jaxclt.graph.travel.Way`."""
+        here = jax.tree.map(lambda x: x[layer], (self.blocks, self.clean_LTD))
+        p, clean_TD = here
+
+        def streams(resid_PD: Array) -> tuple[Array, Array]:
+            after_PD, taps = _layer(p, resid_PD, cfg=self.cfg)
+            return after_PD, taps.mid_TD
+
+        _, back = jax.vjp(streams, clean_TD[: len(g_PXD)])
+        read_PXD = add_reads(jnp.zeros_like(g_PXD))
+        # One at a time, not batched: XLA for CPUs (jaxlib 0.10.2) computes cotangents
+        # of norms, r - u (u . r), wrong where many share a u. It also holds one's
+        # patterns only.
+        each = g_PXD.swapaxes(0, 1), read_PXD.swapaxes(0, 1)
+        return jax.lax.map(lambda g: back(g)[0], each).swapaxes(0, 1)
+
+
+def _layer(p: Block, resid_TD: Array, *, cfg: LMConfig) -> tuple[Array, Taps]:
+    """One layer of the model."""
+    return block(p, resid_TD, partial(_mlp, p, cfg), cfg=cfg, keep_patterns=False)
+
+
+def _mlp(p: Block, cfg: LMConfig, mid_TD: Array, scale_T: Array) -> Array:
+    return native_mlp(cfg).write(None, mid_TD, scale_T, p, None)[1]
+
+
+def model_derivative(p: Prompt, *, packed: bool = True) -> np.ndarray:
+    """First-order effects of all nodes on all targets in the real model, [K, N].
+
+    Targets are the linear functionals that the graph's rows explain: a logit through
+    the live final norm; of other sites, the stream or an MLP's output as
+    `jaxclt.types.Targets` reads it, what those vectors were folded with held.
+
+    Args:
+      p: the prompt, with the features that are nodes.
+      packed: hold the source vectors written out, as for `make_puller`.
+    """
+    T, K = len(p.recording.token_T), p.n_targets
+    puller = make_puller(
+        p,
+        plan=Plan(band_end=(T,), capacities=(min(bucket(K, 1), _MOST),)),
+        mesh=None,
+        packed=packed,
+        way=_Live(p.params.blocks, p.recording.resid_LTD, p.cfg),
+    )
+    rows = _reads(p)
+    derivative_KN = np.zeros((K, Columns(p).layout.n_columns), rows.read_RD.dtype)
+    edge_rows(puller, rows, derivative_KN)
+    for k, edge_N in p.written():
+        derivative_KN[k] += edge_N
+    n_features = len(p.active.layer_A)
+    derivative_KN[:, p.ignored_columns(n_features)] = 0
+    return derivative_KN
+
+
+_MOST = 32  # targets whose cotangents are held together
+
+
+def _reads(p: Prompt) -> RowTargets:
+    """What targets read of the stream, norms and an MLP that they read past live."""
+    t: Targets = p.targets
+    layer_K, pos_K = np.asarray(t.layer_K), np.asarray(t.pos_K)
+    read_KD = np.array(t.vec_KD)
+    out = np.flatnonzero(layer_K == p.cfg.n_layers)
+    pad = bucket(max(len(out), 1), 1) - len(out)
+    at, vec = np.pad(pos_K[out], (0, pad)), np.pad(read_KD[out], ((0, pad), (0, 0)))
+    past_norm = _past_norm(p.params, p.recording.resid_LTD[-1], at, vec, cfg=p.cfg)
+    read_KD[out] = np.asarray(past_norm)[: len(out)]
+    for k in np.flatnonzero(np.asarray(t.write_KD).any(1)):
+        layer, pos = int(layer_K[k]), int(pos_K[k])
+        mid_D, write_D = p.recording.mid_LTD[layer, pos], np.asarray(t.write_KD)[k]
+        read_KD[k] += _past_mlp(p.params.blocks, layer, mid_D, write_D, cfg=p.cfg)
+    return RowTargets(layer_R=layer_K, pos_R=pos_K, read_RD=read_KD)
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _past_norm(
+    params: LMParams, resid_TD: Array, pos_K: Array, vec_KD: Array, *, cfg: LMConfig
+) -> Array:
+    """Directions of the output [K, D] as read of the stream after the last layer.
+
+    Args:
+      params: the model.
+      resid_TD: what enters the last layer.
+      pos_K: where each direction reads.
+      vec_KD: the directions.
+      cfg: model shape.
+    """
+    norm, last = out_norm(params), jax.tree.map(lambda x: x[-1], params.blocks)
+
+    def out(x_KD: Array) -> Array:
+        return normalise(x_KD, norm_scale(x_KD, norm, eps=cfg.norm_eps), norm)
+
+    _, back = jax.vjp(out, _layer(last, resid_TD, cfg=cfg)[0][pos_K])
+    return back(vec_KD)[0]
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _past_mlp(
+    blocks: Block, layer: Array, mid_D: Array, write_D: Array, *, cfg: LMConfig
+) -> Array:
+    """A direction of an MLP's output as read of the stream where the MLP reads, [D]."""
+    p = jax.tree.map(lambda x: x[layer], blocks)
+
+    def mlp(mid_1D: Array) -> Array:
+        scale_1 = norm_scale(mid_1D, mlp_norm(p), eps=cfg.norm_eps)
+        return _mlp(p, cfg, mid_1D, scale_1)
+
+    _, back = jax.vjp(mlp, mid_D[None])
+    return back(write_D[None])[0][0]
