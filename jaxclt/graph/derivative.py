@@ -31,14 +31,14 @@ from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import mlp_norm, norm_scale, normalise, out_norm
 from jaxclt.lm.run import native_mlp
 from jaxclt.shapes import bucket
-from jaxclt.types import Block, LMParams, Targets
+from jaxclt.types import Block, LMParams
 
 __all__ = ["model_derivative"]
 
 
 @struct.dataclass
-class _Live:
-    """Past the real model's layers, all that is in them live, at the clean stream."""
+class _Model:
+    """Past the layers of the model itself, at the clean stream."""
 
     blocks: Block
     clean_LTD: Array  # what enters each layer
@@ -53,8 +53,8 @@ class _Live:
         self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
     ) -> Array:
         """See `jaxclt.graph.travel.Way`."""
-        here = jax.tree.map(lambda x: x[layer], (self.blocks, self.clean_LTD))
-        p, clean_TD = here
+        at = (self.blocks, self.clean_LTD)
+        p, clean_TD = jax.tree.map(lambda leaf: leaf[layer], at)
 
         def streams(resid_PD: Array) -> tuple[Array, Array]:
             after_PD, taps = _layer(p, resid_PD, cfg=self.cfg)
@@ -93,7 +93,7 @@ def model_derivative(p: Prompt, *, packed: bool = True) -> np.ndarray:
         plan=Plan(band_end=(T,), capacities=(min(bucket(K, 1), at_once),)),
         mesh=None,
         packed=packed,
-        way=_Live(p.params.blocks, p.recording.resid_LTD, p.cfg),
+        way=_Model(p.params.blocks, p.recording.resid_LTD, p.cfg),
     )
     rows = _reads(p)
     derivative_KN = np.zeros((K, Columns(p).layout.n_columns), rows.read_RD.dtype)
@@ -112,7 +112,7 @@ _MOST, _PATTERNS = 32, 1 << 25
 
 def _reads(p: Prompt) -> RowTargets:
     """What targets read of the stream, norms and an MLP that they read past live."""
-    t: Targets = p.targets
+    t = p.targets
     layer_K, pos_K = np.asarray(t.layer_K), np.asarray(t.pos_K)
     read_KD = np.array(t.vec_KD)
     out = np.flatnonzero(layer_K == p.cfg.n_layers)
