@@ -74,6 +74,8 @@ class Case:
     swap_layer: int  # the swap: `swap_D` is added to the stream after attention there,
     swap_pos: int  # which replaces one value of a variable by another
     swap_D: np.ndarray
+    # The same for what is asked for: in layer 0, at the last position.
+    query_D: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -383,7 +385,7 @@ def induction(
     Args:
       n: tokens of the alphabet; token n is the first of every prompt.
       n_tokens: length of a prompt, n_tokens - 2 <= n and at most 16.
-      soft: the induction head scores what it looks for 4 instead of 40, and units are
+      soft: the induction head scores what it looks for 3 instead of 40, and units are
         ReLU: a small change of key or query then has a small effect, where 40 leaves a
         softmax without a derivative, and lookups copy a little of nothing.
       n_prompts: how many, different ones.
@@ -419,7 +421,7 @@ def induction(
         # Content goes to the slow half of the rotary pairs.
         slow = C // 2 - n + i
         query = ch.start["query"] + i
-        w["q_LDHC"][1, query, 0, slow] = (4 if soft else 40) * C**0.5
+        w["q_LDHC"][1, query, 0, slow] = (3 if soft else 40) * C**0.5
         w["k_LDGC"][1, ch.start["key"] + i, 0, slow] = 1
     # Position alone: a query turned back by one step matches the key one step before.
     rate = cfg.rope_theta ** (-2 * np.arange(C // 2) / C)
@@ -438,6 +440,7 @@ def induction(
     for token_T in prompts:
         first = int(np.flatnonzero(token_T[:last] == token_T[last])[0])
         answer = int(token_T[first + 1])
+        other = token_T[1 if first > 1 else 2]
         cases.append(
             Case(
                 token_T=token_T,
@@ -448,6 +451,7 @@ def induction(
                 swap_layer=1,
                 swap_pos=last,
                 swap_D=one["found"][(answer + 1) % n] - one["found"][answer],
+                query_D=one["token"][other] - one["token"][token_T[last]],
             )
         )
     return Planted(

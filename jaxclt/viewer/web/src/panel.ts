@@ -52,7 +52,7 @@ function overview(app: App): HTMLElement[] {
     el("p", "note", "Each column is a token of the prompt, each row a layer. Circles are features the model switched on there; larger ones matter more for the output. Lines are direct effects; the strongest carry most of the output. “·” stands for a space."),
     el("p", "note", `A share says how much of a node's shown inputs one link makes up, counted without sign. ${model.reading === "value"
       ? "The weight is the effect itself: with constant terms and what was pruned, a feature's weights add up to its pre-activation, an output's to its logit."
-      : "The response is what a small change of the source does, attention and norms live and other features held; responses add up to nothing. Dotted links act mostly through what heads attend to."} ↑ acts at the same token, ↗ on a later one.`),
+      : "The response is what a small change of the source does, attention and norms live and other features held; responses need not add up. Dotted links act mostly through what heads attend to."} ↑ acts at the same token, ↗ on a later one.`),
     el("p", "note", "+ strengthens a feature, − weakens it, on whichever side of zero its activation is; of an output, + raises the logit. So the signs along a path multiply."),
   ];
 }
@@ -264,6 +264,7 @@ function help(): HTMLElement[] {
   return [
     el("div", "head", el("div", "", el("h2", "", "Keys and pointer"))), list,
     el("p", "note", "Wheel or drag moves the graph, Ctrl + wheel or pinch zooms. Click selects, Shift + click pins. In the subgraph, Shift + click (or Space) marks cards, which Group then joins; cards can be dragged."),
+    el("p", "note", "Attention lists the heads that matter; in the pattern of one, arrow keys move and Enter chooses a cell. Value and Response, above the graph of a trace with --response, switch between what nodes are made of and what small changes of them do."),
     el("p", "note", "Patch, on a feature or a supernode, changes its features in the model and shows what the model answers then: run by a server that was started with a model, otherwise by the command it shows. Lines between panels can be dragged, or moved with arrow keys; double-click resets them."),
     el("p", "note", "The address of this page holds what is selected, pinned, grouped, labelled and where cards lie: copy it to share a view. Save keeps it in the graph's JSON."),
   ];
