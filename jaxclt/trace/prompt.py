@@ -141,6 +141,7 @@ def trace_prompt(
                 cfg=model.cfg,
                 config=config,
                 n_tokens=len(ids),
+                dictionary=dictionary,
                 shortlist=shortlist,
                 stop=stop,
             )
