@@ -228,6 +228,17 @@ def test_view_offers_supernodes_on_request(traced: Path, tmp_path: Path):
         assert set(members) <= shown
 
 
+def test_view_goes_by_either_reading(
+    traced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run("view", traced, "--by", "response") == 2
+    assert "trace the prompt with --response" in capsys.readouterr().err
+    out, page = tmp_path / "both", tmp_path / "response.html"
+    assert trace(out, "--response") == 0
+    assert run("view", out, "--by", "response", "--suggest", "--out", page) == 0
+    assert '"reading":"response"' in page.read_text("utf-8")
+
+
 def test_view_sets_a_second_graph_beside(traced: Path, tmp_path: Path):
     page = tmp_path / "both.html"
     assert run("view", traced, "--compare", traced, "--out", page) == 0

@@ -176,7 +176,10 @@ def of_prompt(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Means and 95% intervals over prompts; one block for each way to measure."""
+    """Means and 95% intervals over prompts; one block for each way to measure.
+
+    The last column is what `off` says, the last lines what the response gains in it.
+    """
     text = ""
     for reference in dict.fromkeys(row["reference"] for row in rows):
         for semantics in SEMANTICS:
@@ -191,22 +194,46 @@ def table(rows: list[dict[str, Any]]) -> str:
             text += f"\n{reference}, {semantics} ({n_prompts} prompts"
             text += f", {left_out} left out)\n\n" if left_out else ")\n\n"
             sizes = sorted({row["n"] for row in said})
-            text += "| ranking | measure | " + " | ".join(map(str, sizes)) + " |\n"
-            text += "|---" * (2 + len(sizes)) + "|\n"
-            for ranking in RANKINGS:
-                mine = [row for row in said if row["ranking"] == ranking]
-                for measure in ("sufficiency", "necessity") if mine else ():
+            text += _line("ranking", "measure", *sizes, "off")
+            text += _line(*("---",) * (3 + len(sizes)))
+            for measure in ("sufficiency", "necessity"):
+                for ranking in RANKINGS:
+                    mine = [row for row in said if row["ranking"] == ranking]
                     cells = [
                         interval([row[measure] for row in mine if row["n"] == n])
                         for n in sizes
                     ]
-                    text += f"| {ranking} | {measure} | " + " | ".join(cells) + " |\n"
+                    distance = off(said, ranking, measure)
+                    text += _line(ranking, measure, *cells, interval(distance))
+                for kind in ("", " total"):
+                    value, response = (
+                        off(said, reading + kind, measure)
+                        for reading in ("value", "response")
+                    )
+                    gain = [a - b for a, b in zip(value, response, strict=True)]
+                    what = f"response{kind} gains", measure, *("",) * len(sizes)
+                    text += _line(*what, interval(gain))
     return text
 
 
+def off(rows: list[dict[str, Any]], ranking: str, measure: str) -> list[float]:
+    """How far a measure is from 1, mean of the sizes, of each prompt."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["ranking"] == ranking:
+            found.setdefault(row["prompt"], []).append(abs(1 - row[measure]))
+    return [float(np.mean(x)) for x in found.values()]
+
+
 def interval(values: list[float]) -> str:
+    if not values:
+        return ""
     low, high = mean_interval(np.array(values), jax.random.key(0))
     return f"{np.mean(values):.2f} ({low:.2f} to {high:.2f})"
+
+
+def _line(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |\n"
 
 
 def main() -> None:

@@ -74,6 +74,8 @@ class Case:
     swap_layer: int  # the swap: `swap_D` is added to the stream after attention there,
     swap_pos: int  # which replaces one value of a variable by another
     swap_D: np.ndarray
+    # The same for what is asked for: in layer 0, at the last position.
+    query_D: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -438,6 +440,7 @@ def induction(
     for token_T in prompts:
         first = int(np.flatnonzero(token_T[:last] == token_T[last])[0])
         answer = int(token_T[first + 1])
+        other = token_T[1 if first > 1 else 2]
         cases.append(
             Case(
                 token_T=token_T,
@@ -448,6 +451,7 @@ def induction(
                 swap_layer=1,
                 swap_pos=last,
                 swap_D=one["found"][(answer + 1) % n] - one["found"][answer],
+                query_D=one["token"][other] - one["token"][token_T[last]],
             )
         )
     return Planted(

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,10 @@ from planted import Case, Planted
 from jaxclt.clt.active import active_features
 from jaxclt.clt.coder import Dictionary, load
 from jaxclt.graph.attribute import AttributeConfig, attribute_recording
+from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph, GraphMeta
 from jaxclt.graph.prompt import Prompt
+from jaxclt.graph.response import by_response
 from jaxclt.graph.scores import scores
 from jaxclt.graph.supernodes import supernode_graph
 from jaxclt.graph.targets import functional_targets
@@ -79,15 +82,23 @@ class Recovery:
 class Hidden:
     """What decides where a head attends, in a graph and by patches (means of cases).
 
-    Changes of the answer's logit are as a share of it, 1 being all of it.
+    Changes of the answer's logit are as a share of it, 1 being all of it. Errors are
+    |predicted - measured| / |measured|, nan where nothing was measured.
     """
 
     key_influence: float  # of the key's features, in the graph
-    query_influence: float  # of the last token's embedding
+    query_influence: float
+    key_response: float  # the same in the graph by response
+    query_response: float
     key_frozen: float  # change when the key's features are ablated, patterns held
     key_live: float  # the same with patterns computed anew
     query_frozen: float  # change when the last token is replaced, patterns held
     query_live: float
+    key_small: float  # error of the response for a tenth less of the key's features
+    query_small: float
+    query_swap: (
+        float  # error of the replacement model, patterns live, for another query
+    )
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -141,7 +152,9 @@ def _activations(
     return jax.jit(jax.vmap(dense))(rec_P.mid_LTD, rec_P.frozen.mlp_scale_LT)
 
 
-def case_graph(planted: Planted, dictionary: Dictionary, case: Case) -> Graph:
+def case_graph(
+    planted: Planted, dictionary: Dictionary, case: Case, *, response: bool = False
+) -> Graph:
     """The full graph of a case; its targets are the answers' logits, not demeaned."""
     cfg, params = planted.cfg, planted.params
     rec = record_prompt(params, case.token_T, cfg)
@@ -163,7 +176,9 @@ def case_graph(planted: Planted, dictionary: Dictionary, case: Case) -> Graph:
             active_features(dictionary, params, rec, cfg),
             targets,
             cfg=cfg,
-            config=AttributeConfig(max_features=None, tolerance=0.0, devices=1),
+            config=AttributeConfig(
+                max_features=None, tolerance=0.0, devices=1, response=response
+            ),
         ),
         GraphMeta(
             model=planted.name,
@@ -254,7 +269,12 @@ def _recover(
 
 
 def swap_error(
-    planted: Planted, dictionary: Dictionary, case: Case, *, gates: Part | None = None
+    planted: Planted,
+    dictionary: Dictionary,
+    case: Case,
+    *,
+    gates: Part | None = None,
+    query: bool = False,
 ) -> float:
     """How far the replacement model's response to the swap is from the model's.
 
@@ -265,21 +285,27 @@ def swap_error(
       gates: "live" lets features switch on and off, "frozen" is what the graph of the
         case says; None takes live for transcoders and frozen for neurons, whose live
         gates are the model itself.
+      query: swap what is asked for, with patterns live in both.
     """
     params, cfg = planted.params, planted.cfg
     rec = record_prompt(params, case.token_T, cfg)
     model = make_patchable(dictionary, params, rec, cfg)
     local = make_local(dictionary, model, active_features(dictionary, params, rec, cfg))
     idle = Change.of(gather_features(dictionary, model, [(0, 0, 0)]), 1.0)
+    layer, pos, delta_D = case.swap_layer, case.swap_pos, case.swap_D
+    if query:
+        assert case.query_D is not None, "the circuit asks for nothing"
+        layer, pos, delta_D = 0, len(case.token_T) - 1, case.query_D
     swaps = nudged(
         local.placed(batched(idle, [1])),
-        np.array([case.swap_layer]),
-        np.array([case.swap_pos]),
-        np.asarray(case.swap_D, rec.mid_LTD.dtype)[None],
+        np.array([layer]),
+        np.array([pos]),
+        np.asarray(delta_D, rec.mid_LTD.dtype)[None],
         len(case.token_T),
     )
     swap = jax.tree.map(lambda leaf_B: leaf_B[0], swaps)
-    how = How(mode="iterative", norms="frozen", gates=gates)
+    patterns = "live" if query else "frozen"
+    how = How(mode="iterative", patterns=patterns, norms="frozen", gates=gates)
     readout_K = jnp.asarray(planted.readout_K)
     said_K, real_K = _responses(model, local.tables, swap, readout_K, how=how)
     return float(jnp.linalg.norm(said_K - real_K) / jnp.linalg.norm(real_K))
@@ -299,7 +325,7 @@ def _responses(
     said = patched(
         model, swap.change, layers_2, how=how, tables=tables, nudge=swap.nudge
     )
-    real = underlying(model, swap.nudge, how=How())
+    real = underlying(model, swap.nudge, how=How(patterns=how.patterns))
     return moved(said), moved(real)
 
 
@@ -309,9 +335,10 @@ def hidden(planted: Planted, dictionary: Dictionary, cases: tuple[Case, ...]) ->
     The key's features are ablated by a constrained patch of their layer, behind which
     the model runs by itself; the query is the last token, replaced by one that is not
     in the prompt. Norms are held throughout, so that only patterns make a difference.
+    What small changes do is told by total effects by response, and measured on a tenth.
 
     Args:
-      planted: with a node ``key``.
+      planted: with nodes ``key`` and ``query``.
       dictionary: whose features.
       cases: prompts.
     """
@@ -347,36 +374,40 @@ def _hidden(
     matched: dict[tuple[int, int], str],
 ) -> Hidden:
     params, cfg = planted.params, planted.cfg
-    graph = case_graph(planted, dictionary, case)
-    places = _nodes(graph, case, matched).get("key", [])
+    graph = case_graph(planted, dictionary, case, response=True)
     rec = record_prompt(params, case.token_T, cfg)
+    model = make_patchable(dictionary, params, rec, cfg)
     answer = case.answer["answer"]
     clean = float(unembed(params, rec.out_TD[-1])[answer])
+    frozen, live = (How(patterns=part, norms="frozen") for part in get_args(Part)[::-1])
 
     def loss(logit_V: Array) -> float:
         return 1 - float(logit_V[answer]) / clean
 
     other = min(set(range(cfg.d_vocab)) - set(case.token_T.tolist()))
     new_T = jnp.asarray(case.token_T).at[-1].set(other)
-    parts: tuple[Part, ...] = ("frozen", "live")
-    hows = [How(patterns=part, norms="frozen") for part in parts]
-    query_loss = [
-        loss(_replaced(params, new_T, hold_of(rec, how), cfg)) for how in hows
-    ]
-    key_loss = [0.0, 0.0]
-    if places:
-        model = make_patchable(dictionary, params, rec, cfg)
-        change = Change.of(gather_features(dictionary, model, places))
-        layer = jnp.asarray(places[0][0], jnp.int32)
-        key_loss = [loss(_ablated(model, change, layer, how=how)) for how in hows]
-    place_A = zip(graph.layer_A, graph.pos_A, graph.feature_A, strict=True)
-    own_A = np.array([tuple(map(int, at)) in places for at in place_A], bool)
-    last_embed = graph.influence_N[graph.embed_cols][-1]
-    return Hidden(
-        key_influence=float(graph.influence_N[graph.feature_cols][own_A].sum()),
-        query_influence=float(last_embed),
-        key_frozen=key_loss[0],
-        key_live=key_loss[1],
-        query_frozen=query_loss[0],
-        query_live=query_loss[1],
-    )
+    response = by_response(graph)
+    nodes = {k: v for k, v in _nodes(graph, case, matched).items() if k != "copy"}
+    found = {
+        f"query_{name}": loss(_replaced(params, new_T, hold_of(rec, how), cfg))
+        for name, how in (("frozen", frozen), ("live", live))
+    }
+    effect_A = solve_total_effect(response)[0]
+    for node in ("key", "query"):
+        places = nodes.get(node, [])
+        own_A = [graph.feature(a) in places for a in range(graph.n_features)]
+        for name, of in (("influence", graph), ("response", response)):
+            influence_A = of.influence_N[graph.feature_cols]
+            found[f"{node}_{name}"] = float(influence_A[own_A].sum())
+        features = gather_features(dictionary, model, places or [(0, 0, 0)])
+        layer = jnp.asarray(0, jnp.int32)
+        small = loss(_ablated(model, Change.of(features, 0.9), layer, how=live))
+        said = 0.1 * float(effect_A[own_A].sum()) / clean
+        known = bool(places) and abs(small) > 1e-3
+        found[f"{node}_small"] = abs(said / small - 1) if known else float("nan")
+        if node == "key":
+            for name, how in (("frozen", frozen), ("live", live)):
+                ablated = _ablated(model, Change.of(features), layer, how=how)
+                found[f"key_{name}"] = loss(ablated) if places else 0.0
+    found["query_swap"] = swap_error(planted, dictionary, case, query=True)
+    return Hidden(**found)

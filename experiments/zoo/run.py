@@ -1,6 +1,6 @@
 """What graphs say of circuits that are known: the table of this folder's README.
 
-    python experiments/zoo/run.py [--out DIR] [--only two_hop absolute induction]
+    python experiments/zoo/run.py [--out DIR] [--only two_hop absolute ...]
 
 Writes DIR/table.md and DIR/results.json (DIR is `out/zoo` unless given), a row as soon
 as it is there.
@@ -13,6 +13,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,8 @@ def memorised(planted: Planted, dictionary: Dictionary, cases: tuple[Case, ...])
     }
 
 
-def inductions() -> Iterator[Row]:
-    planted = induction()
+def inductions(*, soft: bool = False) -> Iterator[Row]:
+    planted = induction(soft=soft)
     cases = planted.cases[:6]
     kinds: list[tuple[str, Dictionary, Row]] = [
         ("true", true_dictionary(planted, span=2), {}),
@@ -140,7 +141,7 @@ def inductions() -> Iterator[Row]:
 def shown(value: Any) -> str:
     if isinstance(value, str):
         return value.replace("|", "\\|")
-    if value is None:
+    if value is None or value != value:
         return ""
     return f"{value:.4f}" if 0 < abs(value) < 0.005 else f"{value:.2f}"
 
@@ -151,14 +152,22 @@ def table(rows: list[Row], columns: tuple[str, ...]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-MEMBERS = {"two_hop": two_hops, "absolute": absolutes, "induction": inductions}
+MEMBERS = {
+    "two_hop": two_hops,
+    "absolute": absolutes,
+    "induction": inductions,
+    "soft_induction": partial(inductions, soft=True),
+}
+WHY = (
+    "dictionary", "key_influence", "query_influence", "key_response", "query_response",
+    "key_frozen", "key_live", "query_frozen", "query_live", "key_small", "query_small",
+    "query_swap",
+)  # fmt: skip
 EXTRA = {
     "|x|": ("dictionary", "prompts", "on", "fires", "swap", "linear"),
-    "induction": (
-        "dictionary", "key_influence", "query_influence", "key_frozen", "key_live",
-        "query_frozen", "query_live",
-    ),
-}  # fmt: skip
+    "induction": WHY,
+    "soft induction": WHY,
+}
 
 
 def main() -> None:

@@ -62,8 +62,11 @@ class _Live:
 
         _, back = jax.vjp(streams, clean_TD[: len(g_PXD)])
         read_PXD = add_reads(jnp.zeros_like(g_PXD))
-        below = jax.vmap(lambda *g: back(g)[0], in_axes=1, out_axes=1)
-        return below(g_PXD, read_PXD)
+        # One at a time, not batched: XLA for CPUs (jaxlib 0.10.2) computes cotangents
+        # of norms, r - u (u . r), wrong where many share a u. It also holds one's
+        # patterns only.
+        each = g_PXD.swapaxes(0, 1), read_PXD.swapaxes(0, 1)
+        return jax.lax.map(lambda g: back(g)[0], each).swapaxes(0, 1)
 
 
 def _layer(p: Block, resid_TD: Array, *, cfg: LMConfig) -> tuple[Array, Taps]:
@@ -87,10 +90,9 @@ def model_derivative(p: Prompt, *, packed: bool = True) -> np.ndarray:
       packed: hold the source vectors written out, as for `make_puller`.
     """
     T, K = len(p.recording.token_T), p.n_targets
-    at_once = max(1, min(_MOST, _PATTERNS // (p.cfg.n_heads * T * T)))
     puller = make_puller(
         p,
-        plan=Plan(band_end=(T,), capacities=(min(bucket(K, 1), at_once),)),
+        plan=Plan(band_end=(T,), capacities=(min(bucket(K, 1), _MOST),)),
         mesh=None,
         packed=packed,
         way=_Live(p.params.blocks, p.recording.resid_LTD, p.cfg),
@@ -105,9 +107,7 @@ def model_derivative(p: Prompt, *, packed: bool = True) -> np.ndarray:
     return derivative_KN
 
 
-# Targets that go down together, and numbers in their cotangents of patterns: with more,
-# memory would grow with the square of the prompt times the targets.
-_MOST, _PATTERNS = 32, 1 << 25
+_MOST = 32  # targets whose cotangents are held together
 
 
 def _reads(p: Prompt) -> RowTargets:

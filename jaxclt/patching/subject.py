@@ -28,6 +28,7 @@ from jaxclt.files.json_file import (
     read_json,
     record,
 )
+from jaxclt.graph.contrast import contrast
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.memory import available_bytes
 from jaxclt.graph.supernodes import with_features
@@ -201,6 +202,15 @@ class Subject:
                 "measured on tokens: trace with token targets"
             )
         return found
+
+    @functools.cached_property
+    def contrast_K(self) -> np.ndarray:  # noqa: N802
+        """Weights of the targets that are tokens in the graph's contrast.
+
+        The first of them alone if the contrast is of something else.
+        """
+        weight_K = contrast(self.graph).weight_K[self.targets]
+        return weight_K if weight_K.any() else np.eye(len(weight_K))[0]
 
     @functools.cached_property
     def answers(self) -> tuple[np.ndarray, list[str]]:

@@ -27,6 +27,9 @@ class ValidateOptions:
     n_features: int = 100  # most influential ones, and as many at random
     n_small: int = 25  # of each, also patched a little
     small: float = 0.8  # factor of the small patch
+    n_live: int = 25  # of each, patched with attention patterns live
+    live_factor: float = 0.9  # of the small patch there
+    n_patterns: int = 8  # whose attention patterns are compared
     n_replacement: int = 16  # patched in the replacement model alone
     n_watched: int = 60  # features whose activations are watched
     n_groups: int = 8  # features at several positions, if no supernodes are given
@@ -37,11 +40,12 @@ class ValidateOptions:
 
     def __post_init__(self) -> None:
         least = {0: ("n_replacement", "n_watched", "n_groups"), 3: ("n_features",)}
-        least[1] = ("n_small", "n_layers", "n_perturbed")
+        least[0] += ("n_patterns",)
+        least[1] = ("n_small", "n_live", "n_layers", "n_perturbed")
         for bound, names in least.items():
             check_at_least(bound, **{name: getattr(self, name) for name in names})
         check_positive(size=self.size)
-        check_finite(small=self.small, seed=self.seed)
+        check_finite(small=self.small, live_factor=self.live_factor, seed=self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,15 @@
 """The validation report of a graph: its predictions against patches of the model.
 
-Four measurements (Circuit Tracing 2025, sections G.1 to G.3 and 5.3), over the most
-influential features, a random control set and supernodes:
+Five measurements (the first, second, third and fifth after Circuit Tracing 2025,
+sections G.1 to G.3 and 5.3), over the most influential features, a random control set
+and supernodes:
 
 1. the signed total effect on the targets against small and full patches in each mode;
 2. influence against the divergence of an ablation, beside activation and direct edge;
 3. influence between features against the change of downstream activations;
-4. how a perturbation spreads in the replacement model and in the model, and whether the
+4. the same in the real model with attention patterns live, predicted by response, and
+   how the patterns move;
+5. how a perturbation spreads in the replacement model and in the model, and whether the
    dictionary has the MLPs' derivatives (Jacobian agreement).
 """
 
@@ -27,7 +30,7 @@ from jaxclt.files.json_text import rounded, to_json
 from jaxclt.patching.subject import Subject
 from jaxclt.runs.pace import logged
 from jaxclt.types import Supernode
-from jaxclt.validation import measures, plots
+from jaxclt.validation import live, measures, plots
 from jaxclt.validation.ablations import Bench, Counter
 from jaxclt.validation.choice import Choice, ValidateOptions, choose
 from jaxclt.validation.faithfulness import VARIANTS, faithfulness
@@ -83,6 +86,7 @@ def validate_graph(
         "n_random": int(choice.control_B.sum()),
         "total_effect": effects,
         "influence_vs_kl": influence,
+        "patterns_live": live.patterns_live(bench),
         "pairwise": measures.pairwise(bench, ablated),
         "supernodes": measures.supernodes(bench),
         "failures": measures.failures(bench, scatter["constrained"]),
@@ -126,6 +130,7 @@ def _planned(subject: Subject, options: ValidateOptions, choice: Choice) -> int:
     B, small = len(choice.node_B), len(choice.small(options.n_small))
     n_modes = len(measures.MODES) - (subject.patchable.coder.shape.span == 1)
     n = n_modes * (B + small) + min(options.n_replacement, B) + len(choice.groups)
+    n += live.n_live_patches(subject, options, choice)
     return n + 6 * options.n_layers * options.n_perturbed
 
 

@@ -21,6 +21,13 @@ ADDITIVE = {
     False: "The dictionary writes to several layers: additive patching counts its "
     "effects twice and is shown for comparison with other tools only.",
 }
+# Who predicts what features do where patterns are live.
+BY = {
+    "response": "the graph's total effects by response",
+    "derivative": "the model's own derivative",
+    "finite": "the local replacement model (attention and norms live, gates held)",
+    "value": "the graph's total effects by value",
+}
 INCOMPLETE = (
     "The replacement model re-encoded the features that are active somewhere on the "
     "prompt (for neurons: the kept ones), not the whole dictionary."
@@ -78,6 +85,7 @@ def verdict(report: dict[str, Any]) -> str:
         f"among the {report['n_top']} most influential features "
         f"{_show(best['top']['spearman'])}, and the sign of the larger effects is "
         f"right for {_percent(best['sign_agreement'])}.",
+        _live_in_short(report["patterns_live"]),
         f"Influence ranks how much an ablation matters with Spearman {_show(score)}"
         + (
             f", less than {' and '.join(beaten)}: do not rank features by influence "
@@ -101,12 +109,27 @@ def verdict(report: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
+def _live_in_short(found: dict[str, Any]) -> str:
+    """What holds in the model when attention answers too."""
+    small, full, start = found.get("small"), found["full"], ""
+    if small is not None:
+        start = (
+            f"small changes follow {BY[small['predicted_by']]} with Spearman "
+            f"{_with_interval(small)}, "
+        )
+    return (
+        f"In the model, patterns live, {start}ablations follow {BY['finite']} with "
+        f"{_with_interval(full)} and effects by value with "
+        f"{_show(full['value']['spearman'])}."
+    )
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The whole of validation.md."""
     prompt = str(report["prompt"]).replace("`", "'").replace("\n", " ")
     head = f"Prompt: `{prompt}`. Dictionary: `{report['dictionary']}`."
     lines = ["# Validation", "", head, "", report["verdict"], ""]
-    for section in (_effects, _influence, _groups, _faithful, _fails, _method):
+    for section in (_effects, _live, _influence, _groups, _faithful, _fails, _method):
         lines += section(report)
     return "\n".join(lines) + "\n"
 
@@ -147,6 +170,52 @@ def _effects(report: dict[str, Any]) -> list[str]:
         "![effects](validation_effects.png)",
         "",
         ADDITIVE[report["span"] == 1],
+        "",
+    ]
+
+
+def _live(report: dict[str, Any]) -> list[str]:
+    found, rows = report["patterns_live"], []
+    for kind in ("small", "full"):
+        line = found.get(kind)
+        if line is None:
+            continue
+        said = "ablated" if kind == "full" else f"times {line['factor']}"
+        others = [(name, line[name]) for name in BY if name in line]
+        rows += [
+            (
+                said,
+                BY[name],
+                _with_interval(one),
+                _percent(one["sign"]),
+                _show(one["slope"]),
+                one["n"],
+            )
+            for name, one in [(line["predicted_by"], line), *others]
+        ]
+    return [
+        "## In the model, patterns live",
+        "",
+        "Change of the graph's contrast (answer against runner-up) when single "
+        "features are patched in the model with attention patterns, norms and MLPs "
+        "live.",
+        "",
+        *_table("patch|predicted by|Spearman [95%]|sign|slope|n", rows),
+        *_moved(found["patterns"]),
+    ]
+
+
+def _moved(patterns: dict[str, Any] | None) -> list[str]:
+    if patterns is None:
+        return ["The patterns are too large to compare.", ""]
+    small, full = (
+        f"Spearman {_with_interval(one)} over the cells that move most, cosine "
+        f"{_show(one['cosine'])} over all"
+        for one in (patterns["small"], patterns["full"])
+    )
+    return [
+        f"Attention patterns themselves, predicted and measured: small patches by the "
+        f"derivative {small}; ablations by {BY['finite']} {full}.",
         "",
     ]
 

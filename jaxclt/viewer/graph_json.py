@@ -34,9 +34,7 @@ from jaxclt.files.json_text import finite, well_formed
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.kinds import KINDS
 from jaxclt.graph.nodes import facts
-from jaxclt.graph.response import by_response
 from jaxclt.graph.shares import whole_input
-from jaxclt.graph.yardstick import contrast_derivative, hidden_effect
 from jaxclt.viewer.links import brief, edges_of, kept_edges, link_list
 
 __all__ = ["graph_json", "validate"]
@@ -64,9 +62,7 @@ def graph_json(
     Raises:
         InputError: a kept weight, an activation or an influence is not finite.
     """
-    readings = {"value": graph}
-    if graph.response is not None:
-        readings["response"] = by_response(graph)
+    readings = _readings(graph)
     row_E, col_E = kept_edges(readings)
     for reading in readings.values():
         _require_finite(edge_RN=edges_of(reading, row_E, col_E))
@@ -115,6 +111,16 @@ def graph_json(
     }
 
 
+def _readings(graph: Graph) -> dict[str, Graph]:
+    """The graph by value, and by response if it has that."""
+    if graph.response is None:
+        return {"value": graph}
+    # Here, for jax comes with it, which who only reads documents does without.
+    from jaxclt.graph.response import by_response
+
+    return {"value": graph, "response": by_response(graph)}
+
+
 def _add_changes(readings: dict[str, Graph], nodes: dict[int, dict[str, Any]]) -> None:
     """Say of sources what a small change of them does, as far as the graph knows.
 
@@ -122,6 +128,8 @@ def _add_changes(readings: dict[str, Graph], nodes: dict[int, dict[str, Any]]) -
     in the real model; of features how much of it the graph's total effects by response
     do not show.
     """
+    from jaxclt.graph.yardstick import contrast_derivative, hidden_effect  # as above
+
     graph, other = readings["value"], readings.get("response")
     known = {"derivative": contrast_derivative(graph), "hidden": hidden_effect(graph)}
     said = {k: [brief(x) for x in x_N] for k, x_N in known.items() if x_N is not None}

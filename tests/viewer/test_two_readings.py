@@ -181,6 +181,9 @@ def is_qk(link: dict) -> bool:
 
 def test_a_graph_of_one_reading_has_no_switch(open_page, graph):
     for one, reading in ((make_graph(), "value"), (by_response(graph), "response")):
-        tab = open_page(page(graph_json(one, slug="one")))
+        doc = graph_json(one, slug="one")
+        tab = open_page(page(doc))
         assert not tab.is_visible("#readings")
         assert tab.evaluate("__jaxclt.app.model.reading") == reading
+        weights = [link["weight"] for link in doc["links"]]
+        assert tab.evaluate("[...__jaxclt.app.model.weight]") == pytest.approx(weights)

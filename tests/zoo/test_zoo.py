@@ -34,7 +34,8 @@ def member(name: str) -> Planted:
             return two_hop(8, 4, dtype=jnp.float64)
         if name == "absolute":
             return absolute(3, 20, dtype=jnp.float64)
-        return induction(6, 7, n_prompts=12, dtype=jnp.float64)
+        soft = name == "soft induction"
+        return induction(6, 7, soft=soft, n_prompts=12, dtype=jnp.float64)
 
 
 def logits(planted: Planted) -> np.ndarray:
@@ -126,10 +127,11 @@ def test_the_graph_is_the_known_graph(name: str) -> None:
             want_RN[A + k, :A] = LOGIT * graph.value_A * own
         assert K == 3
     else:
-        # The copy reads the token found; keys read the tokens before theirs and feed
-        # nothing, though they are why it was found.
+        # The copy reads the token found; keys read the tokens before theirs, queries
+        # their own, and both feed nothing, though they are why it was found.
         for a in range(A - 1):
-            want_RN[a, graph.embed_cols.start + graph.pos_A[a] - 1] = 1
+            back = planted.units[graph.feature_A[a]].node == "key"
+            want_RN[a, graph.embed_cols.start + graph.pos_A[a] - back] = 1
         want_RN[A - 1, source], want_RN[A, A - 1] = 1, LOGIT
     feature_or_token = np.ones(graph.edge_RN.shape[1], bool)
     feature_or_token[graph.error_cols] = False
@@ -146,6 +148,27 @@ def test_an_induction_graph_does_not_say_why_the_head_attends() -> None:
     assert found.query_frozen == near(0, abs=1e-9)
     assert found.key_live == near(1, abs=1e-6)
     assert found.query_live == near(1, abs=1e-6)
+    # Nor does a small change: the softmax is all but 1 there. A swap of the query does.
+    assert max(found.key_response, found.query_response) < 1e-9
+    assert found.query_swap == near(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["true", "neurons"])
+def test_by_response_key_and_query_are_found(kind: str) -> None:
+    """Maths 22.80: what decides where a soft head attends has influence, and what the
+    graph predicts of it is measured.
+
+    A softmax of score 4 against six zeros has 0.901, and a tenth less of the score a
+    derivative of 4 * 0.901 * 0.099 times that, to the second order.
+    """
+    planted = member("soft induction")
+    dictionary = true_dictionary(planted) if kind == "true" else NeuronDictionary()
+    found = hidden(planted, dictionary, planted.cases[:2])
+    for node in ("key", "query"):
+        assert getattr(found, f"{node}_influence") < 1e-6
+        assert getattr(found, f"{node}_response") > 0.1
+        assert getattr(found, f"{node}_small") < 0.1
+    assert found.query_swap < 0.1
 
 
 def test_what_neurons_hide() -> None:

@@ -1,6 +1,8 @@
 // The graph in numbers: nodes as objects, links as columns, inputs and outputs by node.
 
-import { type GraphDocument, type Json, type NumberName, asObject, asText } from "./document";
+import { Adjacency } from "./adjacency";
+import type { NumberName } from "./columns";
+import { type GraphDocument, type Json, asObject, asText } from "./document";
 import { isNumber, percent, quoted, visible } from "./dom";
 
 const FEW_LINKS = 10_000; // more are rarely drawn
@@ -93,14 +95,12 @@ export class Model {
     const only: Reading = this.doc.jaxclt.reading === "response" ? "response" : "value";
     const reading = this.hasResponse ? wanted : only, E = this.source.length, { numbers } = this.doc.links;
     this.reading = reading;
-    this.weight = Float64Array.from(reading === "response" ? numbers.response ?? [] : numbers.weight);
+    this.weight = Float64Array.from((reading === "response" && numbers.response) || numbers.weight);
     const other = new Set<number>(); // links of the other reading alone
     for (const [e, raw] of this.extra) if (raw.reading !== undefined && raw.reading !== reading) other.add(e);
     for (const e of other) this.weight[e] = 0;
     this.share = new Float32Array(E);
-    this.flow = new Float32Array(E);
-    this.strongest = null;
-    const { source, target, weight, share, flow } = this, read = new Float64Array(this.nodes.length);
+    const { source, target, weight, share } = this, read = new Float64Array(this.nodes.length);
     for (let e = 0; e < E; e++) read[target[e] as number] = (read[target[e] as number] as number) + Math.abs(weight[e] as number);
     for (let e = 0; e < E; e++) share[e] = Math.abs(weight[e] as number) / ((read[target[e] as number] as number) || 1);
     this.ins = new Adjacency(target, this.nodes.length, share, other);
@@ -111,7 +111,16 @@ export class Model {
       n.linked = !this.hasResponse || n.kind === "embedding" || n.kind === "logit"
         || this.ins.unsorted(n.index).length + this.outs.unsorted(n.index).length > 0;
     }
-    // A link matters as far as its target does: weight flows down from the outputs.
+    this.flow = this.flowDown();
+    this.strongest = null;
+    this.ranked = this.nodes.slice().sort((a, b) => (a.influence ?? -1) - (b.influence ?? -1) || b.prob - a.prob);
+    let rank = 0;
+    for (const n of this.ranked) n.rank = n.influence === null || !n.linked ? null : ++rank;
+  }
+
+  /** A link matters as far as its target does: weight flows down from the outputs. */
+  private flowDown(): Float32Array {
+    const { source, share } = this, flow = new Float32Array(source.length);
     const arrives = Float64Array.from(this.nodes, (n) => (n.kind === "logit" ? Math.max(n.prob, 1e-6) : 0));
     for (const n of this.nodes.slice().sort((a, b) => b.band - a.band)) {
       const mine = this.ins.unsorted(n.index), here = arrives[n.index] as number;
@@ -121,9 +130,7 @@ export class Model {
         arrives[s] = (arrives[s] as number) + (flow[e] as number);
       }
     }
-    this.ranked = this.nodes.slice().sort((a, b) => (a.influence ?? -1) - (b.influence ?? -1) || b.prob - a.prob);
-    let rank = 0;
-    for (const n of this.ranked) n.rank = n.influence === null || !n.linked ? null : ++rank;
+    return flow;
   }
 
   get nLinked(): number { return this.nodes.reduce((sum, n) => sum + Number(n.linked), 0); }
@@ -141,7 +148,7 @@ export class Model {
     if (!this.strongest || this.strongest.length < wanted) {
       const least = wanted < flow.length ? nearKth(flow, wanted) : -1;
       const chosen: number[] = [];
-      for (let e = 0; e < flow.length; e++) if ((flow[e] as number) >= least && (this.weight[e] as number) !== 0) chosen.push(e);
+      for (let e = 0; e < flow.length; e++) if ((flow[e] as number) >= least) chosen.push(e);
       this.strongest = Int32Array.from(chosen).sort((a, b) => (flow[b] as number) - (flow[a] as number));
     }
     return this.strongest;
@@ -232,43 +239,6 @@ function nearKth(values: Float32Array, k: number): number {
   let bucket = count.length, left = k;
   while (bucket > 0 && left > 0) left -= count[--bucket] as number;
   return new Float32Array(new Uint32Array([bucket << 16]).buffer)[0] as number;
-}
-
-/** Links by one of their ends, in one array, but for some. */
-class Adjacency {
-  private readonly start: Int32Array;
-  private readonly list: Int32Array;
-  private readonly ordered: Uint8Array;
-
-  constructor(end: Int32Array, nNodes: number, private readonly share: Float32Array, without: Set<number>) {
-    this.start = new Int32Array(nNodes + 1);
-    for (let e = 0; e < end.length; e++) {
-      if (without.has(e)) continue;
-      const i = (end[e] as number) + 1;
-      this.start[i] = (this.start[i] as number) + 1;
-    }
-    for (let i = 0; i < nNodes; i++) this.start[i + 1] = (this.start[i + 1] as number) + (this.start[i] as number);
-    const next = this.start.slice();
-    this.list = new Int32Array(end.length - without.size);
-    for (let e = 0; e < end.length; e++) {
-      if (without.has(e)) continue;
-      const i = end[e] as number, at = next[i] as number;
-      this.list[at] = e;
-      next[i] = at + 1;
-    }
-    this.ordered = new Uint8Array(nNodes);
-  }
-
-  unsorted(i: number): Int32Array { return this.list.subarray(this.start[i], this.start[i + 1]); }
-
-  sorted(i: number): Int32Array {
-    const mine = this.unsorted(i);
-    if (!this.ordered[i]) {
-      mine.sort((a, b) => (this.share[b] as number) - (this.share[a] as number));
-      this.ordered[i] = 1;
-    }
-    return mine;
-  }
 }
 
 function readNode(raw: Json, index: number, tokens: string[]): GraphNode {

@@ -117,7 +117,7 @@ function backgroundLinks(pen: Pen, s: Scene): Map<number, number> {
   const wanted = (all: boolean) => {
     const found: number[] = [];
     for (const e of model.byFlow(all)) {
-      if (bothShown(s, e)) found.push(e);
+      if (model.weight[e] !== 0 && bothShown(s, e)) found.push(e); // 0: of the other reading
       if (found.length >= most) break;
     }
     return found;

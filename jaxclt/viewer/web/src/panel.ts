@@ -264,6 +264,7 @@ function help(): HTMLElement[] {
   return [
     el("div", "head", el("div", "", el("h2", "", "Keys and pointer"))), list,
     el("p", "note", "Wheel or drag moves the graph, Ctrl + wheel or pinch zooms. Click selects, Shift + click pins. In the subgraph, Shift + click (or Space) marks cards, which Group then joins; cards can be dragged."),
+    el("p", "note", "Attention lists the heads that matter; in the pattern of one, arrow keys move and Enter chooses a cell. Value and Response, above the graph of a trace with --response, switch between what nodes are made of and what small changes of them do."),
     el("p", "note", "Patch, on a feature or a supernode, changes its features in the model and shows what the model answers then: run by a server that was started with a model, otherwise by the command it shows. Lines between panels can be dragged, or moved with arrow keys; double-click resets them."),
     el("p", "note", "The address of this page holds what is selected, pinned, grouped, labelled and where cards lie: copy it to share a view. Save keeps it in the graph's JSON."),
   ];

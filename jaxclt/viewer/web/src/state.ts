@@ -1,7 +1,8 @@
 // A view in the address and in the file, in the words other viewers use too.
 
 import { type App, TABS, type Tab, type ViewName } from "./app";
-import { type Json, asText, numbersOf, readView } from "./document";
+import { numbersOf } from "./columns";
+import { type Json, asText, readView } from "./document";
 import { toPlaces } from "./supernodes";
 
 /** The address's hash: only what differs from a fresh page. */

@@ -1,0 +1,71 @@
+"""The finite form of the response: ablations where attention and norms answer.
+
+A graph by response is a first derivative (maths 22.1). A whole ablation moves scores
+and denominators further than that holds. Here each feature is changed in the local
+replacement model with attention patterns and norm denominators live and everything
+else of it as graphs have it: gates held, error nodes constant, features that are no
+nodes encoded again (maths 22.60). Its derivative at the clean prompt is the total
+effect by response.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from jaxclt.errors import InputError
+from jaxclt.patching.change import Change, batched
+from jaxclt.patching.effects import clean_effect, diverged
+from jaxclt.patching.patchable import How
+from jaxclt.patching.subject import Subject
+
+__all__ = ["FINITE", "FiniteEffects", "finite_effects"]
+
+FINITE = How(mode="iterative", patterns="live", norms="live", gates="frozen")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FiniteEffects:
+    """By how much each of B patches would change the answer; nan where it diverged."""
+
+    change_BK: np.ndarray  # the targets that are tokens, demeaned logits
+    contrast_B: np.ndarray  # see `Subject.contrast_K`
+
+
+def finite_effects(
+    subject: Subject,
+    nodes: Sequence[int] | np.ndarray,
+    *,
+    factor: float = 0.0,
+    on_done: Callable[[int, int], None] = lambda done, total: None,
+) -> FiniteEffects:
+    """Change features one at a time where attention and norms are live, gates held.
+
+    Args:
+      subject: the traced prompt.
+      nodes: features by their slots in the graph.
+      factor: on the activation; 0 ablates.
+      on_done: progress, (features done, features planned).
+
+    Raises:
+      InputError: for no feature, or one that the graph does not have.
+    """
+    node_B, A = np.asarray(nodes, int), subject.graph.n_features
+    if not len(node_B) or node_B.min() < 0 or node_B.max() >= A:
+        raise InputError(f"nodes: give features of the graph, 0 to {A - 1}")
+    change = Change.of(subject.watch(node_B), factor)
+    done = subject.effects(
+        batched(change, [1] * len(node_B)),
+        [(0, subject.model.cfg.n_layers - 1)] * len(node_B),
+        FINITE,
+        subject.ask(),
+        on_done=on_done,
+    )
+    with jax.default_matmul_precision("highest"):
+        clean = clean_effect(subject.patchable, subject.ask())
+    change_BK = np.asarray(done.logit_K, float) - np.asarray(clean.logit_K, float)
+    change_BK[diverged(done)] = np.nan
+    return FiniteEffects(change_BK=change_BK, contrast_B=change_BK @ subject.contrast_K)
