@@ -19,7 +19,7 @@ from jaxclt.graph.prompt import Prompt
 from jaxclt.lm.layers import attn_norm, centre, live_reads, out_norm
 from jaxclt.types import Targets
 
-__all__ = ["answering_rows", "answering_targets", "summed"]
+__all__ = ["answering_rows", "answering_targets", "past_final_norm", "summed"]
 
 
 def answering_rows(p: Prompt, dictionary: Dictionary) -> RowTargets:
@@ -59,6 +59,19 @@ def answering_targets(p: Prompt) -> Targets:
     return dataclasses.replace(t, vec_KD=vec_KD, write_KD=write_KD)
 
 
+def past_final_norm(p: Prompt, read_KD: np.ndarray, pos_K: np.ndarray) -> np.ndarray:
+    """Reads [K, D] through the final norm with its denominator live.
+
+    Args:
+      p: the prompt.
+      read_KD: the same with it held.
+      pos_K: where each is.
+    """
+    end_KD = centre(p.recording.end_TD[pos_K], out_norm(p.params))
+    unit_KD = end_KD * p.recording.frozen.out_scale_T[pos_K][:, None]
+    return np.asarray(live_reads(jnp.asarray(read_KD), unit_KD))
+
+
 def _attn_unit(p: Prompt, layer: int, pos_K: np.ndarray) -> Array:
     norm = attn_norm(p.params.blocks).of_layer(layer)
     scale_K = p.recording.frozen.attn_scale_LT[layer, pos_K]
@@ -71,9 +84,7 @@ def _target_norms(p: Prompt, held_KD: np.ndarray, *, past_norm: bool) -> np.ndar
     t, live_KD = live.targets, live.target_rows().read_RD.copy()
     layer_K, pos_K = np.asarray(t.layer_K), np.asarray(t.pos_K)
     out = np.flatnonzero(layer_K == p.cfg.n_layers)
-    end_KD = centre(p.recording.end_TD[pos_K[out]], out_norm(p.params))
-    unit_KD = end_KD * p.recording.frozen.out_scale_T[pos_K[out]][:, None]
-    live_KD[out] = live_reads(jnp.asarray(live_KD[out]), unit_KD)
+    live_KD[out] = past_final_norm(p, live_KD[out], pos_K[out])
     if p.active.skip is not None and past_norm:
         for k in np.flatnonzero(np.asarray(t.write_KD).any(1)).tolist():
             layer, at = int(layer_K[k]), pos_K[[k]]
