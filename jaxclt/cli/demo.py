@@ -27,7 +27,8 @@ from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.supernodes import SupernodeGraph, describe_supernodes, supernode_graph
 from jaxclt.patching.edits import Edit
-from jaxclt.patching.patch import PatchResult, measure, plan_patch
+from jaxclt.patching.patch import PatchResult, measure
+from jaxclt.patching.plan import plan_patch
 from jaxclt.patching.subject import Subject
 from jaxclt.types import Supernode
 

@@ -112,6 +112,7 @@ def run_patch(flags: PatchFlags, run: Run) -> None:
     from jaxclt.patching.edits import Edit
     from jaxclt.patching.log import patch_record
     from jaxclt.patching.patchable import How
+    from jaxclt.patching.plan import plan_patch
     from jaxclt.patching.subject import Subject
 
     opened = None if directory is None else flags.reopen(directory, run)
@@ -130,7 +131,7 @@ def run_patch(flags: PatchFlags, run: Run) -> None:
         norms=flags.norms,
         gates=None if flags.gates == "auto" else flags.gates,
     )
-    patch = patching.plan_patch(
+    patch = plan_patch(
         subject, edits, how, layers=layers, n_later=flags.generate, heads=heads
     )
     result = patching.measure(patch)

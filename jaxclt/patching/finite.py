@@ -1,11 +1,10 @@
 """The finite form of the response: ablations where attention and norms answer.
 
-A graph by response is a first derivative (maths 22.1). A whole ablation moves scores
-and denominators further than that holds. Here each feature is changed in the local
-replacement model with attention patterns and norm denominators live and everything
-else of it as graphs have it: gates held, error nodes constant, features that are no
-nodes encoded again (maths 22.60). Its derivative at the clean prompt is the total
-effect by response.
+A graph by response is a first derivative. A whole ablation moves scores and norm
+denominators further than that holds. Here each feature is changed in the local
+replacement model with attention patterns and norms live and everything else of it as
+graphs have it: gates held, error nodes constant, other features encoded again, nodes or
+not (maths 22.70).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import numpy as np
 from jaxclt.errors import InputError
 from jaxclt.patching.change import Change, batched
 from jaxclt.patching.effects import clean_effect, diverged
-from jaxclt.patching.patchable import How
+from jaxclt.patching.patchable import How, Part
 from jaxclt.patching.subject import Subject
 
 __all__ = ["FINITE", "FiniteEffects", "finite_effects"]
@@ -40,14 +39,17 @@ def finite_effects(
     nodes: Sequence[int] | np.ndarray,
     *,
     factor: float = 0.0,
+    gates: Part = "frozen",
     on_done: Callable[[int, int], None] = lambda done, total: None,
 ) -> FiniteEffects:
-    """Change features one at a time where attention and norms are live, gates held.
+    """Change features one at a time where attention patterns and norms are live.
 
     Args:
       subject: the traced prompt.
       nodes: features by their slots in the graph.
       factor: on the activation; 0 ablates.
+      gates: whether other features' are held. Those of neurons are smooth; live, with
+        all neurons, this is the model itself.
       on_done: progress, (features done, features planned).
 
     Raises:
@@ -60,7 +62,7 @@ def finite_effects(
     done = subject.effects(
         batched(change, [1] * len(node_B)),
         [(0, subject.model.cfg.n_layers - 1)] * len(node_B),
-        FINITE,
+        dataclasses.replace(FINITE, gates=gates),
         subject.ask(),
         on_done=on_done,
     )

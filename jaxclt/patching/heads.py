@@ -1,10 +1,10 @@
-"""A change that only queries or keys of chosen heads see (maths 15.20).
+"""A change that only queries or keys of chosen heads see (maths 15.19).
 
 What a feature contributes to the stream that enters a head's layer, through frozen
 attention and whatever else is linear there, goes through the head's query (or key) map
 with every norm denominator held. Times (factor - 1) it is added to the head's queries
-(or keys), so that each score changes by (factor - 1) times the feature's part of it
-(maths 22.2). From the softmax on the real model answers.
+(or keys), so that each score changes by (factor - 1) times the feature's part of it.
+From the softmax on the real model answers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """In the model, patterns live: what features do when attention and norms answer too.
 
 Single features are patched in the real model, everything live, and the change of the
-graph's contrast is compared with predictions (maths 22.61): of small patches to first
+graph's contrast is compared with predictions (maths 22.71): of small patches to first
 order, by the graph's total effects by response or, where it has none, by the model's
 own derivative; of whole ablations by the local replacement model with attention and
 norms live and gates held. The graph's effects by value stand beside both.
@@ -113,7 +113,7 @@ def _moving(subject: Subject, options: ValidateOptions, choice: Choice) -> np.nd
 
 
 def _patterns(bench: Bench, factor: float) -> dict[str, Any] | None:
-    """Changes of attention patterns, of the cells that move most (maths 22.62)."""
+    """Changes of attention patterns, of the cells that move most (maths 22.72)."""
     subject, local = bench.subject, bench.subject.local
     at = _moving(subject, bench.options, bench.choice)
     if not len(at):

@@ -1,4 +1,4 @@
-"""How a patch moves attention patterns, predicted and measured (maths 22.61).
+"""How a patch moves attention patterns, predicted and measured (maths 22.71).
 
 To first order ``dA(q, k) = A(q, k) (ds(q, k) - sum over k' of A(q, k') ds(q, k'))``:
 the derivative of the local replacement model with attention and norms live, gates held.
@@ -8,8 +8,9 @@ For whole ablations that model itself is run.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,17 +72,31 @@ def moved_patterns(
         return done.taps.pattern_HTS
 
     def one(change: Change) -> tuple[Moved, Moved]:
-        inside = partial(patterns, change, how=FINITE)
-        real = partial(patterns, change, how=LIVE)
-        zero_E, one_E = jnp.zeros_like(change.factor_E), jnp.ones_like(change.factor_E)
-        small_E = one_E * factor
-        _, small_LHTS = jax.jvp(inside, (one_E,), (small_E - one_E,))
+        one_E = jnp.ones_like(change.factor_E)
+        less_E = one_E * factor - one_E
+
+        def inside(factor_E: Array) -> tuple[Array, Array]:
+            said = partial(patterns, change, how=FINITE)
+            return jax.jvp(said, (factor_E,), (less_E,))
+
+        def real(factor_E: Array) -> Array:
+            return patterns(change, factor_E, LIVE) - clean_LHTS
+
+        # One program of each for both factors.
+        (ablated_LHTS, _), (_, small_LHTS) = _each(inside, one_E - one_E, one_E)
+        full_LHTS, little_LHTS = _each(real, one_E - one_E, one_E + less_E)
         return (
-            _compared(inside(zero_E) - clean_LHTS, real(zero_E) - clean_LHTS, n_cells),
-            _compared(small_LHTS, real(small_E) - clean_LHTS, n_cells),
+            _compared(ablated_LHTS - clean_LHTS, full_LHTS, n_cells),
+            _compared(small_LHTS, little_LHTS, n_cells),
         )
 
     return jax.lax.map(one, change)
+
+
+def _each(f: Callable[[Array], Any], *values: Array) -> list[Any]:
+    """What a function makes of values, compiled once."""
+    found = jax.lax.map(f, jnp.stack(values))
+    return [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(values))]
 
 
 def _compared(predicted_LHTS: Array, measured_LHTS: Array, n_cells: int) -> Moved:

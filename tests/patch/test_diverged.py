@@ -32,8 +32,8 @@ from jaxclt.graph.agreement import spearman
 from jaxclt.patching import patch as intervene
 from jaxclt.patching.effects import Ask, Effect
 from jaxclt.patching.log import keep_patch, patch_record
-from jaxclt.patching.patch import plan_patch
 from jaxclt.patching.patchable import How
+from jaxclt.patching.plan import DOUBLE, plan_patch
 from jaxclt.patching.subject import Subject
 from jaxclt.validation import faithfulness
 from jaxclt.validation import report as validate
@@ -86,7 +86,7 @@ def test_there_is_no_answer_and_one_line_says_why(mode: Any, freeze_norm: bool):
     assert out["logit_difference"]["after"] is None
     assert out["top_after"] == []
     assert out["top_before"]
-    said = (result.warning or "").replace(intervene.DOUBLE + "; ", "")
+    said = (result.warning or "").replace(DOUBLE + "; ", "")
     assert said.startswith("the patch diverged, its numbers left the range of float32")
     assert ("held norms do not damp" in said) == freeze_norm
     assert len(said) <= 300

@@ -1,4 +1,4 @@
-"""Ablations where attention and norms are live and gates held (maths 22.60)."""
+"""Ablations where attention and norms are live and gates held (maths 22.70)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A feature changed only inside queries or keys of some heads (maths 15.20)."""
+"""A feature changed only inside queries or keys of some heads (maths 15.19)."""
 
 from __future__ import annotations
 

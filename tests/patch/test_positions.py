@@ -13,8 +13,8 @@ from jaxclt.lm.run import unembed
 from jaxclt.patching import patch as intervene
 from jaxclt.patching.change import batched
 from jaxclt.patching.edits import Edit
-from jaxclt.patching.patch import plan_patch
 from jaxclt.patching.patchable import How, Mode
+from jaxclt.patching.plan import plan_patch
 from jaxclt.types import Supernode
 
 LAYER, FEATURE, T = 1, 39, 6

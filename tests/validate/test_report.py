@@ -57,6 +57,13 @@ def test_trace_validate_writes_the_report_of_the_contract(traced: Path):
         assert -1 <= low <= found["spearman"] <= high <= 1
         assert found["n"] == report["n_top"] + report["n_random"]
         assert {"pearson", "small"} <= set(found)
+    live = report["patterns_live"]
+    assert live["small"]["predicted_by"] == "derivative"
+    for found in (live["small"], live["full"], *live["patterns"].values()):
+        assert -1 <= found["interval"][0] <= found["spearman"] <= 1
+        assert 0 <= found["sign"] <= 1
+    assert live["small"]["n"] == live["full"]["n"] == 50
+    assert live["patterns"]["small"]["cosine"] > 0.2
     assert set(report["influence_vs_kl"]) >= {"influence", "activation", "direct"}
     assert -1 <= report["pairwise"]["spearman"] <= 1
     assert report["pairwise"]["n"] > 10
@@ -74,6 +81,8 @@ def test_trace_validate_writes_the_report_of_the_contract(traced: Path):
     text = (traced / "validation.md").read_text()
     assert report["verdict"] in text
     assert "## Where it fails" in text
+    assert "| times 0.9 | the model's own derivative |" in text
+    assert "In the model, patterns live, small changes follow" in report["verdict"]
 
 
 def test_the_graph_predicts_its_replacement_model_exactly(traced: Path):

@@ -35,6 +35,18 @@ VALIDATION = {
     "verdict": "Ablations rank as the graph says.",
     "total_effect": {"constrained": {**CORRELATION, "sign_agreement": 0.9}},
     "influence_vs_kl": {"influence": 0.5, "activation": 0.4, "direct": None},
+    "patterns_live": {
+        "small": {
+            "predicted_by": "derivative",
+            "factor": 0.9,
+            "spearman": 0.98,
+            "sign": 1.0,
+            "slope": 1.03,
+            "n": 50,
+            "interval": [0.95, 0.99],
+            "value": {"spearman": 0.41, "sign": 0.66, "slope": None, "n": 50},
+        },
+    },
     "pairwise": {"spearman": 0.72, "interval": [0.7, 0.74]},
     "supernodes": {
         "groups": [
@@ -434,6 +446,8 @@ def test_evidence_stands_beside_the_graph(open_page, doc):
         "rounding only",
         "Ablations rank as the graph says.",
         "0.71 [0.60, 0.80]",
+        "times 0.9the model's derivative0.98 [0.95, 0.99]100 %1.03",
+        "times 0.9effects by value0.4166 %–",
         "<b> (2)",
         "Largest surprises",
     ):

@@ -83,6 +83,23 @@ function grid(head: string[], rows: string[][], caption: string): HTMLElement {
   return scroller;
 }
 
+const SAID = [
+  ["response", "effects by response"],
+  ["derivative", "the model's derivative"],
+  ["finite", "replacement model, attention and norms live"],
+  ["value", "effects by value"],
+] as const;
+
+/** One line for each prediction of a kind of patch. */
+function liveRows(kind: string, found: Json): string[][] {
+  const patch = kind === "full" ? "ablated" : `times ${asText(found.factor)}`;
+  return SAID.flatMap(([name, says]) => {
+    const one = name === found.predicted_by ? found : asObject(found[name]);
+    if (!isNumber(one.n)) return [];
+    return [[patch, says, two(one.spearman) + within(one.interval), isNumber(one.sign) ? percent(one.sign) : "–", two(one.slope)]];
+  });
+}
+
 function validation(app: App, v: Json): HTMLElement[] {
   const effect = asObject(v.total_effect), parts: HTMLElement[] = [];
   if (v.verdict) parts.push(el("p", "verdict", asText(v.verdict)));
@@ -91,6 +108,8 @@ function validation(app: App, v: Json): HTMLElement[] {
     return [mode, two(e.spearman) + within(e.interval), two(e.pearson), isNumber(e.sign_agreement) ? percent(e.sign_agreement) : "–", two(e.slope)];
   });
   if (rows.length) parts.push(grid(["patch", "Spearman", "Pearson", "sign", "slope"], rows, "Predicted and measured effects on the targets"));
+  const live = ["small", "full"].flatMap((kind) => liveRows(kind, asObject(asObject(v.patterns_live)[kind])));
+  if (live.length) parts.push(grid(["patch", "predicted by", "Spearman", "sign", "slope"], live, "In the model, attention patterns live"));
   const influence = asObject(v.influence_vs_kl), pairs = asObject(v.pairwise), ranks: string[][] = [];
   for (const key of ["influence", "activation", "direct"]) {
     if (isNumber(influence[key])) ranks.push([`${key} with KL of an ablation`, two(influence[key]) + within(asObject(influence.intervals)[key])]);
