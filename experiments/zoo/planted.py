@@ -385,7 +385,7 @@ def induction(
     Args:
       n: tokens of the alphabet; token n is the first of every prompt.
       n_tokens: length of a prompt, n_tokens - 2 <= n and at most 16.
-      soft: the induction head scores what it looks for 4 instead of 40, and units are
+      soft: the induction head scores what it looks for 3 instead of 40, and units are
         ReLU: a small change of key or query then has a small effect, where 40 leaves a
         softmax without a derivative, and lookups copy a little of nothing.
       n_prompts: how many, different ones.
@@ -421,7 +421,7 @@ def induction(
         # Content goes to the slow half of the rotary pairs.
         slow = C // 2 - n + i
         query = ch.start["query"] + i
-        w["q_LDHC"][1, query, 0, slow] = (4 if soft else 40) * C**0.5
+        w["q_LDHC"][1, query, 0, slow] = (3 if soft else 40) * C**0.5
         w["k_LDGC"][1, ch.start["key"] + i, 0, slow] = 1
     # Position alone: a query turned back by one step matches the key one step before.
     rate = cfg.rope_theta ** (-2 * np.arange(C // 2) / C)

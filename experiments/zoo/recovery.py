@@ -90,6 +90,8 @@ class Hidden:
     query_influence: float
     key_response: float  # the same in the graph by response
     query_response: float
+    key_effect: float  # their total effect on the answer by response, as a share of it
+    query_effect: float
     key_frozen: float  # change when the key's features are ablated, patterns held
     key_live: float  # the same with patterns computed anew
     query_frozen: float  # change when the last token is replaced, patterns held
@@ -179,6 +181,7 @@ def case_graph(
             config=AttributeConfig(
                 max_features=None, tolerance=0.0, devices=1, response=response
             ),
+            dictionary=dictionary,
         ),
         GraphMeta(
             model=planted.name,
@@ -325,7 +328,8 @@ def _responses(
     said = patched(
         model, swap.change, layers_2, how=how, tables=tables, nudge=swap.nudge
     )
-    real = underlying(model, swap.nudge, how=How(patterns=how.patterns))
+    hold, nudge = hold_of(rec, How(patterns=how.patterns)), swap.nudge
+    real = underlying(model, nudge.layer, hold, nudge=nudge)
     return moved(said), moved(real)
 
 
@@ -402,9 +406,9 @@ def _hidden(
         features = gather_features(dictionary, model, places or [(0, 0, 0)])
         layer = jnp.asarray(0, jnp.int32)
         small = loss(_ablated(model, Change.of(features, 0.9), layer, how=live))
-        said = 0.1 * float(effect_A[own_A].sum()) / clean
+        found[f"{node}_effect"] = said = float(effect_A[own_A].sum()) / clean
         known = bool(places) and abs(small) > 1e-3
-        found[f"{node}_small"] = abs(said / small - 1) if known else float("nan")
+        found[f"{node}_small"] = abs(0.1 * said / small - 1) if known else float("nan")
         if node == "key":
             for name, how in (("frozen", frozen), ("live", live)):
                 ablated = _ablated(model, Change.of(features), layer, how=how)

@@ -160,8 +160,8 @@ MEMBERS = {
 }
 WHY = (
     "dictionary", "key_influence", "query_influence", "key_response", "query_response",
-    "key_frozen", "key_live", "query_frozen", "query_live", "key_small", "query_small",
-    "query_swap",
+    "key_effect", "query_effect", "key_frozen", "key_live", "query_frozen",
+    "query_live", "key_small", "query_small", "query_swap",
 )  # fmt: skip
 EXTRA = {
     "|x|": ("dictionary", "prompts", "on", "fires", "swap", "linear"),

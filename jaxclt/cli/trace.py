@@ -46,6 +46,10 @@ class TraceFlags(AttributionFlags):
     otherwise all count the same; tokens alone count by probability."""
     save: Literal["auto", "full", "pruned"] = "auto"
     """What graph.npz holds; auto is the full graph up to 512 MB."""
+    attention: int = 20
+    """Take the scores of this many of the strongest attention cells (a head that
+    attends from one token to another) apart into pairs of nodes: attention.json, and
+    the page's attention tab. 0: none."""
     prefilter: Path | None = None
     """Directory that `jaxclt globals` wrote: only features that its links shortlist may
     become nodes. What is left out counts as unexplored, and the scores' bounds say
@@ -181,6 +185,15 @@ def _unexplored(share: float | None, full: dict[str, float]) -> str:
     )
 
 
+def _heads_lines(attention: dict[str, Any] | None) -> dict[str, str]:
+    """The strongest cells in words, and how exactly their scores add up."""
+    if attention is None or not attention["cells"]:
+        return {}
+    texts = "\n".join(cell["text"] for cell in attention["cells"][:3])
+    error = f"{attention['max_relative_error']:.1e}"
+    return {"heads that matter": texts, "score error (max)": error}
+
+
 _HEADING = 120  # characters
 
 
@@ -230,6 +243,7 @@ def _summary(report: dict[str, Any]) -> Table:
             "completeness": pair("completeness"),
             "mean path length": f"{full['mean_path_length']:.2f}",
             "row error (max)": f"{proof['max_relative_row_error']:.1e}",
+            **_heads_lines(report.get("attention")),
             "seconds": ", ".join(f"{k} {v:.1f}" for k, v in report["timing_s"].items()),
             "peak memory": f"{report['environment']['peak_memory_gb']:.1f} GB",
         },

@@ -105,7 +105,9 @@ def _push_chunk(held: _Held, writes: Writes, *, P: int, mesh: Mesh) -> Array:
         B = writes.write_MBD.shape[1]
         L = jnp.asarray(stream.cfg.n_layers, jnp.int32)
 
-        def visit(layer: Array, _: Array, mid_PBD: Array, edge_ZPWB: Array) -> Array:
+        def visit(
+            layer: Array, _: Array, __: Array, mid_PBD: Array, edge_ZPWB: Array
+        ) -> Array:
             return add_dots(bank, layer, mid_PBD, edge_ZPWB, start=start)
 
         edge_ZPWB = bank.no_edges(P, B, writes.write_MBD.dtype)

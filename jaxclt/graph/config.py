@@ -26,6 +26,7 @@ class AttributeConfig:
     convention: Literal["paper", "circuit-tracer"] = "paper"
     precision: str = "highest"  # of matmuls; accelerators default to less than float32
     heads: int = 0  # list the last heads of this many of the strongest kept edges
+    attention: int = 0  # take apart this many of the strongest cells of patterns
     chunk_size: int = 128  # most targets pulled back together
     n_bands: int | None = None  # position bands, one compilation each; None: chosen
     rows_per_update: int | None = None  # between two rankings; None: a quarter or 512
@@ -42,7 +43,7 @@ class AttributeConfig:
             rows_per_update=self.rows_per_update,
             devices=self.devices,
         )
-        check_at_least(0, heads=self.heads)
+        check_at_least(0, heads=self.heads, attention=self.attention)
         check_share(zero=True, one=False, tolerance=self.tolerance)
         check_share(
             node_threshold=self.node_threshold, edge_threshold=self.edge_threshold

@@ -55,7 +55,9 @@ def _push(stream: Stream, writes: Writes, end: Array, *, width: int) -> Array:
     cfg, (_, B, _) = stream.cfg, writes.write_MBD.shape
     shape = (width, B, cfg.n_heads, cfg.d_head)
 
-    def keep(layer: Array, mixed: Array, _: Array, mixed_LWBHC: Array) -> Array:
+    def keep(
+        layer: Array, _: Array, mixed: Array, __: Array, mixed_LWBHC: Array
+    ) -> Array:
         return mixed_LWBHC.at[layer].set(mixed.reshape(shape))
 
     mixed_LWBHC = jnp.zeros((cfg.n_layers, *shape), writes.write_MBD.dtype)

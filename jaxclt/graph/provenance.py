@@ -37,7 +37,7 @@ from jaxclt.graph.stream import make_stream
 from jaxclt.graph.travel import Hops
 from jaxclt.types import Recording
 
-__all__ = ["crop", "direct_edges", "graph_active", "hop_spectrum"]
+__all__ = ["crop", "direct_edges", "graph_active", "hop_spectrum", "node_mask"]
 
 
 def crop(
@@ -64,12 +64,17 @@ def crop(
 
 def graph_active(graph: Graph, active: Active) -> Active:
     """The active features that are nodes of a graph, in its order."""
+    return active.where(node_mask(graph, active))
+
+
+def node_mask(graph: Graph, active: Active) -> np.ndarray:
+    """Which active features are nodes of a graph, bool [A]."""
 
     def key(a: Graph | Active) -> np.ndarray:
         place = a.layer_A.astype(np.int64) * graph.n_tokens + a.pos_A
         return (place << 32) + a.feature_A
 
-    return active.where(np.isin(key(active), key(graph)))
+    return np.isin(key(active), key(graph))
 
 
 def direct_edges(p: Recorded, rows: RowTargets) -> csr_array:

@@ -35,20 +35,46 @@ from jaxclt.graph.stream import make_stream, on_mesh
 from jaxclt.graph.travel import Frozen, Reads, Way, pull
 from jaxclt.shapes import bucket
 
-__all__ = ["Puller", "RowTargets", "edge_rows", "make_puller", "padded_reads"]
-__all__ += ["pipelined", "pull_flops", "visits"]
+__all__ = ["Edges", "Puller", "RowTargets", "Shared", "edge_rows", "make_puller"]
+__all__ += ["padded_reads", "pipelined", "pull_flops", "visits", "write_rows"]
 
 
-class _Held(NamedTuple):
-    """What all chunks of a prompt share, on every device."""
+_Dots = tuple[Array, Array]  # the first two of `Edges`
+
+
+class Shared(NamedTuple):
+    """What all that is pulled down on a prompt shares, on every device."""
 
     way: Way
     bank: DeviceBank
     error_LTD: Array
     embed_TD: Array
 
+    def no_dots(self, P: int, X: int) -> _Dots:
+        """Of X vectors at P positions, none yet."""
+        dtype = self.error_LTD.dtype
+        error_LPX = jnp.zeros((self.way.cfg.n_layers, P, X), dtype)
+        return self.bank.no_edges(P, X, dtype), error_LPX
 
-class _Edges(NamedTuple):
+    def add_dots(
+        self, layer: Array, g_PXD: Array, dots: _Dots, nothing: Array | bool = False
+    ) -> _Dots:
+        """Add dot products of cotangents of an MLP output with all that writes it."""
+        edge_ZPWX, error_LPX = dots
+        edge_ZPWX = add_dots(
+            self.bank, layer, g_PXD, edge_ZPWX, start=0, nothing=nothing
+        )
+        error_PD = self.error_LTD[layer, : len(g_PXD)]
+        error_PX = jnp.einsum("PXD,PD->PX", g_PXD, error_PD)
+        return edge_ZPWX, error_LPX.at[layer].set(error_PX)
+
+    def edges(self, g_PXD: Array, dots: _Dots) -> Edges:
+        """All edges, from the cotangents of the embeddings and the dots on the way."""
+        embed_PX = jnp.einsum("PXD,PD->PX", g_PXD, self.embed_TD[: len(g_PXD)])
+        return Edges(*dots, embed_PX)
+
+
+class Edges(NamedTuple):
     """Edges of a chunk by slot: features [Z, P, W, X], errors and embeddings.
 
     X are the rows, or several states of each, see `jaxclt.graph.travel.Way`.
@@ -59,23 +85,9 @@ class _Edges(NamedTuple):
     embed_PX: Array
 
 
-def _pull(held: _Held, reads: Reads, *, P: int) -> _Edges:
-    way, bank, error_LTD, embed_TD = held
-    X, L = way.n_states * len(reads.pos_B), way.cfg.n_layers
-
-    def visit(
-        layer: Array, g_PXD: Array, state: tuple[Array, Array], nothing: Array
-    ) -> tuple[Array, Array]:
-        edge_ZPWX, error_LPX = state
-        edge_ZPWX = add_dots(bank, layer, g_PXD, edge_ZPWX, start=0, nothing=nothing)
-        error_PX = jnp.einsum("PXD,PD->PX", g_PXD, error_LTD[layer, :P])
-        return edge_ZPWX, error_LPX.at[layer].set(error_PX)
-
-    dtype = reads.read_BD.dtype
-    state = bank.no_edges(P, X, dtype), jnp.zeros((L, P, X), dtype)
-    g_PXD, (edge_ZPWX, error_LPX) = pull(way, reads, visit, state, n_positions=P)
-    embed_PX = jnp.einsum("PXD,PD->PX", g_PXD, embed_TD[:P])
-    return _Edges(edge_ZPWX, error_LPX, embed_PX)
+def _pull(held: Shared, reads: Reads, *, P: int) -> Edges:
+    none = held.no_dots(P, held.way.n_states * len(reads.pos_B))
+    return held.edges(*pull(held.way, reads, held.add_dots, none, n_positions=P))
 
 
 class _Read(NamedTuple):
@@ -102,14 +114,14 @@ def _split(local: Callable[..., Any], mesh: Mesh | None, **specs: Any) -> Any:
 
 @partial(jax.jit, static_argnames=("P", "mesh"))
 def _pull_chunk(
-    held: _Held,
+    held: Shared,
     reads: Reads,
     place_E: Array | None,
     *,
     P: int,
     mesh: Mesh | None,
 ) -> _Read:
-    def local(held: _Held, reads: Reads, place_E: Array | None) -> _Read:
+    def local(held: Shared, reads: Reads, place_E: Array | None) -> _Read:
         edges = _pull(held, reads, P=P)
         edge_ZPWX, error_LPX, embed_PX = edges
         flat_YX = edge_ZPWX.reshape(-1, edge_ZPWX.shape[-1])
@@ -130,7 +142,7 @@ def _pull_chunk(
 
 @partial(jax.jit, static_argnames=("P", "mesh"))
 def _visit_chunk(
-    held: _Held,
+    held: Shared,
     reads: Reads,
     visit_B: Array,
     is_node_LP: Array,
@@ -140,7 +152,7 @@ def _visit_chunk(
 ) -> Array:
     """Influence [devices, Z, P, W] that a chunk passes on to every slot."""
 
-    def local(held: _Held, reads: Reads, visit_B: Array, is_node_LP: Array) -> Array:
+    def local(held: Shared, reads: Reads, visit_B: Array, is_node_LP: Array) -> Array:
         edges = _pull(held, reads, P=P)
         edge_ZPWB, error_LPB, embed_PB = map(jnp.abs, edges)
         total_B = edge_ZPWB.sum((0, 1, 2)) + embed_PB.sum(0)
@@ -156,7 +168,7 @@ def _visit_chunk(
 class Puller:
     """A prompt ready for its rows to be computed."""
 
-    held: _Held
+    held: Shared
     bank: Bank
     plan: Plan
     mesh: Mesh | None
@@ -194,7 +206,7 @@ def make_puller(
         device.
     """
     bank = bank or pack(writers(p.active), p.error_LTD.shape[1])
-    held = _Held(
+    held = Shared(
         way=way or Frozen(make_stream(p, pull=True)),
         bank=bank.on_device(packed=packed),
         error_LTD=jnp.asarray(p.error_LTD),
@@ -276,7 +288,7 @@ def edge_rows(
         for q, out in enumerate(out_RN.reshape(n_states, *out_RN.shape[-2:])):
             mine = slice(q * chunk.capacity, q * chunk.capacity + n)
             part = [np.asarray(x)[..., mine] for x in read[:3]]
-            _write_rows(chunk, part, *near[chunk.n_positions], layout, out)
+            write_rows(chunk, part, *near[chunk.n_positions], layout, out)
         if rest_R is not None:
             rest_R[chunk.index_B] = np.asarray(read.rest_X)[:n]
         if rest_abs_R is not None:
@@ -308,7 +320,7 @@ def pipelined(
         yield pending
 
 
-def _write_rows(
+def write_rows(
     chunk: Chunk,
     edges: list[np.ndarray],
     columns: np.ndarray,
@@ -316,7 +328,16 @@ def _write_rows(
     layout: Layout,
     out_RN: np.ndarray,
 ) -> None:
-    """Put one chunk's edges where they belong: rows by target, columns by source."""
+    """Put one chunk's edges where they belong: rows by target, columns by source.
+
+    Args:
+      chunk: of targets.
+      edges: [E, B], [L, P, B] and [P, B], of as many as it has.
+      columns: of the features that it reaches.
+      place: of these among the E slots.
+      layout: of all columns.
+      out_RN: filled in place.
+    """
     edge_EB, error_LPB, embed_PB = edges
     L, P, B = error_LPB.shape
     P = min(P, layout.n_tokens)

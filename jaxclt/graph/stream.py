@@ -29,7 +29,7 @@ from jaxclt.lm.frozen import attention_maps, scaled_pattern
 from jaxclt.lm.step import Skip
 from jaxclt.types import Block, Held
 
-__all__ = ["Stream", "causal_share", "make_stream", "on_mesh"]
+__all__ = ["Stream", "attention_weights", "causal_share", "make_stream", "on_mesh"]
 
 
 @struct.dataclass
@@ -97,13 +97,17 @@ class Stream:
         return pattern_HTS.reshape(self.cfg.n_kv_heads, -1, P, P)
 
 
-def make_stream(p: Recorded, *, pull: bool) -> Stream:
+def make_stream(p: Recorded, *, pull: bool, other: Stream | None = None) -> Stream:
     """Put what moves vectors between positions on the device, once per prompt.
 
     Args:
       p: the prompt.
       pull: laid out for pulling targets back, else for pushing sources forward.
+      other: the prompt's other one, whose patterns are taken.
     """
+    value, output = _laid_out(p.params.blocks, pull=pull)
+    if other is not None:
+        return dataclasses.replace(other, value=value, output=output, pull=pull)
     frozen, blocks = p.recording.frozen, p.params.blocks
     held = Held(
         pattern_LHTS=frozen.pattern_LHTS,
@@ -113,7 +117,6 @@ def make_stream(p: Recorded, *, pull: bool) -> Stream:
     )
     again = None if held.clean_LTD is None else (_for_patterns(blocks), held)
     scaled_LHTS = None if again else _patterns(_for_patterns(blocks), held, cfg=p.cfg)
-    value, output = _laid_out(blocks, pull=pull)
     return Stream(
         value=value,
         output=output,
@@ -127,12 +130,21 @@ def make_stream(p: Recorded, *, pull: bool) -> Stream:
 
 _PATTERN_LEAVES = ("norm_attn_LD", "norm_attn_bias_LD", "local_L", "q_LDHC", "k_LDGC")
 _PATTERN_LEAVES += ("q_bias_LHC", "k_bias_LGC", "q_norm_LC", "k_norm_LC")
+_MOVE_LEAVES = ("v_LDGC", "v_bias_LGC", "o_LHCD", "post_attn_LD")
 
 
 def _for_patterns(blocks: Block) -> Block:
     """What computes patterns: every device that works on edges holds it."""
-    unused = {k for k, leaf in vars(blocks).items() if leaf is not None}
-    unused -= set(_PATTERN_LEAVES)
+    return _only(blocks, _PATTERN_LEAVES)
+
+
+def attention_weights(blocks: Block) -> Block:
+    """What computes patterns, and what heads move."""
+    return _only(blocks, _PATTERN_LEAVES + _MOVE_LEAVES)
+
+
+def _only(blocks: Block, names: tuple[str, ...]) -> Block:
+    unused = {k for k, leaf in vars(blocks).items() if leaf is not None} - set(names)
     none_L = blocks.norm_attn_LD[:, 0]
     return dataclasses.replace(blocks, **dict.fromkeys(unused, none_L))
 

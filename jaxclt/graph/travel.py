@@ -52,7 +52,7 @@ class Reads(NamedTuple):
 def push(
     stream: Stream,
     writes: Writes,
-    visit: Callable[[Array, Array, Array, Any], Any],
+    visit: Callable[[Array, Array, Array, Array, Any], Any],
     state: Any,
     *,
     n_positions: int,
@@ -63,7 +63,8 @@ def push(
     Args:
       stream: laid out for pushing.
       writes: of the sources.
-      visit: (layer, what heads gathered, stream where the MLP reads, state) -> state.
+      visit: (layer, streams that enter it, what heads gathered, streams where the MLP
+        reads, state) -> state.
       state: to begin with.
       n_positions: of the window.
       end: the first layer that is not passed.
@@ -82,10 +83,10 @@ def push(
             mixed_PBGJC = stream.mix(layer, x_PBD, start=start)
             moved_PBD = stream.leave_heads(layer, mixed_PBGJC)
         skip = stream.skip_at(layer, start, n_positions)
-        mid_PBD, x_PBD = up(x_PBD, moved_PBD, skip, cfg=stream.cfg)
-        state = visit(layer, mixed_PBGJC, mid_PBD, state)
+        mid_PBD, after_PBD = up(x_PBD, moved_PBD, skip, cfg=stream.cfg)
+        state = visit(layer, x_PBD, mixed_PBGJC, mid_PBD, state)
         # What is written at a layer is read from the next one on.
-        return x_PBD.at[near_B, row_B].add(write_MBD[layer + 1]), state
+        return after_PBD.at[near_B, row_B].add(write_MBD[layer + 1]), state
 
     # Below the first write every stream is zero, so that the loop starts there; its
     # bounds are traced, which keeps one program for all chunks.

@@ -9,6 +9,7 @@ Tracing 2025, section 2.3). JAX itself certifies it: `jax.linear_transpose` acce
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,12 @@ from jax import Array
 from jaxclt.lm import layers
 from jaxclt.lm.block import frozen_pattern
 from jaxclt.lm.config import LMConfig
-from jaxclt.lm.run import Policy, run
+from jaxclt.lm.run import Policy, Run, run
 from jaxclt.lm.step import Skip
 from jaxclt.types import Block, Frozen, Held, LMParams, Reads, Sources
 
-__all__ = ["attention_maps", "bias_reads", "frozen_reads", "replay", "scaled_pattern"]
+__all__ = ["attention_maps", "bias_reads", "bias_streams", "frozen_reads", "replay"]
+__all__ += ["scaled_pattern"]
 
 
 def attention_maps(p: Block) -> tuple[Array, Array]:
@@ -71,7 +73,21 @@ def replay(
     Returns:
       The residual stream where encoders read at every layer, and the normed output.
     """
+    return _reads(_replayed(params, frozen, sources, cfg=cfg, skip=skip))
 
+
+def _reads(done: Run) -> Reads:
+    return Reads(mid_LTD=done.taps.mid_TD, out_TD=done.out_TD)
+
+
+def _replayed(
+    params: LMParams,
+    frozen: Frozen,
+    sources: Sources,
+    *,
+    cfg: LMConfig,
+    skip: Skip | None,
+) -> Run:
     def given(
         carry: None, mid_TD: Array, scale_T: Array, p: Block, x: tuple
     ) -> tuple[None, Array]:
@@ -82,8 +98,7 @@ def replay(
         return carry, write_TD
 
     policy = Policy(given, per_layer=(sources.write_LTD, skip))
-    done = run(params, sources.embed_TD, policy, cfg=cfg, frozen=frozen)
-    return Reads(mid_LTD=done.taps.mid_TD, out_TD=done.out_TD)
+    return run(params, sources.embed_TD, policy, cfg=cfg, frozen=frozen)
 
 
 def frozen_reads(
@@ -134,7 +149,26 @@ def bias_reads(
       cfg: model shape.
       skip: as in `replay`.
     """
+    return _reads(_bias_run(params, frozen, write_bias_LTD, cfg=cfg, skip=skip))
+
+
+def bias_streams(
+    params: LMParams,
+    frozen: Frozen,
+    write_bias_LTD: Array,
+    *,
+    cfg: LMConfig,
+    skip: Skip | None = None,
+) -> Array:
+    """The same where it enters every layer, [L, T, D]; arguments as of `bias_reads`."""
+    done = _bias_run(params, frozen, write_bias_LTD, cfg=cfg, skip=skip)
+    return done.taps.resid_TD
+
+
+def _bias_run(
+    params: LMParams, frozen: Frozen, write_bias_LTD: Array, **how: Any
+) -> Run:
     nothing_TD = jnp.zeros(write_bias_LTD.shape[1:], write_bias_LTD.dtype)
     with jax.named_scope("bias_path"):
         sources = Sources(embed_TD=nothing_TD, write_LTD=write_bias_LTD)
-        return replay(params, frozen, sources, cfg=cfg, skip=skip)
+        return _replayed(params, frozen, sources, **how)

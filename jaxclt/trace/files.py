@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import orjson
 
+from jaxclt.attending.document import summary
 from jaxclt.files.atomic import atomic_path, write_text
 from jaxclt.files.json_text import to_json
 from jaxclt.graph.certificate import certificate
@@ -25,7 +26,13 @@ from jaxclt.graph.prune import restrict
 from jaxclt.graph.scores import scores
 from jaxclt.graph.yardstick import derivative_agreement
 from jaxclt.io.graph_file import save_graph
-from jaxclt.trace.pages import grouped_ids, with_saved_view, write_page
+from jaxclt.trace.pages import (
+    ATTENTION,
+    grouped_ids,
+    traced_digest,
+    with_saved_view,
+    write_page,
+)
 from jaxclt.trace.prompt import Traced
 from jaxclt.types import Supernode
 from jaxclt.version import __version__
@@ -44,6 +51,8 @@ def write_trace(
     supernodes: Sequence[Supernode] = (),
 ) -> dict[str, Any]:
     """Write graph.npz, report.json, graph.json and index.html; return the report.
+
+    And attention.json, if the trace took attention apart.
 
     Files are written one by one, each atomically, the page last. It also shows the
     validation, patches and features that are there for the same prompt and dictionary.
@@ -79,6 +88,10 @@ def write_trace(
     report["graph"]["saved"] = "pruned" if small else "full"
     report["timing_s"]["write"] = round(time.perf_counter() - started, 3)
     write_text(out / "report.json", to_json(report, indent=1, ensure_ascii=False))
+    (out / ATTENTION).unlink(missing_ok=True)
+    if traced.attention is not None:
+        found = traced.attention | {"traced": traced_digest(report)}
+        write_text(out / ATTENTION, to_json(found, ensure_ascii=False))
     write_page(out, doc=doc)
     return report
 
@@ -100,7 +113,7 @@ def scores_json(graph: Graph) -> dict[str, Any]:
 def _report(traced: Traced) -> dict[str, Any]:
     graph = traced.graph
     pruning, stated = graph.pruning, scores_json(graph)
-    agreement = derivative_agreement(graph)
+    agreement, attention = derivative_agreement(graph), traced.attention
     n_kept = int(pruning.keep_N.sum()) + graph.n_targets
     return {
         "prompt": graph.meta.prompt,
@@ -111,6 +124,7 @@ def _report(traced: Traced) -> dict[str, Any]:
         **({"targets": _explained(graph)} if "targets" in traced.identity else {}),
         **stated,
         **({} if agreement is None else {"derivative": agreement}),
+        **({} if attention is None else {"attention": summary(attention)}),
         "graph": {
             "features_active": traced.n_active,
             "features_attributed": int(graph.attributed_R[graph.feature_cols].sum()),

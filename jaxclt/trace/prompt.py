@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxclt.attending.document import make_attention
 from jaxclt.clt.active import Active, active_features
 from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError, check_at_least
@@ -59,6 +60,7 @@ class Traced:
     # something else is explained.
     top_tokens: tuple[tuple[str, float], ...]
     dtype: str = "float32"  # of the weights
+    attention: dict[str, Any] | None = None  # attention.json, if asked for
 
 
 def identity(
@@ -163,6 +165,10 @@ def trace_prompt(
             version=__version__,
         )
         graph = attribute_recording(p, meta, on_rows=on_rows, timing=spent)
+        attention = None
+        if config.attention and "stopped" not in spent.work:
+            with spent.of("attention"):
+                attention = _attention(p, graph, spent.work)
     if "stopped" in spent.work:
         depends["stopped"] = int(graph.attributed_R.sum()) - graph.n_targets
     clock |= spent.seconds
@@ -180,6 +186,19 @@ def trace_prompt(
             )
         ),
         dtype=str(model.params.embed_VD.dtype),
+        attention=attention,
+    )
+
+
+def _attention(p: RecordedPrompt, graph: Graph, work: dict[str, Any]) -> dict[str, Any]:
+    """Heads and cells of the prompt, in the memory that its edges took."""
+    return make_attention(
+        p,
+        graph,
+        p.target_rows(),
+        n=p.config.attention,
+        at_once=work["chunk_size"] // work["devices"],
+        packed=work.get("sources") != "gathered",
     )
 
 

@@ -149,7 +149,8 @@ def test_an_induction_graph_does_not_say_why_the_head_attends() -> None:
     assert found.key_live == near(1, abs=1e-6)
     assert found.query_live == near(1, abs=1e-6)
     # Nor does a small change: the softmax is all but 1 there. A swap of the query does.
-    assert max(found.key_response, found.query_response) < 1e-9
+    assert found.key_effect == near(0, abs=1e-7)
+    assert found.query_effect == near(0, abs=1e-7)
     assert found.query_swap == near(0, abs=1e-6)
 
 
@@ -158,17 +159,19 @@ def test_by_response_key_and_query_are_found(kind: str) -> None:
     """Maths 22.80: what decides where a soft head attends has influence, and what the
     graph predicts of it is measured.
 
-    A softmax of score 4 against six zeros has 0.901, and a tenth less of the score a
-    derivative of 4 * 0.901 * 0.099 times that, to the second order.
+    A softmax of score 3 against six zeros gives 0.77 to the token found. A tenth less
+    of the score takes 0.3 * 0.77 * 0.23 of it to first order, and 7% more in truth.
     """
     planted = member("soft induction")
     dictionary = true_dictionary(planted) if kind == "true" else NeuronDictionary()
     found = hidden(planted, dictionary, planted.cases[:2])
     for node in ("key", "query"):
         assert getattr(found, f"{node}_influence") < 1e-6
-        assert getattr(found, f"{node}_response") > 0.1
-        assert getattr(found, f"{node}_small") < 0.1
-    assert found.query_swap < 0.1
+        assert getattr(found, f"{node}_response") > 0.05
+        assert getattr(found, f"{node}_effect") > 0.4
+        assert getattr(found, f"{node}_small") == near(0.07, abs=0.01)
+    # A neuron's gate, held, knows no other query.
+    assert found.query_swap < 0.01 or kind == "neurons"
 
 
 def test_what_neurons_hide() -> None:

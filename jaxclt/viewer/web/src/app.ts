@@ -6,7 +6,7 @@ import { isFixed } from "./layout";
 import { type GraphNode, type Head, Model, type Reading } from "./model";
 import { type Card, fromPlaces } from "./supernodes";
 
-export type Part = "graph" | "reading" | "cell" | "model" | "side" | "pins" | "labels" | "filter" | "view" | "compare" | "patches" | "layout";
+export type Part = "graph" | "cell" | "model" | "side" | "pins" | "labels" | "filter" | "view" | "compare" | "patches" | "layout";
 export type ViewName = "graph" | "table" | "compare";
 export const TABS = ["node", "attention", "evidence", "help"] as const;
 export type Tab = (typeof TABS)[number];
@@ -107,7 +107,7 @@ export class App {
   showReading(reading: Reading): void {
     this.path = [];
     this.take(reading, this.threshold < this.highest ? this.threshold : null);
-    this.changed("reading", "graph", "side", "pins", "filter");
+    this.changed("graph", "side", "pins", "filter");
   }
 
   /** Compare with another graph, by the same reading where it has it. */

@@ -11,6 +11,7 @@ export class Matrix {
   private readonly picture: SVGElement;
   private readonly said = el("p", "said");
   private readonly step: number; // from cell to cell
+  private readonly size: number; // of a cell
   private readonly marks: SVGElement;
   private cursor: At | null = null;
 
@@ -19,6 +20,7 @@ export class Matrix {
   }) {
     const { rows, name } = of;
     this.step = Math.min(MOST, (WIDTH - MARGIN) / rows.length);
+    this.size = this.step - (this.step > 8 ? 1 : 0);
     this.picture = svg("svg", {
       class: "matrix", viewBox: [-EDGE, -EDGE, WIDTH, this.step * rows.length + 2 * EDGE].join(" "), tabindex: 0, role: "application",
       "aria-label": `Pattern of ${name}: a row for each token that attends, a column for each that it attends to. Arrow keys move, Enter chooses.`,
@@ -39,16 +41,14 @@ export class Matrix {
   }
 
   private cells(): SVGElement[] {
-    const { rows } = this.of, gap = this.step > 8 ? 1 : 0, made: SVGElement[] = [];
-    const size = this.step - gap, stairs = rows.map((_, q) => `M0 ${q * this.step}h${(q + 1) * this.step - gap}v${size}H0Z`);
-    made.push(svg("path", { class: "empty", d: stairs.join("") }));
+    const { rows, listed } = this.of, stairs = rows.map((_, q) => `M0 ${q * this.step}h${q * this.step + this.size}v${this.size}H0Z`);
+    const made = [svg("path", { class: "empty", d: stairs.join("") })];
     rows.forEach((row, q) => row.slice(0, q + 1).forEach((weight, k) => {
       if (weight < 0.002) return;
       // The root, so that a tenth is seen beside a one.
-      made.push(svg("rect", { class: "weight", x: k * this.step, y: q * this.step, width: size, height: size, "fill-opacity": Math.sqrt(Math.min(weight, 1)).toFixed(3), "data-at": `${q} ${k}` }));
+      made.push(this.square("weight", [q, k], { "fill-opacity": Math.sqrt(Math.min(weight, 1)).toFixed(3), "data-at": `${q} ${k}` }));
     }));
-    for (const [q, k] of this.of.listed) made.push(svg("rect", { class: "listed", ...this.square(q, k, gap) }));
-    return made;
+    return [...made, ...listed.map((at) => this.square("listed", at))];
   }
 
   /** A token's name stands where its row ends, which is where its column begins. */
@@ -62,23 +62,19 @@ export class Matrix {
     return made;
   }
 
-  private square(q: number, k: number, gap: number): Record<string, number> {
-    return { x: k * this.step, y: q * this.step, width: this.step - gap, height: this.step - gap };
+  private square(name: string, [q, k]: At, more: Record<string, string | number> = {}): SVGElement {
+    return svg("rect", { class: name, x: k * this.step, y: q * this.step, width: this.size, height: this.size, ...more });
   }
 
   /** Point a cell out, with its row and its column, and say what it is. */
   private show(at: At | null): void {
-    const gap = this.step > 8 ? 1 : 0, end = this.of.rows.length * this.step - gap;
-    const { chosen } = this.of;
+    const { rows, chosen } = this.of;
     this.marks.replaceChildren();
     if (at) {
-      const [q, k] = at, across = (q + 1) * this.step - gap;
-      this.marks.append(
-        svg("rect", { class: "cross", ...this.square(q, 0, gap), width: across }),
-        svg("rect", { class: "cross", ...this.square(k, k, gap), height: end - k * this.step }),
-        svg("rect", { class: "at", ...this.square(q, k, gap) }));
+      const [q, k] = at, along = (cells: number) => (cells - 1) * this.step + this.size;
+      this.marks.append(this.square("cross", [q, 0], { width: along(q + 1) }), this.square("cross", [k, k], { height: along(rows.length - k) }), this.square("at", at));
     }
-    if (chosen) this.marks.append(svg("rect", { class: "chosen", ...this.square(chosen[0], chosen[1], gap) }));
+    if (chosen) this.marks.append(this.square("chosen", chosen));
     for (const name of this.picture.querySelectorAll("text")) {
       name.classList.toggle("on", at !== null && at.includes(Number(name.dataset.token)));
     }

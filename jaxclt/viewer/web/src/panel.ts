@@ -52,7 +52,7 @@ function overview(app: App): HTMLElement[] {
     el("p", "note", "Each column is a token of the prompt, each row a layer. Circles are features the model switched on there; larger ones matter more for the output. Lines are direct effects; the strongest carry most of the output. “·” stands for a space."),
     el("p", "note", `A share says how much of a node's shown inputs one link makes up, counted without sign. ${model.reading === "value"
       ? "The weight is the effect itself: with constant terms and what was pruned, a feature's weights add up to its pre-activation, an output's to its logit."
-      : "The response is what a small change of the source does, attention and norms live and other features held; responses add up to nothing. Dotted links act mostly through what heads attend to."} ↑ acts at the same token, ↗ on a later one.`),
+      : "The response is what a small change of the source does, attention and norms live and other features held; responses need not add up. Dotted links act mostly through what heads attend to."} ↑ acts at the same token, ↗ on a later one.`),
     el("p", "note", "+ strengthens a feature, − weakens it, on whichever side of zero its activation is; of an output, + raises the logit. So the signs along a path multiply."),
   ];
 }

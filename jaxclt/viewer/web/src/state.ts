@@ -18,7 +18,7 @@ export function toHash(app: App): string {
   if (app.positions.size) q.set("cards", JSON.stringify(cardsOf(app)));
   if (app.view !== "graph") q.set("view", app.view);
   if (app.tab !== "node") q.set("tab", app.tab);
-  if (app.model.reading !== "value") q.set("reading", app.model.reading);
+  if (app.model.hasResponse && app.model.reading !== "value") q.set("reading", app.model.reading);
   if (app.head) q.set("attention", [...app.head, ...(app.cell ?? [])].join("."));
   for (const name of ["side", "lower"] as const) {
     const share = app.panels[name];

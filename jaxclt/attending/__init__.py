@@ -1,0 +1,1 @@
+"""Why heads attend: the cells of patterns that matter, and what makes their scores."""

@@ -1,0 +1,46 @@
+"""Cells in words: names of nodes, and the sentence that says why a head attends."""
+
+from __future__ import annotations
+
+from jaxclt.attending.apart import Apart, Pair
+from jaxclt.graph.graph import Graph
+from jaxclt.graph.kinds import KINDS
+from jaxclt.graph.nodes import facts, node_name, quoted
+
+__all__ = ["because", "node_id", "place_name", "side_name"]
+
+_MORE = ("bias", "rest")  # after the columns, see `jaxclt.attending.brought`
+
+
+def node_id(graph: Graph, node: int) -> str:
+    """A node's id in graph.json, or what stands for biases and the rest."""
+    if node >= graph.layout.n_columns:
+        return _MORE[node - graph.layout.n_columns]
+    return KINDS[graph.layout.kind(node)].node_id.format_map(facts(graph, node))
+
+
+def side_name(graph: Graph, node: int) -> str:
+    """What a node is called: a feature by the dictionary's label, if it has one."""
+    if node >= graph.layout.n_columns:
+        return _MORE[node - graph.layout.n_columns]
+    at = facts(graph, node)
+    if graph.layout.kind(node) == "feature" and at["text"]:
+        return f"L{at['layer']} {at['quoted']}@{at['pos']}"
+    return node_name(graph, node)
+
+
+def place_name(graph: Graph, layer: int, head: int, query: int, key: int) -> str:
+    """A cell by its head and its tokens, on one line."""
+    at, to = (quoted(graph.meta.tokens[pos]) for pos in (query, key))
+    return f"L{layer}H{head} at {at}@{query} attends to {to}@{key}"
+
+
+def because(graph: Graph, apart: Apart, pairs: list[Pair]) -> str:
+    """Why a head attends: the pair that most makes this key win against the others."""
+    cell = apart.cell
+    text = place_name(graph, cell.layer, cell.head, cell.query, cell.key)
+    for pair in pairs:
+        if pair.competition > 0:
+            query, key = (side_name(graph, node) for node in (pair.query, pair.key))
+            return f"{text} because [{query}] x [{key}]"
+    return text
