@@ -345,6 +345,6 @@ def _method(report: dict[str, Any]) -> list[str]:
         "layers after it (constrained: as far as it writes; additive: all layers); "
         "attention patterns frozen unless said to be live, norms live. Full patches "
         f"ablate; small ones multiply by {o['small']}. Intervals: bootstrap over "
-        f"features. Perturbations are {o['size']:.0%} of the feature's activation, {o['n_perturbed']} of each "
-        "kind per layer, never at the first position.",
+        f"features. Perturbations are {o['size']:.0%} of the feature's activation, "
+        f"{o['n_perturbed']} of each kind per layer, never at the first position.",
     ]
