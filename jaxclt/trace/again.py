@@ -27,7 +27,7 @@ from jaxclt.graph.targets import token_targets
 from jaxclt.io.model import Model
 from jaxclt.trace.record import recorded
 
-__all__ = ["edge_parts_with_model", "inhibition"]
+__all__ = ["edge_parts_with_model", "inhibition", "target_row"]
 
 
 def edge_parts_with_model(
@@ -75,24 +75,37 @@ def edge_parts_with_model(
 
 def _row(graph: Graph, row: int, p: Recorded) -> RowTargets:
     """What one row reads."""
-    nodes, recording = p.active, p.recording
+    nodes = p.active
     if row < graph.n_features:
         at = np.array([row])
         return RowTargets(
             layer_R=nodes.layer_A[at], pos_R=nodes.pos_A[at], read_RD=nodes.reads(at)
         )
-    token = int(graph.target_token_K[row - graph.n_features])
+    return target_row(graph, row - graph.n_features, p)
+
+
+def target_row(graph: Graph, k: int, p: Recorded) -> RowTargets:
+    """What a target of a graph reads.
+
+    Args:
+      graph: traced.
+      k: which of its targets.
+      p: the graph's prompt, recorded.
+
+    Raises:
+      InputError: for a direction, which no file holds.
+    """
+    token, pos = int(graph.target_token_K[k]), int(graph.target_pos_K[k])
     if token < 0:
         raise InputError(
             "this target is a direction that the file does not hold: only features and "
             "tokens can be followed with the model"
         )
-    last = graph.n_tokens - 1
-    chosen = token_targets(p.params, recording.out_TD[last], jnp.asarray([token]))
+    chosen = token_targets(p.params, p.recording.out_TD[pos], jnp.asarray([token]))
     return RowTargets(
         layer_R=np.array([graph.n_layers], np.int32),
-        pos_R=np.array([last], np.int32),
-        read_RD=target_reads(p.params, recording, chosen.vec_KD, last),
+        pos_R=np.array([pos], np.int32),
+        read_RD=target_reads(p.params, p.recording, chosen.vec_KD, pos),
     )
 
 
