@@ -34,14 +34,14 @@ from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import mlp_norm, norm_scale
 from jaxclt.lm.run import native_mlp
 from jaxclt.shapes import bucket
-from jaxclt.types import Block, Targets
+from jaxclt.types import Block
 
 __all__ = ["model_derivative"]
 
 
 @struct.dataclass
-class _Live:
-    """Past the real model's layers, all that is in them live, at the clean stream."""
+class _Model:
+    """Past the layers of the model itself, at the clean stream."""
 
     blocks: Block
     clean_LTD: Array  # what enters each layer
@@ -56,8 +56,8 @@ class _Live:
         self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
     ) -> Array:
         """See `jaxclt.graph.travel.Way`."""
-        here = jax.tree.map(lambda x: x[layer], (self.blocks, self.clean_LTD))
-        p, clean_TD = here
+        at = (self.blocks, self.clean_LTD)
+        p, clean_TD = jax.tree.map(lambda leaf: leaf[layer], at)
 
         def streams(resid_PD: Array) -> tuple[Array, Array]:
             after_PD, taps = _layer(p, resid_PD, cfg=self.cfg)
@@ -65,11 +65,12 @@ class _Live:
 
         _, back = jax.vjp(streams, clean_TD[: len(g_PXD)])
         read_PXD = add_reads(jnp.zeros_like(g_PXD))
-        # One at a time, not batched: XLA for CPUs (jaxlib 0.10.2) computes cotangents
-        # of norms, r - u (u . r), wrong where many share a u. It also holds one's
-        # patterns only.
+        P, X, D = g_PXD.shape
+        room = max(1, _TOGETHER // (P * D))
+        together = next(n for n in range(room, 0, -1) if X % n == 0)
         each = g_PXD.swapaxes(0, 1), read_PXD.swapaxes(0, 1)
-        return jax.lax.map(lambda g: back(g)[0], each).swapaxes(0, 1)
+        below_XPD = jax.lax.map(lambda g: back(g)[0], each, batch_size=together)
+        return below_XPD.swapaxes(0, 1)
 
 
 def _layer(p: Block, resid_TD: Array, *, cfg: LMConfig) -> tuple[Array, Taps]:
@@ -97,7 +98,7 @@ def model_derivative(p: Prompt, *, packed: bool = True) -> np.ndarray:
         plan=Plan(band_end=(T,), capacities=(min(bucket(K, 1), _MOST),)),
         mesh=None,
         packed=packed,
-        way=_Live(p.params.blocks, p.recording.resid_LTD, p.cfg),
+        way=_Model(p.params.blocks, p.recording.resid_LTD, p.cfg),
     )
     p = dataclasses.replace(p, targets=answering_targets(p))
     rows = _reads(p)
@@ -111,11 +112,16 @@ def model_derivative(p: Prompt, *, packed: bool = True) -> np.ndarray:
 
 
 _MOST = 32  # targets whose cotangents are held together
+# Numbers in the cotangents that pass a layer side by side. Short prompts gain by more;
+# of long ones the patterns of few targets are held then. Far from 2^21 also because XLA
+# for CPUs (jaxlib 0.10.2, YNN) gets cotangents of norms, r - u (u . r), wrong from
+# there on where several r share a u.
+_TOGETHER = 1 << 18
 
 
 def _reads(p: Prompt) -> RowTargets:
     """What targets read of the stream, gates, norms and an MLP on the way live."""
-    t: Targets = p.targets
+    t = p.targets
     layer_K, pos_K = np.asarray(t.layer_K), np.asarray(t.pos_K)
     read_KD = np.array(t.vec_KD) + np.asarray(t.gate_KD)
     out = np.flatnonzero(layer_K == p.cfg.n_layers)

@@ -164,7 +164,6 @@ FAMILIES: dict[str, TinyFamily] = {
     ),
 }
 
-_random_lm = jax.jit(random_lm, static_argnames=("cfg", "parts", "dtype"))
 _init_clt = jax.jit(random_clt, static_argnames=("cfg", "dtype", "biases", "skip"))
 
 
@@ -224,7 +223,7 @@ def tiny(seed: int = 0, **options: Any) -> Tiny:
         k=4 if GATES[o.activation].competes else None,
         read=o.read,
     )
-    params = _random_lm(key_lm, cfg, parts, dtype=o.dtype)
+    params = random_lm(key_lm, cfg, parts, dtype=o.dtype)
     clt = _init_clt(key_clt, cfg=clt_cfg, dtype=o.dtype, biases=o.biases, skip=o.skip)
     token_T = jax.random.randint(key_tokens, (o.n_tokens,), 0, cfg.d_vocab, jnp.int32)
     recording = _record(params, token_T, cfg)

@@ -113,9 +113,10 @@ def test_what_comes_after_the_prompt_changes_nothing() -> None:
 
 
 def test_many_targets_go_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two cotangents are held together at most."""
+    """Two cotangents are held together, one passes a layer at a time."""
     p = prompt_of("plt")
     want = model_derivative(p)
     assert p.n_targets == 7
     monkeypatch.setattr(derivative, "_MOST", 2)
+    monkeypatch.setattr(derivative, "_TOGETHER", 1)
     close(model_derivative(p), want, 1e-13)
