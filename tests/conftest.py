@@ -16,8 +16,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 8)
 # Tiny arrays: nearly all time is compilation. A third of that is optimisation, and half
 # of the rest goes through MLIR for each fused kernel, which LLVM alone does as well.
+# A fifth of what is left is splitting programs for threads, which these do not fill.
 # (Backend options are not checked: a jaxlib that has no such option ignores it.)
 _PLAIN = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+_PLAIN += " --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_PLAIN}".strip()
 # A second run, and the second worker of a first one, finds most of it done.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # of processes that tests start

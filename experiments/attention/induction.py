@@ -24,10 +24,16 @@ import numpy as np
 from scipy.stats import rankdata
 
 import jaxclt
+from jaxclt.attending.apart import take_one_apart
+from jaxclt.attending.brought import make_nodes
+from jaxclt.attending.cells import head_effects
 from jaxclt.cli.common import use_compilation_cache
 from jaxclt.graph.agreement import spearman
 from jaxclt.graph.graph import Graph
-from jaxclt.trace.record import record_text
+from jaxclt.graph.target_reads import target_rows
+from jaxclt.graph.targets import place_targets
+from jaxclt.trace.explained import choose_targets
+from jaxclt.trace.record import record_text, recorded
 from jaxclt.validation.stats import mean_interval
 
 N, CUT = 12, 6
@@ -146,10 +152,8 @@ def what_pairs_say(graph: Graph, apart: Any, look_LH: np.ndarray) -> dict[str, A
     cell, T = apart.cell, graph.n_tokens
     at = cell.query, cell.key - 1
     found = {"cell": cell_name(cell), "layer": cell.layer, "weight": cell.weight}
-    found["score"] = apart.score
-    found["oracle"] = float(look_LH[cell.layer, cell.head])
-    found["relative_error"] = apart.relative_error
-    found["competition_error"] = apart.competition_error
+    found |= {"score": apart.score, "oracle": float(look_LH[cell.layer, cell.head])}
+    found["error"] = max(apart.relative_error, apart.competition_error)
     against_UC = apart.key_UC - apart.mean_key_UC
     for name, key_UC in (("score", apart.key_UC), ("competition", against_UC)):
         block_QK = by_position(graph, apart.query_UC, key_UC)
@@ -174,13 +178,16 @@ def of_prompt(
     prompt = np.r_[token_N, token_N[:CUT]].tolist()
     target = f"id:{token_N[CUT]}"
     graph = jaxclt.attribute(model, dictionary, prompt, targets=(target,))
-    effects = jaxclt.head_effects(model, dictionary, graph)
-    said = []
-    for cell in effects.cells[:CELLS]:
-        if place_of(cell.query, cell.key, N) == "induction":
-            at = {k: getattr(cell, k) for k in ("layer", "head", "query", "key")}
-            apart = jaxclt.attention(model, dictionary, graph, **at)
-            said.append(what_pairs_say(graph, apart, look["induction"]))
+    p = recorded(graph, model, dictionary)
+    chosen = choose_targets((target,), model, dictionary, p.recording, graph.n_tokens)
+    targets = place_targets(chosen, cfg=model.cfg, n_tokens=graph.n_tokens)
+    rows = target_rows(p.params, p.recording, p.active, targets)
+    effects, nodes = head_effects(p, graph, rows), make_nodes(p, graph)
+    said = [
+        what_pairs_say(graph, take_one_apart(nodes, cell), look["induction"])
+        for cell in effects.cells[:CELLS]
+        if place_of(cell.query, cell.key, N) == "induction"
+    ]
     found = {"prompt": number, "probability": float(graph.target_prob_K[0])}
     return found | {"pairs": said} | named(effects, look)
 
@@ -200,9 +207,7 @@ def table(rows: list[dict[str, Any]], look: dict[str, np.ndarray]) -> str:
     text += " | ".join(f"{int((look_LH >= x).sum())}" for x in LOOKS) + " |\n"
     lines = {
         "precision at 5, by effect": lambda row, x: row["effect"][x],
-        "precision at 5, by effect of the pattern": lambda row, x: row[
-            "pattern_effect"
-        ][x],
+        "the same by effect of the pattern": lambda row, x: row["pattern_effect"][x],
         "the same of cells whose key is not the query": lambda row, x: np.mean(
             [look_LH[tuple(head)] >= float(x) for head in elsewhere(row)]
         ),
@@ -250,7 +255,6 @@ def _pairs(rows: list[dict[str, Any]]) -> str:
         "what the oracle says of the head": lambda p: p["oracle"],
         "block is the first of all, score": lambda p: p["by score"]["block_rank"] == 1,
         "first of all, competition": lambda p: p["by competition"]["block_rank"] == 1,
-        "key position is first, score": lambda p: p["by score"]["key_rank"] == 1,
         "key position is first, competition": lambda p: (
             p["by competition"]["key_rank"] == 1
         ),
@@ -270,7 +274,7 @@ def _pairs(rows: list[dict[str, Any]]) -> str:
             mine = [[of(p) for p in row["pairs"] if test(p)] for row in rows]
             cells.append(mean(np.mean(x) for x in mine if x) if any(mine) else "")
         text += f"| {name} | " + " | ".join(cells) + " |\n"
-    worst = max(max(p["relative_error"], p["competition_error"]) for p in every)
+    worst = max(p["error"] for p in every)
     return text + f"\nPairs sum to scores within {worst:.1e} (relative).\n"
 
 

@@ -243,13 +243,14 @@ def main() -> None:
     parser.add_argument("--dictionary", default="neurons:32")
     parser.add_argument("--prompts", type=Path, default=here / "prune_by.jsonl")
     parser.add_argument("--limit", type=int, default=None, help="of prompts")
+    parser.add_argument("--max-features", type=int, default=8192)
     parser.add_argument("--out", type=Path, default=Path("out/prune_by"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     use_compilation_cache()
     model = jaxclt.load_model(args.model)
     dictionary = jaxclt.load_dictionary(args.dictionary, model)
-    config = AttributeConfig(response=True)
+    config = AttributeConfig(response=True, max_features=args.max_features)
     rows: list[dict[str, Any]] = []
     for line in args.prompts.read_text("utf-8").splitlines()[: args.limit]:
         start = time.perf_counter()

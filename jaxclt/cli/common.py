@@ -30,17 +30,19 @@ _Options = TypeVar("_Options")
 def use_compilation_cache() -> None:
     """Keep compiled programs between runs: a second run of a shape starts at once.
 
-    They lie in the user cache, or where ``JAX_COMPILATION_CACHE_DIR`` says.
+    They lie in the user cache; JAX's own environment variables say otherwise.
     """
     import jax
 
     from jaxclt.files.digest import cache_root
 
-    jax.config.update(
-        "jax_compilation_cache_dir",
-        os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache_root() / "xla")),
-    )
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    ours = {
+        "jax_compilation_cache_dir": str(cache_root() / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    for name, value in ours.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
 
 
 def load(

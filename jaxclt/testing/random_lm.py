@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -51,10 +52,19 @@ def random_lm(
     I, V, T = cfg.d_mlp, cfg.d_vocab, cfg.n_ctx
     n_weights = (2 * V + 2 * L * (H + G) * C + 3 * L * I + 6 * L + 1) * D
     n_biases = L * ((H + 2 * G) * C + 2 * (I + D))
-    # One long draw, cut into leaves: a sampler per shape would compile per shape.
+    # One long draw, cut into leaves: a sampler per shape would compile per shape, and
+    # cut in the same program it is fused into, and compiled again for, each leaf.
     n_more = 2 * L * (C * has.qk_norm + D * has.post_norms)
     n_more += (2 * L + 1) * D * has.layer_norm + T * D * has.positions
     flat = jax.random.normal(key, (n_weights + n_biases + n_more,), dtype)
+    return _cut(flat, cfg, has)
+
+
+@partial(jax.jit, static_argnames=("cfg", "has"))
+def _cut(flat: Array, cfg: LMConfig, has: Parts) -> LMParams:
+    """Weights of a model out of independent normal numbers."""
+    L, D, H, G, C = cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
+    I, V, T, dtype = cfg.d_mlp, cfg.d_vocab, cfg.n_ctx, flat.dtype
     used = 0
 
     def draw(shape: tuple[int, ...]) -> Array:

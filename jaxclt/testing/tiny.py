@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.gates import GATES
 from jaxclt.clt.store import ParamsStore
@@ -82,6 +83,7 @@ class Tiny:
         config: AttributeConfig | None = None,
         *,
         active: Active | None = None,
+        dictionary: Dictionary | None = None,
         stop: Callable[[], bool] = lambda: False,
         **more: Any,
     ) -> Graph:
@@ -90,6 +92,7 @@ class Tiny:
         Args:
           config: how much to compute.
           active: features of another dictionary, or those of this one at hand.
+          dictionary: that other one, for edges by response.
           stop: see `jaxclt.graph.prompt.Prompt`.
           **more: arguments of `jaxclt.graph.attribute.attribute_recording`.
         """
@@ -101,6 +104,7 @@ class Tiny:
             self.targets,
             cfg=self.cfg,
             config=config or every,
+            dictionary=dictionary or self.dictionary,
             stop=stop,
         )
         return attribute_recording(prompt, self.meta, **more)
@@ -160,7 +164,6 @@ FAMILIES: dict[str, TinyFamily] = {
     ),
 }
 
-_random_lm = jax.jit(random_lm, static_argnames=("cfg", "parts", "dtype"))
 _init_clt = jax.jit(random_clt, static_argnames=("cfg", "dtype", "biases", "skip"))
 
 
@@ -220,7 +223,7 @@ def tiny(seed: int = 0, **options: Any) -> Tiny:
         k=4 if GATES[o.activation].competes else None,
         read=o.read,
     )
-    params = _random_lm(key_lm, cfg, parts, dtype=o.dtype)
+    params = random_lm(key_lm, cfg, parts, dtype=o.dtype)
     clt = _init_clt(key_clt, cfg=clt_cfg, dtype=o.dtype, biases=o.biases, skip=o.skip)
     token_T = jax.random.randint(key_tokens, (o.n_tokens,), 0, cfg.d_vocab, jnp.int32)
     recording = _record(params, token_T, cfg)

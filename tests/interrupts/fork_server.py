@@ -1,7 +1,8 @@
 """Runs `jaxclt` command lines, each in a fork of this process: one start for all.
 
 A line in, ``{"argv": [...], "log": "file"}``; two lines out, the process number at once
-and its exit status at its end. Nothing of JAX but its import is done before the fork.
+and its exit status at its end. Nothing of JAX but its import is done before the fork;
+what commands import late is there too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import sys
 import traceback
 
 import jax
+import matplotlib.figure  # noqa: F401
+import scipy.stats  # noqa: F401
+import transformers  # noqa: F401
 
 from jaxclt.cli import main as cli
 from jaxclt.cli import train as command  # noqa: F401
