@@ -140,6 +140,7 @@ class Recording:
     # attention and MLP read the same, what enters the layer.
     mid_LTD: Array
     write_LTD: Array  # what the true MLPs add to the stream
+    end_TD: Array  # leaving the last layer
     out_TD: Array  # after the final norm; unembed() turns it into logits
     frozen: Frozen
 
@@ -198,6 +199,11 @@ class Targets:
     vec_KD: Array | np.ndarray  # a logit's demeaned unembedding column
     write_KD: Array | np.ndarray
     const_K: Array | np.ndarray
+    # How they answer to a change (maths 22.2): the norm before what they read, whose
+    # denominator is folded in (0 none, or the final one; 1 before the MLP; 2 before
+    # the next attention), and what a live gate of a feature adds to `vec`.
+    norm_K: Array | np.ndarray  # int32
+    gate_KD: Array | np.ndarray
     labels: tuple[str, ...] = struct.field(pytree_node=False)  # "": the token's text
 
 

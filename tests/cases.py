@@ -25,6 +25,8 @@ from jaxclt.graph.plan import Plan
 from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.rows import edge_rows, make_puller
 from jaxclt.graph.target_reads import target_reads
+from jaxclt.graph.travel import Way
+from jaxclt.replacement.errors import error_nodes
 from jaxclt.replacement.local import LocalReplacement, LocalRun, run_local
 from jaxclt.testing import Tiny, tiny
 from jaxclt.types import Recording
@@ -122,13 +124,14 @@ def graph_rows(p: Recorded, vec_KD: np.ndarray | jax.Array) -> RowTargets:
     )
 
 
-def pulled_rows(p: Recorded, rows: RowTargets) -> np.ndarray:
-    """Edges of some rows, [R, N]."""
+def pulled_rows(p: Recorded, rows: RowTargets, way: Way | None = None) -> np.ndarray:
+    """Edges of some rows, [R, N], down the frozen stream or another way."""
     T, R = p.n_tokens, len(rows.pos_R)
     puller = make_puller(
         p,
         plan=Plan(band_end=(T,), capacities=(R,)),
         mesh=Mesh(np.array(jax.devices()[:1]), ("rows",)),
+        way=way,
     )
     edge_RN = np.zeros((R, Columns(p).layout.n_columns), rows.read_RD.dtype)
     edge_rows(puller, rows, edge_RN)
@@ -286,6 +289,32 @@ def solved(graph: Graph) -> Graph:
 
 
 # -- oracles ---------------------------------------------------------------------------
+
+
+def column_writes(t: Tiny, active: Active, *, neurons: bool) -> np.ndarray:
+    """What every column writes, [N, 1 + L, T, D], from the weights themselves."""
+    L, T, D = t.recording.mid_LTD.shape
+    A = len(active.layer_A)
+    change = np.zeros((A + L * T + T, 1 + L, T, D))
+    blocks = t.params.blocks
+    for a in range(A):
+        layer, pos, f = active.layer_A[a], active.pos_A[a], active.feature_A[a]
+        if neurons:
+            row_D = np.asarray(blocks.down_LID[layer, f])
+            if blocks.post_mlp_LD is not None:
+                row_D = row_D * np.asarray(blocks.post_mlp_LD[layer])
+            rows_MD = row_D[None]
+        else:
+            rows_MD = np.asarray(t.clt.W_dec[layer][f])
+        span = slice(1 + layer, 1 + layer + len(rows_MD))
+        change[a, span, pos] = active.value_A[a] * rows_MD
+    error_LTD = error_nodes(active, t.recording)
+    for layer in range(L):
+        for pos in range(T):
+            change[A + layer * T + pos, 1 + layer, pos] = error_LTD[layer, pos]
+    for pos in range(T):
+        change[A + L * T + pos, 0, pos] = np.asarray(t.recording.embed_TD)[pos]
+    return change
 
 
 def share_matrix(graph: Graph, edge_RN: np.ndarray | None = None) -> np.ndarray:

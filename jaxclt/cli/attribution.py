@@ -39,6 +39,9 @@ class AttributionFlags:
     """Share of the influence that the shown nodes hold."""
     edge_threshold: float = 0.98
     """Share of the edge strength that the shown edges hold."""
+    response: bool = False
+    """Also compute what small changes do: edges by response, with attention patterns
+    and norms live, and their parts."""
     heads: int = 0
     """For this many of the strongest shown edges, list the last attention heads."""
     bos: Bos = "auto"

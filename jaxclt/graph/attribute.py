@@ -25,6 +25,7 @@ from jaxclt.graph.influence import solve_influence
 from jaxclt.graph.prompt import Computed, Prompt
 from jaxclt.graph.provenance import direct_edges
 from jaxclt.graph.prune import prune
+from jaxclt.graph.respond import respond
 from jaxclt.graph.shares import shares_total
 from jaxclt.graph.target_reads import target_bias, target_readouts
 from jaxclt.lm.frozen import bias_reads
@@ -66,9 +67,16 @@ def attribute_recording(
       KeyboardInterrupt: if stopped where there is no graph yet: before the first
         features' rows, or when sources are pushed forward.
     """
-    timing = timing or Timing()
+    timing, done = timing or Timing(), 0
+    more = p.n_selected + p.n_targets if p.config.response else 0
+
+    def of_all(rows: int, planned: int) -> None:
+        nonlocal done
+        done = rows
+        on_rows(rows, planned + more)
+
     with timing.of("attribute"), jax.default_matmul_precision(p.config.precision):
-        found = compute_edges(p, on_rows)
+        found = compute_edges(p, of_all)
         timing.work = found.work
         graph = _assemble(p, meta, found)
     with timing.of("influence"):
@@ -83,6 +91,18 @@ def attribute_recording(
             edge_threshold=p.config.edge_threshold,
         )
         graph = dataclasses.replace(graph, pruning=pruning)
+    if p.config.response and not p.stop():
+        with timing.of("response"), jax.default_matmul_precision(p.config.precision):
+            response = respond(
+                p,
+                graph,
+                found.selected,
+                lambda rows, planned: on_rows(done + rows, done + planned),
+                timing.work,
+            )
+            graph = dataclasses.replace(graph, response=response)
+    if p.config.response and graph.response is None:
+        timing.work["stopped"] = True
     keep_A = np.zeros(len(p.active.layer_A), bool)
     keep_A[found.selected] = True
     nodes = dataclasses.replace(p, active=p.active.where(keep_A))

@@ -72,6 +72,13 @@ class RowTargets:
     layer_R: np.ndarray
     pos_R: np.ndarray
     read_RD: np.ndarray
+    # [R, S - 1, D]: what further states of a way down read, see `travel.Way`.
+    more_RSD: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+
+    def __post_init__(self) -> None:
+        """Nothing, where further reads are left out."""
+        if self.more_RSD.ndim != 3:
+            object.__setattr__(self, "more_RSD", self.read_RD[:, None][:, :0])
 
     def take(self, index: np.ndarray) -> RowTargets:
         """Some of the targets, in the given order."""
@@ -82,6 +89,11 @@ class RowTargets:
         theirs = vars(more)
         joined = {k: np.concatenate([x, theirs[k]]) for k, x in vars(self).items()}
         return RowTargets(**joined)
+
+    @property
+    def read_SRD(self) -> np.ndarray:  # noqa: N802  an axis, as in the fields
+        """What the first S states read."""
+        return np.concatenate([self.read_RD[None], self.more_RSD.swapaxes(0, 1)])
 
 
 def writers(active: Active) -> Items:

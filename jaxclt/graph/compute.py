@@ -69,6 +69,7 @@ def plan_attribution(
             (_share(leaf) if apart else leaf.size) * max(leaf.dtype.itemsize, FLOAT32)
             for leaf in jax.tree.leaves(params)
         ),
+        response=config.response,
         itemsize=max(active.value_A.itemsize, FLOAT32),
     )
     budget = memory_budget(config)

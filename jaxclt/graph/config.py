@@ -25,6 +25,7 @@ class AttributeConfig:
     edge_threshold: float = 0.98
     convention: Literal["paper", "circuit-tracer"] = "paper"
     precision: str = "highest"  # of matmuls; accelerators default to less than float32
+    response: bool = False  # edges by response, too: what small changes do
     heads: int = 0  # list the last heads of this many of the strongest kept edges
     attention: int = 0  # take apart this many of the strongest cells of patterns
     chunk_size: int = 128  # most targets pulled back together

@@ -12,6 +12,7 @@ values is ever held.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -21,17 +22,19 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from jaxclt.graph.answers import answering_targets, past_final_norm
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.columns import Columns
 from jaxclt.graph.plan import Plan
 from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.rows import edge_rows, make_puller
+from jaxclt.graph.target_reads import target_reads
 from jaxclt.lm.block import Taps, block
 from jaxclt.lm.config import LMConfig
-from jaxclt.lm.layers import mlp_norm, norm_scale, normalise, out_norm
+from jaxclt.lm.layers import mlp_norm, norm_scale
 from jaxclt.lm.run import native_mlp
 from jaxclt.shapes import bucket
-from jaxclt.types import Block, LMParams
+from jaxclt.types import Block
 
 __all__ = ["model_derivative"]
 
@@ -82,9 +85,8 @@ def _mlp(p: Block, cfg: LMConfig, mid_TD: Array, scale_T: Array) -> Array:
 def model_derivative(p: Prompt, *, packed: bool = True) -> np.ndarray:
     """First-order effects of all nodes on all targets in the real model, [K, N].
 
-    Targets are the linear functionals that the graph's rows explain: a logit through
-    the live final norm; of other sites, the stream or an MLP's output as
-    `jaxclt.types.Targets` reads it, what those vectors were folded with held.
+    Targets are what the graph's rows explain: a logit through the live final norm, a
+    feature through its own live norm and gate, directions of other sites likewise.
 
     Args:
       p: the prompt, with the features that are nodes.
@@ -98,6 +100,7 @@ def model_derivative(p: Prompt, *, packed: bool = True) -> np.ndarray:
         packed=packed,
         way=_Model(p.params.blocks, p.recording.resid_LTD, p.cfg),
     )
+    p = dataclasses.replace(p, targets=answering_targets(p))
     rows = _reads(p)
     derivative_KN = np.zeros((K, Columns(p).layout.n_columns), rows.read_RD.dtype)
     edge_rows(puller, rows, derivative_KN)
@@ -117,42 +120,18 @@ _TOGETHER = 1 << 18
 
 
 def _reads(p: Prompt) -> RowTargets:
-    """What targets read of the stream, norms and an MLP that they read past live."""
+    """What targets read of the stream, gates, norms and an MLP on the way live."""
     t = p.targets
     layer_K, pos_K = np.asarray(t.layer_K), np.asarray(t.pos_K)
-    read_KD = np.array(t.vec_KD)
+    read_KD = np.array(t.vec_KD) + np.asarray(t.gate_KD)
     out = np.flatnonzero(layer_K == p.cfg.n_layers)
-    pad = bucket(max(len(out), 1), 1) - len(out)
-    at, vec = np.pad(pos_K[out], (0, pad)), np.pad(read_KD[out], ((0, pad), (0, 0)))
-    past_norm = _past_norm(p.params, p.recording.resid_LTD[-1], at, vec, cfg=p.cfg)
-    read_KD[out] = np.asarray(past_norm)[: len(out)]
+    held_KD = target_reads(p.params, p.recording, read_KD[out], pos_K[out])
+    read_KD[out] = past_final_norm(p, held_KD, pos_K[out])
     for k in np.flatnonzero(np.asarray(t.write_KD).any(1)):
         layer, pos = int(layer_K[k]), int(pos_K[k])
         mid_D, write_D = p.recording.mid_LTD[layer, pos], np.asarray(t.write_KD)[k]
         read_KD[k] += _past_mlp(p.params.blocks, layer, mid_D, write_D, cfg=p.cfg)
     return RowTargets(layer_R=layer_K, pos_R=pos_K, read_RD=read_KD)
-
-
-@partial(jax.jit, static_argnames="cfg")
-def _past_norm(
-    params: LMParams, resid_TD: Array, pos_K: Array, vec_KD: Array, *, cfg: LMConfig
-) -> Array:
-    """Directions of the output [K, D] as read of the stream after the last layer.
-
-    Args:
-      params: the model.
-      resid_TD: what enters the last layer.
-      pos_K: where each direction reads.
-      vec_KD: the directions.
-      cfg: model shape.
-    """
-    norm, last = out_norm(params), jax.tree.map(lambda x: x[-1], params.blocks)
-
-    def out(x_KD: Array) -> Array:
-        return normalise(x_KD, norm_scale(x_KD, norm, eps=cfg.norm_eps), norm)
-
-    _, back = jax.vjp(out, _layer(last, resid_TD, cfg=cfg)[0][pos_K])
-    return back(vec_KD)[0]
 
 
 @partial(jax.jit, static_argnames="cfg")

@@ -70,7 +70,7 @@ def _queries(stream: Stream, reads: Reads) -> Array:
 
     Down the residual stream alone: no head after the last one counts.
     """
-    layer_R, pos_R, read_RD = reads
+    layer_R, pos_R, (read_RD,) = reads
     cfg = stream.cfg
 
     def level(g_RD: Array, layer: Array) -> tuple[Array, Array]:

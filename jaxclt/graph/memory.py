@@ -51,6 +51,7 @@ class Sizes:
     n_sites: float = 1  # MLP outputs a feature writes, on average
     n_unique: int | None = None  # distinct active features; None: all distinct
     params_bytes: int = 0
+    response: bool = False  # edges by response, too
     itemsize: int = FLOAT32
 
 
@@ -62,6 +63,7 @@ class MemoryPlan:
     packed: bool  # source vectors written out
     pool: int  # features whose columns are kept while rows are computed
     chunk_size: int
+    response_chunk: int  # of rows by response; 0: there are none
     full_matrix: bool  # rows of all active features would fit
     bytes: dict[str, int]  # by what they are for
     host_bytes: dict[str, int]  # beside an accelerator's memory; empty on a CPU
@@ -115,20 +117,34 @@ def memory_plan(
       InputError: if even the smallest plan does not fit, with what it needs.
     """
     keep = patterns_kept(sizes.cfg, sizes.n_tokens, budget, sizes.itemsize)
+    chunks = (chunk_size, *(c for c in _CHUNKS if c < chunk_size))
 
     def planned(chunk: int, packed: bool) -> MemoryPlan:
         one = _on_device(sizes, keep, packed, chunk)
         device = {part: size * n_copies for part, size in one.items()}
         host = _on_host(sizes)
+        smallest = n_copies * _answering(sizes, chunks[-1])
+        if sizes.response:
+            device["response"] = smallest
+            host["edges by response"] = _matrix(sizes, sizes.n_rows, sizes.n_rows)
         room = budget - sum(device.values()) if host_budget is None else host_budget
         room -= sum(host.values())
         pool = _pool(sizes, room)
         host |= {"edges": _matrix(sizes, sizes.n_rows, pool)}
+        answering = 0
+        if sizes.response:
+            # Rows by value are done by then: their chunk's room is free again.
+            free = budget - sum(device.values()) + device["chunk"] + smallest
+            free -= sum(host.values()) if host_budget is None else 0
+            every = {c: n_copies * _answering(sizes, c) for c in chunks}
+            answering = max((c for c in chunks if every[c] <= free), default=chunks[-1])
+            device["response"] = max(smallest, every[answering] - device["chunk"])
         return MemoryPlan(
             keep_patterns=keep,
             packed=packed,
             pool=pool,
             chunk_size=chunk,
+            response_chunk=answering,
             full_matrix=_matrix(sizes, sizes.n_active, sizes.n_active) <= room,
             bytes=device | (host if host_budget is None else {}),
             host_bytes={} if host_budget is None else host,
@@ -138,7 +154,6 @@ def memory_plan(
         on_host = host_budget is None or plan.host_total <= host_budget
         return plan.total <= budget and on_host
 
-    chunks = (chunk_size, *(c for c in _CHUNKS if c < chunk_size))
     for chunk, packed in itertools.product(chunks, (True, False)):
         plan = planned(chunk, packed)
         # A pool cut below four times the rows picks them with too little choice.
@@ -224,6 +239,21 @@ def _on_device(sizes: Sizes, keep: bool, packed: bool, chunk: int) -> dict[str, 
         "sources": tiles + gathered,
         "chunk": stream + 2 * slots * chunk * item,
     }
+
+
+def _answering(sizes: Sizes, chunk: int) -> int:
+    """Bytes of a chunk of rows by response, and of what attention is laid out in.
+
+    Of its cotangents of scores all heads' are counted, although each is done with as
+    it is made: that order is the compiler's.
+    """
+    cfg, T, item = sizes.cfg, sizes.n_tokens, sizes.itemsize
+    width = (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_head
+    maps = cfg.n_layers * cfg.d_model * (width + cfg.n_heads * cfg.d_head)
+    vectors = T * chunk * (4 * cfg.d_model + 3 * width)
+    scores = cfg.n_heads * T**2 * (chunk + 4)
+    slots = -(-sizes.n_active // max(T, 1)) * T
+    return (maps + vectors + scores + 2 * slots * chunk) * item
 
 
 def available_bytes() -> int:

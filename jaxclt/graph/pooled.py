@@ -14,7 +14,14 @@ import numpy as np
 
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.explore import arrived_influence, next_features
-from jaxclt.graph.prompt import Computed, Prompt, counted, cut_columns, row_totals
+from jaxclt.graph.prompt import (
+    Computed,
+    Prompt,
+    add_written,
+    counted,
+    cut_columns,
+    row_totals,
+)
 from jaxclt.graph.rows import Puller, edge_rows, pull_flops, visits
 
 __all__ = ["pull_some"]
@@ -146,7 +153,8 @@ class _PooledRows:
         K = self.p.n_targets
         new = slice(self.done, self.done + K)
         self._edges(self.p.target_rows(), new, lambda: False)
-        self.add_written(self.edge_RN[new])
+        rests = self.rest_R[new], self.rest_abs_R[new]
+        add_written(self.p, self.pool_A, self.edge_RN[new], *rests)
         self._append(-1 - np.arange(K))
 
     def _edges(
@@ -169,16 +177,6 @@ class _PooledRows:
         self.total_R[new] = total_R + self.rest_abs_R[new]
         self.feature_R[new] = feature
         self.done = new.stop
-
-    def add_written(self, edge_KN: np.ndarray) -> None:
-        """Add what targets read of an MLP's output themselves; theirs are first."""
-        A, width = len(self.p.active.layer_A), len(self.pool_A)
-        for k, edge_N in self.p.written():
-            edge_KN[k, :width] += edge_N[self.pool_A]
-            edge_KN[k, width:] += edge_N[A:]
-            outside = np.delete(edge_N[:A], self.pool_A)
-            self.rest_R[k] += outside.sum()
-            self.rest_abs_R[k] += np.abs(outside).sum()
 
     def visits(self) -> tuple[np.ndarray, float]:
         """Influence that has arrived at the pool, and at everything outside it."""

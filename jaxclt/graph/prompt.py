@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxclt.clt.active import Active
+from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.blocks import submatrix
@@ -25,6 +26,7 @@ __all__ = [
     "Computed",
     "Prompt",
     "Recorded",
+    "add_written",
     "counted",
     "cut_columns",
     "row_totals",
@@ -91,6 +93,7 @@ class Prompt(Recorded):
     targets: Targets  # what to explain, see `jaxclt.graph.targets`
     _: dataclasses.KW_ONLY
     config: AttributeConfig = dataclasses.field(default_factory=AttributeConfig)
+    dictionary: Dictionary | None = None  # of the features: response needs it
     shortlist: Chooser | None = None  # of the features that may be nodes; None: all
     # Asked before each chunk of rows. Once true, the graph is of the features that were
     # attributed until then, everything else counted as unexplored.
@@ -100,6 +103,11 @@ class Prompt(Recorded):
         super().__post_init__()
         placed = place_targets(self.targets, cfg=self.cfg, n_tokens=self.n_tokens)
         self._set(targets=placed)
+        if self.config.response and self.dictionary is None:
+            raise InputError(
+                "edges by response need the dictionary of the features: give it to the "
+                "prompt, or leave response off"
+            )
 
     def _nodes(self, n_tokens: int) -> Active:
         active = super()._nodes(n_tokens)
@@ -194,6 +202,31 @@ def counted(report: Callable[[int, int], None], total: int) -> Callable[[int], N
         report(done, total)
 
     return count
+
+
+def add_written(
+    p: Prompt,
+    pool_A: np.ndarray,
+    edge_KN: np.ndarray,
+    rest_K: np.ndarray,
+    rest_abs_K: np.ndarray,
+) -> None:
+    """Add what targets read of an MLP's output themselves, in place.
+
+    Args:
+      p: the prompt.
+      pool_A: features with columns; what the others write goes to the rests.
+      edge_KN: rows of the targets.
+      rest_K: their sums of what is not among the columns.
+      rest_abs_K: the same without sign.
+    """
+    A, width = len(p.active.layer_A), len(pool_A)
+    for k, edge_N in p.written():
+        edge_KN[k, :width] += edge_N[pool_A]
+        edge_KN[k, width:] += edge_N[A:]
+        outside = np.delete(edge_N[:A], pool_A)
+        rest_K[k] += outside.sum()
+        rest_abs_K[k] += np.abs(outside).sum()
 
 
 def row_totals(edge_RN: np.ndarray, ignored: np.ndarray) -> np.ndarray:

@@ -103,6 +103,7 @@ class _Read(NamedTuple):
 # Every device has its share of the rows; all else is whole on each, so that none waits
 # for another.
 _ROW, _WHOLE = PartitionSpec("rows"), PartitionSpec()
+_READS = Reads(_ROW, _ROW, PartitionSpec(None, "rows"))
 
 
 def _split(local: Callable[..., Any], mesh: Mesh | None, **specs: Any) -> Any:
@@ -136,7 +137,7 @@ def _pull_chunk(
         return _Read(edge_EX, error_LPX, embed_PX, rest_X, rest_abs_X)
 
     by_row: Any = [PartitionSpec(*(None,) * n, "rows") for n in (1, 2, 1, 0, 0)]
-    specs = {"in_specs": (_WHOLE, _ROW, _WHOLE), "out_specs": _Read(*by_row)}
+    specs = {"in_specs": (_WHOLE, _READS, _WHOLE), "out_specs": _Read(*by_row)}
     return _split(local, mesh, **specs)(held, reads, place_E)
 
 
@@ -160,7 +161,7 @@ def _visit_chunk(
         share_B = visit_B / jnp.where(total_B > 0, total_B, 1)
         return jnp.einsum("ZPWB,B->ZPW", edge_ZPWB, share_B)[None]
 
-    specs = {"in_specs": (_WHOLE, _ROW, _ROW, _WHOLE), "out_specs": _ROW}
+    specs = {"in_specs": (_WHOLE, _READS, _ROW, _WHOLE), "out_specs": _ROW}
     return _split(local, mesh, **specs)(held, reads, visit_B, is_node_LP)
 
 
@@ -173,6 +174,11 @@ class Puller:
     plan: Plan
     mesh: Mesh | None
     n_tokens: int  # of the prompt, without the padding of the recording
+
+    @property
+    def n_devices(self) -> int:
+        """How many devices share the rows."""
+        return 1 if self.mesh is None else self.mesh.size
 
     @property
     def n_features(self) -> int:
@@ -202,8 +208,7 @@ def make_puller(
         it is, for a way that needs all of a model that may be split over devices.
       bank: packed `writers` of its active features, if already at hand.
       packed: hold the source vectors written out; else gather them as they are used.
-      way: down, by default past the frozen stream; one of several states takes one
-        device.
+      way: down, by default past the frozen stream.
     """
     bank = bank or pack(writers(p.active), p.error_LTD.shape[1])
     held = Shared(
@@ -228,7 +233,7 @@ def padded_reads(targets: RowTargets, chunk: Chunk) -> Reads:
     return Reads(
         jnp.asarray(np.pad(part.layer_R, (0, pad), constant_values=-1)),
         jnp.asarray(np.pad(part.pos_R, (0, pad))),
-        jnp.asarray(np.pad(part.read_RD, ((0, pad), (0, 0)))),
+        jnp.asarray(np.pad(part.read_SRD, ((0, 0), (0, pad), (0, 0)))),
     )
 
 
@@ -285,9 +290,9 @@ def edge_rows(
     for chunk, read in pipelined(puller.chunks(targets), start, stop):
         n = len(chunk.index_B)
         n_states = puller.held.way.n_states
+        parts = [_by_state(x, n_states, puller.n_devices)[..., :n] for x in read[:3]]
         for q, out in enumerate(out_RN.reshape(n_states, *out_RN.shape[-2:])):
-            mine = slice(q * chunk.capacity, q * chunk.capacity + n)
-            part = [np.asarray(x)[..., mine] for x in read[:3]]
+            part = [x[q] for x in parts]
             write_rows(chunk, part, *near[chunk.n_positions], layout, out)
         if rest_R is not None:
             rest_R[chunk.index_B] = np.asarray(read.rest_X)[:n]
@@ -318,6 +323,13 @@ def pipelined(
         pending = started
     if pending is not None:
         yield pending
+
+
+def _by_state(edge_X: Array, n_states: int, n_devices: int) -> np.ndarray:
+    """Edges of a chunk with the states first: every device has all of its own rows."""
+    host = np.asarray(edge_X)
+    apart = host.reshape(*host.shape[:-1], n_devices, n_states, -1)
+    return np.moveaxis(apart, -2, 0).reshape(n_states, *host.shape[:-1], -1)
 
 
 def write_rows(

@@ -44,6 +44,7 @@ from numpy.typing import ArrayLike
 
 from jaxclt.clt.active import feature_reads
 from jaxclt.clt.coder import Dictionary
+from jaxclt.clt.live import live_feature_reads
 from jaxclt.clt.sites import fold_reads
 from jaxclt.errors import InputError, did_you_mean
 from jaxclt.lm.config import LMConfig
@@ -100,6 +101,8 @@ def _targets(
     weight_K: Array | None = None,
     write_KD: np.ndarray | None = None,
     const_K: ArrayLike | None = None,
+    norm: int = 0,
+    gate_KD: np.ndarray | None = None,
     labels: Sequence[str] | None = None,
 ) -> Targets:
     """Targets with everything not given at its default.
@@ -110,6 +113,7 @@ def _targets(
     K, dtype = len(vec_KD), vec_KD.dtype
     const_K = np.zeros(K) if const_K is None else np.atleast_1d(const_K)
     labels = ("",) * K if labels is None else tuple(labels)
+    none_KD = np.zeros(vec_KD.shape, dtype)
     if len(labels) != K or const_K.shape != (K,):
         raise InputError(f"{K} targets need {K} labels and {K} constants")
     return Targets(
@@ -118,8 +122,10 @@ def _targets(
         layer_K=np.broadcast_to(np.asarray(layer, np.int32), (K,)),
         pos_K=np.broadcast_to(np.asarray(pos, np.int32), (K,)),
         vec_KD=vec_KD,
-        write_KD=np.zeros(vec_KD.shape, dtype) if write_KD is None else write_KD,
+        write_KD=none_KD if write_KD is None else write_KD,
         const_K=const_K.astype(dtype),
+        norm_K=np.full(K, norm, np.int32),
+        gate_KD=none_KD if gate_KD is None else gate_KD,
         labels=labels,
     )
 
@@ -241,11 +247,16 @@ def feature_targets(
     T = len(recording.token_T)
     place_K3[:, 1] = [_position(int(pos), T) for pos in place_K3[:, 1]]
     read = feature_reads(dictionary, params, recording, place_K3, cfg=cfg)
+    live = live_feature_reads(
+        dictionary, params, recording, place_K3, read.read_KD, cfg=cfg
+    )
     return _targets(
         read.read_KD,
         layer=place_K3[:, 0],
         pos=place_K3[:, 1],
         const_K=read.bias_K,
+        norm=int(dictionary.coder(cfg).site != "resid_mid"),
+        gate_KD=live.gate_KD,
         labels=[f"L{layer} feature {feature}" for layer, _, feature in place_K3],
     )
 
@@ -292,10 +303,11 @@ def functional_targets(
         )
     write_KD = np.zeros_like(read_KD)
     const_K = np.zeros(len(read_KD)) if const_K is None else np.atleast_1d(const_K)
+    past = 0
     if name in ("normalized", "mlp_in", "attn_in"):
-        norm, scale_LT = mlp_norm, recording.frozen.mlp_scale_LT
+        past, norm, scale_LT = 1, mlp_norm, recording.frozen.mlp_scale_LT
         if name == "attn_in":
-            norm, scale_LT = attn_norm, recording.frozen.attn_scale_LT
+            past, norm, scale_LT = 2, attn_norm, recording.frozen.attn_scale_LT
         form = "normalized" if name == "normalized" else "mlp_in"
         read_KD, bias_K = fold_reads(form, norm(params.blocks).of_layer(layer), read_KD)
         read_KD = read_KD * np.asarray(scale_LT)[layer, p]
@@ -320,6 +332,7 @@ def functional_targets(
         pos=p,
         write_KD=write_KD,
         const_K=const_K,
+        norm=past,
         labels=labels or [site] * len(read_KD),
     )
 
@@ -397,6 +410,7 @@ def _scaled(part: Targets, weight: float) -> Targets:
         vec_KD=-part.vec_KD,
         write_KD=-part.write_KD,
         const_K=-part.const_K,
+        gate_KD=-part.gate_KD,
         labels=tuple(f"−({label or f'token {i}'})" for label, i in names),
     )
 
@@ -425,7 +439,7 @@ def place_targets(targets: Targets, *, cfg: LMConfig, n_tokens: int) -> Targets:
         raise InputError(f"a target's layer is not among 0 to {n_layers}")
     if host.write_KD[host.layer_K == n_layers].any():
         raise InputError("no MLP writes after the final norm: use site resid_post")
-    for name in ("vec_KD", "write_KD", "const_K", "weight_K"):
+    for name in ("vec_KD", "write_KD", "const_K", "gate_KD", "weight_K"):
         if not np.isfinite(getattr(host, name)).all():
             raise InputError(f"a target's {name} is not finite")
     if (host.weight_K < 0).any() or not host.weight_K.any():

@@ -29,7 +29,8 @@ from jaxclt.graph.stream import Stream
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.step import down, up
 
-__all__ = ["Frozen", "Hops", "Reads", "Way", "Writes", "descend", "pull", "push"]
+__all__ = ["Frozen", "Hops", "Reads", "Way", "Writes", "descend", "past_attention"]
+__all__ += ["pull", "push"]
 
 
 class Writes(NamedTuple):
@@ -46,7 +47,7 @@ class Reads(NamedTuple):
 
     layer_B: Any
     pos_B: Any
-    read_BD: Any
+    read_SBD: Any  # of the first S states of a way
 
 
 def push(
@@ -181,10 +182,15 @@ def _past(
     """Cotangents past one layer: up the residual stream, and through attention."""
     skip = stream.skip_at(layer, 0, len(g_PXD))
     below_PXD, moved_PXD = down(g_PXD, skip, add_reads, cfg=stream.cfg)
+    return below_PXD, past_attention(stream, layer, moved_PXD)
+
+
+def past_attention(stream: Stream, layer: Array, moved_PXD: Array) -> Array:
+    """Cotangents of what frozen attention adds, as those of the stream it reads."""
     with jax.named_scope("pull_attention"):
-        # Attention is linear: where it is transposed does not matter.
-        _, back = jax.vjp(lambda x_PXD: stream.attend(layer, x_PXD, start=0), g_PXD)
-        return below_PXD, back(moved_PXD)[0]
+        # It is linear: where it is transposed does not matter.
+        _, back = jax.vjp(lambda x_PXD: stream.attend(layer, x_PXD, start=0), moved_PXD)
+        return back(moved_PXD)[0]
 
 
 def descend(
@@ -234,7 +240,7 @@ def pull(
 
     Args:
       way: past each layer.
-      reads: of the targets; they enter in the first of several states.
+      reads: of the targets; they enter in the first of the states.
       visit: (layer, cotangents of its MLP output, state, nothing) -> state; where
         `nothing` is true the cotangents are zero.
       state: to begin with.
@@ -243,15 +249,15 @@ def pull(
     Returns:
       The cotangents [P, Q B, D] of the embeddings, and the state.
     """
-    layer_B, pos_B, read_BD = reads
-    (B, D), L = read_BD.shape, way.cfg.n_layers
-    row_B = jnp.arange(B)
+    layer_B, pos_B, read_SBD = reads
+    (S, B, D), L = read_SBD.shape, way.cfg.n_layers
+    row_SB = jnp.arange(S * B).reshape(S, B)
 
     def add_reads(g_PXD: Array, layer: Array | int) -> Array:
         # A mask instead of a gather: which targets read here differs by layer, and
         # shapes may not.
-        here_BD = jnp.where((layer_B == layer)[:, None], read_BD, 0)
-        return g_PXD.at[pos_B, row_B].add(here_BD)
+        here_SBD = jnp.where((layer_B == layer)[None, :, None], read_SBD, 0)
+        return g_PXD.at[pos_B[None], row_SB].add(here_SBD)
 
     # A chunk of features starts at the highest of their layers, not at the output.
     top_read = jnp.max(layer_B)
@@ -261,5 +267,5 @@ def pull(
     def visited(layer: Array, g_PXD: Array, state: Any) -> Any:
         return visit(layer, g_PXD, state, (layer == top) & from_mid)
 
-    g_PXD = jnp.zeros((n_positions, way.n_states * B, D), read_BD.dtype)
+    g_PXD = jnp.zeros((n_positions, way.n_states * B, D), read_SBD.dtype)
     return descend(way, add_reads(g_PXD, L), top, add_reads, visited, state)

@@ -24,10 +24,13 @@ __all__ = [
     "attention_scores",
     "attn_norm",
     "fold_norm",
+    "frequencies",
     "gate_and_up",
     "gate_factor",
     "head_scales",
+    "key_heads",
     "keys",
+    "live_reads",
     "mlp",
     "mlp_and_scale",
     "mlp_at",
@@ -39,6 +42,7 @@ __all__ = [
     "out_norm",
     "pattern_of",
     "queries",
+    "query_heads",
     "rotary_frequencies",
     "rotate",
     "values",
@@ -102,6 +106,22 @@ def fold_norm(read_XD: Array, norm: Norm) -> Array:
     return centre(read_XD * gain_1D, norm)
 
 
+def live_reads(read_XD: Array, unit_XD: Array) -> Array:
+    """What vectors that read through a norm read if its denominator answers too.
+
+    ``r - u (u · r) / D``, with u what the norm makes of the stream without gain and
+    bias (maths 22.2).
+
+    Args:
+      read_XD: what they read with the denominator held, times its reciprocal.
+      unit_XD: u, of a shape that broadcasts to theirs.
+    """
+    # Not a product and a sum, of which XLA for CPUs (jaxlib 0.10.2) makes one kernel
+    # that is wrong for many vectors.
+    share_X = jnp.einsum("...D,...D->...", unit_XD, read_XD) / read_XD.shape[-1]
+    return read_XD - unit_XD * share_X[..., None]
+
+
 def rotary_frequencies(
     d_head: int, theta: float, scaling: RopeScaling | None = None
 ) -> np.ndarray:
@@ -119,8 +139,10 @@ def rotary_frequencies(
     return kept_J * freq_J + (1 - kept_J) * freq_J / scaling.factor
 
 
-def _frequencies(p: Block, cfg: LMConfig, dtype: jnp.dtype) -> Array:
+def frequencies(p: Block, cfg: LMConfig, dtype: jnp.dtype) -> Array:
     """Rotary frequencies of one layer, of each pair of channels that turns."""
+    # Angles of late positions are large: half precision would not tell them apart.
+    dtype = dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
     every_J = rotary_frequencies(cfg.n_turning, cfg.rope_theta, cfg.rope_scaling)
     if p.local_L is None or cfg.rope_local_theta is None:
         return jnp.asarray(every_J, dtype)
@@ -160,15 +182,23 @@ def _rotated(
         if scale_TH is None:
             scale_TH = norm_scale(x_THC, Norm(gain_C), eps=cfg.norm_eps)
         x_THC = x_THC * scale_TH[..., None] * gain_C[None, None, :]
-    # Angles of late positions are large: half precision would not tell them apart.
-    dtype = x_THC.dtype if x_THC.dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
-    return rotate(x_THC, _frequencies(p, cfg, dtype), start=start)
+    return rotate(x_THC, frequencies(p, cfg, x_THC.dtype), start=start)
 
 
 def _projected(normed_TD: Array, weight_DHC: Array, bias_HC: Array | None) -> Array:
     """Queries, keys or values as heads project them."""
     x_THC = jnp.einsum("TD,DHC->THC", normed_TD, weight_DHC)
     return x_THC if bias_HC is None else x_THC + bias_HC[None]
+
+
+def query_heads(p: Block, normed_TD: Array) -> Array:
+    """Queries [T, H, C] before a norm of theirs, not rotated."""
+    return _projected(normed_TD, p.q_LDHC, p.q_bias_LHC)
+
+
+def key_heads(p: Block, normed_TD: Array) -> Array:
+    """Keys [T, G, C] before a norm of theirs, not rotated."""
+    return _projected(normed_TD, p.k_LDGC, p.k_bias_LGC)
 
 
 def queries(
@@ -189,7 +219,7 @@ def queries(
       scale_TH: holds the reciprocal denominators of a norm over their channels (see
         `head_scales`), so that queries are linear; None computes them.
     """
-    q_THC = _projected(normed_TD, p.q_LDHC, p.q_bias_LHC)
+    q_THC = query_heads(p, normed_TD)
     return _rotated(p, q_THC, p.q_norm_LC, scale_TH, cfg=cfg, start=start)
 
 
@@ -202,7 +232,7 @@ def keys(
     scale_TG: Array | None = None,
 ) -> Array:
     """Keys [T, G, C], rotated to their positions; arguments as of `queries`."""
-    k_TGC = _projected(normed_TD, p.k_LDGC, p.k_bias_LGC)
+    k_TGC = key_heads(p, normed_TD)
     return _rotated(p, k_TGC, p.k_norm_LC, scale_TG, cfg=cfg, start=start)
 
 
@@ -214,15 +244,14 @@ def head_scales(
     [T, H] and [T, G]; None where the model has no such norm.
     """
 
-    def scale(weight: Array, bias: Array | None, gain_C: Array | None) -> Array | None:
+    def scale(heads_THC: Array, gain_C: Array | None) -> Array | None:
         if gain_C is None:
             return None
-        x_THC = _projected(normed_TD, weight, bias)
-        return norm_scale(x_THC, Norm(gain_C), eps=cfg.norm_eps)
+        return norm_scale(heads_THC, Norm(gain_C), eps=cfg.norm_eps)
 
     return (
-        scale(p.q_LDHC, p.q_bias_LHC, p.q_norm_LC),
-        scale(p.k_LDGC, p.k_bias_LGC, p.k_norm_LC),
+        scale(query_heads(p, normed_TD), p.q_norm_LC),
+        scale(key_heads(p, normed_TD), p.k_norm_LC),
     )
 
 

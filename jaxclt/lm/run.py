@@ -56,6 +56,7 @@ class Run(NamedTuple):
 
     carry: Any
     taps: Taps  # leaves with a leading L
+    end_TD: Array  # leaving the last layer
     out_TD: Array  # after the final norm
     out_scale_T: Array
 
@@ -120,7 +121,7 @@ def run(
     if scale_T is None:
         scale_T = layers.norm_scale(resid_TD, norm, eps=cfg.norm_eps)
     out_TD = layers.normalise(resid_TD, scale_T, norm)
-    return Run(carry, taps, out_TD, scale_T)
+    return Run(carry, taps, resid_TD, out_TD, scale_T)
 
 
 def native_mlp(cfg: LMConfig) -> Policy:
@@ -210,6 +211,7 @@ def record(
         resid_LTD=taps.resid_TD,
         mid_LTD=taps.mid_TD,
         write_LTD=taps.write_TD,
+        end_TD=done.end_TD,
         out_TD=done.out_TD,
         frozen=Frozen(
             pattern_LHTS=taps.pattern_HTS,

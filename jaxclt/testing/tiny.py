@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxclt.clt.active import Active, active_features
+from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.gates import GATES
 from jaxclt.clt.store import ParamsStore
@@ -82,6 +83,7 @@ class Tiny:
         config: AttributeConfig | None = None,
         *,
         active: Active | None = None,
+        dictionary: Dictionary | None = None,
         stop: Callable[[], bool] = lambda: False,
         **more: Any,
     ) -> Graph:
@@ -90,6 +92,7 @@ class Tiny:
         Args:
           config: how much to compute.
           active: features of another dictionary, or those of this one at hand.
+          dictionary: that other one, for edges by response.
           stop: see `jaxclt.graph.prompt.Prompt`.
           **more: arguments of `jaxclt.graph.attribute.attribute_recording`.
         """
@@ -101,6 +104,7 @@ class Tiny:
             self.targets,
             cfg=self.cfg,
             config=config or every,
+            dictionary=dictionary or self.dictionary,
             stop=stop,
         )
         return attribute_recording(prompt, self.meta, **more)

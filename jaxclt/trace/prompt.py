@@ -143,6 +143,7 @@ def trace_prompt(
                 cfg=model.cfg,
                 config=config,
                 n_tokens=len(ids),
+                dictionary=dictionary,
                 shortlist=shortlist,
                 stop=stop,
             )

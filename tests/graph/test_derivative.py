@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FAMILY_CASES, OWN_MAPS, case, case_active, close
+from cases import FAMILY_CASES, OWN_MAPS, case, case_active, close, column_writes
 
 from jaxclt.clt.active import Active, active_features
 from jaxclt.clt.neurons import NeuronDictionary
@@ -19,8 +19,6 @@ from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.targets import combine_targets, functional_targets, salient_targets
 from jaxclt.lm.layers import mlp_at
 from jaxclt.lm.run import Policy, record, run
-from jaxclt.replacement.errors import error_nodes
-from jaxclt.testing import Tiny
 from jaxclt.types import Targets
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -76,32 +74,6 @@ def readouts(name: str):
     return jax.jit(jax.vmap(read))
 
 
-def writes(t: Tiny, active: Active, *, neurons: bool) -> np.ndarray:
-    """What every column writes, [N, 1 + L, T, D], from the weights themselves."""
-    L, T, D = t.recording.mid_LTD.shape
-    A = len(active.layer_A)
-    change = np.zeros((A + L * T + T, 1 + L, T, D))
-    blocks = t.params.blocks
-    for a in range(A):
-        layer, pos, f = active.layer_A[a], active.pos_A[a], active.feature_A[a]
-        if neurons:
-            row_D = np.asarray(blocks.down_LID[layer, f])
-            if blocks.post_mlp_LD is not None:
-                row_D = row_D * np.asarray(blocks.post_mlp_LD[layer])
-            rows_MD = row_D[None]
-        else:
-            rows_MD = np.asarray(t.clt.W_dec[layer][f])
-        span = slice(1 + layer, 1 + layer + len(rows_MD))
-        change[a, span, pos] = active.value_A[a] * rows_MD
-    error_LTD = error_nodes(active, t.recording)
-    for layer in range(L):
-        for pos in range(T):
-            change[A + layer * T + pos, 1 + layer, pos] = error_LTD[layer, pos]
-    for pos in range(T):
-        change[A + L * T + pos, 0, pos] = np.asarray(t.recording.embed_TD)[pos]
-    return change
-
-
 @pytest.mark.parametrize("neurons", [False, True], ids=["dictionary", "neurons"])
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_the_slope_of_the_model(name: str, neurons: bool) -> None:
@@ -110,7 +82,7 @@ def test_it_is_the_slope_of_the_model(name: str, neurons: bool) -> None:
     if neurons:
         active = active_features(NeuronDictionary(5), t.params, t.recording, t.cfg)
     got_KN = model_derivative(prompt_of(name, active))
-    change = writes(t, active, neurons=neurons)
+    change = column_writes(t, active, neurons=neurons)
     assert len(change) == got_KN.shape[1]
     some = np.linspace(0, len(change) - 1, 64).astype(int)
     up, down = (np.asarray(readouts(name)(x * change[some])) for x in (STEP, -STEP))

@@ -1,0 +1,164 @@
+"""Ways down past live attention and live norms: what a small change of a source does.
+
+Beside `jaxclt.graph.travel.Frozen`, which holds patterns and denominators, `Live` takes
+the whole derivative of every layer at the clean stream, MLPs left out (maths 22.1), and
+`Parts` keeps its parts apart by where a path first leaves the frozen maps (maths 22.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from jaxclt.graph.prompt import Recorded
+from jaxclt.graph.stream import Stream, make_stream
+from jaxclt.graph.travel import past_attention
+from jaxclt.lm.config import LMConfig
+from jaxclt.lm.layers import centre, live_reads, mlp_norm
+from jaxclt.lm.live import LiveAttention, make_live
+from jaxclt.lm.step import Skip, down
+
+__all__ = ["STATES", "Live", "Parts", "live_parts", "live_way"]
+
+
+@struct.dataclass
+class _LiveSkip:
+    """A dictionary's linear path with the norm that it reads live."""
+
+    skip: Skip  # of all layers
+    unit_LTD: Array | None  # what that norm makes of the stream; None: it reads none
+
+    def held(self, layer: Array, g_PXD: Array) -> Array:
+        """What readers of its output read of the stream, denominator held."""
+        return self.skip.at(layer, slice(len(g_PXD))).read(g_PXD)
+
+    def live(self, layer: Array, g_PXD: Array) -> Array:
+        """The same with the denominator live."""
+        read_PXD = self.held(layer, g_PXD)
+        if self.unit_LTD is None:
+            return read_PXD
+        return live_reads(read_PXD, self.unit_LTD[layer, : len(g_PXD), None])
+
+
+def _live_skip(p: Recorded, *, past_norm: bool) -> _LiveSkip | None:
+    if p.active.skip is None:
+        return None
+    unit_LTD = None
+    if past_norm:
+        mid_LTD, blocks = jnp.asarray(p.recording.mid_LTD), p.params.blocks
+        scale_LT = p.recording.frozen.mlp_scale_LT
+        unit_LTD = centre(mid_LTD, mlp_norm(blocks)) * scale_LT[:, :, None]
+    return _LiveSkip(jax.tree.map(jnp.asarray, p.active.skip), unit_LTD)
+
+
+@struct.dataclass
+class Live:
+    """Past live attention, and a skip whose norm is live."""
+
+    attention: LiveAttention
+    skip: _LiveSkip | None
+
+    @property
+    def cfg(self) -> LMConfig:
+        """Model shape."""
+        return self.attention.cfg
+
+    @property
+    def n_states(self) -> int:
+        """One."""
+        return 1
+
+    def below(
+        self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
+    ) -> Array:
+        """See `jaxclt.graph.travel.Way`."""
+
+        def reads(g_PXD: Array) -> Array:
+            if self.skip is not None:
+                g_PXD = g_PXD + self.skip.live(layer, g_PXD)
+            return add_reads(g_PXD)
+
+        below_PXD, moved_PXD = down(g_PXD, None, reads, cfg=self.cfg)
+        with jax.named_scope("pull_live_attention"):
+            return below_PXD + self.attention.pull(layer, moved_PXD)
+
+
+def live_way(p: Recorded, *, past_norm: bool, norms: bool = True) -> Live:
+    """The live way down a prompt's model.
+
+    Args:
+      p: the prompt.
+      past_norm: whether its dictionary reads past the norm before the MLP.
+      norms: whether denominators answer; else only patterns do.
+    """
+    resid_LTD = p.recording.resid_LTD
+    attention = make_live(p.params.blocks, resid_LTD, cfg=p.cfg, norms=norms)
+    return Live(attention, _live_skip(p, past_norm=past_norm and norms))
+
+
+STATES = ("value", "norm", "gate", "query", "key")  # targets read in the first three
+
+
+@struct.dataclass
+class Parts:
+    """As `Live`, with paths kept apart by their step nearest to the source.
+
+    That is the step nearest among those that are not plain OV, by what it enters: a
+    query, a key, a denominator, or the target's own gate; above it everything is live.
+    The states are `STATES`, and their sum is what `Live` has.
+    """
+
+    live: Live
+    stream: Stream  # laid out for pulling
+
+    @property
+    def cfg(self) -> LMConfig:
+        """Model shape."""
+        return self.live.cfg
+
+    @property
+    def n_states(self) -> int:
+        """Five."""
+        return len(STATES)
+
+    def below(
+        self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
+    ) -> Array:
+        """See `jaxclt.graph.travel.Way`."""
+        P, X, D = g_PXD.shape
+        skip = self.live.skip
+
+        def apart(g_PXD: Array) -> Array:
+            return g_PXD.reshape(P, len(STATES), -1, D)
+
+        def reads(g_PXD: Array) -> Array:
+            if skip is not None:
+                all_PBD = apart(g_PXD).sum(1)
+                answer_PBD = skip.live(layer, all_PBD) - skip.held(layer, all_PBD)
+                g_PXD = g_PXD + skip.held(layer, g_PXD)
+                g_PXD = apart(g_PXD).at[:, 1].add(answer_PBD).reshape(P, X, D)
+            return add_reads(g_PXD)
+
+        below_PXD, moved_PXD = down(g_PXD, None, reads, cfg=self.cfg)
+        back_PXD = past_attention(self.stream, layer, moved_PXD)
+        with jax.named_scope("pull_live_attention"):
+            routes = self.live.attention.routes(layer, apart(moved_PXD).sum(1))
+        # Plain OV of all states is what the rest has beside its denominators.
+        norm_PBD = routes.rest_TBD - apart(back_PXD).sum(1)
+        below_PQBD = apart(below_PXD + back_PXD)
+        for state, more_PBD in (
+            (1, norm_PBD),
+            (3, routes.query_TBD),
+            (4, routes.key_TBD),
+        ):
+            below_PQBD = below_PQBD.at[:, state].add(more_PBD)
+        return below_PQBD.reshape(P, X, D)
+
+
+def live_parts(p: Recorded, *, past_norm: bool) -> Parts:
+    """The way down of the parts; arguments as of `live_way`."""
+    return Parts(live_way(p, past_norm=past_norm), make_stream(p, pull=True))

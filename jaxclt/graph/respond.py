@@ -1,0 +1,190 @@
+"""Edges by response, and their parts: rows once more, past live attention and norms.
+
+The rows of a graph are pulled down again by `jaxclt.graph.live.Live`, in the same
+chunks on the same devices; those with edges that show in either reading a third time,
+with their parts apart (`Parts`). What sources write, other features and errors are
+held.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxclt.graph.answers import answering_rows, answering_targets, summed
+from jaxclt.graph.bank import RowTargets, pack, writers
+from jaxclt.graph.blocks import Edges
+from jaxclt.graph.compute import plan_attribution, row_mesh
+from jaxclt.graph.graph import Graph
+from jaxclt.graph.live import STATES, live_parts, live_way
+from jaxclt.graph.plan import make_plan, mean_flops
+from jaxclt.graph.prompt import Prompt, add_written, counted, cut_columns
+from jaxclt.graph.response import by_response
+from jaxclt.graph.response_table import PARTS, Response, ResponseParts
+from jaxclt.graph.rows import Puller, edge_rows, make_puller
+from jaxclt.graph.travel import Way
+
+__all__ = ["respond"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answering:
+    """A prompt whose graph by value is known, and how its rows are pulled again."""
+
+    p: Prompt
+    selected: np.ndarray  # active features that are nodes
+    past_norm: bool  # whether they read past the norm before the MLP
+    chunk_size: int
+    packed: bool
+    on_rows: Callable[[int], None]
+
+    def puller(self, p: Prompt, way: Way, n_rows: int, *, states: int = 1) -> Puller:
+        """What pulls rows of a prompt, with some of its features, down a way."""
+        T, mesh = len(p.recording.token_T), row_mesh(p.config)
+        bank = pack(writers(p.active), T)
+        plan = make_plan(
+            n_rows,
+            n_positions=T,
+            flops_per_position=mean_flops(p.cfg, bank, T),
+            n_bands=p.config.n_bands,
+            chunk_size=max(1, self.chunk_size // states),
+            n_devices=mesh.size,
+        )
+        packed = self.packed
+        return make_puller(p, plan=plan, mesh=mesh, bank=bank, packed=packed, way=way)
+
+
+def respond(
+    p: Prompt,
+    graph: Graph,
+    selected: np.ndarray,
+    on_rows: Callable[[int, int], None],
+    work: dict[str, Any],
+) -> Response | None:
+    """Edges of a graph by response, and the parts of those kept by either reading.
+
+    Args:
+      p: the prompt, with its dictionary.
+      graph: its graph by value, pruned.
+      selected: which active features are its nodes.
+      on_rows: progress, called with (rows done, rows planned).
+      work: filled in with what was done.
+
+    Returns:
+      The response, or None if stopped before it was complete.
+    """
+    assert p.dictionary is not None, "checked with the prompt"
+    memory = plan_attribution(
+        p.active,
+        p.n_targets,
+        cfg=p.cfg,
+        params=p.params,
+        config=p.config,
+        n_tokens=len(p.recording.token_T),
+    )
+    keep_A = np.zeros(len(p.active.layer_A), bool)
+    keep_A[selected] = True
+    nodes = dataclasses.replace(p, active=p.active.where(keep_A))
+    rows, R = answering_rows(nodes, p.dictionary), len(graph.edge_RN)
+    a = _Answering(
+        p,
+        selected,
+        p.dictionary.coder(p.cfg).site != "resid_mid",
+        memory.response_chunk,
+        memory.packed,
+        counted(on_rows, R),
+    )
+    edges = _edges(a, summed(rows))
+    if edges is None:
+        return None
+    none_E = np.zeros(0, np.int32)
+    parts = _table(none_E, none_E, np.zeros((len(STATES), 0), edges.edge_RN.dtype))
+    response = Response(**edges._asdict(), parts=parts)
+    other = by_response(dataclasses.replace(graph, response=response))
+    keep_RN = graph.pruning.keep_edge_RN | other.pruning.keep_edge_RN
+    n_more = int(keep_RN.any(1).sum())
+    count = counted(lambda done, _: on_rows(R + done, R + n_more), n_more)
+    parts = _parts(dataclasses.replace(a, p=nodes, on_rows=count), rows, keep_RN)
+    work["response"] = {
+        "rows": R,
+        "rows_in_parts": n_more,
+        "chunk_size": memory.response_chunk,
+    }
+    return None if parts is None else dataclasses.replace(response, parts=parts)
+
+
+def _edges(a: _Answering, rows: RowTargets) -> Edges | None:
+    """All rows by response; None if stopped."""
+    p, A, R = a.p, len(a.selected), len(rows.pos_R)
+    every = len(p.active.layer_A) == A
+    edge_RN = np.zeros((R, p.layout(A).n_columns), p.error_LTD.dtype)
+    rest_R, rest_abs_R = np.zeros(R), np.zeros(R)
+    reached_R = edge_rows(
+        a.puller(p, live_way(p, past_norm=a.past_norm), R),
+        rows,
+        edge_RN,
+        pool_A=None if every else a.selected,
+        rest_R=rest_R,
+        rest_abs_R=rest_abs_R,
+        on_rows=a.on_rows,
+        stop=p.stop,
+    )
+    if not reached_R.all():
+        return None
+    answering = dataclasses.replace(p, targets=answering_targets(p))
+    add_written(answering, a.selected, edge_RN[A:], rest_R[A:], rest_abs_R[A:])
+    ignored, nodes = p.ignored_columns(A), np.arange(A)
+    edge_RN = cut_columns(edge_RN, A, nodes, ignored, rest_R, rest_abs_R)
+    return Edges(edge_RN, rest_R, rest_abs_R)
+
+
+_AT_ONCE = 512  # rows whose parts are held
+
+
+def _parts(
+    a: _Answering, rows: RowTargets, keep_RN: np.ndarray
+) -> ResponseParts | None:
+    """Parts of some edges of the nodes' graph; None if stopped."""
+    p, A = a.p, len(a.p.active.layer_A)
+    row_E, col_E = np.nonzero(keep_RN)
+    keep_A = np.asarray(keep_RN[:, :A].any(0))
+    kept = dataclasses.replace(p, active=p.active.where(keep_A))
+    n_kept = int(keep_A.sum())
+    # Columns of the kept features, then errors and embeddings.
+    place_E = np.where(col_E < A, np.cumsum(keep_A)[col_E % A] - 1, col_E - A + n_kept)
+    row = np.unique(row_E)
+    way = live_parts(kept, past_norm=a.past_norm)
+    puller = a.puller(kept, way, len(row), states=len(STATES) - 1)
+    part_QE = np.zeros((len(STATES), len(row_E)), p.error_LTD.dtype)
+    for some in np.split(row, np.arange(_AT_ONCE, len(row), _AT_ONCE)):
+        size = len(STATES), len(some), p.layout(n_kept).n_columns
+        part_QRN = np.zeros(size, p.error_LTD.dtype)
+        reached_R = edge_rows(
+            puller, rows.take(some), part_QRN, on_rows=a.on_rows, stop=p.stop
+        )
+        if not reached_R.all():
+            return None
+        here = slice(*np.searchsorted(row_E, [some[0], some[-1] + 1]))
+        at_E = np.searchsorted(some, row_E[here])
+        part_QE[:, here] = part_QRN[:, at_E, place_E[here]]
+    _add_written_norms(p, row_E, col_E, part_QE[STATES.index("norm")])
+    return _table(row_E.astype(np.int32), col_E.astype(np.int32), part_QE)
+
+
+def _add_written_norms(
+    p: Prompt, row_E: np.ndarray, col_E: np.ndarray, norm_E: np.ndarray
+) -> None:
+    """Add what live norms change of edges to what writes the output a target reads."""
+    held = dict(p.written())
+    live = dict(dataclasses.replace(p, targets=answering_targets(p)).written())
+    for k, edge_N in held.items():
+        here = row_E == len(p.active.layer_A) + k
+        norm_E[here] += (live[k] - edge_N)[col_E[here]]
+
+
+def _table(row_E: np.ndarray, col_E: np.ndarray, part_QE: np.ndarray) -> ResponseParts:
+    parts = {f"{part}_E": part_QE[STATES.index(part)] for part in PARTS}
+    return ResponseParts(row_E=row_E, col_E=col_E, **parts)
