@@ -19,8 +19,8 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from jaxclt.attending.clean import Layer
 from jaxclt.errors import InputError, check_choice
-from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import Policy, Run, run
 from jaxclt.patching.change import Change
@@ -130,13 +130,7 @@ def _added(model: Patchable, change: Change, heads: Heads) -> Added:
 
     def one(x: Any) -> tuple[Array, Array]:
         p, resid_TD, clean_TD, scale_T = x
-        norm = layers.attn_norm(p)
-        clean_TD, resid_TD = (
-            layers.normalise(x_TD, scale_T, norm) for x_TD in (clean_TD, resid_TD)
-        )
-        scale_TH, scale_TG = layers.head_scales(p, clean_TD, cfg=cfg)
-        query_THC = layers.queries(p, resid_TD, cfg=cfg, scale_TH=scale_TH)
-        key_TGC = layers.keys(p, resid_TD, cfg=cfg, scale_TG=scale_TG)
+        query_THC, key_TGC = Layer(p, clean_TD, scale_T, None, cfg).heads(resid_TD)
         return query_THC, jnp.repeat(key_TGC, cfg.n_queries_per_kv, axis=1)
 
     def sides(write_LTD: Array) -> tuple[Array, Array]:

@@ -181,6 +181,7 @@ def _result(
 ) -> PatchResult:
     tokenizer, (_, text) = patch.subject.model.tokenizer, patch.subject.answers
     now, lost = patch.now, bool(diverged(after))
+    mode = "qk" if patch.heads else patch.how.mode
     said = [*patch.warnings, *([_why_diverged(patch)] if lost else [])]
 
     def known(x: Any) -> float | None:
@@ -212,7 +213,7 @@ def _result(
     value_E, after_E = now.features.value_E, now.factor_E * now.features.value_E
     edited = zip(now.node_E3.tolist(), value_E, after_E + now.offset_E, strict=True)
     return PatchResult(
-        mode="qk" if patch.heads else patch.how.mode,
+        mode=mode,
         layers=patch.layers,
         edits=[
             {**_named(place), "before": float(was), "after": float(new)}
@@ -232,7 +233,7 @@ def _result(
             }
             for place, was, new in features
         ],
-        options=dataclasses.asdict(patch.how),
+        options=dataclasses.asdict(patch.how) | {"mode": mode},
         heads=tuple(map(str, patch.heads)),
         warning="; ".join(said) or None,
     )

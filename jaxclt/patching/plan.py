@@ -93,7 +93,7 @@ def plan_patch(
         layers=subject.layer_range(layers, change.node_E3[:, 0], how.mode),
         how=how.of(subject.patchable.coder),
         n_later=n_later,
-        warnings=tuple(_warnings(subject, edits, how, in_all=not heads)),
+        warnings=tuple(_warnings(subject, edits, how)),
         heads=tuple(heads),
     )
 
@@ -109,9 +109,7 @@ def _check_heads(subject: Subject, change: Change, heads: Sequence[Head]) -> Non
         )
 
 
-def _warnings(
-    subject: Subject, edits: Sequence[Edit], how: How, *, in_all: bool
-) -> list[str]:
+def _warnings(subject: Subject, edits: Sequence[Edit], how: How) -> list[str]:
     said = []
     for group in (edit.supernode for edit in edits if edit.supernode is not None):
         named = subject.named(group).nodes
@@ -120,6 +118,6 @@ def _warnings(
                 f"supernode {group.name!r}: only features are patched, "
                 f"{', '.join(rest)} stay as they are"
             )
-    if in_all and how.mode == "additive" and subject.patchable.coder.shape.span > 1:
+    if how.mode == "additive" and subject.patchable.coder.shape.span > 1:
         said.append(DOUBLE)
     return said

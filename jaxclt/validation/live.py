@@ -43,9 +43,9 @@ def patterns_live(bench: Bench) -> dict[str, Any]:
 
     Returns:
       ``full`` and ``small``, each ``{predicted_by, spearman, sign, slope, n,
-      interval}``, with the same by other predictions under their names; and
-      ``patterns``, None where they are too many. ``small`` is left out if the graph
-      knows no first-order effects.
+      interval}``, with the same of features after the first position (``after_first``)
+      and by other predictions, under their names; and ``patterns``, None where they are
+      too many. ``small`` is left out if the graph knows no first-order effects.
     """
     at, factor = bench.choice.small(bench.options.n_live), bench.options.live_factor
     single, node_B = bench.single.where(at), bench.choice.node_B[at]
@@ -60,7 +60,12 @@ def patterns_live(bench: Bench) -> dict[str, Any]:
     def agreed(predicted_B: np.ndarray, done: Ablated) -> dict[str, Any]:
         measured_B = done.change_BK @ weight_K
         fine_B = done.fine_B & np.isfinite(predicted_B)
-        return _agreement(predicted_B[fine_B], measured_B[fine_B], bench.key)
+        later_B = fine_B & (bench.graph.pos_A[node_B] > 0)
+        every, later = (
+            _agreement(predicted_B[of], measured_B[of], bench.key)
+            for of in (fine_B, later_B)
+        )
+        return {**every, "after_first": later}
 
     finite_B = np.where(finite.fine_B, finite.change_BK @ weight_K, np.nan)
     out: dict[str, Any] = {

@@ -19,7 +19,7 @@ from jax import Array
 from jaxclt.patching.change import Change
 from jaxclt.patching.finite import FINITE
 from jaxclt.patching.local import Tables
-from jaxclt.patching.modes import needed, patched
+from jaxclt.patching.modes import patched
 from jaxclt.patching.patchable import How, Patchable
 
 __all__ = ["LIVE", "Moved", "moved_patterns"]
@@ -58,16 +58,8 @@ def moved_patterns(
 
     def patterns(change: Change, factor_E: Array, how: How) -> Array:
         change = dataclasses.replace(change, factor_E=factor_E)
-        need = needed(change, range_2, how=how, n_layers=L)
-        done = patched(
-            model,
-            change,
-            range_2,
-            how=how,
-            tables=tables if how.mode == "iterative" else None,
-            need=need,
-            keep_patterns=True,
-        )
+        held = tables if how.mode == "iterative" else None
+        done = patched(model, change, range_2, how=how, tables=held, keep_patterns=True)
         assert done.taps.pattern_HTS is not None
         return done.taps.pattern_HTS
 

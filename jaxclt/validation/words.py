@@ -117,10 +117,12 @@ def _live_in_short(found: dict[str, Any]) -> str:
             f"small changes follow {BY[small['predicted_by']]} with Spearman "
             f"{_with_interval(small)}, "
         )
+    others = (
+        f"{BY[name]} {_show(full[name]['spearman'])}" for name in BY if name in full
+    )
     return (
         f"In the model, patterns live, {start}ablations follow {BY['finite']} with "
-        f"{_with_interval(full)} and effects by value with "
-        f"{_show(full['value']['spearman'])}."
+        f"{_with_interval(full)} ({'; '.join(others)})."
     )
 
 
@@ -189,18 +191,20 @@ def _live(report: dict[str, Any]) -> list[str]:
                 _with_interval(one),
                 _percent(one["sign"]),
                 _show(one["slope"]),
-                one["n"],
+                _show(one["after_first"]["spearman"]),
             )
             for name, one in [(line["predicted_by"], line), *others]
         ]
+    head = "patch|predicted by|Spearman [95%]|sign|slope|after the first position"
     return [
         "## In the model, patterns live",
         "",
         "Change of the graph's contrast (answer against runner-up) when single "
         "features are patched in the model with attention patterns, norms and MLPs "
-        "live.",
+        f"live; {found['full']['n']} features, and without those of the first "
+        "position.",
         "",
-        *_table("patch|predicted by|Spearman [95%]|sign|slope|n", rows),
+        *_table(head, rows),
         *_moved(found["patterns"]),
     ]
 
@@ -339,8 +343,8 @@ def _method(report: dict[str, Any]) -> list[str]:
         f"{report['n_top']} most influential and {report['n_random']} random features "
         "of the graph, one at a time. Patches range from the feature's layer to two "
         "layers after it (constrained: as far as it writes; additive: all layers); "
-        "attention patterns frozen, norms live. Full patches ablate; small ones "
-        f"multiply by {o['small']}. Intervals: bootstrap over features. Perturbations "
-        f"are {o['size']:.0%} of the feature's activation, {o['n_perturbed']} of each "
-        "kind per layer, never at the first position.",
+        "attention patterns frozen unless said to be live, norms live. Full patches "
+        f"ablate; small ones multiply by {o['small']}. Intervals: bootstrap over "
+        f"features. Perturbations are {o['size']:.0%} of the feature's activation, "
+        f"{o['n_perturbed']} of each kind per layer, never at the first position.",
     ]

@@ -249,8 +249,8 @@ def test_it_can_be_patched(name: str, mode: Any) -> None:
 
 def test_it_can_be_validated() -> None:
     options = ValidateOptions(
-        n_features=4, n_small=2, n_replacement=2, n_watched=4, n_groups=1, n_layers=2,
-        n_perturbed=1,
+        n_features=4, n_small=2, n_live=1, n_patterns=0, n_replacement=2, n_watched=4,
+        n_groups=1, n_layers=2, n_perturbed=1,
     )  # fmt: skip
     report = validate_graph(subject("gated"), options)
     assert report["complete_replacement"]

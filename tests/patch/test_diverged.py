@@ -185,7 +185,9 @@ def test_validation_counts_what_diverged_and_ranks_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Every third patch is given no answer; the figures are those of the others."""
-    options = ValidateOptions(n_features=8, n_small=4, n_replacement=4, n_groups=3)
+    options = ValidateOptions(
+        n_features=8, n_small=4, n_patterns=0, n_replacement=4, n_groups=3
+    )
     rng, lost = random.Random(0), []
 
     def uniform(*shape: int) -> np.ndarray:
