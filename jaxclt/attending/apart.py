@@ -72,6 +72,11 @@ class Apart:
         return float(self.score_S[self.cell.key])
 
     @property
+    def weight(self) -> float:
+        """A(q, k)."""
+        return float(self.pattern_S[self.cell.key])
+
+    @property
     def against(self) -> float:
         """The score less the mean score of the row."""
         return self.score - float(self.score_S @ self.pattern_S)

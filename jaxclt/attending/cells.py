@@ -29,7 +29,9 @@ import numpy as np
 from jax import Array
 
 from jaxclt.attending.clean import Clean, Layer, make_clean
+from jaxclt.attending.words import place_name
 from jaxclt.clt.active import Active
+from jaxclt.errors import on_one_line
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.contrast import contrast
 from jaxclt.graph.graph import Graph
@@ -65,6 +67,22 @@ class HeadEffects:
     tokens: tuple[str, ...]  # untrusted: escape where shown
     effect_LH: np.ndarray  # all cells of a head together
     cells: tuple[Cell, ...]  # the strongest, strongest first
+
+    def strongest_heads(self, n: int) -> list[tuple[int, int, float]]:
+        """Layer, head and effect of the n strongest, strongest first."""
+        best = np.argsort(-np.abs(self.effect_LH), axis=None, kind="stable")[:n]
+        places = (divmod(at, self.effect_LH.shape[1]) for at in best.tolist())
+        return [(l, h, self.effect_LH.item(l, h)) for l, h in places]
+
+    def __str__(self) -> str:
+        """The strongest heads and cells, as plain text."""
+        lines = [f"effects on {on_one_line(self.contrast)}"]
+        lines += [f"  {x:+10.4g}  L{l}H{h}" for l, h, x in self.strongest_heads(10)]
+        lines += ["cells: effect of what they move, effect of their score"]
+        for cell in self.cells[:10]:
+            size = f"{cell.effect:+10.4g} {cell.pattern_effect:+10.4g}"
+            lines += [f"  {size}  {place_name(self.tokens, cell)} ({cell.weight:.0%})"]
+        return "\n".join(lines)
 
 
 def head_effects(
