@@ -22,7 +22,8 @@ __all__ = ["ExplainFlags", "run_explain"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExplainFlags:
-    """How an edge travelled: straight up the residual stream, or through which heads.
+    """How an edge travelled: straight up the residual stream, or through which heads;
+    and what a small change of its source does: to queries, keys, norms and gates.
 
     Nodes are named as on the page and in graph.json: layer:position:feature (12:5:345,
     or 12_345_5), "error 12:5", "embed 2"; a target by its number, its text or id:TOKEN.
@@ -40,8 +41,9 @@ class ExplainFlags:
     """LAYER:HEAD, for example 9:3: take the head's score from TARGET to SOURCE apart
     into pairs of nodes. Loads the model."""
     hops: bool = False
-    """Load the model to split the edge by the number of heads it passed, and to list
-    its last heads even if trace did not."""
+    """Load the model to split the edge by the number of heads it passed, to list its
+    last heads and what a small change does even if trace did not, and the queries and
+    keys of which heads that changes."""
     max_hops: int = 3
     """With --hops: paths through this many heads or more count as one part."""
     model: str = ""

@@ -118,12 +118,23 @@ def run_trace(flags: TraceFlags, run: Run) -> None:
         )
         checked = validate_opened(opened, flags.out, run)
         verdict = [Text(checked["verdict"])]
-    paths = "\n".join(["strongest paths:", *(f"  {path}" for path in report["paths"])])
+    paths = "\n".join(_path_lines(report))
     small = _small_changes(report["derivative"])
     page = page_line(flags.out / "index.html")
     answer(flags.json, report, _summary(report), paths, small, *verdict, page)
     if stopped:
         sys.exit(run.stop.status)
+
+
+def _path_lines(report: dict[str, Any]) -> list[str]:
+    readings = {"strongest paths:": report}
+    if "response" in report:
+        readings["strongest paths by response:"] = report["response"]
+    return [
+        line
+        for title, said in readings.items()
+        for line in (title, *(f"  {path}" for path in said["paths"]))
+    ]
 
 
 def _plan_assumed(flags: TraceFlags) -> None:
@@ -221,15 +232,29 @@ def _small_changes(found: dict[str, Any]) -> str:
     )
 
 
+def _pair(scores: dict[str, Any], name: str) -> str:
+    return f"{scores['full'][name]:.3f} (shown {scores['pruned'][name]:.3f})"
+
+
+def _by_response(said: dict[str, Any]) -> dict[str, str]:
+    """Scores of the other reading, and what changes go through."""
+    scores, parts = said["scores"], dict(said["parts"]["effects"])
+    rows = {f"{x}, by response": _pair(scores, x) for x in _SCORES}
+    if (left := parts.pop("left")) is not None:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in parts.items())
+        rows["changes go by"] = f"{shares}; {left:.0%} is left as they cancel"
+    return rows
+
+
+_SCORES = ("replacement", "completeness")
+
+
 def _summary(report: dict[str, Any]) -> Table:
     """What a user wants to know first, as a table."""
     top = ", ".join(f"{t!r} {p:.2f}" for t, p in report["top_tokens"][:3])
-    full, kept = report["scores"]["full"], report["scores"]["pruned"]
+    scores, full = report["scores"], report["scores"]["full"]
     graph, proof = report["graph"], report["certificate"]
     stopped = ", stopped before the rest" if report["work"].get("stopped") else ""
-
-    def pair(score: str) -> str:
-        return f"{full[score]:.3f} (shown {kept[score]:.3f})"
 
     made = table(
         Text(heading(report["prompt"])),
@@ -239,9 +264,10 @@ def _summary(report: dict[str, Any]) -> Table:
             f"{graph['features_active']:,} active{stopped}",
             "unexplored influence": _unexplored(graph["unexplored_influence"], full),
             "shown": f"{graph['kept_nodes']:,} nodes, {graph['kept_edges']:,} edges",
-            "replacement score": pair("replacement"),
-            "completeness": pair("completeness"),
+            "replacement score": _pair(scores, "replacement"),
+            "completeness": _pair(scores, "completeness"),
             "mean path length": f"{full['mean_path_length']:.2f}",
+            **(_by_response(report["response"]) if "response" in report else {}),
             "row error (max)": f"{proof['max_relative_row_error']:.1e}",
             **_heads_lines(report.get("attention")),
             "seconds": ", ".join(f"{k} {v:.1f}" for k, v in report["timing_s"].items()),

@@ -76,15 +76,21 @@ class Live:
         self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
     ) -> Array:
         """See `jaxclt.graph.travel.Way`."""
+        below_PXD, moved_PXD = self.past_mlp(layer, g_PXD, add_reads)
+        with jax.named_scope("pull_live_attention"):
+            return below_PXD + self.attention.pull(layer, moved_PXD)
+
+    def past_mlp(
+        self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
+    ) -> tuple[Array, Array]:
+        """Cotangents of the stream and of what attention adds, as `lm.step.down`."""
 
         def reads(g_PXD: Array) -> Array:
             if self.skip is not None:
                 g_PXD = g_PXD + self.skip.live(layer, g_PXD)
             return add_reads(g_PXD)
 
-        below_PXD, moved_PXD = down(g_PXD, None, reads, cfg=self.cfg)
-        with jax.named_scope("pull_live_attention"):
-            return below_PXD + self.attention.pull(layer, moved_PXD)
+        return down(g_PXD, None, reads, cfg=self.cfg)
 
 
 def live_way(p: Recorded, *, past_norm: bool, norms: bool = True) -> Live:

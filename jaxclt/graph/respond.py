@@ -18,12 +18,13 @@ from jaxclt.graph.answers import answering_rows, answering_targets, summed
 from jaxclt.graph.bank import RowTargets, pack, writers
 from jaxclt.graph.blocks import Edges
 from jaxclt.graph.compute import plan_attribution, row_mesh
+from jaxclt.graph.effect_parts import effect_parts, unit_effects
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.live import STATES, live_parts, live_way
 from jaxclt.graph.plan import make_plan, mean_flops
 from jaxclt.graph.prompt import Prompt, add_written, counted, cut_columns
 from jaxclt.graph.response import by_response
-from jaxclt.graph.response_table import PARTS, Response, ResponseParts
+from jaxclt.graph.response_table import EFFECT_PARTS, PARTS, Response, ResponseParts
 from jaxclt.graph.rows import Puller, edge_rows, make_puller
 from jaxclt.graph.travel import Way
 
@@ -102,7 +103,8 @@ def respond(
         return None
     none_E = np.zeros(0, np.int32)
     parts = _table(none_E, none_E, np.zeros((len(STATES), 0), edges.edge_RN.dtype))
-    response = Response(**edges._asdict(), parts=parts)
+    none_QN = np.zeros((len(EFFECT_PARTS), edges.edge_RN.shape[1]))
+    response = Response(**edges._asdict(), effect_QN=none_QN, parts=parts)
     other = by_response(dataclasses.replace(graph, response=response))
     keep_RN = graph.pruning.keep_edge_RN | other.pruning.keep_edge_RN
     n_more = int(keep_RN.any(1).sum())
@@ -113,7 +115,11 @@ def respond(
         "rows_in_parts": n_more,
         "chunk_size": memory.response_chunk,
     }
-    return None if parts is None else dataclasses.replace(response, parts=parts)
+    if parts is None:
+        return None
+    puller = a.puller(nodes, live_parts(nodes, past_norm=a.past_norm), 1)
+    effect_QN = effect_parts(nodes, rows, unit_effects(other), puller)
+    return dataclasses.replace(response, effect_QN=effect_QN, parts=parts)
 
 
 def _edges(a: _Answering, rows: RowTargets) -> Edges | None:

@@ -13,9 +13,10 @@ import numpy as np
 from jaxclt.graph.blocks import Edges, cut_edges
 from jaxclt.graph.head_table import EdgeTable
 
-__all__ = ["PARTS", "Response", "ResponseParts"]
+__all__ = ["EFFECT_PARTS", "PARTS", "Response", "ResponseParts"]
 
 PARTS = ("query", "key", "norm", "gate")  # beside OV, which is the edge by value
+EFFECT_PARTS = ("value", *PARTS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class Response:
     edge_RN: np.ndarray
     rest_R: np.ndarray  # of sources that are not columns, summed with sign
     rest_abs_R: np.ndarray  # and without
+    # Total effects on the contrast, by the parts (`EFFECT_PARTS`) of nodes' own edges.
+    effect_QN: np.ndarray
     parts: ResponseParts  # of the edges that are kept by either reading
 
     def restrict(
@@ -52,4 +55,5 @@ class Response:
         edges = Edges(self.edge_RN, self.rest_R, self.rest_abs_R)
         cut = cut_edges(edges, row, col, keep_N)
         parts = self.parts.restrict(row, col, keep_N)
-        return Response(**cut._asdict(), parts=parts)
+        effect_QN = (self.effect_QN * keep_N)[:, col]
+        return Response(**cut._asdict(), effect_QN=effect_QN, parts=parts)

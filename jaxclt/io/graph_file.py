@@ -27,7 +27,7 @@ from jaxclt.files.npz import Must, Npz, check_array, check_order, open_npz
 from jaxclt.graph.graph import Graph, GraphMeta, Pruning
 from jaxclt.graph.head_table import EdgeTable, HeadLoads
 from jaxclt.graph.layout import Layout, check_sources
-from jaxclt.graph.response_table import PARTS, Response, ResponseParts
+from jaxclt.graph.response_table import EFFECT_PARTS, PARTS, Response, ResponseParts
 
 __all__ = ["load_graph", "save_graph"]
 
@@ -89,6 +89,7 @@ _RESPONSE = {  # names in the file, without `edge`
     "edge_RN": ("response_RN", Must("float", "RN")),
     "rest_R": ("response_rest_R", Must("float", "R")),
     "rest_abs_R": ("response_rest_abs_R", Must("float", "R")),
+    "effect_QN": ("response_effect_QN", Must("float", "QN")),
 }
 _DIRECT, _DERIVATIVE = "edge_direct_RN", "derivative_KN"
 _BLOCK_BYTES = 1 << 24  # of dense rows held at once
@@ -239,9 +240,9 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
 
 
 def _read_response(file: Npz, sizes: dict[str, int]) -> Response:
+    own = {**sizes, "Q": len(EFFECT_PARTS)}
     arrays = {
-        name: file.array(saved, must, sizes)
-        for name, (saved, must) in _RESPONSE.items()
+        name: file.array(saved, must, own) for name, (saved, must) in _RESPONSE.items()
     }
     parts = ResponseParts(**_read_table(file, "parts", _PARTS, sizes))
     return Response(parts=parts, **arrays)

@@ -102,6 +102,14 @@ class LiveAttention:
         rest_TBD += at.live(all_TBD) - all_TBD
         return Routes(query_TBD, key_TBD, rest_TBD)
 
+    def by_head(self, layer: Array, g_TBD: Array) -> tuple[Array, Array]:
+        """Cotangents [T, B, H, C] of queries, and of keys as each head meets them.
+
+        At their positions, as scores are made of them. Arguments as of `pull`.
+        """
+        query, key, _ = _Layer.of(self, layer, len(g_TBD)).pull_each(g_TBD)
+        return jnp.stack(query, 2), jnp.stack(key, 2)
+
 
 def make_live(
     blocks: Block, resid_LTD: Array, *, cfg: LMConfig, norms: bool = True
@@ -176,10 +184,13 @@ class _Layer(NamedTuple):
         unit_TD = layers.centre(self.resid_TD, self.norm) * self.scale_T[:, None]
         return layers.live_reads(read_TBD, unit_TD[:, None])
 
-    def pull_heads(self, g_TBD: Array) -> _Heads:
-        """Cotangents of what heads read, from those of what attention adds."""
-        p, cfg = self.p, self.cfg
-        normed_TD = layers.normalise(self.resid_TD, self.scale_T, self.norm)
+    @property
+    def normed_TD(self) -> Array:  # noqa: N802
+        return layers.normalise(self.resid_TD, self.scale_T, self.norm)
+
+    def pull_each(self, g_TBD: Array) -> tuple[tuple[Array, ...], ...]:
+        """Cotangents [T, B, C] of each head's queries, keys and values."""
+        p, cfg, normed_TD = self.p, self.cfg, self.normed_TD
         query_THC = layers.queries(p, normed_TD, cfg=cfg)
         key_SGC, value_SGC = (
             layers.keys(p, normed_TD, cfg=cfg),
@@ -194,7 +205,12 @@ class _Layer(NamedTuple):
             slope_HTS *= 1 - jnp.square(jnp.tanh(score_HTS / cfg.attn_cap))
         one = partial(_pull_head, pattern_HTS, slope_HTS, query_THC, key_SGC, value_SGC)
         found = [one(g_TBHC, h, h // cfg.n_queries_per_kv) for h in range(cfg.n_heads)]
-        query, key, value = zip(*found, strict=True)
+        return tuple(zip(*found, strict=True))
+
+    def pull_heads(self, g_TBD: Array) -> _Heads:
+        """Cotangents of what heads read, from those of what attention adds."""
+        p, cfg, normed_TD = self.p, self.cfg, self.normed_TD
+        query, key, value = self.pull_each(g_TBD)
         n = cfg.n_queries_per_kv
         groups = [slice(i, i + n) for i in range(0, cfg.n_heads, n)]
         key_TBGC = jnp.stack([sum(key[at]) for at in groups], 2)  # pyright: ignore

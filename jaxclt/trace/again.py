@@ -12,16 +12,24 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
+from jaxclt.attending.routes import head_routes
 from jaxclt.clt.coder import Dictionary
 from jaxclt.errors import InputError, check_at_least
+from jaxclt.graph.answers import answering_rows, summed
 from jaxclt.graph.bank import RowTargets
-from jaxclt.graph.explain import EdgeParts, edge_parts
+from jaxclt.graph.columns import Columns
+from jaxclt.graph.explain import EdgeParts, EdgeResponse, check_edge, known_parts
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.heads import head_loadings
 from jaxclt.graph.inhibition import Inhibition, check_thresholds, find_inhibition
-from jaxclt.graph.prompt import Recorded
+from jaxclt.graph.live import STATES, live_parts
+from jaxclt.graph.plan import Plan
+from jaxclt.graph.prompt import Prompt, Recorded
 from jaxclt.graph.provenance import graph_active, hop_spectrum
+from jaxclt.graph.response_table import PARTS
+from jaxclt.graph.rows import edge_rows, make_puller
 from jaxclt.graph.target_reads import target_reads
 from jaxclt.graph.targets import token_targets
 from jaxclt.io.model import Model
@@ -39,7 +47,10 @@ def edge_parts_with_model(
     dictionary: Dictionary,
     max_hops: int = 3,
 ) -> EdgeParts:
-    """`edge_parts` with its hops, and its heads even if the graph does not list them.
+    """`edge_parts` with all that the graph does not list.
+
+    Hops, heads, and what a small change of the source does: its parts, and queries and
+    keys by head.
 
     Raises:
       InputError: if there is no such edge, the graph is not from this model, or
@@ -47,12 +58,15 @@ def edge_parts_with_model(
     """
     check_at_least(1, max_hops=max_hops)
     max_hops = min(max_hops, model.cfg.n_layers)  # a path passes no more heads
-    parts = edge_parts(graph, source, target)
+    parts = known_parts(graph, source, target)
     with jax.default_matmul_precision("highest"):
         p = recorded(graph, model, dictionary)
         p = dataclasses.replace(p, active=graph_active(graph, p.active))
-        rows = _row(graph, parts.row, p)
+        answering = _answering(graph, parts.row, p, dictionary)
+        rows = dataclasses.replace(answering, more_RSD=np.zeros(0))
         hop_Q = hop_spectrum(p, rows, max_hops=max_hops)[:, 0, parts.col]
+        past_norm = dictionary.coder(p.cfg).site != "resid_mid"
+        response = _response(p, answering, parts.col, past_norm=past_norm)
     if not math.isclose(hop_Q.sum(), parts.edge, rel_tol=1e-2, abs_tol=1e-4):
         raise InputError(
             f"the model gives this edge {hop_Q.sum():.4g}, the graph {parts.edge:.4g}: "
@@ -63,7 +77,9 @@ def edge_parts_with_model(
         hops=tuple(hop_Q.tolist()),
         direct=float(hop_Q[0]),
         attention=parts.edge - float(hop_Q[0]),
+        response=response,
     )
+    check_edge(graph, parts)
     if parts.heads is None:
         only = np.zeros(1, np.int64), np.array([parts.col])
         loads = head_loadings(p, rows, *only)
@@ -71,17 +87,6 @@ def edge_parts_with_model(
             parts, heads=loads.listed(0), other_heads=float(loads.rest_E[0])
         )
     return parts
-
-
-def _row(graph: Graph, row: int, p: Recorded) -> RowTargets:
-    """What one row reads."""
-    nodes = p.active
-    if row < graph.n_features:
-        at = np.array([row])
-        return RowTargets(
-            layer_R=nodes.layer_A[at], pos_R=nodes.pos_A[at], read_RD=nodes.reads(at)
-        )
-    return target_row(graph, row - graph.n_features, p)
 
 
 def target_row(graph: Graph, k: int, p: Recorded) -> RowTargets:
@@ -95,18 +100,74 @@ def target_row(graph: Graph, k: int, p: Recorded) -> RowTargets:
     Raises:
       InputError: for a direction, which no file holds.
     """
-    token, pos = int(graph.target_token_K[k]), int(graph.target_pos_K[k])
-    if token < 0:
-        raise InputError(
-            "this target is a direction that the file does not hold: only features and "
-            "tokens can be followed with the model"
-        )
-    chosen = token_targets(p.params, p.recording.out_TD[pos], jnp.asarray([token]))
+    pos = int(graph.target_pos_K[k])
+    chosen = token_targets(p.params, p.recording.out_TD[pos], _token(graph, k))
     return RowTargets(
         layer_R=np.array([graph.n_layers], np.int32),
         pos_R=np.array([pos], np.int32),
         read_RD=target_reads(p.params, p.recording, chosen.vec_KD, pos),
     )
+
+
+def _token(graph: Graph, k: int) -> Array:
+    """The token that is a target, [1]."""
+    token = int(graph.target_token_K[k])
+    if token < 0:
+        raise InputError(
+            "this target is a direction that the file does not hold: only features and "
+            "tokens can be followed with the model"
+        )
+    return jnp.asarray([token])
+
+
+def _answering(
+    graph: Graph, row: int, p: Recorded, dictionary: Dictionary
+) -> RowTargets:
+    """What one row reads, and what norms and gates add to it."""
+    k = row - graph.n_features
+    token_1 = jnp.zeros(1, int) if k < 0 else _token(graph, k)
+    out_D = p.recording.out_TD[graph.n_tokens - 1]
+    # A prompt with this feature alone, or without any: its first row is the one.
+    alone = Prompt(
+        p.params,
+        p.recording,
+        p.active.where(np.arange(graph.n_features) == row),
+        token_targets(p.params, out_D, token_1),
+        cfg=p.cfg,
+        error_LTD=p.error_LTD,
+    )
+    return answering_rows(alone, dictionary).take(np.zeros(1, int))
+
+
+_LISTED = 5  # heads of a side
+
+
+def _response(
+    p: Recorded, row: RowTargets, column: int, *, past_norm: bool
+) -> EdgeResponse:
+    """Parts of an edge's response, its queries and keys by head."""
+    size = len(STATES), 1, Columns(p).layout.n_columns
+    part_Q1N = np.zeros(size, row.read_RD.dtype)
+    plan = Plan(band_end=(len(p.recording.token_T),), capacities=(1,))
+    way = live_parts(p, past_norm=past_norm)
+    edge_rows(make_puller(p, plan=plan, mesh=None, way=way), row, part_Q1N)
+    sizes = dict(zip(STATES, part_Q1N[:, 0, column].tolist(), strict=True))
+    sides = head_routes(p, summed(row), column, past_norm=past_norm)
+    query_heads, key_heads = map(_strongest, sides)
+    return EdgeResponse(
+        total=sum(sizes.values()),
+        query_heads=query_heads,
+        key_heads=key_heads,
+        **{part: sizes[part] for part in PARTS},
+    )
+
+
+def _strongest(part_LH: np.ndarray) -> tuple[tuple[int, int, float], ...]:
+    """Layer, number and part of the heads with the largest parts."""
+    order = np.argsort(-np.abs(part_LH), axis=None, kind="stable")[:_LISTED]
+    layer_J, head_J = np.unravel_index(order, part_LH.shape)
+    found = zip(layer_J.tolist(), head_J.tolist(), strict=True)
+    return tuple((l, h, float(part_LH[l, h])) for l, h in found if part_LH[l, h])
 
 
 def inhibition(

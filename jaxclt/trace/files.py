@@ -21,8 +21,10 @@ from jaxclt.files.atomic import atomic_path, write_text
 from jaxclt.files.json_text import to_json
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.graph import Graph
+from jaxclt.graph.part_shares import part_shares
 from jaxclt.graph.paths import describe_paths, strongest_paths
 from jaxclt.graph.prune import restrict
+from jaxclt.graph.response import by_response
 from jaxclt.graph.scores import scores
 from jaxclt.graph.yardstick import derivative_agreement
 from jaxclt.io.graph_file import save_graph
@@ -137,7 +139,8 @@ def _report(traced: Traced) -> dict[str, Any]:
             if graph.meta.convention == "paper"
             else None,
         },
-        "paths": describe_paths(graph, strongest_paths(graph, k=5)).splitlines(),
+        "paths": _paths(graph),
+        **({} if graph.response is None else {"response": _by_response(graph)}),
         "pruning": {
             "node_threshold": pruning.node_threshold,
             "edge_threshold": pruning.edge_threshold,
@@ -146,6 +149,16 @@ def _report(traced: Traced) -> dict[str, Any]:
         "identity": traced.identity,
         "timing_s": {k: round(v, 3) for k, v in traced.timing.items()},
     }
+
+
+def _paths(graph: Graph) -> list[str]:
+    return describe_paths(graph, strongest_paths(graph, k=5)).splitlines()
+
+
+def _by_response(graph: Graph) -> dict[str, Any]:
+    """What the other reading says: its scores, paths, and shares of its parts."""
+    other = by_response(graph)
+    return scores_json(other) | {"paths": _paths(other), "parts": part_shares(graph)}
 
 
 def _explained(graph: Graph) -> list[dict[str, Any]]:

@@ -41,6 +41,7 @@ def both_readings(seed: int = 0) -> Graph:
             edge_RN=edge_RN,
             rest_R=rest_R,
             rest_abs_R=2 * np.abs(rest_R),
+            effect_QN=normal(1 + len(PARTS), edge_RN.shape[1]),
             parts=ResponseParts(row_E=row_E, col_E=col_E, **parts),
         ),
         derivative_KN=normal(graph.n_targets, edge_RN.shape[1]),
@@ -84,6 +85,7 @@ def test_a_smaller_graph_keeps_what_its_rows_lose() -> None:
     col = np.flatnonzero(keep_N | (np.arange(len(keep_N)) >= graph.n_features))
     close(cut.edge_RN, (full.edge_RN * keep_N)[np.ix_(row, col)], 0)
     close(cut.edge_RN.sum(1) + cut.rest_R, (full.edge_RN.sum(1) + full.rest_R)[row])
+    close(cut.effect_QN, (full.effect_QN * keep_N)[:, col], 0)
     lost_R = (np.abs(full.edge_RN) * ~keep_N).sum(1)[row]
     close(cut.rest_abs_R, full.rest_abs_R[row] + lost_R)
     close(small.derivative_KN, (graph.derivative_KN * keep_N)[:, col], 0)
@@ -116,6 +118,7 @@ def test_files_keep_both_readings(tmp_path: Path) -> None:
     [
         {"response_RN": np.zeros((2, 2))},
         {"response_rest_R": None},
+        {"response_effect_QN": np.zeros((4, 18))},
         {"parts_col_E": np.full(3, 1 << 20, np.int32)},
         {"parts_gate_E": np.zeros(3)},
         {"parts_norm_E": None},

@@ -38,7 +38,13 @@ def with_response(graph: Graph, edge_RN: np.ndarray) -> Graph:
     parts = {f"{part}_E": np.zeros(0) for part in PARTS}
     table = ResponseParts(row_E=none_E, col_E=none_E, **parts)
     rest_R = np.zeros(len(edge_RN))
-    response = Response(edge_RN=edge_RN, rest_R=rest_R, rest_abs_R=rest_R, parts=table)
+    response = Response(
+        edge_RN=edge_RN,
+        rest_R=rest_R,
+        rest_abs_R=rest_R,
+        effect_QN=np.zeros((1 + len(PARTS), edge_RN.shape[1])),
+        parts=table,
+    )
     return dataclasses.replace(graph, response=response)
 
 

@@ -49,6 +49,7 @@ def graph() -> Graph:
         edge_RN=response_RN,
         rest_R=none,
         rest_abs_R=none,
+        effect_QN=np.zeros((1 + len(PARTS), response_RN.shape[1]), np.float32),
         parts=ResponseParts(
             row_E=np.zeros(0, np.int32),
             col_E=np.zeros(0, np.int32),

@@ -1,0 +1,96 @@
+"""What total effects by response go through first: values, queries, keys, norms, gates.
+
+A node's total effect on the contrast is a sum over rows: what a unit of the row does to
+the contrast, times the node's edge by response. Edges have parts (maths 22.4), and so
+has the sum (maths 22.81). No edge is needed for it: what all rows read, times what a
+unit of each does, goes down together as one vector of each state of
+`jaxclt.graph.live.Parts`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxclt.graph.answers import answering_targets
+from jaxclt.graph.bank import RowTargets
+from jaxclt.graph.contrast import contrast
+from jaxclt.graph.effects import solve_total_effect
+from jaxclt.graph.graph import Graph
+from jaxclt.graph.live import STATES
+from jaxclt.graph.plan import Chunk
+from jaxclt.graph.prompt import Prompt
+from jaxclt.graph.response_table import EFFECT_PARTS
+from jaxclt.graph.rows import Edges, Puller, Shared, write_rows
+from jaxclt.graph.travel import descend
+
+__all__ = ["effect_parts", "unit_effects"]
+
+
+def unit_effects(graph: Graph) -> np.ndarray:
+    """What a unit of each row does to the contrast, all paths counted, [R]."""
+    weight_K = contrast(graph).weight_K
+    effect_A = solve_total_effect(graph, weight_XK=weight_K[None])[0]
+    value_A = graph.value_A
+    unit_A = np.divide(effect_A, value_A, np.zeros_like(effect_A), where=value_A != 0)
+    return np.concatenate([unit_A, weight_K.astype(unit_A.dtype)])
+
+
+def effect_parts(
+    p: Prompt, rows: RowTargets, unit_R: np.ndarray, puller: Puller
+) -> np.ndarray:
+    """Total effects by response of all nodes on the contrast, by parts, [Q, N].
+
+    Parts are `EFFECT_PARTS`; they sum to the total effects.
+
+    Args:
+      p: the prompt, with the features that are nodes.
+      rows: what the graph's rows read, from `jaxclt.graph.answers.answering_rows`.
+      unit_R: from `unit_effects` of the graph by response.
+      puller: of the prompt, down `jaxclt.graph.live.Parts`.
+    """
+    L, (T, D) = p.cfg.n_layers, p.recording.embed_TD.shape
+    read_SRD = rows.read_SRD * unit_R[:, None]
+    read_MTSD = np.zeros((L + 1, T, len(read_SRD), D), read_SRD.dtype)
+    np.add.at(read_MTSD, (rows.layer_R, rows.pos_R), read_SRD.swapaxes(0, 1))
+    found = _down(puller.held, read_MTSD)
+    A = len(p.active.layer_A)
+    every_A, Q = np.arange(A), len(STATES)
+    edge_ZPWQ, *others = map(np.asarray, found)
+    effect_QN = np.zeros((Q, p.layout(A).n_columns), read_SRD.dtype)
+    write_rows(
+        Chunk(np.arange(Q), T, Q),
+        [edge_ZPWQ.reshape(-1, Q), *others],
+        every_A,
+        puller.bank.place(every_A, 0, T),
+        p.layout(A),
+        effect_QN,
+    )
+    _add_written(p, unit_R[A:], effect_QN)
+    effect_QN[:, p.ignored_columns(A)] = 0
+    return effect_QN[[STATES.index(part) for part in EFFECT_PARTS]]
+
+
+@jax.jit
+def _down(held: Shared, read_MTSD: Array) -> Edges:
+    way, (_, P, S, D) = held.way, read_MTSD.shape
+
+    def add_reads(g_PQD: Array, layer: Array | int) -> Array:
+        return g_PQD.at[:, :S].add(read_MTSD[layer])
+
+    L, Q = way.cfg.n_layers, way.n_states
+    top_PQD = add_reads(jnp.zeros((P, Q, D), read_MTSD.dtype), L)
+    none = held.no_dots(P, Q)
+    return held.edges(*descend(way, top_PQD, L - 1, add_reads, held.add_dots, none))
+
+
+def _add_written(p: Prompt, unit_K: np.ndarray, effect_QN: np.ndarray) -> None:
+    """Add what targets read of an MLP's output themselves, norms held and live."""
+    live = dict(dataclasses.replace(p, targets=answering_targets(p)).written())
+    for k, edge_N in p.written():
+        effect_QN[STATES.index("value")] += unit_K[k] * edge_N
+        effect_QN[STATES.index("norm")] += unit_K[k] * (live[k] - edge_N)
