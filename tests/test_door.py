@@ -38,7 +38,7 @@ HUGE = 10**30
 # Fields whose numbers may be below zero, or zero.
 NEGATIVE = {"seed", "scale", "set", "add", "theta"}
 ZERO = NEGATIVE | {
-    *("heads", "tolerance", "drawn", "logits", "generate", "temperature"),
+    *("attention", "heads", "tolerance", "drawn", "logits", "generate", "temperature"),
     *("layer_tokens", "graphs", "perturbed", "sort", "contrastive"),
     *("span", "l0", "sparsity", "ramp", "preactivation", "auxk", "auxk_features"),
     *("jacobian", "warmup", "clip", "outlier", "eval_every", "agreement_windows"),

@@ -282,6 +282,7 @@ def test_the_text_lists_the_parts() -> None:
         "1 hops                         +2    50.0%",
         "2 or more hops                 +1    25.0%",
         "25.00% of what the target reads; shown",
+        "response: not in this file; trace with --response",
     ]
 
 
@@ -452,7 +453,7 @@ def test_links_say_how_they_travelled() -> None:
 
 
 def test_only_the_strongest_links_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxclt.viewer.graph_json._MAX_PARTS", 10)
+    monkeypatch.setattr("jaxclt.viewer.links._MAX_TRAVELS", 10)
     links = graph_json(graph("clt"), slug="g")["links"]
     assert ["attention" in link or "direct" in link for link in links] == (
         [True] * 10 + [False] * (len(links) - 10)
