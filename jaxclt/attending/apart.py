@@ -22,21 +22,19 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax import Array
 
+from jaxclt.attending.asked import Asked, ask
 from jaxclt.attending.brought import Nodes, Vector
 from jaxclt.attending.cells import Cell
-from jaxclt.attending.clean import Clean
 from jaxclt.attending.pairs import strongest_pairs
-from jaxclt.attending.sides import Side, Sides, channels, packed
-from jaxclt.lm.layers import attention_scores, pattern_of
+from jaxclt.attending.sides import Side, Sides, packed
 from jaxclt.shapes import bucket
 
-__all__ = ["Apart", "Pair", "take_apart", "take_one_apart"]
+__all__ = ["LONGEST", "Apart", "Pair", "take_apart", "take_one_apart"]
 
 
 class Pair(NamedTuple):
-    """A node of the query's side and one of the key's."""
+    """A node of the query's side and one of the key's; or two positions."""
 
     query: int
     key: int
@@ -52,11 +50,7 @@ class Apart:
     `jaxclt.attending.brought`; U are some of them.
     """
 
-    cell: Cell
-    scale: float  # what products of channels are multiplied by
-    score_S: np.ndarray  # the live model's, of all keys up to the query's own
-    pattern_S: np.ndarray  # what the head makes of them
-    size: float  # the largest score that vectors as long as its two sides can have
+    asked: Asked
     query_N: np.ndarray  # what pairs sum to for every node on the query's side
     key_N: np.ndarray  # and on the key's
     query_against_N: np.ndarray  # the same of competition
@@ -65,21 +59,17 @@ class Apart:
     query_UC: np.ndarray
     key_UC: np.ndarray
     mean_key_UC: np.ndarray
+    place_3PC: np.ndarray  # of all that is written at each position, then of constants
+
+    @property
+    def cell(self) -> Cell:
+        """Which cell."""
+        return self.asked.cell
 
     @property
     def score(self) -> float:
         """Of the live model."""
-        return float(self.score_S[self.cell.key])
-
-    @property
-    def weight(self) -> float:
-        """A(q, k)."""
-        return float(self.pattern_S[self.cell.key])
-
-    @property
-    def against(self) -> float:
-        """The score less the mean score of the row."""
-        return self.score - float(self.score_S @ self.pattern_S)
+        return self.asked.score
 
     @property
     def relative_error(self) -> float:
@@ -89,212 +79,149 @@ class Apart:
     @property
     def competition_error(self) -> float:
         """Of the sum of all pairs' competition."""
-        return self._error(self.against, self.query_against_N, self.key_against_N)
+        return self._error(self.asked.beyond, self.query_against_N, self.key_against_N)
 
     def _error(self, want: float, *sides: np.ndarray) -> float:
-        off = max(abs(float(x_N.sum(dtype=np.float64)) - want) for x_N in sides)
-        return off / max(self.size, float(np.finfo(np.float64).tiny))
+        off = max(abs(float(x_N.sum()) - want) for x_N in sides)
+        return off / max(self.asked.size, float(np.finfo(np.float64).tiny))
 
     def pairs(self, n: int) -> list[Pair]:
         """Those of the largest competition, largest first."""
-        query_UC, key_UC, mean_UC = (
-            x.astype(np.float64) for x in (self.query_UC, self.key_UC, self.mean_key_UC)
-        )
-        i, j = strongest_pairs(query_UC, key_UC - mean_UC, n)
-        score_n, mean_n = (
-            self.scale * np.einsum("nC,nC->n", query_UC[i], x_UC[j])
-            for x_UC in (key_UC, mean_UC)
-        )
-        found = self.node_U[i], self.node_U[j], score_n, score_n - mean_n
-        return [Pair(*row) for row in zip(*(x.tolist() for x in found), strict=True)]
+        sides = self.query_UC, self.key_UC, self.mean_key_UC
+        return _pairs(self.asked.scale, sides, self.node_U, n)
+
+    def places(self, n: int) -> list[Pair]:
+        """The same by the positions of nodes, each with all that is written there.
+
+        What is constant has the number T; nothing of prompts that are too long.
+        """
+        every_P = np.arange(self.place_3PC.shape[1])
+        return _pairs(self.asked.scale, [*self.place_3PC], every_P, n)
 
 
-class _Row(NamedTuple):
-    """A query with its keys, as the live model has them."""
+def _pairs(
+    scale: float, sides: Sequence[np.ndarray], number_U: np.ndarray, n: int
+) -> list[Pair]:
+    """The n strongest pairs of some nodes, from the channels that they bring."""
+    query_UC, key_UC, mean_UC = sides
+    i, j = strongest_pairs(query_UC, key_UC - mean_UC, n)
 
-    score_S: np.ndarray
-    pattern_S: np.ndarray
+    def products(x_UC: np.ndarray) -> np.ndarray:
+        return scale * np.einsum("nC,nC->n", query_UC[i], x_UC[j])
 
-
-class _Sides(NamedTuple):
-    """A cell's query, its key, and the mean of its row's keys."""
-
-    query: Side
-    key: Side
-    mean: Side
-
-    @property
-    def against(self) -> Side:
-        """The key less the mean key."""
-        weight_T = -self.mean.weight_T
-        weight_T[len(self.key.weight_T) - 1] += 1
-        return self.key._replace(weight_T=weight_T)
-
-
-def _sides(nodes: Nodes, cell: Cell) -> tuple[_Row, _Sides]:
-    clean, seen = nodes.clean, cell.query + 1
-    found = _row(clean, cell.layer, cell.head, cell.query)
-    row = _Row(*(np.asarray(x)[:seen].astype(np.float64) for x in found))
-    group = cell.head // clean.cfg.n_queries_per_kv
-    key = Side(False, group, _only(cell.key))
-    mean = Side(False, group, row.pattern_S)
-    return row, _Sides(Side(True, cell.head, _only(cell.query)), key, mean)
-
-
-def _only(pos: int) -> np.ndarray:
-    return np.r_[np.zeros(pos), 1.0]
-
-
-@jax.jit
-def _row(clean: Clean, layer: Array, head: Array, query: Array) -> tuple[Array, Array]:
-    """Scores and pattern [S] of one query, by the live model."""
-    here = clean.layer(layer)
-    query_THC, key_SGC = here.live_heads()
-    score_HTS = attention_scores(query_THC[query][None], key_SGC, cfg=clean.cfg)
-    pattern_HTS = pattern_of(here.p, score_HTS, cfg=clean.cfg, start=query)
-    return score_HTS[head, 0], pattern_HTS[head, 0]
-
-
-@jax.jit
-def _clean_channels(clean: Clean, layer: Array, sides: Sides) -> Array:
-    here = clean.layer(layer)
-    return channels(here, sides, here.resid_TD)
-
-
-def _whole(nodes: Nodes, layer: int, sides: _Sides) -> np.ndarray:
-    """Channels [3, C] of a cell's sides in the clean run."""
-    three = packed(sides, 3, nodes.n_positions, nodes.dtype)
-    with jax.default_matmul_precision("highest"):
-        found = _clean_channels(nodes.clean, layer, three)
-    return np.asarray(found).astype(np.float64)
+    score_n, mean_n = products(key_UC), products(mean_UC)
+    found = number_U[i], number_U[j], score_n, score_n - mean_n
+    return [Pair(*row) for row in zip(*(x.tolist() for x in found), strict=True)]
 
 
 def take_one_apart(nodes: Nodes, cell: Cell) -> Apart:
     """Take one cell apart, with the channels of all nodes."""
-    row, sides = _sides(nodes, cell)
-    every_C = np.eye(nodes.clean.cfg.d_head)
-    vectors = [Vector(cell.layer, side, mix_C) for side in sides for mix_C in every_C]
-    brought_XN = nodes.pulled(vectors)
-    parts = brought_XN.reshape(3, len(every_C), -1).swapaxes(1, 2)
-    query_NC, key_NC, mean_NC = parts.astype(np.float64)
-    query_C, key_C, mean_C = (x_NC.sum(0) for x_NC in (query_NC, key_NC, mean_NC))
-    scale = nodes.clean.cfg.score_scale
-    return Apart(
-        cell=cell,
-        scale=scale,
-        score_S=row.score_S,
-        pattern_S=row.pattern_S,
-        size=_size(scale, query_C, key_C, mean_C),
-        query_N=scale * query_NC @ key_C,
-        key_N=scale * key_NC @ query_C,
-        query_against_N=scale * query_NC @ (key_C - mean_C),
-        key_against_N=scale * (key_NC - mean_NC) @ query_C,
-        node_U=np.arange(brought_XN.shape[1]),
-        query_UC=query_NC,
-        key_UC=key_NC,
-        mean_key_UC=mean_NC,
-    )
-
-
-def _size(scale: float, query_C: np.ndarray, *keys: np.ndarray) -> float:
-    return scale * float(
-        np.linalg.norm(query_C) * max(np.linalg.norm(key_C) for key_C in keys)
-    )
+    asked, every_C = ask(nodes, cell), np.eye(nodes.clean.cfg.d_head)
+    vectors = [Vector(cell.layer, side, z_C) for side in asked.sides for z_C in every_C]
+    brought_XN = nodes.pulled(vectors).astype(np.float64)
+    three_3NC = brought_XN.reshape(3, len(every_C), -1).swapaxes(1, 2)
+    query_NC, key_NC, mean_NC = three_3NC
+    query_C, key_C, mean_C = three_3NC.sum(1)
+    sums = query_NC @ key_C, key_NC @ query_C
+    against = query_NC @ (key_C - mean_C), (key_NC - mean_NC) @ query_C
+    sum_4N = asked.scale * np.stack([*sums, *against])
+    ((_, place_3PC),) = _channels(nodes, [asked], np.zeros(0, int))
+    node_U = np.arange(sum_4N.shape[1])
+    return _apart(asked, sum_4N, node_U, three_3NC, place_3PC)
 
 
 def take_apart(nodes: Nodes, cells: Sequence[Cell]) -> list[Apart]:
     """Take cells apart, with the channels of the nodes that bring most to them."""
     if not cells:
         return []
-    found = [_sides(nodes, cell) for cell in cells]
-    summed = [
-        _Sums(nodes, cell, sides) for cell, (_, sides) in zip(cells, found, strict=True)
-    ]
-    vectors = [vector for sums in summed for vector in sums.vectors()]
-    parts = np.split(nodes.pulled(vectors).astype(np.float64), len(cells))
-    chosen = [sums.chosen(part) for sums, part in zip(summed, parts, strict=True)]
-    column_U = np.unique(np.concatenate(chosen))
-    N = nodes.columns.layout.n_columns
-    node_U = np.r_[column_U[column_U < N], N, N + 1]
-    channels = _channels(nodes, cells, [sides for _, sides in found], node_U[:-2])
-    return [
-        Apart(
-            cell=cell,
-            scale=nodes.clean.cfg.score_scale,
-            score_S=row.score_S,
-            pattern_S=row.pattern_S,
-            size=sums.size,
-            query_N=part[0],
-            query_against_N=part[1],
-            key_N=part[2],
-            key_against_N=part[3],
-            node_U=node_U,
-            query_UC=three[0],
-            key_UC=three[1],
-            mean_key_UC=three[2],
-        )
-        for cell, (row, _), sums, part, three in zip(
-            cells, found, summed, parts, channels, strict=True
-        )
-    ]
+    asked = [ask(nodes, cell) for cell in cells]
+    vectors = [vector for one in asked for vector in _sums(one)]
+    found = np.split(nodes.pulled(vectors).astype(np.float64), len(cells))
+    chosen = [_chosen(one, sum_XN) for one, sum_XN in zip(asked, found, strict=True)]
+    column_U, N = np.unique(np.concatenate(chosen)), nodes.columns.layout.n_columns
+    column_U = column_U[column_U < N]
+    node_U = np.r_[column_U, N, N + 1]
+    parts = zip(asked, found, _channels(nodes, asked, column_U), strict=True)
+    return [_apart(one, sum_XN[:4], node_U, *x) for one, sum_XN, x in parts]
 
 
+def _apart(
+    asked: Asked,
+    sum_4N: np.ndarray,
+    node_U: np.ndarray,
+    channel_3UC: np.ndarray,
+    place_3PC: np.ndarray,
+) -> Apart:
+    names = "query_N", "key_N", "query_against_N", "key_against_N"
+    sums = dict(zip(names, sum_4N, strict=True))
+    names = "query_UC", "key_UC", "mean_key_UC"
+    channels = zip(names, channel_3UC.astype(np.float64), strict=True)
+    place_3PC = place_3PC.astype(np.float64)
+    return Apart(
+        asked=asked, node_U=node_U, place_3PC=place_3PC, **sums, **dict(channels)
+    )
+
+
+LONGEST = 64  # tokens of a prompt of which every position is looked at
 _SKETCHES = 4  # random sums of a side's channels
 _CHOSEN = 40  # nodes of a side of a cell
 
 
-class _Sums:
-    """What is pulled of a cell: four exact sums for every node, and sketches."""
+def _sums(asked: Asked) -> list[Vector]:
+    """What is pulled of a cell: the four sums of `Apart`, then sketches."""
+    query, key, _ = asked.sides
+    query_C, key_C, mean_C = asked.scale * asked.whole_3C
+    shape = _SKETCHES, len(query_C)
+    random = np.asarray(jax.random.rademacher(jax.random.key(0), shape))
+    wanted = [
+        (query, key_C),
+        (key, query_C),
+        (query, key_C - mean_C),
+        (asked.against, query_C),
+        *((side, z_C) for side in (query, asked.against) for z_C in random),
+    ]
+    return [Vector(asked.cell.layer, side, mix_C) for side, mix_C in wanted]
 
-    def __init__(self, nodes: Nodes, cell: Cell, sides: _Sides) -> None:
-        self.layer, self.sides = cell.layer, sides
-        scale = nodes.clean.cfg.score_scale
-        whole = _whole(nodes, cell.layer, sides)
-        self.size = _size(scale, *whole)
-        query_C, key_C, mean_C = whole
-        self.query_C, self.key_C = scale * query_C, scale * key_C
-        self.against_C = scale * (key_C - mean_C)
-        key = jax.random.key(0)
-        self.sketch_ZC = np.asarray(jax.random.rademacher(key, (_SKETCHES, len(key_C))))
 
-    def vectors(self) -> list[Vector]:
-        """What is pulled, sketches last."""
-        query, key, against = self.sides.query, self.sides.key, self.sides.against
-        asked = [(query, self.key_C), (query, self.against_C)]
-        asked += [(key, self.query_C), (against, self.query_C)]
-        asked += [(side, z_C) for side in (query, against) for z_C in self.sketch_ZC]
-        return [Vector(self.layer, side, mix_C) for side, mix_C in asked]
+def _chosen(asked: Asked, sum_XN: np.ndarray) -> np.ndarray:
+    """Nodes whose channels are worth knowing.
 
-    def chosen(self, part_XN: np.ndarray) -> np.ndarray:
-        """Nodes whose channels are worth knowing.
-
-        A random sum of channels is on average as large as they are long.
-        """
-        size_XN = np.abs(part_XN)
-        sketch_2ZN = size_XN[4:].reshape(2, _SKETCHES, -1)
-        length_2N = np.sqrt((sketch_2ZN**2).mean(1))
-        other_2 = np.linalg.norm([self.against_C, self.query_C], axis=1)
-        most_2N = np.maximum(
-            length_2N * other_2[:, None], size_XN[:4].reshape(2, 2, -1).max(1)
-        )
-        return np.argsort(-most_2N, axis=1, kind="stable")[:, :_CHOSEN].ravel()
+    A random sum of channels is on average as large as they are long.
+    """
+    sum_22N, sketch_2ZN = np.split(np.abs(sum_XN), [4])
+    length_2N = np.sqrt((sketch_2ZN.reshape(2, _SKETCHES, -1) ** 2).mean(1))
+    query_C, key_C, mean_C = asked.scale * asked.whole_3C
+    other_2 = np.linalg.norm([key_C - mean_C, query_C], axis=1)
+    sum_2N = sum_22N.reshape(2, 2, -1).max(0)
+    most_2N = np.maximum(length_2N * other_2[:, None], sum_2N)
+    return np.argsort(-most_2N, axis=1, kind="stable")[:, :_CHOSEN].ravel()
 
 
 def _channels(
-    nodes: Nodes, cells: Sequence[Cell], sides: list[_Sides], column_U: np.ndarray
-) -> list[np.ndarray]:
-    """Channels [3, U + 2, C] that nodes bring to the sides of every cell."""
-    layers = sorted({cell.layer for cell in cells})
-    mine: dict[int, list[Side]] = {layer: [] for layer in layers}
+    nodes: Nodes, asked: Sequence[Asked], column_U: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What is brought to the channels of the sides of every cell.
+
+    By some columns, biases and the rest, [3, U + 2, C]; by positions and biases, which
+    are none where the prompt is long, [3, P, C].
+    """
+    mine: dict[int, list[Side]] = {one.cell.layer: [] for one in asked}
     places = []
-    for cell, three in zip(cells, sides, strict=True):
-        places.append((layers.index(cell.layer), len(mine[cell.layer])))
-        mine[cell.layer] += three
+    for one in asked:
+        layer = one.cell.layer
+        places.append((list(mine).index(layer), len(mine[layer])))
+        mine[layer] += one.sides
     # Sizes are bucketed so that prompts share their program.
-    S, Y = bucket(max(map(len, mine.values()))), bucket(len(layers), 4)
-    layer_Y = np.array(layers + layers[:1] * (Y - len(layers)), np.int32)
-    each = [*mine.values(), *([[]] * (Y - len(layers)))]
+    S, Y = bucket(max(map(len, mine.values()))), bucket(len(mine), 4)
+    layer_Y = np.array([*mine, *([next(iter(mine))] * (Y - len(mine)))], np.int32)
+    each = [*mine.values(), *([[]] * (Y - len(mine)))]
     alike = [packed(x, S, nodes.n_positions, nodes.dtype) for x in each]
     side_YS = Sides(*map(np.stack, zip(*alike, strict=True)))
     every_YSUC = nodes.pushed(column_U, layer_Y, side_YS)
-    return [every_YSUC[y, s : s + 3] for y, s in places]
+    place_YSPC = every_YSUC[:, :, :0]
+    if nodes.columns.p.n_tokens <= LONGEST:
+        bias_YS1C = every_YSUC[:, :, -2:-1]
+        place_YSTC = nodes.placed(layer_Y, side_YS)
+        place_YSPC = np.concatenate([place_YSTC, bias_YS1C], axis=2)
+    both = every_YSUC, place_YSPC
+    return [tuple(x[y, s : s + 3] for x in both) for y, s in places]  # pyright: ignore

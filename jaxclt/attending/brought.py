@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from jaxclt.attending.clean import Clean, Layer, make_clean
 from jaxclt.attending.sides import Side, Sides, channels, packed, read_vector
+from jaxclt.clt.active import Active
 from jaxclt.graph.columns import Columns
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.plan import Chunk, Plan
@@ -75,6 +76,7 @@ class Nodes:
     puller: Puller
     up: Stream
     constant: _Constant
+    write_LTD: np.ndarray  # by columns and by features that are none
     at_once: int  # vectors that travel together
 
     @property
@@ -122,22 +124,53 @@ class Nodes:
           layer_Y: some layers; where one is there twice, the first place counts.
           side_YS: as many sides of each.
         """
-        slot_L = np.full(self.clean.cfg.n_layers, -1, np.int32)
-        slot_L[layer_Y[::-1]] = np.arange(len(layer_Y))[::-1]  # the first counts
-        end, X = np.int32(layer_Y.max() + 1), self.at_once
 
-        def start(first: int) -> Array:
-            part = column_U[first : first + X]
-            writes = self.columns.writes(part, X, 0)
-            with jax.default_matmul_precision("highest"):
-                return _push(self.up, self.clean, writes, side_YS, slot_L, end)
+        def writes(first: int) -> Writes:
+            return self.columns.writes(column_U[first : first + X], X, 0)
 
-        starts = range(0, len(column_U), X)
-        parts = [np.asarray(found) for _, found in pipelined(starts, start)]
+        X = self.at_once
+        every_YSUC = self._push(writes, len(column_U), layer_Y, side_YS)
         with jax.default_matmul_precision("highest"):
             last_YS2C = _constants(self.clean, self.constant, layer_Y, side_YS)
-        every_YSUC = np.concatenate(parts, axis=2)[:, :, : len(column_U)]
         return np.concatenate([every_YSUC, np.asarray(last_YS2C)], axis=2)
+
+    def placed(self, layer_Y: np.ndarray, side_YS: Sides) -> np.ndarray:
+        """What all that is written at one position brings to sides, [Y, S, T, C].
+
+        Arguments as of `pushed`.
+        """
+        T, X = self.columns.p.n_tokens, self.at_once
+        write_MPD = np.concatenate([self.puller.held.embed_TD[None], self.write_LTD])
+
+        def writes(first: int) -> Writes:
+            pos_B = np.arange(first, first + X)
+            real_1B1 = (pos_B < T)[None, :, None]
+            pos_B = np.minimum(pos_B, T - 1)
+            return Writes(write_MPD[:, pos_B] * real_1B1, pos_B, np.int32(0), 0)
+
+        return self._push(writes, T, layer_Y, side_YS)
+
+    def _push(
+        self,
+        writes: Callable[[int], Writes],
+        n: int,
+        layer_Y: np.ndarray,
+        side_YS: Sides,
+    ) -> np.ndarray:
+        """Push n sources, so many at a time."""
+        slot_L = np.full(self.clean.cfg.n_layers, -1, np.int32)
+        slot_L[layer_Y[::-1]] = np.arange(len(layer_Y))[::-1]  # the first counts
+        end = np.int32(layer_Y.max() + 1)
+
+        def start(first: int) -> Array:
+            up, clean = self.up, self.clean
+            with jax.default_matmul_precision("highest"):
+                return _push(up, clean, writes(first), side_YS, slot_L, end)
+
+        found = pipelined(range(0, n, self.at_once), start)
+        none = np.zeros((*side_YS.weight_SP.shape[:2], 0, self.clean.cfg.d_head))
+        parts = [none.astype(self.dtype), *(np.asarray(part) for _, part in found)]
+        return np.concatenate(parts, axis=2)[:, :, :n]
 
 
 class _Vectors(NamedTuple):
@@ -286,7 +319,8 @@ def make_nodes(
     mesh = Mesh(np.array(jax.devices()[:1]), ("rows",))
     down = make_stream(p, pull=True)
     up = make_stream(p, pull=False, other=down)
-    here = make_clean(p), up, _constant(p, ~is_node_A)
+    rest_LTD = _written(p.active.where(~is_node_A), T)
+    here = make_clean(p), up, _constant(p, rest_LTD)
     clean, up, constant = on_mesh(here, mesh)
     puller = make_puller(nodes, plan=plan, mesh=mesh, packed=packed, way=Frozen(down))
     return Nodes(
@@ -295,26 +329,29 @@ def make_nodes(
         puller=puller,
         up=up,
         constant=constant,
+        write_LTD=_written(nodes.active, T) + rest_LTD + p.error_LTD,
         at_once=at_once,
     )
 
 
-def _constant(p: Recorded, is_rest_A: np.ndarray) -> _Constant:
-    """What enters every layer of all biases, and of some features."""
-    active, rest = p.active, p.active.where(is_rest_A)
-    zero_LTD = np.zeros_like(p.error_LTD)
-    none = dataclasses.replace(rest, write_bias_LD=zero_LTD[:, 0], skip_LDD=None)
-    write_LTD = jnp.asarray(reconstruct(none, zero_LTD))
-    bias_LTD = jnp.broadcast_to(
-        jnp.asarray(active.write_bias_LD)[:, None], write_LTD.shape
-    )
+def _written(active: Active, n_positions: int) -> np.ndarray:
+    """What features write, [L, T, D]."""
+    L, D = active.write_bias_LD.shape
+    zero_LTD = np.zeros((L, n_positions, D), active.value_A.dtype)
+    alone = dataclasses.replace(active, write_bias_LD=zero_LTD[:, 0], skip_LDD=None)
+    return reconstruct(alone, zero_LTD)
 
-    def streams(written_LTD: Array) -> Array:
-        frozen = p.recording.frozen
-        return _streams(p.params, frozen, written_LTD, cfg=p.cfg, skip=active.skip)
 
-    of_biases = streams(bias_LTD)
-    return _Constant(of_biases, streams(bias_LTD + write_LTD) - of_biases)
+def _constant(p: Recorded, rest_LTD: np.ndarray) -> _Constant:
+    """What enters every layer of all biases, and of some writes."""
+    bias_L1D = p.active.write_bias_LD[:, None]
+
+    def streams(write_LTD: np.ndarray) -> Array:
+        frozen, skip = p.recording.frozen, p.active.skip
+        return _streams(p.params, frozen, write_LTD, cfg=p.cfg, skip=skip)
+
+    bias_LTD = streams(np.broadcast_to(bias_L1D, rest_LTD.shape))
+    return _Constant(bias_LTD, streams(bias_L1D + rest_LTD) - bias_LTD)
 
 
 _streams = jax.jit(bias_streams, static_argnames="cfg")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxclt.attending.apart import Apart, take_apart
+from jaxclt.attending.apart import LONGEST, Apart, take_apart
 from jaxclt.attending.brought import make_nodes
 from jaxclt.attending.cells import HeadEffects, head_effects
 from jaxclt.attending.words import because, node_id, side_name
@@ -26,7 +26,7 @@ _HEADS = 200  # listed with their effects
 _CELLS = 200  # looked at for those that are taken apart
 _NODES = 20  # of a side
 _PAIRS = 30
-_LONGEST = 64  # tokens of a prompt whose patterns are given whole
+_PLACES = 10
 
 _NUMBER = {"type": "number"}
 _LIST = {"type": "array"}
@@ -36,7 +36,7 @@ _CELL = record(
     | {name: _NUMBER for name in ("relative_error", "competition_error")}
     | {"pattern": {"type": "array", "items": _NUMBER}, "text": TEXT}
     | {name: {"type": "array", "items": _LIST} for name in ("query_nodes", "key_nodes")}
-    | {"pairs": {"type": "array", "items": _LIST}}
+    | {name: {"type": "array", "items": _LIST} for name in ("pairs", "places")}
 )
 _HEAD = record({"layer": COUNT, "head": COUNT, "effect": _NUMBER})
 _SCHEMA = json_schema(
@@ -111,7 +111,7 @@ def _heads(effects: HeadEffects) -> list[dict[str, Any]]:
 def _patterns(p: Recorded, heads: set[tuple[int, int]]) -> dict[str, list[list[float]]]:
     """Whole patterns of heads of a short prompt, each row up to its own position."""
     pattern_LHTS = p.recording.frozen.pattern_LHTS
-    if p.n_tokens > _LONGEST or pattern_LHTS is None:
+    if p.n_tokens > LONGEST or pattern_LHTS is None:
         return {}
     found = {}
     for layer, head in sorted(heads):
@@ -129,11 +129,11 @@ def cell_json(graph: Graph, apart: Apart) -> dict[str, Any]:
         "head": cell.head,
         "query": cell.query,
         "key": cell.key,
-        "weight": _brief(apart.weight),
+        "weight": _brief(apart.asked.weight),
         "score": _brief(apart.score),
         "effect": _brief(cell.effect),
         "pattern_effect": _brief(cell.pattern_effect),
-        "pattern": _row(apart.pattern_S),
+        "pattern": _row(apart.asked.pattern_S),
         "text": because(graph, apart, pairs),
         "query_nodes": _side(graph, apart.query_N),
         "key_nodes": _side(graph, apart.key_N),
@@ -145,6 +145,10 @@ def cell_json(graph: Graph, apart: Apart) -> dict[str, Any]:
                 _brief(pair.competition),
             ]
             for pair in pairs
+        ],
+        "places": [
+            [pair.query, pair.key, _brief(pair.score), _brief(pair.competition)]
+            for pair in apart.places(_PLACES)
         ],
         "relative_error": apart.relative_error,
         "competition_error": apart.competition_error,

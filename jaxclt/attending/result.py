@@ -7,10 +7,12 @@ import math
 from typing import Any
 
 from jaxclt.attending.apart import Apart
+from jaxclt.graph.nodes import quoted
 
 __all__ = ["Attention"]
 
 _SHOWN = 8  # nodes of a side, and pairs
+_PLACES = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,7 @@ class Attention:
     apart: Apart  # factors and sums of all nodes
     said: dict[str, Any]  # as a cell of attention.json
     contrast: str  # what its effects are on, without control characters
+    tokens: tuple[str, ...]  # untrusted: escaped where shown
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: a cell of attention.json."""
@@ -27,12 +30,12 @@ class Attention:
 
     def __str__(self) -> str:
         """Its score by nodes and pairs, as plain text."""
-        cell, apart = self.apart.cell, self.apart
+        cell, asked = self.apart.cell, self.apart.asked
         lines = [
             self.said["text"],
-            f"attention {apart.weight:.1%}; score {apart.score:.4g}, "
-            f"{apart.against:+.4g} from the mean of its row "
-            f"(pairs sum to it within {apart.relative_error:.0e})",
+            f"attention {asked.weight:.1%}; score {asked.score:.4g}, "
+            f"{asked.beyond:+.4g} from the mean of its row "
+            f"(pairs sum to it within {self.apart.relative_error:.0e})",
         ]
         if math.isfinite(cell.effect):
             moved, more = f"{cell.effect:+.4g}", f"{cell.pattern_effect:+.4g}"
@@ -45,6 +48,15 @@ class Attention:
             nodes = self.said[f"{side}_nodes"][:_SHOWN]
             lines += [f"  {part:+10.4g}  {name}" for _, name, part in nodes]
         lines.append("pairs, query x key: part of the score, and against the mean key")
+        for query, key, score, against in self.said["places"][:_PLACES]:
+            text = " x ".join(f"[all that is {self._place(at)}]" for at in (query, key))
+            lines.append(f"  {score:+10.4g} {against:+10.4g}  {text}")
         for _, _, query, key, score, against in self.said["pairs"][:_SHOWN]:
             lines.append(f"  {score:+10.4g} {against:+10.4g}  [{query}] x [{key}]")
         return "\n".join(lines)
+
+    def _place(self, pos: int) -> str:
+        """A position, or what stands after the last one."""
+        if pos == len(self.tokens):
+            return "constant"
+        return f"at {quoted(self.tokens[pos])}@{pos}"

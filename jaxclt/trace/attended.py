@@ -103,6 +103,7 @@ def attention(
         apart=apart,
         said=cell_json(graph, apart),
         contrast=on_one_line(contrast(graph).text),
+        tokens=graph.meta.tokens,
     )
 
 

@@ -96,17 +96,18 @@ def check(brute: Brute, found: Apart) -> None:
     for name, want in zip(SUMS, sums, strict=True):
         np.testing.assert_allclose(getattr(found, name), want, rtol=0, atol=1e-12)
     score_S = model.scores(at.layer)[at.head, at.query, : at.query + 1]
-    np.testing.assert_allclose(found.score_S, score_S, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(found.pattern_S, row_S, rtol=0, atol=1e-13)
-    assert pair_NN.sum() == pytest.approx(found.score, abs=1e-12)
+    np.testing.assert_allclose(found.asked.score_S, score_S, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(found.asked.pattern_S, row_S, rtol=0, atol=1e-13)
+    assert pair_NN.sum() == pytest.approx(found.asked.score, abs=1e-12)
     beyond = score_S[at.key] - row_S @ score_S
     assert against_NN.sum() == pytest.approx(beyond, abs=1e-12)
-    assert found.against == pytest.approx(against_NN.sum(), abs=1e-12)
+    assert found.asked.beyond == pytest.approx(against_NN.sum(), abs=1e-12)
     assert max(found.relative_error, found.competition_error) < 1e-12
     # Weighted by the pattern, competition of one pair sums to nothing over the row.
     mean_NN = np.einsum("s,nsm->nm", row_S, pair_NSN)
     rest = np.einsum("s,nsm->nm", row_S, pair_NSN - mean_NN[:, None])
     np.testing.assert_allclose(rest, 0, atol=1e-13)
+    check_places(found, model, pair_NN, against_NN)
     listed = found.pairs(30)
     for pair in listed:
         assert pair.score == pytest.approx(pair_NN[pair[:2]], abs=1e-12)
@@ -115,6 +116,24 @@ def check(brute: Brute, found: Apart) -> None:
     assert sizes == sorted(sizes, reverse=True)
     want = np.sort(np.abs(against_NN[np.ix_(U, U)]), axis=None)[::-1][: len(sizes)]
     np.testing.assert_allclose(sizes, want, rtol=0, atol=1e-12)
+
+
+def check_places(
+    found: Apart, model: Frozen, pair_NN: np.ndarray, against_NN: np.ndarray
+) -> None:
+    """Pairs summed by the positions of their nodes."""
+    a, (L, T, _) = model.active, model.t.recording.resid_LTD.shape
+    listed = found.places(999)
+    assert sum(x.score for x in listed) == pytest.approx(pair_NN.sum(), abs=1e-11)
+    if len(pair_NN) != len(a.layer_A) + L * T + T + 2:
+        return  # features that are no columns stand at several positions
+    pos_N = np.r_[a.pos_A, np.tile(np.arange(T), L), np.arange(T), T, T]
+    for name, x_NN in (("score", pair_NN), ("competition", against_NN)):
+        want_PP = np.zeros((T + 1, T + 1))
+        np.add.at(want_PP, (pos_N[:, None], pos_N), x_NN)
+        for pair in listed[:12]:
+            want = want_PP[pair.query, pair.key]
+            assert getattr(pair, name) == pytest.approx(want, abs=1e-11)
 
 
 def compare(t: Tiny, active: Active, graph: Graph, p: Recorded | None = None) -> Nodes:
@@ -195,7 +214,6 @@ def test_sums_are_close_in_float32(name: str) -> None:
         graph = half.graph()
         nodes = make_nodes(recorded(half, half.active), graph)
         found = take_apart(nodes, cells(t))
-    assert all(x.query_UC.dtype == np.float32 for x in found)
     assert max(x.relative_error for x in found) < 1e-5
     assert max(x.competition_error for x in found) < 1e-5
 
