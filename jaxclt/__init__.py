@@ -10,6 +10,8 @@ Importing this package touches no device and does not import transformers.
 """
 
 from jaxclt.api import Page, attribute, explain, influence, prune, show
+from jaxclt.attending.cells import HeadEffects
+from jaxclt.attending.result import Attention
 from jaxclt.clt.subset import Subset
 from jaxclt.errors import InputError
 from jaxclt.global_weights.circuit import (
@@ -56,6 +58,7 @@ from jaxclt.patching.patch import PatchResult, patch, patch_qk
 from jaxclt.replacement.local import local_replacement, run_local
 from jaxclt.text.windows import TokenWindows, read_windows
 from jaxclt.trace.again import edge_parts_with_model, inhibition
+from jaxclt.trace.attended import attention, head_effects
 from jaxclt.trace.files import write_trace
 from jaxclt.trace.prompt import Traced, trace_prompt
 from jaxclt.trace.sweep import sweep_prompts
@@ -78,3 +81,4 @@ __all__ += ["save_dictionary", "save_graph", "save_statistics", "scores", "show"
 __all__ += ["solve_total_effect", "strongest_paths", "strongest_virtual"]
 __all__ += ["suggest_supernodes", "supernode_graph", "sweep_prompts", "trace_prompt"]
 __all__ += ["virtual_weights", "write_globals", "write_trace"]
+__all__ += ["Attention", "HeadEffects", "attention", "head_effects"]

@@ -7,7 +7,6 @@ copy is explained. A trace names the strongest cells of all heads by their effec
 it, and takes their scores apart. The oracle sees none of that: it is where heads look
 on other random sequences, and how far. Its prompts, those that N and CUT were chosen
 on, and the held-out ones are drawn from different seeds.
-
 Writes DIR/results.json after every prompt, and DIR/table.md.
 """
 
@@ -42,7 +41,6 @@ ORACLE_PROMPTS, ORACLE_TOKENS = 20, 25
 LOOKS = 0.2, 0.4  # mean attention from which the oracle calls a head of a kind
 CELLS, PAIRS = 20, 30
 EARLY = 18  # of the layers with induction heads; on the first prompts they differed
-# Key positions, by what stands there; at most one is true of a cell of our prompts.
 PLACES = {
     "induction": "the token that followed the query's token before",
     "same token": "the query's token in the first copy",
@@ -105,7 +103,6 @@ def named(effects: Any, look: dict[str, np.ndarray]) -> dict[str, Any]:
             "head": [cell.layer, cell.head],
             "place": (place := place_of(cell.query, cell.key, N)),
             "effect": cell.effect,
-            "weight": cell.weight,
             "oracle": float(look[place][cell.layer, cell.head])
             if place in look
             else None,
@@ -208,8 +205,8 @@ def table(rows: list[dict[str, Any]], look: dict[str, np.ndarray]) -> str:
     lines = {
         "precision at 5, by effect": lambda row, x: row["effect"][x],
         "the same by effect of the pattern": lambda row, x: row["pattern_effect"][x],
-        "the same of cells whose key is not the query": lambda row, x: np.mean(
-            [look_LH[tuple(head)] >= float(x) for head in elsewhere(row)]
+        "by effect, key not the query": lambda row, x: np.mean(
+            elsewhere(row, look_LH) >= float(x)
         ),
         "ranked above another head, by effect": lambda row, x: row["auc"][x],
     }
@@ -220,10 +217,10 @@ def table(rows: list[dict[str, Any]], look: dict[str, np.ndarray]) -> str:
     return text + _cells(rows) + _pairs(rows)
 
 
-def elsewhere(row: dict[str, Any]) -> list[tuple[int, int]]:
-    """The first five heads of cells that look elsewhere than at their query."""
-    cells = [cell for cell in row["cells"] if cell["place"] != "itself"]
-    return list(dict.fromkeys(tuple(cell["head"]) for cell in cells))[:5]
+def elsewhere(row: dict[str, Any], look_LH: np.ndarray) -> np.ndarray:
+    """The oracle on the first five heads of cells that look beside their query."""
+    heads = [tuple(c["head"]) for c in row["cells"] if c["place"] != "itself"]
+    return np.array([look_LH[head] for head in list(dict.fromkeys(heads))[:5]])
 
 
 def _cells(rows: list[dict[str, Any]]) -> str:
@@ -280,18 +277,16 @@ def _pairs(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dictionary", default="neurons:32")
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("out/induction"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     use_compilation_cache()
-    model = jaxclt.load_model(args.model)
-    dictionary = jaxclt.load_dictionary(args.dictionary, model)
+    model = jaxclt.load_model("smollm2-135m")
+    dictionary = jaxclt.load_dictionary("neurons:32", model)
     look = oracle(model)
     path = args.out / "results.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = json.loads(path.read_text("utf-8")) if path.exists() else []
     for number in range(len(rows), args.prompts):
         start = time.perf_counter()
         rows.append(of_prompt(model, dictionary, number, look))

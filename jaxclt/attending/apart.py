@@ -72,6 +72,11 @@ class Apart:
         return float(self.score_S[self.cell.key])
 
     @property
+    def weight(self) -> float:
+        """A(q, k)."""
+        return float(self.pattern_S[self.cell.key])
+
+    @property
     def against(self) -> float:
         """The score less the mean score of the row."""
         return self.score - float(self.score_S @ self.pattern_S)
@@ -235,7 +240,7 @@ def take_apart(nodes: Nodes, cells: Sequence[Cell]) -> list[Apart]:
 
 
 _SKETCHES = 4  # random sums of a side's channels
-_CHOSEN = 64  # nodes of a side of a cell
+_CHOSEN = 40  # nodes of a side of a cell
 
 
 class _Sums:

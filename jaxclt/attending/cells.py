@@ -29,7 +29,9 @@ import numpy as np
 from jax import Array
 
 from jaxclt.attending.clean import Clean, Layer, make_clean
+from jaxclt.attending.words import place_name
 from jaxclt.clt.active import Active
+from jaxclt.errors import on_one_line
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.contrast import contrast
 from jaxclt.graph.graph import Graph
@@ -66,6 +68,22 @@ class HeadEffects:
     effect_LH: np.ndarray  # all cells of a head together
     cells: tuple[Cell, ...]  # the strongest, strongest first
 
+    def strongest_heads(self, n: int) -> list[tuple[int, int, float]]:
+        """Layer, head and effect of the n strongest, strongest first."""
+        best = np.argsort(-np.abs(self.effect_LH), axis=None, kind="stable")[:n]
+        places = (divmod(at, self.effect_LH.shape[1]) for at in best.tolist())
+        return [(l, h, self.effect_LH.item(l, h)) for l, h in places]
+
+    def __str__(self) -> str:
+        """The strongest heads and cells, as plain text."""
+        lines = [f"effects on {on_one_line(self.contrast)}"]
+        lines += [f"  {x:+10.4g}  L{l}H{h}" for l, h, x in self.strongest_heads(10)]
+        lines += ["cells: effect of what they move, effect of their score"]
+        for cell in self.cells[:10]:
+            size = f"{cell.effect:+10.4g} {cell.pattern_effect:+10.4g}"
+            lines += [f"  {size}  {place_name(self.tokens, cell)} ({cell.weight:.0%})"]
+        return "\n".join(lines)
+
 
 def head_effects(
     p: Recorded, graph: Graph, targets: RowTargets, *, n: int = 200
@@ -86,7 +104,11 @@ def head_effects(
         contrast=contrast(graph).text,
         tokens=graph.meta.tokens,
         effect_LH=np.asarray(effect_LH),
-        cells=_listed(found, len(moved_LTD[0]), p.n_tokens),
+        cells=tuple(
+            cell
+            for cell in _listed(found, len(moved_LTD[0]))
+            if cell.effect and cell.query < p.n_tokens
+        ),
     )
 
 
@@ -218,9 +240,9 @@ def one_cell(
     clean: Clean, moved_LTD: Array, layer: int, head: int, query: int, key: int
 ) -> Cell:
     """A cell by its place."""
-    found = _one_cell(clean, moved_LTD, layer, head, query, key)
-    T = moved_LTD.shape[1]
-    return _listed(jax.tree.map(lambda x: x[None], found), T, T)[0]
+    with jax.default_matmul_precision("highest"):
+        found = _one_cell(clean, moved_LTD, layer, head, query, key)
+    return _listed(found, moved_LTD.shape[1])[0]
 
 
 @jax.jit
@@ -231,15 +253,9 @@ def _one_cell(
     return jax.tree.map(lambda leaf: leaf[query, key], cells)
 
 
-def _listed(found: _Found, n_positions: int, n_tokens: int) -> tuple[Cell, ...]:
-    """Cells of the prompt itself that weigh anything."""
-    columns = [np.asarray(leaf).tolist() for leaf in found]
-    layer, head, place, *numbers = columns
-    cells = []
-    for at, (l, h, *more) in zip(
-        place, zip(layer, head, *numbers, strict=True), strict=True
-    ):
-        query, key = divmod(at, n_positions)
-        if query < n_tokens and more[0] > 0:
-            cells.append(Cell(l, h, query, key, *more))
-    return tuple(cells)
+def _listed(found: _Found, n_positions: int) -> list[Cell]:
+    """The same on the host."""
+    layer, head, place, *numbers = (np.asarray(leaf).ravel() for leaf in found)
+    columns = layer, head, *np.divmod(place, n_positions), *numbers
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [Cell(*row) for row in rows]

@@ -102,11 +102,9 @@ def make_attention(
 
 
 def _heads(effects: HeadEffects) -> list[dict[str, Any]]:
-    effect_LH = effects.effect_LH
-    best = np.argsort(-np.abs(effect_LH), axis=None, kind="stable")[:_HEADS]
     return [
-        {"layer": layer, "head": head, "effect": _brief(effect_LH.item(layer, head))}
-        for layer, head in (divmod(at, effect_LH.shape[1]) for at in best.tolist())
+        {"layer": layer, "head": head, "effect": _brief(effect)}
+        for layer, head, effect in effects.strongest_heads(_HEADS)
     ]
 
 
@@ -131,7 +129,7 @@ def cell_json(graph: Graph, apart: Apart) -> dict[str, Any]:
         "head": cell.head,
         "query": cell.query,
         "key": cell.key,
-        "weight": _brief(cell.weight),
+        "weight": _brief(apart.weight),
         "score": _brief(apart.score),
         "effect": _brief(cell.effect),
         "pattern_effect": _brief(cell.pattern_effect),

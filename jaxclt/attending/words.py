@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from jaxclt.attending.apart import Apart, Pair
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.kinds import KINDS
 from jaxclt.graph.nodes import facts, node_name, quoted
+
+if TYPE_CHECKING:
+    from jaxclt.attending.apart import Apart, Pair
+    from jaxclt.attending.cells import Cell
 
 __all__ = ["because", "node_id", "place_name", "side_name"]
 
@@ -29,16 +35,15 @@ def side_name(graph: Graph, node: int) -> str:
     return node_name(graph, node)
 
 
-def place_name(graph: Graph, layer: int, head: int, query: int, key: int) -> str:
+def place_name(tokens: Sequence[str], cell: Cell) -> str:
     """A cell by its head and its tokens, on one line."""
-    at, to = (quoted(graph.meta.tokens[pos]) for pos in (query, key))
-    return f"L{layer}H{head} at {at}@{query} attends to {to}@{key}"
+    at, to = (f"{quoted(tokens[pos])}@{pos}" for pos in (cell.query, cell.key))
+    return f"L{cell.layer}H{cell.head} at {at} attends to {to}"
 
 
 def because(graph: Graph, apart: Apart, pairs: list[Pair]) -> str:
     """Why a head attends: the pair that most makes this key win against the others."""
-    cell = apart.cell
-    text = place_name(graph, cell.layer, cell.head, cell.query, cell.key)
+    text = place_name(graph.meta.tokens, apart.cell)
     for pair in pairs:
         if pair.competition > 0:
             query, key = (side_name(graph, node) for node in (pair.query, pair.key))

@@ -65,8 +65,8 @@ class _Model:
 
         _, back = jax.vjp(streams, clean_TD[: len(g_PXD)])
         read_PXD = add_reads(jnp.zeros_like(g_PXD))
-        P, X, D = g_PXD.shape
-        room = max(1, _TOGETHER // (P * D))
+        P, X, _ = g_PXD.shape
+        room = max(1, _TOGETHER // P)
         together = next(n for n in range(room, 0, -1) if X % n == 0)
         each = g_PXD.swapaxes(0, 1), read_PXD.swapaxes(0, 1)
         below_XPD = jax.lax.map(lambda g: back(g)[0], each, batch_size=together)
@@ -112,11 +112,10 @@ def model_derivative(p: Prompt, *, packed: bool = True) -> np.ndarray:
 
 
 _MOST = 32  # targets whose cotangents are held together
-# Numbers in the cotangents that pass a layer side by side. Short prompts gain by more;
-# of long ones the patterns of few targets are held then. Far from 2^21 also because XLA
-# for CPUs (jaxlib 0.10.2, YNN) gets cotangents of norms, r - u (u . r), wrong from
-# there on where several r share a u.
-_TOGETHER = 1 << 18
+# Positions times targets that pass a layer side by side: short prompts gain by it, and
+# of long ones the patterns of few targets are held. XLA for CPUs (jaxlib 0.10.2, YNN)
+# gets cotangents of norms, r - u (u . r), wrong from 4096 on where several r share a u.
+_TOGETHER = 1024
 
 
 def _reads(p: Prompt) -> RowTargets:

@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jaxclt.attending.routes import head_routes
 from jaxclt.clt.coder import Dictionary
@@ -29,11 +30,12 @@ from jaxclt.graph.prompt import Prompt, Recorded
 from jaxclt.graph.provenance import graph_active, hop_spectrum
 from jaxclt.graph.response_table import PARTS
 from jaxclt.graph.rows import edge_rows, make_puller
+from jaxclt.graph.target_reads import target_reads
 from jaxclt.graph.targets import token_targets
 from jaxclt.io.model import Model
 from jaxclt.trace.record import recorded
 
-__all__ = ["edge_parts_with_model", "inhibition"]
+__all__ = ["edge_parts_with_model", "inhibition", "target_row"]
 
 
 def edge_parts_with_model(
@@ -87,23 +89,50 @@ def edge_parts_with_model(
     return parts
 
 
-def _answering(
-    graph: Graph, row: int, p: Recorded, dictionary: Dictionary
-) -> RowTargets:
-    """What one row reads, and what norms and gates add to it."""
-    k, token = row - graph.n_features, 0
-    if k >= 0 and (token := int(graph.target_token_K[k])) < 0:
+def target_row(graph: Graph, k: int, p: Recorded) -> RowTargets:
+    """What a target of a graph reads.
+
+    Args:
+      graph: traced.
+      k: which of its targets.
+      p: the graph's prompt, recorded.
+
+    Raises:
+      InputError: for a direction, which no file holds.
+    """
+    pos = int(graph.target_pos_K[k])
+    chosen = token_targets(p.params, p.recording.out_TD[pos], _token(graph, k))
+    return RowTargets(
+        layer_R=np.array([graph.n_layers], np.int32),
+        pos_R=np.array([pos], np.int32),
+        read_RD=target_reads(p.params, p.recording, chosen.vec_KD, pos),
+    )
+
+
+def _token(graph: Graph, k: int) -> Array:
+    """The token that is a target, [1]."""
+    token = int(graph.target_token_K[k])
+    if token < 0:
         raise InputError(
             "this target is a direction that the file does not hold: only features and "
             "tokens can be followed with the model"
         )
+    return jnp.asarray([token])
+
+
+def _answering(
+    graph: Graph, row: int, p: Recorded, dictionary: Dictionary
+) -> RowTargets:
+    """What one row reads, and what norms and gates add to it."""
+    k = row - graph.n_features
+    token_1 = jnp.zeros(1, int) if k < 0 else _token(graph, k)
     out_D = p.recording.out_TD[graph.n_tokens - 1]
     # A prompt with this feature alone, or without any: its first row is the one.
     alone = Prompt(
         p.params,
         p.recording,
         p.active.where(np.arange(graph.n_features) == row),
-        token_targets(p.params, out_D, jnp.asarray([token])),
+        token_targets(p.params, out_D, token_1),
         cfg=p.cfg,
         error_LTD=p.error_LTD,
     )

@@ -14,6 +14,9 @@ from cases import case, case_active, close
 from jaxclt.clt.active import Active, active_features
 from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.clt.sites import read_site
+from jaxclt.graph.attribute import AttributeConfig
+from jaxclt.graph.effects import solve_total_effect
+from jaxclt.graph.response import by_response
 from jaxclt.lm import layers
 from jaxclt.lm.block import block
 from jaxclt.lm.run import Run
@@ -34,11 +37,13 @@ def run_jit(model: Patchable, change: Change, tables: Any, how: Any) -> Run:
     return patched(model, change, layers_2, how=how, tables=tables)
 
 
-def ablated(t: Tiny, dictionary: Any, active: Active, s: int) -> Run:
+def patched_one(
+    t: Tiny, dictionary: Any, active: Active, s: int, factor: float = 0.0
+) -> Run:
     """A feature by its slot, in the library's way."""
     model = make_patchable(dictionary, t.params, t.recording, t.cfg)
     place = (int(active.layer_A[s]), int(active.pos_A[s]), int(active.feature_A[s]))
-    change = Change.of(gather_features(dictionary, model, [place]))
+    change = Change.of(gather_features(dictionary, model, [place]), factor)
     local = make_local(dictionary, model, active)
     return run_jit(model, local.placed(change), local.tables, FINITE)
 
@@ -99,8 +104,24 @@ def test_it_is_the_dictionary_in_live_layers_with_gates_and_errors_held(name: st
     hand = jax.jit(by_hand)
     close(hand(a.value_A[s]), rec.out_TD, 1e-12)
     want = hand(0.0)
-    close(ablated(t, t.dictionary, a, s).out_TD, want, 1e-12)
+    close(patched_one(t, t.dictionary, a, s).out_TD, want, 1e-12)
     assert np.abs(want - rec.out_TD).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["skip", pytest.param("neox", marks=pytest.mark.slow)])
+def test_its_slope_is_the_total_effect_by_response(name: str):
+    """If all active features are nodes; gates flip no one so close."""
+    t, a, h = case(name), case_active(name), 1e-5
+    config = AttributeConfig(max_features=None, tolerance=0.0, devices=1, response=True)
+    graph = t.graph(config, dictionary=t.dictionary)
+    s, vec_KD = first_of(a, 1), np.asarray(t.targets.vec_KD)
+    up, down = (
+        vec_KD @ np.asarray(patched_one(t, t.dictionary, a, s, 1 + d).out_TD)[-1]
+        for d in (h, -h)
+    )
+    want = solve_total_effect(by_response(graph))[:, s]
+    close((up - down) / (2 * h), want, 1e-7)
+    assert np.abs(want - solve_total_effect(graph)[:, s]).max() > 1e-4
 
 
 def test_neurons_keep_their_gates_and_answer_with_the_rest():
@@ -126,5 +147,5 @@ def test_neurons_keep_their_gates_and_answer_with_the_rest():
         return rec.write_LTD[l] + change_TD
 
     want = jax.jit(lambda: live_layers(t, write))()
-    close(ablated(t, dictionary, a, s).out_TD, want, 1e-12)
+    close(patched_one(t, dictionary, a, s).out_TD, want, 1e-12)
     assert np.abs(want - rec.out_TD).max() > 1e-3

@@ -10,7 +10,8 @@ export type Side = (typeof SIDES)[number];
 /** A node by its id, and its name where the graph does not show it. */
 export interface Named { id: string; name: string }
 export interface Piece { node: Named; score: number }
-export interface Pair { query: Named; key: Named; score: number; competition: number | null }
+/** Part of the score, and against the keys attended to on average: why it attends here. */
+export interface Pair { query: Named; key: Named; whole: number; score: number }
 
 /** Where a head attends, with its score taken apart. */
 export interface Cell {
@@ -83,7 +84,7 @@ function readCell(raw: Json): Cell {
     text: asText(raw.text),
     sides: { query: pieces(raw.query_nodes), key: pieces(raw.key_nodes) },
     pairs: list(raw.pairs).map(list).map(([query, key, queryName, keyName, score, competition]) =>
-      ({ query: named(query, queryName), key: named(key, keyName), score: number(score) ?? 0, competition: number(competition) })),
+      ({ query: named(query, queryName), key: named(key, keyName), whole: number(score) ?? 0, score: number(competition) ?? number(score) ?? 0 })),
     error: number(raw.relative_error),
   };
 }

@@ -74,8 +74,8 @@ function cellDetails(app: App, attention: Attention, head: Head, at: [number, nu
   const parts: HTMLElement[] = [title, facts];
   if (alone) parts.push(...attendedTo(app, cell));
   const most = largest(cell.pairs);
-  parts.push(...rows("Query × key", "score, below against other keys", cell.pairs, PAIRS, (p) => pairRow(app, p, most)));
-  if (cell.error !== null) parts.push(el("p", "note", `All pairs add up to the score within ${cell.error === 0 ? "rounding" : percent(cell.error)}; against other keys means less what the same pair gives to the keys attended to on average.`));
+  parts.push(...rows("Query × key", "against other keys, score below", cell.pairs, PAIRS, (p) => pairRow(app, p, most)));
+  if (cell.error !== null) parts.push(el("p", "note", `All pairs add up to the score within ${cell.error === 0 ? "rounding" : percent(cell.error)}. Against other keys: less what the same query gives to the keys attended to on average.`));
   for (const side of SIDES) {
     const pieces = cell.sides[side], longest = largest(pieces);
     parts.push(...rows(side === "query" ? "What asks" : "What answers", "sum of its pairs", pieces, PIECES,
@@ -118,7 +118,10 @@ function barred<T extends HTMLElement>(row: T, size: number, most: number, name:
 }
 
 const cellRow = (app: App, c: Cell, most: number, choose = () => open(app, c.head, c.cell)): HTMLButtonElement =>
-  barred(button("", "told", choose), c.effect, most, el("span", "words", clip(visible(c.text), 300)));
+  barred(button("", "told", choose), c.effect, most, el("span", "words", clip(inOneLine(c.text), 300)));
+
+/** A token's first space stays with its quote. */
+const inOneLine = (text: string): string => visible(text).replace(/(?<=^|[\s[(])(["']) /g, "$1\u00a0");
 
 /** A node of the graph as a button that selects it; of others the name. */
 function nodeName(app: App, named: Named): HTMLElement {
@@ -132,7 +135,7 @@ function nodeName(app: App, named: Named): HTMLElement {
 
 function pairRow(app: App, p: Pair, most: number): HTMLElement {
   const row = barred(el("div", "product"), p.score, most, nodeName(app, p.query));
-  row.append(nodeName(app, p.key), el("span", "raw", p.competition === null ? "" : signed(p.competition)));
+  row.append(nodeName(app, p.key), el("span", "raw", signed(p.whole)));
   return row;
 }
 
