@@ -59,7 +59,7 @@ SEMANTICS = {
     "clamped": How(),
     "live": How(mode="iterative", freeze_pattern=False, gates="live"),
 }
-SIZES = (8, 32, 128, 512, 2048)
+SIZES = (32, 128, 512, 2048)
 LEAST = 0.5  # logits between m(all) and m(none)
 
 

@@ -19,7 +19,6 @@ from jax import Array
 from jaxclt.graph.answers import answering_targets
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.contrast import contrast
-from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.live import STATES
 from jaxclt.graph.plan import Chunk
@@ -27,17 +26,16 @@ from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.response_table import EFFECT_PARTS
 from jaxclt.graph.rows import Edges, Puller, Shared, write_rows
 from jaxclt.graph.travel import descend
+from jaxclt.graph.yardstick import total_effect
 
 __all__ = ["effect_parts", "unit_effects"]
 
 
 def unit_effects(graph: Graph) -> np.ndarray:
     """What a unit of each row does to the contrast, all paths counted, [R]."""
-    weight_K = contrast(graph).weight_K
-    effect_A = solve_total_effect(graph, weight_XK=weight_K[None])[0]
-    value_A = graph.value_A
-    unit_A = np.divide(effect_A, value_A, np.zeros_like(effect_A), where=value_A != 0)
-    return np.concatenate([unit_A, weight_K.astype(unit_A.dtype)])
+    value_A = np.where(graph.value_A == 0, 1, graph.value_A)
+    unit_R = np.r_[total_effect(graph) / value_A, contrast(graph).weight_K]
+    return unit_R.astype(graph.edge_RN.dtype)
 
 
 def effect_parts(
