@@ -33,6 +33,8 @@ def run(*args: object) -> int:
 
 def trace(out: Path, *more: object, prompt: str = PROMPT, model: object = MODEL) -> int:
     dictionary = () if "--dictionary" in more else ("--dictionary", DICTIONARY)
+    if "--attention" not in more:  # tests/attending has that, and it takes time
+        more = (*more, "--attention", 0)
     return run("trace", prompt, "--model", model, *dictionary, "--out", out, *more)
 
 

@@ -240,7 +240,7 @@ def take_apart(nodes: Nodes, cells: Sequence[Cell]) -> list[Apart]:
 
 
 _SKETCHES = 4  # random sums of a side's channels
-_CHOSEN = 64  # nodes of a side of a cell
+_CHOSEN = 40  # nodes of a side of a cell
 
 
 class _Sums:

@@ -104,7 +104,11 @@ def head_effects(
         contrast=contrast(graph).text,
         tokens=graph.meta.tokens,
         effect_LH=np.asarray(effect_LH),
-        cells=_listed(found, len(moved_LTD[0]), p.n_tokens),
+        cells=tuple(
+            cell
+            for cell in _listed(found, len(moved_LTD[0]))
+            if cell.effect and cell.query < p.n_tokens
+        ),
     )
 
 
@@ -236,9 +240,9 @@ def one_cell(
     clean: Clean, moved_LTD: Array, layer: int, head: int, query: int, key: int
 ) -> Cell:
     """A cell by its place."""
-    found = _one_cell(clean, moved_LTD, layer, head, query, key)
-    T = moved_LTD.shape[1]
-    return _listed(jax.tree.map(lambda x: x[None], found), T, T)[0]
+    with jax.default_matmul_precision("highest"):
+        found = _one_cell(clean, moved_LTD, layer, head, query, key)
+    return _listed(found, moved_LTD.shape[1])[0]
 
 
 @jax.jit
@@ -249,15 +253,9 @@ def _one_cell(
     return jax.tree.map(lambda leaf: leaf[query, key], cells)
 
 
-def _listed(found: _Found, n_positions: int, n_tokens: int) -> tuple[Cell, ...]:
-    """Cells of the prompt itself that weigh anything."""
-    columns = [np.asarray(leaf).tolist() for leaf in found]
-    layer, head, place, *numbers = columns
-    cells = []
-    for at, (l, h, *more) in zip(
-        place, zip(layer, head, *numbers, strict=True), strict=True
-    ):
-        query, key = divmod(at, n_positions)
-        if query < n_tokens and more[0] > 0:
-            cells.append(Cell(l, h, query, key, *more))
-    return tuple(cells)
+def _listed(found: _Found, n_positions: int) -> list[Cell]:
+    """The same on the host."""
+    layer, head, place, *numbers = (np.asarray(leaf).ravel() for leaf in found)
+    columns = layer, head, *np.divmod(place, n_positions), *numbers
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [Cell(*row) for row in rows]

@@ -38,14 +38,23 @@ def strongest_pairs(
             if query_size[i] * key_size[j] <= least:
                 break
             pair_BB = rows_BC @ key_NC[key[j : j + _BLOCK]].T
-            row, col = np.nonzero(np.abs(pair_BB) > least)
-            parts = pair_BB[row, col], query[i + row], key[j + col]
+            row, col = np.divmod(_largest(np.abs(pair_BB), n), pair_BB.shape[1])
+            parts = np.abs(pair_BB[row, col]), query[i + row], key[j + col]
             found = tuple(map(np.append, found, parts))
-            best = np.argsort(-np.abs(found[0]), kind="stable")[:n]
+            best = np.argsort(-found[0], kind="stable")[:n]
             found = tuple(part[best] for part in found)
             if len(best) == n:
-                least = float(np.abs(found[0][-1]))
-    return found[1], found[2]
+                least = float(found[0][-1])
+    real = found[0] > 0
+    return found[1][real], found[2][real]
+
+
+def _largest(size_BB: np.ndarray, n: int) -> np.ndarray:
+    """Places of the n largest, in no order."""
+    flat = size_BB.ravel()
+    if n >= len(flat):
+        return np.arange(len(flat))
+    return np.argpartition(-flat, n)[:n]
 
 
 def _by_length(x_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

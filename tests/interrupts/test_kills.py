@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,6 @@ from tiny_run import GOLDEN, MODEL, as_flags, tiny_config, write_text
 
 DICTIONARY = ["--dictionary", str(GOLDEN / "dictionary")]
 PROMPTS = ["w7 w31 w7 w55 w12 w90", "w12 w90", "w7 w7 w44 w31 w2"]
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with Forks(tmp_path_factory.mktemp("log")) as found:
-        yield found
 
 
 def line(name: str, folder: Path, perturbed: int) -> list[str]:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,12 +28,6 @@ with held(sys.argv[1], beside=len(sys.argv) > 2):
     print("ready", flush=True)
     sys.stdin.read()
 """
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with Forks(tmp_path_factory.mktemp("log")) as found:
-        yield found
 
 
 def holder(*argv: object) -> subprocess.Popen[str]:
