@@ -51,49 +51,46 @@ def patterns_live(bench: Bench) -> dict[str, Any]:
     single, node_B = bench.single.where(at), bench.choice.node_B[at]
     full, small = (bench.patch(single, LIVE, factor=x) for x in (0.0, factor))
     finite = bench.patch(single, FINITE, everywhere=True)
-    weight_K, value_A = bench.subject.contrast_K, bench.effect_KA
-    said = {"value": -(weight_K @ value_A)[node_B]}
-    if (found := _first_order(bench)) is not None:
-        name, effect_KA = found
-        said[name] = -(weight_K @ effect_KA)[node_B]
+    weight_K = bench.subject.contrast_K
+    every = {**_first_order(bench), "value": bench.effect_KA}
+    said = {name: -(weight_K @ effect_KA)[node_B] for name, effect_KA in every.items()}
 
     def agreed(predicted_B: np.ndarray, done: Ablated) -> dict[str, Any]:
         measured_B = done.change_BK @ weight_K
         fine_B = done.fine_B & np.isfinite(predicted_B)
         later_B = fine_B & (bench.graph.pos_A[node_B] > 0)
-        every, later = (
+        found, later = (
             _agreement(predicted_B[of], measured_B[of], bench.key)
             for of in (fine_B, later_B)
         )
-        return {**every, "after_first": later}
+        return {**found, "after_first": later}
 
     finite_B = np.where(finite.fine_B, finite.change_BK @ weight_K, np.nan)
-    out: dict[str, Any] = {
-        "full": {"predicted_by": "finite", **agreed(finite_B, full)}
-        | {name: agreed(said_B, full) for name, said_B in said.items()}
+    ablated = {
+        x: agreed(said_B, full) for x, said_B in {"finite": finite_B, **said}.items()
     }
-    if found is not None:
-        little = {name: (1 - factor) * said_B for name, said_B in said.items()}
-        first_B = little.pop(found[0])
-        out["small"] = {
-            "predicted_by": found[0],
-            "factor": factor,
-            **agreed(first_B, small),
-            **{name: agreed(said_B, small) for name, said_B in little.items()},
-        }
-    out["patterns"] = _patterns(bench, factor)
-    return out
+    little = {x: agreed((1 - factor) * said_B, small) for x, said_B in said.items()}
+    out: dict[str, Any] = {"full": _first_of(ablated)}
+    if len(little) > 1:
+        out["small"] = {"factor": factor, **_first_of(little)}
+    return {**out, "patterns": _patterns(bench, factor)}
 
 
-def _first_order(bench: Bench) -> tuple[str, np.ndarray] | None:
-    """What a small change of each feature does, [K, A], and who says so."""
-    graph, targets = bench.graph, bench.subject.targets
+def _first_of(lines: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The first of several predictions, with the others under their names."""
+    (name, line), *others = lines.items()
+    return {"predicted_by": name, **line, **dict(others)}
+
+
+def _first_order(bench: Bench) -> dict[str, np.ndarray]:
+    """What a small change of each feature does, [K, A], by who says so."""
+    graph, targets, found = bench.graph, bench.subject.targets, {}
     if graph.response is not None:
         other = dataclasses.replace(graph, edge_RN=graph.response.edge_RN)
-        return "response", solve_total_effect(other)[targets]
+        found["response"] = solve_total_effect(other)[targets]
     if graph.derivative_KN is not None:
-        return "derivative", graph.derivative_KN[targets, graph.feature_cols]
-    return None
+        found["derivative"] = graph.derivative_KN[targets, graph.feature_cols]
+    return found
 
 
 def _agreement(
