@@ -33,7 +33,6 @@ from jaxclt.lm.block import Taps, block
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import mlp_norm, norm_scale
 from jaxclt.lm.run import native_mlp
-from jaxclt.shapes import bucket
 from jaxclt.types import Block
 
 __all__ = ["model_derivative"]
@@ -95,7 +94,7 @@ def model_derivative(p: Prompt, *, packed: bool = True) -> np.ndarray:
     T, K = len(p.recording.token_T), p.n_targets
     puller = make_puller(
         p,
-        plan=Plan(band_end=(T,), capacities=(min(bucket(K, 1), _MOST),)),
+        plan=Plan(band_end=(T,), capacities=_TARGETS),
         mesh=None,
         packed=packed,
         way=_Model(p.params.blocks, p.recording.resid_LTD, p.cfg),
@@ -111,7 +110,7 @@ def model_derivative(p: Prompt, *, packed: bool = True) -> np.ndarray:
     return derivative_KN
 
 
-_MOST = 32  # targets whose cotangents are held together
+_TARGETS = (32, 10, 8, 6, 4, 3, 2, 1)  # whose cotangents are held together
 # Positions times targets that pass a layer side by side: short prompts gain by it, and
 # of long ones the patterns of few targets are held. XLA for CPUs (jaxlib 0.10.2, YNN)
 # gets cotangents of norms, r - u (u . r), wrong from 4096 on where several r share a u.

@@ -117,6 +117,6 @@ def test_many_targets_go_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     p = prompt_of("plt")
     want = model_derivative(p)
     assert p.n_targets == 7
-    monkeypatch.setattr(derivative, "_MOST", 2)
+    monkeypatch.setattr(derivative, "_TARGETS", (2,))
     monkeypatch.setattr(derivative, "_TOGETHER", 1)
     close(model_derivative(p), want, 1e-13)
