@@ -20,7 +20,7 @@ from jaxclt.patching.change import Change, batched
 from jaxclt.patching.features import gather_features
 from jaxclt.patching.local import Local, make_local
 from jaxclt.patching.modes import Nudge, patched, underlying
-from jaxclt.patching.patchable import How, Patchable, make_patchable
+from jaxclt.patching.patchable import How, Patchable, hold_of, make_patchable
 from jaxclt.validation.jacobian import jacobian_agreement
 from jaxclt.validation.perturb import (
     Agreement,
@@ -133,7 +133,8 @@ def test_small_perturbations_measure_the_jacobians():
 
     def real(x: jax.Array) -> jax.Array:
         nudge = Nudge(layer=one.nudge.layer, delta_TD=x)
-        return underlying(model, nudge, how=How()).taps.mid_TD
+        hold = hold_of(model.recording, How())
+        return underlying(model, nudge.layer, hold, nudge=nudge).taps.mid_TD
 
     def replacement(x: jax.Array) -> jax.Array:
         return patched(
