@@ -63,6 +63,7 @@ def split(monkeypatch: pytest.MonkeyPatch) -> tuple[Graph, Graph, np.ndarray]:
         bias_R=graph.bias_R / 3,
         influence_N=np.zeros(edge_RN.shape[1]),
         direct_RN=None,
+        derivative_KN=None,
         heads=None,
     )
     influence_N = solve_influence(edge_RN, shares_total(moved), graph.target_prob_K)
