@@ -21,6 +21,7 @@ repaired, see _circuit_tracer_peer.py; a variant may name its batch size: `group
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import gc
@@ -31,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -154,13 +156,12 @@ class Clock(Timing):
 
     cpu: ClassVar[dict[str, float]] = {}
 
-    def __init__(self) -> None:
-        super().__init__()
-        Clock.cpu["start"] = time.process_time()
-
-    def __setattr__(self, name: str, value: float) -> None:
-        super().__setattr__(name, value)
-        Clock.cpu[name] = time.process_time()
+    @contextlib.contextmanager
+    def of(self, stage: str) -> Iterator[None]:
+        Clock.cpu.setdefault("start", time.process_time())
+        with super().of(stage):
+            yield
+        Clock.cpu[stage] = time.process_time()
 
 
 def cpu_stages() -> dict[str, float]:
@@ -183,6 +184,7 @@ def worker(job: dict[str, Any]) -> None:
 
     def run() -> Traced:
         gc.collect()
+        Clock.cpu.clear()
         return trace_prompt(model, dictionary, job["prompt"], config=CONFIG)
 
     traced = run()

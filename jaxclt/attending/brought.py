@@ -197,7 +197,7 @@ class _Pulled(NamedTuple):
 
 
 @struct.dataclass
-class _Entering:
+class _Entering(Way):
     """A way down on which vectors set out where they read the stream enter a layer."""
 
     way: Way
@@ -208,11 +208,6 @@ class _Entering:
     def cfg(self) -> LMConfig:
         """Model shape."""
         return self.way.cfg
-
-    @property
-    def n_states(self) -> int:
-        """One."""
-        return 1
 
     def below(
         self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]

@@ -39,9 +39,8 @@ from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.provenance import graph_active
 from jaxclt.graph.stream import Stream, make_stream
 from jaxclt.graph.travel import Frozen, descend
-from jaxclt.graph.yardstick import total_effect
+from jaxclt.graph.yardstick import unit_effects
 from jaxclt.lm.layers import attention_scores, pattern_of
-from jaxclt.lm.step import down
 
 __all__ = ["Cell", "HeadEffects", "head_effects", "moved_cotangents", "one_cell"]
 
@@ -117,10 +116,8 @@ def moved_cotangents(p: Recorded, graph: Graph, targets: RowTargets) -> Array:
 
     Arguments as of `head_effects`.
     """
-    nodes, value_A = graph_active(graph, p.active), graph.value_A
-    weight_K = contrast(graph).weight_K.astype(value_A.dtype)
-    effect_A = total_effect(graph).astype(value_A.dtype)
-    unit_A = np.divide(effect_A, value_A, np.zeros_like(effect_A), where=value_A != 0)
+    nodes, A = graph_active(graph, p.active), graph.n_features
+    unit_A, weight_K = np.split(unit_effects(graph), [A])
     read_MTD = np.zeros((p.cfg.n_layers + 1, *p.recording.embed_TD.shape), unit_A.dtype)
     for layer in range(p.cfg.n_layers):
         read_MTD[layer] = _read_by(nodes, layer, unit_A, len(read_MTD[0]))
@@ -145,14 +142,12 @@ def _read_by(
 @jax.jit
 def _cotangents(stream: Stream, read_MTD: Array) -> Array:
     way, L = Frozen(stream), stream.cfg.n_layers
-    skip = partial(stream.skip_at, start=0, P=read_MTD.shape[1])
 
     def add_reads(g_T1D: Array, layer: Array) -> Array:
         return g_T1D + read_MTD[layer][:, None]
 
     def visit(layer: Array, g_T1D: Array, moved_LTD: Array) -> Array:
-        read_here = partial(add_reads, layer=layer)
-        _, moved_T1D = down(g_T1D, skip(layer), read_here, cfg=stream.cfg)
+        _, moved_T1D = way.past_mlp(layer, g_T1D, partial(add_reads, layer=layer))
         return moved_LTD.at[layer].set(moved_T1D[:, 0])
 
     moved_LTD = jnp.zeros_like(read_MTD[:L])

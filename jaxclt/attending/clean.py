@@ -6,15 +6,12 @@ is there: before attention, over heads' channels, after attention.
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
 from jaxclt.graph.prompt import Recorded
-from jaxclt.graph.stream import attention_weights
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import Block
@@ -53,8 +50,8 @@ class Layer:
         norm = layers.attn_norm(self.p)
         scale_T = layers.norm_scale(self.resid_TD, norm, eps=self.cfg.norm_eps)
         normed_TD = layers.normalise(self.resid_TD, scale_T, norm)
-        heads = partial(layers.queries, self.p), partial(layers.keys, self.p)
-        return tuple(f(normed_TD, cfg=self.cfg) for f in heads)  # pyright: ignore
+        query_THC = layers.queries(self.p, normed_TD, cfg=self.cfg)
+        return query_THC, layers.keys(self.p, normed_TD, cfg=self.cfg)
 
     def values(self) -> Array:
         """What heads move, [T, G, C], biases included."""
@@ -91,7 +88,7 @@ def make_clean(p: Recorded) -> Clean:
     """Attention of a recorded prompt."""
     frozen = p.recording.frozen
     return Clean(
-        blocks=attention_weights(p.params.blocks),
+        blocks=layers.attention_weights(p.params.blocks),
         resid_LTD=p.recording.resid_LTD,
         scale_LT=frozen.attn_scale_LT,
         post_scale_LT=frozen.post_attn_scale_LT,

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.coder import Coder, Dictionary, in_dtype
-from jaxclt.clt.sites import read_site
+from jaxclt.clt.sites import read_site, reads_past_norm
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import (
     centre,
@@ -80,7 +80,7 @@ def live_feature_reads(
     for layer in np.unique(place_K3[:, 0]).tolist():
         here = np.flatnonzero(place_K3[:, 0] == layer)
         _, pos, feature = place_K3[here].T
-        if coder.site != "resid_mid":
+        if reads_past_norm(coder.site):
             unit_KD = mlp_unit(params, recording, layer, pos)
             live_KD[here] = live_reads(jnp.asarray(read_KD[here]), unit_KD)
         if whole_KD is not None:

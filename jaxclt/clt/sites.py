@@ -18,7 +18,7 @@ from jax import Array
 from jaxclt.clt.config import ReadSite
 from jaxclt.lm.layers import Norm, fold_norm, normalise
 
-__all__ = ["fold_reads", "read_scale", "read_site"]
+__all__ = ["fold_reads", "read_scale", "read_site", "reads_past_norm"]
 
 
 def read_site(site: ReadSite, norm: Norm, mid_TD: Array, scale_T: Array) -> Array:
@@ -68,6 +68,11 @@ def fold_reads(site: ReadSite, norm: Norm, W_FD: np.ndarray) -> tuple[Any, Any]:
             return fold_norm(W_FD, Norm(gain_D, bias_D)), const_F  # pyright: ignore
 
 
+def reads_past_norm(site: ReadSite) -> bool:
+    """Whether encoders read past the norm before the MLP, not the stream itself."""
+    return site != "resid_mid"
+
+
 def read_scale(site: ReadSite, scale_T: Array) -> Array:
     """What folded rows are times: the reciprocal denominator, or one."""
-    return jnp.ones_like(scale_T) if site == "resid_mid" else scale_T
+    return scale_T if reads_past_norm(site) else jnp.ones_like(scale_T)

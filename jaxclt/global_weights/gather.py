@@ -22,6 +22,7 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.coder import Dictionary
+from jaxclt.clt.sites import reads_past_norm
 from jaxclt.clt.subset import Subset
 from jaxclt.errors import InputError, options_of
 from jaxclt.global_weights.attention import Head
@@ -158,7 +159,7 @@ def coactivation(
         on_tokens = partial(on_stage, "features")
         found = Coactivation(
             subset=choose_features(model, dictionary, asked.features, every, on_tokens),
-            scaled=on.coder.site != "resid_mid",
+            scaled=reads_past_norm(on.coder.site),
             sums={},
             heads=tuple((int(layer), int(head)) for layer, head in asked.heads),
             input_Y=_tracked(every, asked.input_tokens, cfg.d_vocab),

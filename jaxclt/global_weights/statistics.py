@@ -29,7 +29,7 @@ from jax import Array
 from scipy.sparse import csr_array
 
 from jaxclt.clt.coder import Bound, Coder
-from jaxclt.clt.sites import read_site
+from jaxclt.clt.sites import read_site, reads_past_norm
 from jaxclt.clt.subset import Subset
 from jaxclt.errors import InputError
 from jaxclt.global_weights.attention import Head, HeadReads, head_sums, rows_by_layer
@@ -150,7 +150,7 @@ class Plan:
     @property
     def scaled(self) -> bool:
         """Whether encoders read after the norm."""
-        return self.coder.site != "resid_mid"
+        return reads_past_norm(self.coder.site)
 
 
 class Encoders(NamedTuple):

@@ -7,6 +7,7 @@ what their dictionary says of their norm and gates (`jaxclt.clt.live`).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +15,12 @@ from jax import Array
 
 from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.live import live_feature_reads, mlp_unit
+from jaxclt.clt.sites import reads_past_norm
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.prompt import Prompt
 from jaxclt.lm.layers import attn_norm, centre, live_reads, out_norm
-from jaxclt.types import Targets
 
-__all__ = ["answering_rows", "answering_targets", "past_final_norm", "summed"]
+__all__ = ["answering", "answering_rows", "past_final_norm", "summed", "written_live"]
 
 
 def answering_rows(p: Prompt, dictionary: Dictionary) -> RowTargets:
@@ -30,7 +31,7 @@ def answering_rows(p: Prompt, dictionary: Dictionary) -> RowTargets:
     found = live_feature_reads(
         dictionary, p.params, p.recording, place_A3, rows.read_RD[:A], cfg=p.cfg
     )
-    past_norm = dictionary.coder(p.cfg).site != "resid_mid"
+    past_norm = reads_past_norm(dictionary.coder(p.cfg).site)
     norm_KD = _target_norms(p, rows.read_RD[A:], past_norm=past_norm)
     norm_RD = np.concatenate([found.norm_KD, norm_KD])
     gate_RD = np.concatenate([found.gate_KD, np.asarray(p.targets.gate_KD)])
@@ -44,8 +45,8 @@ def summed(rows: RowTargets) -> RowTargets:
     )
 
 
-def answering_targets(p: Prompt) -> Targets:
-    """Targets with the norm before what they read live, but for the final one."""
+def answering(p: Prompt) -> Prompt:
+    """The prompt with the norm before what targets read live, but for the final one."""
     t = p.targets
     vec_KD, write_KD = np.array(t.vec_KD), np.array(t.write_KD)
     for k in np.flatnonzero(t.norm_K).tolist():
@@ -56,7 +57,18 @@ def answering_targets(p: Prompt) -> Targets:
             unit_1D = _attn_unit(p, layer if p.cfg.parallel else layer + 1, at)
         for read_KD in (vec_KD, write_KD):
             read_KD[[k]] = live_reads(jnp.asarray(read_KD[[k]]), unit_1D)
-    return dataclasses.replace(t, vec_KD=vec_KD, write_KD=write_KD)
+    targets = dataclasses.replace(t, vec_KD=vec_KD, write_KD=write_KD)
+    return dataclasses.replace(p, targets=targets)
+
+
+def written_live(p: Prompt) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Targets that read an MLP's output, and their edges to what writes it.
+
+    As `Prompt.written` has them, norms held, and what live norms add to that.
+    """
+    live = dict(answering(p).written())
+    for k, edge_N in p.written():
+        yield k, edge_N, live[k] - edge_N
 
 
 def past_final_norm(p: Prompt, read_KD: np.ndarray, pos_K: np.ndarray) -> np.ndarray:
@@ -80,7 +92,7 @@ def _attn_unit(p: Prompt, layer: int, pos_K: np.ndarray) -> Array:
 
 def _target_norms(p: Prompt, held_KD: np.ndarray, *, past_norm: bool) -> np.ndarray:
     """What live denominators add to the reads of targets, [K, D]."""
-    live = dataclasses.replace(p, targets=answering_targets(p))
+    live = answering(p)
     t, live_KD = live.targets, live.target_rows().read_RD.copy()
     layer_K, pos_K = np.asarray(t.layer_K), np.asarray(t.pos_K)
     out = np.flatnonzero(layer_K == p.cfg.n_layers)

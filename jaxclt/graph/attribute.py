@@ -40,6 +40,11 @@ class Timing:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     work: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def packed(self) -> bool:
+        """Whether memory was planned for source vectors written out."""
+        return self.work.get("sources") != "gathered"
+
     @contextlib.contextmanager
     def of(self, stage: str) -> Iterator[None]:
         """Time a stage."""
@@ -91,10 +96,14 @@ def attribute_recording(
             edge_threshold=p.config.edge_threshold,
         )
         graph = dataclasses.replace(graph, pruning=pruning)
+    keep_A = np.zeros(len(p.active.layer_A), bool)
+    keep_A[found.selected] = True
+    nodes = dataclasses.replace(p, active=p.active.where(keep_A))
     if p.config.response and not p.stop():
         with timing.of("response"), jax.default_matmul_precision(p.config.precision):
             response = respond(
                 p,
+                nodes,
                 graph,
                 found.selected,
                 lambda rows, planned: on_rows(done + rows, done + planned),
@@ -103,14 +112,10 @@ def attribute_recording(
             graph = dataclasses.replace(graph, response=response)
     if p.config.response and graph.response is None:
         timing.work["stopped"] = True
-    keep_A = np.zeros(len(p.active.layer_A), bool)
-    keep_A[found.selected] = True
-    nodes = dataclasses.replace(p, active=p.active.where(keep_A))
     with timing.of("provenance"):
         graph = _with_provenance(nodes, graph)
     with timing.of("derivative"), jax.default_matmul_precision(p.config.precision):
-        packed = found.work.get("sources") != "gathered"
-        derivative_KN = model_derivative(nodes, packed=packed)
+        derivative_KN = model_derivative(nodes, packed=timing.packed)
     return dataclasses.replace(graph, derivative_KN=derivative_KN)
 
 

@@ -12,7 +12,6 @@ values is ever held.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -22,13 +21,14 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from jaxclt.graph.answers import answering_targets, past_final_norm
+from jaxclt.graph.answers import answering, past_final_norm
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.columns import Columns
 from jaxclt.graph.plan import Plan
 from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.rows import edge_rows, make_puller
 from jaxclt.graph.target_reads import target_reads
+from jaxclt.graph.travel import Way
 from jaxclt.lm.block import Taps, block
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import mlp_norm, norm_scale
@@ -39,17 +39,17 @@ __all__ = ["model_derivative"]
 
 
 @struct.dataclass
-class _Model:
+class _Model(Way):
     """Past the layers of the model itself, at the clean stream."""
 
     blocks: Block
     clean_LTD: Array  # what enters each layer
-    cfg: LMConfig = struct.field(pytree_node=False)
+    lm: LMConfig = struct.field(pytree_node=False)
 
     @property
-    def n_states(self) -> int:
-        """One."""
-        return 1
+    def cfg(self) -> LMConfig:
+        """Model shape."""
+        return self.lm
 
     def below(
         self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
@@ -99,7 +99,7 @@ def model_derivative(p: Prompt, *, packed: bool = True) -> np.ndarray:
         packed=packed,
         way=_Model(p.params.blocks, p.recording.resid_LTD, p.cfg),
     )
-    p = dataclasses.replace(p, targets=answering_targets(p))
+    p = answering(p)
     rows = _reads(p)
     derivative_KN = np.zeros((K, Columns(p).layout.n_columns), rows.read_RD.dtype)
     edge_rows(puller, rows, derivative_KN)

@@ -9,33 +9,21 @@ unit of each does, goes down together as one vector of each state of
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.graph.answers import answering_targets
+from jaxclt.graph.answers import written_live
 from jaxclt.graph.bank import RowTargets
-from jaxclt.graph.contrast import contrast
-from jaxclt.graph.graph import Graph
 from jaxclt.graph.live import STATES
 from jaxclt.graph.plan import Chunk
 from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.response_table import EFFECT_PARTS
 from jaxclt.graph.rows import Edges, Puller, Shared, write_rows
 from jaxclt.graph.travel import descend
-from jaxclt.graph.yardstick import total_effect
 
-__all__ = ["effect_parts", "unit_effects"]
-
-
-def unit_effects(graph: Graph) -> np.ndarray:
-    """What a unit of each row does to the contrast, all paths counted, [R]."""
-    value_A = np.where(graph.value_A == 0, 1, graph.value_A)
-    unit_R = np.r_[total_effect(graph) / value_A, contrast(graph).weight_K]
-    return unit_R.astype(graph.edge_RN.dtype)
+__all__ = ["effect_parts"]
 
 
 def effect_parts(
@@ -48,7 +36,7 @@ def effect_parts(
     Args:
       p: the prompt, with the features that are nodes.
       rows: what the graph's rows read, from `jaxclt.graph.answers.answering_rows`.
-      unit_R: from `unit_effects` of the graph by response.
+      unit_R: `jaxclt.graph.yardstick.unit_effects` of the graph by response.
       puller: of the prompt, down `jaxclt.graph.live.Parts`.
     """
     L, (T, D) = p.cfg.n_layers, p.recording.embed_TD.shape
@@ -88,7 +76,6 @@ def _down(held: Shared, read_MTSD: Array) -> Edges:
 
 def _add_written(p: Prompt, unit_K: np.ndarray, effect_QN: np.ndarray) -> None:
     """Add what targets read of an MLP's output themselves, norms held and live."""
-    live = dict(dataclasses.replace(p, targets=answering_targets(p)).written())
-    for k, edge_N in p.written():
+    for k, edge_N, norm_N in written_live(p):
         effect_QN[STATES.index("value")] += unit_K[k] * edge_N
-        effect_QN[STATES.index("norm")] += unit_K[k] * (live[k] - edge_N)
+        effect_QN[STATES.index("norm")] += unit_K[k] * norm_N

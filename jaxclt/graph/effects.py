@@ -26,7 +26,11 @@ __all__ = ["solve_total_effect"]
 
 
 def solve_total_effect(
-    graph: Graph, *, weight_XK: np.ndarray | None = None, block: int = BLOCK
+    graph: Graph,
+    *,
+    weight_XK: np.ndarray | None = None,
+    edge_RN: np.ndarray | None = None,
+    block: int = BLOCK,
 ) -> np.ndarray:
     """Signed total effect of every feature on every target, [K, A].
 
@@ -35,16 +39,18 @@ def solve_total_effect(
     Args:
       graph: attributed.
       weight_XK: weighted sums of targets to take instead, [X, A].
+      edge_RN: other edges of the same nodes, such as those by response.
       block: features substituted at a time.
     """
-    A, dtype = graph.n_features, graph.edge_RN.dtype
+    edge_RN = graph.edge_RN if edge_RN is None else edge_RN
+    A, dtype = graph.n_features, edge_RN.dtype
     value_A = graph.value_A.astype(dtype)
     safe_A = np.where(value_A == 0, 1, value_A).astype(dtype)
-    direct_KA = graph.edge_RN[graph.target_rows, :A].copy()
+    direct_KA = edge_RN[graph.target_rows, :A].copy()
     if weight_XK is not None:
         direct_KA = weight_XK.astype(dtype) @ direct_KA
     unit_KA = np.empty_like(direct_KA)  # effect over value
-    for rows, below_BX, _ in row_blocks(graph.edge_RN, A, block=block, signed=True):
+    for rows, below_BX, _ in row_blocks(edge_RN, A, block=block, signed=True):
         n = rows.stop - rows.start
         # Full blocks always, so that one shape is compiled.
         own_BB, value_B = np.zeros((block, block), dtype), np.ones(block, dtype)

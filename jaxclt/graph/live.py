@@ -15,8 +15,8 @@ from flax import struct
 from jax import Array
 
 from jaxclt.graph.prompt import Recorded
-from jaxclt.graph.stream import Stream, make_stream
-from jaxclt.graph.travel import past_attention
+from jaxclt.graph.stream import make_stream
+from jaxclt.graph.travel import Frozen, Way
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import centre, live_reads, mlp_norm
 from jaxclt.lm.live import LiveAttention, make_live
@@ -56,7 +56,7 @@ def _live_skip(p: Recorded, *, past_norm: bool) -> _LiveSkip | None:
 
 
 @struct.dataclass
-class Live:
+class Live(Way):
     """Past live attention, and a skip whose norm is live."""
 
     attention: LiveAttention
@@ -67,23 +67,10 @@ class Live:
         """Model shape."""
         return self.attention.cfg
 
-    @property
-    def n_states(self) -> int:
-        """One."""
-        return 1
-
-    def below(
-        self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
-    ) -> Array:
-        """See `jaxclt.graph.travel.Way`."""
-        below_PXD, moved_PXD = self.past_mlp(layer, g_PXD, add_reads)
-        with jax.named_scope("pull_live_attention"):
-            return below_PXD + self.attention.pull(layer, moved_PXD)
-
     def past_mlp(
         self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
     ) -> tuple[Array, Array]:
-        """Cotangents of the stream and of what attention adds, as `lm.step.down`."""
+        """See `jaxclt.graph.travel.Way`."""
 
         def reads(g_PXD: Array) -> Array:
             if self.skip is not None:
@@ -91,6 +78,11 @@ class Live:
             return add_reads(g_PXD)
 
         return down(g_PXD, None, reads, cfg=self.cfg)
+
+    def past_attention(self, layer: Array, moved_PXD: Array) -> Array:
+        """See `jaxclt.graph.travel.Way`."""
+        with jax.named_scope("pull_live_attention"):
+            return self.attention.pull(layer, moved_PXD)
 
 
 def live_way(p: Recorded, *, past_norm: bool, norms: bool = True) -> Live:
@@ -110,7 +102,7 @@ STATES = ("value", "norm", "gate", "query", "key")  # targets read in the first 
 
 
 @struct.dataclass
-class Parts:
+class Parts(Way):
     """As `Live`, with paths kept apart by their step nearest to the source.
 
     That is the step nearest among those that are not plain OV, by what it enters: a
@@ -119,52 +111,56 @@ class Parts:
     """
 
     live: Live
-    stream: Stream  # laid out for pulling
+    frozen: Frozen
+    n_states = len(STATES)
 
     @property
     def cfg(self) -> LMConfig:
         """Model shape."""
         return self.live.cfg
 
-    @property
-    def n_states(self) -> int:
-        """Five."""
-        return len(STATES)
-
-    def below(
+    def past_mlp(
         self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
-    ) -> Array:
+    ) -> tuple[Array, Array]:
         """See `jaxclt.graph.travel.Way`."""
-        P, X, D = g_PXD.shape
         skip = self.live.skip
-
-        def apart(g_PXD: Array) -> Array:
-            return g_PXD.reshape(P, len(STATES), -1, D)
 
         def reads(g_PXD: Array) -> Array:
             if skip is not None:
-                all_PBD = apart(g_PXD).sum(1)
+                all_PBD = _apart(g_PXD).sum(1)
                 answer_PBD = skip.live(layer, all_PBD) - skip.held(layer, all_PBD)
-                g_PXD = g_PXD + skip.held(layer, g_PXD)
-                g_PXD = apart(g_PXD).at[:, 1].add(answer_PBD).reshape(P, X, D)
+                g_PXD = _added(g_PXD + skip.held(layer, g_PXD), norm=answer_PBD)
             return add_reads(g_PXD)
 
-        below_PXD, moved_PXD = down(g_PXD, None, reads, cfg=self.cfg)
-        back_PXD = past_attention(self.stream, layer, moved_PXD)
+        return down(g_PXD, None, reads, cfg=self.cfg)
+
+    def past_attention(self, layer: Array, moved_PXD: Array) -> Array:
+        """See `jaxclt.graph.travel.Way`."""
+        back_PXD = self.frozen.past_attention(layer, moved_PXD)
         with jax.named_scope("pull_live_attention"):
-            routes = self.live.attention.routes(layer, apart(moved_PXD).sum(1))
+            routes = self.live.attention.routes(layer, _apart(moved_PXD).sum(1))
         # Plain OV of all states is what the rest has beside its denominators.
-        norm_PBD = routes.rest_TBD - apart(back_PXD).sum(1)
-        below_PQBD = apart(below_PXD + back_PXD)
-        for state, more_PBD in (
-            (1, norm_PBD),
-            (3, routes.query_TBD),
-            (4, routes.key_TBD),
-        ):
-            below_PQBD = below_PQBD.at[:, state].add(more_PBD)
-        return below_PQBD.reshape(P, X, D)
+        norm_PBD = routes.rest_TBD - _apart(back_PXD).sum(1)
+        return _added(
+            back_PXD, norm=norm_PBD, query=routes.query_TBD, key=routes.key_TBD
+        )
+
+
+def _apart(g_PXD: Array) -> Array:
+    """Cotangents by state, [P, Q, B, D]."""
+    P, _, D = g_PXD.shape
+    return g_PXD.reshape(P, len(STATES), -1, D)
+
+
+def _added(g_PXD: Array, **more: Array) -> Array:
+    """Cotangents with more [P, B, D] in some of the states."""
+    g_PQBD = _apart(g_PXD)
+    for state, more_PBD in more.items():
+        g_PQBD = g_PQBD.at[:, STATES.index(state)].add(more_PBD)
+    return g_PQBD.reshape(g_PXD.shape)
 
 
 def live_parts(p: Recorded, *, past_norm: bool) -> Parts:
     """The way down of the parts; arguments as of `live_way`."""
-    return Parts(live_way(p, past_norm=past_norm), make_stream(p, pull=True))
+    frozen = Frozen(make_stream(p, pull=True))
+    return Parts(live_way(p, past_norm=past_norm), frozen)

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxclt.graph.answers import answering_rows, answering_targets, summed
+from jaxclt.clt.sites import reads_past_norm
+from jaxclt.graph.answers import answering, answering_rows, summed, written_live
 from jaxclt.graph.bank import RowTargets, pack, writers
 from jaxclt.graph.blocks import Edges
 from jaxclt.graph.compute import plan_attribution, row_mesh
-from jaxclt.graph.effect_parts import effect_parts, unit_effects
+from jaxclt.graph.effect_parts import effect_parts
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.live import STATES, live_parts, live_way
 from jaxclt.graph.plan import make_plan, mean_flops
@@ -27,6 +28,7 @@ from jaxclt.graph.response import by_response
 from jaxclt.graph.response_table import EFFECT_PARTS, PARTS, Response, ResponseParts
 from jaxclt.graph.rows import Puller, edge_rows, make_puller
 from jaxclt.graph.travel import Way
+from jaxclt.graph.yardstick import unit_effects
 
 __all__ = ["respond"]
 
@@ -60,6 +62,7 @@ class _Answering:
 
 def respond(
     p: Prompt,
+    nodes: Prompt,
     graph: Graph,
     selected: np.ndarray,
     on_rows: Callable[[int, int], None],
@@ -69,6 +72,7 @@ def respond(
 
     Args:
       p: the prompt, with its dictionary.
+      nodes: the same with the features that are nodes.
       graph: its graph by value, pruned.
       selected: which active features are its nodes.
       on_rows: progress, called with (rows done, rows planned).
@@ -86,14 +90,11 @@ def respond(
         config=p.config,
         n_tokens=len(p.recording.token_T),
     )
-    keep_A = np.zeros(len(p.active.layer_A), bool)
-    keep_A[selected] = True
-    nodes = dataclasses.replace(p, active=p.active.where(keep_A))
     rows, R = answering_rows(nodes, p.dictionary), len(graph.edge_RN)
     a = _Answering(
         p,
         selected,
-        p.dictionary.coder(p.cfg).site != "resid_mid",
+        reads_past_norm(p.dictionary.coder(p.cfg).site),
         memory.response_chunk,
         memory.packed,
         counted(on_rows, R),
@@ -140,8 +141,7 @@ def _edges(a: _Answering, rows: RowTargets) -> Edges | None:
     )
     if not reached_R.all():
         return None
-    answering = dataclasses.replace(p, targets=answering_targets(p))
-    add_written(answering, a.selected, edge_RN[A:], rest_R[A:], rest_abs_R[A:])
+    add_written(answering(p), a.selected, edge_RN[A:], rest_R[A:], rest_abs_R[A:])
     ignored, nodes = p.ignored_columns(A), np.arange(A)
     edge_RN = cut_columns(edge_RN, A, nodes, ignored, rest_R, rest_abs_R)
     return Edges(edge_RN, rest_R, rest_abs_R)
@@ -184,11 +184,9 @@ def _add_written_norms(
     p: Prompt, row_E: np.ndarray, col_E: np.ndarray, norm_E: np.ndarray
 ) -> None:
     """Add what live norms change of edges to what writes the output a target reads."""
-    held = dict(p.written())
-    live = dict(dataclasses.replace(p, targets=answering_targets(p)).written())
-    for k, edge_N in held.items():
+    for k, _, norm_N in written_live(p):
         here = row_E == len(p.active.layer_A) + k
-        norm_E[here] += (live[k] - edge_N)[col_E[here]]
+        norm_E[here] += norm_N[col_E[here]]
 
 
 def _table(row_E: np.ndarray, col_E: np.ndarray, part_QE: np.ndarray) -> ResponseParts:

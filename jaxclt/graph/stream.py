@@ -26,10 +26,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxclt.graph.prompt import Recorded
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import attention_maps, scaled_pattern
+from jaxclt.lm.layers import pattern_weights
 from jaxclt.lm.step import Skip
 from jaxclt.types import Block, Held
 
-__all__ = ["Stream", "attention_weights", "causal_share", "make_stream", "on_mesh"]
+__all__ = ["Stream", "causal_share", "make_stream", "on_mesh"]
 
 
 @struct.dataclass
@@ -115,8 +116,8 @@ def make_stream(p: Recorded, *, pull: bool, other: Stream | None = None) -> Stre
         attn_scale_LT=frozen.attn_scale_LT,
         post_attn_scale_LT=frozen.post_attn_scale_LT,
     )
-    again = None if held.clean_LTD is None else (_for_patterns(blocks), held)
-    scaled_LHTS = None if again else _patterns(_for_patterns(blocks), held, cfg=p.cfg)
+    again = None if held.clean_LTD is None else (pattern_weights(blocks), held)
+    scaled_LHTS = None if again else _patterns(pattern_weights(blocks), held, cfg=p.cfg)
     return Stream(
         value=value,
         output=output,
@@ -126,27 +127,6 @@ def make_stream(p: Recorded, *, pull: bool, other: Stream | None = None) -> Stre
         cfg=p.cfg,
         pull=pull,
     )
-
-
-_PATTERN_LEAVES = ("norm_attn_LD", "norm_attn_bias_LD", "local_L", "q_LDHC", "k_LDGC")
-_PATTERN_LEAVES += ("q_bias_LHC", "k_bias_LGC", "q_norm_LC", "k_norm_LC")
-_MOVE_LEAVES = ("v_LDGC", "v_bias_LGC", "o_LHCD", "post_attn_LD")
-
-
-def _for_patterns(blocks: Block) -> Block:
-    """What computes patterns: every device that works on edges holds it."""
-    return _only(blocks, _PATTERN_LEAVES)
-
-
-def attention_weights(blocks: Block) -> Block:
-    """What computes patterns, and what heads move."""
-    return _only(blocks, _PATTERN_LEAVES + _MOVE_LEAVES)
-
-
-def _only(blocks: Block, names: tuple[str, ...]) -> Block:
-    unused = {k for k, leaf in vars(blocks).items() if leaf is not None} - set(names)
-    none_L = blocks.norm_attn_LD[:, 0]
-    return dataclasses.replace(blocks, **dict.fromkeys(unused, none_L))
 
 
 @partial(jax.jit, static_argnames="cfg")

@@ -45,7 +45,7 @@ from numpy.typing import ArrayLike
 from jaxclt.clt.active import feature_reads
 from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.live import live_feature_reads
-from jaxclt.clt.sites import fold_reads
+from jaxclt.clt.sites import fold_reads, reads_past_norm
 from jaxclt.errors import InputError, did_you_mean
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import attn_norm, mlp_norm
@@ -255,7 +255,7 @@ def feature_targets(
         layer=place_K3[:, 0],
         pos=place_K3[:, 1],
         const_K=read.bias_K,
-        norm=int(dictionary.coder(cfg).site != "resid_mid"),
+        norm=int(reads_past_norm(dictionary.coder(cfg).site)),
         gate_KD=live.gate_KD,
         labels=[f"L{layer} feature {feature}" for layer, _, feature in place_K3],
     )

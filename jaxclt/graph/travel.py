@@ -18,7 +18,7 @@ summed over prompts. All share the step, or the folded maps of `jaxclt.lm.frozen
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,7 @@ from jaxclt.graph.stream import Stream
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.step import down, up
 
-__all__ = ["Frozen", "Hops", "Reads", "Way", "Writes", "descend", "past_attention"]
-__all__ += ["pull", "push"]
+__all__ = ["Frozen", "Hops", "Reads", "Way", "Writes", "descend", "pull", "push"]
 
 
 class Writes(NamedTuple):
@@ -96,38 +95,46 @@ def push(
     return jax.lax.fori_loop(writes.first, end, level, (x_PBD, state))
 
 
-class Way(Protocol):
+class Way:
     """How cotangents pass a layer downwards: which derivative of it is taken.
 
-    Q > 1 states keep parts of a cotangent apart on their way; the vectors are then
-    Q * B, by state.
+    States keep parts of a cotangent apart on their way; where there are Q of them, the
+    vectors are Q * B, by state.
     """
+
+    n_states = 1  # Q
 
     @property
     def cfg(self) -> LMConfig:
         """Model shape."""
-        ...
+        raise NotImplementedError
 
-    @property
-    def n_states(self) -> int:
-        """Q."""
-        ...
+    def past_mlp(
+        self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
+    ) -> tuple[Array, Array]:
+        """Cotangents of the stream and of what attention adds, as `lm.step.down`.
+
+        Args:
+          layer: which layer.
+          g_PXD: cotangents of the stream that leaves it, at the first positions.
+          add_reads: adds what is read where the MLP reads.
+        """
+        raise NotImplementedError
+
+    def past_attention(self, layer: Array, moved_PXD: Array) -> Array:
+        """Cotangents of what attention adds, as those of the stream that it reads."""
+        raise NotImplementedError
 
     def below(
         self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
     ) -> Array:
-        """Cotangents of the stream that enters a layer, from those of what leaves it.
-
-        Args:
-          layer: which layer.
-          g_PXD: cotangents at the first positions.
-          add_reads: adds what is read where the MLP reads.
-        """
-        ...
+        """Cotangents of the stream that enters a layer; arguments as of `past_mlp`."""
+        below_PXD, moved_PXD = self.past_mlp(layer, g_PXD, add_reads)
+        return below_PXD + self.past_attention(layer, moved_PXD)
 
 
 @struct.dataclass
-class Frozen:
+class Frozen(Way):
     """Past the frozen attention maps and the skip: the graph's edges."""
 
     stream: Stream  # laid out for pulling
@@ -137,60 +144,42 @@ class Frozen:
         """Model shape."""
         return self.stream.cfg
 
-    @property
-    def n_states(self) -> int:
-        """One."""
-        return 1
-
-    def below(
+    def past_mlp(
         self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
-    ) -> Array:
+    ) -> tuple[Array, Array]:
         """See `Way`."""
-        return sum(_past(self.stream, layer, g_PXD, add_reads))  # pyright: ignore
+        skip = self.stream.skip_at(layer, 0, len(g_PXD))
+        return down(g_PXD, skip, add_reads, cfg=self.cfg)
+
+    def past_attention(self, layer: Array, moved_PXD: Array) -> Array:
+        """See `Way`."""
+
+        def attend(x_PXD: Array) -> Array:
+            return self.stream.attend(layer, x_PXD, start=0)
+
+        with jax.named_scope("pull_attention"):
+            # It is linear: where it is transposed does not matter.
+            _, back = jax.vjp(attend, moved_PXD)
+            return back(moved_PXD)[0]
 
 
 @struct.dataclass
-class Hops:
+class Hops(Frozen):
     """As `Frozen`, with paths kept apart by the number of heads that they passed.
 
     The last state has all with Q - 1 or more.
     """
 
-    stream: Stream
     n_states: int = struct.field(pytree_node=False)
 
-    @property
-    def cfg(self) -> LMConfig:
-        """Model shape."""
-        return self.stream.cfg
-
-    def below(
-        self, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
-    ) -> Array:
+    def past_attention(self, layer: Array, moved_PXD: Array) -> Array:
         """See `Way`."""
-        below_PXD, back_PXD = _past(self.stream, layer, g_PXD, add_reads)
+        back_PXD = super().past_attention(layer, moved_PXD)
         P, X, D = back_PXD.shape
         back_PQBD = back_PXD.reshape(P, self.n_states, -1, D)
         first_P1BD, last_PBD = jnp.zeros_like(back_PQBD[:, :1]), back_PQBD[:, -1]
         back_PQBD = jnp.concatenate([first_P1BD, back_PQBD[:, :-1]], axis=1)
-        return below_PXD + back_PQBD.at[:, -1].add(last_PBD).reshape(P, X, D)
-
-
-def _past(
-    stream: Stream, layer: Array, g_PXD: Array, add_reads: Callable[[Array], Array]
-) -> tuple[Array, Array]:
-    """Cotangents past one layer: up the residual stream, and through attention."""
-    skip = stream.skip_at(layer, 0, len(g_PXD))
-    below_PXD, moved_PXD = down(g_PXD, skip, add_reads, cfg=stream.cfg)
-    return below_PXD, past_attention(stream, layer, moved_PXD)
-
-
-def past_attention(stream: Stream, layer: Array, moved_PXD: Array) -> Array:
-    """Cotangents of what frozen attention adds, as those of the stream it reads."""
-    with jax.named_scope("pull_attention"):
-        # It is linear: where it is transposed does not matter.
-        _, back = jax.vjp(lambda x_PXD: stream.attend(layer, x_PXD, start=0), moved_PXD)
-        return back(moved_PXD)[0]
+        return back_PQBD.at[:, -1].add(last_PBD).reshape(P, X, D)
 
 
 def descend(

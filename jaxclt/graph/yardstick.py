@@ -6,7 +6,6 @@ other features answering as its rows have it, the derivative with the whole mode
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ __all__ = [
     "derivative_agreement",
     "hidden_effect",
     "total_effect",
+    "unit_effects",
 ]
 
 
@@ -39,11 +39,20 @@ def total_effect(graph: Graph, *, response: bool = False) -> np.ndarray:
       graph: attributed.
       response: by response, which the graph must have, instead of by value.
     """
+    edge_RN = None
     if response:
         assert graph.response is not None
-        graph = dataclasses.replace(graph, edge_RN=graph.response.edge_RN)
+        edge_RN = graph.response.edge_RN
     weight_1K = contrast(graph).weight_K[None]
-    return solve_total_effect(graph, weight_XK=weight_1K)[0].astype(np.float64)
+    found_1A = solve_total_effect(graph, weight_XK=weight_1K, edge_RN=edge_RN)
+    return found_1A[0].astype(np.float64)
+
+
+def unit_effects(graph: Graph) -> np.ndarray:
+    """What a unit of each row does to the contrast, all paths counted, [R]."""
+    value_A = np.where(graph.value_A == 0, 1, graph.value_A)
+    unit_R = np.r_[total_effect(graph) / value_A, contrast(graph).weight_K]
+    return unit_R.astype(graph.edge_RN.dtype)
 
 
 def hidden_effect(graph: Graph) -> np.ndarray | None:

@@ -6,6 +6,7 @@ the same functions serve the live model and the frozen one.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ __all__ = [
     "activate_gate",
     "attention_pattern",
     "attention_scores",
+    "attention_weights",
     "attn_norm",
     "fold_norm",
     "frequencies",
@@ -41,6 +43,7 @@ __all__ = [
     "normalise",
     "out_norm",
     "pattern_of",
+    "pattern_weights",
     "queries",
     "query_heads",
     "rotary_frequencies",
@@ -335,6 +338,30 @@ def move(p: Block, pattern_HTS: Array, value_SGC: Array, *, cfg: LMConfig) -> Ar
     )
     out_TD = jnp.einsum("TGJC,GJCD->TD", mixed_TGJC, o_GJCD)
     return out_TD if p.o_bias_LD is None else out_TD + p.o_bias_LD[None]
+
+
+_PATTERN_LEAVES = ("norm_attn_LD", "norm_attn_bias_LD", "local_L", "q_LDHC", "k_LDGC")
+_PATTERN_LEAVES += ("q_bias_LHC", "k_bias_LGC", "q_norm_LC", "k_norm_LC")
+_MOVE_LEAVES = ("v_LDGC", "v_bias_LGC", "o_LHCD", "o_bias_LD", "post_attn_LD")
+
+
+def pattern_weights(blocks: Block) -> Block:
+    """What computes patterns of all layers: every device that works on edges holds it.
+
+    Other leaves are as small as they may be.
+    """
+    return _only(blocks, _PATTERN_LEAVES)
+
+
+def attention_weights(blocks: Block) -> Block:
+    """What computes patterns, and what heads move; as `pattern_weights`."""
+    return _only(blocks, _PATTERN_LEAVES + _MOVE_LEAVES)
+
+
+def _only(blocks: Block, names: tuple[str, ...]) -> Block:
+    unused = {k for k, leaf in vars(blocks).items() if leaf is not None} - set(names)
+    none_L = blocks.norm_attn_LD[:, 0]
+    return dataclasses.replace(blocks, **dict.fromkeys(unused, none_L))
 
 
 def activate_gate(x: Array, *, cfg: LMConfig) -> Array:

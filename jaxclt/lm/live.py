@@ -20,7 +20,6 @@ values one after another.
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -122,12 +121,7 @@ def make_live(
       cfg: model shape.
       norms: whether denominators answer; else only patterns do.
     """
-    unused = {"norm_mlp_LD", "norm_mlp_bias_LD", "post_mlp_LD"}
-    unused |= {name for name in vars(blocks) if name.endswith(("_LDI", "_LID", "_LI"))}
-    unused |= {"down_bias_LD"}
-    none_L = blocks.norm_attn_LD[:, 0]
-    has = {name for name in unused if getattr(blocks, name) is not None}
-    blocks = dataclasses.replace(blocks, **dict.fromkeys(has, none_L))
+    blocks = layers.attention_weights(blocks)
     read_LXD, output_LDHC = _laid_out(blocks)
     return LiveAttention(blocks, read_LXD, output_LDHC, resid_LTD, cfg, norms)
 
@@ -210,13 +204,16 @@ class _Layer(NamedTuple):
     def pull_heads(self, g_TBD: Array) -> _Heads:
         """Cotangents of what heads read, from those of what attention adds."""
         p, cfg, normed_TD = self.p, self.cfg, self.normed_TD
-        query, key, value = self.pull_each(g_TBD)
-        n = cfg.n_queries_per_kv
-        groups = [slice(i, i + n) for i in range(0, cfg.n_heads, n)]
-        key_TBGC = jnp.stack([sum(key[at]) for at in groups], 2)  # pyright: ignore
-        value_TBGC = jnp.stack([sum(value[at]) for at in groups], 2)  # pyright: ignore
+        query_TBHC, *of_groups = (jnp.stack(x, 2) for x in self.pull_each(g_TBD))
+
+        def grouped(heads_TBHC: Array) -> Array:
+            T, B, _, C = heads_TBHC.shape
+            each = heads_TBHC.reshape(T, B, cfg.n_kv_heads, cfg.n_queries_per_kv, C)
+            return each.sum(3)
+
+        key_TBGC, value_TBGC = map(grouped, of_groups)
         query = self._unturned(
-            jnp.stack(query, 2), layers.query_heads(p, normed_TD), p.q_norm_LC
+            query_TBHC, layers.query_heads(p, normed_TD), p.q_norm_LC
         )
         key = self._unturned(key_TBGC, layers.key_heads(p, normed_TD), p.k_norm_LC)
         return _Heads(query[0], key[0], value_TBGC, query[1], key[1])

@@ -16,6 +16,7 @@ from jax import Array
 
 from jaxclt.attending.routes import head_routes
 from jaxclt.clt.coder import Dictionary
+from jaxclt.clt.sites import reads_past_norm
 from jaxclt.errors import InputError, check_at_least
 from jaxclt.graph.answers import answering_rows, summed
 from jaxclt.graph.bank import RowTargets
@@ -65,7 +66,7 @@ def edge_parts_with_model(
         answering = _answering(graph, parts.row, p, dictionary)
         rows = dataclasses.replace(answering, more_RSD=np.zeros(0))
         hop_Q = hop_spectrum(p, rows, max_hops=max_hops)[:, 0, parts.col]
-        past_norm = dictionary.coder(p.cfg).site != "resid_mid"
+        past_norm = reads_past_norm(dictionary.coder(p.cfg).site)
         response = _response(p, answering, parts.col, past_norm=past_norm)
     if not math.isclose(hop_Q.sum(), parts.edge, rel_tol=1e-2, abs_tol=1e-4):
         raise InputError(

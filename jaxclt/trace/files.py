@@ -73,8 +73,10 @@ def write_trace(
     out = Path(out)
     started = time.perf_counter()
     graph = traced.graph
-    report = _report(traced) | {"environment": _environment(traced)}
-    doc = graph_json(graph, slug=out.name or "graph", scores=report["scores"])
+    other = None if graph.response is None else by_response(graph)
+    report = _report(traced, other) | {"environment": _environment(traced)}
+    slug, stated = out.name or "graph", report["scores"]
+    doc = graph_json(graph, slug=slug, scores=stated, other=other)
     doc = with_saved_view(doc, out)
     if groups := grouped_ids(doc, supernodes):
         pinned = [i for _, *ids in groups for i in ids]
@@ -112,7 +114,8 @@ def scores_json(graph: Graph) -> dict[str, Any]:
     return said
 
 
-def _report(traced: Traced) -> dict[str, Any]:
+def _report(traced: Traced, other: Graph | None) -> dict[str, Any]:
+    """Everything that is said of a trace; `other` is its graph by response."""
     graph = traced.graph
     pruning, stated = graph.pruning, scores_json(graph)
     agreement, attention = derivative_agreement(graph), traced.attention
@@ -140,7 +143,7 @@ def _report(traced: Traced) -> dict[str, Any]:
             else None,
         },
         "paths": _paths(graph),
-        **({} if graph.response is None else {"response": _by_response(graph)}),
+        **({} if other is None else {"response": _by_response(graph, other)}),
         "pruning": {
             "node_threshold": pruning.node_threshold,
             "edge_threshold": pruning.edge_threshold,
@@ -155,9 +158,8 @@ def _paths(graph: Graph) -> list[str]:
     return describe_paths(graph, strongest_paths(graph, k=5)).splitlines()
 
 
-def _by_response(graph: Graph) -> dict[str, Any]:
+def _by_response(graph: Graph, other: Graph) -> dict[str, Any]:
     """What the other reading says: its scores, paths, and shares of its parts."""
-    other = by_response(graph)
     return scores_json(other) | {"paths": _paths(other), "parts": part_shares(graph)}
 
 

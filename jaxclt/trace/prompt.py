@@ -7,7 +7,6 @@ prompt --trace.record--> Recording, Active --graph.attribute_recording--> Graph
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -126,10 +125,9 @@ def trace_prompt(
     if "messages" in depends:  # a template may ask for the time: its text is made once
         opened = dataclasses.replace(opened, prompt=depends["prompt"])
     ids = _tokens(model, opened, config)
-    clock: dict[str, float] = {}
     spent = Timing()
-    with _compile_seconds() as compiled, _stage(clock, "total"):
-        with _stage(clock, "record"), jax.default_matmul_precision(config.precision):
+    with _compile_seconds() as compiled, spent.of("total"):
+        with spent.of("record"), jax.default_matmul_precision(config.precision):
             pad = not callable(targets)  # a function of the recording sees the prompt
             recording = record_text(model, ids, memory_budget(config), pad=pad)
             active = active_features(
@@ -169,14 +167,12 @@ def trace_prompt(
         attention = None
         if config.attention and "stopped" not in spent.work:
             with spent.of("attention"):
-                attention = _attention(p, graph, spent.work)
+                attention = _attention(p, graph, spent)
     if "stopped" in spent.work:
         depends["stopped"] = int(graph.attributed_R.sum()) - graph.n_targets
-    clock |= spent.seconds
-    clock["compile"] = compiled[0]
     return Traced(
         graph=graph,
-        timing=clock,
+        timing=spent.seconds | {"compile": compiled[0]},
         identity=depends,
         n_active=len(active.layer_A),
         work=spent.work,
@@ -191,15 +187,15 @@ def trace_prompt(
     )
 
 
-def _attention(p: RecordedPrompt, graph: Graph, work: dict[str, Any]) -> dict[str, Any]:
+def _attention(p: RecordedPrompt, graph: Graph, spent: Timing) -> dict[str, Any]:
     """Heads and cells of the prompt, in the memory that its edges took."""
     return make_attention(
         p,
         graph,
         p.target_rows(),
         n=p.config.attention,
-        at_once=work["chunk_size"] // work["devices"],
-        packed=work.get("sources") != "gathered",
+        at_once=spent.work["chunk_size"] // spent.work["devices"],
+        packed=spent.packed,
     )
 
 
@@ -278,13 +274,6 @@ def _weights(chosen: Targets, next_tokens: Targets) -> str:
     same = np.array_equal(chosen.token_K, next_tokens.token_K)
     same = same and np.array_equal(chosen.weight_K, next_tokens.weight_K)
     return "probability" if same else "chosen"
-
-
-@contextmanager
-def _stage(clock: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    clock[name] = time.perf_counter() - start
 
 
 @contextmanager

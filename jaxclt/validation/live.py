@@ -9,7 +9,6 @@ norms live and gates held. The graph's effects by value stand beside both.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -86,8 +85,8 @@ def _first_order(bench: Bench) -> dict[str, np.ndarray]:
     """What a small change of each feature does, [K, A], by who says so."""
     graph, targets, found = bench.graph, bench.subject.targets, {}
     if graph.response is not None:
-        other = dataclasses.replace(graph, edge_RN=graph.response.edge_RN)
-        found["response"] = solve_total_effect(other)[targets]
+        effect_KA = solve_total_effect(graph, edge_RN=graph.response.edge_RN)
+        found["response"] = effect_KA[targets]
     if graph.derivative_KN is not None:
         found["derivative"] = graph.derivative_KN[targets, graph.feature_cols]
     return found

@@ -45,7 +45,11 @@ _LARGEST = float(np.finfo(np.float64).max)
 
 
 def graph_json(
-    graph: Graph, *, slug: str, scores: dict[str, Any] | None = None
+    graph: Graph,
+    *,
+    slug: str,
+    scores: dict[str, Any] | None = None,
+    other: Graph | None = None,
 ) -> dict[str, Any]:
     """State the kept nodes and links of ``graph`` in the shared schema.
 
@@ -58,11 +62,12 @@ def graph_json(
         graph: what to show; ``graph.pruning`` says which part.
         slug: name of the graph; characters outside ``[a-zA-Z0-9_.-]`` become ``-``.
         scores: scores, certificate or a whole report, kept under ``jaxclt.scores``.
+        other: the graph by response, if it is at hand; made where it is wanted.
 
     Raises:
         InputError: a kept weight, an activation or an influence is not finite.
     """
-    readings = _readings(graph)
+    readings = _readings(graph, other)
     row_E, col_E = kept_edges(readings)
     for reading in readings.values():
         _require_finite(edge_RN=edges_of(reading, row_E, col_E))
@@ -111,14 +116,14 @@ def graph_json(
     }
 
 
-def _readings(graph: Graph) -> dict[str, Graph]:
+def _readings(graph: Graph, other: Graph | None) -> dict[str, Graph]:
     """The graph by value, and by response if it has that."""
     if graph.response is None:
         return {"value": graph}
     # Here, for jax comes with it, which who only reads documents does without.
     from jaxclt.graph.response import by_response
 
-    return {"value": graph, "response": by_response(graph)}
+    return {"value": graph, "response": other or by_response(graph)}
 
 
 def _add_changes(readings: dict[str, Graph], nodes: dict[int, dict[str, Any]]) -> None:
