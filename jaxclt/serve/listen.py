@@ -54,6 +54,7 @@ class Server:
         self.token = token
         self.url = f"http://{_name(host)}:{self.port}/?token={token}"
         self._listener = listener
+        self._stopped = False
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -74,8 +75,15 @@ class Server:
         )
 
     def run(self) -> None:
-        """Answer until `stop` or a signal."""
+        """Answer until `stop` or a signal.
+
+        Raises:
+          KeyboardInterrupt: after a signal. The one that uvicorn raises again can be
+            lost in a callback that C code runs, so nothing hangs on it.
+        """
         self._server.run(sockets=[self._listener])
+        if not self._stopped:
+            raise KeyboardInterrupt
 
     def close(self) -> None:
         """Give the port back, if `run` was never called."""
@@ -83,6 +91,7 @@ class Server:
 
     def stop(self) -> None:
         """Let `run` return; from any thread."""
+        self._stopped = True
         self._server.should_exit = True
 
 

@@ -55,7 +55,7 @@ def serve_process(root: Path) -> Iterator[int]:
     finally:
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert "interrupted" in said
     assert "Traceback" not in said
 
