@@ -36,7 +36,7 @@ from jaxclt.graph.targets import salient_targets
 from jaxclt.io.dictionary import load_dictionary
 from jaxclt.io.graph_file import load_graph
 from jaxclt.io.model import Model, load_model
-from jaxclt.lm.run import Run
+from jaxclt.lm.run import Run, unembed
 from jaxclt.patching.batch import (
     chunk_size,
     default_range,
@@ -227,6 +227,12 @@ class Subject:
         with jax.default_matmul_precision("highest"):
             token_K = np.asarray(salient_targets(self.model.params, out_D).token_K)
         return token_K, self.model.tokenizer.token_strings(token_K.tolist())
+
+    def next_logits(self) -> np.ndarray:
+        """Logits of the next token, [V], of the clean run."""
+        out_D = self.patchable.recording.out_TD[-1]
+        with jax.default_matmul_precision("highest"):
+            return np.array(unembed(self.model.params, out_D))
 
     @property
     def n_tokens(self) -> int:
