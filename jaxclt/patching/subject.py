@@ -48,9 +48,10 @@ from jaxclt.patching.edits import Edit, acting, expand_edits
 from jaxclt.patching.effects import Ask, Effect
 from jaxclt.patching.features import Features, gather_features
 from jaxclt.patching.heads import Heads
+from jaxclt.patching.how import How, Mode
 from jaxclt.patching.local import Local, Tables, make_local
 from jaxclt.patching.modes import patched
-from jaxclt.patching.patchable import How, Mode, Patchable, make_patchable
+from jaxclt.patching.patchable import Patchable, make_patchable
 from jaxclt.text.prompts import Prompt
 from jaxclt.trace.record import prompt_tokens, record_again, record_text, same_hash
 from jaxclt.types import Supernode

@@ -15,7 +15,7 @@ from jaxclt.patching.batch import chunk_size
 from jaxclt.patching.change import Change, batched
 from jaxclt.patching.effects import clean_effect, diverged
 from jaxclt.patching.features import Features
-from jaxclt.patching.patchable import How
+from jaxclt.patching.how import How
 from jaxclt.patching.subject import Subject
 from jaxclt.validation.choice import Choice, ValidateOptions
 

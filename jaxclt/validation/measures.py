@@ -13,7 +13,7 @@ import numpy as np
 from jaxclt.files.json_text import rounded
 from jaxclt.graph.agreement import pearson, sign_agreement, slope, spearman
 from jaxclt.patching.effects import nats
-from jaxclt.patching.patchable import How, Mode
+from jaxclt.patching.how import How, Mode
 from jaxclt.validation.ablations import Ablated, Bench
 from jaxclt.validation.predictions import (
     direct_effect,
