@@ -17,15 +17,12 @@ export function frame(pen: Pen, s: Scene): void {
   layers(pen, s, bottom);
   pen.save();
   pen.beginPath(); pen.rect(GUTTER - 6, bottom, s.width, layout.foot); pen.clip();
-  const most = (pick: (t: { effect: number | null; share: number | null }) => number | null) =>
-    s.model.story.tokens.reduce((m, t) => Math.max(m, Math.abs(pick(t) ?? 0)), 0) || 1;
-  const scale = { effect: most((t) => t.effect), share: most((t) => t.share) };
+  const across = (column: Layout["columns"][number]) => ({ left: column.x * s.camera.k + s.camera.x, wide: column.w * s.camera.k });
   layout.columns.forEach((column, t) => {
-    const left = column.x * s.camera.k + s.camera.x, wide = column.w * s.camera.k;
-    if (left + wide < GUTTER || left > s.width) return;
-    token(pen, s, t, left, wide);
-    if (layout.bars) bar(pen, s, t, left, wide, scale);
+    const { left, wide } = across(column);
+    if (left + wide >= GUTTER && left <= s.width) token(pen, s, t, left, wide);
   });
+  if (layout.bars) effects(pen, s, across);
   pen.restore();
 }
 
@@ -59,27 +56,32 @@ function token(pen: Pen, s: Scene, t: number, left: number, wide: number): void 
   pen.fillText(text, middle, bottom + Math.min(room, 24) / 2 + 1);
 }
 
-/** What the lead changes by without this token, and the graph's share of it as a line. */
-function bar(pen: Pen, s: Scene, t: number, left: number, wide: number, scale: { effect: number; share: number }): void {
-  const { theme, layout } = s, said = s.model.story.tokens.find((x) => x.position === t);
-  if (!said) return;
-  const room = layout.bars - 13, base = s.height - 1, w = Math.min(wide - 3, 40), x = left + (wide - w) / 2;
-  const h = (Math.abs(said.effect ?? 0) / scale.effect) * room;
-  if (said.effect !== null) {
-    pen.fillStyle = said.effect <= 0 ? theme.pos : theme.neg;
-    if (said.effect <= 0) pen.fillRect(x, base - h, w, h);
-    else for (let i = 0; i < w; i += 4) pen.fillRect(x + i, base - h, Math.min(2.5, w - i), h); // as dashes: without it the lead grows
-    pen.font = theme.font.replace("12px", "10px"); pen.textAlign = "center"; pen.textBaseline = "middle";
-    const text = short(Number(said.effect.toFixed(1)));
+/** Bars of what the lead changes by without each token, and lines of the graph's shares;
+ * the largest changes say their number, as far as these do not touch. */
+function effects(pen: Pen, s: Scene, across: (column: Layout["columns"][number]) => { left: number; wide: number }): void {
+  const { theme, layout } = s, { tokens } = s.model.story, room = layout.bars - 13, base = s.height - 1;
+  const most = { effect: Math.max(...tokens.map((t) => Math.abs(t.effect ?? 0))) || 1, share: Math.max(...tokens.map((t) => t.share ?? 0)) || 1 };
+  const numbers: { size: number; x: number; y: number; text: string }[] = [];
+  for (const { position, effect, share } of tokens) {
+    const { left, wide } = across(layout.columns[position] as Layout["columns"][number]), w = Math.min(wide - 2, 40), x = left + (wide - w) / 2;
+    if (left < GUTTER - 6 || left > s.width) continue;
+    const h = (Math.abs(effect ?? 0) / most.effect) * room, line = (Math.max(share ?? 0, 0) / most.share) * room;
+    pen.fillStyle = (effect ?? 0) <= 0 ? theme.pos : theme.neg;
+    if ((effect ?? 0) <= 0) pen.fillRect(x, base - h, w, h);
+    else for (let i = 0; i < w; i += 4) pen.fillRect(x + i, base - h, Math.min(2.5, w - i), h); // striped: without it the lead grows
     pen.fillStyle = theme.ink;
-    if (pen.measureText(text).width < wide - 1) pen.fillText(text, left + wide / 2, base - Math.max(h, mark(said.share, scale, room)) - 6);
+    if (share !== null) pen.fillRect(x - 0.5, base - line - 0.75, w + 1, 1.5);
+    if (effect !== null) numbers.push({ size: Math.abs(effect), x: left + wide / 2, y: base - Math.max(h, line) - 6, text: short(Number(effect.toFixed(1))) });
   }
-  if (said.share === null) return;
-  pen.fillStyle = theme.ink;
-  pen.fillRect(x - 1, base - mark(said.share, scale, room) - 0.75, w + 2, 1.5);
+  pen.font = theme.font.replace("12px", "10px"); pen.textAlign = "center"; pen.textBaseline = "middle";
+  const written: { x: number; half: number }[] = [];
+  for (const { x, y, text } of numbers.sort((a, b) => b.size - a.size)) {
+    const half = pen.measureText(text).width / 2;
+    if (x - half < GUTTER - 6 || x + half > s.width || written.some((other) => Math.abs(other.x - x) < other.half + half + 4)) continue;
+    written.push({ x, half });
+    pen.fillText(text, x, y);
+  }
 }
-
-const mark = (share: number | null, scale: { share: number }, room: number): number => (Math.abs(share ?? 0) / scale.share) * room;
 
 function fit(pen: Pen, text: string, width: number): string {
   let letters = Array.from(text.slice(0, 200));

@@ -5,7 +5,7 @@ import type { GraphNode, Model } from "./model";
 import { endShare } from "./standing";
 
 export const GUTTER = 56; // layer names
-const RIGHT = 16, MIN_BAND = 4, STUB = 24, RAIL = 9, STEP = 110, LOGIT_STEP = 19, NARROW = 13, ROW = 11;
+const RIGHT = 16, MIN_BAND = 2, STUB = 24, RAIL = 9, STEP = 110, LOGIT_STEP = 19, NARROW = 12, ROW = 14, FEW = 150;
 const LINE = 24, LONGEST = 68, BARS = 34, LOW = 360; // of the foot; pictures less high get less of it
 
 export interface Rail { x: number; share: number; errors: GraphNode[] }
@@ -39,14 +39,15 @@ export const radius = (l: Layout, n: GraphNode): number =>
   isFixed(n) ? Math.min(4, l.most) : Math.min(2.2, l.most) + Math.max(0, l.most - 2.2) * Math.sqrt(Math.min(1, n.own / l.greatest));
 
 /** Widths of columns: what each needs, and the room that is left by the features in it.
- * Where room lacks they move together, down to half; what then still lacks is scrolled. */
+ * Where room lacks they move together; with many features down to half, and what then
+ * still lacks is scrolled. */
 function widths(needs: number[], features: number[], room: number): number[] {
-  const sum = needs.reduce((a, b) => a + b, 0), spare = Math.max(0, room - sum), least = NARROW * needs.length;
+  const all = features.reduce((a, b) => a + b, 0), sum = needs.reduce((a, b) => a + b, 0), spare = Math.max(0, room - sum);
   if (sum > room) {
-    const shrink = (Math.max(room, sum / 2, least) - least) / Math.max(sum - least, 1e-9);
+    const least = NARROW * needs.length, shrink = (Math.max(room, all > FEW ? sum / 2 : 0, least) - least) / Math.max(sum - least, 1e-9);
     return needs.map((need) => NARROW + (need - NARROW) * Math.min(1, shrink));
   }
-  const all = features.reduce((a, b) => a + b, 0), even = 0.15 * Math.max(1, all / needs.length);
+  const even = 0.15 * Math.max(1, all / needs.length);
   return needs.map((need, t) => need + (spare * ((features[t] ?? 0) + even)) / (all + even * needs.length));
 }
 
@@ -115,14 +116,14 @@ export function layOut(
     const needs = new Array<number>(T).fill(0);
     cells.forEach((cell, i) => {
       const head = cell[0] as GraphNode, n = counts[i] as number, each = head.kind === "logit" ? LOGIT_STEP : Math.max(4, 8 / rowsOf(bands, cell, n));
-      needs[head.pos] = Math.max(needs[head.pos] ?? 0, Math.min(n * each, 520) + (errors[head.pos]?.length ? RAIL : 0) + 4);
+      needs[head.pos] = Math.max(needs[head.pos] ?? 0, Math.min(n * each, 520) + (errors[head.pos]?.length && !turned ? RAIL : 0) + 4);
     });
     return { foot, bands, needs: needs.map((w, t) => Math.max(w, stub[t] ? STUB : 0, turned ? NARROW : Math.min(written[t] ?? 0, 150) + 12)) };
   };
   const level = lay(false), turned = sum(level.needs) > inner, { foot, bands, needs } = turned ? lay(true) : level;
   const wide = widths(needs, features, inner), height = sum(bands.map((b) => b.h));
   const layout: Layout = {
-    x: new Float64Array(nodes.length), y: new Float64Array(nodes.length), most: Math.max(3, Math.min(8, (0.8 * height) / bands.length)), greatest: greatest || 1,
+    x: new Float64Array(nodes.length), y: new Float64Array(nodes.length), most: Math.max(3, Math.min(6, (0.8 * height) / bands.length)), greatest: greatest || 1,
     columns: [], turned, top, bands, width: GUTTER + sum(wide) + RIGHT, height: top + height + 4, foot, bars,
   };
   const middle = (n: GraphNode) => { const { y, h } = bands[n.band] as { y: number; h: number }; return y + h / 2; };

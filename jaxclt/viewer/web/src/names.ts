@@ -6,7 +6,7 @@ import type { GraphNode } from "./model";
 import { type Scene, place } from "./paint";
 import type { Pen } from "./pen";
 
-const MOST = 90, TRIED = 160, LETTERS = [26, 17, 11], HEIGHT = 12, CELL = 48;
+const MOST = 90, TRIED = 160, LETTERS = [26, 17, 11], HEIGHT = 11, CELL = 48;
 
 interface Box { x0: number; y0: number; x1: number; y1: number }
 

@@ -7,7 +7,7 @@ import { names } from "./names";
 import type { Pen } from "./pen";
 import { rails } from "./rails";
 
-const BACKGROUND_LINKS = 180, LINKS_OF_A_NODE = 800, MOVING_LINKS = 400;
+const BACKGROUND_LINKS = 130, LINKS_OF_A_NODE = 800, MOVING_LINKS = 400;
 
 export interface Theme {
   panel: string; band: string; line: string; ink: string; muted: string; node: string; square: string;
@@ -101,7 +101,7 @@ export function paint(pen: Pen, s: Scene): number {
   layout.bands.forEach(({ y, h }, b) => { if (b % 2 === 0) pen.fillRect(0, yOf(y), s.width, h * camera.v); });
   pen.strokeStyle = theme.line;
   pen.lineWidth = 1;
-  for (const { x } of layout.columns) {
+  if (!layout.turned) for (const { x } of layout.columns) {
     const at = Math.round(xOf(x)) + 0.5;
     if (at < GUTTER - 1 || at > s.width) continue;
     pen.beginPath(); pen.moveTo(at, yOf(layout.top)); pen.lineTo(at, bottom); pen.stroke();

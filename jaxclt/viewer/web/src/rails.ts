@@ -2,15 +2,15 @@
 // and a sink's column as one stub: each says its share and unfolds when pressed.
 
 import { percent } from "./dom";
-import type { Rail } from "./layout";
+import { GUTTER, type Rail } from "./layout";
 import type { Scene } from "./paint";
 import type { Pen } from "./pen";
 
-const HALF = 3; // of the thickest
+const HALF = 3, THICK = 0.04; // half of the thickest, which holds such a share
 
 export function rails(pen: Pen, s: Scene, bottom: number): void {
   const { layout: l, camera: c, theme, model } = s;
-  const yOf = (y: number) => y * c.v + c.y, most = model.nodes.reduce((m, n) => (n.kind === "error" ? Math.max(m, n.own) : m), 1e-9);
+  const yOf = (y: number) => y * c.v + c.y, ends = model.nodes.reduce((sum, n) => (n.kind === "error" || n.kind === "embedding" ? sum + n.own : sum), 0) || 1;
   const edge = (b: number) => { const band = l.bands[b] ?? { y: 0, h: 0 }; return yOf(band.y + band.h); };
   const high = edge(model.nLayers + 1), low = Math.min(bottom, edge(1));
   l.columns.forEach(({ x, w, stub, rail }) => {
@@ -20,8 +20,8 @@ export function rails(pen: Pen, s: Scene, bottom: number): void {
       pen.globalAlpha = 0.25; pen.fillStyle = theme.node;
       pen.fillRect(left + 3, high, wide - 6, low - high);
       pen.globalAlpha = 1;
-      upright(pen, s, left + wide / 2, (high + low) / 2, stubText(s, low - high));
-    } else if (rail) thin(pen, s, rail, wide, { high, low }, most);
+      if (left + wide / 2 > GUTTER) upright(pen, s, left + wide / 2, (high + low) / 2, stubText(s, low - high));
+    } else if (rail) thin(pen, s, rail, wide, { high, low }, THICK * ends);
   });
 }
 
@@ -32,7 +32,7 @@ function thin(pen: Pen, s: Scene, rail: Rail, wide: number, ends: { high: number
   pen.fillRect(x - 0.5, ends.high, 1, ends.low - ends.high);
   pen.globalAlpha = 0.85;
   rail.errors.forEach((n, i) => {
-    const half = HALF * Math.sqrt(n.own / most), height = Math.max(1, (l.bands[n.band]?.h ?? 0) * c.v - 1);
+    const half = HALF * Math.sqrt(Math.min(1, n.own / most)), height = Math.max(1, (l.bands[n.band]?.h ?? 0) * c.v - 1);
     pen.fillRect(x - half, (ys[i] as number) - height / 2, 2 * half, height);
   });
   pen.globalAlpha = 1;

@@ -7,8 +7,9 @@ import { scoreList } from "./evidence";
 
 export function showStory(app: App): void {
   const { story, tokens } = app.model, scores = scoreList(app), first = scores[0];
-  const trust = story.trust || (first ? `${first.value} ${first.text}.` : "");
+  const trust = story.trust || (first ? `${first.value} ${first.text.split(";")[0] ?? ""}.` : "");
   const box = $("story");
+  box.classList.toggle("brief", !story.text.length);
   box.hidden = !story.text.length && !trust;
   // A token's own space keeps its quotation mark with it.
   $("storytext").textContent = visible(story.text.join(" ")).replace(/(["'“‘]) /g, "$1\u00a0");
