@@ -18,7 +18,7 @@ from jaxclt.patching.effects import Ask, Effect, clean_effect, diverged
 from jaxclt.patching.features import Features
 from jaxclt.patching.how import How
 from jaxclt.patching.subject import Subject
-from jaxclt.trace.again import token_edges
+from jaxclt.trace.again import TokenRows, token_rows
 from jaxclt.validation.choice import Choice, ValidateOptions
 
 __all__ = ["SURE", "Ablated", "Bench", "Counter"]
@@ -129,30 +129,29 @@ class Bench:
         return self.subject.patchable.coder.shape.span
 
     @functools.cached_property
-    def effect_KA(self) -> np.ndarray:  # noqa: N802
-        """Signed total effects on the measured tokens."""
-        subject, graph = self.subject, self.graph
-        effect_KA = solve_total_effect(graph)[subject.targets]
-        if more_X := self.token_K[len(effect_KA) :].tolist():
-            edge_XN = token_edges(
-                graph,
-                np.array(more_X),
-                model=subject.model,
-                dictionary=subject.dictionary,
-            )
-            more_XA = solve_total_effect(
-                graph, direct_XA=edge_XN[:, graph.feature_cols]
-            )
-            effect_KA = np.concatenate([effect_KA, more_XA])
-        return effect_KA
+    def _rows(self) -> TokenRows:
+        return token_rows(self.graph, self.token_K, self.subject.recorded)
 
     @functools.cached_property
-    def derivative_KA(self) -> np.ndarray | None:  # noqa: N802
-        """The model's derivatives of the measured tokens, if the graph has them all."""
-        graph, subject = self.graph, self.subject
-        if graph.derivative_KN is None or len(self.token_K) > len(subject.targets):
-            return None
-        return graph.derivative_KN[subject.targets, graph.feature_cols].astype(float)
+    def effect_KA(self) -> np.ndarray:  # noqa: N802
+        """Signed total effects on the measured tokens."""
+        graph, targets = self.graph, self.subject.targets
+        own_KA = graph.edge_RN[graph.target_rows, graph.feature_cols][targets]
+        if len(self.token_K) > len(targets):
+            more_XN = self._rows.edge_XN[len(targets) :]
+            own_KA = np.concatenate([own_KA, more_XN[:, graph.feature_cols]])
+        return solve_total_effect(graph, direct_XA=own_KA)
+
+    @functools.cached_property
+    def last_norm_KA(self) -> np.ndarray:  # noqa: N802
+        """The same where the last norm answers too, to first order."""
+        last_XA = self._rows.last_norm_XN[:, self.graph.feature_cols]
+        return solve_total_effect(self.graph, direct_XA=last_XA)
+
+    @functools.cached_property
+    def derivative_KA(self) -> np.ndarray:  # noqa: N802
+        """The model's own derivatives of the measured tokens."""
+        return self._rows.derivative_XN[:, self.graph.feature_cols].astype(float)
 
     @functools.cached_property
     def _clean(self) -> Effect:
