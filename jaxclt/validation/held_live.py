@@ -66,8 +66,8 @@ def held_and_live(bench: Bench, done: Ablated) -> dict[str, Any]:
             "positions": massive.tolist(),
             "rule": f"stream over {MASSIVE:g} times as long as at the median position",
             "n": int(apart_B.sum()),
-            "held": _line(bench, *by_held["value"], apart_B),
-            "live": _line(bench, *by_live["local"], apart_B),
+            "held": _line(bench, said_BK, held, apart_B),
+            "live": _line(bench, local_BK, done, apart_B),
         }
     return found
 
