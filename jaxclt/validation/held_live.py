@@ -58,6 +58,7 @@ def held_and_live(bench: Bench, done: Ablated) -> dict[str, Any]:
     apart_B = np.isin(bench.graph.pos_A[node_B], massive)
     found: dict[str, Any] = {
         "contrast": bench.contrast,
+        "probability": rounded(bench.probability),
         "held": _section(bench, by_held, apart_B),
         "live": _section(bench, by_live, apart_B),
     }
@@ -113,8 +114,8 @@ def _slope(
 
 def _pairs(
     bench: Bench, predicted_BK: np.ndarray, done: Ablated, of_B: np.ndarray, on: str
-) -> list[np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Predicted and measured effects of the patches that have both."""
     keep_B = of_B & done.fine_B & np.isfinite(predicted_BK).all(1)
-    both = predicted_BK[keep_B], done.change_BK[keep_B]
-    return [bench.measure(x_BK, on) for x_BK in both]
+    measured_BX = bench.measure(done.change_BK[keep_B], on)
+    return bench.measure(predicted_BK[keep_B], on), measured_BX
