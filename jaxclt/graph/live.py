@@ -137,12 +137,14 @@ class Parts(Way):
     def past_attention(self, layer: Array, moved_PXD: Array) -> Array:
         """See `jaxclt.graph.travel.Way`."""
         back_PXD = self.frozen.past_attention(layer, moved_PXD)
+        moved_PBD, value_PBD = (_apart(x).sum(1) for x in (moved_PXD, back_PXD))
         with jax.named_scope("pull_live_attention"):
-            routes = self.live.attention.routes(layer, _apart(moved_PXD).sum(1))
-        # Plain OV of all states is what the rest has beside its denominators.
-        norm_PBD = routes.rest_TBD - _apart(back_PXD).sum(1)
+            routes = self.live.attention.routes(layer, moved_PBD, value_PBD)
         return _added(
-            back_PXD, norm=norm_PBD, query=routes.query_TBD, key=routes.key_TBD
+            back_PXD,
+            norm=routes.norm_TBD,
+            query=routes.query_TBD,
+            key=routes.key_TBD,
         )
 
 
