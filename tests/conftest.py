@@ -22,10 +22,14 @@ _PLAIN = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 _PLAIN += " --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_PLAIN}".strip()
 # A second run, and the second worker of a first one, finds most of it done.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # of processes that tests start
-jax.config.update("jax_compilation_cache_dir", CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-jax.config.update("jax_disable_most_optimizations", True)
+_COMPILING = {
+    "jax_compilation_cache_dir": CACHE,
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+    "jax_disable_most_optimizations": True,
+}
+for name, setting in _COMPILING.items():
+    jax.config.update(name, setting)
+    os.environ[name.upper()] = str(setting)  # of processes that tests start
 
 
 MAPS = Path("/proc/self/maps")  # Linux

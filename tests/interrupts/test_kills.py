@@ -27,7 +27,7 @@ def line(name: str, folder: Path, perturbed: int) -> list[str]:
     evaluated += ["--sort", "10", "--contrastive", "0", "--baselines"]
     config = tiny_config(eval_every=12, checkpoint_every=6, tokens=64 * 18)
     more = {
-        "trace": [PROMPTS[0], *DICTIONARY],
+        "trace": [PROMPTS[0], *DICTIONARY, "--attention", "0"],
         "sweep": [str(prompts), *DICTIONARY],
         "features": [*words, *DICTIONARY],
         "globals": [*words, *DICTIONARY],
