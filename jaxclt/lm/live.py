@@ -6,26 +6,27 @@ the layer. A change reaches attention by these routes (maths 22.3):
 
 - through what heads ask for: queries, and with them scores and patterns;
 - through what they answer to: keys;
-- through the rest: values, which pass the frozen map, and denominators of norms, which
-  answer to what they normalise.
+- through values, which pass the frozen map;
+- through denominators of norms, which answer to what they normalise.
 
 After it has entered, everything is live on every route: patterns, values mixed by them,
 and a norm after attention.
 
 Written out instead of asked of `jax.vjp`: many cotangents travel at once, positions are
-their first axis (see `jaxclt.graph.stream`), and no array has more than one head's
-scores of all of them. B is the axis of cotangents, X channels of queries, keys and
-values one after another.
+their first axis (see `jaxclt.graph.stream`), and heads that share a key and value are
+done with before the next are begun: one program for all of them, and their scores alone
+are held. B is the axis of cotangents, J that of such heads, E their channels one after
+another, X channels of their queries, of the key and of the value.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
@@ -38,23 +39,12 @@ __all__ = ["LiveAttention", "Routes", "make_live"]
 
 
 class Routes(NamedTuple):
-    """Cotangents [T, B, D] of the stream that enters a layer, beside plain values."""
+    """Cotangents [T, B, D] of the stream that enters a layer, by route."""
 
+    value_TBD: Array
+    norm_TBD: Array
     query_TBD: Array
     key_TBD: Array
-    norm_TBD: Array
-
-
-class _Heads(NamedTuple):
-    """Cotangents of what heads project of the stream: queries, keys and values."""
-
-    query_TBHC: Array
-    key_TBGC: Array
-    value_TBGC: Array
-
-    def flat(self) -> list[Array]:
-        """Channels of all heads as one axis X, [T, B, X] each."""
-        return [x.reshape(*x.shape[:2], -1) for x in self]
 
 
 @struct.dataclass
@@ -62,8 +52,8 @@ class LiveAttention:
     """Attention of all layers of a model at the clean stream of a prompt."""
 
     blocks: Block  # what patterns, values and norms are computed from
-    read_LXD: Array  # what heads read of the stream, a norm's gain folded in
-    output_LDHC: Array
+    read_LGXD: Array  # what heads read of the stream, a norm's gain folded in
+    output_LGDE: Array
     resid_LTD: Array  # clean, entering the layers
     cfg: LMConfig = struct.field(pytree_node=False)
     norms: bool = struct.field(pytree_node=False, default=True)  # live, or held
@@ -76,39 +66,51 @@ class LiveAttention:
           g_TBD: cotangents of what its attention adds, at the first positions.
         """
         at = _Layer.of(self, layer, len(g_TBD))
-        held, answer = at.pull_heads(g_TBD)
-        every = _Heads(*map(jnp.add, held, answer)) if answer else held
-        return at.live(at.reads(every.flat(), at.read_XD))
+        g = _Part(_total(at.past_post_norm(g_TBD)), None)
 
-    def routes(self, layer: Array, g_TBD: Array, value_TBD: Array) -> Routes:
-        """What the same has beyond plain values, apart.
+        def projected(heads: _Heads) -> Array:
+            return jnp.concatenate([*map(_total, at.pull(heads, g))], -1)
 
-        Args:
-          layer: which layer.
-          g_TBD: cotangents of what its attention adds, at the first positions.
-          value_TBD: those pulled back through values alone, all else held.
-        """
+        heads_GTBX = jax.lax.map(projected, at.heads)
+        return at.live(at.read(heads_GTBX, slice(None)))
+
+    def routes(self, layer: Array, g_TBD: Array) -> Routes:
+        """The same apart; arguments as of `pull`."""
         at = _Layer.of(self, layer, len(g_TBD))
-        held, answer = at.pull_heads(g_TBD)
-        query_TBX, key_TBX, _ = held.flat()
-        ends = [query_TBX.shape[2], query_TBX.shape[2] + key_TBX.shape[2]]
-        query_XD, key_XD, _ = jnp.split(at.read_XD, ends)
-        query_TBD = at.reads([query_TBX], query_XD)
-        key_TBD = at.reads([key_TBX], key_XD)
+        g = at.past_post_norm(g_TBD)
+        parts = jax.lax.map(lambda heads: at.pull(heads, g), at.heads)
+        ends = np.cumsum([0, *(part.held.shape[-1] for part in parts)])
+        rows = [slice(a, b) for a, b in itertools.pairwise(ends.tolist())]
+        held = [at.read(part.held, X) for part, X in zip(parts, rows, strict=True)]
         norm_TBD = jnp.zeros_like(g_TBD)
-        if answer is not None:
-            norm_TBD = at.reads(answer.flat(), at.read_XD)
+        for part, X in zip(parts, rows, strict=True):
+            if part.answer is not None:
+                norm_TBD = norm_TBD + at.read(part.answer, X)
         # The denominator of the norm before attention answers to all that is read.
-        all_TBD = query_TBD + key_TBD + value_TBD + norm_TBD
-        return Routes(query_TBD, key_TBD, norm_TBD + at.live(all_TBD) - all_TBD)
+        all_TBD = sum(held, norm_TBD)
+        query_TBD, key_TBD, value_TBD = held
+        norm_TBD = norm_TBD + at.live(all_TBD) - all_TBD
+        return Routes(value_TBD, norm_TBD, query_TBD, key_TBD)
 
     def by_head(self, layer: Array, g_TBD: Array) -> tuple[Array, Array]:
         """Cotangents [T, B, H, C] of queries, and of keys as each head meets them.
 
         At their positions, as scores are made of them. Arguments as of `pull`.
         """
-        query, key, _ = _Layer.of(self, layer, len(g_TBD)).pull_each(g_TBD)
-        return jnp.stack(query, 2), jnp.stack(key, 2)
+        at = _Layer.of(self, layer, len(g_TBD))
+        every_TBD = _total(at.past_post_norm(g_TBD))
+
+        def each(heads: _Heads) -> tuple[Array, Array]:
+            score_TBJS = heads.scores(heads.gathered(every_TBD))
+            key_SBJC = jnp.einsum("TBJS,TJC->SBJC", score_TBJS, heads.query_TJC)
+            return heads.queries(score_TBJS), key_SBJC
+
+        def flat(x_GTBJC: Array) -> Array:
+            x_TBGJC = jnp.moveaxis(x_GTBJC, 0, 2)
+            return x_TBGJC.reshape(*g_TBD.shape[:2], -1, x_GTBJC.shape[-1])
+
+        query, key = jax.lax.map(each, at.heads)
+        return flat(query), flat(key)
 
 
 def make_live(
@@ -123,71 +125,83 @@ def make_live(
       norms: whether denominators answer; else only patterns do.
     """
     blocks = layers.attention_weights(blocks)
-    read_LXD, output_LDHC = _laid_out(blocks)
-    return LiveAttention(blocks, read_LXD, output_LDHC, resid_LTD, cfg, norms)
+    read_LGXD, output_LGDE = _laid_out(blocks)
+    return LiveAttention(blocks, read_LGXD, output_LGDE, resid_LTD, cfg, norms)
 
 
 @jax.jit
 def _laid_out(blocks: Block) -> tuple[Array, Array]:
     def one(p: Block) -> tuple[Array, Array]:
-        D = len(p.norm_attn_LD)
-        reads = [W.reshape(D, -1).T for W in (p.q_LDHC, p.k_LDGC, p.v_LDGC)]
-        read_XD = layers.fold_norm(jnp.concatenate(reads), layers.attn_norm(p))
-        return read_XD, p.o_LHCD.transpose(2, 0, 1)
+        (D, G, _), (H, C, _) = p.k_LDGC.shape, p.o_LHCD.shape
+        by_group = [W.reshape(D, G, -1) for W in (p.q_LDHC, p.k_LDGC, p.v_LDGC)]
+        read_GXD = jnp.concatenate(by_group, 2).transpose(1, 2, 0)
+        output_GDE = p.o_LHCD.reshape(G, H // G * C, D).transpose(0, 2, 1)
+        return layers.fold_norm(read_GXD, layers.attn_norm(p)), output_GDE
 
     return jax.vmap(one)(blocks)
 
 
-class _Clean(NamedTuple):
-    """What the heads of one layer did."""
+class _Part(NamedTuple):
+    """A cotangent with denominators held, and what live ones add; None: nothing."""
 
-    normed_TD: Array  # what they read
-    query_THC: Array  # queries and keys as scores are made of them
-    key_SGC: Array
-    value_SGC: Array
-    pattern_HTS: Array
-    slope_HTS: Array  # times the derivative of capped scores by products of the two
+    held: Array
+    answer: Array | None
 
-    def pull(self, g_TBHC: Array) -> tuple[list[Array], ...]:
-        """Cotangents [T, B, C] of every head's queries, keys and values.
 
-        From those of what heads gather; head by head, so that compilers need not hold
-        the scores of all at once.
-        """
-        found = [self._pull_one(g_TBHC[:, :, h], h) for h in range(g_TBHC.shape[2])]
-        query, key, value = zip(*found, strict=True)
-        return list(query), list(key), list(value)
+def _total(part: _Part) -> Array:
+    return part.held if part.answer is None else part.held + part.answer
 
-    def move_back(self, g_TBHC: Array) -> list[Array]:
-        """Those of values alone, the pattern held."""
-        every = enumerate(self.pattern_HTS)
-        return [_move_back(pattern_TS, g_TBHC[:, :, h]) for h, pattern_TS in every]
 
-    def _pull_one(self, g_TBC: Array, h: int) -> tuple[Array, Array, Array]:
-        query_TC, pattern_TS = self.query_THC[:, h], self.pattern_HTS[h]
-        group = h * self.key_SGC.shape[1] // self.query_THC.shape[1]
-        key_SC, value_SC = self.key_SGC[:, group], self.value_SGC[:, group]
-        weight_TBS = jnp.einsum("TBC,SC->TBS", g_TBC, value_SC)
+class _Heads(NamedTuple):
+    """Heads that share a key and value, and what they did; keys' own axis of 1 is J's.
+
+    Queries and keys are as scores are made of them, and as norms over their channels
+    found them, before they were turned.
+    """
+
+    output_DE: Array
+    query_TJC: Array
+    key_S1C: Array
+    value_S1C: Array
+    raw_query_TJC: Array
+    raw_key_S1C: Array
+    pattern_JTS: Array
+    slope_JTS: Array  # times the derivative of capped scores by products of the two
+
+    def gathered(self, g_TBD: Array) -> Array:
+        """Cotangents [T, B, J, C] of what heads gather, from those of what they add."""
+        g_TBE = jnp.einsum("TBD,DE->TBE", g_TBD, self.output_DE)
+        return g_TBE.reshape(*g_TBE.shape[:2], *self.query_TJC.shape[1:])
+
+    def scores(self, g_TBJC: Array) -> Array:
+        """Those of products of queries and keys, [T, B, J, S]."""
+        value_SC = self.value_S1C[:, 0]
+        weight_TBJS = jnp.einsum("TBJC,SC->TBJS", g_TBJC, value_SC)
         # A softmax passes on what differs from the mean under the pattern.
-        mean_TB = jnp.einsum("TBC,TC->TB", g_TBC, pattern_TS @ value_SC)
-        score_TBS = self.slope_HTS[h][:, None] * (weight_TBS - mean_TB[..., None])
-        return (
-            jnp.einsum("TBS,SC->TBC", score_TBS, key_SC),
-            jnp.einsum("TBS,TC->SBC", score_TBS, query_TC),
-            _move_back(pattern_TS, g_TBC),
-        )
+        mixed_TJC = jnp.einsum("JTS,SC->TJC", self.pattern_JTS, value_SC)
+        mean_TBJ = jnp.einsum("TBJC,TJC->TBJ", g_TBJC, mixed_TJC)
+        slope_T1JS = self.slope_JTS.swapaxes(0, 1)[:, None]
+        return slope_T1JS * (weight_TBJS - mean_TBJ[..., None])
 
+    def queries(self, score_TBJS: Array) -> Array:
+        """Those of queries, [T, B, J, C]."""
+        return jnp.einsum("TBJS,SC->TBJC", score_TBJS, self.key_S1C[:, 0])
 
-def _move_back(pattern_TS: Array, g_TBC: Array) -> Array:
-    return jnp.einsum("TS,TBC->SBC", pattern_TS, g_TBC)
+    def keys(self, score_TBJS: Array) -> Array:
+        """Those of keys, [S, B, 1, C]."""
+        return jnp.einsum("TBJS,TJC->SBC", score_TBJS, self.query_TJC)[:, :, None]
+
+    def values(self, g_TBJC: Array) -> Array:
+        """Those of values, [S, B, C]."""
+        return jnp.einsum("JTS,TBJC->SBC", self.pattern_JTS, g_TBJC)
 
 
 class _Layer(NamedTuple):
     """One layer of a `LiveAttention` at its first positions."""
 
     p: Block
-    read_XD: Array
-    output_DHC: Array
+    read_GXD: Array
+    output_GDE: Array
     resid_TD: Array
     cfg: LMConfig
     norms: bool
@@ -195,9 +209,9 @@ class _Layer(NamedTuple):
     @classmethod
     def of(cls, attention: LiveAttention, layer: Array, n_positions: int) -> _Layer:
         a = attention
-        every = a.blocks, a.read_LXD, a.output_LDHC, a.resid_LTD
-        p, read_XD, output_DHC, resid_TD = jax.tree.map(lambda x: x[layer], every)
-        return cls(p, read_XD, output_DHC, resid_TD[:n_positions], a.cfg, a.norms)
+        every = a.blocks, a.read_LGXD, a.output_LGDE, a.resid_LTD
+        p, read_GXD, output_GDE, resid_TD = jax.tree.map(lambda x: x[layer], every)
+        return cls(p, read_GXD, output_GDE, resid_TD[:n_positions], a.cfg, a.norms)
 
     @property
     def norm(self) -> Norm:
@@ -207,10 +221,14 @@ class _Layer(NamedTuple):
     def scale_T(self) -> Array:  # noqa: N802  an axis, as in the fields
         return layers.norm_scale(self.resid_TD, self.norm, eps=self.cfg.norm_eps)
 
-    def reads(self, parts: list[Array], read_XD: Array) -> Array:
-        """Heads' cotangents [T, B, X] as those of the stream, denominator held."""
-        heads_TBX = parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
-        read_TBD = jnp.einsum("TBX,XD->TBD", heads_TBX, read_XD)
+    @property
+    def normed_TD(self) -> Array:  # noqa: N802
+        return layers.normalise(self.resid_TD, self.scale_T, self.norm)
+
+    def read(self, heads_GTBX: Array, X: slice) -> Array:
+        """Cotangents of projections as those of the stream, denominator held."""
+        read_GXD = self.read_GXD[:, X]
+        read_TBD = jnp.einsum("GTBX,GXD->TBD", heads_GTBX, read_GXD)
         return read_TBD * self.scale_T[:, None, None]
 
     def live(self, read_TBD: Array) -> Array:
@@ -220,102 +238,78 @@ class _Layer(NamedTuple):
         unit_TD = layers.centre(self.resid_TD, self.norm) * self.scale_T[:, None]
         return layers.live_reads(read_TBD, unit_TD[:, None])
 
-    def pull_heads(self, g_TBD: Array) -> tuple[_Heads, _Heads | None]:
-        """Cotangents of what heads project, from those of what attention adds.
-
-        With the denominators held that the stream enters by values or in heads, and
-        what these add if live; None if they do not.
-        """
-        p, clean = self.p, self.clean()
-        # A norm after attention answers to everything. Its answer to what values bring
-        # is that of a denominator which they enter.
-        held_TBD, answer_TBD = self._past_post_norm(g_TBD, clean)
-        every_TBD = held_TBD if answer_TBD is None else held_TBD + answer_TBD
-        query, key, value = clean.pull(self._out_of_heads(every_TBD))
-        query_TBHC, query_answer = self._unturned(
-            jnp.stack(query, 2), layers.query_heads(p, clean.normed_TD), p.q_norm_LC
-        )
-        key_TBGC, key_answer = self._unturned(
-            self._grouped(key), layers.key_heads(p, clean.normed_TD), p.k_norm_LC
-        )
-        held = _Heads(query_TBHC, key_TBGC, self._grouped(value))
-        value_answer = None
-        if answer_TBD is not None:
-            value_answer = self._grouped(
-                clean.move_back(self._out_of_heads(answer_TBD))
-            )
-            held = held._replace(value_TBGC=held.value_TBGC - value_answer)
-        answers = query_answer, key_answer, value_answer
-        if all(answer is None for answer in answers):
-            return held, None
-        found = [
-            jnp.zeros_like(x) if answer is None else answer
-            for answer, x in zip(answers, held, strict=True)
-        ]
-        return held, _Heads(*found)
-
-    def pull_each(self, g_TBD: Array) -> tuple[list[Array], ...]:
-        """Cotangents [T, B, C] of each head's queries, keys and values."""
-        clean = self.clean()
-        held_TBD, answer_TBD = self._past_post_norm(g_TBD, clean)
-        every_TBD = held_TBD if answer_TBD is None else held_TBD + answer_TBD
-        return clean.pull(self._out_of_heads(every_TBD))
-
-    def clean(self) -> _Clean:
-        """What heads did."""
+    @property
+    def heads(self) -> _Heads:
+        """What heads did; every leaf has a leading G."""
         p, cfg = self.p, self.cfg
-        normed_TD = layers.normalise(self.resid_TD, self.scale_T, self.norm)
-        query_THC = layers.queries(p, normed_TD, cfg=cfg)
-        key_SGC = layers.keys(p, normed_TD, cfg=cfg)
+        query_THC = layers.queries(p, self.normed_TD, cfg=cfg)
+        key_SGC = layers.keys(p, self.normed_TD, cfg=cfg)
         score_HTS = layers.attention_scores(query_THC, key_SGC, cfg=cfg)
         pattern_HTS = layers.pattern_of(p, score_HTS, cfg=cfg)
         slope_HTS = pattern_HTS * cfg.score_scale
         if cfg.attn_cap is not None:
             slope_HTS *= 1 - jnp.square(jnp.tanh(score_HTS / cfg.attn_cap))
-        value_SGC = layers.values(p, normed_TD)
-        return _Clean(normed_TD, query_THC, key_SGC, value_SGC, pattern_HTS, slope_HTS)
+        projected = (
+            query_THC,
+            key_SGC,
+            layers.values(p, self.normed_TD),
+            layers.query_heads(p, self.normed_TD),
+            layers.key_heads(p, self.normed_TD),
+        )
+        G, J, T = cfg.n_kv_heads, cfg.n_queries_per_kv, len(self.resid_TD)
+        return _Heads(
+            self.output_GDE,
+            *(jnp.moveaxis(x.reshape(T, G, -1, cfg.d_head), 1, 0) for x in projected),
+            *(x.reshape(G, J, T, T) for x in (pattern_HTS, slope_HTS)),
+        )
 
-    def _out_of_heads(self, g_TBD: Array) -> Array:
-        """Cotangents of what heads gather, from those of what they write."""
-        return jnp.einsum("TBD,DHC->TBHC", g_TBD, self.output_DHC)
+    def pull(self, heads: _Heads, g: _Part) -> tuple[_Part, _Part, _Part]:
+        """Cotangents [T, B, X] of what heads project: queries, a key and a value.
 
-    def _grouped(self, heads: Sequence[Array]) -> Array:
-        """Of heads, summed over those that share a key and value, [T, B, G, C]."""
-        n = self.cfg.n_queries_per_kv
-        groups = [heads[i : i + n] for i in range(0, self.cfg.n_heads, n)]
-        return jnp.stack([functools.reduce(jnp.add, group) for group in groups], 2)
+        Args:
+          heads: of one group.
+          g: cotangents of what attention adds, past the norm after it.
+        """
+        # A norm after attention answers to everything. Its answer to what values bring
+        # is that of a denominator which they enter.
+        score_TBJS = heads.scores(heads.gathered(_total(g)))
+        raw = heads.raw_query_TJC, heads.raw_key_S1C
+        query = self._unturned(heads.queries(score_TBJS), raw[0], self.p.q_norm_LC)
+        key = self._unturned(heads.keys(score_TBJS), raw[1], self.p.k_norm_LC)
+        held, answer = (
+            None if x is None else heads.values(heads.gathered(x)) for x in g
+        )
+        assert held is not None
+        return query, key, _Part(held, answer)
 
-    def _past_post_norm(
-        self, g_TBD: Array, clean: _Clean
-    ) -> tuple[Array, Array | None]:
-        """Cotangents of what a norm after attention gets, and what it adds if live."""
+    def past_post_norm(self, g_TBD: Array) -> _Part:
+        """Cotangents of what a norm after attention gets, from those of its output."""
         if self.p.post_attn_LD is None:
-            return g_TBD, None
+            return _Part(g_TBD, None)
         norm = Norm(self.p.post_attn_LD)
-        moved_TD = layers.move(self.p, clean.pattern_HTS, clean.value_SGC, cfg=self.cfg)
+        pattern_HTS = layers.attention_pattern(self.p, self.normed_TD, cfg=self.cfg)
+        value_SGC = layers.values(self.p, self.normed_TD)
+        moved_TD = layers.move(self.p, pattern_HTS, value_SGC, cfg=self.cfg)
         scale_T = layers.norm_scale(moved_TD, norm, eps=self.cfg.norm_eps)
         g_TBD = g_TBD * (norm.gain[None] * scale_T[:, None])[:, None]
-        return g_TBD, self._answer(g_TBD, moved_TD * scale_T[:, None])
+        return self._answered(g_TBD, moved_TD * scale_T[:, None])
 
-    def _answer(self, read_TBX: Array, unit_TX: Array) -> Array | None:
-        """What a live denominator adds to reads; None where denominators are held."""
+    def _answered(self, read_TBX: Array, unit_TX: Array) -> _Part:
+        """What reads through a norm read, its denominator held, and what it adds."""
         if not self.norms:
-            return None
-        return layers.live_reads(read_TBX, unit_TX[:, None]) - read_TBX
+            return _Part(read_TBX, None)
+        live_TBX = layers.live_reads(read_TBX, unit_TX[:, None])
+        return _Part(read_TBX, live_TBX - read_TBX)
 
-    def _unturned(
-        self, g_TBHC: Array, heads_THC: Array, gain_C: Array | None
-    ) -> tuple[Array, Array | None]:
-        """Cotangents of queries or keys before they are turned and normalised.
-
-        Those with the norm's denominator held, and what it adds if it is live.
-        """
-        T, B, H, C = g_TBHC.shape
-        freq_J = layers.frequencies(self.p, self.cfg, g_TBHC.dtype)
-        turned = layers.rotate(g_TBHC.reshape(T, B * H, C), -freq_J)
-        g_TBHC = turned.reshape(T, B, H, C)
-        if gain_C is None:
-            return g_TBHC, None
-        scale_TH = layers.norm_scale(heads_THC, Norm(gain_C), eps=self.cfg.norm_eps)
-        g_TBHC = g_TBHC * (scale_TH[..., None] * gain_C[None, None])[:, None]
-        return g_TBHC, self._answer(g_TBHC, heads_THC * scale_TH[..., None])
+    def _unturned(self, g_TBJC: Array, raw_TJC: Array, gain_C: Array | None) -> _Part:
+        """Cotangents of queries or keys before they are turned and normalised."""
+        T, B, J, C = g_TBJC.shape
+        freq = layers.frequencies(self.p, self.cfg, g_TBJC.dtype)
+        g_TBX = layers.rotate(g_TBJC.reshape(T, B * J, C), -freq)
+        g_TBJC = g_TBX.reshape(T, B, J, C)
+        part = _Part(g_TBJC, None)
+        if gain_C is not None:
+            scale_TJ = layers.norm_scale(raw_TJC, Norm(gain_C), eps=self.cfg.norm_eps)
+            g_TBJC = g_TBJC * (scale_TJ[..., None] * gain_C[None, None])[:, None]
+            part = self._answered(g_TBJC, raw_TJC * scale_TJ[..., None])
+        return jax.tree.map(lambda x: x.reshape(T, B, J * C), part)
