@@ -125,10 +125,9 @@ class Nodes:
           side_YS: as many sides of each.
         """
 
-        def writes(first: int) -> Writes:
+        def writes(first: int, X: int) -> Writes:
             return self.columns.writes(column_U[first : first + X], X, 0)
 
-        X = self.at_once
         every_YSUC = self._push(writes, len(column_U), layer_Y, side_YS)
         with jax.default_matmul_precision("highest"):
             last_YS2C = _constants(self.clean, self.constant, layer_Y, side_YS)
@@ -139,10 +138,10 @@ class Nodes:
 
         Arguments as of `pushed`.
         """
-        T, X = self.columns.p.n_tokens, self.at_once
+        T = self.columns.p.n_tokens
         write_MPD = np.concatenate([self.puller.held.embed_TD[None], self.write_LTD])
 
-        def writes(first: int) -> Writes:
+        def writes(first: int, X: int) -> Writes:
             pos_B = np.arange(first, first + X)
             real_1B1 = (pos_B < T)[None, :, None]
             pos_B = np.minimum(pos_B, T - 1)
@@ -152,12 +151,13 @@ class Nodes:
 
     def _push(
         self,
-        writes: Callable[[int], Writes],
+        writes: Callable[[int, int], Writes],
         n: int,
         layer_Y: np.ndarray,
         side_YS: Sides,
     ) -> np.ndarray:
-        """Push n sources, so many at a time."""
+        """Push n sources; `writes` has so many from one on."""
+        X = min(self.at_once, bucket(n))
         slot_L = np.full(self.clean.cfg.n_layers, -1, np.int32)
         slot_L[layer_Y[::-1]] = np.arange(len(layer_Y))[::-1]  # the first counts
         end = np.int32(layer_Y.max() + 1)
@@ -165,9 +165,9 @@ class Nodes:
         def start(first: int) -> Array:
             up, clean = self.up, self.clean
             with jax.default_matmul_precision("highest"):
-                return _push(up, clean, writes(first), side_YS, slot_L, end)
+                return _push(up, clean, writes(first, X), side_YS, slot_L, end)
 
-        found = pipelined(range(0, n, self.at_once), start)
+        found = pipelined(range(0, n, X), start)
         none = np.zeros((*side_YS.weight_SP.shape[:2], 0, self.clean.cfg.d_head))
         parts = [none.astype(self.dtype), *(np.asarray(part) for _, part in found)]
         return np.concatenate(parts, axis=2)[:, :, :n]
