@@ -100,7 +100,7 @@ def main() -> None:
 
     import jaxclt
     from jaxclt.patching.change import Change, batched
-    from jaxclt.patching.patchable import How
+    from jaxclt.patching.how import How
     from jaxclt.patching.subject import Subject
 
     model = jaxclt.load_model(args.model)

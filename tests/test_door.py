@@ -265,7 +265,9 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
     assert status("--help") == 0
     said = capsys.readouterr().out
     assert set(BASE) == set(cli._COMMANDS)
-    assert all(f"• {name}" in said for name in BASE)
+    assert [line.split()[0] for line in said.splitlines() if line[2:3].strip()][2:] == [
+        *cli._COMMANDS
+    ]
 
 
 @pytest.mark.parametrize(

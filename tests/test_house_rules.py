@@ -51,6 +51,19 @@ def test_the_viewer_does_not_need_jax() -> None:
     assert run(code) == "[]"
 
 
+def test_the_front_door_is_light() -> None:
+    """A name imports its room when it is first used; one of a room's name does too."""
+    code = (
+        "import sys, jaxclt\n"
+        "light = not {'jax', 'numpy'} & set(sys.modules)\n"
+        "import jaxclt.global_weights.gather\n"
+        "names = [getattr(jaxclt, name) for name in jaxclt.__all__]\n"
+        "print(light, sorted(dir(jaxclt)) == sorted(jaxclt.__all__),\n"
+        "      any(isinstance(x, type(sys)) for x in names))"
+    )
+    assert run(code) == "True True False"
+
+
 def test_importing_starts_no_backend_and_no_tokenizer() -> None:
     """Reading a config or asking for help must not wait for a device."""
     code = (

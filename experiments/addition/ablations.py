@@ -22,7 +22,7 @@ from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.graph.agreement import spearman
 from jaxclt.io.model import Model
 from jaxclt.patching.change import Change, batched
-from jaxclt.patching.patchable import How
+from jaxclt.patching.how import How
 from jaxclt.validation.stats import mean_interval
 
 KINDS = ("virtual", "era", "twera")

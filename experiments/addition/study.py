@@ -24,7 +24,7 @@ from jaxclt.graph.targets import token_targets
 from jaxclt.io.model import Model
 from jaxclt.patching.change import Change, batched
 from jaxclt.patching.effects import clean_effect
-from jaxclt.patching.patchable import How, Mode
+from jaxclt.patching.how import How, Mode
 from jaxclt.patching.subject import Subject
 from jaxclt.replacement.model import replacement_logits
 from jaxclt.train.harvest import harvest

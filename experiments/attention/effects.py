@@ -36,7 +36,8 @@ from jaxclt.graph.yardstick import contrast_derivative, total_effect
 from jaxclt.io.model import Model
 from jaxclt.lm.run import Policy, readout, run
 from jaxclt.patching.finite import FINITE
-from jaxclt.patching.patchable import How, Patchable, hold_of
+from jaxclt.patching.how import How
+from jaxclt.patching.patchable import Patchable, hold_of
 from jaxclt.patching.subject import Subject
 from jaxclt.trace.prompt import trace_prompt
 from jaxclt.types import Block

@@ -39,9 +39,10 @@ from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.graph import Graph
 from jaxclt.patching.change import Change
 from jaxclt.patching.effects import Ask, measure_effect
+from jaxclt.patching.how import How
 from jaxclt.patching.local import Tables
 from jaxclt.patching.modes import patched
-from jaxclt.patching.patchable import How, Patchable
+from jaxclt.patching.patchable import Patchable
 from jaxclt.patching.subject import Subject
 from jaxclt.trace.prompt import trace_prompt
 from jaxclt.trace.target_text import read_targets

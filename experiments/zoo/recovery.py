@@ -43,9 +43,10 @@ from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import Run, embed, native_mlp, record, run, unembed
 from jaxclt.patching.change import Change, batched
 from jaxclt.patching.features import gather_features
+from jaxclt.patching.how import How, Part
 from jaxclt.patching.local import Tables, make_local
 from jaxclt.patching.modes import patched, underlying
-from jaxclt.patching.patchable import How, Part, Patchable, hold_of, make_patchable
+from jaxclt.patching.patchable import Patchable, hold_of, make_patchable
 from jaxclt.types import Held, LMParams, Recording, Supernode
 from jaxclt.validation.perturb import Perturbation, nudged
 

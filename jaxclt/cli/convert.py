@@ -48,10 +48,10 @@ class ConvertFlags:
 
 def run_convert(flags: ConvertFlags, run: Run) -> None:
     """Convert, and say what was written and what was lost."""
-    from jaxclt.io.convert import convert
+    from jaxclt.io.convert import convert_dictionary
 
     with run.progress("converting", "layers/s") as on_layer:
-        report = convert(
+        report = convert_dictionary(
             flags.source, flags.out, flags.to, lossy=flags.lossy, on_layer=on_layer
         )
     rows = {

@@ -66,7 +66,7 @@ def run_globals(flags: GlobalsFlags, run: Run) -> None:
     """Gather, rank, write, print."""
     from jaxclt.global_weights import circuit, gather, views
     from jaxclt.global_weights.files import load_statistics
-    from jaxclt.global_weights.statistics import merge
+    from jaxclt.global_weights.statistics import merge_coactivation
 
     heads = _heads(flags.heads)
     shard = _shard(flags.shard)
@@ -85,7 +85,7 @@ def run_globals(flags: GlobalsFlags, run: Run) -> None:
                     f"--merge {place}: its statistics are of another dictionary; give "
                     "the one it was made with"
                 )
-        statistics = merge(*(found for found, _ in parts))
+        statistics = merge_coactivation(*(found for found, _ in parts))
     else:
         with stages:
             statistics = gather.coactivation(

@@ -13,14 +13,16 @@ Results go to stdout, progress and logs to stderr. Exit status:
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
-import operator
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from importlib import resources
+from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.text import Text
 
 from jaxclt.cli.door import guarded
 from jaxclt.errors import InputError, did_you_mean
@@ -38,6 +40,11 @@ begin with
   jaxclt serve out         look at all your graphs in the browser
 
 all commands: jaxclt --help; the flags of one: jaxclt trace --help"""
+
+_HELP = """Circuit tracing in JAX: explain a prediction as a graph of features.
+
+jaxclt COMMAND ...; the flags of one: jaxclt COMMAND --help
+"""
 
 
 class _Command(NamedTuple):
@@ -128,20 +135,29 @@ def _start(name: str, flags: Any, say: Console) -> None:
 def _parts(name: str) -> tuple[type[Any], Any]:
     """The flags of a command, and what runs it."""
     module = importlib.import_module(f"jaxclt.cli.{name}")
-    return getattr(module, f"{name.title()}Flags"), getattr(module, f"run_{name}")
+    return getattr(module, _flags(name)), getattr(module, f"run_{name}")
+
+
+def _flags(name: str) -> str:
+    return f"{name.title()}Flags"
 
 
 def _show_help() -> None:
-    """All commands, a paragraph each."""
-    import tyro
+    """What each command does, in the words of its flags; no command is imported."""
+    from rich.table import Table
 
-    kinds: list[Any] = [
-        Annotated[_parts(name)[0], tyro.conf.subcommand(name)] for name in _COMMANDS
-    ]
-    tyro.cli(
-        functools.reduce(operator.or_, kinds),
-        args=["--help"],
-        prog="jaxclt",
-        description="Circuit tracing in JAX: explain a prediction as a feature graph.",
-        config=(tyro.conf.OmitSubcommandPrefixes,),
-    )
+    rows = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    for name in _COMMANDS:
+        rows.add_row(Text(name, style="bold"), Text(_does(name)))
+    console = Console(highlight=False)
+    console.print(_HELP, markup=False)
+    console.print(rows)
+
+
+def _does(name: str) -> str:
+    """The first paragraph of what a command says of itself."""
+    source = resources.files("jaxclt.cli").joinpath(f"{name}.py").read_text("utf-8")
+    kinds = (x for x in ast.parse(source).body if isinstance(x, ast.ClassDef))
+    said = next(ast.get_docstring(x) for x in kinds if x.name == _flags(name))
+    assert said is not None
+    return " ".join(said.partition("\n\n")[0].split())

@@ -17,10 +17,10 @@ from jaxclt.cli.progress import Run
 from jaxclt.cli.reopened import ReopenFlags
 from jaxclt.errors import InputError, check_at_least, check_finite, did_you_mean
 from jaxclt.io.tokenizer import Bos
-from jaxclt.patching.heads import Head
-from jaxclt.patching.patchable import Mode, Part
+from jaxclt.patching.how import Mode, Part
 
 if TYPE_CHECKING:
+    from jaxclt.patching.heads import Head
     from jaxclt.patching.patch import PatchResult
     from jaxclt.patching.subject import Reopened, Subject
     from jaxclt.types import Supernode
@@ -110,8 +110,8 @@ def run_patch(flags: PatchFlags, run: Run) -> None:
     heads = [parse_head(text) for text in flags.qk]
     from jaxclt.patching import patch as patching
     from jaxclt.patching.edits import Edit
+    from jaxclt.patching.how import How
     from jaxclt.patching.log import patch_record
-    from jaxclt.patching.patchable import How
     from jaxclt.patching.plan import plan_patch
     from jaxclt.patching.subject import Subject
 
@@ -311,6 +311,8 @@ def parse_head(text: str) -> Head:
     Raises:
       InputError: for any other text.
     """
+    from jaxclt.patching.heads import Head
+
     match = re.fullmatch(rf"L({_N})H({_N})(?::(query|key|both))?", text)
     if match is None:
         raise InputError(f"head {text!r}: write L9H3, L9H3:query or L9H3:key")

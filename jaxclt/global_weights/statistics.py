@@ -49,7 +49,7 @@ __all__ = [
     "encoders",
     "feature_sums",
     "fires",
-    "merge",
+    "merge_coactivation",
     "pair_sums",
     "sums_of",
     "token_sums",
@@ -110,7 +110,7 @@ class Coactivation:
         return isinstance(self.sums["both"][-1], csr_array)
 
 
-def merge(first: Coactivation, *others: Coactivation) -> Coactivation:
+def merge_coactivation(first: Coactivation, *others: Coactivation) -> Coactivation:
     """Statistics of several streams of text as if they were one.
 
     Raises:

@@ -28,17 +28,17 @@ __all__ = ["solve_total_effect"]
 def solve_total_effect(
     graph: Graph,
     *,
-    weight_XK: np.ndarray | None = None,
+    direct_XA: np.ndarray | None = None,
     edge_RN: np.ndarray | None = None,
     block: int = BLOCK,
 ) -> np.ndarray:
-    """Signed total effect of every feature on every target, [K, A].
+    """Signed total effect of every feature on every target, [K, A] (or [X, A]).
 
     Solves ``y (diag(value) - A_ff) = A_kf`` by blocks; the effect is y times value.
 
     Args:
       graph: attributed.
-      weight_XK: weighted sums of targets to take instead, [X, A].
+      direct_XA: rows of something else to take effects on, in the place of targets.
       edge_RN: other edges of the same nodes, such as those by response.
       block: features substituted at a time.
     """
@@ -46,9 +46,8 @@ def solve_total_effect(
     A, dtype = graph.n_features, edge_RN.dtype
     value_A = graph.value_A.astype(dtype)
     safe_A = np.where(value_A == 0, 1, value_A).astype(dtype)
-    direct_KA = edge_RN[graph.target_rows, :A].copy()
-    if weight_XK is not None:
-        direct_KA = weight_XK.astype(dtype) @ direct_KA
+    given = edge_RN[graph.target_rows, :A] if direct_XA is None else direct_XA
+    direct_KA = np.array(given, dtype)
     unit_KA = np.empty_like(direct_KA)  # effect over value
     for rows, below_BX, _ in row_blocks(edge_RN, A, block=block, signed=True):
         n = rows.stop - rows.start

@@ -39,12 +39,13 @@ def total_effect(graph: Graph, *, response: bool = False) -> np.ndarray:
       graph: attributed.
       response: by response, which the graph must have, instead of by value.
     """
-    edge_RN = None
+    edge_RN = graph.edge_RN
     if response:
         assert graph.response is not None
         edge_RN = graph.response.edge_RN
-    weight_1K = contrast(graph).weight_K[None]
-    found_1A = solve_total_effect(graph, weight_XK=weight_1K, edge_RN=edge_RN)
+    weight_1K = contrast(graph).weight_K[None].astype(edge_RN.dtype)
+    direct_1A = weight_1K @ edge_RN[graph.target_rows, graph.feature_cols]
+    found_1A = solve_total_effect(graph, direct_XA=direct_1A, edge_RN=edge_RN)
     return found_1A[0].astype(np.float64)
 
 

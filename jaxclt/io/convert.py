@@ -15,10 +15,10 @@ from jaxclt.io.formats.targets import TARGETS
 from jaxclt.io.formats.write import About, losses, write_files
 from jaxclt.runs.lock import held
 
-__all__ = ["convert"]
+__all__ = ["convert_dictionary"]
 
 
-def convert(
+def convert_dictionary(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     to: str,

@@ -18,9 +18,10 @@ from jax import Array
 from jaxclt.patching.change import Change
 from jaxclt.patching.effects import Ask, Effect, measure_effect
 from jaxclt.patching.heads import Heads, in_heads
+from jaxclt.patching.how import How, Mode
 from jaxclt.patching.local import Tables
 from jaxclt.patching.modes import needed, patched
-from jaxclt.patching.patchable import How, Mode, Patchable
+from jaxclt.patching.patchable import Patchable
 
 __all__ = ["chunk_size", "default_range", "in_chunks", "patch_chunk"]
 

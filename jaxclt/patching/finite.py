@@ -18,7 +18,7 @@ import numpy as np
 from jaxclt.errors import InputError
 from jaxclt.patching.change import Change, batched
 from jaxclt.patching.effects import clean_effect, diverged
-from jaxclt.patching.patchable import How, Part
+from jaxclt.patching.how import How, Part
 from jaxclt.patching.subject import Subject
 
 __all__ = ["FINITE", "FiniteEffects", "finite_effects"]

@@ -24,8 +24,9 @@ from jaxclt.errors import InputError, check_choice
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import Policy, Run, run
 from jaxclt.patching.change import Change
+from jaxclt.patching.how import How
 from jaxclt.patching.modes import pending, underlying
-from jaxclt.patching.patchable import How, Patchable, hold_of, read
+from jaxclt.patching.patchable import Patchable, hold_of, read
 from jaxclt.types import Added, Block
 
 __all__ = ["Head", "Heads", "Side", "choose_heads", "in_heads"]

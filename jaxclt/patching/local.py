@@ -17,7 +17,8 @@ from jax import Array
 from jaxclt.clt.active import Active
 from jaxclt.clt.coder import Dictionary, Encoded, load
 from jaxclt.patching.change import Change
-from jaxclt.patching.patchable import Part, Patchable, read
+from jaxclt.patching.how import Part
+from jaxclt.patching.patchable import Patchable, read
 from jaxclt.types import Block
 
 __all__ = ["Local", "Tables", "encode", "make_local"]

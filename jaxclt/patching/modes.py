@@ -36,8 +36,9 @@ from jaxclt.lm import layers
 from jaxclt.lm.run import Policy, Run, run
 from jaxclt.patching.change import Change
 from jaxclt.patching.features import activation
+from jaxclt.patching.how import How
 from jaxclt.patching.local import Tables, encode
-from jaxclt.patching.patchable import How, Patchable, hold_of, read
+from jaxclt.patching.patchable import Patchable, hold_of, read
 from jaxclt.types import Block, Held
 
 __all__ = [

@@ -24,7 +24,7 @@ from jaxclt.patching.edits import Edit
 from jaxclt.patching.effects import Effect, clean_effect, diverged, nats
 from jaxclt.patching.generate import continue_prompt, rivals
 from jaxclt.patching.heads import Head, Side, choose_heads
-from jaxclt.patching.patchable import How
+from jaxclt.patching.how import How
 from jaxclt.patching.plan import Patch, plan_patch
 from jaxclt.patching.subject import Subject
 from jaxclt.text.prompts import Prompt

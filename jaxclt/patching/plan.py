@@ -11,7 +11,7 @@ from jaxclt.patching.change import Change
 from jaxclt.patching.edits import Edit
 from jaxclt.patching.effects import Ask, Effect
 from jaxclt.patching.heads import Head, choose_heads
-from jaxclt.patching.patchable import How
+from jaxclt.patching.how import How
 from jaxclt.patching.subject import Subject
 
 __all__ = ["DOUBLE", "Patch", "plan_patch"]

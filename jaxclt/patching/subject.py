@@ -36,7 +36,7 @@ from jaxclt.graph.targets import salient_targets
 from jaxclt.io.dictionary import load_dictionary
 from jaxclt.io.graph_file import load_graph
 from jaxclt.io.model import Model, load_model
-from jaxclt.lm.run import Run
+from jaxclt.lm.run import Run, unembed
 from jaxclt.patching.batch import (
     chunk_size,
     default_range,
@@ -48,9 +48,10 @@ from jaxclt.patching.edits import Edit, acting, expand_edits
 from jaxclt.patching.effects import Ask, Effect
 from jaxclt.patching.features import Features, gather_features
 from jaxclt.patching.heads import Heads
+from jaxclt.patching.how import How, Mode
 from jaxclt.patching.local import Local, Tables, make_local
 from jaxclt.patching.modes import patched
-from jaxclt.patching.patchable import How, Mode, Patchable, make_patchable
+from jaxclt.patching.patchable import Patchable, make_patchable
 from jaxclt.text.prompts import Prompt
 from jaxclt.trace.record import prompt_tokens, record_again, record_text, same_hash
 from jaxclt.types import Supernode
@@ -226,6 +227,12 @@ class Subject:
         with jax.default_matmul_precision("highest"):
             token_K = np.asarray(salient_targets(self.model.params, out_D).token_K)
         return token_K, self.model.tokenizer.token_strings(token_K.tolist())
+
+    def next_logits(self) -> np.ndarray:
+        """Logits of the next token, [V], of the clean run."""
+        out_D = self.patchable.recording.out_TD[-1]
+        with jax.default_matmul_precision("highest"):
+            return np.array(unembed(self.model.params, out_D))
 
     @property
     def n_tokens(self) -> int:

@@ -13,10 +13,10 @@ from typing import Any, get_args
 
 from jaxclt.files.json_file import TEXT, check_json, json_schema, record
 from jaxclt.patching.edits import Edit
+from jaxclt.patching.how import How, Part
 from jaxclt.patching.log import keep_patch, patch_record
 from jaxclt.patching.modes import MODES
 from jaxclt.patching.patch import measure
-from jaxclt.patching.patchable import How, Part
 from jaxclt.patching.plan import plan_patch
 from jaxclt.patching.subject import Subject, reopen
 from jaxclt.types import Supernode

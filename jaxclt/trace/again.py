@@ -36,7 +36,7 @@ from jaxclt.graph.targets import token_targets
 from jaxclt.io.model import Model
 from jaxclt.trace.record import recorded
 
-__all__ = ["edge_parts_with_model", "inhibition", "target_row"]
+__all__ = ["edge_parts_with_model", "inhibition", "target_row", "token_edges"]
 
 
 def edge_parts_with_model(
@@ -101,11 +101,41 @@ def target_row(graph: Graph, k: int, p: Recorded) -> RowTargets:
     Raises:
       InputError: for a direction, which no file holds.
     """
-    pos = int(graph.target_pos_K[k])
-    chosen = token_targets(p.params, p.recording.out_TD[pos], _token(graph, k))
+    return _logit_rows(p, int(graph.target_pos_K[k]), _token(graph, k))
+
+
+def token_edges(
+    graph: Graph, token_X: np.ndarray, *, model: Model, dictionary: Dictionary
+) -> np.ndarray:
+    """Edges of all nodes to the logits of tokens that are no targets, [X, N].
+
+    At the last position, as rows of the graph would have them.
+
+    Args:
+      graph: traced.
+      token_X: tokens, int32.
+      model: it was traced with.
+      dictionary: it was traced with.
+    """
+    with jax.default_matmul_precision("highest"):
+        p = recorded(graph, model, dictionary)
+        p = dataclasses.replace(p, active=graph_active(graph, p.active))
+        rows = _logit_rows(p, graph.n_tokens - 1, jnp.asarray(token_X))
+        edge_XN = np.zeros(
+            (len(token_X), Columns(p).layout.n_columns), rows.read_RD.dtype
+        )
+        plan = Plan(band_end=(len(p.recording.token_T),), capacities=(1,))
+        edge_rows(make_puller(p, plan=plan, mesh=None), rows, edge_XN)
+    return edge_XN
+
+
+def _logit_rows(p: Recorded, pos: int, token_X: Array) -> RowTargets:
+    """What the logits of tokens at a position read."""
+    chosen = token_targets(p.params, p.recording.out_TD[pos], token_X)
+    layer_R = np.full(len(token_X), p.cfg.n_layers, np.int32)
     return RowTargets(
-        layer_R=np.array([graph.n_layers], np.int32),
-        pos_R=np.array([pos], np.int32),
+        layer_R=layer_R,
+        pos_R=np.full_like(layer_R, pos),
         read_RD=target_reads(p.params, p.recording, chosen.vec_KD, pos),
     )
 

@@ -36,6 +36,7 @@ class ValidateOptions:
     n_layers: int = 8  # perturbed layers
     n_perturbed: int = 3  # perturbations of a kind and layer
     size: float = 0.1  # of a perturbation, share of the feature's activation
+    foil: int | None = None  # token that the answer is compared with
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxclt.patching.change import Change, batched
-from jaxclt.patching.patchable import How
+from jaxclt.patching.how import How
 from jaxclt.patching.subject import Subject
 from jaxclt.validation.perturb import Perturbation, nudged, perturb_many, upstream
 

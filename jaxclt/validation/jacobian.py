@@ -19,8 +19,9 @@ import jax
 from jax import Array
 
 from jaxclt.lm import layers
+from jaxclt.patching.how import How
 from jaxclt.patching.local import Tables, encode
-from jaxclt.patching.patchable import How, Patchable, read
+from jaxclt.patching.patchable import Patchable, read
 from jaxclt.validation.perturb import Agreement, compare
 
 __all__ = ["jacobian_agreement"]

@@ -51,11 +51,11 @@ def patterns_live(bench: Bench) -> dict[str, Any]:
     full, small = (bench.patch(single, LIVE, factor=x) for x in (0.0, factor))
     finite = bench.patch(single, FINITE, everywhere=True)
     weight_K = bench.subject.contrast_K
-    every = {**_first_order(bench), "value": bench.effect_KA}
+    every = {**_first_order(bench), "value": bench.effect_KA[: len(weight_K)]}
     said = {name: -(weight_K @ effect_KA)[node_B] for name, effect_KA in every.items()}
 
     def agreed(predicted_B: np.ndarray, done: Ablated) -> dict[str, Any]:
-        measured_B = done.change_BK @ weight_K
+        measured_B = bench.measure(done.change_BK, "targets") @ weight_K
         fine_B = done.fine_B & np.isfinite(predicted_B)
         later_B = fine_B & (bench.graph.pos_A[node_B] > 0)
         found, later = (
@@ -64,7 +64,8 @@ def patterns_live(bench: Bench) -> dict[str, Any]:
         )
         return {**found, "after_first": later}
 
-    finite_B = np.where(finite.fine_B, finite.change_BK @ weight_K, np.nan)
+    finite_B = bench.measure(finite.change_BK, "targets") @ weight_K
+    finite_B = np.where(finite.fine_B, finite_B, np.nan)
     ablated = {
         x: agreed(said_B, full) for x, said_B in {"finite": finite_B, **said}.items()
     }

@@ -13,7 +13,7 @@ import numpy as np
 from jaxclt.files.json_text import rounded
 from jaxclt.graph.agreement import pearson, sign_agreement, slope, spearman
 from jaxclt.patching.effects import nats
-from jaxclt.patching.patchable import How, Mode
+from jaxclt.patching.how import How, Mode
 from jaxclt.validation.ablations import Ablated, Bench
 from jaxclt.validation.predictions import (
     direct_effect,
@@ -73,7 +73,7 @@ def total_effects(bench: Bench) -> tuple[dict[str, Any], dict[str, Any], Ablated
     inside = bench.patch(bench.single.where(few), exact, everywhere=True)
     out["replacement"] = _correlations(
         _predicted(bench, inside, bench.choice.node_B[few]),
-        inside.change_BK[inside.fine_B],
+        _measured(bench, inside),
         bench.key,
     )
     return out, scatter, done["constrained"]
@@ -81,7 +81,12 @@ def total_effects(bench: Bench) -> tuple[dict[str, Any], dict[str, Any], Ablated
 
 def _predicted(bench: Bench, done: Ablated, node_B: np.ndarray) -> np.ndarray:
     """Change of the targets by ablation, of the patches that have an answer."""
-    return -bench.effect_KA[:, node_B[done.fine_B]].T.astype(np.float64)
+    effect_BK = bench.effect_KA[:, node_B[done.fine_B]].T.astype(np.float64)
+    return -bench.measure(effect_BK, "targets")
+
+
+def _measured(bench: Bench, done: Ablated) -> np.ndarray:
+    return bench.measure(done.change_BK[done.fine_B], "targets")
 
 
 def _in_mode(
@@ -90,7 +95,7 @@ def _in_mode(
     choice, options, how = bench.choice, bench.options, How(mode=mode)
     watch = mode == "constrained"
     done = bench.patch(bench.single, how, watch=watch)
-    control_B, measured_BK = choice.control_B[done.fine_B], done.change_BK[done.fine_B]
+    control_B, measured_BK = choice.control_B[done.fine_B], _measured(bench, done)
     predicted_BK, top = _predicted(bench, done, choice.node_B), ~control_B
     out = _correlations(predicted_BK, measured_BK, bench.key)
     for name, mine in (("top", top), ("random", control_B)):
@@ -101,7 +106,7 @@ def _in_mode(
     little = bench.patch(bench.single.where(at), how, factor=options.small, watch=watch)
     out["small"] = _correlations(
         (1 - options.small) * _predicted(bench, little, choice.node_B[at]),
-        little.change_BK[little.fine_B],
+        _measured(bench, little),
         bench.key,
     )
     points = {
@@ -180,8 +185,8 @@ def supernodes(bench: Bench) -> dict[str, Any]:
         }
         for i, (name, group) in enumerate(groups)
     ]
-    fine = done.fine_B
-    rank = rounded(spearman(predicted_GK[fine], done.change_BK[fine]))
+    fine, measured_GK = done.fine_B, _measured(bench, done)
+    rank = rounded(spearman(predicted_GK[fine], measured_GK))
     return {"spearman": rank, "n": int(fine.sum()), "groups": rows} | left_out
 
 

@@ -18,9 +18,10 @@ from jax import Array
 
 from jaxclt.patching.change import Change
 from jaxclt.patching.finite import FINITE
+from jaxclt.patching.how import How
 from jaxclt.patching.local import Tables
 from jaxclt.patching.modes import patched
-from jaxclt.patching.patchable import How, Patchable
+from jaxclt.patching.patchable import Patchable
 
 __all__ = ["LIVE", "Moved", "moved_patterns"]
 

@@ -23,9 +23,10 @@ from jax import Array
 from jaxclt.lm.run import Run
 from jaxclt.patching.batch import in_chunks
 from jaxclt.patching.change import Change
+from jaxclt.patching.how import How
 from jaxclt.patching.local import Tables
 from jaxclt.patching.modes import Needed, Nudge, needed, patched, underlying
-from jaxclt.patching.patchable import How, Patchable, hold_of
+from jaxclt.patching.patchable import Patchable, hold_of
 
 __all__ = ["Agreement", "Perturbation", "agreement", "compare", "perturb_many"]
 

@@ -34,8 +34,10 @@ from jaxclt.validation import live, measures, plots
 from jaxclt.validation.ablations import Bench, Counter
 from jaxclt.validation.choice import Choice, ValidateOptions, choose
 from jaxclt.validation.faithfulness import VARIANTS, faithfulness
+from jaxclt.validation.held_live import held_and_live
 from jaxclt.validation.jacobian import jacobian_agreement
-from jaxclt.validation.words import markdown, verdict
+from jaxclt.validation.rules import verdict
+from jaxclt.validation.words import markdown
 
 __all__ = ["ValidateOptions", "validate_graph", "write_validation"]
 
@@ -84,6 +86,7 @@ def validate_graph(
         "options": dataclasses.asdict(options),
         "n_top": int((~choice.control_B).sum()),
         "n_random": int(choice.control_B.sum()),
+        **held_and_live(bench, ablated),
         "total_effect": effects,
         "influence_vs_kl": influence,
         "patterns_live": live.patterns_live(bench),
@@ -103,7 +106,7 @@ def validate_graph(
     report["jacobian"] = _jacobian(subject, key)
     report["complete_replacement"] = subject.local.complete
     report["_scatter"], report["_ranks"] = scatter, ranks
-    report["verdict"] = verdict(report)
+    report["levels"], report["verdict"] = verdict(report)
     return report
 
 
@@ -130,6 +133,7 @@ def _planned(subject: Subject, options: ValidateOptions, choice: Choice) -> int:
     B, small = len(choice.node_B), len(choice.small(options.n_small))
     n_modes = len(measures.MODES) - (subject.patchable.coder.shape.span == 1)
     n = n_modes * (B + small) + min(options.n_replacement, B) + len(choice.groups)
+    n += 2 * B  # ablations with norms held, and in the local replacement model
     n += live.n_live_patches(subject, options, choice)
     return n + 6 * options.n_layers * options.n_perturbed
 

@@ -9,10 +9,9 @@ import numpy as np
 
 from jaxclt.errors import on_one_line
 from jaxclt.graph.nodes import quoted
+from jaxclt.validation.say import BY, next_layer, percent, show, with_interval
 
-__all__ = ["left_out", "markdown", "verdict"]
-
-GOOD, FAIR = 0.7, 0.4  # rank correlations; the paper's pairwise one is 0.72
+__all__ = ["left_out", "markdown"]
 
 # By whether the dictionary writes to one layer only.
 ADDITIVE = {
@@ -21,44 +20,10 @@ ADDITIVE = {
     False: "The dictionary writes to several layers: additive patching counts its "
     "effects twice and is shown for comparison with other tools only.",
 }
-# Who predicts what features do where patterns are live.
-BY = {
-    "response": "the graph's total effects by response",
-    "derivative": "the model's own derivative",
-    "finite": "the local replacement model (attention and norms live, gates held)",
-    "value": "the graph's total effects by value",
-}
 INCOMPLETE = (
     "The replacement model re-encoded the features that are active somewhere on the "
     "prompt (for neurons: the kept ones), not the whole dictionary."
 )
-
-
-def _grade(x: float | None) -> str:
-    if x is None:
-        return "could not be measured"
-    return "good" if x >= GOOD else "moderate" if x >= FAIR else "poor"
-
-
-def _show(x: float | None, digits: int = 2) -> str:
-    return "-" if x is None else f"{x:.{digits}f}"
-
-
-def _percent(x: float | None) -> str:
-    return "-" if x is None else f"{x:.0%}"
-
-
-def _with_interval(found: dict[str, Any]) -> str:
-    low, high = found.get("interval", [None, None])
-    return f"{_show(found['spearman'])} [{_show(low)}, {_show(high)}]"
-
-
-def _next_layer(found: dict[str, Any], layers: list[int], name: str) -> float | None:
-    """Mean one layer after the perturbation."""
-    rows = zip(found[name], layers, strict=True)
-    values = [v for row, layer in rows for v in row[layer + 1 : layer + 2]]
-    kept = [v for v in values if v is not None]
-    return float(np.mean(kept)) if kept else None
 
 
 def _reach(found: dict[str, Any], layers: list[int], least: float = 0.5) -> str:
@@ -72,66 +37,12 @@ def _reach(found: dict[str, Any], layers: list[int], least: float = 0.5) -> str:
     return f"{np.mean(reach):.1f}" if reach else "-"
 
 
-def verdict(report: dict[str, Any]) -> str:
-    """A few sentences for the end of a trace."""
-    best, influence = report["total_effect"]["constrained"], report["influence_vs_kl"]
-    score, pair = influence["influence"], report["pairwise"]["spearman"]
-    beaten = [x for x in ("activation", "direct") if (influence[x] or 0) > (score or 0)]
-    spread = report["faithfulness"]["encoder"]
-    near = _next_layer(spread, report["faithfulness_layers"], "cosine")
-    parts = [
-        "Ablations by constrained patching rank as the graph's signed total effects "
-        f"say with Spearman {_with_interval(best)} ({_grade(best['spearman'])}); "
-        f"among the {report['n_top']} most influential features "
-        f"{_show(best['top']['spearman'])}, and the sign of the larger effects is "
-        f"right for {_percent(best['sign_agreement'])}.",
-        _live_in_short(report["patterns_live"]),
-        f"Influence ranks how much an ablation matters with Spearman {_show(score)}"
-        + (
-            f", less than {' and '.join(beaten)}: do not rank features by influence "
-            "alone here."
-            if beaten
-            else f" (activation {_show(influence['activation'])}, direct edge "
-            f"{_show(influence['direct'])})."
-        ),
-        f"Influence between features is a {_grade(pair)} guide to what moves what "
-        f"(Spearman {_show(pair)}; the paper reports 0.72)."
-        if pair is not None
-        else "Influence between features could not be compared.",
-        "A perturbation keeps its direction one layer on with cosine "
-        f"{_show(near)} (the paper reports about 0.8).",
-    ]
-    if lost := report["diverged"]:
-        parts.append(
-            f"{lost} of {report['patches']} patches diverged (their numbers left the "
-            "range that can be held); they are counted here and ranked nowhere."
-        )
-    return " ".join(parts)
-
-
-def _live_in_short(found: dict[str, Any]) -> str:
-    """What holds in the model when attention answers too."""
-    small, full, start = found.get("small"), found["full"], ""
-    if small is not None:
-        start = (
-            f"small changes follow {BY[small['predicted_by']]} with Spearman "
-            f"{_with_interval(small)}, "
-        )
-    others = (
-        f"{BY[name]} {_show(full[name]['spearman'])}" for name in BY if name in full
-    )
-    return (
-        f"In the model, patterns live, {start}ablations follow {BY['finite']} with "
-        f"{_with_interval(full)} ({'; '.join(others)})."
-    )
-
-
 def markdown(report: dict[str, Any]) -> str:
     """The whole of validation.md."""
     prompt = str(report["prompt"]).replace("`", "'").replace("\n", " ")
     head = f"Prompt: `{prompt}`. Dictionary: `{report['dictionary']}`."
     lines = ["# Validation", "", head, "", report["verdict"], ""]
-    for section in (_effects, _live, _influence, _groups, _faithful, _fails, _method):
+    for section in SECTIONS:
         lines += section(report)
     return "\n".join(lines) + "\n"
 
@@ -144,29 +55,75 @@ def _table(head: str, rows: Iterable[Iterable[Any]]) -> list[str]:
     return [lines[0], "|" + "---|" * len(names), *lines[1:], ""]
 
 
+def _held_and_live(report: dict[str, Any]) -> list[str]:
+    rows = []
+    for kind, said in (("held", "norms held"), ("live", "norms live")):
+        found = report[kind]
+        by = found["predicted_by"]
+        rows.append((said, BY[by], *_numbers(found)))
+        rows += [
+            (said, f"the same, {name} only", *_numbers(found[name]))
+            for name in ("top", "random")
+        ]
+        rows += [
+            (said, BY[name], *_numbers(found[name]))
+            for name in BY
+            if name != by and name in found
+        ]
+    if apart := report.get("first_position"):
+        where = f"positions {', '.join(map(str, apart['positions']))}"
+        rows += [
+            (said, where, *_numbers(apart[kind]))
+            for kind, said in (("held", "norms held"), ("live", "norms live"))
+        ]
+    head = "measured|predicted by|Spearman [95%]|Pearson|sign|slope|within 2|n"
+    what = "the graph's targets"
+    if report["held"]["on"] == "contrast":
+        what = str(report["contrast"]).replace("|", "/").replace("\n", " ")
+    return [
+        "## Predicted and measured, like with like",
+        "",
+        f"Effects of ablating single features on {what}; without features at massive "
+        "positions, which have rows of their own.",
+        "",
+        *_table(head, rows),
+    ]
+
+
+def _numbers(found: dict[str, Any]) -> tuple[Any, ...]:
+    return (
+        with_interval(found),
+        show(found["pearson"]),
+        percent(found["sign"]),
+        show(found["slope"]),
+        percent(found["within_2"]),
+        found["n"],
+    )
+
+
 def _effects(report: dict[str, Any]) -> list[str]:
     effect = report["total_effect"]
     rows = (
         (
             mode,
-            _with_interval(e),
-            _show(e["pearson"]),
-            _show(e["top"]["spearman"]),
-            _show(e["random"]["spearman"]),
-            _with_interval(e["small"]),
-            _percent(e["sign_agreement"]),
-            _show(e["slope"]),
+            with_interval(e),
+            show(e["pearson"]),
+            show(e["top"]["spearman"]),
+            show(e["random"]["spearman"]),
+            with_interval(e["small"]),
+            percent(e["sign_agreement"]),
+            show(e["slope"]),
         )
         for mode in ("constrained", "iterative", "additive")
         for e in [effect[mode]]
     )
     head = "patch|Spearman [95%]|Pearson|top|random|small patch|sign|slope"
     return [
-        "## Predicted and measured effect on the targets",
+        "## Total effects on the targets, by mode",
         "",
         *_table(head, rows),
         "Against the local replacement model that the graph describes, Pearson "
-        f"{_show(effect['replacement']['pearson'], 4)} (1 if every active feature is "
+        f"{show(effect['replacement']['pearson'], 4)} (1 if every active feature is "
         "a node).",
         "",
         "![effects](validation_effects.png)",
@@ -188,10 +145,10 @@ def _live(report: dict[str, Any]) -> list[str]:
             (
                 said,
                 BY[name],
-                _with_interval(one),
-                _percent(one["sign"]),
-                _show(one["slope"]),
-                _show(one["after_first"]["spearman"]),
+                with_interval(one),
+                percent(one["sign"]),
+                show(one["slope"]),
+                show(one["after_first"]["spearman"]),
             )
             for name, one in [(line["predicted_by"], line), *others]
         ]
@@ -213,8 +170,8 @@ def _moved(patterns: dict[str, Any] | None) -> list[str]:
     if patterns is None:
         return ["The patterns are too large to compare.", ""]
     small, full = (
-        f"Spearman {_with_interval(one)} over the cells that move most, cosine "
-        f"{_show(one['cosine'])} over all"
+        f"Spearman {with_interval(one)} over the cells that move most, cosine "
+        f"{show(one['cosine'])} over all"
         for one in (patterns["small"], patterns["full"])
     )
     return [
@@ -230,11 +187,11 @@ def _influence(report: dict[str, Any]) -> list[str]:
         "## Influence",
         "",
         f"Spearman with the KL divergence of ablating a feature ({found['n']} "
-        f"features): influence {_show(found['influence'])}, activation "
-        f"{_show(found['activation'])}, direct edge {_show(found['direct'])}.",
+        f"features): influence {show(found['influence'])}, activation "
+        f"{show(found['activation'])}, direct edge {show(found['direct'])}.",
         "",
         f"Influence between features and the relative change of the downstream "
-        f"activation, {pair['n']} pairs: {_with_interval(pair)}.",
+        f"activation, {pair['n']} pairs: {with_interval(pair)}.",
         "",
         "![influence](validation_influence.png)",
         "",
@@ -249,7 +206,7 @@ def _groups(report: dict[str, Any]) -> list[str]:
         (
             str(g["name"]).replace("|", "/").replace("\n", " "),
             g["members"],
-            *(_show(g[k], 3) for k in ("predicted", "measured", "kl")),
+            *(show(g[k], 3) for k in ("predicted", "measured", "kl")),
         )
         for g in found["groups"]
     )
@@ -278,8 +235,8 @@ def _faithful(report: dict[str, Any]) -> list[str]:
         (
             name,
             live or "frozen",
-            _show(_next_layer(found, layers, "cosine")),
-            _show(_next_layer(found, layers, "nmse")),
+            show(next_layer(found, layers, "cosine")),
+            show(next_layer(found, layers, "nmse")),
             _reach(found, layers),
         )
         for kind, found in report["faithfulness"].items()
@@ -310,25 +267,13 @@ def _jacobian(report: dict[str, Any]) -> Iterable[tuple[str, ...]]:
 
 
 def _fails(report: dict[str, Any]) -> list[str]:
-    lines, found = ["## Where it fails", ""], report["total_effect"]["constrained"]
-    slope, random = found["slope"], found["random"]["spearman"]
-    if slope is not None and not 0.5 <= slope <= 2:
-        why = ": later layers compensate, or paths that the graph counts are not there."
-        lines.append(
-            f"- The model moves {slope:.2f} times as far as predicted"
-            + (why if slope < 0.5 else ".")
-        )
-    if random is not None and random < FAIR:
-        lines.append(
-            f"- Effects of random features are ranked badly ({random:.2f}): do not "
-            "read meaning into weak nodes."
-        )
-    lines.append("- Influential features whose ablation surprises most:")
+    lines = ["## Where it fails", ""]
+    lines.append("Influential features whose ablation surprises most:\n")
     return (
         lines
         + [
-            f"  - layer {f['layer']}, position {f['pos']}, feature {f['feature']}: "
-            f"predicted {_show(f['predicted'], 3)}, measured {_show(f['measured'], 3)}"
+            f"- layer {f['layer']}, position {f['pos']}, feature {f['feature']}: "
+            f"predicted {show(f['predicted'], 3)}, measured {show(f['measured'], 3)}"
             for f in report["failures"]
         ]
         + [""]
@@ -348,3 +293,7 @@ def _method(report: dict[str, Any]) -> list[str]:
         f"features. Perturbations are {o['size']:.0%} of the feature's activation, "
         f"{o['n_perturbed']} of each kind per layer, never at the first position.",
     ]
+
+
+SECTIONS = (_held_and_live, _effects, _live, _influence, _groups)
+SECTIONS += (_faithful, _fails, _method)

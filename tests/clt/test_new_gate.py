@@ -16,7 +16,7 @@ import jaxclt
 from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.gates import GATES, Gate, find_gate
 from jaxclt.errors import InputError
-from jaxclt.io.convert import convert
+from jaxclt.io.convert import convert_dictionary
 from jaxclt.io.dictionary import load_params, save_dictionary
 from jaxclt.io.formats.targets import TARGETS
 from jaxclt.testing.random_clt import random_clt
@@ -85,7 +85,7 @@ def test_a_format_that_cannot_say_it_refuses_it_by_name(saved: Path, to: str) ->
         save_dictionary(params, cfg, out, model_name="tiny", to=to)
     assert len(str(error.value)) <= 300
     with pytest.raises(InputError, match=f"{to} has no abs_topk"):
-        convert(saved, out, to)
+        convert_dictionary(saved, out, to)
     assert [x.name for x in saved.parent.iterdir()] == ["own"]
 
 

@@ -26,7 +26,7 @@ from jaxclt.evaluation.evaluate import EvalOptions, evaluate
 from jaxclt.evaluation.prompts import read_eval_text
 from jaxclt.lm.run import embed, record, unembed
 from jaxclt.patching.change import batched
-from jaxclt.patching.patchable import How
+from jaxclt.patching.how import How
 from jaxclt.patching.subject import Subject
 from jaxclt.replacement.errors import error_nodes
 from jaxclt.replacement.local import local_replacement, run_local

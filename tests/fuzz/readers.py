@@ -39,7 +39,7 @@ from jaxclt.global_weights.files import (
     save_statistics,
 )
 from jaxclt.global_weights.ranking import Links
-from jaxclt.global_weights.statistics import Coactivation, merge
+from jaxclt.global_weights.statistics import Coactivation, merge_coactivation
 from jaxclt.global_weights.views import neighbourhood, page_document
 from jaxclt.graph.attribute import AttributeConfig
 from jaxclt.graph.graph import Graph
@@ -227,7 +227,7 @@ def open_statistics(folder: Path) -> None:
         assert more.get("windows", 0) >= 0
         assert len(found.mean) == len(found.frequency) == len(found.subset)
         if len(found.subset) == 3 and found.sparse == sparse:
-            merge(found, found)
+            merge_coactivation(found, found)
 
 
 def make_globals(folder: Path) -> list[Path]:

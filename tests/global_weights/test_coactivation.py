@@ -31,7 +31,7 @@ from jaxclt.clt.coder import Bound
 from jaxclt.errors import InputError
 from jaxclt.global_weights import ranking
 from jaxclt.global_weights.build import build, virtual_blocks
-from jaxclt.global_weights.statistics import merge
+from jaxclt.global_weights.statistics import merge_coactivation
 from jaxclt.graph import provenance
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.target_reads import target_reads
@@ -148,19 +148,19 @@ def test_streams_merge_and_sparse_sums_are_the_dense_ones(name: str):
     whole = gathered(name)
     streams = [EVERY * (np.arange(W) == i)[:, None] for i in range(W)]
     parts = [gather(name, mask) for mask in streams]
-    for key, value in merge(*parts).sums.items():
+    for key, value in merge_coactivation(*parts).sums.items():
         for got, want in zip(
             value if isinstance(value, tuple) else (value,),
             whole.sums[key] if isinstance(value, tuple) else (whole.sums[key],),
             strict=True,
         ):
             close(got, want, 1e-13)
-    thin = merge(*(gather(name, mask, sparse=True) for mask in streams))
+    thin = merge_coactivation(*(gather(name, mask, sparse=True) for mask in streams))
     assert thin.sparse
     for key in [k for k in whole.sums if k.split("_")[0] in ("ind", "act", "both")]:
         close(square(thin.sums[key]), square(whole.sums[key]), 1e-13)
     with pytest.raises(InputError, match="cannot be merged"):
-        merge(whole, thin)
+        merge_coactivation(whole, thin)
 
 
 @pytest.mark.slow

@@ -13,18 +13,19 @@ import signal
 import sys
 import traceback
 
-import jax
 import matplotlib.figure  # noqa: F401
 import scipy.stats  # noqa: F401
 import transformers  # noqa: F401
 
+import jaxclt
 from jaxclt.cli import main as cli
 from jaxclt.cli import train as command  # noqa: F401
 from jaxclt.global_weights import gather as global_gather
 from jaxclt.runs import kept
 from jaxclt.train import trainer  # noqa: F401
 
-jax.config.update("jax_disable_most_optimizations", True)
+for name in jaxclt.__all__:  # each imports its room
+    getattr(jaxclt, name)
 # States are kept after every batch: there are only seconds to be killed in.
 kept.SAVE_S = 0.0
 global_gather.FLUSH_TOKENS = 1024

@@ -29,14 +29,6 @@ TIMES = ("seconds", "timing_s", "tokens_per_s", "tokens_per_second", "eta_s")
 TIMES += ("peak_memory_gb", "steps_timed")
 
 
-# The package without its own front door, which imports jax.
-LIGHT = f"""
-import sys, types
-front = sys.modules["jaxclt"] = types.ModuleType("jaxclt")
-front.__path__ = [{str(Path(__file__).parents[2] / "jaxclt")!r}]
-"""
-
-
 class Forks:
     """Processes of one that has imported jaxclt, see `fork_server`."""
 

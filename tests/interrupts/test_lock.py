@@ -12,17 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
-from killing import LIGHT, Forks
+from killing import Forks
 from tiny_run import GOLDEN, MODEL, as_flags, tiny_config, write_text
 
 from jaxclt.cli import main as cli
 from jaxclt.errors import InputError
-from jaxclt.io.convert import convert
+from jaxclt.io.convert import convert_dictionary
 from jaxclt.runs import lock
 from jaxclt.runs.lock import LOCK, held
 
 DICTIONARY = ["--dictionary", str(GOLDEN / "dictionary")]
-HOLD = f"""{LIGHT}
+HOLD = """
+import sys
 from jaxclt.runs.lock import held
 with held(sys.argv[1], beside=len(sys.argv) > 2):
     print("ready", flush=True)
@@ -159,5 +160,7 @@ def test_patch_and_convert_refuse_too(
         other.kill()
     with holder(tmp_path / "new", "beside") as other:
         with pytest.raises(InputError, match=f"by process {other.pid} on "):
-            convert(GOLDEN / "dictionary", tmp_path / "new", "circuit-tracer")
+            convert_dictionary(
+                GOLDEN / "dictionary", tmp_path / "new", "circuit-tracer"
+            )
         other.kill()

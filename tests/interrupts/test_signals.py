@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from killing import LIGHT
 from rich.console import Console
 from tiny_run import GOLDEN, MODEL, as_flags, tiny_config, write_text
 
@@ -108,7 +107,7 @@ def test_a_signal_in_a_callback_of_the_collector_is_not_lost():
         assert stop()
 
 
-STUCK = f"""{LIGHT}
+STUCK = """
 import ctypes
 from rich.console import Console
 from jaxclt.cli.progress import stoppable

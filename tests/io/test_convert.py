@@ -19,7 +19,7 @@ from jaxclt.cli.convert import ConvertFlags
 from jaxclt.clt.store import materialise
 from jaxclt.errors import InputError
 from jaxclt.io import dictionary
-from jaxclt.io.convert import convert
+from jaxclt.io.convert import convert_dictionary
 from jaxclt.io.formats.targets import TARGETS
 
 FORMATS = Path(__file__).resolve().parents[1] / "goldens" / "formats"
@@ -79,10 +79,10 @@ def test_every_way_keeps_all_that_a_dictionary_answers(tmp_path: Path, name: str
         out, steps = tmp_path / to, []
         if to not in (*WAYS[name], "jaxclt"):
             with pytest.raises(InputError):
-                convert(FORMATS / name, out, to)
+                convert_dictionary(FORMATS / name, out, to)
             assert not out.exists()
             continue
-        report = convert(
+        report = convert_dictionary(
             FORMATS / name, out, to, on_layer=lambda *x, s=steps: s.append(x)
         )
         assert steps == [(1, 3), (2, 3), (3, 3)]
@@ -106,10 +106,10 @@ def test_what_is_lost_must_be_named(tmp_path: Path, case: tuple[str, str]):
     name, to = case
     source, lost = FORMATS / name, sorted(LOSSY[case])
     with pytest.raises(InputError, match=f"without loss: ({'|'.join(lost)})"):
-        convert(source, tmp_path / "out", to, lossy=lost[1:])
+        convert_dictionary(source, tmp_path / "out", to, lossy=lost[1:])
     with pytest.raises(InputError, match=r"--lossy colour: .* is lost"):
-        convert(source, tmp_path / "out", to, lossy=[*lost, "colour"])
-    report = convert(source, tmp_path / "out", to, lossy=lost)
+        convert_dictionary(source, tmp_path / "out", to, lossy=[*lost, "colour"])
+    report = convert_dictionary(source, tmp_path / "out", to, lossy=lost)
     assert set(report["lost"]) == set(lost)
     before, after = map(dictionary.open_dictionary, (source, tmp_path / "out"))
     for layer in range(3):
@@ -125,7 +125,7 @@ def test_a_relu_is_a_topk_of_all_features(tmp_path: Path):
         n_layers=3, d_model=6, n_features=10, span=1, activation="relu", read="mlp_in"
     )
     dictionary.save_dictionary(params, cfg, tmp_path / "relu", model_name="tiny")
-    report = convert(
+    report = convert_dictionary(
         tmp_path / "relu", tmp_path / "out", "sparsify", lossy=["model_name"]
     )
     assert set(report["lost"]) == {"model_name"}
@@ -145,7 +145,7 @@ def test_half_precision_stays_unless_the_format_has_none(tmp_path: Path):
     del config["activation"], config["k"]
     (source / "config.yaml").write_text(yaml.safe_dump(config))
     for to, dtype in (("gemma-scope-2", "bfloat16"), ("gemma-scope", "float32")):
-        convert(source, tmp_path / to, to)
+        convert_dictionary(source, tmp_path / to, to)
         got = dictionary.open_dictionary(tmp_path / to).decoder(1)
         assert got.dtype == jnp.dtype(dtype)
         want = dictionary.open_dictionary(source).decoder(1)
@@ -153,25 +153,25 @@ def test_half_precision_stays_unless_the_format_has_none(tmp_path: Path):
 
 
 def test_labels_go_along_and_outputs_are_not_overwritten(tmp_path: Path):
-    convert(FORMATS / "topk", tmp_path / "a", "circuit-tracer")
+    convert_dictionary(FORMATS / "topk", tmp_path / "a", "circuit-tracer")
     (tmp_path / "a/labels.json").write_text('{"0:3": "x"}')
-    convert(tmp_path / "a", tmp_path / "b", "circuit-tracer")
+    convert_dictionary(tmp_path / "a", tmp_path / "b", "circuit-tracer")
     assert dictionary.read_labels(tmp_path / "b") == {(0, 3): "x"}
     with pytest.raises(InputError, match="exists"):
-        convert(tmp_path / "a", tmp_path / "b", "circuit-tracer")
+        convert_dictionary(tmp_path / "a", tmp_path / "b", "circuit-tracer")
     with pytest.raises(InputError, match="formats are"):
-        convert(tmp_path / "a", tmp_path / "c", "tar")
+        convert_dictionary(tmp_path / "a", tmp_path / "c", "tar")
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path):
     source = tmp_path / "a"
-    convert(FORMATS / "topk", source, "circuit-tracer")
+    convert_dictionary(FORMATS / "topk", source, "circuit-tracer")
     file = source / "layer_2.safetensors"
     tensors = safetensors.numpy.load_file(file)
     tensors["W_dec"][4, 2] = np.nan
     safetensors.numpy.save_file(tensors, file)
     with pytest.raises(InputError, match="NaN"):
-        convert(source, tmp_path / "b", "circuit-tracer")
+        convert_dictionary(source, tmp_path / "b", "circuit-tracer")
     assert [x.name for x in tmp_path.iterdir()] == ["a"]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxclt.errors import InputError
-from jaxclt.io.convert import convert
+from jaxclt.io.convert import convert_dictionary
 
 FORMATS = Path(__file__).resolve().parents[1] / "goldens" / "formats"
 # the tools warn of each other's parts
@@ -95,7 +95,7 @@ def test_its_tool_answers_as_before(tmp_path: Path, name: str, to: str):
     if (name, to) == ("topk", "circuit-tracer"):
         pytest.skip("that version has no TopK")
     try:
-        convert(FORMATS / name, tmp_path / "out", to)
+        convert_dictionary(FORMATS / name, tmp_path / "out", to)
     except InputError as error:
         pytest.skip(str(error))
     with np.load(FORMATS / name / "expected.npz", allow_pickle=False) as found:

@@ -15,7 +15,7 @@ from fake_hub import FakeHub
 from jaxclt.errors import InputError
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.io import dictionary
-from jaxclt.io.convert import convert
+from jaxclt.io.convert import convert_dictionary
 from jaxclt.trace.prompt import identity
 
 FORMATS = Path(__file__).resolve().parents[1] / "goldens" / "formats"
@@ -155,7 +155,7 @@ def test_files_that_may_be_residual_saes_are_refused(fake: FakeHub):
 def test_what_was_taken_is_in_the_report_of_a_conversion(tmp_path: Path, fake: FakeHub):
     shelve(fake.root / REPO)
     source = f"{REPO}//width_16k/average_l0_70"
-    report = convert(source, tmp_path / "out", "circuit-tracer")
+    report = convert_dictionary(source, tmp_path / "out", "circuit-tracer")
     assert report["made_of"]["average_l0"] == [76, 95, 54]
 
 

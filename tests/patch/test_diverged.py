@@ -31,8 +31,8 @@ from jaxclt.files.json_text import number, to_json
 from jaxclt.graph.agreement import spearman
 from jaxclt.patching import patch as intervene
 from jaxclt.patching.effects import Ask, Effect
+from jaxclt.patching.how import How
 from jaxclt.patching.log import keep_patch, patch_record
-from jaxclt.patching.patchable import How
 from jaxclt.patching.plan import DOUBLE, plan_patch
 from jaxclt.patching.subject import Subject
 from jaxclt.validation import faithfulness

@@ -19,8 +19,9 @@ from jaxclt.io.model import load_model
 from jaxclt.lm.run import record, unembed
 from jaxclt.patching.change import Change, batched
 from jaxclt.patching.features import gather_features
+from jaxclt.patching.how import How
 from jaxclt.patching.modes import patched
-from jaxclt.patching.patchable import How, Patchable, make_patchable
+from jaxclt.patching.patchable import Patchable, make_patchable
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 LAST = 3

@@ -17,8 +17,9 @@ from jaxclt.lm.run import Run
 from jaxclt.patching.change import Change
 from jaxclt.patching.features import gather_features
 from jaxclt.patching.heads import Head, choose_heads, in_heads
+from jaxclt.patching.how import How
 from jaxclt.patching.modes import underlying
-from jaxclt.patching.patchable import How, Patchable, hold_of, make_patchable
+from jaxclt.patching.patchable import Patchable, hold_of, make_patchable
 from jaxclt.types import Held
 
 pytestmark = pytest.mark.usefixtures("x64")

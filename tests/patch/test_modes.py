@@ -23,8 +23,9 @@ from jaxclt.patching.edits import Edit
 from jaxclt.patching.effects import Ask, Effect, measure_effect, watch_values
 from jaxclt.patching.features import gather_features
 from jaxclt.patching.generate import continue_prompt, rivals
+from jaxclt.patching.how import How
 from jaxclt.patching.local import Local, make_local
-from jaxclt.patching.patchable import How, Patchable, make_patchable
+from jaxclt.patching.patchable import Patchable, make_patchable
 
 pytestmark = pytest.mark.usefixtures("x64")
 

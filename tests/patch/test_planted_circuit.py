@@ -28,8 +28,9 @@ from jaxclt.lm.run import record
 from jaxclt.patching.change import Change
 from jaxclt.patching.effects import Ask, Effect, measure_effect
 from jaxclt.patching.features import gather_features
+from jaxclt.patching.how import How
 from jaxclt.patching.modes import patched
-from jaxclt.patching.patchable import How, Patchable, make_patchable
+from jaxclt.patching.patchable import Patchable, make_patchable
 from jaxclt.testing import tiny
 
 pytestmark = pytest.mark.usefixtures("x64")

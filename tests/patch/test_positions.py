@@ -13,7 +13,7 @@ from jaxclt.lm.run import unembed
 from jaxclt.patching import patch as intervene
 from jaxclt.patching.change import batched
 from jaxclt.patching.edits import Edit
-from jaxclt.patching.patchable import How, Mode
+from jaxclt.patching.how import How, Mode
 from jaxclt.patching.plan import plan_patch
 from jaxclt.types import Supernode
 

@@ -28,7 +28,7 @@ import jaxclt
 from jaxclt.cli import main as cli
 from jaxclt.graph.graph import Graph
 from jaxclt.patching import patch as intervene
-from jaxclt.patching.patchable import How, Mode
+from jaxclt.patching.how import How, Mode
 from jaxclt.patching.plan import plan_patch
 from jaxclt.patching.subject import Subject
 from jaxclt.trace import again

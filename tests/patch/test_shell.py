@@ -20,8 +20,8 @@ from jaxclt.patching import patch as intervene
 from jaxclt.patching.batch import default_range
 from jaxclt.patching.change import Change, batched
 from jaxclt.patching.edits import Edit, expand_edits
+from jaxclt.patching.how import How, Mode
 from jaxclt.patching.patch import PatchResult, measure
-from jaxclt.patching.patchable import How, Mode
 from jaxclt.patching.plan import plan_patch
 from jaxclt.patching.subject import Subject
 from jaxclt.types import Supernode

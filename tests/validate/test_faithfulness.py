@@ -18,9 +18,10 @@ from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.lm import layers
 from jaxclt.patching.change import Change, batched
 from jaxclt.patching.features import gather_features
+from jaxclt.patching.how import How
 from jaxclt.patching.local import Local, make_local
 from jaxclt.patching.modes import Nudge, patched, underlying
-from jaxclt.patching.patchable import How, Patchable, hold_of, make_patchable
+from jaxclt.patching.patchable import Patchable, hold_of, make_patchable
 from jaxclt.validation.jacobian import jacobian_agreement
 from jaxclt.validation.perturb import (
     Agreement,

@@ -15,10 +15,11 @@ import jaxclt
 from jaxclt.patching.change import Change, batched
 from jaxclt.patching.features import gather_features
 from jaxclt.patching.finite import FINITE, finite_effects
+from jaxclt.patching.how import How
 from jaxclt.patching.local import make_local
 from jaxclt.patching.modes import patched
 from jaxclt.patching.patch import measure
-from jaxclt.patching.patchable import How, make_patchable
+from jaxclt.patching.patchable import make_patchable
 from jaxclt.patching.plan import plan_patch
 from jaxclt.patching.subject import Subject
 from jaxclt.validation.ablations import Bench, Counter

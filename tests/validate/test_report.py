@@ -82,7 +82,16 @@ def test_trace_validate_writes_the_report_of_the_contract(traced: Path):
     assert report["verdict"] in text
     assert "## Where it fails" in text
     assert "| times 0.9 | the model's own derivative |" in text
-    assert "In the model, patterns live, small changes follow" in report["verdict"]
+    assert "With patterns live too, small changes follow" in report["verdict"]
+    assert {"held_poor", "live_poor", "patterns_live"} <= set(report["levels"])
+    for kind in ("held", "live"):
+        found = report[kind]
+        assert found["on"] == "targets"  # no answer is sure
+        assert found["n"] == report["n_top"] + report["n_random"]
+        assert found["top"]["n"] == report["n_top"]
+        assert set(found["intervals"]) == {
+            "spearman", "pearson", "sign", "slope", "within_2",
+        }  # fmt: skip
 
 
 def test_the_graph_predicts_its_replacement_model_exactly(traced: Path):

@@ -189,8 +189,7 @@ def test_click_shows_inputs_and_outputs(open_page, doc):
     )
     strongest |= {"direct": 0.25, "attention": -0.5, "heads": [[5, 3, -0.5]]}
     tab = open_page(page(doc, REPORT))
-    assert "62 %" in tab.text_content("#scores")
-    assert "0.0003 %" in tab.text_content("#scores")
+    assert "62 % of the influence on the output" in tab.text_content("#trust")
     at = tab.evaluate("id => window.__jaxclt.where(id)", node)
     tab.mouse.move(at["x"], at["y"])
     assert tab.is_visible("#tip")
@@ -269,15 +268,21 @@ def test_keyboard_reaches_every_view(open_page, doc):
     assert "Keys and pointer" in tab.text_content("#sidebody")
 
 
-def test_slider_and_errors_say_how_many_nodes_are_shown(open_page, doc):
+def test_slider_and_errors_say_what_is_shown(open_page, doc):
     tab = open_page(page(doc))
-    total, errors = len(doc["nodes"]), len(ids_of(doc, "mlp reconstruction error"))
-    assert tab.text_content("#count") == f"{total} of {total} nodes"
+    total, shown = (
+        len(ids_of(doc, FEATURE)),
+        "__jaxclt.nodes.filter(__jaxclt.app.shows)",
+    )
+    error = "mlp reconstruction error"
+    assert tab.text_content("#count") == f"{total} of {total} features"
+    for press, singly in ((tab.uncheck, 0), (tab.check, len(ids_of(doc, error)))):
+        press("#errors")
+        kinds = tab.evaluate(f"{shown}.map(n => n.kind)")
+        assert kinds.count("error") == singly
     tab.uncheck("#errors")
-    assert tab.text_content("#count") == f"{total - errors} of {total} nodes"
     tab.fill("#slider", "0")
-    fixed = len(ids_of(doc, "embedding") + ids_of(doc, "logit"))
-    assert tab.text_content("#count") == f"{fixed} of {total} nodes"
+    assert tab.text_content("#count") == f"0 of {total} features"
     tab.fill("#search", "feature")
     assert tab.text_content("#found").startswith("0 of ")
 
@@ -435,13 +440,12 @@ def test_links_between_supernodes_are_merged_as_in_the_paper(open_page, doc, mak
 
 def test_evidence_stands_beside_the_graph(open_page, doc):
     tab = open_page(page(doc, REPORT, validation=VALIDATION))
-    assert "Patches agree 0.71".replace(" ", "") in tab.text_content("#scores").replace(
-        " ", ""
-    )
-    tab.click("#tab-evidence")
+    tab.click("#trust >> text=Evidence")
     text = tab.text_content("#sidebody")
     for part in (
         "Replacement",
+        "0.0003 %",
+        "Patches agree0.71",
         "48 % in what is shown",
         "rounding only",
         "Ablations rank as the graph says.",
@@ -468,7 +472,8 @@ def test_the_address_holds_the_view(open_page, doc):
           const {app} = __jaxclt;
           app.setPins([c], [{label: "two, & more", ids: [a, b]}]);
           app.setLabel(app.model.byId.get(a), "ünïcode # label");
-          app.filter({threshold: 0.5, errors: false});
+          app.filter({threshold: 0.5, errors: true});
+          app.unfold(2);
           app.showView("table");
           __jaxclt.select(c);
         }""",
@@ -480,12 +485,14 @@ def test_the_address_holds_the_view(open_page, doc):
     state = tab.evaluate(
         "(({app}) => ({pinned: app.pinned, groups: app.groups, view: app.view,"
         "selected: app.selected.id, threshold: app.threshold, errors: app.errors,"
+        "unfolded: [...app.unfolded],"
         "label: app.model.label(app.model.byId.get(app.groups[0].ids[0]))}))(__jaxclt)"
     )
     assert sorted(state["pinned"]) == sorted([a, b, c])
     assert state["groups"] == [{"label": "two, & more", "ids": [a, b]}]
     assert (state["view"], state["selected"]) == ("table", c)
-    assert (state["threshold"], state["errors"]) == (0.5, False)
+    assert (state["threshold"], state["errors"]) == (0.5, True)
+    assert state["unfolded"] == [2]
     assert state["label"] == "ünïcode # label"
 
 
@@ -717,7 +724,7 @@ def test_hostile_tokens_stay_text(open_page, hostile, scheme):
 def test_one_layer_and_no_links_still_draw(open_page):
     graph = make_graph(n_layers=1, n_features=3, tokens=("a",), n_links=0)
     tab = open_page(page(graph_json(graph, slug="x")))
-    assert "nodes" in tab.text_content("#count")
+    assert "features" in tab.text_content("#count")
 
 
 def patched(doc: dict, ids: list[str] | None = None) -> dict:

@@ -288,9 +288,9 @@ def test_evidence_holds_the_edges_into_the_output(open_page, doc):
     report["scores"]["full"]["completeness_logit_edges"] = 0.976
     report["scores"]["pruned"]["completeness_logit_edges"] = 0.77
     tab = open_page(page(doc, report))
-    assert "Output edges98 %" in tab.text_content("#scores")
     tab.click("#tab-evidence")
     text = tab.text_content("#sidebody")
+    assert "Output edges98 %" in text
     assert "comes from features and tokens; 77 % in what is shown" in text
 
 

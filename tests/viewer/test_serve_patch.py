@@ -18,7 +18,7 @@ from test_serve import talk as talk_to
 from jaxclt.cli import main as cli
 from jaxclt.errors import InputError
 from jaxclt.io.graph_file import load_graph
-from jaxclt.patching.patchable import How
+from jaxclt.patching.how import How
 from jaxclt.serve.app import MAX_PATCH
 from jaxclt.serve.patch import BUSY, MAX_NODES, Patcher, read_change
 from jaxclt.trace.pages import read_graph

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_graph_json import make_graph, noise
 from test_other_tools import foreign
-from test_page import data_of, ids_of, open_file, violations
+from test_page import FEATURE, data_of, ids_of, open_file, violations
 
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
@@ -146,7 +146,8 @@ def test_the_switch_changes_links_nodes_and_influence(open_page, doc):
         assert shares == pytest.approx(want, rel=1e-4)
         ends = {x[end] for x in kept for end in ("source", "target")}
         ends |= {*ids_of(doc, "embedding"), *ids_of(doc, "logit")}
-        assert tab.text_content("#count") == f"{len(ends)} of {len(ends)} nodes"
+        features = len(ends & set(ids_of(doc, FEATURE)))
+        assert tab.text_content("#count") == f"{features} of {features} features"
         rank = [n for n in doc["nodes"] if n["node_id"] in ends]
         key = "influence" if reading == "value" else "influence_response"
         first = min(rank, key=lambda n: n[key] if n.get(key) is not None else 2)

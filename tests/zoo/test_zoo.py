@@ -19,8 +19,9 @@ from jaxclt.lm.run import forward, unembed
 from jaxclt.patching.batch import default_range
 from jaxclt.patching.change import Change
 from jaxclt.patching.features import gather_features
+from jaxclt.patching.how import How
 from jaxclt.patching.modes import patched
-from jaxclt.patching.patchable import How, make_patchable
+from jaxclt.patching.patchable import make_patchable
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -6,10 +6,12 @@ import { isFixed } from "./layout";
 import { type GraphNode, type Head, Model, type Reading } from "./model";
 import { type Card, fromPlaces } from "./supernodes";
 
-export type Part = "graph" | "cell" | "model" | "side" | "pins" | "labels" | "filter" | "view" | "compare" | "patches" | "layout";
+export type Part = "graph" | "columns" | "cell" | "model" | "side" | "pins" | "labels" | "filter" | "view" | "compare" | "patches" | "layout";
 export type ViewName = "graph" | "table" | "compare";
 export const TABS = ["node", "attention", "evidence", "help"] as const;
 export type Tab = (typeof TABS)[number];
+
+const FIRST_FEATURES = 80; // of the first picture; the slider reaches the others
 
 /** Shares of the page, in percent, that the reader gave to panels. */
 export interface Panels { side: number | null; lower: number | null }
@@ -41,8 +43,10 @@ export class App {
   panels: Panels = { side: null, lower: null };
   path: number[] = [];
   threshold = 1;
+  first = 1; // of the first picture
   highest = 1; // where the slider ends
-  errors = true;
+  errors = false; // each error on its own, not in its column's rail
+  readonly unfolded = new Set<number>(); // columns whose rail or stub the reader opened
   query = "";
   view: ViewName = "graph";
   tab: Tab = "node";
@@ -91,6 +95,7 @@ export class App {
     this.patchOf = null;
     this.path = [];
     this.marked.clear();
+    this.unfolded.clear();
     for (const [key, label] of view.clerps) this.readLabel(key, label);
     this.setPins(view.pinned, view.supernodes);
     this.place(view.cards, view.places);
@@ -101,13 +106,15 @@ export class App {
     for (const model of [this.model, this.other]) if (model && model.reading !== reading) model.read(reading);
     const most = this.model.nodes.reduce((m, n) => (isFixed(n) || !n.linked ? m : Math.max(m, n.influence ?? 0)), 0);
     this.highest = Math.ceil(most * 200) / 200 || 1;
-    this.threshold = Math.min(threshold ?? this.highest, this.highest);
+    const { sink } = this.model.story, few = this.model.ranked.filter((n) => n.kind === "feature" && n.linked && !isFixed(n) && !sink.positions.has(n.pos));
+    this.first = (few.length > FIRST_FEATURES && few[FIRST_FEATURES - 1]?.influence) || this.highest;
+    this.threshold = Math.min(threshold ?? this.first, this.highest);
   }
 
   showReading(reading: Reading): void {
     this.path = [];
-    this.take(reading, this.threshold < this.highest ? this.threshold : null);
-    this.changed("graph", "side", "pins", "filter");
+    this.take(reading, this.threshold === this.first ? null : this.threshold);
+    this.changed("graph", "side", "pins", "filter", "columns");
   }
 
   /** Compare with another graph, by the same reading where it has it. */
@@ -147,12 +154,21 @@ export class App {
     this.pinned = [...new Set([...pinned.filter(known), ...this.groups.flatMap((g) => g.ids)])];
   }
 
-  shows = (n: GraphNode): boolean =>
-    n === this.selected
-    || (((n.linked && (isFixed(n) || (n.influence ?? 0) <= this.threshold + 1e-9)) || this.isPinned(n)) && (n.kind !== "error" || this.errors));
+  /** Whether the slider reaches a node, and it is not folded away. */
+  stands(n: GraphNode, model: Model): boolean {
+    return n.linked && (isFixed(n) || (n.influence ?? 0) <= this.threshold + 1e-9) && !this.folds(n, model);
+  }
+  /** Whether a node is drawn as part of its column: errors as a rail, all of a sink as a stub. */
+  folds(n: GraphNode, model: Model): boolean {
+    if (!n.linked || n.kind === "embedding" || n.kind === "logit" || this.unfolded.has(n.pos)) return false;
+    return (n.kind === "error" && !this.errors) || model.story.sink.positions.has(n.pos);
+  }
+  shows = (n: GraphNode): boolean => n === this.selected || this.stands(n, this.model) || this.isPinned(n);
+  folded = (n: GraphNode): boolean => this.folds(n, this.model) && !this.shows(n);
+  drawn = (n: GraphNode): boolean => this.shows(n) || this.folds(n, this.model);
   matches = (n: GraphNode): boolean => this.query !== "" && this.model.searchText(n).includes(this.query);
   isPinned = (n: GraphNode): boolean => this.pinned.length > 0 && this.pinned.includes(n.id);
-  nShown(): number { return this.model.nodes.reduce((sum, n) => sum + Number(this.shows(n)), 0); }
+  nFeatures(of: (n: GraphNode) => boolean): number { return this.model.nodes.reduce((sum, n) => sum + Number(n.kind === "feature" && of(n)), 0); }
 
   select(n: GraphNode | null): void {
     this.selected = n;
@@ -276,8 +292,14 @@ export class App {
     if (this.group && !this.groups.includes(this.group)) this.group = null;
   }
 
+  /** Draw the errors of a column, or its sink, one by one; or together again. */
+  unfold(pos: number): void {
+    if (!this.unfolded.delete(pos)) this.unfolded.add(pos);
+    this.changed("filter", "columns");
+  }
+
   filter(change: { threshold?: number; errors?: boolean; query?: string }): void {
     Object.assign(this, change);
-    this.changed("filter");
+    this.changed("filter", ...(change.query === undefined ? ["columns" as const] : []));
   }
 }

@@ -82,6 +82,7 @@ export class Compare {
     this.rows(app.other, found);
   }
 
+  again(): void { if (this.app.other) for (const picture of this.pictures) picture.again(); }
   redraw(): void { if (this.app.other) for (const picture of this.pictures) picture.draw(); }
   restyle(): void { for (const picture of this.pictures) picture.restyle(); }
 

@@ -4,7 +4,6 @@ import { App, type Part, TABS, type ViewName } from "./app";
 import { Compare } from "./compare";
 import { asObject, asText, type Payload } from "./document";
 import { $, count, el, percent, plural, visible } from "./dom";
-import { scoreList } from "./evidence";
 import { Divider } from "./divider";
 import { Features } from "./features";
 import { exportAs, fetchOther, listOthers, openFiles, tell } from "./files";
@@ -14,6 +13,7 @@ import { Patches } from "./patches";
 import { Picture, say } from "./picture";
 import { Saver } from "./save";
 import { fromHash, toDocument, toHash } from "./state";
+import { showStory } from "./story_panel";
 import { Subgraph } from "./subgraph";
 import { mergeLinks } from "./supernodes";
 import { showTable } from "./table";
@@ -58,23 +58,17 @@ function header(): void {
   const listed = Array.isArray(metadata.transcoder_list) ? metadata.transcoder_list[0] : "";
   $("meta").textContent = [jaxclt.model || metadata.scan, jaxclt.dictionary || listed, jaxclt.version ? `jaxclt ${String(jaxclt.version)}` : ""]
     .filter(Boolean).map(String).join(" · ");
-  const scores = scoreList(app);
-  $("scores").hidden = scores.length === 0;
-  $("scores").replaceChildren(...scores.map((s) => {
-    const item = el("div", "", el("dt", "", s.name), el("dd", "", s.value));
-    item.title = `${s.value} ${s.text}`;
-    return item;
-  }));
+  showStory(app);
 }
 
 function counts(): void {
-  const { model } = app, cut = app.allLinks > model.source.length
-    ? `, the strongest ${count(model.source.length)} of ${count(app.allLinks)} links` : "";
-  $("count").textContent = `${count(app.nShown())} of ${plural(model.nLinked, "node")}${cut}`;
+  const { model } = app;
+  $("count").textContent = `${count(app.nFeatures(app.shows))} of ${plural(app.nFeatures((n) => n.linked), "feature")}`;
+  $("count").title = app.allLinks > model.source.length ? `with the strongest ${count(model.source.length)} of ${count(app.allLinks)} links` : "";
   const found = app.query === "" ? [] : model.nodes.filter((n) => n.linked && app.matches(n)), seen = found.filter((n) => app.shows(n)).length;
   $("found").hidden = app.query === "";
   $("found").textContent = `${count(seen)}${found.length > seen ? ` of ${count(found.length)}` : ""} ${found.length === 1 ? "match" : "matches"}`;
-  $("found").title = found.length > seen ? "The others are hidden by the influence slider or by Errors" : "";
+  $("found").title = found.length > seen ? "The others are hidden by the slider, or folded into a rail or a sink" : "";
 }
 
 function controls(): void {
@@ -83,6 +77,12 @@ function controls(): void {
   slider.value = String(app.threshold);
   slider.setAttribute("aria-valuetext", percent(app.threshold));
   errors.checked = app.errors;
+  $("measure").textContent = app.model.byChange ? "Change" : "Influence";
+  ($("measure").parentElement as HTMLElement).title = `Show the nodes that matter most, until they hold this share of all ${app.model.byChange ? "change from the counterfactual prompt" : "influence"}`;
+  for (const what of ["rail", "sink", "bars"] as const) {
+    const has = what === "rail" ? app.model.nodes.some((n) => n.kind === "error") : what === "sink" ? app.model.story.sink.positions.size > 0 : app.model.story.tokens.length > 0;
+    for (const line of document.querySelectorAll<HTMLElement>(`.legend .${what}`)) line.hidden = !has;
+  }
   for (const reading of ["value", "response"] as const) $(`by-${reading}`).setAttribute("aria-pressed", String(app.model.reading === reading));
   $("readings").hidden = !app.model.hasResponse;
   for (const line of document.querySelectorAll<HTMLElement>(".legend .attended")) line.hidden = app.model.reading === "value";
@@ -118,7 +118,8 @@ app.listen((changed: ReadonlySet<Part>) => {
   if (any("patches", "side", "pins", "model")) patches.show();
   if (any("layout", "model")) for (const divider of dividers) divider.apply();
   if (any("view", "model", "compare")) showView();
-  if (any("graph", "pins", "labels", "filter", "cell")) { if (app.view === "compare") compare.redraw(); else picture.draw(); }
+  if (any("columns")) { if (app.view === "compare") compare.again(); else picture.again(); }
+  else if (any("graph", "pins", "labels", "filter", "cell")) { if (app.view === "compare") compare.redraw(); else picture.draw(); }
   if (any("filter", "graph", "pins")) counts();
   if (any("side", "labels") || (any("patches") && app.tab === "evidence")) showSide(app, features);
   if (any("filter")) controls();
@@ -140,7 +141,6 @@ for (const [i, tab] of TABS.entries()) {
     if (step) { app.showTab(next); $(`tab-${next}`).focus(); }
   });
 }
-$("scores").addEventListener("click", () => app.showTab("evidence"));
 slider.addEventListener("input", () => app.filter({ threshold: Number(slider.value) }));
 errors.addEventListener("change", () => app.filter({ errors: errors.checked }));
 let nextMatch = 0;
@@ -220,6 +220,7 @@ if (app.notes.length) tell(app.notes.join("; "));
   select: (id: string) => app.select(app.model.byId.get(id) ?? null),
   where: (id: string) => { const n = app.model.byId.get(id); return n ? picture.where(n) : null; },
   document: () => toDocument(app),
+  rails: () => picture.rails(),
   svg: () => picture.svg(app.model.doc.metadata.prompt),
   cards: () => app.cards(),
   cardLinks: () => mergeLinks(app.model, app.cards()),

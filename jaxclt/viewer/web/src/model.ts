@@ -4,6 +4,9 @@ import { Adjacency } from "./adjacency";
 import type { NumberName } from "./columns";
 import { type GraphDocument, type Json, asObject, asText } from "./document";
 import { isNumber, percent, quoted, visible } from "./dom";
+import { flowDown, mostOf } from "./flow";
+import { weighChange, weighInfluence } from "./standing";
+import { type Story, readStory } from "./story";
 
 const FEW_LINKS = 10_000; // more are rarely drawn
 
@@ -24,7 +27,10 @@ export interface GraphNode {
   number: string; // of the feature in its layer
   key: string; // what a label belongs to: a feature at all its positions
   given: string; // label in the file
-  influence: number | null; // by the present reading
+  source: string; // of that label: own, dashboard, automatic
+  influence: number | null; // cumulative, by the present reading or by the change
+  own: number; // this node's part of it
+  change: number | null; // from the counterfactual prompt
   influences: Record<Reading, number | null>;
   derivative: number | null; // of the model itself
   hidden: number | null; // what of it the graph does not show
@@ -58,7 +64,8 @@ export class Model {
   readonly extra: Map<number, Json>;
   readonly logits: GraphNode[];
   readonly nLayers: number;
-  private readonly anyGiven: boolean;
+  readonly story: Story;
+  readonly byChange: boolean; // from a counterfactual prompt: that ranks, not the influence
   readonly labels = new Map<string, string>(); // by key, edited here
   // By the present reading, see `read`:
   reading!: Reading;
@@ -66,15 +73,16 @@ export class Model {
   share!: Float32Array; // of the target's shown inputs
   flow!: Float32Array; // share times what arrives at the target
   ranked!: GraphNode[]; // most influential first
-  private ins!: Adjacency;
+  ins!: Adjacency;
   private outs!: Adjacency;
-  private strongest: Int32Array | null = null;
+  private strongest: number[] | null = null;
 
   constructor(doc: GraphDocument) {
     this.doc = doc;
     this.tokens = doc.metadata.prompt_tokens;
     this.nodes = doc.nodes.map((raw, index) => readNode(raw, index, this.tokens));
-    this.anyGiven = this.nodes.some((n) => n.given !== "");
+    this.story = readStory(doc.jaxclt, this.tokens.length);
+    this.byChange = Boolean(doc.jaxclt.changes) && this.nodes.some((n) => n.change !== null);
     this.byId = new Map(this.nodes.map((n) => [n.id, n]));
     const plain = this.nodes.filter((n) => n.kind === "feature" || n.kind === "error");
     const highest = plain.reduce((m, n) => Math.max(m, n.layer + 1), 1);
@@ -107,33 +115,18 @@ export class Model {
     this.outs = new Adjacency(source, this.nodes.length, share, other);
     for (const n of this.nodes) {
       n.read = read[n.index] as number;
-      n.influence = n.influences[reading];
       n.linked = !this.hasResponse || n.kind === "embedding" || n.kind === "logit"
         || this.ins.unsorted(n.index).length + this.outs.unsorted(n.index).length > 0;
     }
-    this.flow = this.flowDown();
+    if (this.byChange) weighChange(this.nodes);
+    else weighInfluence(this.nodes, reading);
+    this.flow = flowDown(this);
     this.strongest = null;
     this.ranked = this.nodes.slice().sort((a, b) => (a.influence ?? -1) - (b.influence ?? -1) || b.prob - a.prob);
     let rank = 0;
     for (const n of this.ranked) n.rank = n.influence === null || !n.linked ? null : ++rank;
   }
 
-  /** A link matters as far as its target does: weight flows down from the outputs. */
-  private flowDown(): Float32Array {
-    const { source, share } = this, flow = new Float32Array(source.length);
-    const arrives = Float64Array.from(this.nodes, (n) => (n.kind === "logit" ? Math.max(n.prob, 1e-6) : 0));
-    for (const n of this.nodes.slice().sort((a, b) => b.band - a.band)) {
-      const mine = this.ins.unsorted(n.index), here = arrives[n.index] as number;
-      for (let i = 0; i < mine.length; i++) {
-        const e = mine[i] as number, s = source[e] as number;
-        flow[e] = here * (share[e] as number);
-        arrives[s] = (arrives[s] as number) + (flow[e] as number);
-      }
-    }
-    return flow;
-  }
-
-  get nLinked(): number { return this.nodes.reduce((sum, n) => sum + Number(n.linked), 0); }
   get nRanked(): number { return this.nodes.reduce((most, n) => Math.max(most, n.rank ?? 0), 0); }
 
   from(link: number): GraphNode { return this.nodes[this.source[link] as number] as GraphNode; }
@@ -142,16 +135,18 @@ export class Model {
   insOf(n: GraphNode): Int32Array { return this.ins.sorted(n.index); }
   outsOf(n: GraphNode): Int32Array { return this.outs.sorted(n.index); }
 
-  /** The links that carry most of the outputs' weight, strongest first; all if asked. */
-  byFlow(all: boolean): Int32Array {
-    const { flow } = this, wanted = all ? flow.length : Math.min(flow.length, FEW_LINKS);
-    if (!this.strongest || this.strongest.length < wanted) {
-      const least = wanted < flow.length ? nearKth(flow, wanted) : -1;
-      const chosen: number[] = [];
-      for (let e = 0; e < flow.length; e++) if ((flow[e] as number) >= least) chosen.push(e);
-      this.strongest = Int32Array.from(chosen).sort((a, b) => (flow[b] as number) - (flow[a] as number));
-    }
-    return this.strongest;
+  /** The links between marked nodes that carry most of the outputs' weight, strongest first. */
+  strongestAmong(marked: Uint8Array, most: number): number[] {
+    const { flow, weight, source, target } = this;
+    // Of no weight are those of the other reading.
+    const among = (e: number) => weight[e] !== 0 && marked[source[e] as number] === 1 && marked[target[e] as number] === 1;
+    this.strongest ??= mostOf(flow, FEW_LINKS);
+    const found: number[] = [];
+    for (const e of this.strongest) if (found.length < most && among(e)) found.push(e);
+    if (found.length === most || this.strongest.length === flow.length) return found;
+    const all: number[] = [];
+    for (let e = 0; e < flow.length; e++) if (among(e)) all.push(e);
+    return all.sort((a, b) => (flow[b] as number) - (flow[a] as number)).slice(0, most);
   }
 
   /** A link's weight, turned round where its target is below zero: positive strengthens a
@@ -184,8 +179,6 @@ export class Model {
     return attended > 0 && attended >= Math.abs(p.value) + Math.abs(p.norm) + Math.abs(p.gate);
   }
 
-  /** Whether any feature has a label. */
-  get anyNamed(): boolean { return this.anyGiven || this.labels.size > 0; }
   named(n: GraphNode): string { return this.labels.get(n.key) ?? n.given; }
 
   label(n: GraphNode): string {
@@ -228,19 +221,6 @@ export const isBelow = (n: GraphNode): boolean => n.kind === "feature" && n.acti
 export const verb = (n: GraphNode | undefined, push: number): string =>
   n?.kind === "logit" ? (push < 0 ? "lowers" : "raises") : push < 0 ? "weakens" : "strengthens";
 
-/** A number that at least k of these, which are not negative, reach, and few more: by the
- * upper half of their bits, which are in the order of the numbers. */
-function nearKth(values: Float32Array, k: number): number {
-  const bits = new Uint32Array(values.buffer, values.byteOffset, values.length), count = new Uint32Array(1 << 16);
-  for (let i = 0; i < bits.length; i++) {
-    const b = (bits[i] as number) >>> 16;
-    count[b] = (count[b] as number) + 1;
-  }
-  let bucket = count.length, left = k;
-  while (bucket > 0 && left > 0) left -= count[--bucket] as number;
-  return new Float32Array(new Uint32Array([bucket << 16]).buffer)[0] as number;
-}
-
 function readNode(raw: Json, index: number, tokens: string[]): GraphNode {
   const type = asText(raw.feature_type), kind = KINDS[type] ?? "feature";
   const clerp = asText(raw.clerp), number = (x: unknown) => (isNumber(x) ? x : null);
@@ -255,7 +235,8 @@ function readNode(raw: Json, index: number, tokens: string[]): GraphNode {
     number: own,
     key: kind === "feature" ? `${layer}_${own}` : asText(raw.node_id),
     given: kind === "feature" ? clerp : "",
-    influence: null,
+    source: asText(raw.label_source),
+    influence: null, own: 0, change: number(raw.change),
     influences: kind === "logit" ? { value: null, response: null } : { value: number(raw.influence), response: number(raw.influence_response) },
     derivative: number(raw.derivative), hidden: number(raw.hidden),
     activation: number(raw.activation),

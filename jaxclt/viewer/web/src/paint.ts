@@ -1,11 +1,13 @@
 // The picture: bands, columns, links, nodes and their names, on a canvas or as SVG.
 
-import { clip, spaced } from "./dom";
-import { FOOT, GUTTER, type Layout, logitText, radius } from "./layout";
+import { frame } from "./frame";
+import { GUTTER, type Layout, radius } from "./layout";
 import type { GraphNode, Model } from "./model";
+import { names } from "./names";
 import type { Pen } from "./pen";
+import { rails } from "./rails";
 
-const BACKGROUND_LINKS = 2000, MOVING_LINKS = 400, LINKS_OF_A_NODE = 800, NAMES = 24;
+const BACKGROUND_LINKS = 130, LINKS_OF_A_NODE = 800, MOVING_LINKS = 400;
 
 export interface Theme {
   panel: string; band: string; line: string; ink: string; muted: string; node: string; square: string;
@@ -23,6 +25,7 @@ export interface Scene {
   height: number;
   theme: Theme;
   shows: (n: GraphNode) => boolean;
+  folded: (n: GraphNode) => boolean; // into its column's rail or stub
   selected: GraphNode | null;
   pinned: (n: GraphNode) => boolean;
   matches: (n: GraphNode) => boolean;
@@ -83,57 +86,48 @@ function signedLink(pen: Pen, s: Scene, link: number, most: number, faint: numbe
   curve(pen, s, link);
 }
 
-const bothShown = (s: Scene, link: number): boolean => s.shows(s.model.from(link)) && s.shows(s.model.to(link));
+const isDrawn = (s: Scene, n: GraphNode): boolean => s.shows(n) || s.folded(n);
+const bothDrawn = (s: Scene, link: number): boolean => isDrawn(s, s.model.from(link)) && isDrawn(s, s.model.to(link));
 
 /** The still part of the picture; returns how many nodes it shows. */
 export function paint(pen: Pen, s: Scene): number {
-  const { model, layout, camera, theme } = s, bottom = s.height - FOOT;
+  const { layout, camera, theme } = s, bottom = s.height - layout.foot;
   const yOf = (y: number) => y * camera.v + camera.y, xOf = (x: number) => x * camera.k + camera.x;
-  const bandY = (b: number) => yOf(layout.top + (model.nLayers + 1 - b) * layout.band);
   pen.save();
   pen.beginPath();
   pen.rect(0, 0, s.width, bottom);
   pen.clip();
   pen.fillStyle = theme.band;
-  for (let b = 0; b < model.nLayers + 2; b += 2) pen.fillRect(0, bandY(b), s.width, layout.band * camera.v);
+  layout.bands.forEach(({ y, h }, b) => { if (b % 2 === 0) pen.fillRect(0, yOf(y), s.width, h * camera.v); });
   pen.strokeStyle = theme.line;
   pen.lineWidth = 1;
-  for (const { x } of layout.columns) {
+  if (!layout.turned) for (const { x } of layout.columns) {
     const at = Math.round(xOf(x)) + 0.5;
     if (at < GUTTER - 1 || at > s.width) continue;
     pen.beginPath(); pen.moveTo(at, yOf(layout.top)); pen.lineTo(at, bottom); pen.stroke();
   }
+  rails(pen, s, bottom);
   const near = s.selected ? ownLinks(pen, s, s.selected) : backgroundLinks(pen, s);
   const onPath = pathLinks(pen, s);
   const shown = glyphs(pen, s, near, onPath);
   names(pen, s, near, onPath);
   pen.restore();
-  frame(pen, s, bandY);
+  frame(pen, s);
   return shown;
 }
 
+/** The links among what is shown on its own that carry most, in the colours of their signs. */
 function backgroundLinks(pen: Pen, s: Scene): Map<number, number> {
-  const { model } = s, total = model.source.length, most = s.moving ? MOVING_LINKS : BACKGROUND_LINKS;
-  const wanted = (all: boolean) => {
-    const found: number[] = [];
-    for (const e of model.byFlow(all)) {
-      if (model.weight[e] !== 0 && bothShown(s, e)) found.push(e); // 0: of the other reading
-      if (found.length >= most) break;
-    }
-    return found;
-  };
-  let drawn = wanted(false);
-  if (drawn.length < most && model.byFlow(false).length < total) drawn = wanted(true);
-  const strongest = model.flow[drawn[0] ?? 0] || 1;
-  // Two thousand lines are read as texture, two hundred as lines.
-  const soft = Math.min(1, Math.sqrt(500 / Math.min(total, BACKGROUND_LINKS))) * (s.path.length ? 0.3 : 1);
-  for (const e of drawn) {
+  const { model } = s, seen = Uint8Array.from(model.nodes, (n) => Number(s.shows(n)));
+  const drawn = model.strongestAmong(seen, BACKGROUND_LINKS), strongest = model.flow[drawn[0] ?? 0] || 1;
+  for (const e of Array.from(drawn).reverse()) {
     const strength = Math.sqrt((model.flow[e] as number) / strongest);
-    pen.strokeStyle = model.isQK(e) ? s.theme.qk : `rgb(${s.theme.link})`;
-    pen.globalAlpha = soft * (0.05 + 0.5 * strength);
-    pen.lineWidth = 0.5 + 1.5 * strength;
+    setStroke(pen, s, e);
+    pen.globalAlpha = (s.path.length ? 0.3 : 1) * (0.12 + 0.6 * strength);
+    pen.lineWidth = 0.6 + 1.9 * strength;
     curve(pen, s, e);
   }
+  pen.setLineDash([]);
   pen.globalAlpha = 1;
   return new Map();
 }
@@ -141,7 +135,7 @@ function backgroundLinks(pen: Pen, s: Scene): Map<number, number> {
 /** Links of the selected node; the neighbours with the largest share of a link. */
 function ownLinks(pen: Pen, s: Scene, chosen: GraphNode): Map<number, number> {
   const { model } = s, near = new Map<number, number>();
-  const mine = [...model.insOf(chosen), ...model.outsOf(chosen)].filter((e) => bothShown(s, e));
+  const mine = [...model.insOf(chosen), ...model.outsOf(chosen)].filter((e) => bothDrawn(s, e));
   mine.sort((a, b) => (model.share[b] as number) - (model.share[a] as number));
   const drawn = mine.slice(0, s.moving ? MOVING_LINKS : LINKS_OF_A_NODE).reverse();
   const faint = Math.max(0.08, Math.min(0.35, 15 / mine.length)); // many lines are read as texture
@@ -200,110 +194,17 @@ function glyphs(pen: Pen, s: Scene, near: Map<number, number>, onPath: Set<numbe
   return shown;
 }
 
-interface Box { x0: number; y0: number; x1: number; y1: number }
-
-/** Names beside the nodes that matter now, as far as they fit without overlap. */
-function names(pen: Pen, s: Scene, near: Map<number, number>, onPath: Set<number>): void {
-  const { model, theme, selected } = s;
-  pen.font = theme.font;
-  pen.textBaseline = "middle";
-  pen.textAlign = "right";
-  const drawn: number[] = [];
-  for (const n of model.logits) {
-    const { x, y, r } = place(s, n);
-    if (drawn.some((other) => Math.abs(other - x) < 15) && n !== selected) continue; // zoomed out
-    drawn.push(x);
-    pen.save();
-    pen.translate(x - 4, y - r - 6);
-    pen.rotate(Math.PI / 4);
-    pen.fillStyle = (selected && n !== selected && !near.has(n.index)) || (onPath.size && !onPath.has(n.index)) ? theme.muted : theme.ink;
-    pen.fillText(logitText(n), 0, 0);
-    pen.restore();
-  }
-  if (s.moving) return;
-  const wanted = onPath.size ? [...onPath].map((i) => model.nodes[i] as GraphNode)
-    : selected ? [selected, ...[...near].sort((a, b) => b[1] - a[1]).slice(0, 12).map(([i]) => model.nodes[i] as GraphNode)]
-    : model.anyNamed ? model.ranked.filter((n) => model.named(n) !== "") : [];
-  const lit = onPath.size ? onPath : selected ? new Set([selected.index, ...near.keys()]) : null;
-  const taken: Box[] = model.nodes.filter((n) => s.shows(n) && (!lit || lit.has(n.index) || s.pinned(n))).map((n) => {
-    const { x, y, r } = place(s, n), ring = r + (s.pinned(n) ? 3 : 0);
-    return { x0: x - ring, y0: y - ring, x1: x + ring, y1: y + ring };
-  });
-  const free = (box: Box) => box.x0 >= GUTTER && box.x1 < s.width - 4 && box.y0 > 0 && box.y1 < s.height - FOOT
-    && !taken.some((b) => b.x0 < box.x1 && box.x0 < b.x1 && b.y0 < box.y1 && box.y0 < b.y1);
-  pen.font = theme.font.replace("12px", "11px");
-  pen.textAlign = "left";
-  let written = 0;
-  for (const n of wanted) {
-    if (n.kind !== "feature" || !s.shows(n) || written >= NAMES) continue;
-    const text = clip(model.tag(n), 24), { x, y, r } = place(s, n), w = pen.measureText(text).width;
-    const beside = [[x + r + 4, y], [x - r - 4 - w, y], [x - w / 2, y - r - 9], [x - w / 2, y + r + 9]] as const;
-    const box = beside.map(([x0, mid]) => ({ x0, x1: x0 + w, y0: mid - 6, y1: mid + 6 })).find(free);
-    if (!box) continue;
-    taken.push(box);
-    pen.globalAlpha = 0.85; pen.fillStyle = theme.panel;
-    pen.fillRect(box.x0 - 1, box.y0, w + 2, 12);
-    pen.globalAlpha = 1; pen.fillStyle = n === selected ? theme.ink : theme.muted;
-    pen.fillText(text, box.x0, (box.y0 + box.y1) / 2);
-    written += 1;
-  }
-}
-
-/** Layer names on the left and tokens below, over whatever is scrolled under them. */
-function frame(pen: Pen, s: Scene, bandY: (b: number) => number): void {
-  const { model, layout, camera, theme } = s, bottom = s.height - FOOT, height = layout.band * camera.v;
-  pen.fillStyle = theme.panel;
-  pen.fillRect(0, 0, GUTTER - 6, bottom);
-  pen.fillRect(0, bottom, s.width, FOOT);
-  pen.strokeStyle = theme.line; pen.lineWidth = 1;
-  pen.beginPath(); pen.moveTo(0, bottom + 0.5); pen.lineTo(s.width, bottom + 0.5); pen.stroke();
-  pen.save();
-  pen.beginPath(); pen.rect(0, 0, GUTTER - 6, bottom); pen.clip();
-  pen.font = theme.font.replace("12px", "11px"); pen.textAlign = "right"; pen.textBaseline = "middle"; pen.fillStyle = theme.muted;
-  const last = model.nLayers + 1, every = Math.max(1, Math.ceil(13 / height));
-  for (let b = 0; b <= last; b++) {
-    if (b !== 0 && b !== last && (b - 1) % every) continue;
-    if (b === 1 && height < 12) continue; // its name would touch the tokens'
-    if (b === last - 1 && height < 12) continue;
-    pen.fillText(b === 0 ? "tokens" : b === last ? "output" : `L${b - 1}`, GUTTER - 12, bandY(b) + height / 2);
-  }
-  pen.restore();
-  pen.save();
-  pen.beginPath(); pen.rect(GUTTER - 6, bottom, s.width, FOOT); pen.clip();
-  pen.textAlign = "center"; pen.textBaseline = "middle";
-  layout.columns.forEach(({ x, w }, t) => {
-    const left = x * camera.k + camera.x, wide = w * camera.k;
-    if (left + wide < GUTTER || left > s.width || wide < 10) return;
-    const on = s.selected?.pos === t;
-    pen.font = (on ? "bold " : "") + theme.font;
-    pen.fillStyle = on ? theme.ink : theme.muted;
-    const text = fit(pen, spaced(model.tokens[t] ?? ""), wide - 6), middle = left + wide / 2, half = pen.measureText(text).width / 2;
-    if (middle - half < GUTTER - 6 || middle + half > s.width) return; // half a word would be read as another
-    pen.fillText(text, middle, bottom + FOOT / 2 + 1);
-  });
-  pen.restore();
-}
-
-function fit(pen: Pen, text: string, width: number): string {
-  let letters = Array.from(text.slice(0, 200));
-  if (pen.measureText(text.slice(0, 200)).width <= width && text.length <= 200) return text;
-  while (letters.length > 1 && pen.measureText(letters.join("") + "…").width > width) {
-    letters = letters.slice(0, Math.max(1, Math.floor(letters.length * 0.8)));
-  }
-  return letters.length > 2 ? letters.join("") + "…" : "";
-}
-
 /** What follows the pointer: links of the node under it, rings. */
 export function paintOver(
   pen: Pen, s: Scene, hover: GraphNode | null, cursor: GraphNode | null, alike: GraphNode[],
 ): void {
   pen.save();
-  pen.beginPath(); pen.rect(GUTTER - 6, 0, s.width, s.height - FOOT); pen.clip();
+  pen.beginPath(); pen.rect(GUTTER - 6, 0, s.width, s.height - s.layout.foot); pen.clip();
   if (hover && hover !== s.selected) {
     pen.lineWidth = 1;
     pen.strokeStyle = `rgba(${s.theme.link},.5)`;
     for (const list of [s.model.insOf(hover), s.model.outsOf(hover)]) {
-      for (const e of list.subarray(0, 12)) if (bothShown(s, e)) curve(pen, s, e);
+      for (const e of list.subarray(0, 12)) if (bothDrawn(s, e)) curve(pen, s, e);
     }
   }
   const ring = (n: GraphNode, width: number, colour: string, dash: number[]) => {

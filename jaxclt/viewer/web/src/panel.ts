@@ -9,6 +9,7 @@ import { evidence } from "./evidence";
 import type { Features } from "./features";
 import { type GraphNode, isBelow, verb } from "./model";
 import { type Path, pathsToInputs, pathsToTargets } from "./paths";
+import { groupFacts, labelSource, says, sinkNote, tokenFacts } from "./says";
 import { mergeLinks } from "./supernodes";
 
 const LIST_ROWS = 60, PATHS = 3;
@@ -49,7 +50,8 @@ function overview(app: App): HTMLElement[] {
     el("div", "head", el("div", "", el("h2", "", title), el("p", "", "Choose an output, or any node, to see what feeds it."))),
     list, ...notes,
     el("h3", "", "How to read the graph"),
-    el("p", "note", "Each column is a token of the prompt, each row a layer. Circles are features the model switched on there; larger ones matter more for the output. Lines are direct effects; the strongest carry most of the output. “·” stands for a space."),
+    el("p", "note", "Each column is a token of the prompt, each row a layer. Circles are features the model switched on there; larger ones matter more for the output. Lines are direct effects, those among what is shown that carry most of the output. “·” stands for a space."),
+    el("p", "note", "The thin line beside each token is what the features leave unexplained there (errors), with its share of all that the output rests on. Press it, or Errors above, to see each. The slider shows more features, or fewer."),
     el("p", "note", `A share says how much of a node's shown inputs one link makes up, counted without sign. ${model.reading === "value"
       ? "The weight is the effect itself: with constant terms and what was pruned, a feature's weights add up to its pre-activation, an output's to its logit."
       : "The response is what a small change of the source does, attention and norms live and other features held; responses need not add up. Dotted links act mostly through what heads attend to."} ↑ acts at the same token, ↗ on a later one.`),
@@ -68,7 +70,7 @@ function nodePanel(app: App, features: Features, n: GraphNode): HTMLElement[] {
   const place = n.kind === "embedding" ? `position ${n.pos}`
     : n.kind === "logit" ? `${n.target && n.target.layer !== null ? `layer ${n.target.layer}, position` : "after position"} ${n.pos}`
     : `layer ${n.layer}, token ${quoted(clip(token, 60))} (position ${n.pos})`;
-  const where = n.kind === "feature" && named ? `${kind}, ${place}` : place;
+  const where = [n.kind === "feature" && named ? `${kind}, ${place}` : place, labelSource(model, n)].filter(Boolean).join(" · ");
   const actions = el("div", "actions");
   const pin = button(app.isPinned(n) ? "Unpin" : "Pin", "plain", () => { app.togglePin(n); ($("sidebody").querySelector(".actions button") as HTMLElement).focus(); });
   pin.title = "Pinned nodes form the subgraph (key p)";
@@ -79,11 +81,11 @@ function nodePanel(app: App, features: Features, n: GraphNode): HTMLElement[] {
   }
   if (n.kind === "feature") actions.append(patchButton(app, { name: model.label(n), ids: [n.id] }));
   actions.append(button("Clear", "plain", () => { app.select(null); $("graph").focus(); }));
-  const facts = el("dl", "facts");
+  const facts = el("dl", "facts", ...tokenFacts(model, n));
   if (n.activation !== null) facts.append(fact("Activation", short(n.activation)));
   if (n.kind === "logit" && !n.target) facts.append(fact("Probability", percent(n.prob)));
   if (n.target) facts.append(fact("Weight", percent(n.prob)), fact("Value", short(n.target.readout)));
-  if (n.rank !== null) facts.append(fact("Influence rank", `${count(n.rank)} of ${count(model.nRanked)}`));
+  if (n.rank !== null) facts.append(fact(model.byChange ? "Change rank" : "Influence rank", `${count(n.rank)} of ${count(model.nRanked)}`));
   if (n.derivative !== null) {
     facts.append(fact("Derivative", signed(n.derivative), "What a small change of what it writes does in the model itself, everything else live"));
     if (n.hidden !== null) facts.append(fact("Hidden", signed(n.hidden), "The part of the derivative that this graph does not show"));
@@ -92,6 +94,9 @@ function nodePanel(app: App, features: Features, n: GraphNode): HTMLElement[] {
   const parts: HTMLElement[] = [el("div", "head", el("div", "", title, el("p", "", where)), actions)];
   if (facts.children.length) parts.push(facts);
   if (isBelow(n)) parts.push(el("p", "note", "Below zero: what strengthens it (+) makes it more negative, so the weights of its inputs have the other sign."));
+  const own = says(model, n), sink = sinkNote(model, n);
+  if (own) parts.push(own);
+  if (sink) parts.push(el("p", "note", sink));
   if (n.kind === "error") parts.push(el("p", "note", "What the features of this layer get wrong here, taken as given: nothing feeds it."));
   const feature = n.kind === "feature" ? features.panel(n) : null;
   if (feature) parts.push(feature);
@@ -177,8 +182,8 @@ function pathsBox(app: App, n: GraphNode): HTMLElement {
       for (const path of found) list.append(el("li", "", pathRow(app, path)));
       box.append(el("h4", "", title), list);
     };
-    if (n.kind !== "embedding" && n.kind !== "error") add("From tokens and errors", pathsToInputs(app.model, n, PATHS, app.shows));
-    if (n.kind !== "logit") add("To the targets", pathsToTargets(app.model, n, PATHS, app.shows));
+    if (n.kind !== "embedding" && n.kind !== "error") add("From tokens and errors", pathsToInputs(app.model, n, PATHS, app.drawn));
+    if (n.kind !== "logit") add("To the targets", pathsToTargets(app.model, n, PATHS, app.drawn));
     if (box.children.length === 1) box.append(el("p", "note", "No path among the shown nodes."));
   });
   return box;
@@ -224,8 +229,10 @@ function groupPanel(app: App, group: Supernode): HTMLElement[] {
     row.append(el("span", "name", clip(model.label(n), 120), "  ", el("i", "", model.brief(n))), el("span", "right", n.activation === null ? "" : short(n.activation)));
     members.append(el("li", "", row));
   }
-  const parts = [
+  const facts = groupFacts(app, group.ids);
+  const parts: HTMLElement[] = [
     el("div", "head", el("div", "", title, el("p", "", `supernode of ${plural(group.ids.length, "node")}`)), actions),
+    ...(facts ? [facts] : []),
     el("h3", "", "Members", el("small", "", "activation")), members,
   ];
   const links = mergeLinks(model, cards);
@@ -256,7 +263,7 @@ function patchButton(app: App, of: PatchOf): HTMLElement {
 function help(): HTMLElement[] {
   const keys: [string, string][] = [
     ["← →", "next node of the layer"], ["↑ ↓", "layer above or below"], ["[ ]", "next node by influence"],
-    ["Enter", "select"], ["Esc", "clear the selection"], ["p", "pin or unpin"], ["g", "group the marked cards"],
+    ["Enter", "select"], ["Esc", "clear the selection"], ["p", "pin or unpin"], ["e", "errors of a token, or a sink, one by one"], ["g", "group the marked cards"],
     ["/", "search"], ["+ − 0", "zoom, whole graph"], ["?", "this list"],
   ];
   const list = el("dl", "keys");

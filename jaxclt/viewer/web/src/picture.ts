@@ -1,11 +1,13 @@
 // The canvas: camera, pointer, keys. All it shows as text is in the panels too.
 
 import type { App } from "./app";
-import { $, clip, count, plural, short, visible } from "./dom";
-import { FOOT, GUTTER, type Layout, layOut } from "./layout";
+import { $, plural } from "./dom";
+import { columnAt } from "./frame";
+import { GUTTER, type Layout, layOut } from "./layout";
 import type { GraphNode, Model } from "./model";
 import { type Camera, type Scene, type Theme, paint, paintOver, place, readTheme } from "./paint";
 import { SvgPen } from "./pen";
+import { foldText, nodeText, tokenText } from "./tips";
 
 const REACH = 16, MOST_ZOOM = 24, STEP = 1.3;
 
@@ -24,6 +26,7 @@ export class Picture {
   private pending = 0;
   private settle = 0;
   private moving = false;
+  private stale = false; // what is shown changed since it was laid out
   private readonly pointers = new Map<number, { x: number; y: number }>();
   private dragged = false;
   private alikeOf: { node: GraphNode | null; list: GraphNode[] } = { node: null, list: [] };
@@ -43,7 +46,7 @@ export class Picture {
     const { app } = this, model = this.own.model(), here = model === app.model, attending = app.attending();
     return {
       model, layout: this.layout as Layout, camera: this.camera, width: this.width, height: this.height, theme: this.theme,
-      shows: here ? app.shows : (n) => (n.influence ?? 0) <= app.threshold + 1e-9 && (n.kind !== "error" || app.errors),
+      shows: here ? app.shows : (n) => app.stands(n, model), folded: here ? app.folded : (n) => app.folds(n, model),
       selected: here ? app.selected : null, pinned: here ? app.isPinned : () => false,
       matches: (n) => here && (app.matches(n) || attending.has(n.id)), mark: this.own.mark,
       path: here ? app.path : [], moving: this.moving,
@@ -56,6 +59,7 @@ export class Picture {
     if (!width || !height) return;
     const fresh = this.model !== model || !this.layout;
     if (this.fits()) { this.draw(); return; }
+    this.stale = false;
     const middle = this.layout && { x: (this.width / 2 - this.camera.x) / this.camera.k / this.layout.width };
     this.width = width;
     this.height = height;
@@ -67,7 +71,9 @@ export class Picture {
     }
     const ruler = this.pen(this.back);
     ruler.font = this.theme.font;
-    this.layout = layOut(model, { width, height }, (text) => ruler.measureText(text).width);
+    this.layout = layOut(model, { width, height }, (text) => ruler.measureText(text).width, {
+      shows: (n) => this.app.stands(n, model), folded: (n) => this.app.folds(n, model),
+    });
     if (fresh || !middle) {
       this.cursor = null;
       this.hover = null;
@@ -81,8 +87,11 @@ export class Picture {
 
   /** Whether the layout is of this graph and this size. */
   fits(): boolean {
-    return this.layout !== null && this.model === this.own.model() && this.width === this.box.clientWidth && this.height === this.box.clientHeight;
+    return !this.stale && this.layout !== null && this.model === this.own.model() && this.width === this.box.clientWidth && this.height === this.box.clientHeight;
   }
+
+  /** Lay out again for what is shown now. */
+  again(): void { this.stale = true; this.draw(); }
 
   restyle(): void { this.theme = readTheme(); this.draw(); }
 
@@ -100,7 +109,7 @@ export class Picture {
 
   private drawNow(): void {
     if (!this.box.clientWidth) return; // out of sight
-    if (!this.layout || this.model !== this.own.model()) { this.resize(); return; }
+    if (!this.layout || this.stale || this.model !== this.own.model()) { this.resize(); return; }
     paint(this.pen(this.back), this.scene());
     this.drawOver();
   }
@@ -134,7 +143,7 @@ export class Picture {
   }
 
   /** The vertical scale at which all layers are in sight. */
-  private upright(l: Layout): number { return Math.min(1, (this.height - FOOT) / l.height); }
+  private upright(l: Layout): number { return Math.min(1, (this.height - l.foot) / l.height); }
 
   private clamp(): void {
     const { camera: c } = this, l = this.layout as Layout;
@@ -142,10 +151,10 @@ export class Picture {
     c.v = c.k >= 1 ? c.k : Math.max(c.k, this.upright(l));
     // The first column stays right of the layers' names, which do not scale.
     c.x = Math.min(GUTTER * (1 - c.k), Math.max(this.width - l.width * c.k, c.x));
-    c.y = Math.min(0, Math.max(this.height - FOOT - l.height * c.v, c.y));
+    c.y = Math.min(0, Math.max(this.height - l.foot - l.height * c.v, c.y));
   }
 
-  zoom(factor: number, x = (this.width + GUTTER) / 2, y = (this.height - FOOT) / 2): void {
+  zoom(factor: number, x = (this.width + GUTTER) / 2, y = (this.height - (this.layout?.foot ?? 0)) / 2): void {
     const { camera: c } = this, before = { ...c };
     c.k *= factor;
     this.clamp();
@@ -172,7 +181,7 @@ export class Picture {
 
   reveal(n: GraphNode): void {
     if (!this.layout) return;
-    const { x, y } = place(this.scene(), n), pad = 40, right = this.width - pad, bottom = this.height - FOOT - 12;
+    const { x, y } = place(this.scene(), n), pad = 40, right = this.width - pad, bottom = this.height - this.layout.foot - 12;
     const dx = x < GUTTER + pad ? GUTTER + pad - x : x > right ? right - x : 0, dy = y < 20 ? 20 - y : y > bottom ? bottom - y : 0;
     if (dx || dy) this.pan(dx, dy);
   }
@@ -186,7 +195,7 @@ export class Picture {
     const scene = this.scene();
     let best: GraphNode | null = null, distance = REACH ** 2;
     if (this.model !== scene.model) return null; // not laid out yet
-    if (y > this.height - FOOT || x < GUTTER - 6) return null;
+    if (y > this.height - scene.layout.foot || x < GUTTER - 6) return null;
     for (const n of scene.model.nodes) {
       const p = place(scene, n), d = (p.x - x) ** 2 + (p.y - y) ** 2;
       if (d < distance && scene.shows(n)) { best = n; distance = d; }
@@ -204,7 +213,7 @@ export class Picture {
       e.preventDefault();
       const { x, y } = local(e), unit = e.deltaMode === 1 ? 16 : 1;
       if (e.ctrlKey || e.metaKey) { this.zoom(Math.exp(-e.deltaY * unit * 0.0035), x, y); return; }
-      const l = this.layout as Layout, fits = l.height * this.camera.v <= this.height - FOOT + 1;
+      const l = this.layout as Layout, fits = l.height * this.camera.v <= this.height - l.foot + 1;
       // A wheel that only turns one way moves along the prompt when all layers are in sight.
       const sideways = e.shiftKey || (fits && Math.abs(e.deltaX) < Math.abs(e.deltaY));
       this.pan(-(sideways ? e.deltaY || e.deltaX : e.deltaX) * unit, sideways ? 0 : -e.deltaY * unit);
@@ -233,14 +242,32 @@ export class Picture {
     box.addEventListener("pointerleave", (e) => this.point(null, e));
     box.addEventListener("click", (e) => {
       if (this.dragged) return;
-      const { x, y } = local(e), n = this.at(x, y);
-      if (n && (e.ctrlKey || e.metaKey || e.shiftKey) && this.own.says) this.app.togglePin(n);
+      const { x, y } = local(e), n = this.at(x, y), fold = n ? null : this.foldAt(x, y);
+      if (fold !== null) this.app.unfold(fold);
+      else if (n && (e.ctrlKey || e.metaKey || e.shiftKey) && this.own.says) this.app.togglePin(n);
       else this.choose(n === this.app.selected ? null : n);
     });
     box.addEventListener("dblclick", (e) => { const { x, y } = local(e); if (!this.at(x, y)) this.zoom(2, x, y); });
     box.addEventListener("focus", () => this.drawOver());
     box.addEventListener("blur", () => this.drawOver());
     box.addEventListener("keydown", (e) => { if (this.key(e)) e.preventDefault(); });
+  }
+
+  /** The column whose rail or stub is at a point. */
+  private foldAt(x: number, y: number): number | null {
+    const l = this.layout;
+    if (!l || y > this.height - l.foot || y < l.top * this.camera.v + this.camera.y) return null;
+    const at = (x - this.camera.x) / this.camera.k, t = columnAt(l, at), column = l.columns[t];
+    return column && (column.stub || (column.rail && Math.abs(column.rail.x - at) * this.camera.k < 5)) ? t : null;
+  }
+
+  /** What the column under the pointer says of itself. */
+  private columnText(e: PointerEvent): string {
+    const l = this.layout as Layout, rect = this.box.getBoundingClientRect(), x = e.clientX - rect.left, y = e.clientY - rect.top;
+    const model = this.own.model(), fold = this.foldAt(x, y);
+    if (fold !== null) return foldText(this.app, model, fold, l.columns[fold]);
+    const t = columnAt(l, (x - this.camera.x) / this.camera.k);
+    return t >= 0 && y > this.height - l.foot && y < rect.height && x > GUTTER - 6 ? tokenText(model, t) : "";
   }
 
   private choose(n: GraphNode | null): void {
@@ -256,6 +283,7 @@ export class Picture {
     else if (e.key === "p" && this.own.says && (n ?? this.app.selected)) this.app.togglePin((n ?? this.app.selected) as GraphNode);
     else if (e.key === "+" || e.key === "=") this.zoom(STEP, ...this.middle(n));
     else if (e.key === "-") this.zoom(1 / STEP, ...this.middle(n));
+    else if (e.key === "e" && (n ?? this.app.selected)) this.app.unfold((n ?? this.app.selected as GraphNode).pos);
     else if (e.key === "0") this.fit();
     else return false;
     return true;
@@ -295,16 +323,7 @@ export class Picture {
 
   private point(n: GraphNode | null, e: PointerEvent): void {
     const tip = $("tip"), model = this.own.model();
-    let text = "";
-    if (n) {
-      text = [model.label(n), model.where(n), n.activation === null ? "" : `activation ${short(n.activation)}`,
-        n.rank === null ? "" : `influence rank ${count(n.rank)} of ${count(model.nRanked)}`].filter(Boolean).join("\n");
-    } else if (this.layout && this.pointers.size === 0) {
-      const rect = this.box.getBoundingClientRect(), x = (e.clientX - rect.left - this.camera.x) / this.camera.k;
-      const column = this.layout.columns.findIndex((c) => x >= c.x && x < c.x + c.w);
-      const inFoot = e.clientY - rect.top > this.height - FOOT && e.clientY < rect.bottom && e.clientX - rect.left > GUTTER - 6;
-      if (inFoot && column >= 0) text = `position ${column}\n${clip(visible(model.tokens[column] ?? ""), 300)}`;
-    }
+    const text = n ? nodeText(model, n) : this.layout && this.pointers.size === 0 ? this.columnText(e) : "";
     tip.hidden = text === "";
     if (text) {
       tip.textContent = text;
@@ -317,6 +336,9 @@ export class Picture {
     this.box.style.cursor = n ? "pointer" : "";
     this.drawOver();
   }
+
+  /** The share of the errors of each column. */
+  rails(): number[] { return this.layout?.columns.map((c) => c.rail?.share ?? 0) ?? []; }
 
   // ---- export -------------------------------------------------------------------------
   svg(title: string): string {

@@ -13,8 +13,9 @@ export function toHash(app: App): string {
   if (single.length) q.set("pinnedIds", single.join(","));
   if (app.groups.length) q.set("supernodes", JSON.stringify(app.groups.map((g) => [g.label, ...g.ids])));
   if (app.model.labels.size) q.set("clerps", JSON.stringify([...app.model.labels]));
-  if (app.threshold < app.highest) q.set("pruningThreshold", String(app.threshold));
-  if (!app.errors) q.set("errors", "0");
+  if (app.threshold !== app.first) q.set("pruningThreshold", String(app.threshold));
+  if (app.errors) q.set("errors", "1");
+  if (app.unfolded.size) q.set("unfolded", [...app.unfolded].join("."));
   if (app.positions.size) q.set("cards", JSON.stringify(cardsOf(app)));
   if (app.view !== "graph") q.set("view", app.view);
   if (app.tab !== "node") q.set("tab", app.tab);
@@ -48,7 +49,9 @@ export function fromHash(app: App, hash: string): void {
     const share = Number(q.get(name) ?? NaN);
     app.panels[name] = Number.isFinite(share) ? share : null;
   }
-  app.errors = q.get("errors") !== "0";
+  app.errors = q.get("errors") === "1";
+  app.unfolded.clear();
+  for (const pos of (q.get("unfolded") ?? "").split(".")) if (/^\d+$/.test(pos)) app.unfolded.add(Number(pos));
   if (["table", "compare"].includes(q.get("view") ?? "")) app.view = q.get("view") as ViewName;
   if (TABS.some((tab) => tab === q.get("tab"))) app.tab = q.get("tab") as Tab;
   const [layer, head, query, key] = (q.get("attention") ?? "").split(".").map((part) => (/^\d+$/.test(part) ? Number(part) : undefined));

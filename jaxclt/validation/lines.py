@@ -1,0 +1,79 @@
+"""Predicted against measured effects in one line of numbers (maths 16.11)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxclt.files.json_text import rounded
+from jaxclt.graph.agreement import pearson, sign_agreement, slope, spearman
+from jaxclt.validation.stats import bootstrap, ratio_interval
+
+__all__ = ["line", "within_2"]
+
+
+def within_2(x: np.ndarray, y: np.ndarray) -> float:
+    """Share of pairs of which y is between half and twice x; nan if there is none."""
+    return float(_near(x, y).mean()) if x.size else np.nan
+
+
+def _near(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (x * y > 0) & (np.abs(y) <= 2 * np.abs(x)) & (np.abs(x) <= 2 * np.abs(y))
+
+
+def line(
+    predicted_BX: np.ndarray, measured_BX: np.ndarray, key: jax.Array
+) -> dict[str, Any]:
+    """How predictions of B patches agree with what they did, as JSON.
+
+    ``spearman`` and ``pearson``; ``sign``, the share of right signs among the larger
+    half of the predictions; ``slope`` of measured on predicted; ``within_2``, the share
+    within a factor of two; ``n`` patches. ``interval`` is Spearman's, ``intervals``
+    has all of them (95%, patches drawn again). None where there is nothing to say.
+
+    Args:
+      predicted_BX: effects of each patch on X things.
+      measured_BX: likewise.
+      key: PRNG key.
+    """
+    x, y = (np.asarray(a, np.float64) for a in (predicted_BX, measured_BX))
+    found = {
+        "spearman": spearman(x, y),
+        "pearson": pearson(x, y),
+        "sign": sign_agreement(x, y),
+        "slope": slope(x, y),
+        "within_2": within_2(x, y),
+    }
+    intervals = _intervals(x, y, key)
+    return {
+        **{name: rounded(value) for name, value in found.items()},
+        "n": len(x),
+        "interval": intervals["spearman"],
+        "intervals": intervals,
+    }
+
+
+def _intervals(
+    x_BX: np.ndarray, y_BX: np.ndarray, key: jax.Array
+) -> dict[str, list[float | None]]:
+    B = len(x_BX)
+    x_BX, y_BX = x_BX.reshape(B, -1), y_BX.reshape(B, -1)
+    large_BX = np.zeros(x_BX.shape)
+    if x_BX.size:
+        large_BX[np.abs(x_BX) >= np.median(np.abs(x_BX))] = 1
+    same_BX = large_BX * (np.sign(x_BX) == np.sign(y_BX))
+    shares = {
+        "slope": (x_BX * y_BX, x_BX * x_BX),
+        "sign": (same_BX, large_BX),
+        "within_2": (1.0 * _near(x_BX, y_BX), np.ones(x_BX.shape)),
+    }
+    found = {
+        "spearman": bootstrap(spearman, x_BX, y_BX, key),
+        "pearson": bootstrap(pearson, x_BX, y_BX, key),
+    } | {
+        name: ratio_interval(top_BX.sum(1), bottom_BX.sum(1), key)
+        for name, (top_BX, bottom_BX) in shares.items()
+    }
+    return {name: [rounded(x) for x in ends] for name, ends in found.items()}

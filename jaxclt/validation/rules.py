@@ -1,0 +1,226 @@
+"""The verdict of a validation: sentences, each with the rule by which it is said.
+
+A rule is a row of `RULES`: a name, when it holds, and what it says then. The names of
+those that hold are ``levels`` of validation.json, their sentences its ``verdict``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxclt.validation.say import BY, next_layer, percent, show, with_interval
+
+__all__ = ["RULES", "Rule", "verdict"]
+
+Report = dict[str, Any]
+
+GOOD, FAIR = 0.9, 0.7  # rank correlations of like with like
+RIGHT = 0.95  # share of right signs that goes with a good one
+WEAK = 0.4  # rank correlations below it say nothing of single features
+
+
+class Rule(NamedTuple):
+    """A sentence, and when it is said."""
+
+    name: str
+    when: Callable[[Report], bool]
+    text: Callable[[Report], str]
+
+
+def verdict(report: Report) -> tuple[list[str], str]:
+    """Names of the rules that hold, in order, and their sentences as one paragraph."""
+    held = [rule for rule in RULES if rule.when(report)]
+    return [rule.name for rule in held], " ".join(rule.text(report) for rule in held)
+
+
+def _level(line: dict[str, Any]) -> str:
+    """good, fair or poor; none where nothing could be measured."""
+    rank, sign = line["spearman"], line["sign"]
+    if rank is None or sign is None:
+        return "none"
+    if rank >= GOOD and sign >= RIGHT:
+        return "good"
+    return "fair" if rank >= FAIR else "poor"
+
+
+def _of_level(line: str, level: str, text: str) -> Rule:
+    """What is said of one of the lines where it reaches a level."""
+
+    def say(report: Report) -> str:
+        found = report[line]
+        return text.format(
+            rank=with_interval(found),
+            sign=percent(found["sign"]),
+            slope=show(found["slope"]),
+            near=percent(found["within_2"]),
+            by=BY[found["predicted_by"]],
+        )
+
+    return Rule(f"{line}_{level}", lambda report: _level(report[line]) == level, say)
+
+
+_INSIDE = (
+    "Inside the graph's assumptions (norms held) ablations do what its total effects "
+    "say: Spearman {rank}, sign right for {sign}, slope {slope}"
+)
+_IN_MODEL = (
+    "In the model (norms live) they follow {by} with Spearman {rank}, sign right for "
+    "{sign}, slope {slope}, {near} within a factor of 2"
+)
+
+
+def _times(slope: float) -> str:
+    return f"{1 / slope:.0f}" if slope < 0.2 else f"{1 / slope:.1f}"
+
+
+def _shrinks(report: Report) -> bool:
+    held, value = report["held"]["slope"], report["live"]["value"]["slope"]
+    return held is not None and value is not None and 0 < value < 0.6 * held
+
+
+def _value_misleads(report: Report) -> bool:
+    by_model, by_value = report["live"]["spearman"], report["live"]["value"]["spearman"]
+    return by_model is not None and by_value is not None and by_model > by_value + 0.1
+
+
+def _beaten(report: Report) -> list[str]:
+    found = report["influence_vs_kl"]
+    own = found["influence"] or 0
+    return [x for x in ("activation", "direct") if (found[x] or 0) > own]
+
+
+def _influence(report: Report) -> str:
+    found = report["influence_vs_kl"]
+    return (
+        "Influence ranks how much an ablation matters with Spearman "
+        f"{show(found['influence'])}"
+    )
+
+
+def _near(report: Report) -> float | None:
+    spread = report["faithfulness"]["encoder"]
+    return next_layer(spread, report["faithfulness_layers"], "cosine")
+
+
+def _live_patterns(report: Report) -> str:
+    found = report["patterns_live"]
+    small, full, start = found.get("small"), found["full"], ""
+    if small is not None:
+        start = (
+            f"small changes follow {BY[small['predicted_by']]} with Spearman "
+            f"{with_interval(small)}, "
+        )
+    others = (
+        f"{BY[name]} {show(full[name]['spearman'])}" for name in BY if name in full
+    )
+    return (
+        f"With patterns live too, {start}ablations follow {BY['finite']} with "
+        f"{with_interval(full)} ({'; '.join(others)})."
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "sure_answer",
+        lambda report: report["held"]["on"] == "contrast",
+        lambda report: f"Effects are of {report['contrast']}.",
+    ),
+    _of_level(
+        "held", "good", f"{_INSIDE}: its signs and ranks can be relied on there."
+    ),
+    _of_level("held", "fair", f"{_INSIDE}: its signs can be relied on, ranks roughly."),
+    _of_level("held", "poor", f"{_INSIDE}: even there, do not rely on single nodes."),
+    _of_level(
+        "held", "none", "Inside the graph's assumptions nothing could be measured."
+    ),
+    _of_level("live", "good", f"{_IN_MODEL}: ask it (`jaxclt patch`), and believe it."),
+    _of_level("live", "fair", f"{_IN_MODEL}: patch before you claim a single feature."),
+    _of_level(
+        "live", "poor", f"{_IN_MODEL}: only a patch says what a feature does here."
+    ),
+    _of_level("live", "none", "In the model nothing could be measured."),
+    Rule(
+        "norms_take_back",
+        _shrinks,
+        lambda report: (
+            f"Effects are {_times(report['live']['value']['slope'])} times smaller in "
+            "the model than the graph says, as norms answer, which the graph holds."
+        ),
+    ),
+    Rule(
+        "value_misleads",
+        _value_misleads,
+        lambda report: (
+            "Total effects alone rank them with "
+            f"{with_interval(report['live']['value'])} there."
+        ),
+    ),
+    Rule(
+        "random_weak",
+        lambda report: (report["live"]["random"]["spearman"] or 0) < WEAK,
+        lambda report: (
+            "Random features are ranked with "
+            f"{show(report['live']['random']['spearman'])}: read nothing into weak "
+            "nodes."
+        ),
+    ),
+    Rule(
+        "first_position",
+        lambda report: "first_position" in report,
+        lambda report: (
+            f"{report['first_position']['n']} features at massive positions "
+            f"({', '.join(map(str, report['first_position']['positions']))}) are left "
+            "out: Spearman "
+            f"{show(report['first_position']['live']['spearman'])} in the model."
+        ),
+    ),
+    Rule("patterns_live", lambda report: True, _live_patterns),
+    Rule(
+        "influence_leads",
+        lambda report: not _beaten(report),
+        lambda report: (
+            f"{_influence(report)} (activation "
+            f"{show(report['influence_vs_kl']['activation'])}, direct edge "
+            f"{show(report['influence_vs_kl']['direct'])})."
+        ),
+    ),
+    Rule(
+        "influence_beaten",
+        lambda report: bool(_beaten(report)),
+        lambda report: (
+            f"{_influence(report)}, less than {' and '.join(_beaten(report))}: do not "
+            "rank features by influence alone here."
+        ),
+    ),
+    Rule(
+        "pairwise",
+        lambda report: report["pairwise"]["spearman"] is not None,
+        lambda report: (
+            "Influence between features and what moves what: Spearman "
+            f"{show(report['pairwise']['spearman'])} (the paper reports 0.72)."
+        ),
+    ),
+    Rule(
+        "pairwise_none",
+        lambda report: report["pairwise"]["spearman"] is None,
+        lambda report: "Influence between features could not be compared.",
+    ),
+    Rule(
+        "perturbations",
+        lambda report: _near(report) is not None,
+        lambda report: (
+            "A perturbation keeps its direction one layer on with cosine "
+            f"{show(_near(report))} (the paper reports about 0.8)."
+        ),
+    ),
+    Rule(
+        "diverged",
+        lambda report: report["diverged"] > 0,
+        lambda report: (
+            f"{report['diverged']} of {report['patches']} patches diverged (their "
+            "numbers left the range that can be held); they are counted here and "
+            "ranked nowhere."
+        ),
+    ),
+)

@@ -1,0 +1,42 @@
+"""How numbers of a validation report are written, in its verdict and its tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["BY", "next_layer", "percent", "show", "with_interval"]
+
+# Who predicts what features do.
+BY = {
+    "response": "the graph's total effects by response",
+    "derivative": "the model's own derivative",
+    "finite": "the local replacement model (attention and norms live, gates held)",
+    "local": "the local replacement model (norms live, gates held)",
+    "value": "the graph's total effects",
+}
+
+
+def show(x: float | None, digits: int = 2) -> str:
+    """A number, or a dash."""
+    return "-" if x is None else f"{x:.{digits}f}"
+
+
+def percent(x: float | None) -> str:
+    """A share, or a dash."""
+    return "-" if x is None else f"{x:.0%}"
+
+
+def with_interval(found: dict[str, Any]) -> str:
+    """A rank correlation with its interval."""
+    low, high = found.get("interval", [None, None])
+    return f"{show(found['spearman'])} [{show(low)}, {show(high)}]"
+
+
+def next_layer(found: dict[str, Any], layers: list[int], name: str) -> float | None:
+    """Mean of a measure of perturbations one layer after them."""
+    rows = zip(found[name], layers, strict=True)
+    values = [v for row, layer in rows for v in row[layer + 1 : layer + 2]]
+    kept = [v for v in values if v is not None]
+    return float(np.mean(kept)) if kept else None
