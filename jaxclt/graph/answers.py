@@ -50,7 +50,7 @@ def rows_in_parts(rows: RowTargets) -> tuple[RowTargets, np.ndarray]:
     """What states of `jaxclt.graph.live.Parts` read, and which rows have live gates."""
     norm_R1D, gate_R1D = np.split(rows.more_RSD, 2, axis=1)
     states = dataclasses.replace(summed(rows), more_RSD=norm_R1D)
-    return states, gate_R1D.any((1, 2))
+    return states, np.asarray(gate_R1D.any((1, 2)))
 
 
 def answering(p: Prompt) -> Prompt:
