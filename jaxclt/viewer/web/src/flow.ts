@@ -2,8 +2,9 @@
 
 import type { Model } from "./model";
 
-/** A link matters as far as its target does: weight flows down from the outputs. */
-export function flowDown(model: Model): Float32Array {
+/** A link matters as far as its target does: weight flows down from the outputs. Returns
+ * what flows through each link, and what arrives at each node. */
+export function flowDown(model: Model): { flow: Float32Array; arrives: Float64Array } {
   const { source, share } = model, flow = new Float32Array(source.length);
   const arrives = Float64Array.from(model.nodes, (n) => (n.kind === "logit" ? Math.max(n.prob, 1e-6) : 0));
   for (const n of model.nodes.slice().sort((a, b) => b.band - a.band)) {
@@ -14,7 +15,7 @@ export function flowDown(model: Model): Float32Array {
       arrives[s] = (arrives[s] as number) + (flow[e] as number);
     }
   }
-  return flow;
+  return { flow, arrives };
 }
 
 /** The links of the largest flow, about so many, largest first. */

@@ -28,7 +28,9 @@ export interface Layout {
 /** What is drawn: on its own, or as part of its column's rail or of a sink's stub. */
 export interface Drawn { shows: (n: GraphNode) => boolean; folded: (n: GraphNode) => boolean }
 
-export const logitText = (n: GraphNode, low: boolean): string => `${clip(spaced(n.token), low ? 9 : 13)} ${percent(n.prob)}`;
+/** An output with its probability; of other targets there is none. */
+export const logitText = (n: GraphNode, low: boolean): string =>
+  (n.target && !n.target.token ? clip(spaced(n.token), low ? 15 : 20) : `${clip(spaced(n.token), low ? 9 : 13)} ${percent(n.prob)}`);
 export const isLow = (height: number): boolean => height < LOW;
 
 export const isFixed = (n: GraphNode): boolean =>
@@ -85,7 +87,7 @@ function gather(model: Model, T: number, drawn: Drawn): Cells {
 /** Heights of bands: layers that show more in one column get more, so that names find room. */
 function layBands(fullest: number[], top: number, room: number): Layout["bands"] {
   const last = fullest.length - 1;
-  const weights = fullest.map((n, b) => (b === 0 || b === last ? 1.3 : n === 0 ? 0.6 : 1 + 0.45 * Math.min(n - 1, 8)));
+  const weights = fullest.map((n, b) => (b === 0 || b === last ? 1.3 : n === 0 ? 0.35 : 1 + 0.7 * Math.min(n - 1, 10)));
   const unit = Math.max(MIN_BAND, room / weights.reduce((a, b) => a + b, 0)), bands: Layout["bands"] = [];
   let y = top;
   for (let b = last; b >= 0; b--) {

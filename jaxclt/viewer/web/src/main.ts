@@ -54,6 +54,7 @@ function header(): void {
   document.title = `Attribution graph · ${whole.slice(0, 80)}`;
   $("h1").replaceChildren(...(Array.isArray(jaxclt.messages) ? chat(jaxclt.messages) : [prompt || "Attribution graph"]));
   if (first && !first.target) $("h1").append(el("span", "next", ` → ${visible(first.token).trim()}`), el("span", "prob", ` ${percent(first.prob)}`));
+  else if (first && model.logits.length === 1) $("h1").append(el("span", "next", ` · ${visible(first.token).trim()}`));
   $("h1").title = metadata.prompt.slice(0, 1000);
   const listed = Array.isArray(metadata.transcoder_list) ? metadata.transcoder_list[0] : "";
   $("meta").textContent = [jaxclt.model || metadata.scan, jaxclt.dictionary || listed, jaxclt.version ? `jaxclt ${String(jaxclt.version)}` : ""]

@@ -5,7 +5,7 @@ import type { NumberName } from "./columns";
 import { type GraphDocument, type Json, asObject, asText } from "./document";
 import { isNumber, percent, quoted, visible } from "./dom";
 import { flowDown, mostOf } from "./flow";
-import { weighChange, weighInfluence } from "./standing";
+import { weighBy, weighInfluence } from "./standing";
 import { type Story, readStory } from "./story";
 
 const FEW_LINKS = 10_000; // more are rarely drawn
@@ -118,9 +118,11 @@ export class Model {
       n.linked = !this.hasResponse || n.kind === "embedding" || n.kind === "logit"
         || this.ins.unsorted(n.index).length + this.outs.unsorted(n.index).length > 0;
     }
-    if (this.byChange) weighChange(this.nodes);
-    else weighInfluence(this.nodes, reading);
-    this.flow = flowDown(this);
+    const { flow, arrives } = flowDown(this);
+    this.flow = flow;
+    if (this.byChange) weighBy(this.nodes, (n) => Math.abs(n.change ?? 0));
+    else if (this.nodes.some((n) => n.influences[reading] !== null)) weighInfluence(this.nodes, reading);
+    else weighBy(this.nodes, (n) => arrives[n.index] as number); // a file of Anthropic's viewer
     this.strongest = null;
     this.ranked = this.nodes.slice().sort((a, b) => (a.influence ?? -1) - (b.influence ?? -1) || b.prob - a.prob);
     let rank = 0;

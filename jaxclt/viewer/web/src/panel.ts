@@ -41,7 +41,7 @@ function overview(app: App): HTMLElement[] {
     const bar = el("b");
     bar.style.width = `${100 * l.prob}%`;
     const row = button("", "", () => app.select(l));
-    row.append(el("span", "name", spaced(l.token)), el("span", "bar", bar), el("span", "right", percent(l.prob)));
+    row.append(el("span", "name", spaced(l.token)), el("span", "bar", bar), el("span", "right", l.target && model.logits.length === 1 ? "" : percent(l.prob)));
     list.append(el("li", "", row));
   }
   const title = model.logits.some((l) => l.target) ? "What the graph explains" : "What the model says next";

@@ -243,7 +243,7 @@ export class Picture {
     box.addEventListener("click", (e) => {
       if (this.dragged) return;
       const { x, y } = local(e), n = this.at(x, y), fold = n ? null : this.foldAt(x, y);
-      if (fold !== null) this.app.unfold(fold);
+      if (fold !== null) this.unfold(fold);
       else if (n && (e.ctrlKey || e.metaKey || e.shiftKey) && this.own.says) this.app.togglePin(n);
       else this.choose(n === this.app.selected ? null : n);
     });
@@ -259,6 +259,11 @@ export class Picture {
     if (!l || y > this.height - l.foot || y < l.top * this.camera.v + this.camera.y) return null;
     const at = (x - this.camera.x) / this.camera.k, t = columnAt(l, at), column = l.columns[t];
     return column && (column.stub || (column.rail && Math.abs(column.rail.x - at) * this.camera.k < 5)) ? t : null;
+  }
+
+  private unfold(pos: number): void {
+    this.app.unfold(pos);
+    $("live").textContent = foldText(this.app, this.own.model(), pos, this.layout?.columns[pos]);
   }
 
   /** What the column under the pointer says of itself. */
@@ -283,7 +288,7 @@ export class Picture {
     else if (e.key === "p" && this.own.says && (n ?? this.app.selected)) this.app.togglePin((n ?? this.app.selected) as GraphNode);
     else if (e.key === "+" || e.key === "=") this.zoom(STEP, ...this.middle(n));
     else if (e.key === "-") this.zoom(1 / STEP, ...this.middle(n));
-    else if (e.key === "e" && (n ?? this.app.selected)) this.app.unfold((n ?? this.app.selected as GraphNode).pos);
+    else if (e.key === "e" && (n ?? this.app.selected)) this.unfold((n ?? this.app.selected as GraphNode).pos);
     else if (e.key === "0") this.fit();
     else return false;
     return true;

@@ -27,7 +27,7 @@ export function rails(pen: Pen, s: Scene, bottom: number): void {
 
 function thin(pen: Pen, s: Scene, rail: Rail, wide: number, ends: { high: number; low: number }, most: number): void {
   const { layout: l, camera: c, theme } = s, x = rail.x * c.k + c.x;
-  pen.globalAlpha = 0.35; pen.fillStyle = theme.error;
+  pen.globalAlpha = l.turned ? 0.15 : 0.35; pen.fillStyle = theme.error;
   const ys = rail.errors.map((n) => (l.y[n.index] as number) * c.v + c.y);
   pen.fillRect(x - 0.5, ends.high, 1, ends.low - ends.high);
   pen.globalAlpha = 0.85;

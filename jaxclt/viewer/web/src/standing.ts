@@ -14,8 +14,9 @@ export function weighInfluence(nodes: GraphNode[], reading: Reading): void {
   }
 }
 
-export function weighChange(nodes: GraphNode[]): void {
-  const size = (n: GraphNode) => (n.kind === "logit" ? 0 : Math.abs(n.change ?? 0)), total = nodes.reduce((s, n) => s + size(n), 0) || 1;
+/** The same by a size of each node's own, where no sums are said. */
+export function weighBy(nodes: GraphNode[], sizeOf: (n: GraphNode) => number): void {
+  const size = (n: GraphNode) => (n.kind === "logit" ? 0 : sizeOf(n)), total = nodes.reduce((s, n) => s + size(n), 0) || 1;
   let sum = 0;
   for (const n of nodes.slice().sort((a, b) => size(b) - size(a))) {
     n.own = size(n) / total;
