@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.kinds import KINDS
-from jaxclt.graph.nodes import facts, quoted
+from jaxclt.graph.nodes import node_id, quoted
 from jaxclt.graph.supernodes import suggest_supernodes
 from jaxclt.naming.words import label_of
 from jaxclt.patching.how import How
-from jaxclt.types import Supernode
 from jaxclt.validation.ablations import Bench
 from jaxclt.validation.held_live import LOCAL
 
@@ -44,8 +42,7 @@ class Group:
 
     def ids(self, graph: Graph) -> list[str]:
         """Its features' ids in graph.json."""
-        row = KINDS["feature"]
-        return [row.node_id.format_map(facts(graph, node)) for node in self.nodes]
+        return [node_id(graph, node) for node in self.nodes]
 
 
 def choose_groups(graph: Graph, sink: Sequence[int]) -> list[Group]:
@@ -101,7 +98,7 @@ def group_name(graph: Graph, nodes: Sequence[int]) -> str:
     if own:
         return f"{', '.join(dict.fromkeys(own[:2]))} at {places}"
     together: dict[str, Any] = {
-        name: sorted(([t, z] for t, z in sums.items()), key=lambda row: -row[1])
+        name: sorted(sums.items(), key=lambda row: -row[1])
         for name, sums in said.items()
     }
     ranked = sorted(reads.items(), key=lambda row: -row[1])
@@ -129,12 +126,4 @@ def measured_groups(bench: Bench, groups: Sequence[Group]) -> list[Group]:
     return [
         dataclasses.replace(group, predicted=lead(local, g), measured=lead(done, g))
         for g, group in enumerate(groups)
-    ]
-
-
-def as_supernodes(graph: Graph, groups: Sequence[Group]) -> list[Supernode]:
-    """For `write_trace` and `jaxclt patch --group`."""
-    return [
-        Supernode(group.name, tuple(graph.feature(node) for node in group.nodes))
-        for group in groups
     ]

@@ -98,8 +98,8 @@ def _disagree(told: Story, facts: Facts) -> str:
     if not np.isfinite(rank) or rank > 0.5:
         return ""
     return (
-        "Read tokens by the measured effects: the graph's shares of influence rank them "
-        f"otherwise (Spearman {rank:.2f})."
+        "Read tokens by the measured effects: the graph's shares of influence rank "
+        f"them otherwise (Spearman {rank:.2f})."
     )
 
 
@@ -107,8 +107,8 @@ def _unexplained(told: Story, facts: Facts) -> str:
     del told
     replacement = facts["scores"].replacement
     return (
-        f"{1 - replacement:.0%} of the influence on the answer comes from errors, which "
-        "no feature explains."
+        f"{1 - replacement:.0%} of the influence on the answer comes from errors, "
+        "which no feature explains."
     )
 
 
@@ -134,9 +134,9 @@ def trust(told: Story, facts: Facts) -> str:
     if not done:
         return "No group of features could be ablated: nothing here is tested."
     return (
-        f"{sum(done)} of {len(done)} ablated groups went as the local replacement model "
-        "predicted (within a factor of 2, or 0.1 logits); `jaxclt validate` tests single "
-        "features."
+        f"{sum(done)} of {len(done)} ablated groups went as the local replacement "
+        "model predicted (within a factor of 2, or 0.1 logits); `jaxclt validate` "
+        "tests single features."
     )
 
 
