@@ -131,6 +131,40 @@ def test_a_text_that_is_one_token_is_that_token(
     assert got.labels == ("<8> − <9>",)
 
 
+def test_a_foil_stands_second_and_can_be_subtracted() -> None:
+    found, n = recording()
+    p, out_D = model().params, found.out_TD[n - 1]
+    logit_V = np.asarray(
+        out_D @ (p.embed_VD.T if p.unembed_DV is None else p.unembed_DV)
+    )
+    top, runner_up = np.argsort(-logit_V, kind="stable")[:2].tolist()
+    foil = int(token("w7")[0])
+    assert foil not in (top, runner_up)
+    usual = salient_targets(p, out_D, pos=n - 1).token_K.tolist()
+    want = [top, foil, *(x for x in usual[1:] if x != foil)]
+    same(read("foil:w7"), token_targets(p, out_D, jnp.asarray(want), pos=n - 1))
+    assert read("w12", "w31", "foil:w7").token_K.tolist() == [
+        *token("w12"), foil, *token("w31"),
+    ]  # fmt: skip
+    pairs = {
+        ("diff:",): (top, runner_up),
+        ("diff:", "foil:w7"): (top, foil),
+        ("diff:", "w12", "foil:w7"): (int(token("w12")[0]), foil),
+    }
+    for texts, (a, b) in pairs.items():
+        at = (jnp.asarray([x]) for x in (a, b))
+        want = difference_targets(p, *at, pos=n - 1)
+        np.testing.assert_array_equal(read(*texts).vec_KD, want.vec_KD)
+    for texts, said in {
+        ("w7", "foil:w7"): "is the answer itself",
+        ("foil:w7", "foil:w12"): "one foil:, and no others",
+        ("foil:w7", "prob:w12"): "a contrast is of tokens",
+        ("foil:no such token",): "is not one token of this model",
+    }.items():
+        with pytest.raises(InputError, match=said):
+            read(*texts)
+
+
 @functools.cache
 def sums() -> tuple[Model, Recording]:
     """The bundled model, whose sums are tokens that its tokenizer cuts into digits."""

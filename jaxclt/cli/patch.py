@@ -134,7 +134,7 @@ def run_patch(flags: PatchFlags, run: Run) -> None:
     patch = plan_patch(
         subject, edits, how, layers=layers, n_later=flags.generate, heads=heads
     )
-    result = patching.measure(patch)
+    result = patching.measure(patch, predict=True)
     out = result.to_json()
     if flags.sweep_end:
         first = None if layers is None else layers[0]
@@ -159,7 +159,8 @@ def run_patch(flags: PatchFlags, run: Run) -> None:
     for line in dict.fromkeys(filter(None, said)):
         run.warn(line)
     plotted = [f"plot: {out['plot']}"] if "plot" in out else []
-    answer(flags.json, out, _targets(result), _rows(result, out), *plotted)
+    shown = [_targets(result), *_predicted(result), _rows(result, out)]
+    answer(flags.json, out, *shown, *plotted)
 
 
 def _untraced(flags: PatchFlags, run: Run) -> Subject:
@@ -235,6 +236,22 @@ def _targets(result: PatchResult) -> Table:
         logits = (_said(t[f"logit_{when}"], ".3f") for when in ("before", "after"))
         made.add_row(Text(repr(t["token"])), *numbers, *logits)
     return made
+
+
+def _predicted(result: PatchResult) -> list[Table | Text]:
+    """What was to be expected of each target, and the rule by which it is judged."""
+    from jaxclt.patching.predicted import RULE, told
+
+    if not result.predicted:
+        return []
+    names = ("graph", "derivative", "replacement", "measured")
+    made = Table("change of the logit", *names, "")
+    tokens = [repr(target["token"]) for target in result.targets]
+    contrasts = [row["token"] for row in result.predicted[len(tokens) :]]
+    for name, row in zip(tokens + contrasts, result.predicted, strict=True):
+        numbers = (_said(row[key], "+.3f") for key in names)
+        made.add_row(Text(name), *numbers, told(row))
+    return [made, Text(RULE)]
 
 
 def _rows(result: PatchResult, out: dict[str, Any]) -> Table:

@@ -38,12 +38,16 @@ class TraceFlags(AttributionFlags):
     targets: tuple[str, ...] = ()
     """What to explain instead of the most probable tokens. A text that is one token is
     that token (mind leading spaces); id:N is token number N. "diff: Paris| London" is
-    a difference of two logits; "prob: Paris" and "logp: Paris" a probability, to first
-    order; any of these and a token with "@P" after position P instead of the last;
-    "top:P" for the most probable tokens there; "feature:LAYER:P:INDEX" for a feature;
-    "vector:SITE@P:FILE.npz" for a direction `vec` at out, resid_mid:L, normalized:L,
-    mlp_in:L, mlp_out:L, resid_post:L, resid_pre:L or attn_in:L. "2*..." gives a weight,
-    otherwise all count the same; tokens alone count by probability."""
+    a difference of two logits, "diff:" that of answer and foil; "prob: Paris" and
+    "logp: Paris" a probability, to first order; any of these and a token with "@P"
+    after position P instead of the last; "top:P" for the most probable tokens there;
+    "feature:LAYER:P:INDEX" for a feature; "vector:SITE@P:FILE.npz" for a direction
+    `vec` at out, resid_mid:L, normalized:L, mlp_in:L, mlp_out:L, resid_post:L,
+    resid_pre:L or attn_in:L. "2*..." gives a weight, otherwise all count the same;
+    tokens alone count by probability."""
+    foil: str | None = None
+    """Token that the answer is compared with; it becomes the second target. By default
+    the runner-up is the foil. With --targets diff: their difference is the target."""
     save: Literal["auto", "full", "pruned"] = "auto"
     """What graph.npz holds; auto is the full graph up to 512 MB."""
     attention: int = 20
@@ -65,6 +69,11 @@ class TraceFlags(AttributionFlags):
     config.json of --model is read; the prompt is ignored."""
     validate: bool = False
     """Compare the graph with patches of the model; adds validation.json and .md."""
+
+    @property
+    def contrasted(self) -> tuple[str, ...]:
+        """The foil as a target's text."""
+        return () if self.foil is None else (f"foil:{self.foil}",)
 
 
 def run_trace(flags: TraceFlags, run: Run) -> None:
@@ -100,7 +109,7 @@ def run_trace(flags: TraceFlags, run: Run) -> None:
             model,
             dictionary,
             prompt,
-            targets=flags.targets,
+            targets=(*flags.targets, *flags.contrasted),
             prefilter=prefilter,
             on_rows=on_rows,
             stop=run.stop,
@@ -116,7 +125,7 @@ def run_trace(flags: TraceFlags, run: Run) -> None:
         opened = Reopened(
             model=model, dictionary=dictionary, graph=traced.graph, report=report
         )
-        checked = validate_opened(opened, flags.out, run)
+        checked = validate_opened(opened, flags.out, run, foil=flags.foil)
         verdict = [Text(checked["verdict"])]
     paths = "\n".join(_path_lines(report))
     small = _small_changes(report["derivative"])

@@ -29,6 +29,8 @@ class ValidateFlags(ReopenFlags):
     directory: TracedDirectory
     n_features: int = 100
     """Most influential features to patch, and as many random ones."""
+    foil: str | None = None
+    """Token that the answer is compared with; by default the runner-up."""
     seed: int = 0
     """Seed of the random features, perturbations and bootstrap."""
 
@@ -46,6 +48,7 @@ def run_validate(flags: ValidateFlags, run: Run) -> None:
         flags.directory,
         run,
         options=options,
+        foil=flags.foil,
         groups=flags.groups(flags.directory, opened),
     )
     where = f"report: {flags.directory / 'validation.md'}"
@@ -58,15 +61,23 @@ def validate_opened(
     run: Run,
     *,
     options: ValidateOptions | None = None,
+    foil: str | None = None,
     groups: list[Supernode] | None = None,
 ) -> dict[str, Any]:
     """Validate a graph whose model is loaded; shared with `trace --validate`."""
     from jaxclt.patching.subject import Subject
     from jaxclt.trace.pages import traced_digest, write_page
-    from jaxclt.validation.report import validate_graph, write_validation
+    from jaxclt.trace.target_text import read_token
+    from jaxclt.validation.report import (
+        ValidateOptions,
+        validate_graph,
+        write_validation,
+    )
     from jaxclt.validation.words import left_out
 
-    started = time.perf_counter()
+    started, options = time.perf_counter(), options or ValidateOptions()
+    if foil is not None:
+        options = dataclasses.replace(options, foil=read_token(opened.model, foil))
     subject = Subject.of(opened.model, opened.dictionary, opened.graph)
     with run.progress("validating", "patches/s") as on_done:
         report = validate_graph(subject, options, groups=groups, on_done=on_done)

@@ -26,6 +26,7 @@ from jaxclt.patching.generate import continue_prompt, rivals
 from jaxclt.patching.heads import Head, Side, choose_heads
 from jaxclt.patching.how import How
 from jaxclt.patching.plan import Patch, plan_patch
+from jaxclt.patching.predicted import predictions
 from jaxclt.patching.subject import Subject
 from jaxclt.text.prompts import Prompt
 
@@ -60,6 +61,8 @@ class PatchResult:
     options: dict[str, Any]
     heads: tuple[str, ...] = ()  # whose queries or keys see the change, L9H3:key
     warning: str | None = None
+    # Of each target, see `jaxclt.patching.predicted`; None where it was not asked for.
+    predicted: list[dict[str, Any]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
@@ -74,6 +77,7 @@ def patch(
     *,
     layers: tuple[int, int] | None = None,
     n_features: int = 10,
+    predict: bool = False,
     **how: Any,
 ) -> PatchResult:
     """Change features of a prompt and measure the model's answer.
@@ -87,6 +91,7 @@ def patch(
         layer to two after the last one (constrained: as far as the dictionary writes,
         and the model's last MLP is left to answer; additive: all).
       n_features: how many of the graph's features after the edits to watch.
+      predict: also say what was to be expected (`PatchResult.predicted`).
       **how: fields of `jaxclt.patching.patchable.How`, for example
         ``mode="iterative"`` (or constrained, the default, or additive) and
         ``patterns="live"``.
@@ -96,9 +101,8 @@ def patch(
     """
     semantics = How(**how)
     subject = Subject.of(model, dictionary, prompt)
-    return measure(
-        plan_patch(subject, edits, semantics, layers=layers), n_features=n_features
-    )
+    planned = plan_patch(subject, edits, semantics, layers=layers)
+    return measure(planned, n_features=n_features, predict=predict)
 
 
 def patch_qk(
@@ -139,12 +143,15 @@ def patch_qk(
     return measure(plan_patch(subject, edits, semantics, heads=chosen))
 
 
-def measure(patch: Patch, *, n_features: int = 10) -> PatchResult:
+def measure(
+    patch: Patch, *, n_features: int = 10, predict: bool = False
+) -> PatchResult:
     """What a patch does to the prediction, and to the graph's features after it.
 
     Args:
       patch: from `plan_patch`.
       n_features: how many of these to watch, the most influential ones.
+      predict: also say what was to be expected; not of what only heads see.
     """
     check_at_least(0, n_features=n_features)
     subject, now = patch.subject, patch.now
@@ -154,7 +161,13 @@ def measure(patch: Patch, *, n_features: int = 10) -> PatchResult:
     after = jax.tree.map(lambda x: np.asarray(x)[0], done)
     with jax.default_matmul_precision("highest"):
         before = jax.tree.map(np.asarray, clean_effect(subject.patchable, ask))
-    return _result(patch, watched, before, after)
+    result = _result(patch, watched, before, after)
+    if not predict or patch.heads:
+        return result
+    change_K = np.asarray(after.logit_K, float) - np.asarray(before.logit_K, float)
+    if diverged(after):
+        change_K = np.full_like(change_K, np.nan)
+    return dataclasses.replace(result, predicted=predictions(patch, change_K))
 
 
 def _downstream(patch: Patch, n: int) -> np.ndarray:

@@ -31,12 +31,13 @@ from jaxclt.files.json_file import (
 from jaxclt.graph.contrast import contrast
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.memory import available_bytes
+from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.supernodes import with_features
 from jaxclt.graph.targets import salient_targets
 from jaxclt.io.dictionary import load_dictionary
 from jaxclt.io.graph_file import load_graph
 from jaxclt.io.model import Model, load_model
-from jaxclt.lm.run import Run, unembed
+from jaxclt.lm.run import Run
 from jaxclt.patching.batch import (
     chunk_size,
     default_range,
@@ -228,11 +229,13 @@ class Subject:
             token_K = np.asarray(salient_targets(self.model.params, out_D).token_K)
         return token_K, self.model.tokenizer.token_strings(token_K.tolist())
 
-    def next_logits(self) -> np.ndarray:
-        """Logits of the next token, [V], of the clean run."""
-        out_D = self.patchable.recording.out_TD[-1]
-        with jax.default_matmul_precision("highest"):
-            return np.array(unembed(self.model.params, out_D))
+    @functools.cached_property
+    def recorded(self) -> Recorded:
+        """The prompt with the features that its graph's nodes are chosen from."""
+        active, cfg = self.active, self.model.cfg
+        if self.graph.meta.convention == "circuit-tracer":
+            active = active.where(active.pos_A > 0)
+        return Recorded(self.model.params, self.patchable.recording, active, cfg=cfg)
 
     @property
     def n_tokens(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,15 @@ from jaxclt.attending.routes import head_routes
 from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.sites import reads_past_norm
 from jaxclt.errors import InputError, check_at_least
-from jaxclt.graph.answers import answering_rows, rows_in_parts, summed
+from jaxclt.graph.answers import (
+    answering_rows,
+    past_final_norm,
+    rows_in_parts,
+    summed,
+)
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.columns import Columns
+from jaxclt.graph.derivative import model_derivative
 from jaxclt.graph.explain import EdgeParts, EdgeResponse, check_edge, known_parts
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.heads import head_loadings
@@ -36,7 +43,8 @@ from jaxclt.graph.targets import token_targets
 from jaxclt.io.model import Model
 from jaxclt.trace.record import recorded
 
-__all__ = ["edge_parts_with_model", "inhibition", "target_row", "token_edges"]
+__all__ = ["edge_parts_with_model", "inhibition", "target_row"]
+__all__ += ["TokenRows", "token_rows"]
 
 
 def edge_parts_with_model(
@@ -101,43 +109,49 @@ def target_row(graph: Graph, k: int, p: Recorded) -> RowTargets:
     Raises:
       InputError: for a direction, which no file holds.
     """
-    return _logit_rows(p, int(graph.target_pos_K[k]), _token(graph, k))
+    pos = int(graph.target_pos_K[k])
+    chosen = token_targets(p.params, p.recording.out_TD[pos], _token(graph, k))
+    return RowTargets(
+        layer_R=np.array([graph.n_layers], np.int32),
+        pos_R=np.array([pos], np.int32),
+        read_RD=target_reads(p.params, p.recording, chosen.vec_KD, pos),
+    )
 
 
-def token_edges(
-    graph: Graph, token_X: np.ndarray, *, model: Model, dictionary: Dictionary
-) -> np.ndarray:
-    """Edges of all nodes to the logits of tokens that are no targets, [X, N].
+class TokenRows(NamedTuple):
+    """What all nodes do to the logits of X tokens at the last position, [X, N]."""
 
-    At the last position, as rows of the graph would have them.
+    edge_XN: np.ndarray  # as rows of the graph have it
+    last_norm_XN: np.ndarray  # the same with the last norm live, to first order
+    derivative_XN: np.ndarray  # in the model itself, see `model_derivative`
+
+
+def token_rows(graph: Graph, token_X: np.ndarray, p: Recorded) -> TokenRows:
+    """Rows of tokens, targets of the graph or not.
 
     Args:
       graph: traced.
       token_X: tokens, int32.
-      model: it was traced with.
-      dictionary: it was traced with.
+      p: the graph's prompt, recorded.
     """
+    pos, X = graph.n_tokens - 1, len(token_X)
     with jax.default_matmul_precision("highest"):
-        p = recorded(graph, model, dictionary)
-        p = dataclasses.replace(p, active=graph_active(graph, p.active))
-        rows = _logit_rows(p, graph.n_tokens - 1, jnp.asarray(token_X))
-        edge_XN = np.zeros(
-            (len(token_X), Columns(p).layout.n_columns), rows.read_RD.dtype
+        out_D = p.recording.out_TD[pos]
+        asked = Prompt(
+            p.params,
+            p.recording,
+            graph_active(graph, p.active),
+            token_targets(p.params, out_D, jnp.asarray(token_X), pos=pos),
+            cfg=p.cfg,
+            error_LTD=p.error_LTD,
         )
+        rows = asked.target_rows()
+        read_XD = past_final_norm(asked, rows.read_RD, rows.pos_R)
+        both = rows.followed_by(dataclasses.replace(rows, read_RD=read_XD))
+        edge_RN = np.zeros((2 * X, Columns(asked).layout.n_columns), read_XD.dtype)
         plan = Plan(band_end=(len(p.recording.token_T),), capacities=(1,))
-        edge_rows(make_puller(p, plan=plan, mesh=None), rows, edge_XN)
-    return edge_XN
-
-
-def _logit_rows(p: Recorded, pos: int, token_X: Array) -> RowTargets:
-    """What the logits of tokens at a position read."""
-    chosen = token_targets(p.params, p.recording.out_TD[pos], token_X)
-    layer_R = np.full(len(token_X), p.cfg.n_layers, np.int32)
-    return RowTargets(
-        layer_R=layer_R,
-        pos_R=np.full_like(layer_R, pos),
-        read_RD=target_reads(p.params, p.recording, chosen.vec_KD, pos),
-    )
+        edge_rows(make_puller(asked, plan=plan, mesh=None), both, edge_RN)
+        return TokenRows(edge_RN[:X], edge_RN[X:], model_derivative(asked))
 
 
 def _token(graph: Graph, k: int) -> Array:

@@ -7,6 +7,8 @@
 | `" Paris@5"` | the same after position 5; -1 is the last one |
 | `"top:5"` | the most probable tokens after position 5 |
 | `"diff: Paris\\| London"` | the logit of the first minus that of the second |
+| `"diff:"` | the answer, the first token given or the most probable, minus its foil |
+| `"foil: London"` | the answer's foil; without it, the most probable other token |
 | `"prob: Paris"`, `"logp: Paris"` | the token's (log-)probability, to first order |
 | `"feature:12:5:345"` | a feature's pre-activation: layer, position, index |
 | `"vector:resid_post:12@5:probe.npz"` | a direction at a site and position |
@@ -47,9 +49,10 @@ from jaxclt.graph.targets import (
     token_targets,
 )
 from jaxclt.io.model import Model
+from jaxclt.lm.run import unembed
 from jaxclt.types import Recording, Targets
 
-__all__ = ["read_targets"]
+__all__ = ["read_targets", "read_token"]
 
 _KINDS = ("diff", "prob", "logp", "feature", "top", "vector")
 
@@ -88,6 +91,8 @@ def read_targets(
     if len(set(texts)) < len(texts):
         raise InputError("a target is given twice: name each once")
     plain = [_token(model, text) for text in texts]
+    if any(_asks_contrast(*pair) for pair in zip(texts, plain, strict=True)):
+        return _contrasted(prompt, texts, plain)
     ids = [token for token in plain if token is not None]
     if len(ids) == len(texts):
         found = _tokens(prompt, ids, n_tokens - 1)
@@ -104,6 +109,51 @@ def read_targets(
     found = combine_targets(parts, weights)
     _refuse_twice(found)
     return found
+
+
+def _asks_contrast(text: str, token: int | None) -> bool:
+    return token is None and (text == "diff:" or text.startswith("foil:"))
+
+
+def _contrasted(
+    prompt: _Prompt, texts: Sequence[str], plain: Sequence[int | None]
+) -> Targets:
+    """Tokens, the answer first and its foil second; with ``diff:`` their difference."""
+    model, last, foil = prompt.model, prompt.n_tokens - 1, None
+    out_D, ids = prompt.recording.out_TD[last], [x for x in plain if x is not None]
+    others = [text for text, x in zip(texts, plain, strict=True) if x is None]
+    foils = [text[len("foil:") :] for text in others if text != "diff:"]
+    if not all(map(_asks_contrast, others, [None] * len(others))) or len(foils) > 1:
+        raise InputError("a contrast is of tokens: give them, one foil:, and no others")
+    if foils:
+        foil = read_token(model, foils[0])
+    top = np.argsort(-np.asarray(unembed(model.params, out_D)), kind="stable")
+    if not ids and "diff:" not in others:
+        ids = np.asarray(salient_targets(model.params, out_D).token_K).tolist()
+    answer = ids[0] if ids else int(top[0])
+    if foil is None:
+        foil = int(top[top != answer][0])
+    if "diff:" in others:
+        return _difference(model, answer, foil, last)
+    if foil == answer:
+        raise InputError(f"foil {foils[0]!r} is the answer itself: choose another")
+    more = [token for token in ids[1:] if token != foil]
+    return _tokens(prompt, [answer, foil, *more], last)
+
+
+def read_token(model: Model, text: str) -> int:
+    """The token that a text is.
+
+    Raises:
+      InputError: if it is not one token of the model.
+    """
+    token = _token(model, text)
+    if token is None:
+        raise InputError(
+            f"{shown(text)} is not one token of this model: mind the leading space, or "
+            "give id:N for token N"
+        )
+    return token
 
 
 def _refuse_twice(targets: Targets) -> None:

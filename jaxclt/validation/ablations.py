@@ -10,15 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxclt.errors import InputError
+from jaxclt.graph.contrast import contrast as graph_contrast
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph
+from jaxclt.lm.run import unembed
 from jaxclt.patching.batch import chunk_size
 from jaxclt.patching.change import Change, batched
 from jaxclt.patching.effects import Ask, Effect, clean_effect, diverged
 from jaxclt.patching.features import Features
 from jaxclt.patching.how import How
 from jaxclt.patching.subject import Subject
-from jaxclt.trace.again import token_edges
+from jaxclt.trace.again import TokenRows, token_rows
 from jaxclt.validation.choice import Choice, ValidateOptions
 
 __all__ = ["SURE", "Ablated", "Bench", "Counter"]
@@ -68,55 +71,76 @@ class Bench:
     counter: Counter
 
     @functools.cached_property
-    def token_K(self) -> np.ndarray:  # noqa: N802
-        """Tokens that are measured: the graph's targets, then the foil, if it is none.
+    def own(self) -> np.ndarray:
+        """The graph's targets that are tokens, by their places; maybe none."""
+        return np.flatnonzero(self.graph.target_token_K >= 0)
 
-        The foil is the one that was asked for; else the graph's runner-up, or where it
-        has one target only, the model's.
+    @functools.cached_property
+    def _answer_and_foil(self) -> tuple[int, int]:
+        """Tokens whose logits' difference is the contrast.
+
+        The answer is the graph's first target, of a graph of directions the model's
+        answer. The foil is the one that was asked for; else what the graph contrasts
+        the answer with, or where it has one target only, the model's runner-up.
         """
-        token_K, weight_K = self.subject.answers[0], self.subject.contrast_K
+        own_K, out_D = self._own_K, self.subject.patchable.recording.out_TD[-1]
+        with jax.default_matmul_precision("highest"):
+            logit_V = np.array(unembed(self.subject.model.params, out_D))
+        answer = int(own_K[0]) if len(own_K) else int(logit_V.argmax())
+        logit_V[answer] = -np.inf
         foil = self.options.foil
-        if foil is None and (weight_K < 0).any():
-            return token_K
+        against_K = own_K[graph_contrast(self.graph).weight_K[self.own] < 0]
         if foil is None:
-            logit_V = self.subject.next_logits()
-            logit_V[token_K[0]] = -np.inf
-            foil = int(logit_V.argmax())
-        return token_K if foil in token_K else np.append(token_K, np.int32(foil))
+            foil = int(against_K[0]) if len(against_K) else int(logit_V.argmax())
+        if foil == answer:
+            raise InputError("the foil is the answer itself: choose another token")
+        return answer, foil
+
+    @property
+    def _own_K(self) -> np.ndarray:  # noqa: N802
+        return self.graph.target_token_K[self.own]
+
+    @functools.cached_property
+    def token_K(self) -> np.ndarray:  # noqa: N802
+        """Tokens that are measured: the graph's targets, then answer and foil."""
+        more = [x for x in self._answer_and_foil if x not in self._own_K]
+        return np.append(self._own_K, more).astype(np.int32)
 
     @functools.cached_property
     def weight_K(self) -> np.ndarray:  # noqa: N802
         """Weights of the measured tokens in the contrast, answer minus foil."""
-        weight_K = np.eye(len(self.token_K))[0]
-        foil = self.options.foil
-        at = len(weight_K) - 1 if foil is None else list(self.token_K).index(foil)
-        if foil is None and len(self.token_K) == len(self.subject.contrast_K):
-            return self.subject.contrast_K
-        weight_K[at] -= 1
-        return weight_K
+        answer, foil = self._answer_and_foil
+        return 1.0 * (self.token_K == answer) - (self.token_K == foil)
 
     @functools.cached_property
     def contrast(self) -> str:
         """What effects are of where they are of one number; token text, untrusted."""
-        names = self.subject.model.tokenizer.token_strings(self.token_K.tolist())
-        signs = {1: names[int(self.weight_K.argmax())]}
-        if self.weight_K.min() < 0:
-            signs[-1] = names[int(self.weight_K.argmin())]
-        return " - ".join(f"logit({name})" for name in signs.values())
+        names = self.subject.model.tokenizer.token_strings(list(self._answer_and_foil))
+        return " - ".join(f"logit({name})" for name in names)
 
     @functools.cached_property
     def on(self) -> str:
         """What effects are of: ``contrast`` where the answer is sure or there is a
         foil, else ``targets``."""
-        prob_K = self._clean.prob_K
-        sure = self.options.foil is not None or float(prob_K[0]) > SURE
-        return "contrast" if sure else "targets"
+        if self.options.foil is None and self.probability <= SURE:
+            return "targets"
+        return "contrast"
+
+    @property
+    def probability(self) -> float:
+        """Of the answer."""
+        return float(self._clean.prob_K[self.weight_K.argmax()])
 
     def measure(self, x_BK: np.ndarray, on: str) -> np.ndarray:
         """Effects on tokens as those on the graph's targets, or on the contrast."""
         if on == "contrast":
             return x_BK @ self.weight_K[:, None]
-        return x_BK[:, : len(self.subject.targets)]
+        return x_BK[:, : self.n_targets]
+
+    @property
+    def n_targets(self) -> int:
+        """How many of the measured tokens are targets; of a graph of directions all."""
+        return len(self.own) or len(self.token_K)
 
     @property
     def graph(self) -> Graph:
@@ -129,30 +153,28 @@ class Bench:
         return self.subject.patchable.coder.shape.span
 
     @functools.cached_property
-    def effect_KA(self) -> np.ndarray:  # noqa: N802
-        """Signed total effects on the measured tokens."""
-        subject, graph = self.subject, self.graph
-        effect_KA = solve_total_effect(graph)[subject.targets]
-        if more_X := self.token_K[len(effect_KA) :].tolist():
-            edge_XN = token_edges(
-                graph,
-                np.array(more_X),
-                model=subject.model,
-                dictionary=subject.dictionary,
-            )
-            more_XA = solve_total_effect(
-                graph, direct_XA=edge_XN[:, graph.feature_cols]
-            )
-            effect_KA = np.concatenate([effect_KA, more_XA])
-        return effect_KA
+    def _rows(self) -> TokenRows:
+        return token_rows(self.graph, self.token_K, self.subject.recorded)
 
     @functools.cached_property
-    def derivative_KA(self) -> np.ndarray | None:  # noqa: N802
-        """The model's derivatives of the measured tokens, if the graph has them all."""
-        graph, subject = self.graph, self.subject
-        if graph.derivative_KN is None or len(self.token_K) > len(subject.targets):
-            return None
-        return graph.derivative_KN[subject.targets, graph.feature_cols].astype(float)
+    def effect_KA(self) -> np.ndarray:  # noqa: N802
+        """Signed total effects on the measured tokens."""
+        graph = self.graph
+        direct_KA = self._rows.edge_XN[:, graph.feature_cols]
+        own_KA = graph.edge_RN[graph.target_rows, graph.feature_cols][self.own]
+        direct_KA[: len(own_KA)] = own_KA
+        return solve_total_effect(graph, direct_XA=direct_KA)
+
+    @functools.cached_property
+    def last_norm_KA(self) -> np.ndarray:  # noqa: N802
+        """The same where the last norm answers too, to first order."""
+        last_XA = self._rows.last_norm_XN[:, self.graph.feature_cols]
+        return solve_total_effect(self.graph, direct_XA=last_XA)
+
+    @functools.cached_property
+    def derivative_KA(self) -> np.ndarray:  # noqa: N802
+        """The model's own derivatives of the measured tokens."""
+        return self._rows.derivative_XN[:, self.graph.feature_cols].astype(float)
 
     @functools.cached_property
     def _clean(self) -> Effect:
@@ -166,8 +188,8 @@ class Bench:
 
     def ask(self, watch: Features | None = None) -> Ask:
         """What to measure: `token_K` at the last position."""
-        asked = self.subject.ask(watch)
-        return dataclasses.replace(asked, token_K=jnp.asarray(self.token_K))
+        last = jnp.asarray(self.subject.n_tokens - 1, jnp.int32)
+        return Ask(token_K=jnp.asarray(self.token_K), last=last, watch=watch)
 
     @functools.cached_property
     def watch(self) -> Features:
@@ -200,13 +222,18 @@ class Bench:
           how: the semantics.
           factor: on all activations.
           watch: also the activations of the watched features.
-          everywhere: in all layers, not in the default range.
+          everywhere: in all layers from the first that is edited (before it nothing
+            changes), not in the default range.
         """
-        subject = self.subject
-        given = (0, subject.model.cfg.n_layers - 1) if everywhere else None
+        subject, last = self.subject, self.subject.model.cfg.n_layers - 1
+        edited = [
+            layer_E[layer_E >= 0] for layer_E in np.asarray(change.features.layer_E)
+        ]
         layers = [
-            subject.layer_range(given, layer_E[layer_E >= 0], how.mode)
-            for layer_E in np.asarray(change.features.layer_E)
+            (int(layer_E.min()), last)
+            if everywhere
+            else subject.layer_range(None, layer_E, how.mode)
+            for layer_E in edited
         ]
         done = subject.effects(
             Change.of(change.features, factor),

@@ -66,9 +66,13 @@ class Choice:
 
 
 def by_influence(graph: Graph) -> np.ndarray:
-    """Slots of the features that are not zero, most influential first."""
-    order = np.argsort(-graph.influence_N[graph.feature_cols], kind="stable")
-    return order[graph.value_A[order] != 0]
+    """Slots of the features that reach the targets, most influential first.
+
+    What the others do is nothing, and rounding is nothing to rank.
+    """
+    score_A = graph.influence_N[graph.feature_cols]
+    order = np.argsort(-score_A, kind="stable")
+    return order[(graph.value_A[order] != 0) & (score_A[order] > 0)]
 
 
 def choose(

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxclt.files.json_text import rounded
+from jaxclt.graph.agreement import slope
 from jaxclt.lm.massive import MASSIVE, massive_positions
 from jaxclt.patching.how import How
 from jaxclt.validation.ablations import Ablated, Bench
@@ -45,14 +47,18 @@ def held_and_live(bench: Bench, done: Ablated) -> dict[str, Any]:
     said_BK = -bench.effect_KA[:, node_B].T.astype(np.float64)
     local_BK = np.where(local.fine_B[:, None], local.change_BK, np.nan)
     by_held = {"value": (said_BK, held)}
-    by_live = {"local": (local_BK, done), "value": (said_BK, done)}
-    derivative_KA = bench.derivative_KA
-    if derivative_KA is not None:
-        by_live["derivative"] = -derivative_KA[:, node_B].T, done
+    last_BK = -bench.last_norm_KA[:, node_B].T.astype(np.float64)
+    by_live = {
+        "local": (local_BK, done),
+        "derivative": (-bench.derivative_KA[:, node_B].T, done),
+        "value": (said_BK, done),
+        "last_norm": (last_BK, done),
+    }
     massive = massive_positions(bench.subject.patchable.recording, bench.graph.n_tokens)
     apart_B = np.isin(bench.graph.pos_A[node_B], massive)
     found: dict[str, Any] = {
         "contrast": bench.contrast,
+        "probability": rounded(bench.probability),
         "held": _section(bench, by_held, apart_B),
         "live": _section(bench, by_live, apart_B),
     }
@@ -81,7 +87,11 @@ def _section(
         "contrast": _line(bench, *first, ~apart_B, on="contrast"),
         "top": _line(bench, *first, ~apart_B & ~control_B),
         "random": _line(bench, *first, ~apart_B & control_B),
-        **{name: _line(bench, *pair, ~apart_B) for name, pair in others},
+        **{
+            name: _line(bench, *pair, ~apart_B)
+            | {"slope_on_targets": _slope(bench, *pair, ~apart_B)}
+            for name, pair in others
+        },
     }
 
 
@@ -93,9 +103,19 @@ def _line(
     *,
     on: str | None = None,
 ) -> dict[str, Any]:
+    return line(*_pairs(bench, predicted_BK, done, of_B, on or bench.on), bench.key)
+
+
+def _slope(
+    bench: Bench, predicted_BK: np.ndarray, done: Ablated, of_B: np.ndarray
+) -> float | None:
+    return rounded(slope(*_pairs(bench, predicted_BK, done, of_B, "targets")))
+
+
+def _pairs(
+    bench: Bench, predicted_BK: np.ndarray, done: Ablated, of_B: np.ndarray, on: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted and measured effects of the patches that have both."""
     keep_B = of_B & done.fine_B & np.isfinite(predicted_BK).all(1)
-    x_BX, y_BX = (
-        bench.measure(x_BK[keep_B], on or bench.on)
-        for x_BK in (predicted_BK, done.change_BK)
-    )
-    return line(x_BX, y_BX, bench.key)
+    measured_BX = bench.measure(done.change_BK[keep_B], on)
+    return bench.measure(predicted_BK[keep_B], on), measured_BX

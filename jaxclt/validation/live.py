@@ -50,12 +50,12 @@ def patterns_live(bench: Bench) -> dict[str, Any]:
     single, node_B = bench.single.where(at), bench.choice.node_B[at]
     full, small = (bench.patch(single, LIVE, factor=x) for x in (0.0, factor))
     finite = bench.patch(single, FINITE, everywhere=True)
-    weight_K = bench.subject.contrast_K
-    every = {**_first_order(bench), "value": bench.effect_KA[: len(weight_K)]}
+    weight_K = bench.weight_K
+    every = {**_first_order(bench), "value": bench.effect_KA}
     said = {name: -(weight_K @ effect_KA)[node_B] for name, effect_KA in every.items()}
 
     def agreed(predicted_B: np.ndarray, done: Ablated) -> dict[str, Any]:
-        measured_B = bench.measure(done.change_BK, "targets") @ weight_K
+        measured_B = done.change_BK @ weight_K
         fine_B = done.fine_B & np.isfinite(predicted_B)
         later_B = fine_B & (bench.graph.pos_A[node_B] > 0)
         found, later = (
@@ -64,8 +64,7 @@ def patterns_live(bench: Bench) -> dict[str, Any]:
         )
         return {**found, "after_first": later}
 
-    finite_B = bench.measure(finite.change_BK, "targets") @ weight_K
-    finite_B = np.where(finite.fine_B, finite_B, np.nan)
+    finite_B = np.where(finite.fine_B, finite.change_BK @ weight_K, np.nan)
     ablated = {
         x: agreed(said_B, full) for x, said_B in {"finite": finite_B, **said}.items()
     }
@@ -83,14 +82,15 @@ def _first_of(lines: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _first_order(bench: Bench) -> dict[str, np.ndarray]:
-    """What a small change of each feature does, [K, A], by who says so."""
-    graph, targets, found = bench.graph, bench.subject.targets, {}
-    if graph.response is not None:
+    """What a small change of each feature does, [K, A], by who says so.
+
+    The graph's response is of its targets: it says nothing of another foil.
+    """
+    graph, found = bench.graph, {}
+    if graph.response is not None and len(bench.token_K) == len(bench.own):
         effect_KA = solve_total_effect(graph, edge_RN=graph.response.edge_RN)
-        found["response"] = effect_KA[targets]
-    if graph.derivative_KN is not None:
-        found["derivative"] = graph.derivative_KN[targets, graph.feature_cols]
-    return found
+        found["response"] = effect_KA[bench.own]
+    return found | {"derivative": bench.derivative_KA}
 
 
 def _agreement(

@@ -173,7 +173,9 @@ def supernodes(bench: Bench) -> dict[str, Any]:
     if not groups:
         return {"spearman": None, "n": 0, "groups": []} | left_out
     members = [group for _, group in groups]
-    predicted_GK = -group_effects(bench.graph, members)[:, bench.subject.targets]
+    predicted_GK = -bench.measure(
+        group_effects(bench.graph, members, bench.effect_KA), "targets"
+    )
     done = bench.patch(bench.together(members), How())
     rows = [
         {

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxclt.validation.say import BY, next_layer, percent, show, with_interval
 
 __all__ = ["RULES", "Rule", "verdict"]
@@ -70,18 +72,47 @@ _IN_MODEL = (
 )
 
 
+def _on_contrast(report: Report) -> bool:
+    return report["held"]["on"] == "contrast"
+
+
 def _times(slope: float) -> str:
     return f"{1 / slope:.0f}" if slope < 0.2 else f"{1 / slope:.1f}"
 
 
 def _shrinks(report: Report) -> bool:
-    held, value = report["held"]["slope"], report["live"]["value"]["slope"]
+    """Whether norms take back what total effects say, though these hold inside."""
+    held = report["held"]["targets"]["slope"]
+    value = report["live"]["value"]["slope_on_targets"]
     return held is not None and value is not None and 0 < value < 0.6 * held
 
 
-def _value_misleads(report: Report) -> bool:
-    by_model, by_value = report["live"]["spearman"], report["live"]["value"]["spearman"]
-    return by_model is not None and by_value is not None and by_model > by_value + 0.1
+def _is_last_norm(report: Report) -> bool:
+    """Whether the last norm to first order brings the slope (in logs) half way back."""
+    value, last = (
+        report["live"][x]["slope_on_targets"] for x in ("value", "last_norm")
+    )
+    return last is not None and last > 0 and abs(np.log(last)) < -np.log(value) / 2
+
+
+def _smaller(report: Report) -> str:
+    slope = report["live"]["value"]["slope_on_targets"]
+    return (
+        f"Effects on the logits are {_times(slope)} times smaller in the model than "
+        "the graph says"
+    )
+
+
+def _better(name: str, than: str) -> Callable[[Report], bool]:
+    """Whether one prediction of the live line ranks clearly better than another."""
+
+    def when(report: Report) -> bool:
+        line = report["live"]
+        by = line["predicted_by"]
+        one, other = ((line if x == by else line[x])["spearman"] for x in (name, than))
+        return one is not None and other is not None and one > other + 0.1
+
+    return when
 
 
 def _beaten(report: Report) -> list[str]:
@@ -123,8 +154,16 @@ def _live_patterns(report: Report) -> str:
 RULES: tuple[Rule, ...] = (
     Rule(
         "sure_answer",
-        lambda report: report["held"]["on"] == "contrast",
-        lambda report: f"Effects are of {report['contrast']}.",
+        lambda report: report["options"]["foil"] is None and _on_contrast(report),
+        lambda report: (
+            f"The answer is all but certain (p {report['probability']:.3f}) and its "
+            f"probability cannot move much: effects are of {report['contrast']}."
+        ),
+    ),
+    Rule(
+        "foil",
+        lambda report: report["options"]["foil"] is not None,
+        lambda report: f"Effects are of {report['contrast']}, as asked.",
     ),
     _of_level(
         "held", "good", f"{_INSIDE}: its signs and ranks can be relied on there."
@@ -141,19 +180,36 @@ RULES: tuple[Rule, ...] = (
     ),
     _of_level("live", "none", "In the model nothing could be measured."),
     Rule(
-        "norms_take_back",
-        _shrinks,
+        "last_norm_takes_back",
+        lambda report: _shrinks(report) and _is_last_norm(report),
         lambda report: (
-            f"Effects are {_times(report['live']['value']['slope'])} times smaller in "
-            "the model than the graph says, as norms answer, which the graph holds."
+            f"{_smaller(report)}: the last norm, which the graph holds, takes the rest "
+            "back (to first order it explains a slope of "
+            f"{show(report['live']['last_norm']['slope_on_targets'])})."
+        ),
+    ),
+    Rule(
+        "norms_take_back",
+        lambda report: _shrinks(report) and not _is_last_norm(report),
+        lambda report: (
+            f"{_smaller(report)}, as norms answer, which the graph holds; the last one "
+            "alone does not explain it."
         ),
     ),
     Rule(
         "value_misleads",
-        _value_misleads,
+        _better("local", "value"),
         lambda report: (
             "Total effects alone rank them with "
             f"{with_interval(report['live']['value'])} there."
+        ),
+    ),
+    Rule(
+        "derivative_leads",
+        _better("derivative", "local"),
+        lambda report: (
+            f"{BY['derivative'].capitalize()} ranks them better, "
+            f"{with_interval(report['live']['derivative'])}: go by it."
         ),
     ),
     Rule(

@@ -15,6 +15,7 @@ BY = {
     "finite": "the local replacement model (attention and norms live, gates held)",
     "local": "the local replacement model (norms live, gates held)",
     "value": "the graph's total effects",
+    "last_norm": "the same, the last norm to first order",
 }
 
 
