@@ -217,11 +217,11 @@ def _channels(
     each = [*mine.values(), *([[]] * (Y - len(mine)))]
     alike = [packed(x, S, nodes.n_positions, nodes.dtype) for x in each]
     side_YS = Sides(*map(np.stack, zip(*alike, strict=True)))
-    every_YSUC = nodes.pushed(column_U, layer_Y, side_YS)
-    place_YSPC = every_YSUC[:, :, :0]
-    if nodes.columns.p.n_tokens <= LONGEST:
+    n_tokens = nodes.columns.p.n_tokens
+    n_places = n_tokens if n_tokens <= LONGEST else 0
+    every_YSUC, place_YSPC = nodes.pushed(column_U, layer_Y, side_YS, n_places)
+    if n_places:
         bias_YS1C = every_YSUC[:, :, -2:-1]
-        place_YSTC = nodes.placed(layer_Y, side_YS)
-        place_YSPC = np.concatenate([place_YSTC, bias_YS1C], axis=2)
+        place_YSPC = np.concatenate([place_YSPC, bias_YS1C], axis=2)
     both = every_YSUC, place_YSPC
     return [tuple(x[y, s : s + 3] for x in both) for y, s in places]  # pyright: ignore

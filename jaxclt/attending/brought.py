@@ -115,62 +115,55 @@ class Nodes:
         return out_XN
 
     def pushed(
-        self, column_U: np.ndarray, layer_Y: np.ndarray, side_YS: Sides
-    ) -> np.ndarray:
-        """What columns, then `BIAS` and `REST`, bring to sides, [Y, S, U + 2, C].
+        self, column_U: np.ndarray, layer_Y: np.ndarray, side_YS: Sides, n_places: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What some sources bring to sides.
 
         Args:
           column_U: of the graph.
           layer_Y: some layers; where one is there twice, the first place counts.
           side_YS: as many sides of each.
+          n_places: so many positions, of the first ones.
+
+        Returns:
+          By columns, then `BIAS` and `REST`, [Y, S, U + 2, C]; by all that is written
+          at a position, [Y, S, n_places, C].
         """
-
-        def writes(first: int) -> Writes:
-            return self.columns.writes(column_U[first : first + X], X, 0)
-
-        X = self.at_once
-        every_YSUC = self._push(writes, len(column_U), layer_Y, side_YS)
-        with jax.default_matmul_precision("highest"):
-            last_YS2C = _constants(self.clean, self.constant, layer_Y, side_YS)
-        return np.concatenate([every_YSUC, np.asarray(last_YS2C)], axis=2)
-
-    def placed(self, layer_Y: np.ndarray, side_YS: Sides) -> np.ndarray:
-        """What all that is written at one position brings to sides, [Y, S, T, C].
-
-        Arguments as of `pushed`.
-        """
-        T, X = self.columns.p.n_tokens, self.at_once
-        write_MPD = np.concatenate([self.puller.held.embed_TD[None], self.write_LTD])
-
-        def writes(first: int) -> Writes:
-            pos_B = np.arange(first, first + X)
-            real_1B1 = (pos_B < T)[None, :, None]
-            pos_B = np.minimum(pos_B, T - 1)
-            return Writes(write_MPD[:, pos_B] * real_1B1, pos_B, np.int32(0), 0)
-
-        return self._push(writes, T, layer_Y, side_YS)
-
-    def _push(
-        self,
-        writes: Callable[[int], Writes],
-        n: int,
-        layer_Y: np.ndarray,
-        side_YS: Sides,
-    ) -> np.ndarray:
-        """Push n sources, so many at a time."""
         slot_L = np.full(self.clean.cfg.n_layers, -1, np.int32)
         slot_L[layer_Y[::-1]] = np.arange(len(layer_Y))[::-1]  # the first counts
-        end = np.int32(layer_Y.max() + 1)
+        up, clean, end = self.up, self.clean, np.int32(layer_Y.max() + 1)
+        U = len(column_U)
+        X = min(self.at_once, bucket(U + n_places))
 
         def start(first: int) -> Array:
-            up, clean = self.up, self.clean
+            writes = self._writes(column_U, n_places, first, X)
             with jax.default_matmul_precision("highest"):
-                return _push(up, clean, writes(first), side_YS, slot_L, end)
+                return _push(up, clean, writes, side_YS, slot_L, end)
 
-        found = pipelined(range(0, n, self.at_once), start)
+        found = pipelined(range(0, U + n_places, X), start)
         none = np.zeros((*side_YS.weight_SP.shape[:2], 0, self.clean.cfg.d_head))
         parts = [none.astype(self.dtype), *(np.asarray(part) for _, part in found)]
-        return np.concatenate(parts, axis=2)[:, :, :n]
+        every_YSBC = np.concatenate(parts, axis=2)
+        with jax.default_matmul_precision("highest"):
+            last_YS2C = _constants(clean, self.constant, layer_Y, side_YS)
+        columns = every_YSBC[:, :, :U], np.asarray(last_YS2C)
+        return np.concatenate(columns, axis=2), every_YSBC[:, :, U : U + n_places]
+
+    def _writes(
+        self, column_U: np.ndarray, n_places: int, first: int, size: int
+    ) -> Writes:
+        """Sources of a chunk: columns, then positions with all that they write."""
+        some = column_U[first : first + size]
+        writes = self.columns.writes(some, size, 0)
+        after = first + len(some) - len(column_U)
+        pos = np.arange(max(after, 0), n_places)[: size - len(some)]
+        if not len(pos):
+            return writes
+        here = slice(len(some), len(some) + len(pos))
+        writes.write_MBD[0, here] = np.asarray(self.puller.held.embed_TD)[pos]
+        writes.write_MBD[1:, here] = self.write_LTD[:, pos]
+        writes.pos_B[here] = pos
+        return writes._replace(first=np.int32(0))
 
 
 class _Vectors(NamedTuple):

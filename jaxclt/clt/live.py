@@ -46,8 +46,15 @@ def mlp_unit(
 
     [K, D], at some positions.
     """
-    mid_KD = jnp.asarray(recording.mid_LTD)[layer, pos_K]
-    scale_K = jnp.asarray(recording.frozen.mlp_scale_LT)[layer, pos_K]
+    scale_LT = recording.frozen.mlp_scale_LT
+    return _unit(params, recording.mid_LTD, scale_LT, layer, pos_K)
+
+
+def _unit(
+    params: LMParams, mid_LTD: Array, scale_LT: Array, layer: Any, pos_K: Any
+) -> Array:
+    mid_KD = jnp.asarray(mid_LTD)[layer, pos_K]
+    scale_K = jnp.asarray(scale_LT)[layer, pos_K]
     return centre(mid_KD, mlp_norm(params.blocks)) * scale_K[:, None]
 
 
@@ -74,16 +81,15 @@ def live_feature_reads(
       cfg: model shape.
     """
     coder, read_KD = dictionary.coder(cfg), np.asarray(read_KD)
-    live_KD, whole_KD = read_KD.copy(), None
+    live_KD = read_KD
+    if reads_past_norm(coder.site):
+        live_KD = _past_norm(params, recording, place_K3, read_KD)
+    whole_KD = live_KD
     if coder.gated:
         whole_KD = np.empty_like(read_KD)
-    for layer in np.unique(place_K3[:, 0]).tolist():
-        here = np.flatnonzero(place_K3[:, 0] == layer)
-        _, pos, feature = place_K3[here].T
-        if reads_past_norm(coder.site):
-            unit_KD = mlp_unit(params, recording, layer, pos)
-            live_KD[here] = live_reads(jnp.asarray(read_KD[here]), unit_KD)
-        if whole_KD is not None:
+        for layer in np.unique(place_K3[:, 0]).tolist():
+            here = np.flatnonzero(place_K3[:, 0] == layer)
+            _, pos, feature = place_K3[here].T
             unique, row = np.unique(feature, return_inverse=True)
             enc = in_dtype(dictionary.encoders(params, layer, unique), read_KD.dtype)
             # Sizes are bucketed so that layers and prompts share programs.
@@ -92,8 +98,31 @@ def live_feature_reads(
             enc = jax.tree.map(lambda x, row=row: x[row], enc)
             found = _whole_reads(params, recording, layer, pos, enc, cfg, coder)
             whole_KD[here] = np.asarray(found)[: len(here)]
-    gate_KD = np.zeros_like(read_KD) if whole_KD is None else whole_KD - live_KD
-    return LiveReads(live_KD - read_KD, gate_KD)
+    return LiveReads(live_KD - read_KD, whole_KD - live_KD)
+
+
+def _past_norm(
+    params: LMParams, recording: Recording, place_K3: np.ndarray, read_KD: np.ndarray
+) -> np.ndarray:
+    """Reads [K, D] past the norm before the MLP, live."""
+    K = len(read_KD)
+    pad = ((0, bucket(K) - K), (0, 0))
+    layer_K, pos_K, _ = np.pad(place_K3, pad).T
+    mid_LTD, scale_LT = recording.mid_LTD, recording.frozen.mlp_scale_LT
+    live_KD = _live(params, mid_LTD, scale_LT, layer_K, pos_K, np.pad(read_KD, pad))
+    return np.asarray(live_KD)[:K]
+
+
+@jax.jit
+def _live(
+    params: LMParams,
+    mid_LTD: Array,
+    scale_LT: Array,
+    layer_K: Array,
+    pos_K: Array,
+    read_KD: Array,
+) -> Array:
+    return live_reads(read_KD, _unit(params, mid_LTD, scale_LT, layer_K, pos_K))
 
 
 @partial(jax.jit, static_argnames=("cfg", "coder"))

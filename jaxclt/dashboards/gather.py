@@ -23,7 +23,7 @@ from jaxclt.clt.coder import Dictionary, load
 from jaxclt.dashboards import files
 from jaxclt.dashboards.documents import feature_document, validate
 from jaxclt.dashboards.examples import Examples
-from jaxclt.dashboards.logits import TokenEffects, token_effects
+from jaxclt.dashboards.logits import TokenEffects, vocabulary_effects
 from jaxclt.dashboards.stream import (
     STATE,
     ExampleOptions,
@@ -200,7 +200,7 @@ def _write_features(
         feature_N = examples.feature_U[row_N]
         path = folder / files.layer_file(layer)
         if not path.is_file():
-            effects = token_effects(
+            effects = vocabulary_effects(
                 dictionary, model.params, layer, feature_N, k=options.logits
             )
             documents = _documents(examples, row_N, effects, strings, dictionary.name)

@@ -16,13 +16,12 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.coder import Dictionary
-from jaxclt.global_weights.weights import highest, written_logits
+from jaxclt.naming.vocabulary import GROUP, highest, written_logits
 from jaxclt.types import LMParams
 
-__all__ = ["TokenEffects", "token_effects"]
+__all__ = ["TokenEffects", "vocabulary_effects"]
 
 _CELLS = 1 << 24  # feature-token pairs that are looked at together
-_GROUP = 64  # tokens whose largest is looked at first
 
 
 class TokenEffects(NamedTuple):
@@ -34,7 +33,7 @@ class TokenEffects(NamedTuple):
     bottom_value_NK: np.ndarray
 
 
-def token_effects(
+def vocabulary_effects(
     dictionary: Dictionary,
     params: LMParams,
     layer: int,
@@ -72,6 +71,6 @@ def token_effects(
 @partial(jax.jit, static_argnames="k")
 def _strongest(params: LMParams, written_ND: Array, *, k: int) -> tuple[Array, ...]:
     logit_NV = written_logits(params, written_ND)
-    top_value_NK, top_NK = highest(logit_NV, k, _GROUP)
-    bottom_value_NK, bottom_NK = highest(-logit_NV, k, _GROUP)
+    top_value_NK, top_NK = highest(logit_NV, k, GROUP)
+    bottom_value_NK, bottom_NK = highest(-logit_NV, k, GROUP)
     return top_NK, top_value_NK, bottom_NK, -bottom_value_NK

@@ -20,8 +20,9 @@ from jaxclt.global_weights import ranking
 from jaxclt.global_weights.build import bound_of, virtual_blocks
 from jaxclt.global_weights.files import SavedGlobals, load_globals, save_globals
 from jaxclt.global_weights.ranking import GlobalWeights, Kind, Links
-from jaxclt.global_weights.weights import embedding_weights, highest, logit_weights
+from jaxclt.global_weights.weights import embedding_weights, logit_weights
 from jaxclt.io.model import Model
+from jaxclt.naming.vocabulary import highest
 from jaxclt.viewer.globals_page import globals_page
 
 __all__ = ["neighbourhood", "page_document", "write_globals"]

@@ -26,22 +26,19 @@ from jax import Array
 from jaxclt.clt.coder import Bound
 from jaxclt.clt.config import Shape
 from jaxclt.clt.subset import Subset
-from jaxclt.lm.layers import normalise, out_norm
-from jaxclt.lm.run import readout, token_vectors
-from jaxclt.types import LMParams
+from jaxclt.lm.run import token_vectors
+from jaxclt.naming.vocabulary import highest, written_logits
 
 __all__ = [
     "Strongest",
     "Tile",
     "embedding_weights",
     "folded_encoder",
-    "highest",
     "logit_weights",
     "strongest_virtual",
     "summed_writes",
     "virtual_block",
     "virtual_tiles",
-    "written_logits",
 ]
 
 
@@ -167,27 +164,6 @@ class Strongest(NamedTuple):
     output_weight_UK: np.ndarray
 
 
-def highest(x_RN: Array, k: int, group: int = 8) -> tuple[Array, Array]:
-    """Values and columns [R, k] of the largest of each row, of equals the first.
-
-    They lie in the k groups of columns with the largest maxima, so that only those are
-    searched, in the order of columns: a maximum is much cheaper than a selection.
-    """
-    R, N = x_RN.shape
-    n_groups = -(-N // group)
-    if n_groups <= 2 * k:
-        return jax.lax.top_k(x_RN, min(k, N))
-    lowest = jnp.asarray(-jnp.inf, x_RN.dtype)
-    room = ((0, 0), (0, n_groups * group - N))
-    x_RGJ = jnp.pad(x_RN, room, constant_values=lowest).reshape(R, n_groups, group)
-    _, group_RK = jax.lax.top_k(x_RGJ.max(2), k)
-    group_RK = jnp.sort(group_RK, 1)
-    near_RKJ = jnp.take_along_axis(x_RGJ, group_RK[:, :, None], 1)
-    value_RK, at_RK = jax.lax.top_k(near_RKJ.reshape(R, -1), k)
-    group_RK = jnp.take_along_axis(group_RK, at_RK // group, 1)
-    return value_RK, group_RK * group + at_RK % group
-
-
 Best = tuple[Array, Array]  # values and slots [width, k]
 
 
@@ -270,16 +246,6 @@ def embedding_weights(
     read_RD = jnp.asarray(folded_encoder(on, layer, feature_R))
     token_Y = np.arange(len(on.params.embed_VD)) if token_Y is None else token_Y
     return np.asarray(block(read_RD, token_vectors(on.params, jnp.asarray(token_Y))))
-
-
-@jax.jit
-def written_logits(params: LMParams, written_ND: Array) -> Array:
-    """Demeaned logits [N, V] of vectors in the stream, see `logit_weights`."""
-    with jax.default_matmul_precision("highest"):
-        one_N = jnp.ones(len(written_ND), written_ND.dtype)
-        normed_ND = normalise(written_ND, one_N, out_norm(params), biases=False)
-        logit_NV = readout(params, normed_ND)
-        return logit_NV - logit_NV.mean(1, keepdims=True)
 
 
 def logit_weights(

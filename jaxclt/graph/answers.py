@@ -20,7 +20,8 @@ from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.prompt import Prompt
 from jaxclt.lm.layers import attn_norm, centre, live_reads, out_norm
 
-__all__ = ["answering", "answering_rows", "past_final_norm", "summed", "written_live"]
+__all__ = ["answering", "answering_rows", "past_final_norm", "rows_in_parts"]
+__all__ += ["summed", "written_live"]
 
 
 def answering_rows(p: Prompt, dictionary: Dictionary) -> RowTargets:
@@ -43,6 +44,13 @@ def summed(rows: RowTargets) -> RowTargets:
     return RowTargets(
         layer_R=rows.layer_R, pos_R=rows.pos_R, read_RD=rows.read_SRD.sum(0)
     )
+
+
+def rows_in_parts(rows: RowTargets) -> tuple[RowTargets, np.ndarray]:
+    """What states of `jaxclt.graph.live.Parts` read, and which rows have live gates."""
+    norm_R1D, gate_R1D = np.split(rows.more_RSD, 2, axis=1)
+    states = dataclasses.replace(summed(rows), more_RSD=norm_R1D)
+    return states, np.asarray(gate_R1D.any((1, 2)))
 
 
 def answering(p: Prompt) -> Prompt:

@@ -86,8 +86,9 @@ class Columns:
         write_MBD[layer + 1, place] = error_LTD[layer, pos]
         place = np.flatnonzero(layer_B < 0)
         write_MBD[0, place] = np.asarray(self.p.recording.embed_TD)[pos_B[place]]
-        padded_B = np.pad(pos_B, (0, capacity - len(pos_B)), mode="edge")
-        first = layer_B.min() + 1
+        padded_B = np.full(capacity, start)
+        padded_B[: len(pos_B)] = pos_B
+        first = layer_B.min(initial=n_sites - 2) + 1
         return Writes(write_MBD, *map(np.int32, (padded_B, first, start)))
 
 

@@ -16,10 +16,9 @@ from jax import Array
 
 from jaxclt.graph.answers import written_live
 from jaxclt.graph.bank import RowTargets
-from jaxclt.graph.live import STATES
+from jaxclt.graph.live import STATES, split_parts
 from jaxclt.graph.plan import Chunk
 from jaxclt.graph.prompt import Prompt
-from jaxclt.graph.response_table import EFFECT_PARTS
 from jaxclt.graph.rows import Edges, Puller, Shared, write_rows
 from jaxclt.graph.travel import descend
 
@@ -27,7 +26,13 @@ __all__ = ["effect_parts"]
 
 
 def effect_parts(
-    p: Prompt, rows: RowTargets, unit_R: np.ndarray, puller: Puller
+    p: Prompt,
+    rows: RowTargets,
+    unit_R: np.ndarray,
+    value_RN: np.ndarray,
+    puller: Puller,
+    *,
+    gated: bool,
 ) -> np.ndarray:
     """Total effects by response of all nodes on the contrast, by parts, [Q, N].
 
@@ -35,9 +40,11 @@ def effect_parts(
 
     Args:
       p: the prompt, with the features that are nodes.
-      rows: what the graph's rows read, from `jaxclt.graph.answers.answering_rows`.
+      rows: what the graph's rows read, from `jaxclt.graph.answers.rows_in_parts`.
       unit_R: `jaxclt.graph.yardstick.unit_effects` of the graph by response.
+      value_RN: its edges by value.
       puller: of the prompt, down `jaxclt.graph.live.Parts`.
+      gated: whether gates of rows answer.
     """
     L, (T, D) = p.cfg.n_layers, p.recording.embed_TD.shape
     read_SRD = rows.read_SRD * unit_R[:, None]
@@ -47,18 +54,20 @@ def effect_parts(
     A = len(p.active.layer_A)
     every_A, Q = np.arange(A), len(STATES)
     edge_ZPWQ, *others = map(np.asarray, found)
-    effect_QN = np.zeros((Q, p.layout(A).n_columns), read_SRD.dtype)
+    state_QN = np.zeros((Q, p.layout(A).n_columns), read_SRD.dtype)
     write_rows(
         Chunk(np.arange(Q), T, Q),
         [edge_ZPWQ.reshape(-1, Q), *others],
         every_A,
         puller.bank.place(every_A, 0, T),
         p.layout(A),
-        effect_QN,
+        state_QN,
     )
-    _add_written(p, unit_R[A:], effect_QN)
-    effect_QN[:, p.ignored_columns(A)] = 0
-    return effect_QN[[STATES.index(part) for part in EFFECT_PARTS]]
+    for k, edge_N, norm_N in written_live(p):
+        state_QN[:2] += unit_R[A + k] * norm_N
+        state_QN[0] += unit_R[A + k] * edge_N
+    state_QN[:, p.ignored_columns(A)] = 0
+    return split_parts(state_QN, unit_R @ value_RN, gated)
 
 
 @jax.jit
@@ -72,10 +81,3 @@ def _down(held: Shared, read_MTSD: Array) -> Edges:
     top_PQD = add_reads(jnp.zeros((P, Q, D), read_MTSD.dtype), L)
     none = held.no_dots(P, Q)
     return held.edges(*descend(way, top_PQD, L - 1, add_reads, held.add_dots, none))
-
-
-def _add_written(p: Prompt, unit_K: np.ndarray, effect_QN: np.ndarray) -> None:
-    """Add what targets read of an MLP's output themselves, norms held and live."""
-    for k, edge_N, norm_N in written_live(p):
-        effect_QN[STATES.index("value")] += unit_K[k] * edge_N
-        effect_QN[STATES.index("norm")] += unit_K[k] * norm_N

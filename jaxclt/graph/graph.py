@@ -51,18 +51,22 @@ class GraphMeta:
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
     labels: dict[str, str] = dataclasses.field(default_factory=dict)
     # what features stand for, by "layer:feature"; untrusted like tokens
+    # What shown feature nodes say of themselves, by "layer:pos:feature": `label`, and
+    # what it is made of (`jaxclt.naming.label`); untrusted like tokens.
+    said: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     version: str = ""
     schema: int = 1
     sources: tuple[str, ...] = SOURCES  # kinds of the columns, in their order
 
-    def label(self, layer: int, feature: int) -> str:
-        """What the dictionary calls a feature; empty where it has no name for it."""
-        return self.labels.get(f"{layer}:{feature}", "")
+    def label(self, layer: int, pos: int, feature: int) -> str:
+        """What the dictionary calls a feature, else what its node says of itself."""
+        own = self.labels.get(f"{layer}:{feature}", "")
+        return own or self.said.get(f"{layer}:{pos}:{feature}", {}).get("label", "")
 
     def to_json(self) -> str:
         """Serialise; `of` reads it, parsed."""
         raw = dataclasses.asdict(self)
-        for name, usual in (("sources", SOURCES), ("reading", "value")):
+        for name, usual in (("sources", SOURCES), ("reading", "value"), ("said", {})):
             if getattr(self, name) == usual:
                 del raw[name]
         return to_json(raw, ensure_ascii=False)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
@@ -22,7 +23,7 @@ from jaxclt.lm.layers import centre, live_reads, mlp_norm
 from jaxclt.lm.live import LiveAttention, make_live
 from jaxclt.lm.step import Skip, down
 
-__all__ = ["STATES", "Live", "Parts", "live_parts", "live_way"]
+__all__ = ["STATES", "Live", "Parts", "live_parts", "live_way", "split_parts"]
 
 
 @struct.dataclass
@@ -98,16 +99,17 @@ def live_way(p: Recorded, *, past_norm: bool, norms: bool = True) -> Live:
     return Live(attention, _live_skip(p, past_norm=past_norm and norms))
 
 
-STATES = ("value", "norm", "gate", "query", "key")  # targets read in the first three
+STATES = ("all", "norm", "query", "key")  # targets read in the first two
 
 
 @struct.dataclass
 class Parts(Way):
-    """As `Live`, with paths kept apart by their step nearest to the source.
+    """As `Live`, with some paths kept apart by their step nearest to the source.
 
     That is the step nearest among those that are not plain OV, by what it enters: a
-    query, a key, a denominator, or the target's own gate; above it everything is live.
-    The states are `STATES`, and their sum is what `Live` has.
+    query, a key, or a denominator; above it everything is live. The first state has
+    what `Live` has; paths that are plain OV, or enter the target's own gate, are what
+    the others leave of it.
     """
 
     live: Live
@@ -127,22 +129,24 @@ class Parts(Way):
 
         def reads(g_PXD: Array) -> Array:
             if skip is not None:
-                all_PBD = _apart(g_PXD).sum(1)
+                all_PBD = _apart(g_PXD)[:, 0]
                 answer_PBD = skip.live(layer, all_PBD) - skip.held(layer, all_PBD)
-                g_PXD = _added(g_PXD + skip.held(layer, g_PXD), norm=answer_PBD)
+                held_PQBD = _apart(g_PXD + skip.held(layer, g_PXD))
+                g_PXD = held_PQBD.at[:, :2].add(answer_PBD[:, None])
+                g_PXD = g_PXD.reshape(len(g_PXD), -1, g_PXD.shape[-1])
             return add_reads(g_PXD)
 
         return down(g_PXD, None, reads, cfg=self.cfg)
 
     def past_attention(self, layer: Array, moved_PXD: Array) -> Array:
         """See `jaxclt.graph.travel.Way`."""
-        back_PXD = self.frozen.past_attention(layer, moved_PXD)
+        B = moved_PXD.shape[1] // self.n_states
+        all_PBD, others_PYD = jnp.split(moved_PXD, [B], axis=1)
         with jax.named_scope("pull_live_attention"):
-            routes = self.live.attention.routes(layer, _apart(moved_PXD).sum(1))
-        # Plain OV of all states is what the rest has beside its denominators.
-        norm_PBD = routes.rest_TBD - _apart(back_PXD).sum(1)
-        return _added(
-            back_PXD, norm=norm_PBD, query=routes.query_TBD, key=routes.key_TBD
+            value_PBD, *more = self.live.attention.routes(layer, all_PBD)
+        back_PYD = self.frozen.past_attention(layer, others_PYD)
+        return jnp.concatenate(
+            [sum(more, value_PBD), back_PYD + jnp.concatenate(more, 1)], axis=1
         )
 
 
@@ -152,12 +156,19 @@ def _apart(g_PXD: Array) -> Array:
     return g_PXD.reshape(P, len(STATES), -1, D)
 
 
-def _added(g_PXD: Array, **more: Array) -> Array:
-    """Cotangents with more [P, B, D] in some of the states."""
-    g_PQBD = _apart(g_PXD)
-    for state, more_PBD in more.items():
-        g_PQBD = g_PQBD.at[:, STATES.index(state)].add(more_PBD)
-    return g_PQBD.reshape(g_PXD.shape)
+def split_parts(
+    state_QX: np.ndarray, value_X: np.ndarray, gated_X: np.ndarray | bool
+) -> np.ndarray:
+    """Parts `EFFECT_PARTS` [Q, X] of anything that came down `Parts`.
+
+    Args:
+      state_QX: by `STATES`.
+      value_X: the same down the frozen way: plain OV.
+      gated_X: whether gates answer; where they do not, none has a share of rounding.
+    """
+    all_X, norm_X, query_X, key_X = state_QX
+    gate_X = np.where(gated_X, all_X - value_X - norm_X - query_X - key_X, 0)
+    return np.stack([value_X, query_X, key_X, norm_X, gate_X])
 
 
 def live_parts(p: Recorded, *, past_norm: bool) -> Parts:

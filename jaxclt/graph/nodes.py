@@ -49,7 +49,7 @@ def facts(graph: Graph, node: int) -> dict[str, Any]:
     more: dict[str, Any] = {}
     if "A" in place:
         layer, pos, number = graph.feature(node)
-        text = graph.meta.label(layer, number)
+        text = graph.meta.label(layer, pos, number)
         more["cantor"] = (layer + number) * (layer + number + 1) // 2 + number
     elif "K" in place:
         k = more["k"] = place["K"]

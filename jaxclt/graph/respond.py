@@ -15,17 +15,28 @@ from typing import Any
 import numpy as np
 
 from jaxclt.clt.sites import reads_past_norm
-from jaxclt.graph.answers import answering, answering_rows, summed, written_live
+from jaxclt.graph.answers import (
+    answering,
+    answering_rows,
+    rows_in_parts,
+    summed,
+    written_live,
+)
 from jaxclt.graph.bank import RowTargets, pack, writers
 from jaxclt.graph.blocks import Edges
 from jaxclt.graph.compute import plan_attribution, row_mesh
 from jaxclt.graph.effect_parts import effect_parts
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.live import STATES, live_parts, live_way
+from jaxclt.graph.live import STATES, live_parts, live_way, split_parts
 from jaxclt.graph.plan import make_plan, mean_flops
 from jaxclt.graph.prompt import Prompt, add_written, counted, cut_columns
 from jaxclt.graph.response import by_response
-from jaxclt.graph.response_table import EFFECT_PARTS, PARTS, Response, ResponseParts
+from jaxclt.graph.response_table import (
+    EFFECT_PARTS,
+    PARTS,
+    Response,
+    ResponseParts,
+)
 from jaxclt.graph.rows import Puller, edge_rows, make_puller
 from jaxclt.graph.travel import Way
 from jaxclt.graph.yardstick import unit_effects
@@ -99,27 +110,36 @@ def respond(
         memory.packed,
         counted(on_rows, R),
     )
+    states, gated_R = rows_in_parts(rows)
     edges = _edges(a, summed(rows))
     if edges is None:
         return None
     none_E = np.zeros(0, np.int32)
-    parts = _table(none_E, none_E, np.zeros((len(STATES), 0), edges.edge_RN.dtype))
-    none_QN = np.zeros((len(EFFECT_PARTS), edges.edge_RN.shape[1]))
-    response = Response(**edges._asdict(), effect_QN=none_QN, parts=parts)
+    part_QE = np.zeros((len(EFFECT_PARTS), 0), edges.edge_RN.dtype)
+    response = Response(
+        **edges._asdict(),
+        effect_QN=np.zeros((len(EFFECT_PARTS), edges.edge_RN.shape[1])),
+        parts=_table(none_E, none_E, part_QE),
+    )
     other = by_response(dataclasses.replace(graph, response=response))
     keep_RN = graph.pruning.keep_edge_RN | other.pruning.keep_edge_RN
     n_more = int(keep_RN.any(1).sum())
     count = counted(lambda done, _: on_rows(R + done, R + n_more), n_more)
-    parts = _parts(dataclasses.replace(a, p=nodes, on_rows=count), rows, keep_RN)
     work["response"] = {
         "rows": R,
         "rows_in_parts": n_more,
         "chunk_size": memory.response_chunk,
     }
-    if parts is None:
+    in_parts = dataclasses.replace(a, p=nodes, on_rows=count)
+    found = _by_state(in_parts, states, keep_RN)
+    if found is None:
         return None
+    row_E, col_E = np.nonzero(keep_RN)
+    part_QE = split_parts(found, graph.edge_RN[row_E, col_E], gated_R[row_E])
+    parts = _table(row_E.astype(np.int32), col_E.astype(np.int32), part_QE)
     puller = a.puller(nodes, live_parts(nodes, past_norm=a.past_norm), 1)
-    effect_QN = effect_parts(nodes, rows, unit_effects(other), puller)
+    unit_R, gated = unit_effects(other), bool(gated_R.any())
+    effect_QN = effect_parts(nodes, states, unit_R, graph.edge_RN, puller, gated=gated)
     return dataclasses.replace(response, effect_QN=effect_QN, parts=parts)
 
 
@@ -147,48 +167,50 @@ def _edges(a: _Answering, rows: RowTargets) -> Edges | None:
     return Edges(edge_RN, rest_R, rest_abs_R)
 
 
-_AT_ONCE = 512  # rows whose parts are held
-
-
-def _parts(
+def _by_state(
     a: _Answering, rows: RowTargets, keep_RN: np.ndarray
-) -> ResponseParts | None:
-    """Parts of some edges of the nodes' graph; None if stopped."""
-    p, A = a.p, len(a.p.active.layer_A)
+) -> np.ndarray | None:
+    """Some edges of the nodes' graph by `STATES`, [Q, E]; None if stopped."""
+    p, A, Q = a.p, len(a.p.active.layer_A), len(STATES)
     row_E, col_E = np.nonzero(keep_RN)
     keep_A = np.asarray(keep_RN[:, :A].any(0))
     kept = dataclasses.replace(p, active=p.active.where(keep_A))
     n_kept = int(keep_A.sum())
     # Columns of the kept features, then errors and embeddings.
     place_E = np.where(col_E < A, np.cumsum(keep_A)[col_E % A] - 1, col_E - A + n_kept)
-    row = np.unique(row_E)
+    row, n_columns = np.unique(row_E), p.layout(n_kept).n_columns
     way = live_parts(kept, past_norm=a.past_norm)
-    puller = a.puller(kept, way, len(row), states=len(STATES) - 1)
-    part_QE = np.zeros((len(STATES), len(row_E)), p.error_LTD.dtype)
-    for some in np.split(row, np.arange(_AT_ONCE, len(row), _AT_ONCE)):
-        size = len(STATES), len(some), p.layout(n_kept).n_columns
-        part_QRN = np.zeros(size, p.error_LTD.dtype)
+    puller = a.puller(kept, way, len(row), states=Q)
+    state_QE = np.zeros((Q, len(row_E)), p.error_LTD.dtype)
+    # No more are held than all edges are.
+    at_once = max(_FEWEST, keep_RN.size // (Q * n_columns))
+    for some in np.split(row, np.arange(at_once, len(row), at_once)):
+        state_QRN = np.zeros((Q, len(some), n_columns), p.error_LTD.dtype)
         reached_R = edge_rows(
-            puller, rows.take(some), part_QRN, on_rows=a.on_rows, stop=p.stop
+            puller, rows.take(some), state_QRN, on_rows=a.on_rows, stop=p.stop
         )
         if not reached_R.all():
             return None
         here = slice(*np.searchsorted(row_E, [some[0], some[-1] + 1]))
         at_E = np.searchsorted(some, row_E[here])
-        part_QE[:, here] = part_QRN[:, at_E, place_E[here]]
-    _add_written_norms(p, row_E, col_E, part_QE[STATES.index("norm")])
-    return _table(row_E.astype(np.int32), col_E.astype(np.int32), part_QE)
+        state_QE[:, here] = state_QRN[:, at_E, place_E[here]]
+    _add_written(p, row_E, col_E, state_QE)
+    return state_QE
 
 
-def _add_written_norms(
-    p: Prompt, row_E: np.ndarray, col_E: np.ndarray, norm_E: np.ndarray
+_FEWEST = 128  # rows whose states are held
+
+
+def _add_written(
+    p: Prompt, row_E: np.ndarray, col_E: np.ndarray, state_QE: np.ndarray
 ) -> None:
-    """Add what live norms change of edges to what writes the output a target reads."""
-    for k, _, norm_N in written_live(p):
-        here = row_E == len(p.active.layer_A) + k
-        norm_E[here] += norm_N[col_E[here]]
+    """Add edges to what writes the output that a target reads."""
+    for k, edge_N, norm_N in written_live(p):
+        here = np.flatnonzero(row_E == len(p.active.layer_A) + k)
+        state_QE[:2, here] += norm_N[col_E[here]]
+        state_QE[0, here] += edge_N[col_E[here]]
 
 
 def _table(row_E: np.ndarray, col_E: np.ndarray, part_QE: np.ndarray) -> ResponseParts:
-    parts = {f"{part}_E": part_QE[STATES.index(part)] for part in PARTS}
+    parts = {f"{part}_E": part_QE[EFFECT_PARTS.index(part)] for part in PARTS}
     return ResponseParts(row_E=row_E, col_E=col_E, **parts)

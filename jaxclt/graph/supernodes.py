@@ -42,9 +42,9 @@ from jaxclt.types import Supernode
 __all__ = [
     "SupernodeGraph",
     "describe_supernodes",
+    "input_by_token",
     "suggest_supernodes",
     "supernode_graph",
-    "token_effects",
 ]
 
 _CUTS = 24  # places in the tree of merges that are scored
@@ -369,7 +369,7 @@ def _tree(
     from scipy.cluster.hierarchy import linkage
     from scipy.spatial.distance import squareform
 
-    input_BT = (token_effects(graph) * graph.side_R[: graph.n_features, None])[kept_B]
+    input_BT = (input_by_token(graph) * graph.side_R[: graph.n_features, None])[kept_B]
     effect_BK = solve_total_effect(graph).T[kept_B].astype(np.float64)
     distance_BB = 1 - (_cosine(input_BT) + _cosine(effect_BK)) / 2
     key_BX = np.zeros((len(kept_B), 2))
@@ -383,7 +383,7 @@ def _tree(
     return linkage(squareform(distance_BB, checks=False), method="average")
 
 
-def token_effects(graph: Graph) -> np.ndarray:
+def input_by_token(graph: Graph) -> np.ndarray:
     """Signed total effect of every token on every feature, [A, T], float64.
 
     All paths counted, gates as they are: the other end of `solve_total_effect`.

@@ -2,29 +2,31 @@
 
 With patterns and norm denominators live, attention is not linear; its derivative is.
 Transposed, it takes cotangents of what attention adds to those of the stream entering
-the layer. A change reaches attention by three routes (maths 22.3):
+the layer. A change reaches attention by these routes (maths 22.3):
 
 - through what heads ask for: queries, and with them scores and patterns;
 - through what they answer to: keys;
-- through the rest: values, and all denominators that the stream enters before or in
-  the heads.
+- through values, which pass the frozen map;
+- through denominators of norms, which answer to what they normalise.
 
 After it has entered, everything is live on every route: patterns, values mixed by them,
 and a norm after attention.
 
 Written out instead of asked of `jax.vjp`: many cotangents travel at once, positions are
-their first axis (see `jaxclt.graph.stream`), and no array has more than one head's
-scores of all of them. B is the axis of cotangents, X channels of queries, keys and
-values one after another.
+their first axis (see `jaxclt.graph.stream`), and heads that share a key and value are
+done with before the next are begun: one program for all of them, and their scores alone
+are held. B is the axis of cotangents, J that of such heads, E their channels one after
+another, X channels of their queries, of the key and of the value.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
@@ -39,22 +41,10 @@ __all__ = ["LiveAttention", "Routes", "make_live"]
 class Routes(NamedTuple):
     """Cotangents [T, B, D] of the stream that enters a layer, by route."""
 
+    value_TBD: Array
+    norm_TBD: Array
     query_TBD: Array
     key_TBD: Array
-    rest_TBD: Array
-
-
-class _Heads(NamedTuple):
-    """Cotangents of what attention reads, as heads project it: before their norms.
-
-    The last two are what live denominators of norms over heads' channels add.
-    """
-
-    query_TBHC: Array
-    key_TBGC: Array
-    value_TBGC: Array
-    query_norm_TBHC: Array | None
-    key_norm_TBGC: Array | None
 
 
 @struct.dataclass
@@ -62,8 +52,8 @@ class LiveAttention:
     """Attention of all layers of a model at the clean stream of a prompt."""
 
     blocks: Block  # what patterns, values and norms are computed from
-    read_LXD: Array  # what heads read of the stream, a norm's gain folded in
-    output_LDHC: Array
+    read_LGXD: Array  # what heads read of the stream, a norm's gain folded in
+    output_LGDE: Array
     resid_LTD: Array  # clean, entering the layers
     cfg: LMConfig = struct.field(pytree_node=False)
     norms: bool = struct.field(pytree_node=False, default=True)  # live, or held
@@ -76,38 +66,51 @@ class LiveAttention:
           g_TBD: cotangents of what its attention adds, at the first positions.
         """
         at = _Layer.of(self, layer, len(g_TBD))
-        heads = at.pull_heads(g_TBD)
-        query_TBHC, key_TBGC, value_TBGC = heads[:3]
-        if heads.query_norm_TBHC is not None:
-            query_TBHC = query_TBHC + heads.query_norm_TBHC
-        if heads.key_norm_TBGC is not None:
-            key_TBGC = key_TBGC + heads.key_norm_TBGC
-        flat = [_flat(x) for x in (query_TBHC, key_TBGC, value_TBGC)]
-        return at.live(at.reads(jnp.concatenate(flat, -1), at.read_XD))
+        g = _Part(_total(at.past_post_norm(g_TBD)), None)
+
+        def projected(heads: _Heads) -> Array:
+            return jnp.concatenate([*map(_total, at.pull(heads, g))], -1)
+
+        heads_GTBX = jax.lax.map(projected, at.heads)
+        return at.live(at.read(heads_GTBX, slice(None)))
 
     def routes(self, layer: Array, g_TBD: Array) -> Routes:
         """The same apart; arguments as of `pull`."""
         at = _Layer.of(self, layer, len(g_TBD))
-        heads = at.pull_heads(g_TBD)
-        flat = [_flat(x) for x in heads[:3]]
-        ends = [flat[0].shape[-1], flat[0].shape[-1] + flat[1].shape[-1]]
-        rows = jnp.split(at.read_XD, ends)
-        query_TBD, key_TBD, rest_TBD = map(at.reads, flat, rows)
-        for norm, row_XD in zip(heads[3:], rows[:2], strict=True):
-            if norm is not None:
-                rest_TBD += at.reads(_flat(norm), row_XD)
-        all_TBD = query_TBD + key_TBD + rest_TBD
+        g = at.past_post_norm(g_TBD)
+        parts = jax.lax.map(lambda heads: at.pull(heads, g), at.heads)
+        ends = np.cumsum([0, *(part.held.shape[-1] for part in parts)])
+        rows = [slice(a, b) for a, b in itertools.pairwise(ends.tolist())]
+        held = [at.read(part.held, X) for part, X in zip(parts, rows, strict=True)]
+        norm_TBD = jnp.zeros_like(g_TBD)
+        for part, X in zip(parts, rows, strict=True):
+            if part.answer is not None:
+                norm_TBD = norm_TBD + at.read(part.answer, X)
         # The denominator of the norm before attention answers to all that is read.
-        rest_TBD += at.live(all_TBD) - all_TBD
-        return Routes(query_TBD, key_TBD, rest_TBD)
+        all_TBD = sum(held, norm_TBD)
+        query_TBD, key_TBD, value_TBD = held
+        norm_TBD = norm_TBD + at.live(all_TBD) - all_TBD
+        return Routes(value_TBD, norm_TBD, query_TBD, key_TBD)
 
     def by_head(self, layer: Array, g_TBD: Array) -> tuple[Array, Array]:
         """Cotangents [T, B, H, C] of queries, and of keys as each head meets them.
 
         At their positions, as scores are made of them. Arguments as of `pull`.
         """
-        query, key, _ = _Layer.of(self, layer, len(g_TBD)).pull_each(g_TBD)
-        return jnp.stack(query, 2), jnp.stack(key, 2)
+        at = _Layer.of(self, layer, len(g_TBD))
+        every_TBD = _total(at.past_post_norm(g_TBD))
+
+        def each(heads: _Heads) -> tuple[Array, Array]:
+            score_TBJS = heads.scores(heads.gathered(every_TBD))
+            key_SBJC = jnp.einsum("TBJS,TJC->SBJC", score_TBJS, heads.query_TJC)
+            return heads.queries(score_TBJS), key_SBJC
+
+        def flat(x_GTBJC: Array) -> Array:
+            x_TBGJC = jnp.moveaxis(x_GTBJC, 0, 2)
+            return x_TBGJC.reshape(*g_TBD.shape[:2], -1, x_GTBJC.shape[-1])
+
+        query, key = jax.lax.map(each, at.heads)
+        return flat(query), flat(key)
 
 
 def make_live(
@@ -122,31 +125,83 @@ def make_live(
       norms: whether denominators answer; else only patterns do.
     """
     blocks = layers.attention_weights(blocks)
-    read_LXD, output_LDHC = _laid_out(blocks)
-    return LiveAttention(blocks, read_LXD, output_LDHC, resid_LTD, cfg, norms)
+    read_LGXD, output_LGDE = _laid_out(blocks)
+    return LiveAttention(blocks, read_LGXD, output_LGDE, resid_LTD, cfg, norms)
 
 
 @jax.jit
 def _laid_out(blocks: Block) -> tuple[Array, Array]:
     def one(p: Block) -> tuple[Array, Array]:
-        D = len(p.norm_attn_LD)
-        reads = [W.reshape(D, -1).T for W in (p.q_LDHC, p.k_LDGC, p.v_LDGC)]
-        read_XD = layers.fold_norm(jnp.concatenate(reads), layers.attn_norm(p))
-        return read_XD, p.o_LHCD.transpose(2, 0, 1)
+        (D, G, _), (H, C, _) = p.k_LDGC.shape, p.o_LHCD.shape
+        by_group = [W.reshape(D, G, -1) for W in (p.q_LDHC, p.k_LDGC, p.v_LDGC)]
+        read_GXD = jnp.concatenate(by_group, 2).transpose(1, 2, 0)
+        output_GDE = p.o_LHCD.reshape(G, H // G * C, D).transpose(0, 2, 1)
+        return layers.fold_norm(read_GXD, layers.attn_norm(p)), output_GDE
 
     return jax.vmap(one)(blocks)
 
 
-def _flat(heads_TBHC: Array) -> Array:
-    return heads_TBHC.reshape(*heads_TBHC.shape[:2], -1)
+class _Part(NamedTuple):
+    """A cotangent with denominators held, and what live ones add; None: nothing."""
+
+    held: Array
+    answer: Array | None
+
+
+def _total(part: _Part) -> Array:
+    return part.held if part.answer is None else part.held + part.answer
+
+
+class _Heads(NamedTuple):
+    """Heads that share a key and value, and what they did; keys' own axis of 1 is J's.
+
+    Queries and keys are as scores are made of them, and as norms over their channels
+    found them, before they were turned.
+    """
+
+    output_DE: Array
+    query_TJC: Array
+    key_S1C: Array
+    value_S1C: Array
+    raw_query_TJC: Array
+    raw_key_S1C: Array
+    pattern_JTS: Array
+    slope_JTS: Array  # times the derivative of capped scores by products of the two
+
+    def gathered(self, g_TBD: Array) -> Array:
+        """Cotangents [T, B, J, C] of what heads gather, from those of what they add."""
+        g_TBE = jnp.einsum("TBD,DE->TBE", g_TBD, self.output_DE)
+        return g_TBE.reshape(*g_TBE.shape[:2], *self.query_TJC.shape[1:])
+
+    def scores(self, g_TBJC: Array) -> Array:
+        """Those of products of queries and keys, [T, B, J, S]."""
+        value_SC = self.value_S1C[:, 0]
+        weight_TBJS = jnp.einsum("TBJC,SC->TBJS", g_TBJC, value_SC)
+        # A softmax passes on what differs from the mean under the pattern.
+        mixed_TJC = jnp.einsum("JTS,SC->TJC", self.pattern_JTS, value_SC)
+        mean_TBJ = jnp.einsum("TBJC,TJC->TBJ", g_TBJC, mixed_TJC)
+        slope_T1JS = self.slope_JTS.swapaxes(0, 1)[:, None]
+        return slope_T1JS * (weight_TBJS - mean_TBJ[..., None])
+
+    def queries(self, score_TBJS: Array) -> Array:
+        """Those of queries, [T, B, J, C]."""
+        return jnp.einsum("TBJS,SC->TBJC", score_TBJS, self.key_S1C[:, 0])
+
+    def keys(self, score_TBJS: Array) -> Array:
+        """Those of keys, [S, B, 1, C]."""
+        return jnp.einsum("TBJS,TJC->SBC", score_TBJS, self.query_TJC)[:, :, None]
+
+    def values(self, g_TBJC: Array) -> Array:
+        """Those of values, [S, B, C]."""
+        return jnp.einsum("JTS,TBJC->SBC", self.pattern_JTS, g_TBJC)
 
 
 class _Layer(NamedTuple):
     """One layer of a `LiveAttention` at its first positions."""
 
     p: Block
-    read_XD: Array
-    output_DHC: Array
+    read_GXD: Array
+    output_GDE: Array
     resid_TD: Array
     cfg: LMConfig
     norms: bool
@@ -154,9 +209,9 @@ class _Layer(NamedTuple):
     @classmethod
     def of(cls, attention: LiveAttention, layer: Array, n_positions: int) -> _Layer:
         a = attention
-        every = a.blocks, a.read_LXD, a.output_LDHC, a.resid_LTD
-        p, read_XD, output_DHC, resid_TD = jax.tree.map(lambda x: x[layer], every)
-        return cls(p, read_XD, output_DHC, resid_TD[:n_positions], a.cfg, a.norms)
+        every = a.blocks, a.read_LGXD, a.output_LGDE, a.resid_LTD
+        p, read_GXD, output_GDE, resid_TD = jax.tree.map(lambda x: x[layer], every)
+        return cls(p, read_GXD, output_GDE, resid_TD[:n_positions], a.cfg, a.norms)
 
     @property
     def norm(self) -> Norm:
@@ -166,9 +221,14 @@ class _Layer(NamedTuple):
     def scale_T(self) -> Array:  # noqa: N802  an axis, as in the fields
         return layers.norm_scale(self.resid_TD, self.norm, eps=self.cfg.norm_eps)
 
-    def reads(self, heads_TBX: Array, read_XD: Array) -> Array:
-        """Cotangents of heads' projections as those of the stream, denominator held."""
-        read_TBD = jnp.einsum("TBX,XD->TBD", heads_TBX, read_XD)
+    @property
+    def normed_TD(self) -> Array:  # noqa: N802
+        return layers.normalise(self.resid_TD, self.scale_T, self.norm)
+
+    def read(self, heads_GTBX: Array, X: slice) -> Array:
+        """Cotangents of projections as those of the stream, denominator held."""
+        read_GXD = self.read_GXD[:, X]
+        read_TBD = jnp.einsum("GTBX,GXD->TBD", heads_GTBX, read_GXD)
         return read_TBD * self.scale_T[:, None, None]
 
     def live(self, read_TBD: Array) -> Array:
@@ -179,111 +239,77 @@ class _Layer(NamedTuple):
         return layers.live_reads(read_TBD, unit_TD[:, None])
 
     @property
-    def normed_TD(self) -> Array:  # noqa: N802
-        return layers.normalise(self.resid_TD, self.scale_T, self.norm)
-
-    def pull_each(self, g_TBD: Array) -> tuple[tuple[Array, ...], ...]:
-        """Cotangents [T, B, C] of each head's queries, keys and values."""
-        p, cfg, normed_TD = self.p, self.cfg, self.normed_TD
-        query_THC = layers.queries(p, normed_TD, cfg=cfg)
-        key_SGC, value_SGC = (
-            layers.keys(p, normed_TD, cfg=cfg),
-            layers.values(p, normed_TD),
-        )
+    def heads(self) -> _Heads:
+        """What heads did; every leaf has a leading G."""
+        p, cfg = self.p, self.cfg
+        query_THC = layers.queries(p, self.normed_TD, cfg=cfg)
+        key_SGC = layers.keys(p, self.normed_TD, cfg=cfg)
         score_HTS = layers.attention_scores(query_THC, key_SGC, cfg=cfg)
         pattern_HTS = layers.pattern_of(p, score_HTS, cfg=cfg)
-        g_TBD = self._before_post_norm(g_TBD, pattern_HTS, value_SGC)
-        g_TBHC = jnp.einsum("TBD,DHC->TBHC", g_TBD, self.output_DHC)
         slope_HTS = pattern_HTS * cfg.score_scale
         if cfg.attn_cap is not None:
             slope_HTS *= 1 - jnp.square(jnp.tanh(score_HTS / cfg.attn_cap))
-        one = partial(_pull_head, pattern_HTS, slope_HTS, query_THC, key_SGC, value_SGC)
-        found = [one(g_TBHC, h, h // cfg.n_queries_per_kv) for h in range(cfg.n_heads)]
-        return tuple(zip(*found, strict=True))
-
-    def pull_heads(self, g_TBD: Array) -> _Heads:
-        """Cotangents of what heads read, from those of what attention adds."""
-        p, cfg, normed_TD = self.p, self.cfg, self.normed_TD
-        query_TBHC, *of_groups = (jnp.stack(x, 2) for x in self.pull_each(g_TBD))
-
-        def grouped(heads_TBHC: Array) -> Array:
-            T, B, _, C = heads_TBHC.shape
-            each = heads_TBHC.reshape(T, B, cfg.n_kv_heads, cfg.n_queries_per_kv, C)
-            return each.sum(3)
-
-        key_TBGC, value_TBGC = map(grouped, of_groups)
-        query = self._unturned(
-            query_TBHC, layers.query_heads(p, normed_TD), p.q_norm_LC
+        projected = (
+            query_THC,
+            key_SGC,
+            layers.values(p, self.normed_TD),
+            layers.query_heads(p, self.normed_TD),
+            layers.key_heads(p, self.normed_TD),
         )
-        key = self._unturned(key_TBGC, layers.key_heads(p, normed_TD), p.k_norm_LC)
-        return _Heads(query[0], key[0], value_TBGC, query[1], key[1])
+        G, J, T = cfg.n_kv_heads, cfg.n_queries_per_kv, len(self.resid_TD)
+        return _Heads(
+            self.output_GDE,
+            *(jnp.moveaxis(x.reshape(T, G, -1, cfg.d_head), 1, 0) for x in projected),
+            *(x.reshape(G, J, T, T) for x in (pattern_HTS, slope_HTS)),
+        )
 
-    def _before_post_norm(
-        self, g_TBD: Array, pattern_HTS: Array, value_SGC: Array
-    ) -> Array:
-        """Cotangents of what a norm after attention gets, if there is one."""
+    def pull(self, heads: _Heads, g: _Part) -> tuple[_Part, _Part, _Part]:
+        """Cotangents [T, B, X] of what heads project: queries, a key and a value.
+
+        Args:
+          heads: of one group.
+          g: cotangents of what attention adds, past the norm after it.
+        """
+        # A norm after attention answers to everything. Its answer to what values bring
+        # is that of a denominator which they enter.
+        score_TBJS = heads.scores(heads.gathered(_total(g)))
+        raw = heads.raw_query_TJC, heads.raw_key_S1C
+        query = self._unturned(heads.queries(score_TBJS), raw[0], self.p.q_norm_LC)
+        key = self._unturned(heads.keys(score_TBJS), raw[1], self.p.k_norm_LC)
+        held, answer = (
+            None if x is None else heads.values(heads.gathered(x)) for x in g
+        )
+        assert held is not None
+        return query, key, _Part(held, answer)
+
+    def past_post_norm(self, g_TBD: Array) -> _Part:
+        """Cotangents of what a norm after attention gets, from those of its output."""
         if self.p.post_attn_LD is None:
-            return g_TBD
+            return _Part(g_TBD, None)
         norm = Norm(self.p.post_attn_LD)
+        pattern_HTS = layers.attention_pattern(self.p, self.normed_TD, cfg=self.cfg)
+        value_SGC = layers.values(self.p, self.normed_TD)
         moved_TD = layers.move(self.p, pattern_HTS, value_SGC, cfg=self.cfg)
         scale_T = layers.norm_scale(moved_TD, norm, eps=self.cfg.norm_eps)
-        read_TBD = g_TBD * norm.gain[None, None] * scale_T[:, None, None]
+        g_TBD = g_TBD * (norm.gain[None] * scale_T[:, None])[:, None]
+        return self._answered(g_TBD, moved_TD * scale_T[:, None])
+
+    def _answered(self, read_TBX: Array, unit_TX: Array) -> _Part:
+        """What reads through a norm read, its denominator held, and what it adds."""
         if not self.norms:
-            return read_TBD
-        return layers.live_reads(read_TBD, (moved_TD * scale_T[:, None])[:, None])
+            return _Part(read_TBX, None)
+        live_TBX = layers.live_reads(read_TBX, unit_TX[:, None])
+        return _Part(read_TBX, live_TBX - read_TBX)
 
-    def _unturned(
-        self, g_TBHC: Array, heads_THC: Array, gain_C: Array | None
-    ) -> tuple[Array, Array | None]:
-        """Cotangents of queries or keys before they are turned and normalised.
-
-        Those with the norm's denominator held, and what it adds if it is live.
-        """
-        T, B, H, C = g_TBHC.shape
-        freq_J = layers.frequencies(self.p, self.cfg, g_TBHC.dtype)
-        turned = layers.rotate(g_TBHC.reshape(T, B * H, C), -freq_J)
-        g_TBHC = turned.reshape(T, B, H, C)
-        if gain_C is None:
-            return g_TBHC, None
-        scale_TH = layers.norm_scale(heads_THC, Norm(gain_C), eps=self.cfg.norm_eps)
-        g_TBHC = g_TBHC * (scale_TH[..., None] * gain_C[None, None])[:, None]
-        if not self.norms:
-            return g_TBHC, None
-        unit_THC = heads_THC * scale_TH[..., None]
-        return g_TBHC, layers.live_reads(g_TBHC, unit_THC[:, None]) - g_TBHC
-
-
-def _pull_head(
-    pattern_HTS: Array,
-    slope_HTS: Array,
-    query_THC: Array,
-    key_SGC: Array,
-    value_SGC: Array,
-    g_TBHC: Array,
-    h: int,
-    g: int,
-) -> tuple[Array, Array, Array]:
-    """Cotangents of one head's queries, keys and values at the turned positions.
-
-    Args:
-      pattern_HTS: of all heads.
-      slope_HTS: pattern times the derivative of capped scores by products of queries
-        and keys.
-      query_THC: as scores are made of them.
-      key_SGC: as scores are made of them.
-      value_SGC: what the pattern mixes.
-      g_TBHC: cotangents of what heads gather.
-      h: the head.
-      g: its group.
-    """
-    value_SC, key_SC, g_TBC = value_SGC[:, g], key_SGC[:, g], g_TBHC[:, :, h]
-    mixed_TC = pattern_HTS[h] @ value_SC
-    weight_TBS = jnp.einsum("TBC,SC->TBS", g_TBC, value_SC)
-    # A softmax passes on what differs from the mean under the pattern.
-    mean_TB = jnp.einsum("TBC,TC->TB", g_TBC, mixed_TC)
-    score_TBS = slope_HTS[h][:, None] * (weight_TBS - mean_TB[..., None])
-    return (
-        jnp.einsum("TBS,SC->TBC", score_TBS, key_SC),
-        jnp.einsum("TBS,TC->SBC", score_TBS, query_THC[:, h]),
-        jnp.einsum("TS,TBC->SBC", pattern_HTS[h], g_TBC),
-    )
+    def _unturned(self, g_TBJC: Array, raw_TJC: Array, gain_C: Array | None) -> _Part:
+        """Cotangents of queries or keys before they are turned and normalised."""
+        T, B, J, C = g_TBJC.shape
+        freq = layers.frequencies(self.p, self.cfg, g_TBJC.dtype)
+        g_TBX = layers.rotate(g_TBJC.reshape(T, B * J, C), -freq)
+        g_TBJC = g_TBX.reshape(T, B, J, C)
+        part = _Part(g_TBJC, None)
+        if gain_C is not None:
+            scale_TJ = layers.norm_scale(raw_TJC, Norm(gain_C), eps=self.cfg.norm_eps)
+            g_TBJC = g_TBJC * (scale_TJ[..., None] * gain_C[None, None])[:, None]
+            part = self._answered(g_TBJC, raw_TJC * scale_TJ[..., None])
+        return jax.tree.map(lambda x: x.reshape(T, B, J * C), part)

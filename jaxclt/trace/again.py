@@ -19,7 +19,12 @@ from jaxclt.attending.routes import head_routes
 from jaxclt.clt.coder import Dictionary
 from jaxclt.clt.sites import reads_past_norm
 from jaxclt.errors import InputError, check_at_least
-from jaxclt.graph.answers import answering_rows, past_final_norm, summed
+from jaxclt.graph.answers import (
+    answering_rows,
+    past_final_norm,
+    rows_in_parts,
+    summed,
+)
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.columns import Columns
 from jaxclt.graph.derivative import model_derivative
@@ -27,11 +32,11 @@ from jaxclt.graph.explain import EdgeParts, EdgeResponse, check_edge, known_part
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.heads import head_loadings
 from jaxclt.graph.inhibition import Inhibition, check_thresholds, find_inhibition
-from jaxclt.graph.live import STATES, live_parts
+from jaxclt.graph.live import STATES, live_parts, split_parts
 from jaxclt.graph.plan import Plan
 from jaxclt.graph.prompt import Prompt, Recorded
 from jaxclt.graph.provenance import graph_active, hop_spectrum
-from jaxclt.graph.response_table import PARTS
+from jaxclt.graph.response_table import EFFECT_PARTS, PARTS
 from jaxclt.graph.rows import edge_rows, make_puller
 from jaxclt.graph.target_reads import target_reads
 from jaxclt.graph.targets import token_targets
@@ -70,7 +75,7 @@ def edge_parts_with_model(
         rows = dataclasses.replace(answering, more_RSD=np.zeros(0))
         hop_Q = hop_spectrum(p, rows, max_hops=max_hops)[:, 0, parts.col]
         past_norm = reads_past_norm(dictionary.coder(p.cfg).site)
-        response = _response(p, answering, parts.col, past_norm=past_norm)
+        response = _response(p, answering, parts.col, parts.edge, past_norm=past_norm)
     if not math.isclose(hop_Q.sum(), parts.edge, rel_tol=1e-2, abs_tol=1e-4):
         raise InputError(
             f"the model gives this edge {hop_Q.sum():.4g}, the graph {parts.edge:.4g}: "
@@ -183,19 +188,21 @@ _LISTED = 5  # heads of a side
 
 
 def _response(
-    p: Recorded, row: RowTargets, column: int, *, past_norm: bool
+    p: Recorded, row: RowTargets, column: int, value: float, *, past_norm: bool
 ) -> EdgeResponse:
     """Parts of an edge's response, its queries and keys by head."""
+    states, gated_1 = rows_in_parts(row)
     size = len(STATES), 1, Columns(p).layout.n_columns
-    part_Q1N = np.zeros(size, row.read_RD.dtype)
+    state_Q1N = np.zeros(size, row.read_RD.dtype)
     plan = Plan(band_end=(len(p.recording.token_T),), capacities=(1,))
     way = live_parts(p, past_norm=past_norm)
-    edge_rows(make_puller(p, plan=plan, mesh=None, way=way), row, part_Q1N)
-    sizes = dict(zip(STATES, part_Q1N[:, 0, column].tolist(), strict=True))
+    edge_rows(make_puller(p, plan=plan, mesh=None, way=way), states, state_Q1N)
+    part_Q1 = split_parts(state_Q1N[:, :, column], np.array([value]), gated_1)
+    sizes = dict(zip(EFFECT_PARTS, part_Q1[:, 0].tolist(), strict=True))
     sides = head_routes(p, summed(row), column, past_norm=past_norm)
     query_heads, key_heads = map(_strongest, sides)
     return EdgeResponse(
-        total=sum(sizes.values()),
+        total=float(state_Q1N[0, 0, column]),
         query_heads=query_heads,
         key_heads=key_heads,
         **{part: sizes[part] for part in PARTS},

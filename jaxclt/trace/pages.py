@@ -19,6 +19,7 @@ from jaxclt.files.json_text import to_json
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.kinds import KINDS
 from jaxclt.graph.supernodes import suggest_supernodes
+from jaxclt.naming.words import label_of
 from jaxclt.types import Supernode
 from jaxclt.viewer.graph_json import validate
 from jaxclt.viewer.page import page
@@ -160,11 +161,11 @@ def carry_over(doc: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     labels = dict(own.pop("labels_not_shown", {})) | {
         node["jsNodeId"]: node["clerp"]
         for node in saved["nodes"]
-        if node["clerp"] and node["feature_type"] != KINDS["target"].drawn
+        if node["clerp"] and _of_reader(node)
     }
     nodes = [
-        {**node, "clerp": labels[node["jsNodeId"]]}
-        if not node["clerp"] and node["jsNodeId"] in labels
+        {**node, "clerp": labels[node["jsNodeId"]], "label_source": "own"}
+        if node["jsNodeId"] in labels and _may_rename(node)
         else node
         for node in doc["nodes"]
     ]
@@ -172,6 +173,21 @@ def carry_over(doc: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     if rest := {key: text for key, text in labels.items() if key not in shown}:
         own["labels_not_shown"] = rest
     return {**doc, "nodes": nodes, "qParams": saved["qParams"], "jaxclt": own}
+
+
+def _may_rename(node: dict[str, Any]) -> bool:
+    """Whether a reader's label goes before what the fresh document says."""
+    return not node["clerp"] or node.get("label_source") == "automatic"
+
+
+def _of_reader(node: dict[str, Any]) -> bool:
+    """Whether a saved label may be a reader's: no target's, no automatic one."""
+    if node["feature_type"] == KINDS["target"].drawn:
+        return False
+    if node.get("label_source") != "automatic":
+        return True
+    said = {"raises": [], "lowers": [], "reads": node.get("reads") or []}
+    return node["clerp"] != label_of(said | (node.get("writes") or {}))
 
 
 def with_saved_view(doc: dict[str, Any], directory: Path) -> dict[str, Any]:

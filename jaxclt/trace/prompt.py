@@ -31,6 +31,8 @@ from jaxclt.graph.memory import MemoryPlan
 from jaxclt.graph.prompt import Prompt as RecordedPrompt
 from jaxclt.io.chat import check_messages, is_chat
 from jaxclt.io.model import Model
+from jaxclt.naming.label import with_said
+from jaxclt.naming.writes import Spread, features_spread
 from jaxclt.text.prompts import Opened, Prompt, prompt_ids, prompt_text
 from jaxclt.trace.explained import (
     TargetChoice,
@@ -164,6 +166,8 @@ def trace_prompt(
             version=__version__,
         )
         graph = attribute_recording(p, meta, on_rows=on_rows, timing=spent)
+        with spent.of("names"):
+            graph = _named(graph, p, model, dictionary)
         attention = None
         if config.attention and "stopped" not in spent.work:
             with spent.of("attention"):
@@ -185,6 +189,30 @@ def trace_prompt(
         dtype=str(model.params.embed_VD.dtype),
         attention=attention,
     )
+
+
+def _named(
+    graph: Graph, p: RecordedPrompt, model: Model, dictionary: Dictionary
+) -> Graph:
+    """The graph, its shown features saying what they write and read."""
+    with jax.default_matmul_precision("highest"):
+        spread = _spread(model, dictionary)
+        said = with_said(
+            graph, p.active, model.params, spread, model.tokenizer.token_strings
+        )
+    return dataclasses.replace(graph, meta=dataclasses.replace(graph.meta, said=said))
+
+
+_KNOWN: dict[tuple[str, str], Spread] = {}  # of the last dictionary
+
+
+def _spread(model: Model, dictionary: Dictionary) -> Spread:
+    """Of a dictionary's features, kept for its next prompt."""
+    key = model.hash, dictionary.hash
+    if key not in _KNOWN:
+        _KNOWN.clear()
+        _KNOWN[key] = features_spread(dictionary, model.params, model.cfg)
+    return _KNOWN[key]
 
 
 def _attention(p: RecordedPrompt, graph: Graph, spent: Timing) -> dict[str, Any]:

@@ -251,6 +251,7 @@ def _node(
     }
     if kind == "feature":
         node["activation"] = float(str(np.float32(graph.value_A[i])))
+        node |= _said(graph, i)
     if row.ends is None:
         node["abs_input"] = inputs[graph.layout.row_of(i)]
     k = at.get("k")
@@ -262,6 +263,24 @@ def _node(
             "readout": float(f"{graph.readout_R[graph.layout.row_of(i)]:.7g}"),
         }
     return node
+
+
+def _said(graph: Graph, node: int) -> dict[str, Any]:
+    """Where a feature node's label is from, what it writes and what it rests on."""
+    layer, pos, feature = graph.feature(node)
+    said = graph.meta.said.get(f"{layer}:{pos}:{feature}")
+    if f"{layer}:{feature}" in graph.meta.labels:
+        source = {"label_source": "dictionary"}
+    else:
+        source = {"label_source": "automatic"} if said and said["label"] else {}
+    if said is None:
+        return source
+    both = {
+        name: [[well_formed(text), z] for text, z in said[name]]
+        for name in ("raises", "lowers")
+    }
+    reads = [[pos, well_formed(text), share] for pos, text, share in said["reads"]]
+    return source | {"writes": both | {"share": said["share"]}, "reads": reads}
 
 
 def _cumulative_influence(influence_N: np.ndarray) -> np.ndarray:

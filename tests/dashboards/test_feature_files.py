@@ -21,7 +21,7 @@ from jaxclt.dashboards import documents, files
 from jaxclt.dashboards.examples import Examples
 from jaxclt.dashboards.files import FeatureFiles
 from jaxclt.dashboards.gather import FeatureOptions, feature_dashboards
-from jaxclt.dashboards.logits import token_effects
+from jaxclt.dashboards.logits import vocabulary_effects
 from jaxclt.dashboards.stream import STATE, gather_examples
 from jaxclt.errors import InputError
 from jaxclt.global_weights.weights import logit_weights
@@ -90,7 +90,7 @@ def test_records_hold_what_examples_do(tmp_path: Path, data: Path) -> None:
     report, examples = make(tmp_path / "out", data, loose=True)
     found = FeatureFiles(tmp_path / "out")
     strings = model().tokenizer.token_strings(range(model().cfg.d_vocab))
-    effects = token_effects(dictionary(), model().params, 1, np.arange(8))
+    effects = vocabulary_effects(dictionary(), model().params, 1, np.arange(8))
     assert report["tokens"] == examples.n_tokens >= 500
     assert report["features"] == len(examples.layer_U)
     assert report["never_active"] == (examples.count_U == 0).mean()
@@ -252,7 +252,7 @@ def test_tokens_that_decoders_raise_and_lower(name: str) -> None:
         logit_NV = logit_weights(
             Bound(dictionary(), params, model().cfg), layer, feature_N
         )
-    found = token_effects(dictionary(name), params, layer, feature_N, k=4)
+    found = vocabulary_effects(dictionary(name), params, layer, feature_N, k=4)
     order_NV = np.argsort(-logit_NV, 1)
     np.testing.assert_array_equal(found.top_NK, order_NV[:, :4])
     np.testing.assert_array_equal(found.bottom_NK, order_NV[:, :-5:-1])

@@ -18,6 +18,7 @@ from jaxclt.clt.transcoder import StoreDictionary
 from jaxclt.errors import InputError
 from jaxclt.global_weights import weights
 from jaxclt.graph import provenance
+from jaxclt.naming.vocabulary import highest
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -133,7 +134,7 @@ def test_streamed_strongest_are_those_of_the_square(part: bool, k: int):
 def test_grouped_selection_is_exact(N: int, k: int, group: int):
     normal_RN = jax.random.normal(jax.random.key(3), (5, N))
     for x_RN in (normal_RN, jnp.round(normal_RN, 1)):  # the second with many equals
-        found = jax.jit(lambda x: weights.highest(x, k, group))(x_RN)
+        found = jax.jit(lambda x: highest(x, k, group))(x_RN)
         for got, want in zip(found, jax.lax.top_k(x_RN, k), strict=True):
             np.testing.assert_array_equal(got, want)
 

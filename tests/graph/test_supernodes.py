@@ -17,10 +17,11 @@ from jaxclt.graph.scores import scores
 from jaxclt.graph.supernodes import (
     SupernodeGraph,
     describe_supernodes,
+    input_by_token,
     suggest_supernodes,
     supernode_graph,
-    token_effects,
 )
+from jaxclt.patching.edits import expand_edits
 from jaxclt.types import Supernode
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -287,7 +288,7 @@ def test_bad_groups_are_refused() -> None:
     with pytest.raises(InputError, match="choose total or external"):
         supernode_graph(graph, [one], norm="other")  # pyright: ignore
     with pytest.raises(InputError, match="no features"):
-        jaxclt.patching.edits.expand_edits(
+        expand_edits(
             [jaxclt.Edit(supernode=Supernode("x", ("embed 0",)), scale=0)], n_tokens=1
         )
 
@@ -296,7 +297,7 @@ def test_a_group_is_what_a_patch_changes() -> None:
     """One notion: the features of a group are edited, its tokens have no activation."""
     group = Supernode("mid", ((0, 0, 0), "embed 0", (1, -1, 1)))
     edits = [jaxclt.Edit(supernode=group, scale=0)]
-    found = jaxclt.patching.edits.expand_edits(edits, n_tokens=1)
+    found = expand_edits(edits, n_tokens=1)
     assert found == [[(0, 0, 0), (1, 0, 1)]]
 
 
@@ -407,7 +408,7 @@ def test_profiles_are_total_effects() -> None:
     A = graph.n_features
     unit_AA = graph.edge_RN[:A, :A] / graph.value_A
     input_AT = np.linalg.inv(np.eye(A) - unit_AA) @ graph.edge_RN[:A, graph.embed_cols]
-    np.testing.assert_allclose(token_effects(graph), input_AT, atol=1e-12)
+    np.testing.assert_allclose(input_by_token(graph), input_AT, atol=1e-12)
 
 
 def test_bad_settings_are_refused() -> None:

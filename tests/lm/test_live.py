@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,7 @@ from jaxclt.lm import layers
 from jaxclt.lm.block import block
 from jaxclt.lm.live import Routes, make_live
 from jaxclt.testing import Tiny
-from jaxclt.types import Block
+from jaxclt.types import Block, Held
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -47,63 +50,82 @@ def copies(
     return layers.normalise(moved_TD, scale_T, post)
 
 
-def own(t: Tiny, p: Block, resid_TD: Array) -> Array:
+def own(t: Tiny, p: Block, resid_TD: Array, held: Held | None = None) -> Array:
     """What the model's own block adds to the stream, its MLP left out."""
-    after_TD, _ = block(p, resid_TD, lambda x_TD, _: jnp.zeros_like(x_TD), cfg=t.cfg)
-    return after_TD - resid_TD
+    nothing = lambda x_TD, _: jnp.zeros_like(x_TD)  # noqa: E731
+    return block(p, resid_TD, nothing, cfg=t.cfg, frozen=held)[0] - resid_TD
+
+
+class Found(NamedTuple):
+    """Cotangents of every layer, [L, T, B, D]."""
+
+    ours: Array  # at once
+    routes: Routes
+    whole: Array  # jax's, of the model's own block
+    values: Array  # jax's, of the block with its pattern and denominators held
+    copies: list[Array]  # jax's, of `copies`: queries, keys and the rest
 
 
 @functools.cache
-def found(name: str, norms: bool) -> dict[str, tuple[Array, Routes, Array, Routes]]:
-    """Of every layer [L, T, B, D]: at once and by route, ours and jax's.
-
-    Jax's at once is of the model's own block; its routes are of `copies`, which agrees
-    with the block where all read the same.
-    """
+def found(name: str, norms: bool) -> Found:
+    """Ours and jax's; `copies` agrees with the block where all read the same."""
     t, B = case(name), 3
     T, D = t.recording.embed_TD.shape
     live = make_live(t.params.blocks, t.recording.resid_LTD, cfg=t.cfg, norms=norms)
     g_BTD = jax.random.normal(jax.random.key(7), (B, T, D), jnp.float64)
 
-    def of_layer(xs: tuple[Array, Block, Array]) -> tuple:
-        layer, p, x_TD = xs
-        g_TBD = g_BTD.swapaxes(0, 1)
-        f = functools.partial(copies, t, p, norms)
-        moved_TD, back = jax.vjp(f, x_TD, x_TD, x_TD)
-        own_TD, own_back = jax.vjp(functools.partial(own, t, p), x_TD)
-        route = [x.swapaxes(0, 1) for x in jax.lax.map(back, g_BTD)]
-        whole = jax.lax.map(lambda g_TD: own_back(g_TD)[0], g_BTD).swapaxes(0, 1)
-        ours = live.pull(layer, g_TBD), live.routes(layer, g_TBD)
-        return *ours, whole, Routes(*route), moved_TD, own_TD
+    def back(f: Callable[..., Array], *x_TD: Array) -> tuple[Array, list[Array]]:
+        moved_TD, pull = jax.vjp(f, *x_TD)
+        return moved_TD, [x.swapaxes(0, 1) for x in jax.lax.map(pull, g_BTD)]
 
-    every = jnp.arange(t.cfg.n_layers), t.params.blocks, t.recording.resid_LTD
-    *derivatives, moved, own_moved = jax.jit(lambda xs: jax.lax.map(of_layer, xs))(
-        every
+    def of_layer(xs: tuple[Array, Block, Array, Held]) -> tuple:
+        layer, p, x_TD, held = xs
+        moved_TD, copied = back(partial(copies, t, p, norms), x_TD, x_TD, x_TD)
+        own_TD, (whole_TBD,) = back(partial(own, t, p), x_TD)
+        _, (value_TBD,) = back(lambda x_TD: own(t, p, x_TD, held), x_TD)
+        g_TBD = g_BTD.swapaxes(0, 1)
+        mine = live.pull(layer, g_TBD), live.routes(layer, g_TBD)
+        return Found(*mine, whole_TBD, value_TBD, copied), moved_TD, own_TD
+
+    frozen = t.recording.frozen
+    held = Held(
+        pattern_LHTS=frozen.pattern_LHTS,
+        attn_scale_LT=frozen.attn_scale_LT,
+        post_attn_scale_LT=frozen.post_attn_scale_LT,
     )
+    every_L = jnp.arange(t.cfg.n_layers)
+    every = every_L, t.params.blocks, t.recording.resid_LTD, held
+    result, moved, own_moved = jax.jit(partial(jax.lax.map, of_layer))(every)
     close(moved, own_moved, 1e-13)
-    return derivatives
+    return result
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_the_derivative_of_the_models_own_attention(name: str) -> None:
     """Maths 22.3: rotary, QK norms, soft caps, windows, groups, biases, post norms."""
-    ours, routes, whole, _ = found(name, True)
-    close(ours, whole, 1e-12)
-    close(sum(routes), whole, 1e-12)
+    f = found(name, True)
+    close(f.ours, f.whole, 1e-12)
+    close(sum(f.routes), f.whole, 1e-12)
+    close(f.routes.value_TBD, f.values, 1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_route_is_that_of_its_own_copy_of_the_stream(name: str) -> None:
     """Maths 22.3."""
-    _, routes, _, want = found(name, True)
-    for ours, theirs in zip(routes, want, strict=True):
+    f = found(name, True)
+    value, norm, query, key = f.routes
+    for ours, theirs in zip((query, key, value + norm), f.copies, strict=True):
         assert float(jnp.abs(theirs).max()) > 1e-3
         close(ours, theirs, 1e-12)
 
 
 @pytest.mark.parametrize("name", ["clt", "gemma2", "gemma3", "neox"])
 def test_with_norms_held_only_patterns_answer(name: str) -> None:
-    ours, routes, _, want = found(name, False)
-    close(ours, sum(want), 1e-12)
-    for mine, theirs in zip(routes, want, strict=True):
-        close(mine, theirs, 1e-12)
+    """Maths 22.3."""
+    f = found(name, False)
+    value, norm, query, key = f.routes
+    close(f.ours, sum(f.copies), 1e-12)
+    close(query, f.copies[0], 1e-12)
+    close(key, f.copies[1], 1e-12)
+    close(f.copies[2], value, 1e-12)
+    assert float(jnp.abs(norm).max()) < 1e-14

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from graphlib import TopologicalSorter
 
 import numpy as np
 import pytest
@@ -187,6 +189,40 @@ def test_all_tokens_are_in_sight_and_nothing_overlaps(open_page, doc, kind, size
         named = tab.evaluate("__jaxclt.svg()").count(">capital")
         assert named > 20  # names have found room
     assert np.diff(sorted(tokens)).min() > 10  # wide enough for a turned token
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_subgraph_runs_from_tokens_to_the_output_inside_its_panel(open_page, size):
+    doc = told(prompt(6, n_layers=6, n_features=80, n_links=10**6))
+    outside = [n for n in ids_of(doc, FEATURE) if not n.endswith("_0")]
+    groups = doc["jaxclt"]["story"]["groups"]
+    for g, group in enumerate(groups):  # members of many layers: circles
+        group["members"] = outside[g::9]
+    doc["qParams"]["supernodes"] = [[g["name"], *g["members"]] for g in groups]
+    doc["qParams"]["pinnedIds"] += ids_of(doc, "embedding")[1:5]
+    tab = open_page(page(doc), size=SIZES[size])
+    for press in ("#count", "#arrange"):
+        tab.click(press)
+        box = tab.locator("#subgraph").bounding_box()
+        cards = [card.bounding_box() for card in tab.locator(".card").all()]
+        assert len(cards) == 9
+        for card in cards:
+            for side, length in (("x", "width"), ("y", "height")):
+                low, high = box[side], box[side] + box[length]
+                assert low <= card[side] <= card[side] + card[length] <= high
+    said = tab.locator("#cards li").all_text_contents()
+    links = [re.split(r" (?:raises|lowers|strengthens|weakens) |: ", s) for s in said]
+    assert len(links) > 3
+    assert tab.locator(".lines > path").count() == len(links)
+    assert tab.locator(".lines > text").count() > len(links) / 2
+    graph = {}
+    for source, target, _ in links:
+        graph.setdefault(target, set()).add(source)
+    both = {(x["source"], x["target"]) for x in tab.evaluate("__jaxclt.cardLinks()")}
+    assert any((b, a) in both for a, b in both)
+    tuple(TopologicalSorter(graph).static_order())  # raises on a circle
+    text = tab.text_content(".card.group small")
+    assert text == "graph +2.4 · measured −0.5"
 
 
 def test_a_node_says_what_it_writes_and_reads(open_page, doc):

@@ -4,14 +4,13 @@ import { Attention } from "./attention";
 import { type GraphDocument, type Json, type Payload, type Serve, type Supernode, readDocument } from "./document";
 import { isFixed } from "./layout";
 import { type GraphNode, type Head, Model, type Reading } from "./model";
+import { firstThreshold, folds, stands } from "./shown";
 import { type Card, fromPlaces } from "./supernodes";
 
 export type Part = "graph" | "columns" | "cell" | "model" | "side" | "pins" | "labels" | "filter" | "view" | "compare" | "patches" | "layout";
 export type ViewName = "graph" | "table" | "compare";
 export const TABS = ["node", "attention", "evidence", "help"] as const;
 export type Tab = (typeof TABS)[number];
-
-const FIRST_FEATURES = 80; // of the first picture; the slider reaches the others
 
 /** Shares of the page, in percent, that the reader gave to panels. */
 export interface Panels { side: number | null; lower: number | null }
@@ -106,8 +105,7 @@ export class App {
     for (const model of [this.model, this.other]) if (model && model.reading !== reading) model.read(reading);
     const most = this.model.nodes.reduce((m, n) => (isFixed(n) || !n.linked ? m : Math.max(m, n.influence ?? 0)), 0);
     this.highest = Math.ceil(most * 200) / 200 || 1;
-    const { sink } = this.model.story, few = this.model.ranked.filter((n) => n.kind === "feature" && n.linked && !isFixed(n) && !sink.positions.has(n.pos));
-    this.first = (few.length > FIRST_FEATURES && few[FIRST_FEATURES - 1]?.influence) || this.highest;
+    this.first = firstThreshold(this.model) ?? this.highest;
     this.threshold = Math.min(threshold ?? this.first, this.highest);
   }
 
@@ -154,15 +152,8 @@ export class App {
     this.pinned = [...new Set([...pinned.filter(known), ...this.groups.flatMap((g) => g.ids)])];
   }
 
-  /** Whether the slider reaches a node, and it is not folded away. */
-  stands(n: GraphNode, model: Model): boolean {
-    return n.linked && (isFixed(n) || (n.influence ?? 0) <= this.threshold + 1e-9) && !this.folds(n, model);
-  }
-  /** Whether a node is drawn as part of its column: errors as a rail, all of a sink as a stub. */
-  folds(n: GraphNode, model: Model): boolean {
-    if (!n.linked || n.kind === "embedding" || n.kind === "logit" || this.unfolded.has(n.pos)) return false;
-    return (n.kind === "error" && !this.errors) || model.story.sink.positions.has(n.pos);
-  }
+  stands(n: GraphNode, model: Model): boolean { return stands(this, n, model); }
+  folds(n: GraphNode, model: Model): boolean { return folds(this, n, model); }
   shows = (n: GraphNode): boolean => n === this.selected || this.stands(n, this.model) || this.isPinned(n);
   folded = (n: GraphNode): boolean => this.folds(n, this.model) && !this.shows(n);
   drawn = (n: GraphNode): boolean => this.shows(n) || this.folds(n, this.model);

@@ -117,7 +117,7 @@ export function layOut(
     const bands = layBands(fullest, top, room.height - top - foot - 4);
     const needs = new Array<number>(T).fill(0);
     cells.forEach((cell, i) => {
-      const head = cell[0] as GraphNode, n = counts[i] as number, each = head.kind === "logit" ? LOGIT_STEP : Math.max(4, 8 / rowsOf(bands, cell, n));
+      const head = cell[0] as GraphNode, n = counts[i] as number, each = head.kind === "logit" ? LOGIT_STEP + 26 / Math.max(n, 1) : Math.max(4, 8 / rowsOf(bands, cell, n));
       needs[head.pos] = Math.max(needs[head.pos] ?? 0, Math.min(n * each, 520) + (errors[head.pos]?.length && !turned ? RAIL : 0) + 4);
     });
     return { foot, bands, needs: needs.map((w, t) => Math.max(w, stub[t] ? STUB : 0, turned ? NARROW : Math.min(written[t] ?? 0, 150) + 12)) };
@@ -138,7 +138,7 @@ export function layOut(
   });
   cells.forEach((cell, c) => {
     const head = cell[0] as GraphNode, column = layout.columns[head.pos] ?? { x: GUTTER, w: 46, stub: false, rail: null };
-    const beside = column.rail && !column.stub && head.kind !== "embedding" ? rail(column.w) : 0, own = column.w - beside, n = Math.max(1, counts[c] as number);
+    const beside = !column.rail || column.stub || head.kind === "embedding" ? 0 : head.kind === "logit" ? 26 : rail(column.w), own = column.w - beside, n = Math.max(1, counts[c] as number);
     const step = Math.min(head.kind === "logit" ? LOGIT_STEP + 6 : STEP, (own - 4) / n), rows = rowsOf(bands, cell, n), h = bands[head.band]?.h ?? 0;
     cell.forEach((m, i) => {
       const at = column.x + own / 2 + (i - (n - 1) / 2) * step, row = ((i % rows) + 0.5) / rows - 0.5;

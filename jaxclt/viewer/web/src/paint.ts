@@ -11,7 +11,7 @@ const BACKGROUND_LINKS = 130, LINKS_OF_A_NODE = 800, MOVING_LINKS = 400;
 
 export interface Theme {
   panel: string; band: string; line: string; ink: string; muted: string; node: string; square: string;
-  error: string; link: string; pos: string; neg: string; qk: string; accent: string; gained: string; font: string;
+  error: string; pos: string; neg: string; qk: string; accent: string; gained: string; font: string;
 }
 
 /** A point of the layout is at (k * x0 + x, v * y0 + y): zoomed out, layers stay apart. */
@@ -38,7 +38,7 @@ export function readTheme(): Theme {
   const css = getComputedStyle(document.documentElement), get = (name: string) => css.getPropertyValue(`--${name}`).trim();
   return {
     panel: get("panel"), band: get("band"), line: get("line"), ink: get("ink"), muted: get("muted"), node: get("node"),
-    square: get("square"), error: get("error"), link: get("link"), pos: get("pos"), neg: get("neg"), qk: get("qk"), accent: get("accent"),
+    square: get("square"), error: get("error"), pos: get("pos"), neg: get("neg"), qk: get("qk"), accent: get("accent"),
     gained: get("gained"), font: `12px ${getComputedStyle(document.body).fontFamily}`,
   };
 }
@@ -201,10 +201,13 @@ export function paintOver(
   pen.save();
   pen.beginPath(); pen.rect(GUTTER - 6, 0, s.width, s.height - s.layout.foot); pen.clip();
   if (hover && hover !== s.selected) {
-    pen.lineWidth = 1;
-    pen.strokeStyle = `rgba(${s.theme.link},.5)`;
+    pen.lineWidth = 1.2;
     for (const list of [s.model.insOf(hover), s.model.outsOf(hover)]) {
-      for (const e of list.subarray(0, 12)) if (bothDrawn(s, e)) curve(pen, s, e);
+      for (const e of list.subarray(0, 12)) {
+        if (!bothDrawn(s, e)) continue;
+        setStroke(pen, s, e);
+        curve(pen, s, e);
+      }
     }
   }
   const ring = (n: GraphNode, width: number, colour: string, dash: number[]) => {

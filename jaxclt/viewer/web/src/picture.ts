@@ -7,7 +7,8 @@ import { GUTTER, type Layout, layOut } from "./layout";
 import type { GraphNode, Model } from "./model";
 import { type Camera, type Scene, type Theme, paint, paintOver, place, readTheme } from "./paint";
 import { SvgPen } from "./pen";
-import { foldText, nodeText, tokenText } from "./tips";
+import { neighbour } from "./steps";
+import { foldText, nodeText, showTip, tokenText } from "./tips";
 
 const REACH = 16, MOST_ZOOM = 24, STEP = 1.3;
 
@@ -300,25 +301,8 @@ export class Picture {
     return [x, y];
   }
 
-  /** To the next node: left and right in a layer, up and down between layers, [ and ]
-   * by influence. */
   private step(key: string): void {
-    const scene = this.scene(), l = scene.layout, seen = scene.model.nodes.filter(scene.shows);
-    const from = this.cursor && scene.shows(this.cursor) ? this.cursor : null, x = (n: GraphNode) => l.x[n.index] as number;
-    if (!seen.length) return;
-    let to: GraphNode | undefined = from ?? this.app.selected ?? scene.model.logits[0] ?? seen[0];
-    if (from && (key === "[" || key === "]")) {
-      const order = scene.model.ranked.filter(scene.shows);
-      to = order[order.indexOf(from) + (key === "]" ? 1 : -1)];
-    } else if (from && (key === "ArrowLeft" || key === "ArrowRight")) {
-      const row = seen.filter((n) => n.band === from.band).sort((a, b) => x(a) - x(b));
-      to = row[row.indexOf(from) + (key === "ArrowRight" ? 1 : -1)];
-    } else if (from) {
-      const up = key === "ArrowUp", beyond = seen.filter((n) => (up ? n.band > from.band : n.band < from.band));
-      const band = beyond.reduce((b, n) => (up ? Math.min(b, n.band) : Math.max(b, n.band)), up ? Infinity : -Infinity);
-      to = beyond.filter((n) => n.band === band).reduce<GraphNode | undefined>(
-        (a, n) => (!a || Math.abs(x(n) - x(from)) < Math.abs(x(a) - x(from)) ? n : a), undefined);
-    }
+    const to = neighbour(this.scene(), this.cursor, key);
     if (!to) return;
     this.cursor = to;
     this.reveal(to);
@@ -327,15 +311,7 @@ export class Picture {
   }
 
   private point(n: GraphNode | null, e: PointerEvent): void {
-    const tip = $("tip"), model = this.own.model();
-    const text = n ? nodeText(model, n) : this.layout && this.pointers.size === 0 ? this.columnText(e) : "";
-    tip.hidden = text === "";
-    if (text) {
-      tip.textContent = text;
-      const right = e.clientX + 14 + tip.offsetWidth > innerWidth - 4, low = e.clientY + 18 + tip.offsetHeight > innerHeight;
-      tip.style.left = `${right ? Math.max(4, e.clientX - tip.offsetWidth - 14) : e.clientX + 14}px`;
-      tip.style.top = `${low ? Math.max(4, e.clientY - tip.offsetHeight - 12) : e.clientY + 18}px`;
-    }
+    showTip(n ? nodeText(this.own.model(), n) : this.layout && this.pointers.size === 0 ? this.columnText(e) : "", e);
     if (n === this.hover) return;
     this.hover = n;
     this.box.style.cursor = n ? "pointer" : "";

@@ -11,8 +11,7 @@ export function showStory(app: App): void {
   const box = $("story");
   box.classList.toggle("brief", !story.text.length);
   box.hidden = !story.text.length && !trust;
-  // A token's own space keeps its quotation mark with it.
-  $("storytext").textContent = visible(story.text.join(" ")).replace(/(["'“‘]) /g, "$1\u00a0");
+  $("storytext").replaceChildren(...linked(app, story.text.join(" ")));
   $("storytext").hidden = !story.text.length;
   $("trust").hidden = !trust;
   $("trust").replaceChildren(el("b", "", "How far to trust it: "), visible(trust), " ", button("Evidence", "inline", () => app.showTab("evidence")));
@@ -21,4 +20,21 @@ export function showStory(app: App): void {
     effect === null ? "" : `without it the lead of the answer changes by ${signed(effect)}`,
     share === null ? "" : `the graph's share is ${percent(share)}`,
   ].filter(Boolean).join(", "))));
+}
+
+/** The text, with names of groups to press. */
+function linked(app: App, text: string): (HTMLElement | string)[] {
+  const found = app.model.story.groups.map((g) => ({ name: g.name, at: g.name ? text.indexOf(g.name) : -1 })).filter((f) => f.at >= 0);
+  found.sort((a, b) => a.at - b.at || b.name.length - a.name.length);
+  // A token's own space keeps its quotation mark with it.
+  const plain = (part: string) => visible(part).replace(/(["'“‘]) /g, "$1\u00a0");
+  const parts: (HTMLElement | string)[] = [];
+  let end = 0;
+  for (const { name, at } of found) {
+    if (at < end) continue; // inside another's
+    const open = () => { const group = app.groups.find((g) => g.label === name); if (group) app.selectGroup(group); };
+    parts.push(plain(text.slice(end, at)), button(plain(name), "inline", open));
+    end = at + name.length;
+  }
+  return [...parts, plain(text.slice(end))];
 }

@@ -1,14 +1,14 @@
 // The reader's own circuit: pinned nodes and supernodes as cards, links merged.
 
-import dagre from "@dagrejs/dagre";
 import type { App } from "./app";
+import { type Point, acyclic, arrange, curveOf, extent, routed, scaleTo } from "./arrange";
 import { readSupernodes } from "./document";
-import { $, clip, count, editText, el, percent, plural, svg, visible } from "./dom";
+import { $, clip, count, editText, el, percent, plural, signed, svg, visible } from "./dom";
 import { verb } from "./model";
+import { storyOf } from "./story";
 import { CARD, type Card, type CardLink, mergeLinks } from "./supernodes";
 
 const [WIDTH, HEIGHT] = CARD, LEAST_SHARE = 0.01, MOST_LINKS = 150;
-const LEGIBLE = 0.75; // smaller cards are no longer read
 
 export class Subgraph {
   private readonly box = $("subgraph");
@@ -16,6 +16,8 @@ export class Subgraph {
   private cards: Card[] = [];
   private links: CardLink[] = [];
   private at = new Map<string, [number, number]>();
+  private sideways = false;
+  private routes = new Map<CardLink, Point[]>();
   private k = 1;
   private x = 0;
   private y = 0;
@@ -34,7 +36,7 @@ export class Subgraph {
       else { this.x -= e.deltaX; this.y -= e.deltaY; this.own = true; this.transform(); }
     }, { passive: false });
     this.panning();
-    new ResizeObserver(() => { if (!this.own) this.fit(); }).observe(this.box);
+    new ResizeObserver(() => { if (!this.own && this.cards.length) { this.arrange(); this.place(); this.fit(); } }).observe(this.box);
   }
 
   private suggestions() {
@@ -53,7 +55,7 @@ export class Subgraph {
     this.cards = app.cards();
     for (const id of app.marked) if (!this.cards.some((c) => c.id === id)) app.marked.delete(id);
     const empty = this.cards.length === 0, merged = mergeLinks(app.model, this.cards);
-    this.links = merged.filter((l) => Math.abs(l.share) >= LEAST_SHARE).slice(0, MOST_LINKS);
+    this.links = acyclic(merged.filter((l) => Math.abs(l.share) >= LEAST_SHARE).slice(0, MOST_LINKS));
     document.body.classList.toggle("pinned", !empty);
     this.box.hidden = empty;
     $("suggest").hidden = this.suggestions().length === 0;
@@ -71,19 +73,10 @@ export class Subgraph {
   }
 
   private arrange(): void {
-    const g = new dagre.graphlib.Graph();
-    g.setGraph({ rankdir: "BT", nodesep: 14, ranksep: 30, marginx: 8, marginy: 8 });
-    g.setDefaultEdgeLabel(() => ({}));
-    for (const card of this.cards) g.setNode(card.id, { width: WIDTH, height: HEIGHT });
-    for (const l of this.links) {
-      const a = this.cards[l.source] as Card, b = this.cards[l.target] as Card;
-      g.setEdge(a.id, b.id, { weight: Math.max(1, Math.round(20 * Math.abs(l.share))) });
-    }
-    dagre.layout(g);
-    this.at = new Map(this.cards.map((card) => {
-      const { x, y } = g.node(card.id);
-      return [card.id, this.app.positions.get(card.id) ?? [x ?? 0, y ?? 0]];
-    }));
+    const { at, sideways, routes } = arrange(this.cards, this.links, { w: this.box.clientWidth || 1, h: this.box.clientHeight || 1 });
+    this.sideways = sideways;
+    this.routes = routes;
+    this.at = new Map([...at].map(([id, place]) => [id, this.app.positions.get(id) ?? place]));
     this.app.placed = this.at;
   }
 
@@ -108,7 +101,7 @@ export class Subgraph {
   private card(card: Card): HTMLElement {
     const { app } = this, first = card.members[0];
     const group = card.group ? app.groups.find((g) => g.ids[0] === first?.id) ?? null : null;
-    const below = card.group ? plural(card.members.length, "node") : first ? app.model.brief(first) : "";
+    const below = card.group ? this.effects(card) : first ? app.model.brief(first) : "";
     const made = el("button", `card ${card.group ? "group" : `is-${first?.kind ?? ""}`}${this.chosen(card) ? " chosen" : ""}`,
       el("b", "", clip(visible(card.label), 60) || "supernode"), el("small", "", clip(below, 40)));
     made.type = "button";
@@ -133,6 +126,13 @@ export class Subgraph {
     });
     made.addEventListener("dblclick", () => { if (group) this.rename(made, group); });
     return made;
+  }
+
+  /** What the story says that a group does; else its size. */
+  private effects(card: Card): string {
+    const said = storyOf(this.app.model.story, card.members.map((n) => n.id));
+    const parts = [["graph", said?.predicted], ["measured", said?.measured]].flatMap(([name, x]) => (typeof x === "number" ? [`${name} ${signed(Number(x.toFixed(1)))}`] : []));
+    return parts.join(" · ") || plural(card.members.length, "node");
   }
 
   private rename(card: HTMLElement, group: { label: string; ids: string[] }): void {
@@ -182,7 +182,7 @@ export class Subgraph {
 
   /** Cards and lines where they are now. */
   private place(): void {
-    const lines = this.stage.querySelector("svg") as SVGElement;
+    const lines = this.stage.querySelector("svg") as SVGElement, { app } = this;
     for (const card of this.stage.querySelectorAll<HTMLElement>(".card")) {
       const [x, y] = this.at.get(card.dataset.card ?? "") ?? [0, 0];
       card.style.left = `${x - WIDTH / 2}px`;
@@ -190,32 +190,27 @@ export class Subgraph {
     }
     const drawn: SVGElement[] = [];
     const taken = [...this.at.values()].map(([x, y]) => [x, y, WIDTH / 2, HEIGHT / 2] as [number, number, number, number]); // middles and half sizes
-    const any = this.cards.some((c) => this.chosen(c));
-    for (const l of this.links.slice().reverse()) {
-      const a = this.cards[l.source] as Card, b = this.cards[l.target] as Card, size = Math.abs(l.share);
-      const [x0, y0] = this.at.get(a.id) ?? [0, 0], [x1, y1] = this.at.get(b.id) ?? [0, 0];
-      const start = y0 - HEIGHT / 2, end = y1 + HEIGHT / 2, bend = Math.max(20, Math.abs(start - end) * 0.4);
-      const mine = this.chosen(a) || this.chosen(b);
-      drawn.push(svg("path", {
-        d: `M${x0} ${start}C${x0} ${start - bend} ${x1} ${end + bend} ${x1} ${end}`,
-        class: l.share < 0 ? "neg" : "pos", "stroke-width": (1 + 7 * size).toFixed(2),
+    const any = this.cards.some((c) => this.chosen(c)), spot = (card: Card): [number, number] => this.at.get(card.id) ?? [0, 0];
+    for (const l of this.links) {
+      const a = this.cards[l.source] as Card, b = this.cards[l.target] as Card, size = Math.abs(l.share), mine = this.chosen(a) || this.chosen(b);
+      const route = app.positions.has(a.id) || app.positions.has(b.id) ? undefined : this.routes.get(l);
+      const { d, spots } = route ? routed(route) : curveOf(spot(a), spot(b), this.sideways), sign = l.share < 0 ? "neg" : "pos";
+      const line = svg("path", {
+        d, class: sign, "stroke-width": (1 + 7 * size).toFixed(2), "marker-end": `url(#arrow-${sign})`,
         opacity: any && !mine ? 0.3 : Math.min(1, 0.45 + size).toFixed(2),
-      }));
-      if (!mine) continue;
-      const words = (l.share < 0 ? "−" : "") + percent(size), half = 3.2 * words.length;
-      const spots = [0.5, 0.35, 0.65, 0.2, 0.8].map((t) => {
-        const bezier = (a: number, b: number, c: number, d: number) => (1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * b + 3 * (1 - t) * t ** 2 * c + t ** 3 * d;
-        return [bezier(x0, x0, x1, x1), bezier(start, start - bend, end + bend, end)] as const;
       });
-      const free = spots.find((spot) => taken.every(([bx, by, w, h]) => Math.abs(bx - spot[0]) > w + half || Math.abs(by - spot[1]) > h + 7));
+      drawn.unshift(line); // the strongest lies on top
+      if (any && !mine) continue;
+      const words = (l.share < 0 ? "−" : "") + percent(size), half = 3.2 * words.length;
+      const free = spots.find((at) => taken.every(([bx, by, w, h]) => Math.abs(bx - at[0]) > w + half || Math.abs(by - at[1]) > h + 7));
       if (!free) continue; // the side panel says it too
-      const [x, y] = free;
-      taken.push([x, y, half, 7]);
-      const text = svg("text", { x, y: y + 4 });
+      taken.push([free[0], free[1], half, 7]);
+      const text = svg("text", { x: free[0], y: free[1] + 4 });
       text.textContent = words;
       drawn.push(text);
     }
-    lines.replaceChildren(...drawn.filter((s) => s.tagName === "path"), ...drawn.filter((s) => s.tagName === "text"));
+    drawn.push(heads());
+    lines.replaceChildren(...drawn);
   }
 
   private zoom(factor: number): void {
@@ -227,19 +222,13 @@ export class Subgraph {
     this.transform();
   }
 
+  /** All cards inside the panel. */
   private fit(): void {
     if (!this.cards.length || !this.box.clientWidth) return;
-    const xs = [...this.at.values()].map(([x]) => x), ys = [...this.at.values()].map(([, y]) => y);
-    const w = Math.max(...xs) - Math.min(...xs) + WIDTH + 24, h = Math.max(...ys) - Math.min(...ys) + HEIGHT + 16;
-    this.k = Math.max(LEGIBLE, Math.min(1, this.box.clientWidth / w, this.box.clientHeight / h));
-    // What does not fit is panned to; the chosen card stays in sight.
-    const chosen = this.cards.find((c) => this.chosen(c)), at = chosen && this.at.get(chosen.id);
-    const start = (room: number, least: number, most: number, half: number, want: number | undefined) => {
-      const middle = room / 2 - ((least + most) / 2) * this.k, spare = Math.max(0, (most - least + 2 * half) * this.k - room) / 2;
-      return want === undefined ? middle : Math.max(middle - spare, Math.min(middle + spare, room / 2 - want * this.k));
-    };
-    this.x = start(this.box.clientWidth, Math.min(...xs), Math.max(...xs), WIDTH / 2 + 12, at?.[0]);
-    this.y = start(this.box.clientHeight, Math.min(...ys), Math.max(...ys), HEIGHT / 2 + 8, at?.[1]);
+    const size = extent(this.at.values(), this.routes.values()), room = { w: this.box.clientWidth, h: this.box.clientHeight };
+    this.k = scaleTo(size, room);
+    this.x = room.w / 2 - (size.x + size.w / 2) * this.k;
+    this.y = room.h / 2 - (size.y + size.h / 2) * this.k;
     this.transform();
   }
 
@@ -248,3 +237,13 @@ export class Subgraph {
   }
 }
 
+/** Arrowheads in the colours of the signs. */
+function heads(): SVGElement {
+  const defs = svg("defs", {});
+  for (const sign of ["pos", "neg"]) {
+    const head = svg("marker", { id: `arrow-${sign}`, class: `arrow ${sign}`, viewBox: "0 0 8 8", refX: 6, refY: 4, markerWidth: 9, markerHeight: 9, markerUnits: "userSpaceOnUse", orient: "auto" });
+    head.append(svg("path", { d: "M0 0L8 4L0 8Z" }));
+    defs.append(head);
+  }
+  return defs;
+}

@@ -1,9 +1,20 @@
 // What the picture says under the pointer.
 
 import type { App } from "./app";
-import { clip, count, percent, plural, quoted, short, signed, visible } from "./dom";
+import { $, clip, count, percent, plural, quoted, short, signed, visible } from "./dom";
 import type { Layout } from "./layout";
 import type { GraphNode, Model } from "./model";
+
+/** A text at the pointer; none hides it. */
+export function showTip(text: string, at: MouseEvent): void {
+  const tip = $("tip");
+  tip.hidden = text === "";
+  if (!text) return;
+  tip.textContent = text;
+  const right = at.clientX + 14 + tip.offsetWidth > innerWidth - 4, low = at.clientY + 18 + tip.offsetHeight > innerHeight;
+  tip.style.left = `${right ? Math.max(4, at.clientX - tip.offsetWidth - 14) : at.clientX + 14}px`;
+  tip.style.top = `${low ? Math.max(4, at.clientY - tip.offsetHeight - 12) : at.clientY + 18}px`;
+}
 
 export function nodeText(model: Model, n: GraphNode): string {
   return [clip(model.label(n), 300), `${n.kind === "feature" ? `feature ${n.number} · ` : ""}${model.where(n)}`,
