@@ -7,7 +7,7 @@ import { clip, el, fact, isNumber, percent, quoted, short, signed, spaced } from
 import type { GraphNode, Model } from "./model";
 import { storyOf } from "./story";
 
-const SOURCES: Record<string, string> = { own: "your label", dashboard: "label of its dashboard", automatic: "automatic label" };
+const SOURCES: Record<string, string> = { own: "your label", dashboard: "label of its dashboard", dictionary: "label of the dictionary", automatic: "automatic label" };
 
 /** Where the shown label is from; edited here it is the reader's. */
 export function labelSource(model: Model, n: GraphNode): string {
