@@ -42,14 +42,18 @@ from jaxclt.patching.patchable import Patchable, hold_of, read
 from jaxclt.types import Block, Held
 
 __all__ = [
+    "Here",
     "Needed",
     "Nudge",
+    "Writing",
     "additive",
+    "clamped",
     "constrained",
     "iterative",
     "needed",
     "patched",
     "pending",
+    "run_writing",
     "underlying",
 ]
 
@@ -134,7 +138,7 @@ def constrained(model: Patchable, change: Change, how: How) -> Writing:
 
     def write(carry: None, here: Here) -> tuple[None, Array]:
         added_TD = pending(change, amount_E, here.was.index, here.mid_TD)
-        return carry, _clamped(model, here, added_TD)
+        return carry, clamped(model, here, added_TD)
 
     return Writing(None, write)
 
@@ -187,7 +191,7 @@ def iterative(model: Patchable, change: Change, how: How) -> Writing:
 
         now_MTD = jax.lax.cond(was.local, responded, lambda: ahead_MTD)
         # The next layer's MLP output is the first of what is still ahead.
-        return jnp.roll(now_MTD, -1, 0).at[-1].set(0), _clamped(model, here, now_MTD[0])
+        return jnp.roll(now_MTD, -1, 0).at[-1].set(0), clamped(model, here, now_MTD[0])
 
     return Writing(jnp.zeros((f.span, T, D), model.recording.embed_TD.dtype), write)
 
@@ -220,7 +224,7 @@ def patched(
     """
     if need is None:
         need = needed(change, layers_2, how=how, n_layers=model.cfg.n_layers)
-    return _run(
+    return run_writing(
         model,
         MODES[how.mode](model, change, how),
         layers_2,
@@ -251,7 +255,7 @@ def underlying(
     """
     L = model.cfg.n_layers
     live_L = jnp.arange(L, dtype=jnp.int32) >= first
-    return _run(
+    return run_writing(
         model,
         Writing(None, lambda carry, here: (carry, here.real_TD)),
         jnp.asarray([0, L - 1], jnp.int32),
@@ -262,7 +266,7 @@ def underlying(
     )
 
 
-def _run(
+def run_writing(
     model: Patchable,
     writing: Writing,
     layers_2: Array,
@@ -338,7 +342,7 @@ def pending(change: Change, amount_E: Array, index: Array, like_TD: Array) -> Ar
     return at_ET.astype(like_TD.dtype).T @ (size_E[:, None] * row_ED)
 
 
-def _clamped(model: Patchable, here: Here, added_TD: Array) -> Array:
+def clamped(model: Patchable, here: Here, added_TD: Array) -> Array:
     """The recorded output, what is added to it, and what a linear path responds."""
     was, write_TD = here.was, here.was.write_TD + added_TD
     if was.skip_DD is None:

@@ -1,6 +1,6 @@
 """The validation report of a graph: its predictions against patches of the model.
 
-Five measurements (the first, second, third and fifth after Circuit Tracing 2025,
+Six measurements (the first, second, third and fifth after Circuit Tracing 2025,
 sections G.1 to G.3 and 5.3), over the most influential features, a random control set
 and supernodes:
 
@@ -10,7 +10,8 @@ and supernodes:
 4. the same in the real model with attention patterns live, predicted by response, and
    how the patterns move;
 5. how a perturbation spreads in the replacement model and in the model, and whether the
-   dictionary has the MLPs' derivatives (Jacobian agreement).
+   dictionary has the MLPs' derivatives (Jacobian agreement);
+6. how much of the answer's lead the shown graph makes: its necessity and sufficiency.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from jaxclt.validation.faithfulness import VARIANTS, faithfulness
 from jaxclt.validation.held_live import held_and_live
 from jaxclt.validation.jacobian import jacobian_agreement
 from jaxclt.validation.rules import verdict
+from jaxclt.validation.shown import Measure, shown
 from jaxclt.validation.words import markdown
 
 __all__ = ["ValidateOptions", "validate_graph", "write_validation"]
@@ -93,6 +95,7 @@ def validate_graph(
         "pairwise": measures.pairwise(bench, ablated),
         "supernodes": measures.supernodes(bench),
         "failures": measures.failures(bench, scatter["constrained"]),
+        "shown": shown(subject, Measure(bench.ask(), bench.weight_K), key),
     }
     report["faithfulness"], report["faithfulness_layers"] = faithfulness(
         subject,

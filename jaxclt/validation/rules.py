@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxclt.validation.say import BY, next_layer, percent, show, with_interval
+from jaxclt.validation.say import (
+    BY,
+    next_layer,
+    percent,
+    show,
+    shown_in_words,
+    with_interval,
+)
 
 __all__ = ["RULES", "Rule", "verdict"]
 
@@ -156,6 +163,19 @@ def _live_patterns(report: Report) -> str:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule(
+        "shown",
+        lambda report: report["shown"]["sufficiency"] is not None,
+        shown_in_words,
+    ),
+    Rule(
+        "shown_none",
+        lambda report: report["shown"]["sufficiency"] is None,
+        lambda report: (
+            f"No feature changes {report['contrast']} together with the others, or "
+            "the model diverges without them: nothing is said of the shown graph."
+        ),
+    ),
     Rule(
         "sure_answer",
         lambda report: report["options"]["foil"] is None and _on_contrast(report),

@@ -41,3 +41,15 @@ def next_layer(found: dict[str, Any], layers: list[int], name: str) -> float | N
     values = [v for row, layer in rows for v in row[layer + 1 : layer + 2]]
     kept = [v for v in values if v is not None]
     return float(np.mean(kept)) if kept else None
+
+
+def shown_in_words(report: dict[str, Any]) -> str:
+    """Sufficiency and necessity of the shown graph, in the live semantics."""
+    found = report["shown"]
+    random = found["live"]["random"]["sufficiency"]["mean"]
+    return (
+        f"The {found['n']} features shown (of {found['n_active']}) alone keep "
+        f"{percent(found['sufficiency'])} of what features add to "
+        f"{report['contrast']} (as many at random {percent(random)}), and without "
+        f"them {percent(found['necessity'])} of it is lost."
+    )

@@ -198,6 +198,43 @@ def _influence(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def _shown(report: dict[str, Any]) -> list[str]:
+    found, rows = report["shown"], []
+    for name in ("clamped", "live"):
+        one = found[name]
+        random = one["random"]
+        rows.append(
+            (
+                name,
+                *(show(one[x]) for x in ("sufficiency", "necessity")),
+                *(
+                    f"{show(r['mean'])} [{', '.join(map(show, r['interval']))}]"
+                    for r in (random["sufficiency"], random["necessity"])
+                ),
+                *(show(one["m"][x]) for x in ("all", "none", "keep", "drop")),
+            )
+        )
+    head = "semantics|sufficiency|necessity|random: sufficiency [95%]|necessity [95%]"
+    n = found["live"]["random"]["sufficiency"]["n"]
+    return [
+        "## Is the shown graph enough, and is it needed",
+        "",
+        f"The {found['n']} features shown, of {found['n_active']} active ones, kept "
+        "alone (sufficiency) and dropped alone (necessity): the share of what all "
+        "features add to the answer's lead. What is not kept is held at "
+        f"{found['reference']}; error nodes, embeddings and attention patterns are "
+        f"{found['errors']}. Clamped: the graph's own linear claim, norms held, where "
+        "both are one number; live: other features and norms respond.",
+        "",
+        *_table(head + "|m(all)|m(none)|m(keep)|m(drop)", rows),
+        f"Random: as many active features, mean of {n} sets and its interval over "
+        "sets; a single prompt has no interval of its own. Replacement and "
+        "completeness are shares of influence without sign, errors among them: they "
+        "ask how much passes through features, this asks whether those shown suffice.",
+        "",
+    ]
+
+
 def _groups(report: dict[str, Any]) -> list[str]:
     found = report["supernodes"]
     if not found["groups"] and not found["left_out"]:
@@ -295,5 +332,5 @@ def _method(report: dict[str, Any]) -> list[str]:
     ]
 
 
-SECTIONS = (_held_and_live, _effects, _live, _influence, _groups)
+SECTIONS = (_shown, _held_and_live, _effects, _live, _influence, _groups)
 SECTIONS += (_faithful, _fails, _method)

@@ -9,16 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 
 import jaxclt
+from jaxclt.patching.effects import Ask
 from jaxclt.patching.how import How
 from jaxclt.patching.subject import Subject
 from jaxclt.validation.ablations import Bench, Counter
 from jaxclt.validation.choice import ValidateOptions, choose
 from jaxclt.validation.held_live import held_and_live
+from jaxclt.validation.shown import Measure, shown
 
 Array = np.ndarray
 
@@ -262,3 +265,48 @@ def test_every_number_of_both_lines(parts: tuple[Any, Any], prompt: str, n: int)
         check(found["live"][by], by, "live", "contrast")
         slope = numbers(on("targets", by), on("targets", "live"))["slope"]
         assert found["live"][by]["slope_on_targets"] == pytest.approx(slope, abs=2e-3)
+
+
+def test_the_shown_graph_kept_alone_and_dropped_alone(parts: tuple[Any, Any]):
+    """Necessity and sufficiency, maths 16.12."""
+    model, clt = parts
+    graph = jaxclt.attribute(model, clt, "calc: 7+5=", tolerance=0.0)
+    subject, adder = Subject.of(model, clt, graph), Adder(model, clt, graph.token_T)
+    answer, foil = np.argsort(-adder.clean["logit"])[:2]
+    token_K = jnp.asarray([answer, foil], jnp.int32)
+    ask = Ask(token_K, jnp.asarray(subject.n_tokens - 1, jnp.int32))
+    measure = Measure(ask, np.array([1.0, -1.0]))
+    found = shown(subject, measure, jax.random.key(0), n_random=2)
+
+    mine = np.zeros((adder.cfg.n_layers, *adder.active[0].shape), bool)
+    for a in np.flatnonzero(graph.pruning.keep_N[graph.feature_cols]):
+        mine[graph.layer_A[a], graph.pos_A[a], graph.feature_A[a]] = True
+
+    def m(held: Array, *, live: bool) -> float:
+        moved: list[Array] = []
+
+        def write(layer: int, mid: Array, real: Any) -> Array:
+            now = adder.active[layer]
+            if live:
+                pre = mid @ adder.enc[layer].T + adder.b_enc[layer]
+                now = pre * (pre > adder.theta[layer])
+            moved.append(np.where(held[layer], 0, now) - adder.active[layer])
+            return adder.clean["write"][layer] + sum(
+                moved[m] @ adder.dec[m][:, layer - m] for m in range(layer + 1)
+            )
+
+        logit_V = adder.run(write, norms=not live, patterns=True)["logit"]
+        return logit_V[answer] - logit_V[foil]
+
+    for name, live in (("clamped", False), ("live", True)):
+        sets = {"all": mine & False, "none": mine | True, "keep": ~mine, "drop": mine}
+        want = {x: m(held, live=live) for x, held in sets.items()}
+        got, made = found[name], want["all"] - want["none"]
+        for x, value in want.items():
+            assert got["m"][x] == pytest.approx(value, abs=2e-3), (name, x)
+        enough = (want["keep"] - want["none"]) / made
+        needed = (want["all"] - want["drop"]) / made
+        assert got["sufficiency"] == pytest.approx(enough, abs=2e-3)
+        assert got["necessity"] == pytest.approx(needed, abs=2e-3)
+        if not live:
+            assert enough == pytest.approx(needed, abs=1e-9)
