@@ -147,7 +147,8 @@ def test_what_a_reader_saved_outlives_another_trace(tmp_path: Path):
     assert {n["node_id"]: n["clerp"] for n in again}[node["node_id"]] == "mine"
     assert trace(out, *options, prompt="w3 w4") == 0
     again = json.loads(file.read_text("utf-8"))
-    assert again["qParams"]["supernodes"] == []
+    groups = again["jaxclt"]["story"]["groups"]  # of the new prompt
+    assert [g[0] for g in again["qParams"]["supernodes"]] == [g["name"] for g in groups]
 
 
 def test_dry_run_states_the_memory_and_writes_nothing(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from jaxclt.errors import on_one_line
+from jaxclt.graph import nodes
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.kinds import KINDS
 from jaxclt.graph.nodes import facts, node_name, quoted
 
 if TYPE_CHECKING:
@@ -22,16 +23,16 @@ def node_id(graph: Graph, node: int) -> str:
     """A node's id in graph.json, or what stands for biases and the rest."""
     if node >= graph.layout.n_columns:
         return _MORE[node - graph.layout.n_columns]
-    return KINDS[graph.layout.kind(node)].node_id.format_map(facts(graph, node))
+    return nodes.node_id(graph, node)
 
 
 def side_name(graph: Graph, node: int) -> str:
-    """What a node is called: a feature by the dictionary's label, if it has one."""
+    """What a node is called: a feature by its label, if it has one."""
     if node >= graph.layout.n_columns:
         return _MORE[node - graph.layout.n_columns]
     at = facts(graph, node)
     if graph.layout.kind(node) == "feature" and at["text"]:
-        return f"L{at['layer']} {at['quoted']}@{at['pos']}"
+        return f"L{at['layer']} {on_one_line(at['text'])} @{at['pos']}"
     return node_name(graph, node)
 
 

@@ -15,12 +15,16 @@ from tyro.conf import Positional, arg
 from jaxclt.cli.attribution import AttributionFlags
 from jaxclt.cli.common import answer, asked, page_line, table
 from jaxclt.cli.progress import Run, progress
+from jaxclt.cli.told import told
 from jaxclt.cli.validate import validate_opened
 from jaxclt.errors import InputError, check_at_least
 
 if TYPE_CHECKING:
+    from jaxclt.clt.coder import Dictionary
     from jaxclt.graph.attribute import AttributeConfig
     from jaxclt.graph.memory import MemoryPlan
+    from jaxclt.io.model import Model
+    from jaxclt.trace.prompt import Traced
 
 __all__ = ["TraceFlags", "heading", "run_trace"]
 
@@ -50,6 +54,9 @@ class TraceFlags(AttributionFlags):
     the runner-up is the foil. With --targets diff: their difference is the target."""
     save: Literal["auto", "full", "pruned"] = "auto"
     """What graph.npz holds; auto is the full graph up to 512 MB."""
+    story: bool = True
+    """Run the model without each token, group the most influential features, ablate the
+    groups, and say in words what came of it."""
     attention: int = 20
     """Take the scores of this many of the strongest attention cells (a head that
     attends from one token to another) apart into pairs of nodes: attention.json, and
@@ -116,8 +123,11 @@ def run_trace(flags: TraceFlags, run: Run) -> None:
             config=config,
         )
     traced.timing["load"] = loaded
-    report = write_trace(traced, flags.out, save=flags.save)
-    stopped = "stopped" in report["work"]
+    stopped = "stopped" in traced.work
+    found = None
+    if flags.story and not stopped:
+        found = _story(model, dictionary, traced, flags.foil)
+    report = write_trace(traced, flags.out, save=flags.save, told=found)
     verdict = []
     if flags.validate and not stopped:
         from jaxclt.patching.subject import Reopened
@@ -130,9 +140,26 @@ def run_trace(flags: TraceFlags, run: Run) -> None:
     paths = "\n".join(_path_lines(report))
     small = _small_changes(report["derivative"])
     page = page_line(flags.out / "index.html")
-    answer(flags.json, report, _summary(report), paths, small, *verdict, page)
+    shown = (*told(report), _summary(report), paths, small, *verdict, page)
+    answer(flags.json, report, *shown)
     if stopped:
         sys.exit(run.stop.status)
+
+
+def _story(
+    model: Model, dictionary: Dictionary, traced: Traced, foil: str | None
+) -> dict[str, Any] | None:
+    """What is told of a graph that explains tokens."""
+    from jaxclt.story.tell import story
+    from jaxclt.trace.target_text import read_token
+
+    if not traced.graph.is_next_token[0]:
+        return None
+    started = time.perf_counter()
+    against = None if foil is None else read_token(model, foil)
+    found = story(model, dictionary, traced.graph, foil=against)
+    traced.timing["story"] = time.perf_counter() - started
+    return found.to_json()
 
 
 def _path_lines(report: dict[str, Any]) -> list[str]:

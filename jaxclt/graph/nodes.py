@@ -31,6 +31,7 @@ __all__ = [
     "find_column",
     "find_node",
     "find_row",
+    "node_id",
     "node_name",
     "quoted",
     "short_name",
@@ -83,6 +84,11 @@ def node_name(graph: Graph, index: int) -> str:
 def short_name(graph: Graph, index: int) -> str:
     """The shortest name that finds a node again."""
     return KINDS[graph.layout.kind(index)].names[0].format_map(facts(graph, index))
+
+
+def node_id(graph: Graph, index: int) -> str:
+    """The id of a node in graph.json."""
+    return KINDS[graph.layout.kind(index)].node_id.format_map(facts(graph, index))
 
 
 def quoted(token: str) -> str:

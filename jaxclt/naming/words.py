@@ -39,7 +39,7 @@ def _words(tokens: Sequence[Sequence[Any]]) -> list[str]:
     found: dict[str, str] = {}
     for text, _ in tokens:
         word = _short(text).strip()
-        if word:
+        if word and "\ufffd" not in word:  # part of a character says nothing
             found.setdefault(word.casefold(), word)
     return list(found.values())[:_WORDS]
 

@@ -37,7 +37,7 @@ from jaxclt.graph.targets import salient_targets
 from jaxclt.io.dictionary import load_dictionary
 from jaxclt.io.graph_file import load_graph
 from jaxclt.io.model import Model, load_model
-from jaxclt.lm.run import Run
+from jaxclt.lm.run import Run, readout
 from jaxclt.patching.batch import (
     chunk_size,
     default_range,
@@ -236,6 +236,12 @@ class Subject:
         if self.graph.meta.convention == "circuit-tracer":
             active = active.where(active.pos_A > 0)
         return Recorded(self.model.params, self.patchable.recording, active, cfg=cfg)
+
+    def next_logits(self) -> np.ndarray:
+        """Logits of the next token before any cap, [V], on the clean run."""
+        out_D = self.patchable.recording.out_TD[-1]
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(readout(self.model.params, out_D))
 
     @property
     def n_tokens(self) -> int:

@@ -8,7 +8,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,11 @@ from jaxclt.graph.yardstick import derivative_agreement
 from jaxclt.io.graph_file import save_graph
 from jaxclt.trace.pages import (
     ATTENTION,
+    TOLD,
     grouped_ids,
     traced_digest,
     with_saved_view,
+    with_story,
     write_page,
 )
 from jaxclt.trace.prompt import Traced
@@ -51,6 +53,7 @@ def write_trace(
     *,
     save: str = "auto",
     supernodes: Sequence[Supernode] = (),
+    told: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write graph.npz, report.json, graph.json and index.html; return the report.
 
@@ -66,6 +69,8 @@ def write_trace(
       save: `full`, `pruned`, or `auto` (full up to 512 MB).
       supernodes: groups of features that the page opens with, and that `jaxclt patch
         --group` knows by name.
+      told: ``story``, ``tokens`` and ``sink`` of the graph (`jaxclt.story`); the page
+        opens with its groups if there are no others.
 
     Raises:
       InputError: if the directory cannot be written.
@@ -78,6 +83,11 @@ def write_trace(
     slug, stated = out.name or "graph", report["scores"]
     doc = graph_json(graph, slug=slug, scores=stated, other=other)
     doc = with_saved_view(doc, out)
+    for part in TOLD:
+        doc["jaxclt"].pop(part, None)  # of an earlier trace
+    if told is not None:
+        report |= told
+        doc = with_story(doc, told, graph)
     if groups := grouped_ids(doc, supernodes):
         pinned = [i for _, *ids in groups for i in ids]
         doc["qParams"] |= {"supernodes": groups, "pinnedIds": pinned}

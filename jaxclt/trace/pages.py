@@ -7,7 +7,7 @@ What a reader saved (labels in the nodes, pins and supernodes in ``qParams``) is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxclt.files.json_file import MOST_DATA, find_json
 from jaxclt.files.json_text import to_json
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.kinds import KINDS
+from jaxclt.graph.nodes import node_id
 from jaxclt.graph.supernodes import suggest_supernodes
 from jaxclt.naming.words import label_of
 from jaxclt.types import Supernode
@@ -27,13 +28,18 @@ from jaxclt.viewer.page import page
 __all__ = [
     "ATTENTION",
     "PATCHES",
+    "TOLD",
     "carry_over",
     "directory_page",
     "grouped_ids",
     "read_graph",
+    "traced_digest",
+    "with_features",
+    "with_saved_view",
+    "with_story",
+    "with_suggestions",
+    "write_page",
 ]
-__all__ += ["traced_digest", "with_features", "with_saved_view", "with_suggestions"]
-__all__ += ["write_page"]
 
 ATTENTION = "attention.json"  # heads, and what makes them attend
 FEATURES = "features"  # folder of feature files beside graph.json
@@ -149,6 +155,36 @@ def grouped_ids(
         if ids := [i for i in ids if i in shown]:
             groups.append([group.name, *ids])
     return groups
+
+
+TOLD = ("story", "tokens", "sink")
+LOUD = 0.5  # logits of the answer's lead that a token must change to be pinned
+
+
+def with_story(
+    doc: dict[str, Any], told: Mapping[str, Any], graph: Graph
+) -> dict[str, Any]:
+    """A document with what is told of it, opening with the story's groups.
+
+    Beside them stand the first target and the tokens without which the answer's lead
+    changes. Groups that a reader saved stay instead.
+    """
+    view = doc["qParams"]
+    if not view["supernodes"] and not view["pinnedIds"]:
+        shown = {node["node_id"] for node in doc["nodes"]}
+        groups = [
+            [group["name"], *(i for i in group["members"] if i in shown)]
+            for group in told["story"]["groups"]
+        ]
+        groups = [group for group in groups if len(group) > 1]
+        loud = [x for x in told["tokens"] if abs(x["effect"] or 0) >= LOUD]
+        ends = [graph.layout.at("embed", x["position"]) for x in loud]
+        ends.append(graph.layout.at("target", 0))
+        beside = [node_id(graph, int(node)) for node in ends]
+        pinned = [i for _, *ids in groups for i in ids] + beside
+        view = view | {"supernodes": groups, "pinnedIds": pinned}
+    told = {part: told[part] for part in TOLD}
+    return {**doc, "qParams": view, "jaxclt": doc["jaxclt"] | told}
 
 
 def carry_over(doc: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from jaxclt.errors import InputError
 from jaxclt.graph.contrast import contrast as graph_contrast
 from jaxclt.graph.effects import solve_total_effect
 from jaxclt.graph.graph import Graph
-from jaxclt.lm.run import unembed
 from jaxclt.patching.batch import chunk_size
 from jaxclt.patching.change import Change, batched
 from jaxclt.patching.effects import Ask, Effect, clean_effect, diverged
@@ -76,16 +75,14 @@ class Bench:
         return np.flatnonzero(self.graph.target_token_K >= 0)
 
     @functools.cached_property
-    def _answer_and_foil(self) -> tuple[int, int]:
+    def answer_and_foil(self) -> tuple[int, int]:
         """Tokens whose logits' difference is the contrast.
 
         The answer is the graph's first target, of a graph of directions the model's
         answer. The foil is the one that was asked for; else what the graph contrasts
         the answer with, or where it has one target only, the model's runner-up.
         """
-        own_K, out_D = self._own_K, self.subject.patchable.recording.out_TD[-1]
-        with jax.default_matmul_precision("highest"):
-            logit_V = np.array(unembed(self.subject.model.params, out_D))
+        own_K, logit_V = self._own_K, self.subject.next_logits().copy()
         answer = int(own_K[0]) if len(own_K) else int(logit_V.argmax())
         logit_V[answer] = -np.inf
         foil = self.options.foil
@@ -103,19 +100,19 @@ class Bench:
     @functools.cached_property
     def token_K(self) -> np.ndarray:  # noqa: N802
         """Tokens that are measured: the graph's targets, then answer and foil."""
-        more = [x for x in self._answer_and_foil if x not in self._own_K]
+        more = [x for x in self.answer_and_foil if x not in self._own_K]
         return np.append(self._own_K, more).astype(np.int32)
 
     @functools.cached_property
     def weight_K(self) -> np.ndarray:  # noqa: N802
         """Weights of the measured tokens in the contrast, answer minus foil."""
-        answer, foil = self._answer_and_foil
+        answer, foil = self.answer_and_foil
         return 1.0 * (self.token_K == answer) - (self.token_K == foil)
 
     @functools.cached_property
     def contrast(self) -> str:
         """What effects are of where they are of one number; token text, untrusted."""
-        names = self.subject.model.tokenizer.token_strings(list(self._answer_and_foil))
+        names = self.subject.model.tokenizer.token_strings(list(self.answer_and_foil))
         return " - ".join(f"logit({name})" for name in names)
 
     @functools.cached_property

@@ -13,6 +13,7 @@ from test_cli import DICTIONARY, MODEL, run, trace
 
 import jaxclt
 from jaxclt.attending.document import check_attention, qk_tracing_results
+from jaxclt.attending.words import side_name
 from jaxclt.errors import InputError
 
 # As the graph servers that know these fields document them.
@@ -90,7 +91,7 @@ def test_nodes_are_those_of_the_graph(doc: dict, opened: tuple) -> None:
             if i in ("bias", "rest"):
                 assert name == i
             else:
-                assert jaxclt.node_name(graph, jaxclt.find_node(graph, i)) == name
+                assert side_name(graph, jaxclt.find_node(graph, i)) == name
 
 
 def test_the_report_and_the_summary(traced: Path, doc: dict, capsys) -> None:

@@ -222,7 +222,7 @@ def test_the_subgraph_runs_from_tokens_to_the_output_inside_its_panel(open_page,
     assert any((b, a) in both for a, b in both)
     tuple(TopologicalSorter(graph).static_order())  # raises on a circle
     text = tab.text_content(".card.group small")
-    assert text == "graph +2.4 · measured −0.5"
+    assert text == "ablated −0.5, predicted +2.4"
 
 
 def test_a_node_says_what_it_writes_and_reads(open_page, doc):
@@ -237,7 +237,8 @@ def test_a_node_says_what_it_writes_and_reads(open_page, doc):
     tab.evaluate("__jaxclt.app.setLabel(__jaxclt.app.selected, 'mine')")
     assert "your label" in tab.text_content("#sidebody")
     tab.evaluate("__jaxclt.app.selectGroup(__jaxclt.app.groups[0])")
-    assert "Predicted+2.4Measured−0.5" in tab.text_content("#sidebody")
+    said = tab.text_content("#sidebody")
+    assert "Ablated, predicted+2.4Ablated, measured−0.5" in said
     effect = doc["jaxclt"]["tokens"][3]["effect"]
     embedding = ids_of(doc, "embedding")[3]
     tab.evaluate("id => __jaxclt.select(id)", embedding)

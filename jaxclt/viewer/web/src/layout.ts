@@ -5,7 +5,7 @@ import type { GraphNode, Model } from "./model";
 import { endShare } from "./standing";
 
 export const GUTTER = 56; // layer names
-const RIGHT = 16, MIN_BAND = 2, STUB = 24, RAIL = 9, STEP = 110, LOGIT_STEP = 19, NARROW = 12, ROW = 14, FEW = 150;
+const RIGHT = 16, MIN_BAND = 2, STUB = 24, RAIL = 9, STEP = 110, LOGIT_STEP = 19, NARROW = 12, ROW = 14, FEW = 150, SMALL = 2.4;
 const LINE = 24, LONGEST = 68, BARS = 34, LOW = 360; // of the foot; pictures less high get less of it
 
 export interface Rail { x: number; share: number; errors: GraphNode[] }
@@ -38,7 +38,7 @@ export const isFixed = (n: GraphNode): boolean =>
 
 /** How large a node is drawn at zoom 1: its area by its part of the influence. */
 export const radius = (l: Layout, n: GraphNode): number =>
-  isFixed(n) ? Math.min(4, l.most) : Math.min(2.2, l.most) + Math.max(0, l.most - 2.2) * Math.sqrt(Math.min(1, n.own / l.greatest));
+  isFixed(n) ? Math.min(4, l.most) : SMALL + (l.most - SMALL) * Math.sqrt(Math.min(1, n.own / l.greatest));
 
 /** Widths of columns: what each needs, and the room that is left by the features in it.
  * Where room lacks they move together; with many features down to half, and what then

@@ -92,7 +92,7 @@ export function names(pen: Pen, s: Scene, near: Map<number, number>, onPath: Set
 
 /** Where a name fits: whole on either side, above or below, or else cut. */
 function spot(pen: Pen, s: Scene, n: GraphNode, free: (box: Box) => boolean): { box: Box; text: string } | null {
-  const { x, y, r } = place(s, n), whole = s.model.tag(n);
+  const { x, y, r: bare } = place(s, n), r = n === s.selected ? bare + 4 : bare, whole = s.model.tag(n);
   for (const letters of LETTERS) {
     const text = clip(whole, letters), w = pen.measureText(text).width;
     const beside = [[x + r + 3, y], [x - r - 3 - w, y], [x - w / 2, y - r - 8], [x - w / 2, y + r + 8]] as const;

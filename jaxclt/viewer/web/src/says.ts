@@ -7,7 +7,7 @@ import { clip, el, fact, isNumber, percent, quoted, short, signed, spaced } from
 import type { GraphNode, Model } from "./model";
 import { storyOf } from "./story";
 
-const SOURCES: Record<string, string> = { own: "your label", dashboard: "label of its dashboard", automatic: "automatic label" };
+const SOURCES: Record<string, string> = { own: "your label", dashboard: "label of its dashboard", dictionary: "label of the dictionary", automatic: "automatic label" };
 
 /** Where the shown label is from; edited here it is the reader's. */
 export function labelSource(model: Model, n: GraphNode): string {
@@ -50,10 +50,10 @@ export function tokenFacts(model: Model, n: GraphNode): HTMLElement[] {
 
 /** What the graph predicts of a group, and what ablating it did. */
 export function groupFacts(app: App, ids: string[]): HTMLElement | null {
-  const said = storyOf(app.model.story, ids), facts = el("dl", "facts");
-  if (said && said.predicted !== null) facts.append(fact("Predicted", signed(said.predicted), "What the graph says that it adds to the lead of the answer"));
-  if (said && said.measured !== null) facts.append(fact("Measured", signed(said.measured), "What the lead of the answer lost when it was ablated"));
-  if (said && said.share !== null) facts.append(fact("Influence", percent(said.share)));
+  const said = storyOf(app.model.story, ids, (id) => app.model.byId.has(id)), facts = el("dl", "facts");
+  if (said && said.predicted !== null) facts.append(fact("Ablated, predicted", signed(said.predicted), "What the lead of the answer should change by without it, by the local replacement model"));
+  if (said && said.measured !== null) facts.append(fact("Ablated, measured", signed(said.measured), "What the lead of the answer did change by in the model"));
+  if (said && said.share !== null) facts.append(fact("Influence", percent(said.share), "Of what features hold"));
   return facts.children.length ? facts : null;
 }
 

@@ -4,8 +4,9 @@
 import { type Json, asObject, asText } from "./document";
 import { isNumber } from "./dom";
 
+/** Predicted and measured: what the lead of the answer changes by when it is ablated. */
 export interface StoryGroup { name: string; members: string[]; predicted: number | null; measured: number | null; share: number | null }
-/** What the contrast changes by when a token's embedding is the mean one; the graph's share. */
+/** What that changes by when a token's embedding is the mean one; the graph's share. */
 export interface TokenEffect { position: number; effect: number | null; share: number | null }
 
 export interface Story {
@@ -34,6 +35,12 @@ export function readStory(jaxclt: Json, nTokens: number): Story {
   };
 }
 
-/** What the story says of a group with these members. */
-export const storyOf = (story: Story, ids: string[]): StoryGroup | null =>
-  story.groups.find((g) => g.members.length > 0 && g.members.every((id) => ids.includes(id))) ?? null;
+/** What the story says of a group that has exactly the members it was told of, as far as
+ * the document has these. */
+export function storyOf(story: Story, ids: string[], known: (id: string) => boolean): StoryGroup | null {
+  const own = new Set(ids);
+  return story.groups.find((g) => {
+    const members = g.members.filter(known);
+    return members.length > 0 && members.length === own.size && members.every((id) => own.has(id));
+  }) ?? null;
+}

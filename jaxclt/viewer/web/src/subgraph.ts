@@ -130,9 +130,9 @@ export class Subgraph {
 
   /** What the story says that a group does; else its size. */
   private effects(card: Card): string {
-    const said = storyOf(this.app.model.story, card.members.map((n) => n.id));
-    const parts = [["graph", said?.predicted], ["measured", said?.measured]].flatMap(([name, x]) => (typeof x === "number" ? [`${name} ${signed(Number(x.toFixed(1)))}`] : []));
-    return parts.join(" · ") || plural(card.members.length, "node");
+    const { model } = this.app, said = storyOf(model.story, card.members.map((n) => n.id), (id) => model.byId.has(id));
+    const parts = [["ablated", said?.measured], ["predicted", said?.predicted]].flatMap(([name, x]) => (typeof x === "number" ? [`${name} ${signed(Number(x.toFixed(1)))}`] : []));
+    return parts.join(", ") || plural(card.members.length, "node");
   }
 
   private rename(card: HTMLElement, group: { label: string; ids: string[] }): void {

@@ -27,7 +27,7 @@ export function foldText(app: App, model: Model, t: number, column: Layout["colu
   const token = quoted(clip(model.tokens[t] ?? "", 40)), press = "press to see each on its own (key e)";
   if (column?.stub) {
     const { share, rule } = model.story.sink;
-    return [`${token}: attention sink`, share === null ? "" : `${percent(share)} of the influence`, clip(rule, 200), press].filter(Boolean).join("\n");
+    return [`${token}: attention sink`, share === null ? "" : `${percent(share)} of the influence that the graph traces to tokens`, clip(rule, 200), press].filter(Boolean).join("\n");
   }
   const of = model.byChange ? "change" : "influence", open = app.unfolded.has(t) || app.errors;
   return `errors at ${token}\n${percent(column?.rail?.share ?? 0)} of what the ${of} rests on, in ${plural(column?.rail?.errors.length ?? 0, "layer")}\n${open ? "press to fold them" : press}`;

@@ -1,0 +1,1 @@
+"""A graph told in words, each with its number: tokens, groups of features, trust."""
