@@ -54,7 +54,7 @@ class Planted:
             up_LDI=jnp.asarray(up),
             up_bias_LI=jnp.zeros((L, I)),
             down_LID=jnp.asarray(down),
-            o_LHCD=jax.tree.map(jnp.zeros_like, b.o_LHCD),
+            o_LHCD=jnp.zeros(np.shape(b.o_LHCD)),
         )
         self.params = dataclasses.replace(t.params, blocks=blocks)
         self.cfg = t.cfg
