@@ -49,7 +49,7 @@ class Planted:
         down[2, 7] = unembed_DV[:, TOKEN] - unembed_DV[:, FOIL]
         blocks = dataclasses.replace(
             b,
-            gate_LDI=jnp.zeros_like(b.gate_LDI),
+            gate_LDI=jnp.zeros(up.shape),
             gate_bias_LI=jnp.full((L, I), 2.0),
             up_LDI=jnp.asarray(up),
             up_bias_LI=jnp.zeros((L, I)),
