@@ -172,7 +172,8 @@ def run_demo(flags: DemoFlags, run: Run) -> None:
     subject = Subject.of(model, dictionary, traced.graph)
     layer_E = [edit.layer or 0 for edit in edits]
     layers = min(layer_E), max(layer_E)  # the model's own MLPs answer after them
-    swapped = measure(plan_patch(subject, edits, layers=layers))
+    swapped = measure(plan_patch(subject, edits, layers=layers), predict=True)
+    single = measure(plan_patch(subject, [_strongest(traced.graph)]), predict=True)
     # Small graphs: fewer patches say the same, in a third of the time.
     options = validation.ValidateOptions(n_features=30, n_small=10, n_layers=3)
     with run.progress("validating", "patches/s") as on_done:
@@ -184,21 +185,68 @@ def run_demo(flags: DemoFlags, run: Run) -> None:
     result = {
         "report": report,
         "patch": swapped.to_json(),
+        "ablation": single.to_json(),
         "validation": {"verdict": checked["verdict"]},
         "page": str(flags.out / "index.html"),
         "seconds": round(seconds, 2),
     }
     small = supernode_graph(traced.graph, groups)
-    shown = _shown(flags.out, report, small, swapped, checked["verdict"])
+    shown = _shown(flags.out, report, small, (swapped, single), checked)
     answer(flags.json, result, *shown, f"\n{seconds:.0f} s in all")
+
+
+def _strongest(graph: Graph) -> Edit:
+    """The ablation of the most influential feature."""
+    a = int(graph.influence_N[graph.feature_cols].argmax())
+    place = (int(x[a]) for x in (graph.layer_A, graph.pos_A, graph.feature_A))
+    layer, pos, feature = place
+    return Edit(layer=layer, pos=pos, feature=feature, scale=0.0)
+
+
+def _swap_said(swapped: PatchResult) -> str:
+    before, after = swapped.top_before[0], swapped.top_after[0]
+    return (
+        f"{len(swapped.edits)} features changed: {before[0]} (p {before[1]:.2f}) -> "
+        f"{after[0]} (p {after[1]:.2f}); logit of {_predicted_said(swapped)}"
+    )
+
+
+def _predicted_said(done: PatchResult) -> str:
+    """The first target's prediction and measurement."""
+    from jaxclt.patching.predicted import told
+
+    assert done.predicted is not None
+    row = done.predicted[0]
+    names = {"graph": "graph", "replacement": "replacement model"}
+    # A graph says nothing of features that are silent on its prompt.
+    known = {said: row[key] for key, said in names.items() if row[key] is not None}
+    numbers = [f"{said} {x:+.2f}" for said, x in known.items()]
+    return (
+        f"{row['token']}: {', '.join(numbers)}, measured {row['measured']:+.2f}: "
+        f"{told(row)}"
+    )
+
+
+def _ablation_said(single: PatchResult, checked: dict[str, Any]) -> str:
+    """Why ablating one feature moves a probability near 1 so little."""
+    first, edit = single.targets[0], single.edits[0]
+    slope = checked["live"]["value"]["slope_on_targets"]
+    return (
+        f"without layer {edit['layer']} feature {edit['feature']}, the most "
+        f"influential: p({first['token']}) {first['p_before']:.4f} -> "
+        f"{first['p_after']:.4f}; logit of {_predicted_said(single)}\n"
+        f"so little because the answer is most of the final stream at p "
+        f"{first['p_before']:.3f}: the last norm, which graphs hold, leaves "
+        f"{slope:.0%} of what a feature does to it"
+    )
 
 
 def _shown(
     out: Path,
     report: dict[str, Any],
     supernodes: SupernodeGraph,
-    swapped: PatchResult,
-    verdict: str,
+    patches: tuple[PatchResult, PatchResult],
+    checked: dict[str, Any],
 ) -> list[RenderableType]:
     graph, full = report["graph"], report["scores"]["full"]
     token, probability = report["top_tokens"][0]
@@ -210,18 +258,18 @@ def _shown(
         "completeness": f"{full['completeness']:.3f}",
         "row error (max)": f"{report['certificate']['max_relative_row_error']:.1e}",
     }
-    before, after = swapped.top_before[0], swapped.top_after[0]
+    swapped, single = patches
     sections = {
+        "a swap: the last-digit features get what they have at another last digit": (
+            _swap_said(swapped)
+        ),
+        "an ablation: one feature alone": _ablation_said(single, checked),
         "strongest paths": "\n".join(report["paths"]),
         "features of one family as one node "
         "(share of influence, sign, share of input)": describe_supernodes(
             supernodes, k=8
         ),
-        "patch: the last-digit features get what they have at another last digit": (
-            f"{len(swapped.edits)} features changed: {before[0]} (p {before[1]:.2f}) "
-            f"-> {after[0]} (p {after[1]:.2f})"
-        ),
-        "what the graph predicted, against patches": verdict,
+        "what the graph predicted, against patches": checked["verdict"],
     }
     shown: list[RenderableType] = [table(None, rows)]
     for title, text in sections.items():

@@ -180,7 +180,12 @@ def _plan_assumed(flags: TraceFlags) -> None:
 
     if not flags.dry_run:
         raise InputError("--assume goes with --dry-run: no graph can be made of it")
-    config = AttributeConfig(max_features=flags.max_features, memory_gb=flags.memory)
+    config = AttributeConfig(
+        max_features=flags.max_features,
+        memory_gb=flags.memory,
+        response=flags.response,
+        attention=flags.attention,
+    )
     assumed, budget = read_assumed(flags.assume), memory_budget(config)
     plan, n_active = plan_assumed(flags.model, assumed, config=config, budget=budget)
     _show_plan(plan, assumed.tokens, n_active, config, flags.json)

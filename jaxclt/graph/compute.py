@@ -70,6 +70,7 @@ def plan_attribution(
             for leaf in jax.tree.leaves(params)
         ),
         response=config.response,
+        attention=config.attention,
         itemsize=max(active.value_A.itemsize, FLOAT32),
     )
     budget = memory_budget(config)

@@ -22,7 +22,19 @@ from pathlib import Path
 import jax
 
 from jaxclt.errors import InputError
-from jaxclt.graph.layout import Layout
+from jaxclt.graph.footprint import (
+    FLOAT32,
+    MATRIX,
+    Sizes,
+    answering_bytes,
+    attending_bytes,
+    matrix_bytes,
+    n_columns,
+    on_device,
+    on_host,
+    pattern_bytes,
+    score_bytes,
+)
 from jaxclt.lm.config import LMConfig
 
 __all__ = [
@@ -34,25 +46,6 @@ __all__ = [
     "memory_plan",
     "patterns_kept",
 ]
-
-
-FLOAT32 = 4  # bytes of a number: attribution takes no halves, whatever files hold
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """What memory depends on."""
-
-    cfg: LMConfig
-    n_tokens: int  # of the recording, padding included
-    n_active: int
-    n_rows: int  # features that get a row, at most
-    n_targets: int
-    n_sites: float = 1  # MLP outputs a feature writes, on average
-    n_unique: int | None = None  # distinct active features; None: all distinct
-    params_bytes: int = 0
-    response: bool = False  # edges by response, too
-    itemsize: int = FLOAT32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,11 +79,7 @@ def patterns_kept(
 
     They are held twice for a moment, when the norm's scale is folded in.
     """
-    return _patterns(cfg, n_tokens, itemsize) <= budget // 16
-
-
-def _patterns(cfg: LMConfig, n_tokens: int, itemsize: int) -> int:
-    return cfg.n_layers * cfg.n_heads * n_tokens**2 * itemsize
+    return pattern_bytes(cfg, n_tokens, itemsize) <= budget // 16
 
 
 _CHUNKS = (128, 64, 32, 16)
@@ -120,23 +109,29 @@ def memory_plan(
     chunks = (chunk_size, *(c for c in _CHUNKS if c < chunk_size))
 
     def planned(chunk: int, packed: bool) -> MemoryPlan:
-        one = _on_device(sizes, keep, packed, chunk)
+        one = on_device(sizes, keep, packed, chunk)
         device = {part: size * n_copies for part, size in one.items()}
-        host = _on_host(sizes)
-        smallest = n_copies * _answering(sizes, chunks[-1])
+        host = on_host(sizes)
+        smallest = n_copies * answering_bytes(sizes, chunks[-1])
         if sizes.response:
             device["response"] = smallest
-            host["edges by response"] = _matrix(sizes, sizes.n_rows, sizes.n_rows)
+            host["edges by response"] = matrix_bytes(sizes, sizes.n_rows, sizes.n_rows)
+        if sizes.attention:
+            # Rows are done by then: their chunk's room is free again.
+            device["attention"] = max(
+                0, attending_bytes(sizes, chunk) - device["chunk"]
+            )
+            host["scores taken apart"] = score_bytes(sizes)
         room = budget - sum(device.values()) if host_budget is None else host_budget
         room -= sum(host.values())
         pool = _pool(sizes, room)
-        host |= {"edges": _matrix(sizes, sizes.n_rows, pool)}
+        host |= {"edges": matrix_bytes(sizes, sizes.n_rows, pool)}
         answering = 0
         if sizes.response:
             # Rows by value are done by then: their chunk's room is free again.
             free = budget - sum(device.values()) + device["chunk"] + smallest
             free -= sum(host.values()) if host_budget is None else 0
-            every = {c: n_copies * _answering(sizes, c) for c in chunks}
+            every = {c: n_copies * answering_bytes(sizes, c) for c in chunks}
             answering = max((c for c in chunks if every[c] <= free), default=chunks[-1])
             device["response"] = max(smallest, every[answering] - device["chunk"])
         return MemoryPlan(
@@ -145,7 +140,7 @@ def memory_plan(
             pool=pool,
             chunk_size=chunk,
             response_chunk=answering,
-            full_matrix=_matrix(sizes, sizes.n_active, sizes.n_active) <= room,
+            full_matrix=matrix_bytes(sizes, sizes.n_active, sizes.n_active) <= room,
             bytes=device | (host if host_budget is None else {}),
             host_bytes={} if host_budget is None else host,
         )
@@ -163,14 +158,16 @@ def memory_plan(
     smallest = planned(chunks[-1], packed=False)
     if fits(smallest):
         return smallest
+    lower = f"lower --max-features (now {sizes.n_rows:,})"
+    lower += ", leave out --response" * sizes.response
+    lower += ", give --attention 0" * (sizes.attention > 0)
     where, needed, given = "", smallest.total, budget
     if host_budget is not None and smallest.host_total > host_budget:
         where, needed, given = " of the host", smallest.host_total, host_budget
     raise InputError(
         f"this graph needs {_gb(needed)} of memory{where} and "
-        f"{_gb(given)} may be used: lower --max-features (now "
-        f"{sizes.n_rows:,}), shorten the prompt ({sizes.n_tokens:,} tokens), or raise "
-        "--memory"
+        f"{_gb(given)} may be used: {lower}, shorten the prompt "
+        f"({sizes.n_tokens:,} tokens), or raise --memory"
     )
 
 
@@ -181,79 +178,9 @@ def _gb(n_bytes: int) -> str:
 
 def _pool(sizes: Sizes, room: int) -> int:
     """Columns that fit beside errors and embeddings, at least one per row."""
-    per_column = (sizes.n_rows + sizes.n_targets) * sizes.itemsize * _MATRIX
-    fits = int(room / max(per_column, 1)) - _columns(sizes, 0)
+    per_column = (sizes.n_rows + sizes.n_targets) * sizes.itemsize * MATRIX
+    fits = int(room / max(per_column, 1)) - n_columns(sizes, 0)
     return max(min(fits, sizes.n_active), min(sizes.n_rows, sizes.n_active))
-
-
-_MATRIX = 2.0  # the matrix, its selection, and the masks and blocks of pruning
-
-
-def _matrix(sizes: Sizes, n_rows: int, pool: int) -> int:
-    rows = n_rows + sizes.n_targets
-    return int(rows * _columns(sizes, pool) * sizes.itemsize * _MATRIX)
-
-
-def _columns(sizes: Sizes, n_features: int) -> int:
-    return Layout(
-        n_features=n_features, n_layers=sizes.cfg.n_layers, n_tokens=sizes.n_tokens
-    ).n_columns
-
-
-_WIDEST = 256  # slots of a tile, see `jaxclt.graph.bank`
-
-
-def _rows(sizes: Sizes, per_feature: float) -> int:
-    """Bytes of `per_feature` vectors of every distinct active feature."""
-    unique = min(sizes.n_unique or sizes.n_active, sizes.n_active)
-    return int(unique * per_feature * sizes.cfg.d_model * sizes.itemsize)
-
-
-def _on_host(sizes: Sizes) -> dict[str, int]:
-    """Bytes on the host but the edge matrix."""
-    return {
-        "dictionary rows as read": _rows(sizes, 1 + sizes.n_sites),
-        "active features": sizes.n_active * 64,
-    }
-
-
-def _on_device(sizes: Sizes, keep: bool, packed: bool, chunk: int) -> dict[str, int]:
-    """Bytes of what the kernels work on."""
-    cfg, T, item = sizes.cfg, sizes.n_tokens, sizes.itemsize
-    L, D = cfg.n_layers, cfg.d_model
-    heads = cfg.n_heads * cfg.d_head
-    vectors = int(sizes.n_active * sizes.n_sites)
-    patterns = _patterns(cfg, T, item)
-    one_layer = patterns // L
-    tiles = vectors * (D if packed else 2) * item
-    slots = -(-sizes.n_active // max(T, 1)) * T
-    stream = T * chunk * (3 * D + 2 * heads) * item
-    # One tile of every position at a time.
-    deepest = -(-vectors // (L * max(T, 1)))
-    gathered = 0 if packed else 2 * T * min(deepest, _WIDEST) * D * item
-    return {
-        "parameters": sizes.params_bytes,
-        "recording": 8 * L * T * D * item,  # the stream, writes, errors, diagonals
-        "patterns": 2 * patterns if keep else 3 * one_layer,
-        "dictionary rows": _rows(sizes, sizes.n_sites),
-        "sources": tiles + gathered,
-        "chunk": stream + 2 * slots * chunk * item,
-    }
-
-
-def _answering(sizes: Sizes, chunk: int) -> int:
-    """Bytes of a chunk of rows by response, and of what attention is laid out in.
-
-    Of its cotangents of scores all heads' are counted, although each is done with as
-    it is made: that order is the compiler's.
-    """
-    cfg, T, item = sizes.cfg, sizes.n_tokens, sizes.itemsize
-    width = (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_head
-    maps = cfg.n_layers * cfg.d_model * (width + cfg.n_heads * cfg.d_head)
-    vectors = T * chunk * (4 * cfg.d_model + 3 * width)
-    scores = cfg.n_heads * T**2 * (chunk + 4)
-    slots = -(-sizes.n_active // max(T, 1)) * T
-    return (maps + vectors + scores + 2 * slots * chunk) * item
 
 
 def available_bytes() -> int:

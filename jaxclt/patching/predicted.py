@@ -1,4 +1,4 @@
-"""What was to be expected of a patch, beside what it did (maths 16.12).
+"""What was to be expected of a patch, beside what it did (maths 16.13).
 
 Three predictions of each target's logit: the graph's total effects, with norms, gates
 and patterns held; the model's own derivative, everything live, to first order; the

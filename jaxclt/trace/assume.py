@@ -96,6 +96,8 @@ def plan_assumed(
         n_sites=sum(min(span, L - l) for l in range(L)) / L,
         n_unique=unique,
         params_bytes=_parameters(cfg) * FLOAT32,
+        response=config.response,
+        attention=config.attention,
         itemsize=FLOAT32,
     )
     host = None if assumed.host is None else assumed.host * 10**9

@@ -58,8 +58,6 @@ def line(
 def _intervals(
     x_BX: np.ndarray, y_BX: np.ndarray, key: jax.Array
 ) -> dict[str, list[float | None]]:
-    B = len(x_BX)
-    x_BX, y_BX = x_BX.reshape(B, -1), y_BX.reshape(B, -1)
     large_BX = np.zeros(x_BX.shape)
     if x_BX.size:
         large_BX[np.abs(x_BX) >= np.median(np.abs(x_BX))] = 1

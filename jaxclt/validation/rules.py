@@ -122,6 +122,10 @@ def _better(name: str, than: str) -> Callable[[Report], bool]:
     return when
 
 
+def _weak(rank: float | None) -> bool:
+    return rank is not None and rank < WEAK
+
+
 def _beaten(report: Report) -> list[str]:
     found = report["influence_vs_kl"]
     own = found["influence"] or 0
@@ -234,7 +238,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "random_weak",
-        lambda report: (report["live"]["random"]["spearman"] or 0) < WEAK,
+        lambda report: _weak(report["live"]["random"]["spearman"]),
         lambda report: (
             "Random features are ranked with "
             f"{show(report['live']['random']['spearman'])}: read nothing into weak "

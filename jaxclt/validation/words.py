@@ -335,7 +335,8 @@ def _method(report: dict[str, Any]) -> list[str]:
         "attention patterns frozen unless said to be live, norms live. Full patches "
         f"ablate; small ones multiply by {o['small']}. Intervals: bootstrap over "
         f"features. Perturbations are {o['size']:.0%} of the feature's activation, "
-        f"{o['n_perturbed']} of each kind per layer where there are as many, never at the first position.",
+        f"{o['n_perturbed']} of each kind per layer where there are as many, never at "
+        "the first position.",
     ]
 
 

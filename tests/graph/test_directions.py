@@ -272,6 +272,20 @@ def test_the_plan_shrinks_until_it_fits() -> None:
         memory_plan(smol(2048, 2048), 2 << 30)
 
 
+@pytest.mark.parametrize("asked", [{"response": True}, {"attention": 20}])
+def test_what_is_asked_besides_has_its_place_in_the_plan(asked: dict[str, int]) -> None:
+    """And in a refusal its name."""
+    plain = smol(2048, 2048)
+    sizes, (name,) = dataclasses.replace(plain, **asked), asked
+    every, more = (memory_plan(x, 96 << 30) for x in (plain, sizes))
+    assert more.bytes[name] > 100e6
+    assert more.total > every.total
+    assert memory_plan(sizes, 14 << 30).total <= 14 << 30
+    memory_plan(plain, 5 << 30)
+    with pytest.raises(InputError, match=f"--{name}.* or raise --memory"):
+        memory_plan(sizes, 5 << 30)
+
+
 def test_a_plan_is_of_one_accelerator_or_of_all_copies() -> None:
     """Kernels' arrays are on every device; only those of a CPU share its memory."""
     one, two = (memory_plan(smol(64, 128), 96 << 30, n_copies=n) for n in (1, 2))

@@ -1,4 +1,4 @@
-"""Predictions of a patch beside what it did (maths 16.12)."""
+"""Predictions of a patch beside what it did (maths 16.13)."""
 
 from __future__ import annotations
 

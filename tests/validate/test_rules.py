@@ -158,6 +158,11 @@ def test_every_rule_has_a_case():
     assert "small changes" not in verdict(bare)[1]
 
 
+def test_no_random_features_are_not_called_weak():
+    levels, _ = verdict(report(live__random=line(None, None)))
+    assert "random_weak" not in levels
+
+
 def test_one_level_of_each_line():
     for changes in ({}, {"held__spearman": 0.5}, {"live__spearman": None}):
         levels, _ = verdict(report(**changes))

@@ -237,9 +237,8 @@ def test_a_node_says_what_it_writes_and_reads(open_page, doc):
     tab.evaluate("__jaxclt.app.setLabel(__jaxclt.app.selected, 'mine')")
     assert "your label" in tab.text_content("#sidebody")
     tab.evaluate("__jaxclt.app.selectGroup(__jaxclt.app.groups[0])")
-    assert "Ablated, predicted+2.4Ablated, measured−0.5" in tab.text_content(
-        "#sidebody"
-    )
+    said = tab.text_content("#sidebody")
+    assert "Ablated, predicted+2.4Ablated, measured−0.5" in said
     effect = doc["jaxclt"]["tokens"][3]["effect"]
     embedding = ids_of(doc, "embedding")[3]
     tab.evaluate("id => __jaxclt.select(id)", embedding)

@@ -1,0 +1,150 @@
+"""Bytes of what a graph is made of, from shapes alone.
+
+`jaxclt.graph.memory` makes a plan of them. All counts are of arrays held at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxclt.graph.layout import Layout
+from jaxclt.lm.config import LMConfig
+
+__all__ = [
+    "FLOAT32",
+    "MATRIX",
+    "Sizes",
+    "answering_bytes",
+    "attending_bytes",
+    "matrix_bytes",
+    "n_columns",
+    "on_device",
+    "on_host",
+    "pattern_bytes",
+    "score_bytes",
+]
+
+
+FLOAT32 = 4  # bytes of a number: attribution takes no halves, whatever files hold
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What memory depends on."""
+
+    cfg: LMConfig
+    n_tokens: int  # of the recording, padding included
+    n_active: int
+    n_rows: int  # features that get a row, at most
+    n_targets: int
+    n_sites: float = 1  # MLP outputs a feature writes, on average
+    n_unique: int | None = None  # distinct active features; None: all distinct
+    params_bytes: int = 0
+    response: bool = False  # edges by response, too
+    attention: int = 0  # cells of patterns that are taken apart
+    itemsize: int = FLOAT32
+
+
+def pattern_bytes(cfg: LMConfig, n_tokens: int, itemsize: int) -> int:
+    """Of all attention patterns."""
+    return cfg.n_layers * cfg.n_heads * n_tokens**2 * itemsize
+
+
+MATRIX = 2.0  # the matrix, its selection, and the masks and blocks of pruning
+
+
+def matrix_bytes(sizes: Sizes, n_rows: int, pool: int) -> int:
+    """Of the edges of some rows to a pool of features, with what works on them."""
+    rows = n_rows + sizes.n_targets
+    return int(rows * n_columns(sizes, pool) * sizes.itemsize * MATRIX)
+
+
+def n_columns(sizes: Sizes, n_features: int) -> int:
+    """How many columns a graph of so many features has."""
+    return Layout(
+        n_features=n_features, n_layers=sizes.cfg.n_layers, n_tokens=sizes.n_tokens
+    ).n_columns
+
+
+_WIDEST = 256  # slots of a tile, see `jaxclt.graph.bank`
+
+
+def _rows(sizes: Sizes, per_feature: float) -> int:
+    """Bytes of `per_feature` vectors of every distinct active feature."""
+    unique = min(sizes.n_unique or sizes.n_active, sizes.n_active)
+    return int(unique * per_feature * sizes.cfg.d_model * sizes.itemsize)
+
+
+def on_host(sizes: Sizes) -> dict[str, int]:
+    """Bytes on the host but the edge matrix."""
+    return {
+        "dictionary rows as read": _rows(sizes, 1 + sizes.n_sites),
+        "active features": sizes.n_active * 64,
+    }
+
+
+def on_device(sizes: Sizes, keep: bool, packed: bool, chunk: int) -> dict[str, int]:
+    """Bytes of what the kernels work on."""
+    cfg, T, item = sizes.cfg, sizes.n_tokens, sizes.itemsize
+    L, D = cfg.n_layers, cfg.d_model
+    heads = cfg.n_heads * cfg.d_head
+    vectors = int(sizes.n_active * sizes.n_sites)
+    patterns = pattern_bytes(cfg, T, item)
+    one_layer = patterns // L
+    tiles = vectors * (D if packed else 2) * item
+    slots = -(-sizes.n_active // max(T, 1)) * T
+    stream = T * chunk * (3 * D + 2 * heads) * item
+    # One tile of every position at a time.
+    deepest = -(-vectors // (L * max(T, 1)))
+    gathered = 0 if packed else 2 * T * min(deepest, _WIDEST) * D * item
+    return {
+        "parameters": sizes.params_bytes,
+        "recording": 8 * L * T * D * item,  # the stream, writes, errors, diagonals
+        "patterns": 2 * patterns if keep else 3 * one_layer,
+        "dictionary rows": _rows(sizes, sizes.n_sites),
+        "sources": tiles + gathered,
+        "chunk": stream + 2 * slots * chunk * item,
+    }
+
+
+def answering_bytes(sizes: Sizes, chunk: int) -> int:
+    """Bytes of a chunk of rows by response, and of what attention is laid out in.
+
+    Its cotangents of scores are those of the heads of one group, three times: as made,
+    less their mean, and with another axis first.
+    """
+    cfg, T, item = sizes.cfg, sizes.n_tokens, sizes.itemsize
+    width = (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_head
+    maps = cfg.n_layers * cfg.d_model * (width + cfg.n_heads * cfg.d_head)
+    vectors = T * chunk * (4 * cfg.d_model + 3 * width)
+    scores = T**2 * (3 * cfg.n_queries_per_kv * chunk + 4 * cfg.n_heads)
+    slots = -(-sizes.n_active // max(T, 1)) * T
+    return (maps + vectors + scores + 2 * slots * chunk) * item
+
+
+_VECTORS = 12  # pulled for every cell, see `jaxclt.attending.apart`
+
+
+def attending_bytes(sizes: Sizes, chunk: int) -> int:
+    """Bytes of what takes scores apart, on the device: the stream laid out both ways.
+
+    A chunk is of vectors that are pulled, and then of columns that are pushed; queries
+    and keys are made of these, plain and turned. Each cell has three sides.
+    """
+    cfg, T, item = sizes.cfg, sizes.n_tokens, sizes.itemsize
+    L, D = cfg.n_layers, cfg.d_model
+    width = (cfg.n_heads + cfg.n_kv_heads) * cfg.d_head
+    constant = 3 * L * T * D  # what biases, the rest and positions write
+    slots = -(-sizes.n_active // max(T, 1)) * T
+    pulled = T * chunk * (5 * D + 2 * width) + 2 * slots * chunk
+    found = 4 * 3 * sizes.attention * chunk * cfg.d_head  # sizes are bucketed
+    pushed = T * chunk * (3 * D + 4 * width) + 2 * (L + 1) * chunk * D + found
+    cells = 10 * T**2  # of one head
+    laid_out = 2 * L * D * width
+    return (laid_out + constant + max(pulled, pushed, cells)) * item
+
+
+def score_bytes(sizes: Sizes) -> int:
+    """Bytes of what all columns bring to cells, on the host; doubles, too."""
+    n = n_columns(sizes, sizes.n_rows)
+    return sizes.attention * _VECTORS * n * (sizes.itemsize + 2 * 8)
