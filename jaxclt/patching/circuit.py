@@ -1,4 +1,4 @@
-"""Passes in which whole sets of features are held at given values (maths 16.12).
+"""Passes in which whole sets of features are held at given values (maths 16.14).
 
 What an edit of one feature is to `jaxclt.patching.modes`, a set of thousands is here:
 features are told by a mask over the replacement model's tables, not one by one, so that

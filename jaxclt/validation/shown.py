@@ -1,4 +1,4 @@
-"""Necessity and sufficiency of the shown graph (maths 16.12).
+"""Necessity and sufficiency of the shown graph (maths 16.14).
 
 With m the logit of the answer minus that of the foil, C the features that the pruned
 graph shows, and all other features of the prompt the rest:

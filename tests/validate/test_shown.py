@@ -1,4 +1,4 @@
-"""Necessity and sufficiency of the shown graph (maths 16.12).
+"""Necessity and sufficiency of the shown graph (maths 16.14).
 
 Against a planted circuit, where both are 1, and the bundled adder brute-forced in
 float64 numpy from its weights.
