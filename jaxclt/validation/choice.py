@@ -33,8 +33,8 @@ class ValidateOptions:
     n_replacement: int = 16  # patched in the replacement model alone
     n_watched: int = 60  # features whose activations are watched
     n_groups: int = 8  # features at several positions, if no supernodes are given
-    n_layers: int = 8  # perturbed layers
-    n_perturbed: int = 3  # perturbations of a kind and layer
+    n_layers: int = 3  # perturbed layers
+    n_perturbed: int = 30  # perturbations of a kind and layer, if there are as many
     size: float = 0.1  # of a perturbation, share of the feature's activation
     foil: int | None = None  # token that the answer is compared with
     seed: int = 0

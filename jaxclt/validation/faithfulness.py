@@ -13,14 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxclt.files.json_text import rounded
 from jaxclt.patching.change import Change, batched
 from jaxclt.patching.how import How
 from jaxclt.patching.subject import Subject
 from jaxclt.validation.perturb import Perturbation, nudged, perturb_many, upstream
+from jaxclt.validation.stats import mean_interval
 
 __all__ = ["VARIANTS", "by_distance", "faithfulness"]
 
-KINDS = ("encoder", "random", "upstream")
+KINDS = ("encoder", "random", "data", "upstream")
 # The replacement model as it is in the graph, and as it is in the model, by its norms.
 VARIANTS = {
     "frozen": How(mode="iterative", norms="frozen"),
@@ -51,9 +53,11 @@ def faithfulness(
         diverged, which are in no mean.
 
     Returns:
-      For each kind (encoder, random, upstream) ``cosine`` and ``nmse``, tables by
-      perturbed layer (rows) and measured layer (columns), None where nothing is said;
-      and the perturbed layers.
+      For each kind (`KINDS`; data: towards the stream of another position) ``cosine``
+      and ``nmse``, tables by perturbed layer (rows) and measured layer (columns), None
+      where nothing is said; ``n``, perturbations that they are means of, by row;
+      ``next_layer``, the mean cosine one layer on, over all perturbations, with its
+      interval; and the perturbed layers.
     """
     L = subject.model.cfg.n_layers
     layers = sorted({round(x) for x in np.linspace(0, L - 2, n_layers)})
@@ -64,6 +68,7 @@ def faithfulness(
         for kind, (row_B, batch) in made.items():
             name = kind if norms == "frozen" else f"{kind}_live"
             tables, lost = np.full((2, len(layers), L), np.nan), 0
+            n_drawn, next_B = np.zeros(len(layers), int), np.zeros(0)
             if batch is not None and len(row_B):
                 with jax.default_matmul_precision("highest"):
                     done = perturb_many(
@@ -78,8 +83,17 @@ def faithfulness(
                     mine = (row_B == row) & fine_B
                     tables[0, row] = np.asarray(done.cosine_L)[mine].mean(0)
                     tables[1, row] = np.asarray(done.nmse_L)[mine].mean(0)
+                    n_drawn[row] = mine.sum()
+                after_B = np.minimum(np.array(layers)[row_B] + 1, L - 1)
+                cosine_BL = np.asarray(done.cosine_L, np.float64)
+                next_B = cosine_BL[np.arange(len(row_B)), after_B][fine_B]
             on_batch(len(row_B), lost)
-            out[name] = {"cosine": _table(tables[0]), "nmse": _table(tables[1])}
+            out[name] = {
+                "cosine": _table(tables[0]),
+                "nmse": _table(tables[1]),
+                "n": n_drawn.tolist(),
+                "next_layer": _mean(next_B, key),
+            }
     return out, layers
 
 
@@ -102,6 +116,14 @@ def by_distance(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
                             at.setdefault(measured - layer, []).append(row[measured])
             found[kind][what] = {str(d): float(np.mean(at[d])) for d in sorted(at)}
     return found
+
+
+def _mean(x_B: np.ndarray, key: jax.Array) -> dict[str, Any]:
+    """Mean, its interval over values, and of how many, as JSON."""
+    x_B = x_B[np.isfinite(x_B)]
+    interval = [rounded(x) for x in mean_interval(x_B, key)]
+    mean = rounded(float(x_B.mean())) if len(x_B) else None
+    return {"mean": mean, "interval": interval, "n": len(x_B)}
 
 
 def _table(values: np.ndarray) -> list[list[float | None]]:
@@ -148,19 +170,38 @@ def _perturbations(
     way_ND = np.asarray(jax.random.normal(key, read_ND.shape)).astype(read_ND.dtype)
     inner_N = np.array([read_D @ read_D for read_D in read_ND])
     vector_ND = (size * value_N / inner_N)[:, None] * read_ND
-    longer_N1 = _length(vector_ND) / _length(way_ND)
-    direct = np.flatnonzero(~up_N)
+    data_ND, moves_N = _towards_data(subject, layer_N, pos_N, key)
+    long_N1, direct = _length(vector_ND), np.flatnonzero(~up_N)
+    sized = {
+        "encoder": vector_ND,
+        "random": way_ND * (long_N1 / _length(way_ND)),
+        "data": data_ND * (long_N1 / np.maximum(_length(data_ND), 1e-30)),
+    }
+    rows = {kind: direct for kind in sized} | {"data": np.flatnonzero(~up_N & moves_N)}
     made: dict[str, tuple[np.ndarray, Perturbation | None]] = {
         kind: (
-            row_N[direct],
-            nudged(
-                every.where(direct), layer_N[direct], pos_N[direct], x_ND[direct], T
-            ),
+            row_N[at],
+            nudged(every.where(at), layer_N[at], pos_N[at], x_ND[at], T),
         )
-        for kind, x_ND in (("encoder", vector_ND), ("random", way_ND * longer_N1))
+        for kind, x_ND in sized.items()
+        for at in [rows[kind]]
     }
     made["upstream"] = row_N[up_N], upstream(every.where(up_N), layer_N[up_N], T)
     return made
+
+
+def _towards_data(
+    subject: Subject, layer_N: np.ndarray, pos_N: np.ndarray, key: jax.Array
+) -> tuple[np.ndarray, np.ndarray]:
+    """From the stream to that of another position but the first, [N, D]; and where
+    there is one."""
+    mid_LTD = np.asarray(subject.patchable.recording.mid_LTD)
+    first = min(1, subject.n_tokens - 1)
+    others = subject.n_tokens - first
+    step_N = 1 + np.asarray(jax.random.randint(key, pos_N.shape, 0, max(others - 1, 1)))
+    other_N = first + (np.maximum(pos_N - first, 0) + step_N) % others
+    way_ND = mid_LTD[layer_N, other_N] - mid_LTD[layer_N, pos_N]
+    return way_ND, np.abs(way_ND).max(1) > 0
 
 
 def _length(x_ND: np.ndarray) -> np.ndarray:

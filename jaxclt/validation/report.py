@@ -138,7 +138,7 @@ def _planned(subject: Subject, options: ValidateOptions, choice: Choice) -> int:
     n = n_modes * (B + small) + min(options.n_replacement, B) + len(choice.groups)
     n += 2 * B  # ablations with norms held, and in the local replacement model
     n += live.n_live_patches(subject, options, choice)
-    return n + 6 * options.n_layers * options.n_perturbed
+    return n + 8 * options.n_layers * options.n_perturbed
 
 
 def _jacobian(subject: Subject, key: jax.Array) -> dict[str, Any]:

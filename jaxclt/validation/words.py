@@ -272,16 +272,23 @@ def _faithful(report: dict[str, Any]) -> list[str]:
         (
             name,
             live or "frozen",
-            show(next_layer(found, layers, "cosine")),
+            show(found["next_layer"]["mean"]),
+            f"[{', '.join(map(show, found['next_layer']['interval']))}]",
+            found["next_layer"]["n"],
             show(next_layer(found, layers, "nmse")),
             _reach(found, layers),
         )
         for kind, found in report["faithfulness"].items()
         for name, _, live in [kind.partition("_")]
     )
-    head = "perturbation|norms|cosine one layer on|NMSE one layer on|layers until "
+    head = (
+        "perturbation|norms|cosine one layer on|95%|n|NMSE one layer on|layers until "
+    )
     return [
         "## How perturbations spread",
+        "",
+        "Of the same length: along a feature's encoder, at random, and towards the "
+        "stream of another position (data); upstream: an earlier feature is raised.",
         "",
         *_table(head + "the cosine is below 0.5", rows),
         "![faithfulness](validation_faithfulness.png)",
@@ -328,7 +335,8 @@ def _method(report: dict[str, Any]) -> list[str]:
         "attention patterns frozen unless said to be live, norms live. Full patches "
         f"ablate; small ones multiply by {o['small']}. Intervals: bootstrap over "
         f"features. Perturbations are {o['size']:.0%} of the feature's activation, "
-        f"{o['n_perturbed']} of each kind per layer, never at the first position.",
+        f"{o['n_perturbed']} of each kind per layer where there are as many, never at "
+        "the first position.",
     ]
 
 

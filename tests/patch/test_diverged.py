@@ -207,7 +207,11 @@ def test_validation_counts_what_diverged_and_ranks_the_rest(
 
     def spread(*args: Any, on_batch: Any, **how: Any) -> Any:
         on_batch(6, 2)
-        table = {"cosine": [[1.0, 0.5, None, None]], "nmse": [[0.0, 0.3, None, None]]}
+        table: dict[str, Any] = {
+            "cosine": [[1.0, 0.5, None, None]],
+            "nmse": [[0.0, 0.3, None, None]],
+        }
+        table["next_layer"] = {"mean": 0.5, "interval": [0.4, 0.6], "n": 4}
         return {"encoder": table}, [0]
 
     monkeypatch.setattr(Subject, "effects", made_up)

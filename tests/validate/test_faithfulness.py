@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from jaxclt.patching.how import How
 from jaxclt.patching.local import Local, make_local
 from jaxclt.patching.modes import Nudge, patched, underlying
 from jaxclt.patching.patchable import Patchable, hold_of, make_patchable
+from jaxclt.validation.faithfulness import _perturbations
 from jaxclt.validation.jacobian import jacobian_agreement
 from jaxclt.validation.perturb import (
     Agreement,
@@ -196,3 +198,29 @@ def test_jacobian_distance_is_the_frobenius_norm():
         top += ((J_clt - J_mlp) ** 2).sum()
         bottom += (J_mlp**2).sum()
     np.testing.assert_allclose(got.nmse_L[layer], top / bottom, rtol=0.05)
+
+
+def test_draws_are_counted_and_data_points_to_another_position():
+    """Maths 16.4: as long as along the encoder, towards what another position holds."""
+    with jax.enable_x64(True):
+        dictionary, active, model, local = parts("clt")
+        subject: Any = SimpleNamespace(
+            patchable=model, active=active, local=local, n_tokens=T
+        )
+        subject.gather = lambda places: gather_features(dictionary, model, places)
+        made = _perturbations(subject, [1, 2], jax.random.key(0), 5, 0.1)
+        mid_LTD = np.asarray(model.recording.mid_LTD)
+        (_, along), (row_B, towards) = made["encoder"], made["data"]
+        assert along is not None
+        assert towards is not None
+        assert np.bincount(row_B).tolist() == [5, 5]
+        for b in range(len(row_B)):
+            layer, pos = int(towards.nudge.layer[b]), int(towards.pos[b])
+            one_D, data_D = (
+                np.asarray(x.nudge.delta_TD)[b, pos] for x in (along, towards)
+            )
+            close(np.linalg.norm(data_D), np.linalg.norm(one_D), 1e-12)
+            ways_TD = mid_LTD[layer] - mid_LTD[layer, pos]
+            size_T = np.linalg.norm(ways_TD, axis=1) * np.linalg.norm(data_D)
+            cosine_T = ways_TD @ data_D / np.where(size_T > 0, size_T, np.inf)
+            assert cosine_T[1:].max() == pytest.approx(1, abs=1e-9)

@@ -268,7 +268,7 @@ def test_every_number_of_both_lines(parts: tuple[Any, Any], prompt: str, n: int)
 
 
 def test_the_shown_graph_kept_alone_and_dropped_alone(parts: tuple[Any, Any]):
-    """Necessity and sufficiency, maths 16.12."""
+    """Necessity and sufficiency, maths 16.14."""
     model, clt = parts
     graph = jaxclt.attribute(model, clt, "calc: 7+5=", tolerance=0.0)
     subject, adder = Subject.of(model, clt, graph), Adder(model, clt, graph.token_T)

@@ -49,12 +49,12 @@ class Planted:
         down[2, 7] = unembed_DV[:, TOKEN] - unembed_DV[:, FOIL]
         blocks = dataclasses.replace(
             b,
-            gate_LDI=jnp.zeros_like(b.gate_LDI),
+            gate_LDI=jnp.zeros(up.shape),
             gate_bias_LI=jnp.full((L, I), 2.0),
             up_LDI=jnp.asarray(up),
             up_bias_LI=jnp.zeros((L, I)),
             down_LID=jnp.asarray(down),
-            o_LHCD=jax.tree.map(jnp.zeros_like, b.o_LHCD),
+            o_LHCD=jnp.zeros(np.shape(b.o_LHCD)),
         )
         self.params = dataclasses.replace(t.params, blocks=blocks)
         self.cfg = t.cfg
