@@ -20,6 +20,8 @@ from jaxclt.cli.validate import validate_opened
 from jaxclt.errors import InputError, check_at_least
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from jaxclt.clt.coder import Dictionary
     from jaxclt.graph.attribute import AttributeConfig
     from jaxclt.graph.memory import MemoryPlan
@@ -57,6 +59,10 @@ class TraceFlags(AttributionFlags):
     story: bool = True
     """Run the model without each token, group the most influential features, ablate the
     groups, and say in words what came of it."""
+    counterfactual: str | None = None
+    """Prompt to compare with, of as many tokens or one that begins or ends alike: the
+    page and the story rank features by influence times how much their activation
+    changes from there."""
     attention: int = 20
     """Take the scores of this many of the strongest attention cells (a head that
     attends from one token to another) apart into pairs of nodes: attention.json, and
@@ -124,10 +130,18 @@ def run_trace(flags: TraceFlags, run: Run) -> None:
         )
     traced.timing["load"] = loaded
     stopped = "stopped" in traced.work
+    change_A = None
+    if flags.counterfactual is not None and not stopped:
+        from jaxclt.story.change import change_from
+
+        other = asked(flags.counterfactual, chat=flags.chat, bos=flags.bos)
+        change_A = change_from(model, dictionary, traced.graph, other)
     found = None
     if flags.story and not stopped:
-        found = _story(model, dictionary, traced, flags.foil)
-    report = write_trace(traced, flags.out, save=flags.save, told=found)
+        found = _story(model, dictionary, traced, flags.foil, change_A)
+    report = write_trace(
+        traced, flags.out, save=flags.save, told=found, change_A=change_A
+    )
     verdict = []
     if flags.validate and not stopped:
         from jaxclt.patching.subject import Reopened
@@ -147,7 +161,11 @@ def run_trace(flags: TraceFlags, run: Run) -> None:
 
 
 def _story(
-    model: Model, dictionary: Dictionary, traced: Traced, foil: str | None
+    model: Model,
+    dictionary: Dictionary,
+    traced: Traced,
+    foil: str | None,
+    change_A: np.ndarray | None,
 ) -> dict[str, Any] | None:
     """What is told of a graph that explains tokens."""
     from jaxclt.story.tell import story
@@ -157,7 +175,7 @@ def _story(
         return None
     started = time.perf_counter()
     against = None if foil is None else read_token(model, foil)
-    found = story(model, dictionary, traced.graph, foil=against)
+    found = story(model, dictionary, traced.graph, foil=against, change_A=change_A)
     traced.timing["story"] = time.perf_counter() - started
     return found.to_json()
 

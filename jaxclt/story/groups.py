@@ -45,16 +45,20 @@ class Group:
         return [node_id(graph, node) for node in self.nodes]
 
 
-def choose_groups(graph: Graph, sink: Sequence[int]) -> list[Group]:
+def choose_groups(
+    graph: Graph, sink: Sequence[int], change_A: np.ndarray | None = None
+) -> list[Group]:
     """The groups of the most influential features, most influential first.
 
     Args:
       graph: attributed and pruned.
       sink: positions that are left out.
+      change_A: what features are chosen by instead of influence (`change_from`).
     """
     cols = graph.feature_cols
     shown_A = graph.pruning.keep_N[cols] & ~np.isin(graph.pos_A, np.asarray(sink, int))
-    order = np.argsort(-np.where(shown_A, graph.influence_N[cols], -1), kind="stable")
+    weight_A = graph.influence_N[cols] if change_A is None else change_A
+    order = np.argsort(-np.where(shown_A, weight_A, -1), kind="stable")
     top = order[: min(FEATURES, int(shown_A.sum()))]
     keep_N = graph.pruning.keep_N.copy()
     keep_N[cols] = False

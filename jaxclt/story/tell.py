@@ -91,7 +91,12 @@ _NUMBERS = ("effect", "probability", "share")
 
 
 def story(
-    model: Model, dictionary: Dictionary, graph: Graph, *, foil: int | None = None
+    model: Model,
+    dictionary: Dictionary,
+    graph: Graph,
+    *,
+    foil: int | None = None,
+    change_A: np.ndarray | None = None,
 ) -> Story:
     """Tell a graph: tokens without which the model runs, groups that are ablated.
 
@@ -100,6 +105,7 @@ def story(
       dictionary: it was traced with.
       graph: of a prompt.
       foil: token that the answer is compared with; None: the runner-up.
+      change_A: what features are grouped by instead of influence (`change_from`).
 
     Raises:
       InputError: if the graph is not of this model and dictionary, or the foil is the
@@ -115,7 +121,7 @@ def story(
         "rule": f"stream over {MASSIVE:g} times as long as at the median position",
         "share": rounded(float(share_T[massive].sum())),
     }
-    groups = measured_groups(bench, choose_groups(graph, massive.tolist()))
+    groups = measured_groups(bench, choose_groups(graph, massive.tolist(), change_A))
     told = Story(
         text=(),
         trust="",

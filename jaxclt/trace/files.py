@@ -33,6 +33,7 @@ from jaxclt.trace.pages import (
     TOLD,
     grouped_ids,
     traced_digest,
+    with_changes,
     with_saved_view,
     with_story,
     write_page,
@@ -54,6 +55,7 @@ def write_trace(
     save: str = "auto",
     supernodes: Sequence[Supernode] = (),
     told: Mapping[str, Any] | None = None,
+    change_A: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Write graph.npz, report.json, graph.json and index.html; return the report.
 
@@ -71,6 +73,8 @@ def write_trace(
         --group` knows by name.
       told: ``story``, ``tokens`` and ``sink`` of the graph (`jaxclt.story`); the page
         opens with its groups if there are no others.
+      change_A: how much features change from a counterfactual prompt
+        (`jaxclt.story.change`); the page ranks by it.
 
     Raises:
       InputError: if the directory cannot be written.
@@ -83,8 +87,10 @@ def write_trace(
     slug, stated = out.name or "graph", report["scores"]
     doc = graph_json(graph, slug=slug, scores=stated, other=other)
     doc = with_saved_view(doc, out)
-    for part in TOLD:
+    for part in (*TOLD, "changes"):
         doc["jaxclt"].pop(part, None)  # of an earlier trace
+    if change_A is not None:
+        doc = with_changes(doc, change_A, graph)
     if told is not None:
         report |= told
         doc = with_story(doc, told, graph)

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxclt.dashboards.files import FeatureFiles, uncantor
 from jaxclt.errors import InputError
 from jaxclt.files.atomic import atomic_path
@@ -34,6 +36,7 @@ __all__ = [
     "grouped_ids",
     "read_graph",
     "traced_digest",
+    "with_changes",
     "with_features",
     "with_saved_view",
     "with_story",
@@ -185,6 +188,30 @@ def with_story(
         view = view | {"supernodes": groups, "pinnedIds": pinned}
     told = {part: told[part] for part in TOLD}
     return {**doc, "qParams": view, "jaxclt": doc["jaxclt"] | told}
+
+
+def with_changes(
+    doc: dict[str, Any], change_A: np.ndarray, graph: Graph
+) -> dict[str, Any]:
+    """A document whose features say how much changes from a counterfactual prompt.
+
+    Args:
+      doc: of the graph.
+      change_A: from `jaxclt.story.change`.
+      graph: attributed and pruned.
+    """
+    first = graph.feature_cols.start
+    change = {
+        node_id(graph, first + a): float(f"{x:.4g}") for a, x in enumerate(change_A)
+    }
+    nodes = [
+        node | {"change": change[node["node_id"]]}
+        if node["node_id"] in change
+        else node
+        for node in doc["nodes"]
+    ]
+    own = doc["jaxclt"] | {"changes": "counterfactual prompt"}
+    return {**doc, "nodes": nodes, "jaxclt": own}
 
 
 def carry_over(doc: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
