@@ -20,7 +20,14 @@ import numpy as np
 
 from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.nodes import facts, find_column, find_row, node_name
+from jaxclt.graph.nodes import (
+    facts,
+    find_column,
+    find_row,
+    labelled,
+    node_label,
+    node_name,
+)
 from jaxclt.graph.response_table import PARTS
 from jaxclt.graph.shares import whole_input
 
@@ -74,6 +81,8 @@ class EdgeParts:
     other_heads: float | None = None
     hops: tuple[float, ...] | None = None  # by heads passed, the last: that or more
     response: EdgeResponse | None = None
+    source_label: str = ""  # what a feature does, in words
+    target_label: str = ""
 
     def text(self) -> str:
         """A plain-text table, each part with its share of the edge."""
@@ -88,7 +97,8 @@ class EdgeParts:
         for k, part in enumerate(self.hops or ()):
             more = " or more" if k == len(self.hops or ()) - 1 else ""
             parts.append((f"{k}{more} hops", part))
-        lines = [f"{self.source} -> {self.target}"]
+        source = labelled(self.source, self.source_label)
+        lines = [f"{source} -> {labelled(self.target, self.target_label)}"]
         lines += [_line(name, part, self.edge) for name, part in parts]
         if said := self.response:
             parts = said.parts(self.edge)
@@ -148,7 +158,9 @@ def known_parts(graph: Graph, source: str, target: str) -> EdgeParts:
             "by_response made of it"
         )
     col, row = find_column(graph, source), find_row(graph, target)
-    names = node_name(graph, col), node_name(graph, graph.layout.node_of(row))
+    ends = col, graph.layout.node_of(row)
+    names = [node_name(graph, node) for node in ends]
+    labels = [node_label(graph, node) for node in ends]
     edge = float(graph.edge_RN[row, col])
     direct = attention = heads = other = None
     if graph.direct_RN is not None:
@@ -172,6 +184,8 @@ def known_parts(graph: Graph, source: str, target: str) -> EdgeParts:
         heads=heads,
         other_heads=other,
         response=_response(graph, row, col),
+        source_label=labels[0],
+        target_label=labels[1],
     )
 
 

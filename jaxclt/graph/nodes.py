@@ -31,7 +31,9 @@ __all__ = [
     "find_column",
     "find_node",
     "find_row",
+    "labelled",
     "node_id",
+    "node_label",
     "node_name",
     "quoted",
     "short_name",
@@ -79,6 +81,16 @@ def node_name(graph: Graph, index: int) -> str:
     if not 0 <= index <= last:
         raise InputError(f"node={index}: the graph has 0..{last}")
     return KINDS[graph.layout.kind(index)].label.format_map(facts(graph, index))
+
+
+def node_label(graph: Graph, index: int) -> str:
+    """What a feature node does, in words; empty where nothing is known."""
+    return facts(graph, index)["text"] if index < graph.n_features else ""
+
+
+def labelled(name: str, label: str) -> str:
+    """A node's name and, in brackets, its label if it has one; fit for a terminal."""
+    return f"{name} [{on_one_line(label)}]" if label else name
 
 
 def short_name(graph: Graph, index: int) -> str:

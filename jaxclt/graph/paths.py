@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxclt.errors import InputError, on_one_line
+from jaxclt.errors import InputError
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.nodes import facts, find_column, find_row, node_name
+from jaxclt.graph.nodes import find_column, find_row, labelled, node_label, node_name
 from jaxclt.graph.shares import shares_total
 
 __all__ = ["Path", "describe_paths", "strongest_paths"]
@@ -197,12 +197,9 @@ def describe_paths(graph: Graph, paths: Sequence[Path]) -> str:
         strength = (
             f"{100 * path.strength:6.2f}%" if path.share else f"{path.strength:9.3g}"
         )
-        names = " -> ".join(_labelled(graph, node) for node in path.nodes)
+        names = " -> ".join(
+            labelled(node_name(graph, node), node_label(graph, node))
+            for node in path.nodes
+        )
         lines.append(f"{strength} {'+' if path.sign > 0 else '-'}  {names}")
     return "\n".join(lines)
-
-
-def _labelled(graph: Graph, node: int) -> str:
-    name = node_name(graph, node)
-    label = facts(graph, node)["text"] if node < graph.n_features else ""
-    return f"{name} [{on_one_line(label)}]" if label else name

@@ -151,7 +151,8 @@ def measure(
     Args:
       patch: from `plan_patch`.
       n_features: how many of these to watch, the most influential ones.
-      predict: also say what was to be expected; not of what only heads see.
+      predict: also say what was to be expected; not of what only heads see, or of
+        what changes tokens to come alone.
     """
     check_at_least(0, n_features=n_features)
     subject, now = patch.subject, patch.now
@@ -162,7 +163,7 @@ def measure(
     with jax.default_matmul_precision("highest"):
         before = jax.tree.map(np.asarray, clean_effect(subject.patchable, ask))
     result = _result(patch, watched, before, after)
-    if not predict or patch.heads:
+    if not predict or patch.heads or not len(now.factor_E):
         return result
     change_K = np.asarray(after.logit_K, float) - np.asarray(before.logit_K, float)
     if diverged(after):

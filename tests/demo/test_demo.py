@@ -58,6 +58,12 @@ def test_the_command(tmp_path: Path, capsys):
     main(["demo", "--out", str(tmp_path / "demo"), "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["patch"]["top_after"][0][0] == "94"
+    for name in ("patch", "ablation"):
+        row = found[name]["predicted"][0]
+        assert (row["token"], row["as_predicted"]) == ("95", True)
+    target = found["ablation"]["targets"][0]
+    assert target["p_before"] - target["p_after"] < 0.01
+    assert "the last norm, which the graph holds" in found["validation"]["verdict"]
     names = {"graph.npz", "report.json", "graph.json", "index.html", "validation.json"}
     assert names <= {file.name for file in (tmp_path / "demo").iterdir()}
     doc = json.loads((tmp_path / "demo/graph.json").read_text("utf-8"))

@@ -293,6 +293,22 @@ def strongest_names(g: Graph) -> tuple[str, str]:
     return node_name(g, col), node_name(g, row_number(g, row))
 
 
+def test_the_text_says_what_its_features_do(tmp_path: Path) -> None:
+    """From a saved graph too; a label steers no terminal and is part of no name."""
+    g = graph("clt")
+    source = int(np.argmax(np.abs(g.edge_RN[g.n_features, : g.n_features])))
+    key = ":".join(map(str, g.feature(source)))
+    said = {key: {"label": "says Paris\x1b[2J\n -> x"}}
+    meta = dataclasses.replace(g.meta, labels={}, said=said)
+    save_graph(tmp_path / "g.npz", dataclasses.replace(g, meta=meta))
+    back = load_graph(tmp_path / "g.npz")
+    name = node_name(back, source)
+    parts = edge_parts(back, name, "0")
+    assert (parts.source, parts.target_label) == (name, "")
+    first = parts.text().splitlines()[0]
+    assert first == f"{name} [says Paris\\u001b[2J\\n -> x] -> {parts.target}"
+
+
 @pytest.mark.parametrize("name", ["clt", "peer"])
 def test_every_name_of_a_node_finds_it(name: str) -> None:
     """As paths write it, as graph.json does, and short."""

@@ -116,6 +116,29 @@ def test_validate_again_gives_the_same_numbers(
         )
 
 
+@pytest.mark.slow
+def test_another_foil_is_what_effects_are_of(
+    traced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    copy = Path(shutil.copytree(traced, tmp_path / "copy"))
+    few = ("--n-features", 5, "--json")
+    assert run("validate", copy, "--foil", "w7", *few) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["contrast"].endswith(" - logit(w7)")
+    assert report["held"]["on"] == report["live"]["on"] == "contrast"
+    assert "foil" in report["levels"]
+    assert f"Effects are of {report['contrast']}, as asked." in report["verdict"]
+    assert run("validate", copy, "--foil", "no token", *few) == 2
+    assert "is not one token of this model" in capsys.readouterr().err
+    args = ("--model", MODEL, "--dictionary", DICTIONARY, "--out", tmp_path / "diff")
+    contrast = ("--foil", "w7", "--targets", "diff:")
+    assert run("trace", PROMPT, *args, *contrast) == 0
+    assert load_graph(tmp_path / "diff" / "graph.npz").target_token_K.tolist() == [-1]
+    capsys.readouterr()
+    assert run("validate", tmp_path / "diff", *few) == 0
+    assert json.loads(capsys.readouterr().out)["held"]["n"] > 0
+
+
 def test_patch_prints_the_contract(
     traced: Path, node: str, capsys: pytest.CaptureFixture[str]
 ):
@@ -127,6 +150,13 @@ def test_patch_prints_the_contract(
         "token", "p_before", "p_after", "logit_before", "logit_after",
     }  # fmt: skip
     assert out["kl"] > 0
+    assert [row["token"] for row in out["predicted"]][: len(out["targets"])] == [
+        target["token"] for target in out["targets"]
+    ]
+    assert set(out["predicted"][0]) == {
+        "token", "graph", "derivative", "replacement", "measured", "as_predicted",
+        "why",
+    }  # fmt: skip
     assert out["curve"]["scale"][0] == -2
     assert out["curve"]["scale"][-1] == 4
     assert len(out["sweep_end"]["last_layers"]) == 3

@@ -3,7 +3,7 @@
 import dagre from "@dagrejs/dagre";
 import { CARD, type Card, type CardLink } from "./supernodes";
 
-const [WIDTH, HEIGHT] = CARD, MARGIN = 10;
+const [WIDTH, HEIGHT] = CARD, MARGIN = 10, ROOT = " root";
 
 export type Point = [number, number];
 
@@ -53,6 +53,15 @@ function lay(cards: Card[], links: CardLink[], sideways: boolean): Arranged {
   for (const card of cards) g.setNode(card.id, { width: WIDTH, height: HEIGHT });
   const ends = (l: CardLink) => [(cards[l.source] as Card).id, (cards[l.target] as Card).id] as const;
   for (const l of links) g.setEdge(...ends(l), { weight: Math.max(1, Math.round(20 * Math.abs(l.share))) });
+  // Tokens begin and outputs end the figure, also where no link that is drawn says so.
+  const kind = (card: Card) => card.members[0]?.kind, outputs = cards.filter((card) => kind(card) === "logit");
+  g.setNode(ROOT, { width: 0, height: 0 });
+  cards.forEach((card, i) => {
+    if (kind(card) === "embedding") g.setEdge(ROOT, card.id, { weight: 30 });
+    else if (!links.some((l) => l.target === i)) g.setEdge(ROOT, card.id, { weight: 0, minlen: 2 });
+    if (kind(card) === "logit" || links.some((l) => l.source === i)) return;
+    for (const output of outputs) g.setEdge(card.id, output.id, { weight: 0 });
+  });
   dagre.layout(g);
   const point = ({ x = 0, y = 0 }: { x?: number; y?: number }): Point => [x, y];
   return {

@@ -33,8 +33,22 @@ function linked(app: App, text: string): (HTMLElement | string)[] {
   for (const { name, at } of found) {
     if (at < end) continue; // inside another's
     const open = () => { const group = app.groups.find((g) => g.label === name); if (group) app.selectGroup(group); };
-    parts.push(plain(text.slice(end, at)), button(plain(name), "inline", open));
+    parts.push(plain(text.slice(end, at)), pressed(plain(name), open));
     end = at + name.length;
   }
   return [...parts, plain(text.slice(end))];
+}
+
+/** Words to press that wrap as text does, which those of a button do not. */
+function pressed(text: string, press: () => void): HTMLElement {
+  const made = el("span", "inline", text);
+  made.tabIndex = 0;
+  made.setAttribute("role", "button");
+  made.addEventListener("click", press);
+  made.addEventListener("keydown", (e) => {
+    if (e.key !== "Enter" && e.key !== " ") return;
+    e.preventDefault();
+    press();
+  });
+  return made;
 }
