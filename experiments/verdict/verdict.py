@@ -32,7 +32,7 @@ from jaxclt.validation.choice import ValidateOptions, choose
 from jaxclt.validation.lines import line
 from jaxclt.validation.patterns import LIVE
 from jaxclt.validation.shown import Measure, shown
-from jaxclt.validation.stats import mean_interval
+from jaxclt.validation.stats import mean_interval, ratio_interval
 
 # Patches over all layers after the feature, each letting one more thing go; the
 # graph's total effect is exact for the first (but for features that are no nodes).
@@ -104,6 +104,19 @@ def of_prompt(model: Any, dictionary: Any, prompt: str, args: Any) -> dict[str, 
     }
 
 
+def _parts(found: list[dict[str, Any]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tops and bottoms of shares by prompt: single ones may divide by next to nothing.
+
+    Of sufficiency, necessity, and sufficiency of random sets.
+    """
+    known = [x for x in found if x["sufficiency"] is not None]
+    m = {k: np.array([x["m"][k] for x in known]) for k in ("all", "none")}
+    made = m["all"] - m["none"]
+    shares = [[x[k] for x in known] for k in ("sufficiency", "necessity")]
+    shares.append([x["random"]["sufficiency"]["mean"] for x in known])
+    return [(np.array(x, float) * made, made) for x in shares]
+
+
 def table(lines: list[dict[str, Any]]) -> str:
     """Means over prompts, intervals over prompts."""
     key = jax.random.key(1)
@@ -116,6 +129,10 @@ def table(lines: list[dict[str, Any]]) -> str:
         low, high = mean_interval(x, key)
         return f"{x.mean():.2f} ({low:.2f} to {high:.2f})"
 
+    def share_of(pair: Any) -> str:
+        low, high = ratio_interval(*pair, key)
+        return f"{pair[0].sum() / pair[1].sum():.2f} ({low:.2f} to {high:.2f})"
+
     out = [f"{len(lines)} prompts; means (95% over prompts).", ""]
     for what in ("total effect against", f"against {TRUTH}"):
         out += [f"| {what} | {' | '.join(NUMBERS)} |", "|---|---|---|---|"]
@@ -126,9 +143,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     out += ["| shown graph | sufficiency | necessity | random: sufficiency |"]
     out += ["|---|---|---|---|"]
     for name in ("clamped", "live"):
-        found = [x["shown"][name] for x in lines]
-        cells = [say([x[k] for x in found]) for k in ("sufficiency", "necessity")]
-        cells.append(say([x["random"]["sufficiency"]["mean"] for x in found]))
+        cells = map(share_of, _parts([x["shown"][name] for x in lines]))
         out.append(f"| {name} | {' | '.join(cells)} |")
     share = [x["shown"]["n"] / x["shown"]["n_active"] for x in lines]
     seconds = sum(x["seconds"] for x in lines)

@@ -16,6 +16,7 @@ from jaxclt.validation.say import (
     next_layer,
     percent,
     show,
+    shown_astray,
     shown_in_words,
     with_interval,
 )
@@ -165,9 +166,12 @@ def _live_patterns(report: Report) -> str:
 RULES: tuple[Rule, ...] = (
     Rule(
         "shown",
-        lambda report: report["shown"]["sufficiency"] is not None,
+        lambda report: (
+            report["shown"]["sufficiency"] is not None and not shown_astray(report)
+        ),
         shown_in_words,
     ),
+    Rule("shown_astray", shown_astray, shown_in_words),
     Rule(
         "shown_none",
         lambda report: report["shown"]["sufficiency"] is None,

@@ -43,13 +43,28 @@ def next_layer(found: dict[str, Any], layers: list[int], name: str) -> float | N
     return float(np.mean(kept)) if kept else None
 
 
-def shown_in_words(report: dict[str, Any]) -> str:
-    """Sufficiency and necessity of the shown graph, in the live semantics."""
+def shown_astray(report: dict[str, Any]) -> bool:
+    """Whether the lead without any feature makes shares of it mislead."""
     found = report["shown"]
-    random = found["live"]["random"]["sufficiency"]["mean"]
+    if found["sufficiency"] is None:
+        return False
+    m, share = found["live"]["m"], found["sufficiency"]
+    return m["all"] <= m["none"] or not 0 <= share <= 1.5
+
+
+def shown_in_words(report: dict[str, Any]) -> str:
+    """The shown graph kept alone and dropped alone, in the live semantics."""
+    found = report["shown"]
+    m, random = found["live"]["m"], found["live"]["random"]["sufficiency"]["mean"]
+    said = (
+        f"The {found['n']} features shown (of {found['n_active']}), kept alone, make "
+        f"{report['contrast']} {show(m['keep'], 1)} where it is {show(m['all'], 1)}; "
+        f"dropped alone, {show(m['drop'], 1)}; without any feature it is "
+        f"{show(m['none'], 1)}"
+    )
+    if shown_astray(report):
+        return f"{said}: others work against them, do not read shares into it."
     return (
-        f"The {found['n']} features shown (of {found['n_active']}) alone keep "
-        f"{percent(found['sufficiency'])} of what features add to "
-        f"{report['contrast']} (as many at random {percent(random)}), and without "
-        f"them {percent(found['necessity'])} of it is lost."
+        f"{said} (sufficiency {percent(found['sufficiency'])}, as many at random "
+        f"{percent(random)}; necessity {percent(found['necessity'])})."
     )
