@@ -34,7 +34,7 @@ class ValidateOptions:
     n_watched: int = 60  # features whose activations are watched
     n_groups: int = 8  # features at several positions, if no supernodes are given
     n_layers: int = 3  # perturbed layers
-    n_perturbed: int = 30  # perturbations of a kind and layer, if there are as many
+    n_perturbed: int = 10  # of a kind and layer: 30 of a kind, means are over all
     size: float = 0.1  # of a perturbation, share of the feature's activation
     foil: int | None = None  # token that the answer is compared with
     seed: int = 0
