@@ -44,7 +44,8 @@ def test_without_a_server_the_page_says_what_to_run(open_page, doc):
     command = tab.text_content("#patched .command")
     places = f"{a[0]}:{a[2]}:{a[1]} {b[0]}:{b[2]}:{b[1]}"
     assert command.endswith(f" --feature {places} --scale 0")
-    assert re.fullmatch(r"jaxclt patch [\w/.-]+ --feature .*", command)
+    # No path of the machine that the page is read on.
+    assert re.fullmatch(r"jaxclt patch [\w.-]+ --feature .*", command)
     tab.fill(".patchform input", "-1.5")
     tab.select_option(".patchform select", "iterative")
     command = tab.text_content("#patched .command")
@@ -56,6 +57,24 @@ def test_without_a_server_the_page_says_what_to_run(open_page, doc):
     assert "Not patched yet" in tab.text_content("#patched")
     tab.click("#patched >> text=Close")
     assert not tab.is_visible("#patched")
+
+
+FIND = """query => {
+  const {app} = __jaxclt;
+  app.filter({query});
+  return app.model.nodes.filter((n) => app.matches(n)).map((n) => n.id);
+}"""
+
+
+def test_features_are_found_by_the_ways_to_write_them(open_page, doc):
+    tab = open_page(page(doc))
+    layer, number, pos = ids_of(doc, FEATURE)[0].split("_")
+    named = [i for i in ids_of(doc, FEATURE) if i.startswith(f"{layer}_{number}_")]
+    assert tab.evaluate(FIND, f"{layer}:{pos}:{number}") == [f"{layer}_{number}_{pos}"]
+    assert set(named) <= set(tab.evaluate(FIND, f"{layer}/{number}"))
+    found = tab.evaluate(FIND, f"layer {layer}")
+    assert len(found) > 1
+    assert {i.split("_")[0] for i in found} == {layer}
 
 
 def test_what_patches_did_stands_beside_the_subgraph(open_page, doc):

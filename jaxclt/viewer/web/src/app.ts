@@ -157,7 +157,7 @@ export class App {
   shows = (n: GraphNode): boolean => n === this.selected || this.stands(n, this.model) || this.isPinned(n);
   folded = (n: GraphNode): boolean => this.folds(n, this.model) && !this.shows(n);
   drawn = (n: GraphNode): boolean => this.shows(n) || this.folds(n, this.model);
-  matches = (n: GraphNode): boolean => this.query !== "" && this.model.searchText(n).includes(this.query);
+  matches = (n: GraphNode): boolean => this.model.found(n, this.query);
   isPinned = (n: GraphNode): boolean => this.pinned.length > 0 && this.pinned.includes(n.id);
   nFeatures(of: (n: GraphNode) => boolean): number { return this.model.nodes.reduce((sum, n) => sum + Number(n.kind === "feature" && of(n)), 0); }
 

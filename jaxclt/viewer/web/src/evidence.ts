@@ -27,7 +27,7 @@ export function scoreList(app: App): Score[] {
   const origins = ([["errors", proof.error_share], ["constant terms", proof.bias_share], ["left out", proof.rest_share]] as const)
     .flatMap(([what, share]) => (isNumber(share) ? [{ what, share }] : []));
   if (origins.length) list.push({ name: "Other inputs", value: percent(origins.reduce((s, o) => s + o.share, 0)), text: `of everything read is ${origins.map((o) => `${o.what} ${percent(o.share)}`).join(", ")}` });
-  const patches = number(asObject(asObject(app.validation?.total_effect).constrained).spearman);
+  const live = asObject(app.validation?.live), patches = number(live.spearman) ?? number(asObject(asObject(app.validation?.total_effect).constrained).spearman);
   if (patches !== null) list.push({ name: "Patches agree", value: two(patches), text: "rank correlation of predicted and measured effects of ablations" });
   return list;
 }
@@ -100,9 +100,21 @@ function liveRows(kind: string, found: Json): string[][] {
   });
 }
 
+const PREDICTED: Record<string, string> = { value: "total effects", local: "replacement model", derivative: "model's derivative", last_norm: "total effects, last norm live" };
+
+/** A line of like with like, and what other predictions say there. */
+function alikeRows(line: Json, where: string): string[][] {
+  const of = (by: string, e: Json): string[] =>
+    [where, PREDICTED[by] ?? by, two(e.spearman) + within(e.interval), isNumber(e.sign) ? percent(e.sign) : "–", two(e.slope), isNumber(e.within_2) ? percent(e.within_2) : "–"];
+  const first = asText(line.predicted_by), others = Object.keys(PREDICTED).filter((by) => by !== first && line[by]);
+  return first ? [of(first, line), ...others.map((by) => of(by, asObject(line[by])))] : [];
+}
+
 function validation(app: App, v: Json): HTMLElement[] {
   const effect = asObject(v.total_effect), parts: HTMLElement[] = [];
   if (v.verdict) parts.push(el("p", "verdict", asText(v.verdict)));
+  const alike = [["held", "norms held"], ["live", "in the model"]].flatMap(([name = "", where = ""]) => alikeRows(asObject(v[name]), where));
+  if (alike.length) parts.push(grid(["measured", "predicted by", "Spearman", "sign", "slope", "within 2"], alike, `Ablations, like with like: effects on ${asObject(v.held).on === "contrast" ? clip(visible(asText(v.contrast)), 80) : "the targets"}`));
   const rows = ["constrained", "iterative", "additive"].filter((mode) => effect[mode]).map((mode) => {
     const e = asObject(effect[mode]);
     return [mode, two(e.spearman) + within(e.interval), two(e.pearson), isNumber(e.sign_agreement) ? percent(e.sign_agreement) : "–", two(e.slope)];

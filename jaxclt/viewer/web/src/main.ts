@@ -197,6 +197,7 @@ document.addEventListener("keydown", (e) => {
   if (e.key === "/") { e.preventDefault(); search.focus(); }
   if (e.key === "?") app.showTab("help");
   if (e.key === "g") app.groupMarked();
+  if (e.key === "0" && app.view === "graph") picture.fit();
 });
 new ResizeObserver(() => { if (app.view === "graph" && !picture.fits()) picture.resize(); }).observe($("graph"));
 new ResizeObserver(() => { if (app.view === "compare") compare.show(); }).observe($("compare"));

@@ -195,7 +195,8 @@ export class Model {
 
   where(n: GraphNode): string {
     if (n.kind === "embedding") return `position ${n.pos}`;
-    if (n.kind === "logit") return percent(n.prob) + (n.target ? " of the weight" : "");
+    if (n.kind === "logit" && n.target) return n.prob < 1 ? `${percent(n.prob)} of the weight` : "";
+    if (n.kind === "logit") return percent(n.prob);
     return `layer ${n.layer} · ${quoted(this.tokens[n.pos] ?? "")}`;
   }
 
@@ -212,7 +213,15 @@ export class Model {
   }
 
   searchText(n: GraphNode): string {
-    return `${this.label(n)} ${n.id} L${n.layer} ${this.tokens[n.pos] ?? ""}`.toLowerCase();
+    const places = n.kind === "feature" ? `${n.layer}/${n.number} ${n.layer}:${n.pos}:${n.number}` : "";
+    return `${this.label(n)} ${n.id} ${places} L${n.layer} ${this.tokens[n.pos] ?? ""}`.toLowerCase();
+  }
+
+  /** By label, token, id, 24/1005, 24:8:1005, or a whole layer: "layer 24". */
+  found(n: GraphNode, query: string): boolean {
+    const layer = /^(?:layer |l)(\d+)$/.exec(query)?.[1];
+    if (layer !== undefined) return (n.kind === "feature" || n.kind === "error") && String(n.layer) === layer;
+    return query !== "" && this.searchText(n).includes(query);
   }
 }
 

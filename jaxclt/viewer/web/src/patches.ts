@@ -111,7 +111,7 @@ export class Patches {
     const places = of.ids.map((id) => { const [layer, feature, pos] = id.split("_"); return `${layer}:${pos}:${feature}`; });
     const quote = (text: string) => (/^[\w./:-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
     const at = this.app.serve ? this.app.serve.path
-      : location.protocol === "file:" ? decodeURIComponent(location.pathname).replace(/\/[^/]*$/, "") : "DIR";
+      : location.protocol === "file:" ? decodeURIComponent(location.pathname).split("/").at(-2) || "DIR" : "DIR";
     const more = (this.mode === "constrained" ? "" : ` --mode ${this.mode}`) + (this.patterns === "frozen" ? "" : ` --patterns ${this.patterns}`);
     return `jaxclt patch ${quote(at)} --feature ${places.join(" ")} --scale ${Number(this.scale) || 0}${more}`;
   }
