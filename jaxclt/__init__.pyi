@@ -37,6 +37,7 @@ from .graph.supernodes import (
     suggest_supernodes,
     supernode_graph,
 )
+from .graph.tables import save_graphml
 from .io.convert import convert_dictionary
 from .io.dictionary import load_dictionary, save_dictionary
 from .io.graph_file import load_graph, save_graph
@@ -71,4 +72,4 @@ __all__ += ["solve_total_effect", "strongest_paths", "strongest_virtual"]
 __all__ += ["suggest_supernodes", "supernode_graph", "sweep_prompts", "trace_prompt"]
 __all__ += ["virtual_weights", "write_globals", "write_trace"]
 __all__ += ["Attention", "HeadEffects", "attention", "head_effects"]
-__all__ += ["Story", "story", "token_effects"]
+__all__ += ["Story", "save_graphml", "story", "token_effects"]

@@ -139,6 +139,36 @@ class Graph:
                 full_K = np.full(self.n_targets, value, np.int32)
                 object.__setattr__(self, name, full_K)
 
+    def __repr__(self) -> str:
+        """What is explained, and how large it is."""
+        answers = ", ".join(map(repr, self.meta.target_tokens[:3]))
+        shown = int(self.pruning.keep_N.sum())
+        return (
+            f"Graph({self.meta.prompt[-60:]!r} -> {answers}; {self.n_features} "
+            f"features, {shown} nodes shown; {self.meta.dictionary} of "
+            f"{self.meta.model})"
+        )
+
+    @functools.cached_property
+    def nodes(self) -> Any:
+        """Shown nodes as a table, see `jaxclt.graph.tables.node_table`."""
+        from jaxclt.graph.tables import node_table
+
+        return node_table(self)
+
+    @functools.cached_property
+    def edges(self) -> Any:
+        """Shown edges as a table, see `jaxclt.graph.tables.edge_table`."""
+        from jaxclt.graph.tables import edge_table
+
+        return edge_table(self)
+
+    def to_networkx(self) -> Any:
+        """See `jaxclt.graph.tables.to_networkx`."""
+        from jaxclt.graph.tables import to_networkx
+
+        return to_networkx(self)
+
     @functools.cached_property
     def layout(self) -> Layout:
         """Where its nodes stand."""

@@ -45,6 +45,14 @@ class Model:
     hash: str  # of its weights, config and tokenizer, see `jaxclt.files.digest`
     mesh: Mesh | None = None  # that its weights are split over; None: on one device
 
+    def __repr__(self) -> str:
+        """Its name and shape."""
+        cfg = self.cfg
+        return (
+            f"Model({self.name!r}: {cfg.n_layers} layers of width {cfg.d_model}, "
+            f"{cfg.n_heads} heads, {cfg.d_vocab} tokens, {self.params.embed_VD.dtype})"
+        )
+
 
 def load_model(
     name_or_path: str | os.PathLike[str],

@@ -57,6 +57,8 @@ class Story:
         """The paragraph."""
         return " ".join([*self.text, self.trust])
 
+    __repr__ = __str__
+
     @property
     def supernodes(self) -> list[Supernode]:
         """The groups, as `write_trace` and patches take them."""
