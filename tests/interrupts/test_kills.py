@@ -37,7 +37,7 @@ def line(name: str, folder: Path, perturbed: int) -> list[str]:
     return [name, "--model", str(MODEL), *more[name]]
 
 
-@pytest.mark.parametrize("n_kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", ["trace", "sweep", "features", "globals", "eval", "train"]
 )
