@@ -55,7 +55,8 @@ class TraceFlags(AttributionFlags):
     """Token that the answer is compared with; it becomes the second target. By default
     the runner-up is the foil. With --targets diff: their difference is the target."""
     save: Literal["auto", "full", "pruned"] = "auto"
-    """What graph.npz holds; auto is the full graph up to 512 MB."""
+    """What graph.npz holds: `auto` is the whole graph up to 8 MB, else what pruning
+    keeps, with total effects as in the whole one."""
     story: bool = True
     """Run the model without each token, group the most influential features, ablate the
     groups, and say in words what came of it."""

@@ -22,7 +22,23 @@ from jax import Array
 from jaxclt.graph.blocks import BLOCK, row_blocks
 from jaxclt.graph.graph import Graph
 
-__all__ = ["solve_total_effect"]
+__all__ = ["solve_total_effect", "total_effects"]
+
+
+def total_effects(graph: Graph, *, response: bool = False) -> np.ndarray:
+    """Signed total effect of every feature on every target, [K, A].
+
+    Of the whole graph, as a restricted one remembers them; see `solve_total_effect`.
+
+    Args:
+      graph: attributed.
+      response: by response, which the graph must have, instead of by value.
+    """
+    edges = graph.response if response else graph
+    assert edges is not None
+    if edges.total_effect_KA is not None:
+        return edges.total_effect_KA
+    return solve_total_effect(graph, edge_RN=edges.edge_RN)
 
 
 def solve_total_effect(

@@ -130,6 +130,9 @@ class Graph:
     response: Response | None = None  # before other features answer
     # In the real model, all answers included: source value x derivative of each target.
     derivative_KN: np.ndarray | None = None
+    # Of a restricted graph: signed total effects of features in the whole one, whose
+    # paths led through more nodes; see `jaxclt.graph.effects.total_effects`.
+    total_effect_KA: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         """Fill in where targets read if that was left out."""

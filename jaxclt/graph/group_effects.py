@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxclt.graph.effects import solve_total_effect
+from jaxclt.graph.effects import total_effects
 from jaxclt.graph.graph import Graph
 
 __all__ = ["group_effects", "solve_rows"]
@@ -38,11 +38,11 @@ def group_effects(
     Args:
       graph: attributed.
       groups: feature slots of each group.
-      effect_KA: from `solve_total_effect`.
+      effect_KA: from `total_effects`.
       amounts: by how much the activations of each group rise; None: all they are.
     """
     if effect_KA is None:
-        effect_KA = solve_total_effect(graph)
+        effect_KA = total_effects(graph)
     if not groups:
         return np.zeros((0, graph.n_targets))
     A, dtype = graph.n_features, graph.edge_RN.dtype

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxclt.errors import check_share
 from jaxclt.graph.blocks import Edges, cut_edges, submatrix
+from jaxclt.graph.effects import total_effects
 from jaxclt.graph.graph import Graph, Pruning
 from jaxclt.graph.head_table import only_columns
 from jaxclt.graph.influence import solve_influence
@@ -167,8 +168,8 @@ def _drop_dead_ends(
 def restrict(graph: Graph) -> Graph:
     """The graph of the kept nodes only; what they lose moves to `rest_R`.
 
-    Rows still sum to their readouts. Columns of dropped error nodes stay, empty, so
-    that the layout is the same.
+    Rows still sum to their readouts, and total effects are those of the whole graph.
+    Columns of dropped error nodes stay, empty, so that the layout is the same.
     """
     pruning, keep_N = graph.pruning, graph.pruning.keep_N
     stays_N = keep_N | ~graph.layout.ends(None)
@@ -184,7 +185,12 @@ def restrict(graph: Graph) -> Graph:
         for name in ("heads", "response")
         if (table := getattr(graph, name)) is not None
     }
-    along = {"A": row[row < graph.n_features], "R": row, "N": col}
+    slot_A = row[row < graph.n_features]
+    if "response" in tables:
+        found_KA = total_effects(graph, response=True)[:, slot_A]
+        response = dataclasses.replace(tables["response"], total_effect_KA=found_KA)
+        tables["response"] = response
+    along = {"A": slot_A, "R": row, "N": col}
     cut = {
         field.name: getattr(graph, field.name)[along[axis]]
         for field in dataclasses.fields(graph)
@@ -197,6 +203,7 @@ def restrict(graph: Graph) -> Graph:
         **cut | tables,
         direct_RN=direct_RN,
         derivative_KN=derivative_KN,
+        total_effect_KA=total_effects(graph)[:, slot_A],
         pruning=dataclasses.replace(
             pruning,
             keep_N=keep_N[col],

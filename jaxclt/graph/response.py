@@ -47,6 +47,7 @@ def by_response(graph: Graph) -> Graph:
         direct_RN=None,
         heads=None,
         response=None,
+        total_effect_KA=found.total_effect_KA,
     )
     total_R, weight_K = shares_total(other), other.target_prob_K
     influence_N = solve_influence(other.edge_RN, total_R, weight_K)

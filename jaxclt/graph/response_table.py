@@ -47,6 +47,7 @@ class Response:
     # Total effects on the contrast, by the parts (`EFFECT_PARTS`) of nodes' own edges.
     effect_QN: np.ndarray
     parts: ResponseParts  # of the edges that are kept by either reading
+    total_effect_KA: np.ndarray | None = None  # as that of the graph, by response
 
     def restrict(
         self, row: np.ndarray, col: np.ndarray, keep_N: np.ndarray

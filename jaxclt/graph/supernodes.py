@@ -30,7 +30,7 @@ import numpy as np
 
 from jaxclt.errors import InputError, on_one_line
 from jaxclt.graph.blocks import submatrix
-from jaxclt.graph.effects import solve_total_effect
+from jaxclt.graph.effects import total_effects
 from jaxclt.graph.graph import Graph, Pruning
 from jaxclt.graph.influence import solve_influence
 from jaxclt.graph.nodes import find_node, node_name, short_name
@@ -370,7 +370,7 @@ def _tree(
     from scipy.spatial.distance import squareform
 
     input_BT = (input_by_token(graph) * graph.side_R[: graph.n_features, None])[kept_B]
-    effect_BK = solve_total_effect(graph).T[kept_B].astype(np.float64)
+    effect_BK = total_effects(graph).T[kept_B].astype(np.float64)
     distance_BB = 1 - (_cosine(input_BT) + _cosine(effect_BK)) / 2
     key_BX = np.zeros((len(kept_B), 2))
     if same_position:

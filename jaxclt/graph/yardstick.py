@@ -13,7 +13,7 @@ import numpy as np
 from jaxclt.files.json_text import rounded
 from jaxclt.graph.agreement import sign_agreement, slope, spearman
 from jaxclt.graph.contrast import contrast
-from jaxclt.graph.effects import solve_total_effect
+from jaxclt.graph.effects import total_effects
 from jaxclt.graph.graph import Graph
 
 __all__ = [
@@ -39,14 +39,8 @@ def total_effect(graph: Graph, *, response: bool = False) -> np.ndarray:
       graph: attributed.
       response: by response, which the graph must have, instead of by value.
     """
-    edge_RN = graph.edge_RN
-    if response:
-        assert graph.response is not None
-        edge_RN = graph.response.edge_RN
-    weight_1K = contrast(graph).weight_K[None].astype(edge_RN.dtype)
-    direct_1A = weight_1K @ edge_RN[graph.target_rows, graph.feature_cols]
-    found_1A = solve_total_effect(graph, direct_XA=direct_1A, edge_RN=edge_RN)
-    return found_1A[0].astype(np.float64)
+    effect_KA = total_effects(graph, response=response).astype(np.float64)
+    return contrast(graph).weight_K @ effect_KA
 
 
 def unit_effects(graph: Graph) -> np.ndarray:

@@ -2,9 +2,10 @@
 
 Array names and letters are those of `jaxclt.graph.graph.Graph`; `meta` is a JSON
 string. Never pickled, written atomically. `edge_direct_RN` is dense and, being mostly
-zeros, the one compressed array. The table of last heads, if there is one, has the
-arrays `heads_row_E`, `heads_col_E` and so on, one for each of its fields. So have edges
-by response, `response_RN`, `response_rest_R` and `response_rest_abs_R`, and their parts
+zeros, compressed; so are `keep_edge_RN` and `meta`. A restricted graph has
+`total_effect_KA`. The table of last heads, if there is one, has the arrays
+`heads_row_E`, `heads_col_E` and so on, one for each of its fields. So have edges by
+response, `response_RN`, `response_rest_R` and `response_rest_abs_R`, and their parts
 `parts_row_E` to `parts_gate_E`. What was not computed is not there.
 """
 
@@ -91,8 +92,10 @@ _RESPONSE = {  # names in the file, without `edge`
     "rest_abs_R": ("response_rest_abs_R", Must("float", "R")),
     "effect_QN": ("response_effect_QN", Must("float", "QN")),
 }
+_TOTAL, _TOTALS = "total_effect_KA", Must("float", "KA")  # of restricted graphs
 _DIRECT, _DERIVATIVE = "edge_direct_RN", "derivative_KN"
 _BLOCK_BYTES = 1 << 24  # of dense rows held at once
+_MOST_PACKED = 1 << 27  # bytes of one array; more is not unpacked when it is read
 
 
 def save_graph(path: str | os.PathLike[str], graph: Graph) -> None:
@@ -118,26 +121,33 @@ def save_graph(path: str | os.PathLike[str], graph: Graph) -> None:
             for name, (saved, _) in _RESPONSE.items()
         }
         arrays |= _table("parts", graph.response.parts, _PARTS)
+        arrays |= _total(graph.response, "response_")
     if graph.derivative_KN is not None:
         arrays[_DERIVATIVE] = graph.derivative_KN
+    arrays |= _total(graph, "")
+    packed = {"meta": np.array(to_json(meta, ensure_ascii=False))}
+    if graph.pruning.keep_edge_RN.nbytes < _MOST_PACKED:
+        packed["keep_edge_RN"] = arrays.pop("keep_edge_RN")
     with atomic_path(path) as temporary:
         with temporary.open("wb") as stream:
-            np.savez(
-                stream,
-                allow_pickle=False,
-                meta=np.array(to_json(meta, ensure_ascii=False)),
-                **arrays,
-            )
-        if graph.direct_RN is not None:
-            # Level 1: zeros shrink to nothing at any level, numbers at none.
-            packed = zipfile.ZipFile(
-                temporary, "a", zipfile.ZIP_DEFLATED, compresslevel=1
-            )
-            with (
-                packed as file,
-                file.open(f"{_DIRECT}.npy", "w", force_zip64=True) as stream,
-            ):
-                _write_dense(stream, graph.direct_RN)
+            np.savez(stream, allow_pickle=False, **arrays)
+        # Level 1: zeros shrink to nothing at any level, numbers at none.
+        with zipfile.ZipFile(
+            temporary, "a", zipfile.ZIP_DEFLATED, compresslevel=1
+        ) as file:
+            for name, array in packed.items():
+                with file.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                    np.lib.format.write_array(stream, array, allow_pickle=False)
+            if graph.direct_RN is not None:
+                with file.open(f"{_DIRECT}.npy", "w", force_zip64=True) as stream:
+                    _write_dense(stream, graph.direct_RN)
+
+
+def _total(of: Graph | Response, prefix: str) -> dict[str, np.ndarray]:
+    """The total effects that a restricted graph remembers; none of a whole one."""
+    if of.total_effect_KA is None:
+        return {}
+    return {f"{prefix}{_TOTAL}": of.total_effect_KA}
 
 
 def _table(
@@ -216,13 +226,15 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
             raise ValueError("its targets have no weight")
         check_order(*(arrays[x] for x in ("layer_A", "pos_A", "feature_A")))
         direct_RN = _read_dense(f, sizes) if _DIRECT in f else None
-        heads = response = derivative_KN = None
+        heads = response = derivative_KN = total_effect_KA = None
         if "heads_row_E" in f:
             heads = HeadLoads(**_read_table(f, "heads", _HEADS, sizes))
         if "response_RN" in f:
             response = _read_response(f, sizes)
         if _DERIVATIVE in f:
             derivative_KN = f.array(_DERIVATIVE, Must("float", "KN"), sizes)
+        if _TOTAL in f:
+            total_effect_KA = f.array(_TOTAL, _TOTALS, sizes)
     pruning = Pruning(
         keep_N=arrays.pop("keep_N"),
         keep_edge_RN=arrays.pop("keep_edge_RN"),
@@ -235,6 +247,7 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
         heads=heads,
         response=response,
         derivative_KN=derivative_KN,
+        total_effect_KA=total_effect_KA,
         **arrays,
     )
 
@@ -244,5 +257,7 @@ def _read_response(file: Npz, sizes: dict[str, int]) -> Response:
     arrays = {
         name: file.array(saved, must, own) for name, (saved, must) in _RESPONSE.items()
     }
+    if f"response_{_TOTAL}" in file:
+        arrays[_TOTAL] = file.array(f"response_{_TOTAL}", _TOTALS, own)
     parts = ResponseParts(**_read_table(file, "parts", _PARTS, sizes))
     return Response(parts=parts, **arrays)

@@ -45,7 +45,7 @@ from jaxclt.viewer.graph_json import graph_json, validate
 
 __all__ = ["FULL_GRAPH_BYTES", "scores_json", "write_trace"]
 
-FULL_GRAPH_BYTES = 512 << 20  # larger graphs are saved pruned unless asked otherwise
+FULL_GRAPH_BYTES = 8 << 20  # larger graphs are saved pruned unless asked otherwise
 
 
 def write_trace(
@@ -68,7 +68,7 @@ def write_trace(
     Args:
       traced: from `trace_prompt`.
       out: directory, created if absent.
-      save: `full`, `pruned`, or `auto` (full up to 512 MB).
+      save: `full`, `pruned`, or `auto` (full up to 8 MB).
       supernodes: groups of features that the page opens with, and that `jaxclt patch
         --group` knows by name.
       told: ``story``, ``tokens`` and ``sink`` of the graph (`jaxclt.story`); the page
@@ -106,6 +106,7 @@ def write_trace(
     with atomic_path(out / "graph.json") as temporary:
         temporary.write_bytes(orjson.dumps(doc))
     report["graph"]["saved"] = "pruned" if small else "full"
+    report["graph"]["listed"] = doc["jaxclt"]["kept_links"]
     report["timing_s"]["write"] = round(time.perf_counter() - started, 3)
     write_text(out / "report.json", to_json(report, indent=1, ensure_ascii=False))
     (out / ATTENTION).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxclt.errors import InputError
 from jaxclt.graph.contrast import contrast as graph_contrast
-from jaxclt.graph.effects import solve_total_effect
+from jaxclt.graph.effects import solve_total_effect, total_effects
 from jaxclt.graph.graph import Graph
 from jaxclt.patching.batch import chunk_size
 from jaxclt.patching.change import Change, batched
@@ -156,11 +156,10 @@ class Bench:
     @functools.cached_property
     def effect_KA(self) -> np.ndarray:  # noqa: N802
         """Signed total effects on the measured tokens."""
-        graph = self.graph
-        direct_KA = self._rows.edge_XN[:, graph.feature_cols]
-        own_KA = graph.edge_RN[graph.target_rows, graph.feature_cols][self.own]
-        direct_KA[: len(own_KA)] = own_KA
-        return solve_total_effect(graph, direct_XA=direct_KA)
+        graph, n_own = self.graph, len(self.own)
+        more_XA = self._rows.edge_XN[n_own:, graph.feature_cols]
+        more_XA = solve_total_effect(graph, direct_XA=more_XA)
+        return np.concatenate([total_effects(graph)[self.own], more_XA])
 
     @functools.cached_property
     def last_norm_KA(self) -> np.ndarray:  # noqa: N802

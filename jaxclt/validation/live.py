@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxclt.files.json_text import rounded
 from jaxclt.graph.agreement import sign_agreement, slope, spearman
-from jaxclt.graph.effects import solve_total_effect
+from jaxclt.graph.effects import total_effects
 from jaxclt.patching.finite import FINITE
 from jaxclt.patching.subject import Subject
 from jaxclt.validation.ablations import Ablated, Bench
@@ -88,7 +88,7 @@ def _first_order(bench: Bench) -> dict[str, np.ndarray]:
     """
     graph, found = bench.graph, {}
     if graph.response is not None and len(bench.token_K) == len(bench.own):
-        effect_KA = solve_total_effect(graph, edge_RN=graph.response.edge_RN)
+        effect_KA = total_effects(graph, response=True)
         found["response"] = effect_KA[bench.own]
     return found | {"derivative": bench.derivative_KA}
 

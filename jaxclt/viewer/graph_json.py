@@ -11,10 +11,11 @@ column of its position, with a number above the vocabulary, its label for the to
 its weight for the probability, so that other viewers draw it and score the same graph.
 Our own extra key ``target`` says what it is.
 
-Identities the tests check: the links are exactly ``graph.pruning.keep_edge_RN`` with
-the weights of ``graph.edge_RN`` (those of the reading by response beside them, marked,
-where the graph has it); a node's ``influence`` is the share of all influence held by it
-and every more influential node.
+Identities the tests check: the links are ``graph.pruning.keep_edge_RN``, or of very
+many the strongest (`jaxclt.viewer.links.MAX_LINKS`), with the weights of
+``graph.edge_RN`` (those of the reading by response beside them, marked, where the graph
+has it); a node's ``influence`` is the share of all influence held by it and every more
+influential node.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ def graph_json(
     """State the kept nodes and links of ``graph`` in the shared schema.
 
     Features and errors without a kept link are dropped; embeddings and logits always
-    stay. Links come strongest first (see `jaxclt.viewer.links.kept_edges`); of a graph
-    with edges by response also those that only these keep. Strings are well-formed and
-    numbers finite: ``json.dumps(doc, allow_nan=False)`` and any encoding work.
+    stay. Links come strongest first (see `jaxclt.viewer.links.Kept`), at most
+    `MAX_LINKS`; of a graph with edges by response also those that only these keep.
+    Strings are well-formed and numbers finite: ``json.dumps(doc, allow_nan=False)`` and
+    any encoding work.
 
     Args:
         graph: what to show; ``graph.pruning`` says which part.
@@ -68,9 +70,10 @@ def graph_json(
         InputError: a kept weight, an activation or an influence is not finite.
     """
     readings = _readings(graph, other)
-    row_E, col_E = kept_edges(readings)
+    kept = kept_edges(readings)
+    row_E, col_E = kept.listed()
     for reading in readings.values():
-        _require_finite(edge_RN=edges_of(reading, row_E, col_E))
+        _require_finite(edge_RN=edges_of(reading, kept.row_E, kept.col_E))
     _require_finite(
         value_A=graph.value_A,
         influence_N=graph.influence_N,
@@ -78,7 +81,7 @@ def graph_json(
     )
     layout = graph.layout
     drawn = np.zeros(layout.nodes["target"].stop, bool)
-    drawn[col_E] = drawn[layout.node_of(row_E)] = True
+    drawn[kept.col_E] = drawn[layout.node_of(kept.row_E)] = True
     for kind, at in layout.nodes.items():
         drawn[at] |= KINDS[kind].always_drawn
     influences = _cumulative_influence(graph.influence_N).tolist()
@@ -110,6 +113,7 @@ def graph_json(
                 "version": graph.meta.version,
                 "hashes": dict(graph.meta.hashes),
                 "scores": scores,
+                "kept_links": kept.said(),
                 **({"messages": graph.meta.messages} if graph.meta.messages else {}),
             }
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -10,26 +10,47 @@ import orjson
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.shares import edge_influence
 
-__all__ = ["brief", "edges_of", "kept_edges", "link_list"]
+__all__ = ["MAX_LINKS", "Kept", "brief", "edges_of", "kept_edges", "link_list"]
 
+MAX_LINKS = 50_000  # strongest, that graph.json lists; graph.npz has all kept edges
 _MAX_TRAVELS = 10_000  # strongest links that say how they travelled, to bound the file
 _MAX_HEADS = 3  # listed for a link
 _PARTS = {"qk_query": "query", "qk_key": "key", "norm": "norm", "gate": "gate"}
 
 
-def kept_edges(readings: dict[str, Graph]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the edges that any reading of a graph keeps.
+class Kept(NamedTuple):
+    """Edges that any reading of a graph keeps, strongest first.
 
-    Strongest first, by the influence that passes them (see
-    `jaxclt.graph.shares.edge_influence`) in the reading in which it is more.
+    By the influence that passes them (`jaxclt.graph.shares.edge_influence`) in the
+    reading in which it is more.
     """
+
+    row_E: np.ndarray
+    col_E: np.ndarray
+    passed_E: np.ndarray
+
+    def listed(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and columns of those that graph.json lists."""
+        return self.row_E[:MAX_LINKS], self.col_E[:MAX_LINKS]
+
+    def said(self) -> dict[str, Any]:
+        """How many there are, and what part of their influence is listed; as JSON."""
+        total = self.passed_E.sum()
+        share = float(self.passed_E[:MAX_LINKS].sum() / total) if total > 0 else 1.0
+        n = len(self.row_E)
+        return {"kept": n, "listed": min(n, MAX_LINKS), "share": round(share, 4)}
+
+
+def kept_edges(readings: dict[str, Graph]) -> Kept:
+    """Edges that any reading of a graph keeps."""
     graphs = list(readings.values())
     flat = [np.flatnonzero(g.pruning.keep_edge_RN) for g in graphs]
     kept = flat[0] if len(flat) == 1 else np.union1d(*flat)
     row_E, col_E = np.unravel_index(kept, graphs[0].edge_RN.shape)
     passed = [edge_influence(g, row_E, edges_of(g, row_E, col_E)) for g in graphs]
-    strongest = np.argsort(-np.max(passed, axis=0), kind="stable")
-    return row_E[strongest], col_E[strongest]
+    passed_E = np.max(passed, axis=0)
+    strongest = np.argsort(-passed_E, kind="stable")
+    return Kept(*(x_E[strongest] for x_E in (row_E, col_E, passed_E)))
 
 
 def edges_of(graph: Graph, row_E: np.ndarray, col_E: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ _CLOSED, _TO_SELF = "connect-src 'none'", "connect-src 'self'"
 
 # Of a link: what it weighs, and the response with its parts, 0 where there is none.
 _NUMBERS = ("weight", "response", "qk_query", "qk_key", "norm", "gate")
-MAX_LINKS = 200_000  # more make the page slow; graph.json has them all
+MAX_LINKS = 200_000  # of other tools' graphs; more make the page slow
 
 
 def page(
@@ -71,7 +71,7 @@ def page(
         "validation": finite(validation),
         "attention": finite(attention),
         "patches": finite(patches),
-        "allLinks": len(doc.get("links") or ()),
+        "allLinks": _all_links(doc),
         "other": None if other is None else _columns(other),
         "serve": serve,
     }
@@ -83,6 +83,15 @@ def page(
     if serve is not None:
         head = head.replace(_CLOSED, _TO_SELF, 1)
     return head + data_block + tail
+
+
+def _all_links(doc: dict[str, Any]) -> int:
+    """How many links the graph has, listed in its document or not."""
+    listed, kept = len(doc.get("links") or ()), None
+    match doc.get("jaxclt"):
+        case {"kept_links": {"kept": int(kept)}}:
+            pass
+    return max(listed, kept or 0)
 
 
 def filled(name: str, data: str) -> tuple[str, str, str]:

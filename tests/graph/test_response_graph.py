@@ -12,10 +12,12 @@ import pytest
 from cases import close, random_graph, share_matrix, walk_visits
 
 from jaxclt.errors import InputError
+from jaxclt.graph.effects import solve_total_effect, total_effects
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.prune import prune, restrict
 from jaxclt.graph.response import by_response
 from jaxclt.graph.response_table import PARTS, Response, ResponseParts
+from jaxclt.graph.yardstick import total_effect
 from jaxclt.io.graph_file import load_graph, save_graph
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -93,6 +95,31 @@ def test_a_smaller_graph_keeps_what_its_rows_lose() -> None:
     np.testing.assert_array_equal(row[cut.parts.row_E], full.parts.row_E[stay_E])
     np.testing.assert_array_equal(col[cut.parts.col_E], full.parts.col_E[stay_E])
     close(cut.parts.beside_value, full.parts.beside_value[stay_E], 0)
+
+
+def test_a_cut_graph_remembers_total_effects_of_the_whole(tmp_path: Path) -> None:
+    """Those of both readings, through its file, and when it is cut again."""
+    graph = both_readings()
+    graph = dataclasses.replace(graph, pruning=prune(graph, node_threshold=0.8))
+    small = restrict(graph)
+    assert 0 < small.n_features < graph.n_features
+    save_graph(tmp_path / "g.npz", small)
+    pruning = dataclasses.replace(small.pruning, keep_N=small.pruning.keep_N.copy())
+    pruning.keep_N[0] = False
+    again = restrict(dataclasses.replace(small, pruning=pruning))
+    assert again.n_features == small.n_features - 1
+    kept = np.flatnonzero(graph.pruning.keep_N[graph.feature_cols])
+    for response in (False, True):
+        edge_RN = by_response(graph).edge_RN if response else graph.edge_RN
+        A = graph.n_features
+        unit = edge_RN[:, :A] / graph.value_A
+        want_KA = unit[A:] @ np.linalg.inv(np.eye(A) - unit[:A]) * graph.value_A
+        for found, at in ((small, kept), (again, kept[1:])):
+            close(total_effects(found, response=response), want_KA[:, at], 1e-9)
+        back_KA = total_effects(load_graph(tmp_path / "g.npz"), response=response)
+        close(back_KA, want_KA[:, kept], 1e-9)
+        assert not np.allclose(solve_total_effect(small), want_KA[:, kept])
+    close(total_effect(small), total_effect(graph)[kept], 1e-9)
 
 
 def test_files_keep_both_readings(tmp_path: Path) -> None:

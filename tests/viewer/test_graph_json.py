@@ -157,6 +157,26 @@ def test_links_are_the_kept_edges_with_their_weights(graph, doc):
     assert len(doc["links"]) == len(expected)
 
 
+def test_of_many_links_the_strongest_are_listed(graph, doc, monkeypatch):
+    n_links = len(doc["links"])
+    assert doc["jaxclt"]["kept_links"] == {
+        "kept": n_links,
+        "listed": n_links,
+        "share": 1.0,
+    }
+    monkeypatch.setattr("jaxclt.viewer.links.MAX_LINKS", 5)
+    few = graph_json(graph, slug="few")
+    assert few["links"] == doc["links"][:5]
+    assert [n["node_id"] for n in few["nodes"]] == [n["node_id"] for n in doc["nodes"]]
+    said = few["jaxclt"]["kept_links"]
+    assert (said["kept"], said["listed"]) == (n_links, 5)
+    total_R = np.abs(graph.edge_RN).sum(1) + np.abs(graph.bias_R) + graph.rest_abs_R
+    row_R = np.r_[graph.influence_N[: graph.n_features], graph.target_prob_K]
+    passed_RN = np.abs(graph.edge_RN) * (row_R / total_R)[:, None]
+    passed = np.sort(passed_RN[graph.pruning.keep_edge_RN])[::-1]
+    assert said["share"] == pytest.approx(passed[:5].sum() / passed.sum(), abs=1e-3)
+
+
 def test_nodes_without_links_go_but_tokens_and_outputs_stay(graph):
     none = dataclasses.replace(
         graph.pruning, keep_edge_RN=np.zeros_like(graph.pruning.keep_edge_RN)

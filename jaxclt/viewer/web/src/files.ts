@@ -66,7 +66,7 @@ export function exportAs(app: App, picture: Picture, kind: string): void {
   const { slug, prompt } = app.model.doc.metadata, name = `${slug.replace(/[^a-zA-Z0-9_.-]+/g, "-") || "graph"}.${kind}`;
   if (kind === "json") {
     download(name, new Blob([JSON.stringify(toDocument(app))], { type: "application/json" }));
-    if (app.allLinks > app.model.source.length) tell("The file holds the links of this page; graph.json has them all.");
+    if (app.allLinks > app.model.source.length) tell("The file holds the links of this page; graph.npz has them all.");
   } else if (kind === "svg") download(name, new Blob([picture.svg(prompt)], { type: "image/svg+xml" }));
   else picture.png((blob) => { if (blob) download(name, blob); });
 }
