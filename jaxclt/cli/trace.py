@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jaxclt.graph.attribute import AttributeConfig
     from jaxclt.graph.memory import MemoryPlan
     from jaxclt.io.model import Model
+    from jaxclt.text.prompts import Prompt
     from jaxclt.trace.prompt import Traced
 
 __all__ = ["TraceFlags", "heading", "run_trace"]
@@ -110,6 +111,7 @@ def run_trace(flags: TraceFlags, run: Run) -> None:
     model, dictionary = flags.load(run)
     run.look()
     loaded = time.perf_counter() - started
+    other, longer = _counterfactual(flags, model, prompt)
     if flags.dry_run:
         planned = plan_trace(model, dictionary, prompt, config=config)
         _show_plan(*planned, config, flags.json)
@@ -131,15 +133,9 @@ def run_trace(flags: TraceFlags, run: Run) -> None:
         )
     traced.timing["load"] = loaded
     stopped = "stopped" in traced.work
-    change_A = None
-    if flags.counterfactual is not None and not stopped:
-        from jaxclt.story.change import change_from
-
-        other = asked(flags.counterfactual, chat=flags.chat, bos=flags.bos)
-        change_A = change_from(model, dictionary, traced.graph, other)
-    found = None
-    if flags.story and not stopped:
-        found = _story(model, dictionary, traced, flags.foil, change_A)
+    found = change_A = None
+    if not stopped:
+        found, change_A = _story(flags, model, dictionary, traced, other)
     report = write_trace(
         traced, flags.out, save=flags.save, told=found, change_A=change_A
     )
@@ -147,10 +143,18 @@ def run_trace(flags: TraceFlags, run: Run) -> None:
     if flags.validate and not stopped:
         from jaxclt.patching.subject import Reopened
 
+        if longer:
+            run.warn(
+                "The counterfactual prompt has another number of tokens: in the "
+                "validation, what is not shown is held at zero."
+            )
+        graph, reference = traced.graph, None if longer else other
         opened = Reopened(
-            model=model, dictionary=dictionary, graph=traced.graph, report=report
+            model=model, dictionary=dictionary, graph=graph, report=report
         )
-        checked = validate_opened(opened, flags.out, run, foil=flags.foil)
+        checked = validate_opened(
+            opened, flags.out, run, foil=flags.foil, reference=reference
+        )
         verdict = [Text(checked["verdict"])]
     paths = "\n".join(_path_lines(report))
     small = _small_changes(report["derivative"])
@@ -161,24 +165,40 @@ def run_trace(flags: TraceFlags, run: Run) -> None:
         sys.exit(run.stop.status)
 
 
+def _counterfactual(
+    flags: TraceFlags, model: Model, prompt: Prompt
+) -> tuple[Prompt | None, int]:
+    """The prompt to compare with, if there is one, and how many tokens it has more."""
+    if flags.counterfactual is None:
+        return None, 0
+    from jaxclt.story.change import check_counterfactual
+
+    other = asked(flags.counterfactual, chat=flags.chat, bos=flags.bos)
+    return other, check_counterfactual(model, prompt, other)
+
+
 def _story(
+    flags: TraceFlags,
     model: Model,
     dictionary: Dictionary,
     traced: Traced,
-    foil: str | None,
-    change_A: np.ndarray | None,
-) -> dict[str, Any] | None:
-    """What is told of a graph that explains tokens."""
+    other: Prompt | None,
+) -> tuple[dict[str, Any] | None, np.ndarray | None]:
+    """What is told of a graph that explains tokens, and what changes from a prompt."""
+    from jaxclt.story.change import change_from
     from jaxclt.story.tell import story
     from jaxclt.trace.target_text import read_token
 
-    if not traced.graph.is_next_token[0]:
-        return None
+    graph, change_A = traced.graph, None
+    if other is not None:
+        change_A = change_from(model, dictionary, graph, other)
+    if not flags.story or not graph.is_next_token[0]:
+        return None, change_A
     started = time.perf_counter()
-    against = None if foil is None else read_token(model, foil)
-    found = story(model, dictionary, traced.graph, foil=against, change_A=change_A)
+    against = None if flags.foil is None else read_token(model, flags.foil)
+    found = story(model, dictionary, graph, foil=against, change_A=change_A)
     traced.timing["story"] = time.perf_counter() - started
-    return found.to_json()
+    return found.to_json(), change_A
 
 
 def _path_lines(report: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from jaxclt.cli.reopened import ReopenFlags, check_traced
 
 if TYPE_CHECKING:
     from jaxclt.patching.subject import Reopened
+    from jaxclt.text.prompts import Prompt
     from jaxclt.types import Supernode
     from jaxclt.validation.report import ValidateOptions
 
@@ -31,6 +32,9 @@ class ValidateFlags(ReopenFlags):
     """Most influential features to patch, and as many random ones."""
     foil: str | None = None
     """Token that the answer is compared with; by default the runner-up."""
+    counterfactual: str | None = None
+    """Prompt of as many tokens: whether the shown features are enough, and needed, is
+    asked with all others at its values instead of zero."""
     seed: int = 0
     """Seed of the random features, perturbations and bootstrap."""
 
@@ -43,6 +47,12 @@ def run_validate(flags: ValidateFlags, run: Run) -> None:
     check_traced(flags.directory)
     run.own(flags.directory)
     opened = flags.reopen(flags.directory, run)
+    reference = None
+    if flags.counterfactual is not None:
+        from jaxclt.text.prompts import Opened
+
+        bos = opened.report["identity"].get("bos", "auto")  # as the traced prompt
+        reference = Opened(prompt=flags.counterfactual, bos=bos)
     report = validate_opened(
         opened,
         flags.directory,
@@ -50,6 +60,7 @@ def run_validate(flags: ValidateFlags, run: Run) -> None:
         options=options,
         foil=flags.foil,
         groups=flags.groups(flags.directory, opened),
+        reference=reference,
     )
     where = f"report: {flags.directory / 'validation.md'}"
     answer(flags.json, report, Text(report["verdict"]), where)
@@ -63,8 +74,12 @@ def validate_opened(
     options: ValidateOptions | None = None,
     foil: str | None = None,
     groups: list[Supernode] | None = None,
+    reference: Prompt | None = None,
 ) -> dict[str, Any]:
-    """Validate a graph whose model is loaded; shared with `trace --validate`."""
+    """Validate a graph whose model is loaded; shared with `trace --validate`.
+
+    `reference` is a counterfactual prompt, at whose values what is not shown is held.
+    """
     from jaxclt.patching.subject import Subject
     from jaxclt.trace.pages import traced_digest, write_page
     from jaxclt.trace.target_text import read_token
@@ -73,14 +88,25 @@ def validate_opened(
         validate_graph,
         write_validation,
     )
+    from jaxclt.validation.shown import check_reference
     from jaxclt.validation.words import left_out
 
     started, options = time.perf_counter(), options or ValidateOptions()
     if foil is not None:
         options = dataclasses.replace(options, foil=read_token(opened.model, foil))
-    subject = Subject.of(opened.model, opened.dictionary, opened.graph)
+    subject, other = Subject.of(opened.model, opened.dictionary, opened.graph), None
+    if reference is not None:
+        other = Subject.of(opened.model, opened.dictionary, reference)
+        check_reference(subject, other)
     with run.progress("validating", "patches/s") as on_done:
-        report = validate_graph(subject, options, groups=groups, on_done=on_done)
+        report = validate_graph(
+            subject,
+            options,
+            groups=groups,
+            tokens=opened.report.get("tokens") or (),
+            reference=other,
+            on_done=on_done,
+        )
     for said in left_out(report):
         run.warn(said)
     report["traced"] = traced_digest(opened.report)

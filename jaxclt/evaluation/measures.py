@@ -370,7 +370,7 @@ class Measures:
                 jax.random.fold_in(self.key, i),
                 n_layers=5,
                 n_perturbed=2,
-                live=False,
+                variants=("frozen",),
                 on_batch=lambda _, i=i: report(i, n),
             )
             lines.append({"layers": layers, "tables": tables})

@@ -18,7 +18,7 @@ from jaxclt.io.model import Model
 from jaxclt.text.prompts import Prompt
 from jaxclt.trace.record import prompt_tokens, record_text
 
-__all__ = ["aligned", "change_from"]
+__all__ = ["aligned", "change_from", "check_counterfactual"]
 
 
 def change_from(
@@ -44,6 +44,13 @@ def change_from(
     now_A = graph.value_A.astype(np.float64)
     size_A = np.maximum(np.abs(now_A), np.finfo(np.float64).tiny)
     return graph.influence_N[graph.feature_cols] * np.abs(now_A - then_A) / size_A
+
+
+def check_counterfactual(model: Model, prompt: Prompt, other: Prompt) -> int:
+    """Raise InputError unless two prompts can be aligned; tokens of the second more."""
+    ids, there = prompt_tokens(model, prompt), prompt_tokens(model, other)
+    aligned(list(ids), list(there))
+    return len(there) - len(ids)
 
 
 def aligned(token_T: list[int], other: list[int]) -> np.ndarray:

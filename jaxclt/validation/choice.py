@@ -34,8 +34,9 @@ class ValidateOptions:
     n_watched: int = 60  # features whose activations are watched
     n_groups: int = 8  # features at several positions, if no supernodes are given
     n_layers: int = 3  # perturbed layers
-    n_perturbed: int = 10  # of a kind and layer: 30 of a kind, means are over all
+    n_perturbed: int = 30  # of a kind and layer
     size: float = 0.1  # of a perturbation, share of the feature's activation
+    rise: float = 0.1  # of the activation, of an absolute perturbation
     foil: int | None = None  # token that the answer is compared with
     seed: int = 0
 
@@ -45,7 +46,7 @@ class ValidateOptions:
         least[1] = ("n_small", "n_live", "n_layers", "n_perturbed")
         for bound, names in least.items():
             check_at_least(bound, **{name: getattr(self, name) for name in names})
-        check_positive(size=self.size)
+        check_positive(size=self.size, rise=self.rise)
         check_finite(small=self.small, live_factor=self.live_factor, seed=self.seed)
 
 

@@ -17,16 +17,24 @@ from jaxclt.files.json_text import rounded
 from jaxclt.patching.change import Change, batched
 from jaxclt.patching.how import How
 from jaxclt.patching.subject import Subject
-from jaxclt.validation.perturb import Perturbation, nudged, perturb_many, upstream
+from jaxclt.validation.perturb import (
+    Agreement,
+    Perturbation,
+    nudged,
+    perturb_many,
+    upstream,
+)
 from jaxclt.validation.stats import mean_interval
 
 __all__ = ["VARIANTS", "by_distance", "faithfulness"]
 
-KINDS = ("encoder", "random", "data", "upstream")
-# The replacement model as it is in the graph, and as it is in the model, by its norms.
+KINDS = ("encoder", "absolute", "random", "data", "upstream")
+# The replacement model as it is in the graph, with live norms, and with these and held
+# gates.
 VARIANTS = {
     "frozen": How(mode="iterative", norms="frozen"),
     "live": How(mode="iterative", gates="live"),
+    "held": How(mode="iterative", gates="frozen"),
 }
 
 
@@ -34,10 +42,11 @@ def faithfulness(
     subject: Subject,
     key: jax.Array,
     *,
-    n_layers: int = 8,
-    n_perturbed: int = 3,
+    n_layers: int,
+    n_perturbed: int,
     size: float = 0.1,
-    live: bool = True,
+    rise: float = 0.1,
+    variants: Sequence[str] = tuple(VARIANTS),
     on_batch: Callable[[int, int], None] = lambda n, n_diverged: None,
 ) -> tuple[dict[str, Any], list[int]]:
     """Cosine and NMSE of the two models' responses, with means over perturbations.
@@ -48,53 +57,75 @@ def faithfulness(
       n_layers: perturbed layers, evenly spread.
       n_perturbed: perturbations of a kind and layer.
       size: of a perturbation, share of the feature's activation.
-      live: also with the replacement model's norms live (kinds ending in ``_live``).
+      rise: of the activation, of absolute perturbations; 0.1 in the paper.
+      variants: of `VARIANTS`: what of the replacement model is held.
       on_batch: called with the perturbations of each batch done, and those that
         diverged, which are in no mean.
 
     Returns:
-      For each kind (`KINDS`; data: towards the stream of another position) ``cosine``
-      and ``nmse``, tables by perturbed layer (rows) and measured layer (columns), None
-      where nothing is said; ``n``, perturbations that they are means of, by row;
-      ``next_layer``, the mean cosine one layer on, over all perturbations, with its
-      interval; and the perturbed layers.
+      For each kind (`KINDS`; absolute: along encoders by `rise`, whatever the
+      activation; data: towards the stream of another position) and variant
+      (``KIND_live``, ``KIND_held``) ``cosine`` and ``nmse``, tables by perturbed layer
+      (rows) and measured layer (columns), None where nothing is said; ``n``,
+      perturbations that they are means of, by row; ``next_layer``, the mean cosine one
+      layer on, over all perturbations, with its interval; ``flipped``, features that a
+      perturbation switches on or off in the replacement model, likewise; and the
+      perturbed layers.
     """
     L = subject.model.cfg.n_layers
     layers = sorted({round(x) for x in np.linspace(0, L - 2, n_layers)})
     layers = [layer for layer in layers if layer >= 0] or [0]
-    made = _perturbations(subject, layers, key, n_perturbed, size)
-    out: dict[str, Any] = {}
-    for norms, how in list(VARIANTS.items())[: 2 if live else 1]:
-        for kind, (row_B, batch) in made.items():
-            name = kind if norms == "frozen" else f"{kind}_live"
-            tables, lost = np.full((2, len(layers), L), np.nan), 0
-            n_drawn, next_B = np.zeros(len(layers), int), np.zeros(0)
-            if batch is not None and len(row_B):
-                with jax.default_matmul_precision("highest"):
-                    done = perturb_many(
-                        subject.patchable,
-                        subject.local.tables,
-                        batch,
-                        how=how.of(subject.patchable.coder),
-                    )
-                fine_B = np.asarray(done.finite)
-                lost = int((~fine_B).sum())
-                for row in set(row_B[fine_B].tolist()):
-                    mine = (row_B == row) & fine_B
-                    tables[0, row] = np.asarray(done.cosine_L)[mine].mean(0)
-                    tables[1, row] = np.asarray(done.nmse_L)[mine].mean(0)
-                    n_drawn[row] = mine.sum()
-                after_B = np.minimum(np.array(layers)[row_B] + 1, L - 1)
-                cosine_BL = np.asarray(done.cosine_L, np.float64)
-                next_B = cosine_BL[np.arange(len(row_B)), after_B][fine_B]
+    made = _perturbations(subject, layers, key, n_perturbed, size, rise)
+    hows = tuple(VARIANTS[name].of(subject.patchable.coder) for name in variants)
+    out: dict[str, dict[str, Any]] = {name: {} for name in variants}
+    for kind, (row_B, batch) in made.items():
+        several: tuple[Agreement | None, ...] = (None,) * len(hows)
+        if batch is not None and len(row_B):
+            with jax.default_matmul_precision("highest"):
+                several = perturb_many(
+                    subject.patchable,
+                    subject.local.tables,
+                    batch,
+                    hows=hows,
+                    shared=kind != "upstream",
+                )
+        for name, done in zip(variants, several, strict=True):
+            said, lost = _spread(done, row_B, layers, L, key)
             on_batch(len(row_B), lost)
-            out[name] = {
-                "cosine": _table(tables[0]),
-                "nmse": _table(tables[1]),
-                "n": n_drawn.tolist(),
-                "next_layer": _mean(next_B, key),
-            }
-    return out, layers
+            out[name][kind if name == "frozen" else f"{kind}_{name}"] = said
+    return {kind: said for by in out.values() for kind, said in by.items()}, layers
+
+
+def _spread(
+    done: Agreement | None,
+    row_B: np.ndarray,
+    layers: list[int],
+    n_layers: int,
+    key: jax.Array,
+) -> tuple[dict[str, Any], int]:
+    """Tables and means of perturbations, and how many of these diverged."""
+    tables, lost = np.full((2, len(layers), n_layers), np.nan), 0
+    n_drawn, next_B, flipped_B = np.zeros(len(layers), int), np.zeros(0), np.zeros(0)
+    if done is not None:
+        fine_B = np.asarray(done.finite)
+        lost = int((~fine_B).sum())
+        for row in set(row_B[fine_B].tolist()):
+            mine = (row_B == row) & fine_B
+            tables[0, row] = np.asarray(done.cosine_L)[mine].mean(0)
+            tables[1, row] = np.asarray(done.nmse_L)[mine].mean(0)
+            n_drawn[row] = mine.sum()
+        after_B = np.minimum(np.array(layers)[row_B] + 1, n_layers - 1)
+        cosine_BL = np.asarray(done.cosine_L, np.float64)
+        next_B = cosine_BL[np.arange(len(row_B)), after_B][fine_B]
+        flipped_B = np.asarray(done.flipped, np.float64)[fine_B]
+    found = {
+        "cosine": _table(tables[0]),
+        "nmse": _table(tables[1]),
+        "n": n_drawn.tolist(),
+        "next_layer": _mean(next_B, key),
+        "flipped": _mean(flipped_B, key),
+    }
+    return found, lost
 
 
 def by_distance(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -139,6 +170,7 @@ def _perturbations(
     key: jax.Array,
     n_perturbed: int,
     size: float,
+    rise: float,
 ) -> dict[str, tuple[np.ndarray, Perturbation | None]]:
     """Rows of the heat map and perturbations of each kind."""
     a, T = subject.active, subject.n_tokens
@@ -174,6 +206,7 @@ def _perturbations(
     long_N1, direct = _length(vector_ND), np.flatnonzero(~up_N)
     sized = {
         "encoder": vector_ND,
+        "absolute": (rise / inner_N)[:, None] * read_ND,
         "random": way_ND * (long_N1 / _length(way_ND)),
         "data": data_ND * (long_N1 / np.maximum(_length(data_ND), 1e-30)),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jaxclt.files.json_text import rounded
 from jaxclt.graph.agreement import pearson, sign_agreement, slope, spearman
 from jaxclt.validation.stats import bootstrap, ratio_interval
 
-__all__ = ["line", "within_2"]
+__all__ = ["line", "token_agreement", "within_2"]
 
 
 def within_2(x: np.ndarray, y: np.ndarray) -> float:
@@ -75,3 +76,33 @@ def _intervals(
         for name, (top_BX, bottom_BX) in shares.items()
     }
     return {name: [rounded(x) for x in ends] for name, ends in found.items()}
+
+
+def token_agreement(
+    tokens: Sequence[Mapping[str, Any]], massive: np.ndarray
+) -> dict[str, Any] | None:
+    """How the graph's shares of tokens rank what the model loses without each, as JSON.
+
+    Shares have no sign: Spearman with the sizes of the effects, of all tokens and
+    without those at massive positions, on which heads rest that have nothing to attend
+    to. None without shares.
+
+    Args:
+      tokens: ``position``, ``effect`` and ``share`` of each, as a story has them.
+      massive: positions.
+    """
+    if any(token["share"] is None or token["effect"] is None for token in tokens):
+        return None
+    share_T, effect_T = (
+        np.array([token[x] for token in tokens], np.float64)
+        for x in ("share", "effect")
+    )
+    other_T = ~np.isin([token["position"] for token in tokens], massive)
+    return {
+        "n": len(tokens),
+        "spearman": rounded(spearman(share_T, np.abs(effect_T))),
+        "without_massive": rounded(
+            spearman(share_T[other_T], np.abs(effect_T[other_T]))
+        ),
+        "massive": massive.tolist(),
+    }

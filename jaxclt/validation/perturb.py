@@ -20,15 +20,16 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from jaxclt.lm import layers
 from jaxclt.lm.run import Run
 from jaxclt.patching.batch import in_chunks
 from jaxclt.patching.change import Change
 from jaxclt.patching.how import How
 from jaxclt.patching.local import Tables
 from jaxclt.patching.modes import Needed, Nudge, needed, patched, underlying
-from jaxclt.patching.patchable import Patchable, hold_of
+from jaxclt.patching.patchable import Patchable, hold_of, read
 
-__all__ = ["Agreement", "Perturbation", "agreement", "compare", "perturb_many"]
+__all__ = ["Agreement", "Perturbation", "agreements", "compare", "perturb_many"]
 
 
 @struct.dataclass
@@ -53,6 +54,9 @@ class Agreement:
     nmse_L: Array
     ratio_L: Array  # |delta| / |delta'|
     finite: Array  # bool, of both responses: a perturbation may diverge
+    # Features that the replacement model's response switches on or off, from the
+    # perturbed layer on; nan where gates are held or move smoothly.
+    flipped: Array | None = None
 
 
 def compare(local_LTD: Array, real_LTD: Array) -> Agreement:
@@ -68,24 +72,28 @@ def compare(local_LTD: Array, real_LTD: Array) -> Agreement:
         nmse_L=error_L / real_L,
         ratio_L=jnp.sqrt(local_L / real_L),
         finite=jnp.isfinite(local_L + real_L).all(),
+        flipped=jnp.full((), jnp.nan, inner_L.dtype),
     )
 
 
-def agreement(
+def agreements(
     model: Patchable,
     tables: Tables,
     perturbation: Perturbation,
     *,
-    how: How,
+    hows: tuple[How, ...],
+    shared: bool = False,
     need: Needed | None = None,
-) -> Agreement:
-    """How one perturbation spreads in both models.
+) -> tuple[Agreement, ...]:
+    """How one perturbation spreads in the replacement model and in the model.
 
     Args:
       model: the recording.
       tables: of the replacement model.
       perturbation: what is changed.
-      how: iterative; what of the replacement model is held.
+      hows: iterative; what of the replacement model is held.
+      shared: the model gets the same nudge in all of them (not so upstream, where it
+        gets what the replacement model makes of the change): it runs once.
       need: of the batch that this one is part of, see `patched`.
     """
     rec, nudge, L = model.recording, perturbation.nudge, model.cfg.n_layers
@@ -100,31 +108,58 @@ def agreement(
             return moved_LTD
         return moved_LTD + jnp.where(at_L, nudge.delta_TD[None], zero)
 
-    done = patched(
-        model,
-        perturbation.change,
-        _layers(perturbation, L),
-        how=how,
-        tables=tables,
-        need=need,
-        nudge=nudge,
-    )
-    local_LTD = change(done, nudge)
-    # The model gets what the replacement model's stream holds at the layer.
-    given = Nudge(layer=nudge.layer, delta_TD=local_LTD[nudge.layer])
-    real = underlying(model, given.layer, hold_of(rec, How()), nudge=given)
-    real_LTD = change(real, given)
     after_T = jnp.arange(len(rec.token_T), dtype=jnp.int32) >= perturbation.pos
-    found = compare(
-        jnp.where(after_T[None, :, None], local_LTD, zero),
-        jnp.where(after_T[None, :, None], real_LTD, zero),
-    )
     before_L = index_L < nudge.layer
-    cosine_L, nmse_L, ratio_L = (
-        jnp.where(before_L, jnp.full((), jnp.nan, x_L.dtype), x_L)
-        for x_L in (found.cosine_L, found.nmse_L, found.ratio_L)
-    )
-    return Agreement(cosine_L, nmse_L, ratio_L, found.finite)
+    out, real_LTD = [], None
+    for how in hows:
+        done = patched(
+            model,
+            perturbation.change,
+            _layers(perturbation, L),
+            how=how,
+            tables=tables,
+            need=need,
+            nudge=nudge,
+        )
+        local_LTD = change(done, nudge)
+        if real_LTD is None or not shared:
+            # The model gets what the replacement model's stream holds at the layer.
+            given = Nudge(layer=nudge.layer, delta_TD=local_LTD[nudge.layer])
+            real = underlying(model, given.layer, hold_of(rec, How()), nudge=given)
+            real_LTD = change(real, given)
+        found = compare(
+            jnp.where(after_T[None, :, None], local_LTD, zero),
+            jnp.where(after_T[None, :, None], real_LTD, zero),
+        )
+        cosine_L, nmse_L, ratio_L = (
+            jnp.where(before_L, jnp.full((), jnp.nan, x_L.dtype), x_L)
+            for x_L in (found.cosine_L, found.nmse_L, found.ratio_L)
+        )
+        flipped = found.flipped
+        if how.gates == "live" and not (model.coder.gated or model.coder.chooses):
+            there_LT = ~before_L[:, None] & after_T[None]
+            count_LT = _flips(model, tables, rec.mid_LTD + local_LTD, how=how)
+            count = jnp.where(there_LT, count_LT, 0).sum()
+            flipped = count.astype(cosine_L.dtype)
+        out.append(Agreement(cosine_L, nmse_L, ratio_L, found.finite, flipped))
+    return tuple(out)
+
+
+def _flips(model: Patchable, tables: Tables, mid_LTD: Array, *, how: How) -> Array:
+    """How many features a stream has on that the recording has off, or the other way,
+    by layer and position [L, T]."""
+    rec, eps = model.recording, model.cfg.norm_eps
+
+    def one(x: Any) -> Array:
+        p, table, mid_TD, scale_T, post_T = x
+        if how.norms == "live":
+            scale_T = layers.norm_scale(mid_TD, layers.mlp_norm(p), eps=eps)
+        read_TD = read(model, mid_TD, scale_T, p)
+        found = model.coder.encode(p, table.enc, read_TD, post_T)
+        return (found.on_TF != table.on_LTU).sum(1)
+
+    scales = rec.frozen.mlp_scale_LT, rec.frozen.post_mlp_scale_LT
+    return jax.lax.map(one, (model.params.blocks, tables, mid_LTD, *scales))
 
 
 def _layers(perturbation: Perturbation, n_layers: int) -> Array:
@@ -133,14 +168,19 @@ def _layers(perturbation: Perturbation, n_layers: int) -> Array:
     return jnp.stack([start, jnp.full_like(start, n_layers - 1)], -1)
 
 
-@partial(jax.jit, static_argnames="how")
+@partial(jax.jit, static_argnames=("hows", "shared"))
 def _chunk(
-    model: Patchable, tables: Tables, perturbations: Perturbation, *, how: How
-) -> Agreement:
+    model: Patchable,
+    tables: Tables,
+    perturbations: Perturbation,
+    *,
+    hows: tuple[How, ...],
+    shared: bool,
+) -> tuple[Agreement, ...]:
     L = model.cfg.n_layers
     layers_B2 = _layers(perturbations, L)
-    need = needed(perturbations.change, layers_B2, how=how, n_layers=L)
-    one = partial(agreement, model, tables, how=how, need=need)
+    need = needed(perturbations.change, layers_B2, how=hows[0], n_layers=L)
+    one = partial(agreements, model, tables, hows=hows, shared=shared, need=need)
     return jax.vmap(one)(perturbations)
 
 
@@ -149,13 +189,17 @@ def perturb_many(
     tables: Tables,
     perturbations: Perturbation,
     *,
-    how: How,
+    hows: tuple[How, ...],
+    shared: bool = False,
     chunk: int = 16,
-) -> Agreement:
-    """Many perturbations, leaves with a leading B; numpy. Chunks are padded up to."""
+) -> tuple[Agreement, ...]:
+    """`agreements` of many perturbations, leaves with a leading B; numpy.
+
+    Chunks are padded up to.
+    """
     start_B = np.asarray(perturbations.start)
     order_B = np.argsort(start_B, kind="stable")
-    call = partial(_chunk, model, tables, how=how)
+    call = partial(_chunk, model, tables, hows=hows, shared=shared)
     return in_chunks(call, perturbations, order_B, chunk)
 
 

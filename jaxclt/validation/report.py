@@ -1,6 +1,6 @@
 """The validation report of a graph: its predictions against patches of the model.
 
-Six measurements (the first, second, third and fifth after Circuit Tracing 2025,
+Seven measurements (the first, second, third and fifth after Circuit Tracing 2025,
 sections G.1 to G.3 and 5.3), over the most influential features, a random control set
 and supernodes:
 
@@ -11,13 +11,14 @@ and supernodes:
    how the patterns move;
 5. how a perturbation spreads in the replacement model and in the model, and whether the
    dictionary has the MLPs' derivatives (Jacobian agreement);
-6. how much of the answer's lead the shown graph makes: its necessity and sufficiency.
+6. how much of the answer's lead the shown graph makes: its necessity and sufficiency;
+7. how the graph's shares of the prompt's tokens rank what the model loses without them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,17 @@ import numpy as np
 from jaxclt.errors import InputError
 from jaxclt.files.atomic import write_text
 from jaxclt.files.json_text import rounded, to_json
+from jaxclt.lm.massive import massive_positions
 from jaxclt.patching.subject import Subject
 from jaxclt.runs.pace import logged
 from jaxclt.types import Supernode
 from jaxclt.validation import live, measures, plots
 from jaxclt.validation.ablations import Bench, Counter
 from jaxclt.validation.choice import Choice, ValidateOptions, choose
-from jaxclt.validation.faithfulness import VARIANTS, faithfulness
+from jaxclt.validation.faithfulness import KINDS, VARIANTS, faithfulness
 from jaxclt.validation.held_live import held_and_live
 from jaxclt.validation.jacobian import jacobian_agreement
+from jaxclt.validation.lines import token_agreement
 from jaxclt.validation.rules import verdict
 from jaxclt.validation.shown import Measure, shown
 from jaxclt.validation.words import markdown
@@ -49,6 +52,8 @@ def validate_graph(
     options: ValidateOptions | None = None,
     *,
     groups: Sequence[Supernode] | None = None,
+    tokens: Sequence[Mapping[str, Any]] = (),
+    reference: Subject | None = None,
     on_done: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure; the content of ``validation.json`` and what the plots need.
@@ -59,6 +64,10 @@ def validate_graph(
       groups: supernodes, of which the features that are nodes of the graph are ablated
         together; None or empty takes features that are active at several positions,
         each with all its positions.
+      tokens: what the model loses without each, and the graph's shares of them, as a
+        story has them.
+      reference: a counterfactual prompt of as many tokens, at whose values what the
+        graph does not show is held; None: at zero.
       on_done: progress, (patches done, patches planned); to the log if not given.
 
     Raises:
@@ -95,14 +104,20 @@ def validate_graph(
         "pairwise": measures.pairwise(bench, ablated),
         "supernodes": measures.supernodes(bench),
         "failures": measures.failures(bench, scatter["constrained"]),
-        "shown": shown(subject, Measure(bench.ask(), bench.weight_K), key),
+        "shown": shown(
+            subject, Measure(bench.ask(), bench.weight_K), key, reference=reference
+        ),
     }
+    massive = massive_positions(subject.patchable.recording, subject.n_tokens)
+    if found := token_agreement(tokens, massive) if tokens else None:
+        report["tokens"] = found
     report["faithfulness"], report["faithfulness_layers"] = faithfulness(
         subject,
         key,
         n_layers=options.n_layers,
         n_perturbed=options.n_perturbed,
         size=options.size,
+        rise=options.rise,
         on_batch=counter.add,
     )
     report["patches"], report["diverged"] = counter.done, counter.diverged
@@ -138,14 +153,15 @@ def _planned(subject: Subject, options: ValidateOptions, choice: Choice) -> int:
     n = n_modes * (B + small) + min(options.n_replacement, B) + len(choice.groups)
     n += 2 * B  # ablations with norms held, and in the local replacement model
     n += live.n_live_patches(subject, options, choice)
-    return n + 8 * options.n_layers * options.n_perturbed
+    n_spread = len(KINDS) * len(VARIANTS)
+    return n + n_spread * options.n_layers * options.n_perturbed
 
 
 def _jacobian(subject: Subject, key: jax.Array) -> dict[str, Any]:
     """Agreement of derivatives by layer, norms frozen and live."""
     out = {}
-    for norms, how in VARIANTS.items():
-        how = how.of(subject.patchable.coder)
+    for norms in ("frozen", "live"):
+        how = VARIANTS[norms].of(subject.patchable.coder)
         with jax.default_matmul_precision("highest"):
             found = jacobian_agreement(
                 subject.patchable, subject.local.tables, key, how=how

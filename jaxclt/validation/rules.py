@@ -13,7 +13,6 @@ import numpy as np
 
 from jaxclt.validation.say import (
     BY,
-    next_layer,
     percent,
     show,
     shown_astray,
@@ -141,9 +140,53 @@ def _influence(report: Report) -> str:
     )
 
 
-def _near(report: Report) -> float | None:
-    spread = report["faithfulness"]["encoder"]
-    return next_layer(spread, report["faithfulness_layers"], "cosine")
+def _tokens(report: Report, *, least: float) -> bool:
+    """Whether shares of tokens rank their effects, massive positions aside."""
+    found = report.get("tokens", {}).get("without_massive")
+    return found is not None and found >= least
+
+
+def _shares(report: Report) -> str:
+    found = report["tokens"]
+    said = (
+        "The graph's shares of the prompt's tokens rank what the model loses without "
+        f"them with Spearman {show(found['spearman'])}"
+    )
+    if not found["massive"]:
+        return f"{said}."
+    at = ", ".join(map(str, found["massive"]))
+    return f"{said} ({show(found['without_massive'])} without position {at})."
+
+
+def _keeps_direction(report: Report) -> str:
+    """The replacement model of the graph, then the same with live norms, gates live and
+    held."""
+    spread = report["faithfulness"]["encoder"]["next_layer"]
+    low, high = spread["interval"]
+    said = (
+        "A perturbation keeps its direction one layer on with cosine "
+        f"{show(spread['mean'])} [{show(low)}, {show(high)}]"
+    )
+    return f"{said} (the paper reports about 0.8)"
+
+
+def _gates_turn(report: Report) -> bool:
+    """Whether held gates bring back what a perturbation loses one layer on."""
+    live, held = (
+        report["faithfulness"].get(f"encoder_{x}", {}).get("next_layer", {}).get("mean")
+        for x in ("live", "held")
+    )
+    return live is not None and held is not None and held > live + 0.1
+
+
+def _gates(report: Report) -> str:
+    live, held = (report["faithfulness"][f"encoder_{x}"] for x in ("live", "held"))
+    flipped = live["flipped"]["mean"]
+    flips = "" if flipped is None else f"{show(flipped, 1)} features flip on the way: "
+    return (
+        f"{flips}with gates held it is {show(held['next_layer']['mean'])}, with gates "
+        f"live {show(live['next_layer']['mean'])} (norms live in both)"
+    )
 
 
 def _live_patterns(report: Report) -> str:
@@ -260,6 +303,15 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule("patterns_live", lambda report: True, _live_patterns),
+    Rule("tokens", lambda report: _tokens(report, least=FAIR), _shares),
+    Rule(
+        "tokens_misled",
+        lambda report: "tokens" in report and not _tokens(report, least=FAIR),
+        lambda report: (
+            f"{_shares(report)} Go by what the model loses without a token, not by the "
+            "graph's share."
+        ),
+    ),
     Rule(
         "influence_leads",
         lambda report: not _beaten(report),
@@ -292,11 +344,16 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "perturbations",
-        lambda report: _near(report) is not None,
         lambda report: (
-            "A perturbation keeps its direction one layer on with cosine "
-            f"{show(_near(report))} (the paper reports about 0.8)."
+            report["faithfulness"]["encoder"]["next_layer"]["mean"] is not None
+            and not _gates_turn(report)
         ),
+        lambda report: f"{_keeps_direction(report)}.",
+    ),
+    Rule(
+        "gates_turn_perturbations",
+        _gates_turn,
+        lambda report: f"{_keeps_direction(report)}; {_gates(report)}.",
     ),
     Rule(
         "diverged",

@@ -30,7 +30,7 @@ from jaxclt.patching.how import How
 from jaxclt.patching.subject import Subject
 from jaxclt.validation.stats import mean_interval
 
-__all__ = ["HOWS", "Measure", "shown"]
+__all__ = ["HOWS", "Measure", "check_reference", "shown"]
 
 HOWS = {
     "clamped": How(mode="constrained", norms="frozen"),
@@ -174,14 +174,20 @@ def _reference(subject: Subject, other: Subject | None) -> np.ndarray:
     clean_LTU = np.asarray(subject.local.tables.clean_LTU)
     if other is None:
         return np.zeros_like(clean_LTU)
-    value_LTU = np.asarray(other.local.tables.clean_LTU)
-    pairs = zip(subject.local.feature_LU, other.local.feature_LU, strict=True)
-    if value_LTU.shape != clean_LTU.shape or not all(
-        np.array_equal(*pair) for pair in pairs
-    ):
+    check_reference(subject, other)
+    return np.asarray(other.local.tables.clean_LTU)
+
+
+def check_reference(subject: Subject, other: Subject) -> None:
+    """Raise InputError unless a prompt's features are those of the traced one."""
+    if other.n_tokens != subject.n_tokens:
         raise InputError(
             f"the counterfactual prompt has {other.n_tokens} tokens, the traced one "
-            f"{subject.n_tokens}, or other features are held for it: give one of equal "
-            "length and a dictionary that is held whole"
+            f"{subject.n_tokens}: give one of as many"
         )
-    return value_LTU
+    pairs = zip(subject.local.feature_LU, other.local.feature_LU, strict=True)
+    if not all(np.array_equal(*pair) for pair in pairs):
+        raise InputError(
+            "the dictionary is so large that other features are held for the "
+            "counterfactual prompt: leave --counterfactual out"
+        )

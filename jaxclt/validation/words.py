@@ -20,6 +20,11 @@ ADDITIVE = {
     False: "The dictionary writes to several layers: additive patching counts its "
     "effects twice and is shown for comparison with other tools only.",
 }
+HELD = {  # of the replacement model, by what ends the name of a kind
+    "": "norms held",
+    "live": "norms and gates live",
+    "held": "norms live, gates held",
+}
 INCOMPLETE = (
     "The replacement model re-encoded the features that are active somewhere on the "
     "prompt (for neurons: the kept ones), not the whole dictionary."
@@ -271,26 +276,31 @@ def _faithful(report: dict[str, Any]) -> list[str]:
     rows = (
         (
             name,
-            live or "frozen",
+            HELD[variant],
             show(found["next_layer"]["mean"]),
             f"[{', '.join(map(show, found['next_layer']['interval']))}]",
             found["next_layer"]["n"],
             show(next_layer(found, layers, "nmse")),
             _reach(found, layers),
+            show(found["flipped"]["mean"], 1),
         )
         for kind, found in report["faithfulness"].items()
-        for name, _, live in [kind.partition("_")]
+        for name, _, variant in [kind.partition("_")]
     )
     head = (
-        "perturbation|norms|cosine one layer on|95%|n|NMSE one layer on|layers until "
+        "perturbation|replacement model|cosine one layer on|95%|n|NMSE one layer on|"
+        "layers until the cosine is below 0.5|features flipped"
     )
     return [
         "## How perturbations spread",
         "",
-        "Of the same length: along a feature's encoder, at random, and towards the "
-        "stream of another position (data); upstream: an earlier feature is raised.",
+        "Of the same length: along a feature's encoder, so that it rises by "
+        f"{report['options']['size']:.0%}; at random; and towards the stream of "
+        f"another position (data). Absolute: along the encoder by "
+        f"{report['options']['rise']}, as in the "
+        "paper. Upstream: an earlier feature is raised.",
         "",
-        *_table(head + "the cosine is below 0.5", rows),
+        *_table(head, rows),
         "![faithfulness](validation_faithfulness.png)",
         "",
         "Derivative of each layer's dictionary against its MLP's, along random "

@@ -212,6 +212,7 @@ def test_validation_counts_what_diverged_and_ranks_the_rest(
             "nmse": [[0.0, 0.3, None, None]],
         }
         table["next_layer"] = {"mean": 0.5, "interval": [0.4, 0.6], "n": 4}
+        table["flipped"] = {"mean": None, "interval": [None, None], "n": 0}
         return {"encoder": table}, [0]
 
     monkeypatch.setattr(Subject, "effects", made_up)
@@ -248,14 +249,14 @@ def test_perturbations_that_diverge_are_in_no_mean(monkeypatch: pytest.MonkeyPat
     assert not bool(compare(real_LTD, 1e30 * real_LTD).finite)
     found, counted = [], []
 
-    def spoilt(*args: Any, **how: Any) -> Agreement:
-        done = perturb_many(*args, **how)
+    def spoilt(*args: Any, **how: Any) -> tuple[Agreement]:
+        (done,) = perturb_many(*args, **how)
         found.append(np.asarray(done.cosine_L).copy())
         lost_B = np.arange(len(done.finite)) % 2 == 1
         worse = (
             np.where(lost_B[:, None], 0.5, x) for x in (done.cosine_L, done.nmse_L)
         )
-        return Agreement(*worse, done.ratio_L, ~lost_B)
+        return (Agreement(*worse, done.ratio_L, ~lost_B, done.flipped),)
 
     monkeypatch.setattr(faithfulness, "perturb_many", spoilt)
     tables, layers = faithfulness.faithfulness(
@@ -263,7 +264,7 @@ def test_perturbations_that_diverge_are_in_no_mean(monkeypatch: pytest.MonkeyPat
         jax.random.key(0),
         n_layers=1,
         n_perturbed=2,
-        live=False,
+        variants=("frozen",),
         on_batch=lambda n, lost: counted.append((n, lost)),
     )
     assert counted[:2] == [(2, 1), (2, 1)]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxclt
+from jaxclt.cli.main import main
 from jaxclt.errors import InputError
 from jaxclt.graph.nodes import node_id
 from jaxclt.story.change import aligned, change_from
@@ -67,3 +68,15 @@ def test_change_of_features():
     for a in range(len(change_A)):
         if (name := node_id(graph, a)) in said:
             assert said[name] == pytest.approx(change_A[a], rel=1e-3)
+
+
+def test_a_bad_counterfactual_is_refused_before_the_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model, dictionary = str(GOLDEN / "model"), str(GOLDEN / "dictionary")
+    where = ("--model", model, "--dictionary", dictionary, "--out", str(tmp_path / "g"))
+    with pytest.raises(SystemExit) as ended:
+        main(["trace", PROMPT, *where, "--counterfactual", PROMPT])
+    assert ended.value.code == 2
+    assert "that is the traced prompt: change a word" in capsys.readouterr().err
+    assert not (tmp_path / "g" / "graph.npz").exists()

@@ -28,7 +28,7 @@ from jaxclt.validation.jacobian import jacobian_agreement
 from jaxclt.validation.perturb import (
     Agreement,
     Perturbation,
-    agreement,
+    agreements,
     compare,
     nudged,
     perturb_many,
@@ -84,8 +84,8 @@ def measured(kind: str, norms: Any) -> Agreement:
     with jax.enable_x64(True):
         _, _, model, local = parts(kind)
         return perturb_many(
-            model, local.tables, perturbations(kind), how=how(norms), chunk=4
-        )
+            model, local.tables, perturbations(kind), hows=(how(norms),), chunk=4
+        )[0]
 
 
 @pytest.mark.parametrize("norms", ["frozen", "live"])
@@ -131,7 +131,7 @@ def test_small_perturbations_measure_the_jacobians():
         nudge=Nudge(layer=one.nudge.layer, delta_TD=1e-6 * one.nudge.delta_TD),
     )
     found = jax.jit(
-        lambda p: agreement(model, local.tables, p, how=how("frozen", "frozen"))
+        lambda p: agreements(model, local.tables, p, hows=(how("frozen", "frozen"),))[0]
     )(small)
 
     def real(x: jax.Array) -> jax.Array:
@@ -208,9 +208,23 @@ def test_draws_are_counted_and_data_points_to_another_position():
             patchable=model, active=active, local=local, n_tokens=T
         )
         subject.gather = lambda places: gather_features(dictionary, model, places)
-        made = _perturbations(subject, [1, 2], jax.random.key(0), 5, 0.1)
+        made = _perturbations(subject, [1, 2], jax.random.key(0), 5, 0.1, 0.1)
         mid_LTD = np.asarray(model.recording.mid_LTD)
         (_, along), (row_B, towards) = made["encoder"], made["data"]
+        _, by_rise = made["absolute"]
+        assert by_rise is not None
+        layer_B, pos_B = np.asarray(by_rise.nudge.layer), np.asarray(by_rise.pos)
+        for b, (l, t) in enumerate(zip(layer_B, pos_B, strict=True)):
+            one_D, rise_D = (
+                np.asarray(x.nudge.delta_TD)[b, t] for x in (along, by_rise)
+            )
+            # Parallel to the other, and the feature reads 0.1 more of it.
+            close(
+                np.abs(one_D @ rise_D), np.prod([*map(np.linalg.norm, (one_D, rise_D))])
+            )
+            slots = np.flatnonzero((active.layer_A == l) & (active.pos_A == t))
+            rises = active.reads(slots) @ rise_D
+            assert np.isclose(rises, 0.1, rtol=0, atol=1e-12).any()
         assert along is not None
         assert towards is not None
         assert np.bincount(row_B).tolist() == [5, 5]
@@ -224,3 +238,34 @@ def test_draws_are_counted_and_data_points_to_another_position():
             size_T = np.linalg.norm(ways_TD, axis=1) * np.linalg.norm(data_D)
             cosine_T = ways_TD @ data_D / np.where(size_T > 0, size_T, np.inf)
             assert cosine_T[1:].max() == pytest.approx(1, abs=1e-9)
+
+
+def test_flipped_features_are_counted_one_by_one():
+    """Against numpy: pre-activations on two sides of their thresholds."""
+    _, _, model, local = parts("clt")
+    assert model.coder.site == "resid_mid"
+    large = perturbations("clt", 3.0)
+    hows = how("frozen"), how("live", "frozen")
+    live, held = perturb_many(model, local.tables, large, hows=hows, chunk=4)
+    assert np.isnan(held.flipped).all()
+    rec, enc = model.recording, local.tables.enc
+    W_LFD, b_LF = np.asarray(enc.W_enc_FD), np.asarray(enc.b_enc_F)
+    theta_LF = np.asarray(enc.theta_F)
+    for b in range(len(live.flipped)):
+        one = jax.tree.map(lambda x, b=b: jnp.asarray(x[b]), large)
+        done = jax.jit(
+            lambda one: patched(
+                model, one.change, jnp.stack([one.start, L - 1]), how=hows[0],
+                tables=local.tables, nudge=one.nudge,
+            ).taps.mid_TD
+        )(one)  # fmt: skip
+        layer, pos = int(one.nudge.layer), int(one.pos)
+        mid_LTD = np.array(done)
+        mid_LTD[layer] += np.asarray(one.nudge.delta_TD)
+        on = [
+            np.einsum("ltd,lfd->ltf", x, W_LFD) + b_LF[:, None] > theta_LF[:, None]
+            for x in (mid_LTD, np.asarray(rec.mid_LTD))
+        ]
+        flips = (on[0] != on[1])[layer:, pos:].sum()
+        assert live.flipped[b] == flips
+    assert live.flipped.max() > 3

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 
 import jaxclt
 from jaxclt.errors import InputError
@@ -16,7 +17,7 @@ from jaxclt.lm.massive import massive_positions
 from jaxclt.patching.subject import Subject
 from jaxclt.validation.ablations import Bench, Counter
 from jaxclt.validation.choice import ValidateOptions, choose
-from jaxclt.validation.lines import line, within_2
+from jaxclt.validation.lines import line, token_agreement, within_2
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
 PROMPT = str(np.load(GOLDEN / "graph.npz")["prompt"])
@@ -107,3 +108,21 @@ def test_a_line_of_nothing_says_nothing():
     assert all(found[x] is None for x in ("spearman", "sign", "slope", "within_2"))
     x, y = np.array([1.0, 1, 1, -2]), np.array([0.5, 2.0, 2.1, 1.0])
     assert within_2(x, y) == 0.5
+
+
+def test_token_shares_against_scipy():
+    """Maths 16.15: with sizes of effects, of all tokens and of all but massive ones."""
+    share, effect = [0.5, 0.1, 0.3, 0.05, 0.05], [0.1, -2.0, -3.0, 0.2, -0.4]
+    tokens = [
+        {"position": i, "effect": e, "share": s}
+        for i, (s, e) in enumerate(zip(share, effect, strict=True))
+    ]
+    found = token_agreement(tokens, np.array([0]))
+    assert found is not None
+    want = scipy.stats.spearmanr(share, np.abs(effect)).statistic
+    later = scipy.stats.spearmanr(share[1:], np.abs(effect[1:])).statistic
+    assert found["spearman"] == pytest.approx(want, abs=1e-6)
+    assert found["without_massive"] == pytest.approx(later, abs=1e-6)
+    assert found["massive"] == [0]
+    tokens[3]["share"] = None
+    assert token_agreement(tokens, np.array([0])) is None

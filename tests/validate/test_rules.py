@@ -22,6 +22,20 @@ def line(spearman: float | None = 0.95, sign: float | None = 0.98, **more: Any):
     }
 
 
+def spread(mean: float | None, flipped: float | None = None) -> dict[str, Any]:
+    interval = [None, None] if mean is None else [mean - 0.1, mean + 0.1]
+    return {
+        "next_layer": {"mean": mean, "interval": interval, "n": 90},
+        "flipped": {"mean": flipped},
+    }
+
+
+def shares(
+    all_: float, later: float, massive: tuple[int, ...] = (0,)
+) -> dict[str, Any]:
+    return {"spearman": all_, "without_massive": later, "massive": list(massive)}
+
+
 def report(**changes: Any) -> dict[str, Any]:
     """A report in which all is well; changes by dotted names."""
     live = line(predicted_by="local", random=line(), targets=line())
@@ -39,7 +53,11 @@ def report(**changes: Any) -> dict[str, Any]:
         },
         "influence_vs_kl": {"influence": 0.8, "activation": 0.5, "direct": 0.6},
         "pairwise": {"spearman": 0.7},
-        "faithfulness": {"encoder": {"cosine": [[1.0, 0.8]]}},
+        "faithfulness": {
+            "encoder": spread(0.8),
+            "encoder_live": spread(0.8, flipped=2.4),
+            "encoder_held": spread(0.85),
+        },
         "faithfulness_layers": [0],
         "diverged": 0,
         "shown": {
@@ -132,14 +150,31 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "12 features at massive positions (0) are left out: Spearman 0.10",
         {},
     ),
+    "tokens": (
+        {"tokens": shares(0.5, 0.8)},
+        "rank what the model loses without them with Spearman 0.50 (0.80 without "
+        "position 0).",
+        {"tokens": shares(0.8, 0.5)},
+    ),
+    "tokens_misled": (
+        {"tokens": shares(0.5, 0.6, massive=())},
+        "with Spearman 0.50. Go by what the model loses",
+        {},
+    ),
     "influence_leads": ({}, "(activation 0.50", {"influence_vs_kl__direct": 0.9}),
     "influence_beaten": ({"influence_vs_kl__direct": 0.9}, "less than direct: do", {}),
     "pairwise": ({}, "moves what: Spearman 0.70", {"pairwise__spearman": None}),
     "pairwise_none": ({"pairwise__spearman": None}, "could not be compared", {}),
     "perturbations": (
         {},
-        "one layer on with cosine 0.80",
-        {"faithfulness__encoder__cosine": [[1.0, None]]},
+        "one layer on with cosine 0.80 [0.70, 0.90] (the paper reports about 0.8).",
+        {"faithfulness__encoder": spread(None)},
+    ),
+    "gates_turn_perturbations": (
+        {"faithfulness__encoder_held": spread(0.95)},
+        "about 0.8); 2.4 features flip on the way: with gates held it is 0.95, with "
+        "gates live 0.80",
+        {},
     ),
     "diverged": ({"diverged": 3}, "3 of 500 patches diverged", {}),
 }

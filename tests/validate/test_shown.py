@@ -17,12 +17,13 @@ import pytest
 
 from jaxclt.clt.active import active_features
 from jaxclt.clt.neurons import NeuronDictionary
+from jaxclt.errors import InputError
 from jaxclt.lm.run import record
 from jaxclt.patching.effects import Ask
 from jaxclt.patching.local import make_local
 from jaxclt.patching.patchable import make_patchable
 from jaxclt.testing import tiny
-from jaxclt.validation.shown import Measure, shown
+from jaxclt.validation.shown import Measure, check_reference, shown
 
 FIRST, SECOND, IDLE, TOKEN, FOIL = (0, 5, 3), (2, 5, 7), 4, 11, 4
 
@@ -112,6 +113,34 @@ def test_what_does_not_matter_is_neither(planted: Planted, semantics: str):
     one = found(planted, [(1, 5, IDLE), (0, 2, 3)])[semantics]
     assert one["sufficiency"] == pytest.approx(0, abs=1e-6)
     assert one["necessity"] == pytest.approx(0, abs=1e-6)
+
+
+def test_what_is_not_shown_may_be_held_at_another_prompt(planted: Planted):
+    """At values of twice and of none of the circuit: m(none) is what these make."""
+    subject, places = planted.subject([FIRST]), [FIRST, SECOND]
+    key = jax.random.key(0)
+    clean_LTU = np.asarray(subject.local.tables.clean_LTU)
+    m_zero = found(planted, places)["clamped"]["m"]
+    for factor in (0.0, 2.0):
+        other = planted.subject(places)
+        tables = dataclasses.replace(
+            other.local.tables, clean_LTU=jnp.asarray(factor * clean_LTU)
+        )
+        other.local = dataclasses.replace(other.local, tables=tables)
+        with jax.enable_x64(True):
+            one = shown(
+                planted.subject(places), planted.measure(), key,
+                reference=other, n_random=2,
+            )  # fmt: skip
+        assert one["reference"] == "counterfactual prompt"
+        m = one["clamped"]["m"]
+        want = m_zero["none"] + factor * (m_zero["all"] - m_zero["none"])
+        assert m["none"] == pytest.approx(want, abs=3e-6)
+        assert m["keep"] == pytest.approx(m["all"], abs=3e-6)
+    longer = planted.subject(places)
+    longer.n_tokens += 1
+    with pytest.raises(InputError, match="7 tokens, the traced one 6: give one of as"):
+        check_reference(subject, longer)
 
 
 def test_a_prompt_has_no_interval_and_its_random_sets_have(planted: Planted):
