@@ -14,6 +14,7 @@ import pytest
 
 from jaxclt.cli import main as cli
 from jaxclt.cli.trace import heading
+from jaxclt.dashboards.files import FeatureFiles
 from jaxclt.io.graph_file import load_graph
 from jaxclt.viewer.graph_json import validate
 
@@ -107,9 +108,26 @@ def test_npz_rows_sum_without_our_code(traced: Path):
     assert shape == (A + K, A + L * T + T)
 
 
-def test_pruned_file_still_sums_and_reads_back(tmp_path: Path):
-    assert trace(tmp_path / "g", "--save", "pruned", "--max-features", 60) == 0
-    graph = load_graph(tmp_path / "g" / "graph.npz")
+def test_pruned_file_still_sums_and_reads_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """And has examples of what it shows, from a text; of the last trace."""
+    out, text = tmp_path / "g", tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"prompt": PROMPT}) + "\n" for _ in range(3)))
+    some = ("--save", "pruned", "--max-features", 60, "--no-story")
+    (out / "examples").mkdir(parents=True)
+    (out / "examples" / "older.json").write_text("{}")
+    assert trace(out, *some, "--examples", text) == 0
+    graph = load_graph(out / "graph.npz")
+    shown = FeatureFiles(out / "examples")
+    assert not (out / "examples" / "older.json").exists()
+    for layer, feature in zip(graph.layer_A, graph.feature_A, strict=True):
+        examples = (shown.record(int(layer), int(feature)) or {})["examples_quantiles"]
+        assert PROMPT.split()[0] in str(examples)
+    assert "examples_quantiles" in (out / "index.html").read_text()
+    capsys.readouterr()
+    assert run("view", out, "--node-threshold", 0.95) == 2
+    assert "trace the prompt again with --save full" in capsys.readouterr().err
     total = graph.edge_RN.sum(1) + graph.bias_R + graph.rest_R
     np.testing.assert_allclose(total, graph.readout_R, atol=1e-4)
     assert 0 < graph.n_features < 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -26,10 +27,14 @@ if TYPE_CHECKING:
     from jaxclt.graph.attribute import AttributeConfig
     from jaxclt.graph.memory import MemoryPlan
     from jaxclt.io.model import Model
+    from jaxclt.patching.subject import Reopened
     from jaxclt.text.prompts import Prompt
+    from jaxclt.text.windows import TokenWindows
     from jaxclt.trace.prompt import Traced
 
 __all__ = ["TraceFlags", "heading", "run_trace"]
+
+_CONTEXT = 128  # tokens of a window of text that examples are looked for in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,11 @@ class TraceFlags(AttributionFlags):
     """Prompt to compare with, of as many tokens or one that begins or ends alike: the
     page and the story rank features by influence times how much their activation
     changes from there."""
+    examples: Annotated[str | None, arg(metavar="TEXT")] = None
+    """Text that the shown features are looked for in, as `jaxclt features --data` takes
+    it: the page then has examples of each, and labels them by what they respond to."""
+    example_tokens: int = 5_000
+    """Tokens of that text."""
     attention: int = 20
     """Take the scores of this many of the strongest attention cells (a head that
     attends from one token to another) apart into pairs of nodes: attention.json, and
@@ -94,12 +104,15 @@ class TraceFlags(AttributionFlags):
 def run_trace(flags: TraceFlags, run: Run) -> None:
     """Trace, write, print."""
     from jaxclt.global_weights.files import load_globals
+    from jaxclt.patching.subject import Reopened
     from jaxclt.trace.files import write_trace
     from jaxclt.trace.prompt import plan_trace, trace_prompt
 
     if not flags.prompt.strip():
         raise InputError("the prompt is empty: give some text to trace")
-    check_at_least(1, prefilter_size=flags.prefilter_size)
+    check_at_least(
+        1, prefilter_size=flags.prefilter_size, example_tokens=flags.example_tokens
+    )
     if flags.assume:
         _plan_assumed(flags)
         return
@@ -112,6 +125,7 @@ def run_trace(flags: TraceFlags, run: Run) -> None:
     run.look()
     loaded = time.perf_counter() - started
     other, longer = _counterfactual(flags, model, prompt)
+    text = _text(flags, model)
     if flags.dry_run:
         planned = plan_trace(model, dictionary, prompt, config=config)
         _show_plan(*planned, config, flags.json)
@@ -140,22 +154,12 @@ def run_trace(flags: TraceFlags, run: Run) -> None:
         traced, flags.out, save=flags.save, told=found, change_A=change_A
     )
     verdict = []
-    if flags.validate and not stopped:
-        from jaxclt.patching.subject import Reopened
-
-        if longer:
-            run.warn(
-                "The counterfactual prompt has another number of tokens: in the "
-                "validation, what is not shown is held at zero."
-            )
-        graph, reference = traced.graph, None if longer else other
+    if not stopped:
         opened = Reopened(
-            model=model, dictionary=dictionary, graph=graph, report=report
+            model=model, dictionary=dictionary, graph=traced.graph, report=report
         )
-        checked = validate_opened(
-            opened, flags.out, run, foil=flags.foil, reference=reference
-        )
-        verdict = [Text(checked["verdict"])]
+        _examples(flags.out, run, opened, text)
+        verdict = _validated(flags, run, opened, other, longer)
     paths = "\n".join(_path_lines(report))
     small = _small_changes(report["derivative"])
     page = page_line(flags.out / "index.html")
@@ -163,6 +167,66 @@ def run_trace(flags: TraceFlags, run: Run) -> None:
     answer(flags.json, report, *shown)
     if stopped:
         sys.exit(run.stop.status)
+
+
+def _validated(
+    flags: TraceFlags,
+    run: Run,
+    opened: Reopened,
+    other: Prompt | None,
+    longer: int,
+) -> list[Text]:
+    """What came of a validation, if one is asked for.
+
+    `other`, the counterfactual prompt, has `longer` tokens more than the prompt.
+    """
+    if not flags.validate:
+        return []
+    if longer:
+        run.warn(
+            "The counterfactual prompt has another number of tokens: in the "
+            "validation, what is not shown is held at zero."
+        )
+    reference = None if longer else other
+    report = validate_opened(
+        opened, flags.out, run, foil=flags.foil, reference=reference
+    )
+    return [Text(report["verdict"])]
+
+
+def _text(flags: TraceFlags, model: Model) -> TokenWindows | None:
+    """The text that examples are looked for in, if there is one."""
+    if flags.examples is None:
+        return None
+    from jaxclt.text.windows import read_windows
+
+    context = min(_CONTEXT, model.cfg.n_ctx)
+    return read_windows(
+        model, flags.examples, tokens=flags.example_tokens, context=context
+    )
+
+
+def _examples(out: Path, run: Run, opened: Reopened, text: TokenWindows | None) -> None:
+    """Examples of the shown features from a text, put into the page."""
+    if text is None:
+        return
+    from jaxclt.dashboards.gather import feature_dashboards
+    from jaxclt.trace.pages import EXAMPLES, write_page
+
+    graph = opened.graph
+    shown = graph.pruning.keep_N[graph.feature_cols].nonzero()[0].tolist()
+    places = {(int(graph.layer_A[a]), int(graph.feature_A[a])) for a in shown}
+    shutil.rmtree(out / EXAMPLES, ignore_errors=True)  # of the graph before
+    with run.stages(units={"files": "layers/s"}) as stages:
+        feature_dashboards(
+            opened.model,
+            opened.dictionary,
+            text,
+            out / EXAMPLES,
+            features=sorted(places),
+            on_stage=stages,
+        )
+    write_page(out)
 
 
 def _counterfactual(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jaxclt.cli.common import answer, page_line
 from jaxclt.cli.flags import AsJson, Debug, TracedDirectory
 from jaxclt.cli.progress import Run
 from jaxclt.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxclt.graph.graph import Graph
 
 __all__ = ["ViewFlags", "run_view"]
 
@@ -52,6 +55,7 @@ def run_view(flags: ViewFlags, run: Run) -> None:
     graph = load_graph(flags.directory / "graph.npz")
     if flags.node_threshold is not None or flags.edge_threshold is not None:
         old = graph.pruning
+        _check_there(graph, flags.node_threshold)
         pruning = prune(
             graph,
             node_threshold=_given(flags.node_threshold, old.node_threshold),
@@ -77,6 +81,16 @@ def run_view(flags: ViewFlags, run: Run) -> None:
     html = pages.directory_page(flags.directory, doc=doc, compare=other)
     path = Page(html=html, doc=doc).save(flags.out or flags.directory / "index.html")
     answer(flags.json, {"page": str(path)}, page_line(path))
+
+
+def _check_there(graph: Graph, node_threshold: float | None) -> None:
+    """Raise InputError for a share of influence that a restricted graph lacks."""
+    most = graph.pruning.node_threshold
+    if graph.total_effect_KA is not None and (node_threshold or 0) > most:
+        raise InputError(
+            f"--node-threshold {node_threshold}: the directory holds what pruning at "
+            f"{most:g} kept; trace the prompt again with --save full"
+        )
 
 
 def _given(value: float | None, otherwise: float) -> float:

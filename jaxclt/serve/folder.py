@@ -22,7 +22,7 @@ from jaxclt.dashboards.files import INDEX, FeatureFiles, uncantor
 __all__ = ["Folder", "NotServedError", "describe"]
 
 GRAPH = "graph.json"
-FEATURES = "features"
+FEATURES = ("features", "examples")  # folders of feature files, first come
 _HEAD, _LONG = 1 << 16, 1 << 24  # bytes in which metadata end, most and all
 _LONGEST = 300  # characters of a prompt in the list
 _NUMBERS = 10**20  # a file's name has an end
@@ -87,7 +87,9 @@ class Folder:
           NotServedError: if there is none.
           InputError: if its file is damaged.
         """
-        files = FeatureFiles(self.inside(self.graph(name).parent / FEATURES))
+        traced = self.graph(name).parent
+        there = [x for x in FEATURES if (traced / x).is_dir()] or FEATURES
+        files = FeatureFiles(self.inside(traced / there[0]))
         if number >= _NUMBERS:
             raise NotServedError("no such feature")
         place = uncantor(number)
@@ -128,7 +130,7 @@ class Folder:
             whole = os.path.isfile(folder / GRAPH)
             for entry in seen:
                 if entry.is_dir(follow_symlinks=False):
-                    if not (whole and entry.name == FEATURES):
+                    if not (whole and entry.name in FEATURES):
                         folders.append(folder / entry.name)
                 elif entry.name == GRAPH if whole else entry.name.endswith(".json"):
                     yield folder / entry.name, None

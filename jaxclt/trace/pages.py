@@ -29,10 +29,12 @@ from jaxclt.viewer.page import page
 
 __all__ = [
     "ATTENTION",
+    "EXAMPLES",
     "PATCHES",
     "TOLD",
     "carry_over",
     "directory_page",
+    "feature_files",
     "grouped_ids",
     "read_graph",
     "traced_digest",
@@ -45,7 +47,8 @@ __all__ = [
 ]
 
 ATTENTION = "attention.json"  # heads, and what makes them attend
-FEATURES = "features"  # folder of feature files beside graph.json
+EXAMPLES = "examples"  # what `trace --examples` gathered
+FEATURES = "features"  # folder of feature files beside graph.json; before EXAMPLES
 PATCHES = "patches.json"  # what patches did, see `jaxclt.patching.log`
 
 
@@ -73,7 +76,7 @@ def directory_page(
 
     Args:
         directory: with graph.json, and report.json, validation.json, attention.json,
-            patches.json, features/ if any.
+            patches.json, features/ or examples/ if any.
         doc: the graph to show instead of graph.json, perhaps pruned differently.
         compare: a second graph document.
         serve: see `jaxclt.viewer.page.page`; features are then asked for one by one.
@@ -83,7 +86,7 @@ def directory_page(
     """
     doc = read_graph(directory / "graph.json") if doc is None else doc
     if serve is None:
-        doc = with_features(doc, directory / FEATURES)
+        doc = with_features(doc, feature_files(directory))
     own = (doc.get("jaxclt") or {}).get("scores") or {}
     return page(
         doc,
@@ -104,6 +107,12 @@ def write_page(directory: Path, **parts: Any) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
+
+
+def feature_files(directory: Path) -> Path:
+    """Where the feature files of a traced directory are."""
+    given = directory / FEATURES
+    return given if given.is_dir() else directory / EXAMPLES
 
 
 def with_features(doc: dict[str, Any], folder: Path) -> dict[str, Any]:
