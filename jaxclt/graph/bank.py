@@ -31,6 +31,7 @@ from flax import struct
 from jax import Array
 
 from jaxclt.clt.active import Active
+from jaxclt.precision import jit
 from jaxclt.shapes import bucket, round_up
 
 __all__ = [
@@ -244,7 +245,7 @@ class Bank:
         return DeviceBank(slots, shared, overflow, self.n_blocks, self.width)
 
 
-@jax.jit
+@jit
 def _write_out(table_UD: Array, entries: Entries) -> Array:
     return table_UD[entries.row] * entries.value[..., None]
 

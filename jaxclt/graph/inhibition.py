@@ -31,6 +31,7 @@ from jaxclt.graph.plan import make_plan, mean_flops
 from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.rows import edge_rows, make_puller
 from jaxclt.lm.config import LMConfig
+from jaxclt.precision import at_precision
 from jaxclt.types import LMParams
 
 __all__ = [
@@ -203,7 +204,7 @@ def find_inhibition(
       on_rows: progress, called with (rows done, rows planned).
     """
     config = config or AttributeConfig()
-    with jax.default_matmul_precision(config.precision):
+    with at_precision(config.precision):
         found = near_threshold(p, dictionary, margin=margin, limit=limit)
         T, A, U = len(p.recording.token_T), len(p.active.layer_A), len(found.layer_U)
         layout = Layout(n_features=A, n_layers=p.cfg.n_layers, n_tokens=p.n_tokens)

@@ -70,13 +70,12 @@ def faithfulness(
             tables, lost = np.full((2, len(layers), L), np.nan), 0
             n_drawn, next_B = np.zeros(len(layers), int), np.zeros(0)
             if batch is not None and len(row_B):
-                with jax.default_matmul_precision("highest"):
-                    done = perturb_many(
-                        subject.patchable,
-                        subject.local.tables,
-                        batch,
-                        how=how.of(subject.patchable.coder),
-                    )
+                done = perturb_many(
+                    subject.patchable,
+                    subject.local.tables,
+                    batch,
+                    how=how.of(subject.patchable.coder),
+                )
                 fine_B = np.asarray(done.finite)
                 lost = int((~fine_B).sum())
                 for row in set(row_B[fine_B].tolist()):

@@ -27,6 +27,7 @@ from jaxclt.patching.how import How
 from jaxclt.patching.local import Tables
 from jaxclt.patching.modes import Needed, Nudge, needed, patched, underlying
 from jaxclt.patching.patchable import Patchable, hold_of
+from jaxclt.precision import jit
 
 __all__ = ["Agreement", "Perturbation", "agreement", "compare", "perturb_many"]
 
@@ -133,7 +134,7 @@ def _layers(perturbation: Perturbation, n_layers: int) -> Array:
     return jnp.stack([start, jnp.full_like(start, n_layers - 1)], -1)
 
 
-@partial(jax.jit, static_argnames="how")
+@partial(jit, static_argnames="how")
 def _chunk(
     model: Patchable, tables: Tables, perturbations: Perturbation, *, how: How
 ) -> Agreement:
