@@ -28,6 +28,7 @@ Precision = Literal[
 ]
 """Of `jax.lax.Precision`, or a preset of `jax.lax.DotAlgorithmPreset`."""
 
+_PRESETS = ("TF32_TF32_F32_X3", "BF16_BF16_F32_X6")
 _F = TypeVar("_F", bound=Callable[..., Any])
 # Not JAX's own setting: what else a process computes may well be set lower.
 _asked: ContextVar[str] = ContextVar("jaxclt_precision", default="highest")
@@ -40,18 +41,18 @@ def check_precision(precision: str) -> None:
       InputError: if so.
     """
     check_choice("precision", precision, get_args(Precision))
-    if not precision.startswith("TF32"):
+    if precision not in _PRESETS:
         return
     import jax
 
     platform = jax.default_backend()
-    if platform not in ("gpu", "cuda", "rocm"):
-        exact = "float32 is exact on a CPU as it is" if platform == "cpu" else ""
+    if platform == "cpu":
         raise InputError(
-            f"precision {precision} is for GPUs, and this machine computes on a "
-            f"{platform.upper()}: give "
-            + (f"none ({exact})" if exact else "BF16_BF16_F32_X6 or highest")
+            f"precision {precision} is for accelerators, and this machine computes on "
+            "its CPU, where float32 is exact as it is: leave it out"
         )
+    if platform == "tpu" and "TF32" in precision:
+        raise InputError(f"precision {precision} is for GPUs: give BF16_BF16_F32_X6")
 
 
 def asked_precision() -> str:

@@ -91,6 +91,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tracing(place: Path) -> None:
     run("trace", PROMPT, *BOTH, "--out", place / "traced", "--attention", 1)
+    report = json.loads((place / "traced" / "report.json").read_text())
+    assert report["environment"]["precision"] == "highest"
     feature = ("--feature", a_feature(place / "traced"), "--scale", 0)
     for mode in ("constrained", "iterative"):
         run("patch", place / "traced", *feature, "--mode", mode)
@@ -152,6 +154,37 @@ def test_every_command_asks_for_exact_products(
     assert sum("HIGHEST" in dot.asked for dot in dots(tmp_path)) > 10
 
 
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Presets are asked for as if there were one."""
+    monkeypatch.setattr("jaxclt.precision._PRESETS", ())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("accelerator")
+def test_a_preset_is_what_every_product_of_a_trace_is_computed_by(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A CPU has none for batches of products: it computes in full what asks for it."""
+    bind, seen, preset = dot_general_p.bind, [], "BF16_BF16_F32_X6"
+    full = (jax.lax.Precision.HIGHEST,) * 2
+
+    def exact(a: jax.Array, b: jax.Array, **how: object) -> object:
+        seen.append(how["precision"])
+        return bind(a, b, **how | {"precision": full})
+
+    jax.clear_caches()
+    with monkeypatch.context() as now:
+        now.setattr(dot_general_p, "bind", exact)
+        run("trace", PROMPT, *BOTH, "--out", place / "six", "--precision", preset)
+    jax.clear_caches()
+    # Derivatives ask for what their products were given.
+    assert set(seen) == {jax.lax.DotAlgorithmPreset[preset], full}
+    report = json.loads((place / "six" / "report.json").read_text())
+    assert report["environment"]["precision"] == preset
+    assert report["certificate"]["max_relative_row_error"] < 1e-5
+
+
 # -- what an accelerator would make of it ----------------------------------------------
 
 
@@ -194,7 +227,7 @@ def test_graphs_and_patches_are_exact_on_devices_that_round(
         for mode in ("constrained", "iterative"):
             done = jaxclt.patch(model, dictionary, graph, [edit], mode=mode)
             for row in done.targets:
-                assert row["after"] == row["before"]
+                assert row["logit_after"] == row["logit_before"]
         # The emulation tells: so much is lost if no more is asked for.
         assert traced(precision="default")[1] > 1e-4
 
@@ -209,6 +242,7 @@ def asked_by(program: Callable[..., object]) -> str:
     return line.partition("precision = ")[2]
 
 
+@pytest.mark.usefixtures("accelerator")
 def test_programs_follow_what_is_asked_and_nothing_else():
     square = jit(lambda x: x @ x)
     theirs = jax.jit(lambda x: x @ x)
@@ -232,6 +266,7 @@ def test_programs_follow_what_is_asked_and_nothing_else():
     assert square._cache_size() == 2
 
 
+@pytest.mark.usefixtures("accelerator")
 def test_halves_are_multiplied_as_halves():
     """Training in bfloat16 is what was asked for, whatever float32 products are."""
     for precision in ("highest", "BF16_BF16_F32_X6"):
@@ -253,7 +288,7 @@ def test_what_cannot_be_had_is_refused_before_anything_is_loaded(
         return capsys.readouterr().err
 
     out = ("--out", tmp_path / "out")
-    assert "is for GPUs" in refused(*out, "--precision", "TF32_TF32_F32_X3")
+    assert "is for accelerators" in refused(*out, "--precision", "TF32_TF32_F32_X3")
     assert "attribution needs float32" in refused(*out, "--dtype", "bfloat16")
     with pytest.raises(InputError, match="choose one of highest, high, default"):
         jaxclt.AttributeConfig(precision="half")

@@ -56,9 +56,9 @@ class AttributionFlags:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights. Attribution needs float32; bfloat16 is for --dry-run."""
     precision: Precision = "highest"
-    """Of matrix products on accelerators: highest is full float32; nearly that, and
-    faster, are TF32_TF32_F32_X3 on GPUs and BF16_BF16_F32_X6. The report says which,
-    and the row error that came of it."""
+    """Of matrix products on accelerators: highest is full float32;
+    TF32_TF32_F32_X3 (GPUs) and BF16_BF16_F32_X6 are nearly that, and faster. The
+    report has it beside the row error that came of it."""
     memory: float | None = None
     """Most memory to use, in GB (per accelerator, if there are any); by default what is
     free. Graphs are fitted to it."""
