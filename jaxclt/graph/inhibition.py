@@ -24,9 +24,10 @@ from jax.sharding import Mesh
 from jaxclt.clt.active import encoded_layers
 from jaxclt.clt.coder import Dictionary, picked, stream_rows
 from jaxclt.errors import InputError
-from jaxclt.graph.bank import RowTargets, pack, writers
+from jaxclt.graph.bank import RowTargets, writers
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.graph.layout import Layout
+from jaxclt.graph.packing import pack
 from jaxclt.graph.plan import make_plan, mean_flops
 from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.rows import edge_rows, make_puller

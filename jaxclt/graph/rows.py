@@ -27,8 +27,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxclt.graph.bank import Bank, DeviceBank, RowTargets, add_dots, pack, writers
+from jaxclt.graph.bank import Bank, DeviceBank, RowTargets, add_dots, writers
 from jaxclt.graph.layout import Layout
+from jaxclt.graph.packing import pack
 from jaxclt.graph.plan import Chunk, Plan, chunk_flops
 from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.stream import make_stream, on_mesh
