@@ -44,6 +44,7 @@ from .io.graph_file import load_graph, save_graph
 from .io.model import Model, load_model
 from .patching.edits import Edit
 from .patching.patch import PatchResult, patch, patch_qk
+from .precision import at_precision
 from .replacement.local import local_replacement, run_local
 from .story.tell import Story, story, token_effects
 from .text.windows import TokenWindows, read_windows
@@ -72,4 +73,4 @@ __all__ += ["solve_total_effect", "strongest_paths", "strongest_virtual"]
 __all__ += ["suggest_supernodes", "supernode_graph", "sweep_prompts", "trace_prompt"]
 __all__ += ["virtual_weights", "write_globals", "write_trace"]
 __all__ += ["Attention", "HeadEffects", "attention", "head_effects"]
-__all__ += ["Story", "save_graphml", "story", "token_effects"]
+__all__ += ["Story", "at_precision", "save_graphml", "story", "token_effects"]

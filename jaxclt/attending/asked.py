@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import numpy as np
 from jax import Array
 
@@ -13,6 +12,7 @@ from jaxclt.attending.cells import Cell
 from jaxclt.attending.clean import Clean
 from jaxclt.attending.sides import Side, Sides, channels, packed
 from jaxclt.lm.layers import attention_scores, pattern_of
+from jaxclt.precision import jit
 
 __all__ = ["Asked", "ask"]
 
@@ -61,16 +61,14 @@ class Asked:
 def ask(nodes: Nodes, cell: Cell) -> Asked:
     """Ask about a cell; its numbers are not read, only its place."""
     clean, cfg = nodes.clean, nodes.clean.cfg
-    with jax.default_matmul_precision("highest"):
-        found = _row(clean, cell.layer, cell.head, cell.query)
+    found = _row(clean, cell.layer, cell.head, cell.query)
     row = (np.asarray(x)[: cell.query + 1].astype(np.float64) for x in found)
     score_S, pattern_S = row
     group = cell.head // cfg.n_queries_per_kv
     query = Side(True, cell.head, _only(cell.query))
     sides = query, Side(False, group, _only(cell.key)), Side(False, group, pattern_S)
     three = packed(sides, 3, nodes.n_positions, nodes.dtype)
-    with jax.default_matmul_precision("highest"):
-        whole_3C = _whole(clean, cell.layer, three)
+    whole_3C = _whole(clean, cell.layer, three)
     return Asked(
         cell=cell,
         scale=cfg.score_scale,
@@ -85,7 +83,7 @@ def _only(pos: int) -> np.ndarray:
     return np.r_[np.zeros(pos), 1.0]
 
 
-@jax.jit
+@jit
 def _row(clean: Clean, layer: Array, head: Array, query: Array) -> tuple[Array, Array]:
     """Scores and pattern [S] of one query, by the live model."""
     here = clean.layer(layer)
@@ -95,7 +93,7 @@ def _row(clean: Clean, layer: Array, head: Array, query: Array) -> tuple[Array, 
     return score_HTS[head, 0], pattern_HTS[head, 0]
 
 
-@jax.jit
+@jit
 def _whole(clean: Clean, layer: Array, sides: Sides) -> Array:
     """Channels [S, C] of sides in the clean run."""
     here = clean.layer(layer)

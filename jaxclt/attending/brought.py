@@ -43,6 +43,7 @@ from jaxclt.graph.stream import Stream, make_stream, on_mesh
 from jaxclt.graph.travel import Frozen, Way, Writes, descend, push
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import bias_streams
+from jaxclt.precision import jit
 from jaxclt.replacement.errors import reconstruct
 from jaxclt.shapes import bucket
 
@@ -102,8 +103,7 @@ class Nodes:
 
         def start(part: np.ndarray) -> _Pulled:
             given = _packed([vectors[x] for x in part], X, P, self.dtype)
-            with jax.default_matmul_precision("highest"):
-                return _pull(self.clean, self.puller.held, self.constant, given)
+            return _pull(self.clean, self.puller.held, self.constant, given)
 
         for part, found in pipelined(parts, start):
             n = len(part)
@@ -137,15 +137,13 @@ class Nodes:
 
         def start(first: int) -> Array:
             writes = self._writes(column_U, n_places, first, X)
-            with jax.default_matmul_precision("highest"):
-                return _push(up, clean, writes, side_YS, slot_L, end)
+            return _push(up, clean, writes, side_YS, slot_L, end)
 
         found = pipelined(range(0, U + n_places, X), start)
         none = np.zeros((*side_YS.weight_SP.shape[:2], 0, self.clean.cfg.d_head))
         parts = [none.astype(self.dtype), *(np.asarray(part) for _, part in found)]
         every_YSBC = np.concatenate(parts, axis=2)
-        with jax.default_matmul_precision("highest"):
-            last_YS2C = _constants(clean, self.constant, layer_Y, side_YS)
+        last_YS2C = _constants(clean, self.constant, layer_Y, side_YS)
         columns = every_YSBC[:, :, :U], np.asarray(last_YS2C)
         return np.concatenate(columns, axis=2), every_YSBC[:, :, U : U + n_places]
 
@@ -211,7 +209,7 @@ class _Entering(Way):
         return below_PXD + jnp.where(here_X11, self.read_PXD, 0)
 
 
-@jax.jit
+@jit
 def _pull(
     clean: Clean, held: Shared, constant: _Constant, vectors: _Vectors
 ) -> _Pulled:
@@ -240,7 +238,7 @@ def _pull(
     return _Pulled(held.edges(g_PXD, dots), bias_X, rest_X)
 
 
-@jax.jit
+@jit
 def _push(
     up: Stream,
     clean: Clean,
@@ -274,7 +272,7 @@ def _linear(here: Layer, sides: Sides, x_PBD: Array) -> Array:
     return each(x_PBD) - zero_SC[:, None]
 
 
-@jax.jit
+@jit
 def _constants(
     clean: Clean, constant: _Constant, layer_Y: Array, side_YS: Sides
 ) -> Array:
@@ -342,4 +340,4 @@ def _constant(p: Recorded, rest_LTD: np.ndarray) -> _Constant:
     return _Constant(bias_LTD, streams(bias_L1D + rest_LTD) - bias_LTD)
 
 
-_streams = jax.jit(bias_streams, static_argnames="cfg")
+_streams = jit(bias_streams, static_argnames="cfg")

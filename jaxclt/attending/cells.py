@@ -41,6 +41,7 @@ from jaxclt.graph.stream import Stream, make_stream
 from jaxclt.graph.travel import Frozen, descend
 from jaxclt.graph.yardstick import unit_effects
 from jaxclt.lm.layers import attention_scores, pattern_of
+from jaxclt.precision import jit
 
 __all__ = ["Cell", "HeadEffects", "head_effects", "moved_cotangents", "one_cell"]
 
@@ -97,8 +98,7 @@ def head_effects(
     """
     clean = make_clean(p)
     moved_LTD = moved_cotangents(p, graph, targets)
-    with jax.default_matmul_precision("highest"):
-        found, effect_LH = _strongest(clean, moved_LTD, n=n)
+    found, effect_LH = _strongest(clean, moved_LTD, n=n)
     return HeadEffects(
         contrast=contrast(graph).text,
         tokens=graph.meta.tokens,
@@ -124,8 +124,7 @@ def moved_cotangents(p: Recorded, graph: Graph, targets: RowTargets) -> Array:
     for k in np.flatnonzero(weight_K):
         at = targets.layer_R[k], targets.pos_R[k]
         read_MTD[at] += weight_K[k] * targets.read_RD[k]
-    with jax.default_matmul_precision("highest"):
-        return _cotangents(make_stream(p, pull=True), read_MTD)
+    return _cotangents(make_stream(p, pull=True), read_MTD)
 
 
 def _read_by(
@@ -139,7 +138,7 @@ def _read_by(
     return (unit_TU @ rows_UD) * nodes.scale_LT[layer][:, None]
 
 
-@jax.jit
+@jit
 def _cotangents(stream: Stream, read_MTD: Array) -> Array:
     way, L = Frozen(stream), stream.cfg.n_layers
 
@@ -173,7 +172,7 @@ class _Found(NamedTuple):
         return _Found(*(leaf[best] for leaf in flat))
 
 
-@partial(jax.jit, static_argnames="n")
+@partial(jit, static_argnames="n")
 def _strongest(clean: Clean, moved_LTD: Array, *, n: int) -> tuple[_Found, Array]:
     """Strongest cells of all layers, and the sum of each head's cells [L, H]."""
     L, T, _ = moved_LTD.shape
@@ -235,12 +234,11 @@ def one_cell(
     clean: Clean, moved_LTD: Array, layer: int, head: int, query: int, key: int
 ) -> Cell:
     """A cell by its place."""
-    with jax.default_matmul_precision("highest"):
-        found = _one_cell(clean, moved_LTD, layer, head, query, key)
+    found = _one_cell(clean, moved_LTD, layer, head, query, key)
     return _listed(found, moved_LTD.shape[1])[0]
 
 
-@jax.jit
+@jit
 def _one_cell(
     clean: Clean, moved_LTD: Array, layer: Array, head: Array, query: Array, key: Array
 ) -> _Found:

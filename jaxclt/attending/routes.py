@@ -11,7 +11,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -23,6 +22,7 @@ from jaxclt.graph.live import Live, live_way
 from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.stream import Stream, make_stream
 from jaxclt.graph.travel import Writes, descend, push
+from jaxclt.precision import jit
 
 __all__ = ["head_routes"]
 
@@ -40,15 +40,14 @@ def head_routes(
     """
     writes = Columns(p).writes(np.array([column]), 1, 0)
     T, clean = len(p.recording.token_T), make_clean(p)
-    with jax.default_matmul_precision("highest"):
-        x_LTD = _pushed(make_stream(p, pull=False), writes, n_positions=T)
-        way = live_way(p, past_norm=past_norm)
-        at = np.int32(row.layer_R[0]), np.int32(row.pos_R[0])
-        found = _meet(way, clean, x_LTD, *at, jnp.asarray(row.read_RD[0]))
+    x_LTD = _pushed(make_stream(p, pull=False), writes, n_positions=T)
+    way = live_way(p, past_norm=past_norm)
+    at = np.int32(row.layer_R[0]), np.int32(row.pos_R[0])
+    found = _meet(way, clean, x_LTD, *at, jnp.asarray(row.read_RD[0]))
     return tuple(map(np.asarray, found))  # pyright: ignore
 
 
-@partial(jax.jit, static_argnames="n_positions")
+@partial(jit, static_argnames="n_positions")
 def _pushed(stream: Stream, writes: Writes, *, n_positions: int) -> Array:
     """What a source brings to the stream that enters each layer, [L, T, D]."""
 
@@ -60,7 +59,7 @@ def _pushed(stream: Stream, writes: Writes, *, n_positions: int) -> Array:
     return push(stream, writes, keep, none_LPD, n_positions=n_positions, end=L)[1]
 
 
-@jax.jit
+@jit
 def _meet(
     way: Live, clean: Clean, x_LTD: Array, layer: Array, pos: Array, read_D: Array
 ) -> tuple[Array, Array]:

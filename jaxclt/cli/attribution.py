@@ -11,6 +11,7 @@ from jaxclt.cli.common import load, options
 from jaxclt.cli.flags import AsJson, Debug, ModelName
 from jaxclt.cli.progress import Run
 from jaxclt.io.tokenizer import Bos
+from jaxclt.precision import Precision
 
 if TYPE_CHECKING:
     from jaxclt.clt.coder import Dictionary
@@ -54,8 +55,10 @@ class AttributionFlags:
     features or errors; pruning and completeness score are that tool's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights. Attribution needs float32; bfloat16 is for --dry-run."""
-    precision: Literal["highest", "high", "default"] = "highest"
-    """Precision of matrix products on accelerators; highest is full float32."""
+    precision: Precision = "highest"
+    """Of matrix products on accelerators: highest is full float32;
+    TF32_TF32_F32_X3 (GPUs) and BF16_BF16_F32_X6 are nearly that, and faster. The
+    report has it beside the row error that came of it."""
     memory: float | None = None
     """Most memory to use, in GB (per accelerator, if there are any); by default what is
     free. Graphs are fitted to it."""
@@ -85,6 +88,16 @@ class AttributionFlags:
         # That tool leaves out what is not explored: no bound could be stated.
         return dataclasses.replace(config, tolerance=0.0)
 
-    def load(self, run: Run) -> tuple[Model, Dictionary]:
-        """The model and its dictionary."""
+    def load(self, run: Run, *, plan: bool = False) -> tuple[Model, Dictionary]:
+        """The model and its dictionary, for graphs or only for a plan of one.
+
+        Raises:
+          InputError: if there are graphs to make and `dtype` is too coarse for edges.
+        """
+        import jax.numpy as jnp
+
+        from jaxclt.graph.prompt import check_exact
+
+        if not plan:
+            check_exact(jnp.dtype(self.dtype))
         return load(self.model, self.dictionary, run, dtype=self.dtype, mesh=self.shard)

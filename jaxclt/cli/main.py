@@ -127,8 +127,10 @@ def _run(args: list[str], say: Console) -> None:
 
 def _start(name: str, flags: Any, say: Console) -> None:
     from jaxclt.cli.progress import running
+    from jaxclt.precision import asked_precision, at_precision
 
-    with running(say, long=_COMMANDS[name].long) as run:
+    precise = at_precision(getattr(flags, "precision", asked_precision()))
+    with precise, running(say, long=_COMMANDS[name].long) as run:
         _parts(name)[1](flags, run)
 
 

@@ -121,7 +121,7 @@ def run_trace(flags: TraceFlags, run: Run) -> None:
     if not flags.dry_run:
         run.own(flags.out, makes="trace")
     started = time.perf_counter()
-    model, dictionary = flags.load(run)
+    model, dictionary = flags.load(run, plan=flags.dry_run)
     run.look()
     loaded = time.perf_counter() - started
     other, longer = _counterfactual(flags, model, prompt)

@@ -23,6 +23,7 @@ from jaxclt.errors import InputError
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import mlp_norm
 from jaxclt.lm.step import Skip
+from jaxclt.precision import jit
 from jaxclt.types import Block, LMParams, Recording
 
 __all__ = [
@@ -144,7 +145,7 @@ def encoded_layers(
         yield EncodedLayer(layer, enc, pre_TF, on_TF, gate_TF, scale_T)  # pyright: ignore
 
 
-@partial(jax.jit, static_argnames="coder")
+@partial(jit, static_argnames="coder")
 def _encode_layer(
     blocks: Block, layer: Array, enc: Any, mid_LTD: Array, scale_LT: Array, coder: Coder
 ) -> tuple[Array, Array, Array | None]:
@@ -154,7 +155,7 @@ def _encode_layer(
     return found.pre_TF, found.on_TF, found.gate_TF
 
 
-@partial(jax.jit, static_argnames="coder")
+@partial(jit, static_argnames="coder")
 def encode_at(
     params: LMParams,
     recording: Recording,
@@ -266,7 +267,7 @@ def _constant_rows(
     return bias_D + const_D, columns_DD.T
 
 
-@partial(jax.jit, static_argnames="coder")
+@partial(jit, static_argnames="coder")
 def _bias(blocks: Block, layer: Array, fixed: Any, coder: Coder) -> Array:
     return coder.bias(jax.tree.map(lambda leaf: leaf[layer], blocks), fixed)
 

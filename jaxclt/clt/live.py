@@ -26,6 +26,7 @@ from jaxclt.lm.layers import (
     norm_scale,
     normalise,
 )
+from jaxclt.precision import jit
 from jaxclt.shapes import bucket
 from jaxclt.types import Block, LMParams, Recording
 
@@ -113,7 +114,7 @@ def _past_norm(
     return np.asarray(live_KD)[:K]
 
 
-@jax.jit
+@jit
 def _live(
     params: LMParams,
     mid_LTD: Array,
@@ -125,7 +126,7 @@ def _live(
     return live_reads(read_KD, _unit(params, mid_LTD, scale_LT, layer_K, pos_K))
 
 
-@partial(jax.jit, static_argnames=("cfg", "coder"))
+@partial(jit, static_argnames=("cfg", "coder"))
 def _whole_reads(
     params: LMParams,
     recording: Recording,

@@ -35,6 +35,7 @@ from jaxclt.clt.config import ReadSite, Shape
 from jaxclt.errors import InputError
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
+from jaxclt.precision import precise
 from jaxclt.types import Block, LMParams
 
 __all__ = ["NeuronCoder", "NeuronDictionary", "NeuronRows", "parse_neurons"]
@@ -81,6 +82,7 @@ class NeuronCoder:
         """Whether the weak ones are left out."""
         return self.k is not None or self.threshold is not None
 
+    @precise
     def encode(
         self,
         p: Block,
@@ -135,6 +137,7 @@ class NeuronCoder:
         """A neuron is never off."""
         del enc
 
+    @precise
     def write(self, p: Block, dec: Array | None, a_TF: Array) -> Array:
         """Activations times rows of ``W_down``."""
         rows_FD = layers.neuron_rows(p) if dec is None else dec[:, 0]

@@ -15,6 +15,7 @@ from jaxclt.clt.coder import Encoded, Loaded, Weights
 from jaxclt.clt.config import CLTConfig, ReadSite
 from jaxclt.clt.store import DictionaryStore, EncoderLayer, materialise
 from jaxclt.lm.config import LMConfig
+from jaxclt.precision import precise
 from jaxclt.types import Block, CLTParams, LMParams
 
 __all__ = ["Fixed", "StoreDictionary", "TranscoderCoder", "loaded_params"]
@@ -51,6 +52,7 @@ class TranscoderCoder:
         """Whether activations may be negative whatever the weights."""
         return self.shape.gate.signed
 
+    @precise
     def encode(
         self,
         p: Block,
@@ -76,6 +78,7 @@ class TranscoderCoder:
         own = self.shape.gate.switch == "theta"
         return enc.theta_F if own else np.zeros_like(enc.b_enc_F)
 
+    @precise
     def write(self, p: Block, dec: Array, a_TF: Array) -> Array:
         """Activations times decoder rows."""
         del p

@@ -10,13 +10,13 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from jaxclt.clt.coder import Dictionary
 from jaxclt.naming.vocabulary import GROUP, highest, written_logits
+from jaxclt.precision import jit
 from jaxclt.types import LMParams
 
 __all__ = ["TokenEffects", "vocabulary_effects"]
@@ -68,7 +68,7 @@ def vocabulary_effects(
     return TokenEffects(*map(np.concatenate, zip(*found, strict=True)))
 
 
-@partial(jax.jit, static_argnames="k")
+@partial(jit, static_argnames="k")
 def _strongest(params: LMParams, written_ND: Array, *, k: int) -> tuple[Array, ...]:
     logit_NV = written_logits(params, written_ND)
     top_value_NK, top_NK = highest(logit_NV, k, GROUP)

@@ -39,6 +39,7 @@ from jaxclt.files.json_file import COUNT, json_schema, record
 from jaxclt.files.json_text import to_json
 from jaxclt.files.npz import Must, check_array, open_npz, write_npz
 from jaxclt.graph.memory import host_available_bytes
+from jaxclt.precision import jit
 from jaxclt.runs.kept import State, refuse_other
 from jaxclt.text.peaks import Batch, Peaks, batch_peaks
 from jaxclt.text.windows import BATCH_TOKENS, TokenWindows, batches
@@ -59,7 +60,7 @@ _RANGES = {  # of what is looked up by
     "act_UKC": Must("float", "UKC"),
 }
 
-_peaks_of = jax.jit(batch_peaks, static_argnames=("context", "signed", "narrowed"))
+_peaks_of = jit(batch_peaks, static_argnames=("context", "signed", "narrowed"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from jaxclt.io.model import Model
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import mlp_norm, neuron_rows, normalise
 from jaxclt.lm.run import record
+from jaxclt.precision import jit
 from jaxclt.text.windows import TokenWindows
 from jaxclt.types import LMParams
 
@@ -28,7 +29,7 @@ __all__ = ["neuron_thresholds"]
 SAMPLE = 512  # tokens that thresholds are chosen on
 
 
-@partial(jax.jit, static_argnames="cfg")
+@partial(jit, static_argnames="cfg")
 def _written_norms(params: LMParams, token_S: Array, cfg: LMConfig) -> Array:
     """``|a| * ||W_down||`` of every neuron, [L, S, I]."""
     done = record(params, jnp.maximum(token_S, 0), cfg=cfg, keep_patterns=False)

@@ -20,6 +20,7 @@ from jaxclt.files.lines import json_rows
 from jaxclt.io.model import Model
 from jaxclt.lm.layers import mlp_at
 from jaxclt.lm.run import Policy, embed, run
+from jaxclt.precision import jit
 from jaxclt.text.windows import BATCH_TOKENS, batches, read_windows
 from jaxclt.types import Block, LMParams
 
@@ -129,7 +130,7 @@ def sentence_peaks(
     return np.concatenate(rows).reshape(len(pairs), 2, len(layer_U))
 
 
-@jax.jit
+@jit
 def _peaks(
     params: LMParams, encoder: Loaded, token_WS: Array, mask_WS: Array, at_2U: Array
 ) -> Array:

@@ -18,6 +18,7 @@ from jaxclt.evaluation.trials import Trial
 from jaxclt.io.model import Model
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import embed, native_mlp, run, unembed
+from jaxclt.precision import jit
 from jaxclt.shapes import bucket
 from jaxclt.text.windows import BATCH_TOKENS
 from jaxclt.types import LMParams
@@ -133,7 +134,7 @@ def _prefix(shown: Sequence[Shown]) -> str:
     return "\n".join([*lines, "Text:"])
 
 
-@partial(jax.jit, static_argnames="cfg")
+@partial(jit, static_argnames="cfg")
 def _log_probs(
     params: LMParams, token_BT: Array, text_BT: Array, cfg: LMConfig
 ) -> Array:

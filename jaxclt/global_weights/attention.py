@@ -30,6 +30,7 @@ from jaxclt.clt.coder import Bound
 from jaxclt.global_weights.weights import folded_encoder, summed_writes
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import attention_maps, scaled_pattern
+from jaxclt.precision import jit
 from jaxclt.types import Block, Held
 
 __all__ = ["Head", "HeadReads", "head_block", "head_sums", "rows_by_layer"]
@@ -95,17 +96,16 @@ def rows_by_layer(scale_LT: Array, starts: Sequence[int], first: int = 0) -> Arr
     return scale_LT[layer_U[layer_U >= first]]
 
 
-@jax.jit
+@jit
 def _maps(blocks: Block, layer: int, head: int, group: int) -> tuple[Array, Array]:
     """Value map and output map of one head, [C, D] each."""
     value_GCD, out_HCD = attention_maps(jax.tree.map(itemgetter(layer), blocks))
     return value_GCD[group], out_HCD[head]
 
 
-@jax.jit
+@jit
 def _through(read_RD: Array, write_ND: Array, value_CD: Array, out_CD: Array) -> Array:
-    with jax.default_matmul_precision("highest"):
-        return read_RD @ ((write_ND @ value_CD.T) @ out_CD).T
+    return read_RD @ ((write_ND @ value_CD.T) @ out_CD).T
 
 
 def head_block(

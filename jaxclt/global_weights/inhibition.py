@@ -26,6 +26,7 @@ from jaxclt.clt.subset import Subset
 from jaxclt.errors import InputError
 from jaxclt.global_weights.statistics import Encoders, Plan, watch
 from jaxclt.global_weights.weights import virtual_block
+from jaxclt.precision import jit
 from jaxclt.types import LMParams
 
 __all__ = ["inhibition_of", "rows_of_weights", "thresholds"]
@@ -65,7 +66,7 @@ def rows_of_weights(on: Bound, subset: Subset, slot_R: np.ndarray) -> np.ndarray
     return V_RU
 
 
-@partial(jax.jit, static_argnames="plan")
+@partial(jit, static_argnames="plan")
 def inhibition_of(
     params: LMParams,
     enc: Encoders,

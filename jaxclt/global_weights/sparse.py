@@ -19,6 +19,7 @@ from jaxclt.global_weights.statistics import (
     feature_sums,
     watch,
 )
+from jaxclt.precision import jit
 from jaxclt.types import LMParams
 
 __all__ = ["MOST_BYTES", "check_size", "sparse_sums"]
@@ -26,7 +27,7 @@ __all__ = ["MOST_BYTES", "check_size", "sparse_sums"]
 MOST_BYTES = 4 << 30
 
 
-@partial(jax.jit, static_argnames="plan")
+@partial(jit, static_argnames="plan")
 def _watch(
     params: LMParams, enc: Encoders, token_WS: Array, mask_WS: Array, *, plan: Plan
 ) -> tuple[Array, Array, Sums]:

@@ -36,6 +36,7 @@ from jaxclt.global_weights.attention import Head, HeadReads, head_sums, rows_by_
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import mlp_norm
 from jaxclt.lm.run import embed, native_mlp, run, unembed
+from jaxclt.precision import jit
 from jaxclt.types import Held, LMParams
 
 __all__ = [
@@ -337,27 +338,26 @@ def token_sums(
     """
     seen = watch(params, enc, token_WS, mask_WS, plan=plan)
     scale_LT = seen.scale_LT if plan.scaled else None
-    with jax.default_matmul_precision("highest"):
-        found = feature_sums(seen) | pair_sums(seen.a_UT, plan.starts, scale_LT)
-        if input_Y is not None:
-            hot_TY = token_WS.reshape(-1)[:, None] == input_Y[None]
-            hot_TY = hot_TY.astype(seen.a_UT.dtype) * seen.mask_T[:, None]
-            found |= _input_sums(seen, hot_TY, plan) | {"input_count_Y": hot_TY.sum(0)}
-        if output_Y is not None:
-            found |= _output_sums(params, seen, output_Y, mask_WS)
-        if plan.heads:
-            reads = HeadReads(seen.a_UT, seen.held, scale_LT)
-            found |= head_sums(
-                params.blocks,
-                reads,
-                cfg=plan.lm,
-                starts=plan.starts,
-                heads=plan.heads,
-            )
+    found = feature_sums(seen) | pair_sums(seen.a_UT, plan.starts, scale_LT)
+    if input_Y is not None:
+        hot_TY = token_WS.reshape(-1)[:, None] == input_Y[None]
+        hot_TY = hot_TY.astype(seen.a_UT.dtype) * seen.mask_T[:, None]
+        found |= _input_sums(seen, hot_TY, plan) | {"input_count_Y": hot_TY.sum(0)}
+    if output_Y is not None:
+        found |= _output_sums(params, seen, output_Y, mask_WS)
+    if plan.heads:
+        reads = HeadReads(seen.a_UT, seen.held, scale_LT)
+        found |= head_sums(
+            params.blocks,
+            reads,
+            cfg=plan.lm,
+            starts=plan.starts,
+            heads=plan.heads,
+        )
     return found
 
 
-add_sums = jax.jit(
+add_sums = jit(
     lambda sums, more: jax.tree.map(operator.add, sums, more), donate_argnums=0
 )
-sums_of = partial(jax.jit, static_argnames="plan")(token_sums)
+sums_of = partial(jit, static_argnames="plan")(token_sums)

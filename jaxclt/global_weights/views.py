@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxclt.clt.coder import Bound, Dictionary
@@ -23,6 +22,7 @@ from jaxclt.global_weights.ranking import GlobalWeights, Kind, Links
 from jaxclt.global_weights.weights import embedding_weights, logit_weights
 from jaxclt.io.model import Model
 from jaxclt.naming.vocabulary import highest
+from jaxclt.precision import jit
 from jaxclt.viewer.globals_page import globals_page
 
 __all__ = ["neighbourhood", "page_document", "write_globals"]
@@ -168,7 +168,7 @@ def _rows(*columns: list[Any]) -> list[list[Any]]:
 _TOKENS = ("input", "output", "lowest")  # read most, raised most, lowered most
 
 
-_highest = jax.jit(highest, static_argnames="k")
+_highest = jit(highest, static_argnames="k")
 
 
 def _token_tables(

@@ -28,6 +28,7 @@ from jaxclt.clt.config import Shape
 from jaxclt.clt.subset import Subset
 from jaxclt.lm.run import token_vectors
 from jaxclt.naming.vocabulary import highest, written_logits
+from jaxclt.precision import jit
 
 __all__ = [
     "Strongest",
@@ -61,11 +62,11 @@ def writes_below(cfg: Shape, source: int, target: int) -> int:
     return min(target - source, cfg.n_writes(source))
 
 
-@jax.jit
+@jit
 def block(read_RD: Array, prefix_ND: Array) -> Array:
     """Virtual weights [R, N] of summed decoders and folded encoders."""
     with jax.named_scope("virtual_weights"):
-        return jnp.matmul(read_RD, prefix_ND.T, precision="highest")
+        return read_RD @ prefix_ND.T
 
 
 def virtual_block(
@@ -148,7 +149,7 @@ def virtual_tiles(
             on_block(done, total)
 
 
-_add = jax.jit(jnp.add)
+_add = jit(jnp.add)
 
 
 class Strongest(NamedTuple):
@@ -167,7 +168,7 @@ class Strongest(NamedTuple):
 Best = tuple[Array, Array]  # values and slots [width, k]
 
 
-@partial(jax.jit, static_argnames="k", donate_argnums=(1, 2))
+@partial(jit, static_argnames="k", donate_argnums=(1, 2))
 def _update(
     x_RN: Array, of_target: Best, of_source: Best, first: Array, *, k: int
 ) -> tuple[Best, Best]:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,6 +28,7 @@ from jaxclt.graph.respond import respond
 from jaxclt.graph.shares import shares_total
 from jaxclt.graph.target_reads import target_bias, target_readouts
 from jaxclt.lm.frozen import bias_reads
+from jaxclt.precision import at_precision, jit
 
 __all__ = ["AttributeConfig", "Timing", "attribute_recording"]
 
@@ -80,7 +80,7 @@ def attribute_recording(
         done = rows
         on_rows(rows, planned + more)
 
-    with timing.of("attribute"), jax.default_matmul_precision(p.config.precision):
+    with timing.of("attribute"), at_precision(p.config.precision):
         found = compute_edges(p, of_all)
         timing.work = found.work
         graph = _assemble(p, meta, found)
@@ -100,7 +100,7 @@ def attribute_recording(
     keep_A[found.selected] = True
     nodes = dataclasses.replace(p, active=p.active.where(keep_A))
     if p.config.response and not p.stop():
-        with timing.of("response"), jax.default_matmul_precision(p.config.precision):
+        with timing.of("response"), at_precision(p.config.precision):
             response = respond(
                 p,
                 nodes,
@@ -114,7 +114,7 @@ def attribute_recording(
         timing.work["stopped"] = True
     with timing.of("provenance"):
         graph = _with_provenance(nodes, graph)
-    with timing.of("derivative"), jax.default_matmul_precision(p.config.precision):
+    with timing.of("derivative"), at_precision(p.config.precision):
         derivative_KN = model_derivative(nodes, packed=timing.packed)
     return dataclasses.replace(graph, derivative_KN=derivative_KN)
 
@@ -135,7 +135,7 @@ def _with_provenance(nodes: Prompt, graph: Graph) -> Graph:
     return dataclasses.replace(graph, heads=heads)
 
 
-_bias_reads = jax.jit(bias_reads, static_argnames="cfg")
+_bias_reads = jit(bias_reads, static_argnames="cfg")
 
 
 def _assemble(p: Prompt, meta: GraphMeta, found: Computed) -> Graph:

@@ -31,7 +31,8 @@ from flax import struct
 from jax import Array
 
 from jaxclt.clt.active import Active
-from jaxclt.shapes import bucket, round_up
+from jaxclt.precision import jit
+from jaxclt.shapes import bucket
 
 __all__ = [
     "Bank",
@@ -39,7 +40,7 @@ __all__ = [
     "Items",
     "RowTargets",
     "add_dots",
-    "pack",
+    "joined_rows",
     "readers",
     "writers",
     "written_at",
@@ -244,7 +245,7 @@ class Bank:
         return DeviceBank(slots, shared, overflow, self.n_blocks, self.width)
 
 
-@jax.jit
+@jit
 def _write_out(table_UD: Array, entries: Entries) -> Array:
     return table_UD[entries.row] * entries.value[..., None]
 
@@ -301,158 +302,14 @@ def add_dots(
     return jax.lax.fori_loop(*bounds(slots.overflow_first_M), overflow, edge_ZPWB)
 
 
-# -- packing ---------------------------------------------------------------------------
-
-
-def pack(items: Items, n_positions: int) -> Bank:
-    """Give every owner a slot and every site its tiles.
-
-    Args:
-      items: owners, ordered by first site, then position.
-      n_positions: T.
-    """
-    M, T = len(items.n_sites), n_positions
-    count_MT = np.zeros((M, T), np.int64)
-    np.add.at(count_MT, (items.site_A, items.pos_A), 1)
-    if all(n == M - site for site, n in enumerate(items.n_sites)) and M > 1:
-        width, slot_A, first_M, end_MT = _prefix_slots(items, count_MT)
-    else:
-        width, slot_A, first_M, end_MT = _layer_slots(items, count_MT)
-    # The first position often has far more features than the others: tiles that deep
-    # would be mostly empty elsewhere.
-    depth_M = _shared_depth(end_MT - first_M[:, None])
-    shared_first_M = np.concatenate([[0], np.cumsum(depth_M)])
-    over_M, over_T, over_block = _overflow(first_M + depth_M, end_MT)
-    # Sizes are bucketed so that prompts share compiled programs; empty tiles cost
-    # memory, not time.
-    X, Y = bucket(int(shared_first_M[-1])), bucket(len(over_M))
-    dtype = items.value_A.dtype
-    shared = Entries.empty(X, T, width, dtype=dtype)
-    overflow = Entries.empty(Y, width, dtype=dtype)
-    tile_of = np.full((M, T, int(end_MT.max(initial=0)) + 1), -1, np.int64)
-    tile_of[over_M, over_T, over_block] = np.arange(len(over_M))
-    for site, n_sites in enumerate(items.n_sites):
-        mine = np.flatnonzero(items.site_A == site)
-        pos, value = items.pos_A[mine], items.value_A[mine]
-        block, place = np.divmod(slot_A[mine], width)
-        # The same slot at every site: edges of all sites are then summed in place.
-        for offset in range(n_sites):
-            m = site + offset
-            row = items.row_A[mine] + offset
-            # Most slots are in tiles of all positions; the others have their own.
-            is_shared = block - first_M[m] < depth_M[m]
-            here, over = np.flatnonzero(is_shared), np.flatnonzero(~is_shared)
-            tile = shared_first_M[m] + block[here] - first_M[m]
-            shared.put((tile, pos[here], place[here]), row[here], value[here])
-            at = tile_of[m, pos[over], block[over]], place[over]
-            overflow.put(at, row[over], value[over])
-    blocks = [np.arange(a, a + n) for a, n in zip(first_M, depth_M, strict=True)]
-    return Bank(
-        slots=Slots(
-            shared_block_X=_padded(np.concatenate(blocks), X),
-            shared_first_M=shared_first_M.astype(np.int32),
-            overflow_block_Y=_padded(over_block, Y),
-            overflow_pos_Y=_padded(over_T, Y),
-            overflow_first_M=np.searchsorted(over_M, np.arange(M + 1)).astype(np.int32),
-        ),
-        tables=items.tables,
-        shared=shared,
-        overflow=overflow,
-        pos_A=items.pos_A,
-        slot_A=slot_A,
-        n_blocks=round_up(max(int(end_MT.max(initial=0)), 1), 8),
-    )
+def joined_rows(n_rows: int) -> int:
+    """Rows of the table that all tables are joined to, bucketed."""
+    return bucket(n_rows, smallest=1024)
 
 
 def _joined(tables: tuple[np.ndarray, ...]) -> np.ndarray:
     """One table with rows to spare: prompts share programs, and none is empty."""
-    size, D = bucket(sum(map(len, tables)), smallest=1024), tables[0].shape[1]
+    size, D = joined_rows(sum(map(len, tables))), tables[0].shape[1]
     table_UD = np.zeros((size, D), tables[0].dtype)
     np.concatenate(tables, out=table_UD[: sum(map(len, tables))])
     return table_UD
-
-
-def _padded(index: np.ndarray, size: int) -> np.ndarray:
-    return np.pad(index, (0, size - len(index))).astype(np.int32)
-
-
-def _overflow(
-    shared_end_M: np.ndarray, end_MT: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(site, position, block) of every block beyond the shared ones."""
-    found = [
-        (m, t, block)
-        for m, t in np.argwhere(end_MT > shared_end_M[:, None])
-        for block in range(shared_end_M[m], end_MT[m, t])
-    ]
-    columns = np.array(found, np.int64).reshape(-1, 3)
-    return columns[:, 0], columns[:, 1], columns[:, 2]
-
-
-# A block computed for one position alone costs more than its share of a shared tile.
-_OVERFLOW_COST = 1.5
-
-
-def _depth_cost(need_MT: np.ndarray) -> np.ndarray:
-    """Cost [M, depth] of sharing `depth` blocks, in blocks times positions."""
-    M = len(need_MT)
-    T = int(need_MT.any(0).sum())  # padded positions have no features
-    depth = np.arange(need_MT.max(initial=0) + 1)
-    beyond = np.maximum(need_MT[:, :, None] - depth, 0).sum(1)
-    return T * depth[None, :] + _OVERFLOW_COST * beyond.reshape(M, len(depth))
-
-
-def _shared_depth(need_MT: np.ndarray) -> np.ndarray:
-    """Blocks of each site that all positions share, [M]."""
-    return np.argmin(_depth_cost(need_MT), axis=1)
-
-
-def _best_width(slots_MT: np.ndarray, widths: list[int]) -> int:
-    """Width with the least padded work; a tile costs some slots' worth in itself."""
-    cost = [_depth_cost(-(-slots_MT // w)).min(axis=1).sum() * (w + 8) for w in widths]
-    return widths[int(np.argmin(cost))]
-
-
-def _rank_in_group(group_A: np.ndarray) -> np.ndarray:
-    """Place of each element among the earlier elements of its group."""
-    order = np.argsort(group_A, kind="stable")
-    grouped = group_A[order]
-    start = np.flatnonzero(np.r_[True, grouped[1:] != grouped[:-1]][: len(grouped)])
-    length = np.diff(np.r_[start, len(grouped)])
-    rank = np.empty(len(group_A), np.int64)
-    rank[order] = np.arange(len(grouped)) - np.repeat(start, length)
-    return rank
-
-
-def _prefix_slots(
-    items: Items, count_MT: np.ndarray
-) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-    """Slots by layer without gaps; site m holds the first blocks."""
-    reach_MT = np.cumsum(count_MT, 0)  # slots of everything present at site m
-    width = _best_width(reach_MT, [32, 64, 128, 256])
-    end_MT = -(-reach_MT // width)
-    return width, _rank_in_group(items.pos_A), np.zeros(len(end_MT), np.int64), end_MT
-
-
-def _layer_slots(
-    items: Items, count_MT: np.ndarray
-) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-    """Each first site starts a new block; site m holds the blocks in its span."""
-    M, T = count_MT.shape
-    span = max(items.n_sites)
-    width = _best_width(count_MT, [16 * i for i in range(2, 17)])
-    need_MT = -(-count_MT // width)
-    start = np.concatenate([[0], np.cumsum(need_MT.max(1))])
-    rank_A = _rank_in_group(items.site_A.astype(np.int64) * T + items.pos_A)
-    slot_A = start[items.site_A] * width + rank_A
-    first_M = start[np.maximum(np.arange(M) - span + 1, 0)]
-    end_MT = np.where(need_MT > 0, start[:M, None] + need_MT, first_M[:, None])
-    # An earlier layer in the span may reach further at a position than this one does.
-    return width, slot_A, first_M, np.maximum(end_MT, _span_end(start, need_MT, span))
-
-
-def _span_end(start: np.ndarray, need_MT: np.ndarray, span: int) -> np.ndarray:
-    """Last block [M, T] of any site of the span that has owners at a position."""
-    M = len(need_MT)
-    end_MT = np.where(need_MT > 0, start[:M, None] + need_MT, 0)
-    return np.stack([end_MT[max(0, m - span + 1) : m + 1].max(0) for m in range(M)])

@@ -26,6 +26,7 @@ from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.rows import pipelined
 from jaxclt.graph.stream import Stream, make_stream, on_mesh
 from jaxclt.graph.travel import Writes, push
+from jaxclt.precision import jit
 
 __all__ = ["Columns", "edge_columns", "push_flops"]
 
@@ -97,7 +98,7 @@ class _Held(NamedTuple):
     bank: DeviceBank
 
 
-@partial(jax.jit, static_argnames=("P", "mesh"))
+@partial(jit, static_argnames=("P", "mesh"))
 def _push_chunk(held: _Held, writes: Writes, *, P: int, mesh: Mesh) -> Array:
     """Edges of a chunk of sources on the targets in all slots, [Z·P·W, B]."""
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from jaxclt.clt.active import Active
 from jaxclt.errors import InputError
-from jaxclt.graph.bank import pack, writers
+from jaxclt.graph.bank import writers
 from jaxclt.graph.columns import push_flops
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.graph.memory import (
@@ -28,6 +28,7 @@ from jaxclt.graph.memory import (
     host_available_bytes,
     memory_plan,
 )
+from jaxclt.graph.packing import BankSizes, bank_sizes, counts, pack
 from jaxclt.graph.plan import make_plan, mean_flops
 from jaxclt.graph.pooled import pull_some
 from jaxclt.graph.prompt import Computed, Prompt
@@ -55,15 +56,17 @@ def plan_attribution(
     """
     A, cap = len(active.layer_A), config.max_features
     apart = jax.local_devices()[0].platform != "cpu"
-    spans = np.array([rows.shape[1] for rows in active.decoder])
     sizes = Sizes(
         cfg=cfg,
         n_tokens=n_tokens,
         n_active=A,
         n_rows=A if cap is None else min(A, cap),
         n_targets=n_targets,
-        n_sites=float(spans[active.layer_A].mean()) if A else 1.0,
-        n_unique=sum(len(rows) for rows in active.decoder),
+        bank=writers_sizes(active, n_tokens),
+        readers=None
+        if config.direction == "pull"
+        else _readers_sizes(active, n_targets, n_tokens),
+        row_bytes=sum(rows.nbytes for rows in (*active.encoder, *active.decoder)),
         # A plan may be asked for a model in half precision, which no graph is made of.
         params_bytes=sum(
             (_share(leaf) if apart else leaf.size) * max(leaf.dtype.itemsize, FLOAT32)
@@ -83,6 +86,22 @@ def plan_attribution(
         n_copies=1 if apart else row_mesh(config).size,
         host_budget=host_available_bytes() if apart else None,
     )
+
+
+def writers_sizes(active: Active, n_tokens: int) -> BankSizes:
+    """Of the bank of what features write, before it is packed."""
+    spans = tuple(rows.shape[1] for rows in active.decoder)
+    count_MT = counts(active.layer_A, active.pos_A, len(spans), n_tokens)
+    n_rows = sum(rows.shape[0] * rows.shape[1] for rows in active.decoder)
+    return bank_sizes(count_MT, spans, n_rows)
+
+
+def _readers_sizes(active: Active, n_targets: int, n_tokens: int) -> BankSizes:
+    """Of the bank of what features and targets at the last position read."""
+    L = len(active.decoder)
+    count_MT = counts(active.layer_A, active.pos_A, L + 1, n_tokens)
+    count_MT[L, -1] += n_targets
+    return bank_sizes(count_MT, (1,) * (L + 1), len(active.layer_A) + n_targets)
 
 
 def _share(leaf: Array) -> int:
@@ -136,7 +155,7 @@ def compute_edges(p: Prompt, on_rows: Callable[[int, int], None]) -> Computed:
         "memory_gb": {k: round(v / 1e9, 3) for k, v in memory.bytes.items()},
         "patterns": "kept" if kept else "recomputed",
     }
-    can_push = memory.full_matrix and kept and p.shortlist is None
+    can_push = memory.packed and memory.full_matrix and kept and p.shortlist is None
     if config.direction == "push" and not can_push:
         raise InputError(
             "direction push computes every edge, which takes memory and leaves no room "

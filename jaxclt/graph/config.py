@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxclt.errors import InputError, check_at_least, check_choice, check_share
+from jaxclt.precision import Precision, asked_precision
 
 __all__ = ["AttributeConfig"]
 
@@ -24,7 +25,8 @@ class AttributeConfig:
     node_threshold: float = 0.8
     edge_threshold: float = 0.98
     convention: Literal["paper", "circuit-tracer"] = "paper"
-    precision: str = "highest"  # of matmuls; accelerators default to less than float32
+    # Of float32 products, see `jaxclt.precision`; by default what is asked for already.
+    precision: str = dataclasses.field(default_factory=asked_precision)
     response: bool = False  # edges by response, too: what small changes do
     heads: int = 0  # list the last heads of this many of the strongest kept edges
     attention: int = 0  # take apart this many of the strongest cells of patterns
@@ -50,6 +52,7 @@ class AttributeConfig:
             node_threshold=self.node_threshold, edge_threshold=self.edge_threshold
         )
         check_choice("convention", self.convention, ("paper", "circuit-tracer"))
+        check_choice("precision", self.precision, get_args(Precision))
         check_choice("direction", self.direction, ("auto", "pull", "push"))
         if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
             raise InputError(f"--memory {self.memory_gb}: give GB above 0")

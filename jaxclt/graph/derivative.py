@@ -33,6 +33,7 @@ from jaxclt.lm.block import Taps, block
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import mlp_norm, norm_scale
 from jaxclt.lm.run import native_mlp
+from jaxclt.precision import jit
 from jaxclt.types import Block
 
 __all__ = ["model_derivative"]
@@ -132,7 +133,7 @@ def _reads(p: Prompt) -> RowTargets:
     return RowTargets(layer_R=layer_K, pos_R=pos_K, read_RD=read_KD)
 
 
-@partial(jax.jit, static_argnames="cfg")
+@partial(jit, static_argnames="cfg")
 def _past_mlp(
     blocks: Block, layer: Array, mid_D: Array, write_D: Array, *, cfg: LMConfig
 ) -> Array:

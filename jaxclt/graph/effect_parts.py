@@ -9,7 +9,6 @@ unit of each does, goes down together as one vector of each state of
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -21,6 +20,7 @@ from jaxclt.graph.plan import Chunk
 from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.rows import Edges, Puller, Shared, write_rows
 from jaxclt.graph.travel import descend
+from jaxclt.precision import jit
 
 __all__ = ["effect_parts"]
 
@@ -70,7 +70,7 @@ def effect_parts(
     return split_parts(state_QN, unit_R @ value_RN, gated)
 
 
-@jax.jit
+@jit
 def _down(held: Shared, read_MTSD: Array) -> Edges:
     way, (_, P, S, D) = held.way, read_MTSD.shape
 

@@ -21,6 +21,7 @@ from jax import Array
 
 from jaxclt.graph.blocks import BLOCK, row_blocks
 from jaxclt.graph.graph import Graph
+from jaxclt.precision import jit
 
 __all__ = ["solve_total_effect", "total_effects"]
 
@@ -77,7 +78,7 @@ def solve_total_effect(
     return unit_KA * value_A[None, :]
 
 
-@jax.jit
+@jit
 def _substitute(own_BB: Array, value_B: Array, direct_KB: Array) -> Array:
     """Effects over values [K, B] of a block, from its edges and what reached it."""
     system_BB = jnp.diag(value_B) - jnp.tril(own_BB, -1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxclt.graph.layout import Layout
+from jaxclt.graph.packing import BankSizes
 from jaxclt.lm.config import LMConfig
 
 __all__ = [
@@ -16,12 +17,15 @@ __all__ = [
     "Sizes",
     "answering_bytes",
     "attending_bytes",
+    "entry_bytes",
     "matrix_bytes",
     "n_columns",
     "on_device",
     "on_host",
     "pattern_bytes",
     "score_bytes",
+    "table_bytes",
+    "tile_bytes",
 ]
 
 
@@ -37,12 +41,23 @@ class Sizes:
     n_active: int
     n_rows: int  # features that get a row, at most
     n_targets: int
-    n_sites: float = 1  # MLP outputs a feature writes, on average
-    n_unique: int | None = None  # distinct active features; None: all distinct
+    bank: BankSizes  # of what features write
+    readers: BankSizes | None = None  # of what targets read, where all may be pushed
+    row_bytes: int = 0  # encoder and decoder rows of the active features, as read
     params_bytes: int = 0
     response: bool = False  # edges by response, too
     attention: int = 0  # cells of patterns that are taken apart
     itemsize: int = FLOAT32
+
+    @property
+    def banks(self) -> tuple[BankSizes, ...]:
+        """Those of which one is on the device at a time."""
+        return (self.bank, *(() if self.readers is None else (self.readers,)))
+
+    @property
+    def n_slots(self) -> int:
+        """Edges of one row, as kernels lay them out."""
+        return max(bank.n_slots for bank in self.banks)
 
 
 def pattern_bytes(cfg: LMConfig, n_tokens: int, itemsize: int) -> int:
@@ -66,20 +81,29 @@ def n_columns(sizes: Sizes, n_features: int) -> int:
     ).n_columns
 
 
-_WIDEST = 256  # slots of a tile, see `jaxclt.graph.bank`
+def entry_bytes(bank: BankSizes, itemsize: int) -> int:
+    """Of a bank's tiles as rows and values."""
+    return bank.n_vectors * (4 + itemsize)
 
 
-def _rows(sizes: Sizes, per_feature: float) -> int:
-    """Bytes of `per_feature` vectors of every distinct active feature."""
-    unique = min(sizes.n_unique or sizes.n_active, sizes.n_active)
-    return int(unique * per_feature * sizes.cfg.d_model * sizes.itemsize)
+def table_bytes(bank: BankSizes, d_model: int, itemsize: int) -> int:
+    """Of the one table that a bank's rows are joined to."""
+    return bank.n_rows * d_model * itemsize
+
+
+def tile_bytes(bank: BankSizes, d_model: int, itemsize: int) -> int:
+    """Of a bank's tiles, vectors written out."""
+    return bank.n_vectors * d_model * itemsize
 
 
 def on_host(sizes: Sizes) -> dict[str, int]:
     """Bytes on the host but the edge matrix."""
+    tables = (table_bytes(x, sizes.cfg.d_model, sizes.itemsize) for x in sizes.banks)
     return {
-        "dictionary rows as read": _rows(sizes, 1 + sizes.n_sites),
-        "active features": sizes.n_active * 64,
+        "dictionary rows as read": sizes.row_bytes,
+        "dictionary rows joined": max(tables),  # on their way to the device
+        "active features": sizes.n_active * 64
+        + max(entry_bytes(x, sizes.itemsize) for x in sizes.banks),
     }
 
 
@@ -87,23 +111,26 @@ def on_device(sizes: Sizes, keep: bool, packed: bool, chunk: int) -> dict[str, i
     """Bytes of what the kernels work on."""
     cfg, T, item = sizes.cfg, sizes.n_tokens, sizes.itemsize
     L, D = cfg.n_layers, cfg.d_model
-    heads = cfg.n_heads * cfg.d_head
-    vectors = int(sizes.n_active * sizes.n_sites)
+    heads, kv_heads = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
     patterns = pattern_bytes(cfg, T, item)
     one_layer = patterns // L
-    tiles = vectors * (D if packed else 2) * item
-    slots = -(-sizes.n_active // max(T, 1)) * T
-    stream = T * chunk * (3 * D + 2 * heads) * item
+    tables = max(table_bytes(x, D, item) for x in sizes.banks)
+    entries = max(entry_bytes(x, item) for x in sizes.banks)
+    tiles = max(tile_bytes(x, D, item) for x in sizes.banks)
     # One tile of every position at a time.
-    deepest = -(-vectors // (L * max(T, 1)))
-    gathered = 0 if packed else 2 * T * min(deepest, _WIDEST) * D * item
+    gathered = 2 * T * sizes.bank.width * D * item
+    stream = T * chunk * (4 * D + 3 * heads) * item
+    # Of one chunk they are made while the last one's are read.
+    work = stream + 2 * (sizes.n_slots + (L + 1) * T) * chunk * item
     return {
         "parameters": sizes.params_bytes,
         "recording": 8 * L * T * D * item,  # the stream, writes, errors, diagonals
+        "attention maps": L * D * (heads + kv_heads) * item,
         "patterns": 2 * patterns if keep else 3 * one_layer,
-        "dictionary rows": _rows(sizes, sizes.n_sites),
-        "sources": tiles + gathered,
-        "chunk": stream + 2 * slots * chunk * item,
+        # Once tiles are written out their rows go, and chunks have their room.
+        "dictionary rows": max(0, tables + entries - work) if packed else tables,
+        "sources": tiles if packed else entries + gathered,
+        "chunk": work,
     }
 
 
@@ -118,8 +145,7 @@ def answering_bytes(sizes: Sizes, chunk: int) -> int:
     maps = cfg.n_layers * cfg.d_model * (width + cfg.n_heads * cfg.d_head)
     vectors = T * chunk * (4 * cfg.d_model + 3 * width)
     scores = T**2 * (3 * cfg.n_queries_per_kv * chunk + 4 * cfg.n_heads)
-    slots = -(-sizes.n_active // max(T, 1)) * T
-    return (maps + vectors + scores + 2 * slots * chunk) * item
+    return (maps + vectors + scores + 2 * sizes.n_slots * chunk) * item
 
 
 _VECTORS = 12  # pulled for every cell, see `jaxclt.attending.apart`
@@ -135,8 +161,7 @@ def attending_bytes(sizes: Sizes, chunk: int) -> int:
     L, D = cfg.n_layers, cfg.d_model
     width = (cfg.n_heads + cfg.n_kv_heads) * cfg.d_head
     constant = 3 * L * T * D  # what biases, the rest and positions write
-    slots = -(-sizes.n_active // max(T, 1)) * T
-    pulled = T * chunk * (5 * D + 2 * width) + 2 * slots * chunk
+    pulled = T * chunk * (5 * D + 2 * width) + 2 * sizes.n_slots * chunk
     found = 4 * 3 * sizes.attention * chunk * cfg.d_head  # sizes are bucketed
     pushed = T * chunk * (3 * D + 4 * width) + 2 * (L + 1) * chunk * D + found
     cells = 10 * T**2  # of one head

@@ -9,11 +9,12 @@ from jax import Array
 
 from jaxclt.graph.effects import total_effects
 from jaxclt.graph.graph import Graph
+from jaxclt.precision import jit
 
 __all__ = ["group_effects", "solve_rows"]
 
 
-@jax.jit
+@jit
 def solve_rows(diagonal_A: Array, edge_AA: Array, right_WA: Array) -> Array:
     """X with ``X (diag(diagonal) - edge) = right``."""
     system_AA = jnp.diag(diagonal_A) - edge_AA

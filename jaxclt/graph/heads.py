@@ -39,6 +39,7 @@ from jaxclt.graph.shares import edge_influence
 from jaxclt.graph.stream import Stream, make_stream
 from jaxclt.graph.travel import Reads, Writes, push
 from jaxclt.lm.step import down
+from jaxclt.precision import jit
 from jaxclt.shapes import bucket
 
 __all__ = ["head_loadings", "strongest_kept"]
@@ -49,7 +50,7 @@ _FLOPS_WORTH_WINDOWS = 2e10  # below this, one window is cheaper than more progr
 _EDGES = 2048  # edges read off together
 
 
-@partial(jax.jit, static_argnames="width")
+@partial(jit, static_argnames="width")
 def _push(stream: Stream, writes: Writes, end: Array, *, width: int) -> Array:
     """What all heads below `end` gather, before their output maps: [L, W, B, H, C]."""
     cfg, (_, B, _) = stream.cfg, writes.write_MBD.shape
@@ -64,7 +65,7 @@ def _push(stream: Stream, writes: Writes, end: Array, *, width: int) -> Array:
     return push(stream, writes, keep, mixed_LWBHC, n_positions=width, end=end)[1]
 
 
-@jax.jit
+@jit
 def _queries(stream: Stream, reads: Reads) -> Array:
     """What every target reads of every head below it, [L, R, H, C].
 
@@ -101,7 +102,7 @@ class _At(NamedTuple):
     pos_E: np.ndarray  # of the target, within the window
 
 
-@jax.jit
+@jit
 def _read(
     mixed_LWBHC: Array, query_LRHC: Array, x: _At, first: Array, end: Array
 ) -> Array:
@@ -188,8 +189,7 @@ def head_loadings(
         load_EJ=np.zeros((E, J), dtype),
         rest_E=np.zeros(E, dtype),
     )
-    with jax.default_matmul_precision("highest"):
-        _fill(loads, p, rows, on_edges)
+    _fill(loads, p, rows, on_edges)
     return loads
 
 

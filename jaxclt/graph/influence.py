@@ -22,6 +22,7 @@ import numpy as np
 from jax import Array
 
 from jaxclt.graph.blocks import BLOCK, row_blocks
+from jaxclt.precision import jit
 
 __all__ = [
     "Walk",
@@ -112,7 +113,7 @@ def _solve(
     return walk_SN
 
 
-@jax.jit
+@jit
 def _substitute(own_BB: Array, total_B: Array, walk_SB: Array) -> Array:
     """Steps [S, B] out of a block of features: moments over totals.
 
@@ -130,5 +131,5 @@ def _substitute(own_BB: Array, total_B: Array, walk_SB: Array) -> Array:
     visit_B = solve(walk_SB[0])
     if len(walk_SB) == 1:
         return visit_B[None]
-    length_B = solve(walk_SB[1] + jnp.matmul(visit_B, own_BB, precision="highest"))
+    length_B = solve(walk_SB[1] + visit_B @ own_BB)
     return jnp.stack([visit_B, visit_B + length_B])

@@ -24,13 +24,15 @@ from jax.sharding import Mesh
 from jaxclt.clt.active import encoded_layers
 from jaxclt.clt.coder import Dictionary, picked, stream_rows
 from jaxclt.errors import InputError
-from jaxclt.graph.bank import RowTargets, pack, writers
+from jaxclt.graph.bank import RowTargets, writers
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.graph.layout import Layout
+from jaxclt.graph.packing import pack
 from jaxclt.graph.plan import make_plan, mean_flops
 from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.rows import edge_rows, make_puller
 from jaxclt.lm.config import LMConfig
+from jaxclt.precision import at_precision
 from jaxclt.types import LMParams
 
 __all__ = [
@@ -203,7 +205,7 @@ def find_inhibition(
       on_rows: progress, called with (rows done, rows planned).
     """
     config = config or AttributeConfig()
-    with jax.default_matmul_precision(config.precision):
+    with at_precision(config.precision):
         found = near_threshold(p, dictionary, margin=margin, limit=limit)
         T, A, U = len(p.recording.token_T), len(p.active.layer_A), len(found.layer_U)
         layout = Layout(n_features=A, n_layers=p.cfg.n_layers, n_tokens=p.n_tokens)

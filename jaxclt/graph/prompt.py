@@ -27,6 +27,7 @@ __all__ = [
     "Prompt",
     "Recorded",
     "add_written",
+    "check_exact",
     "counted",
     "cut_columns",
     "row_totals",
@@ -36,6 +37,19 @@ __all__ = [
 # Slots of the features to look at, ascending, from the active ones and the influence
 # that arrives at them from the targets directly.
 Chooser = Callable[[Active, np.ndarray], np.ndarray]
+
+
+def check_exact(dtype: np.dtype) -> None:
+    """Raise InputError if a model of these weights is too coarse for edges.
+
+    Rows of bfloat16 are wrong by a hundredth: what is read of a recording has three
+    digits.
+    """
+    if dtype.itemsize < 4:
+        raise InputError(
+            f"attribution needs float32, the model is {dtype}: load it with "
+            "--dtype float32, whatever its files hold"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +71,7 @@ class Recorded:
     error_LTD: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
-        dtype = self.params.embed_VD.dtype
-        if dtype.itemsize < 4:
-            raise InputError(
-                f"attribution needs float32, the model is {dtype}: load it with "
-                "--dtype float32, whatever its files hold"
-            )
+        check_exact(self.params.embed_VD.dtype)
         n_tokens = self.n_tokens or len(self.recording.token_T)
         self._set(n_tokens=n_tokens, active=self._nodes(n_tokens))
         if self.error_LTD.size == 0:

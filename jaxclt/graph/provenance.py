@@ -150,9 +150,8 @@ def hop_spectrum(p: Recorded, rows: RowTargets, *, max_hops: int = 3) -> np.ndar
     (T, _), Q, R = p.recording.embed_TD.shape, max_hops + 1, len(rows.pos_R)
     plan = Plan(band_end=(T,), capacities=(max(1, min(R, _AT_ONCE // Q)),))
     edge_QRN = np.zeros((Q, R, Columns(p).layout.n_columns), rows.read_RD.dtype)
-    with jax.default_matmul_precision("highest"):
-        mesh = Mesh(np.array(jax.devices()[:1]), ("rows",))
-        way = Hops(make_stream(p, pull=True), n_states=Q)
-        puller = make_puller(p, plan=plan, mesh=mesh, way=way)
-        edge_rows(puller, rows, edge_QRN)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("rows",))
+    way = Hops(make_stream(p, pull=True), n_states=Q)
+    puller = make_puller(p, plan=plan, mesh=mesh, way=way)
+    edge_rows(puller, rows, edge_QRN)
     return edge_QRN

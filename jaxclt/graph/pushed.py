@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxclt.graph.bank import Bank, RowTargets, pack, readers
+from jaxclt.graph.bank import Bank, RowTargets, readers
 from jaxclt.graph.columns import Columns, edge_columns
 from jaxclt.graph.explore import arrived_influence, next_features
+from jaxclt.graph.packing import pack
 from jaxclt.graph.plan import Plan
 from jaxclt.graph.prompt import Computed, Prompt, counted, cut_columns, row_totals
 

@@ -22,12 +22,13 @@ from jaxclt.graph.answers import (
     summed,
     written_live,
 )
-from jaxclt.graph.bank import RowTargets, pack, writers
+from jaxclt.graph.bank import RowTargets, writers
 from jaxclt.graph.blocks import Edges
 from jaxclt.graph.compute import plan_attribution, row_mesh
 from jaxclt.graph.effect_parts import effect_parts
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.live import STATES, live_parts, live_way, split_parts
+from jaxclt.graph.packing import pack
 from jaxclt.graph.plan import make_plan, mean_flops
 from jaxclt.graph.prompt import Prompt, add_written, counted, cut_columns
 from jaxclt.graph.response import by_response

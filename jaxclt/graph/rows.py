@@ -27,12 +27,14 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxclt.graph.bank import Bank, DeviceBank, RowTargets, add_dots, pack, writers
+from jaxclt.graph.bank import Bank, DeviceBank, RowTargets, add_dots, writers
 from jaxclt.graph.layout import Layout
+from jaxclt.graph.packing import pack
 from jaxclt.graph.plan import Chunk, Plan, chunk_flops
 from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.stream import make_stream, on_mesh
 from jaxclt.graph.travel import Frozen, Reads, Way, pull
+from jaxclt.precision import jit
 from jaxclt.shapes import bucket
 
 __all__ = ["Edges", "Puller", "RowTargets", "Shared", "edge_rows", "make_puller"]
@@ -113,7 +115,7 @@ def _split(local: Callable[..., Any], mesh: Mesh | None, **specs: Any) -> Any:
     return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
 
 
-@partial(jax.jit, static_argnames=("P", "mesh"))
+@partial(jit, static_argnames=("P", "mesh"))
 def _pull_chunk(
     held: Shared,
     reads: Reads,
@@ -141,7 +143,7 @@ def _pull_chunk(
     return _split(local, mesh, **specs)(held, reads, place_E)
 
 
-@partial(jax.jit, static_argnames=("P", "mesh"))
+@partial(jit, static_argnames=("P", "mesh"))
 def _visit_chunk(
     held: Shared,
     reads: Reads,

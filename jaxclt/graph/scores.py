@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import numpy as np
 
 from jaxclt.graph.blocks import submatrix
@@ -31,10 +30,11 @@ from jaxclt.graph.graph import Graph, Pruning
 from jaxclt.graph.influence import influence_series, solve_walk
 from jaxclt.graph.prune import kept_rows
 from jaxclt.graph.shares import shares_total
+from jaxclt.precision import jit
 
 __all__ = ["Scores", "path_length_curve", "scores"]
 
-_series = jax.jit(influence_series, static_argnames="n_layers")
+_series = jit(influence_series, static_argnames="n_layers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from jaxclt.lm.config import LMConfig
 from jaxclt.lm.frozen import attention_maps, scaled_pattern
 from jaxclt.lm.layers import pattern_weights
 from jaxclt.lm.step import Skip
+from jaxclt.precision import jit
 from jaxclt.types import Block, Held
 
 __all__ = ["Stream", "causal_share", "make_stream", "on_mesh"]
@@ -129,12 +130,12 @@ def make_stream(p: Recorded, *, pull: bool, other: Stream | None = None) -> Stre
     )
 
 
-@partial(jax.jit, static_argnames="cfg")
+@partial(jit, static_argnames="cfg")
 def _patterns(blocks: Block, held: Held, *, cfg: LMConfig) -> Array:
     return jax.vmap(partial(scaled_pattern, cfg=cfg))(blocks, held)
 
 
-@partial(jax.jit, static_argnames="pull")
+@partial(jit, static_argnames="pull")
 def _laid_out(blocks: Block, *, pull: bool) -> tuple[Array, Array]:
     value_LGCD, output_LHCD = jax.vmap(attention_maps)(blocks)
     L, G, C, D = value_LGCD.shape

@@ -50,6 +50,7 @@ from jaxclt.errors import InputError, did_you_mean
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import attn_norm, mlp_norm
 from jaxclt.lm.run import unembed
+from jaxclt.precision import precise
 from jaxclt.types import LMParams, Recording, Targets
 
 __all__ = [
@@ -193,6 +194,7 @@ def difference_targets(
     )
 
 
+@precise
 def probability_targets(
     params: LMParams,
     out_D: Array,

@@ -19,7 +19,14 @@ from jaxclt.io.names import GEMMA, GPT2, GPT_NEOX, LLAMA, QWEN, Layout, Row
 from jaxclt.io.rope import KINDS, read_rope
 from jaxclt.lm.config import LMConfig
 
-__all__ = ["FAMILIES", "Family", "describe_hf", "family_act", "shape_from_hf"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "describe_hf",
+    "family_act",
+    "is_tied",
+    "shape_from_hf",
+]
 
 Act = Literal["silu", "gelu_tanh", "gelu", "relu"]
 _ACTS: dict[str, Act] = {
@@ -344,6 +351,12 @@ def shape_from_hf(hf: dict[str, Any]) -> LMConfig:
         d_vocab=whole(hf, "vocab_size"),
         n_ctx=whole(hf, "max_position_embeddings", 2048),
     )
+
+
+def is_tied(hf: dict[str, Any]) -> bool:
+    """Whether the model reads tokens out by what it embeds them by."""
+    hf, family = _canonical(hf)
+    return bool(hf.get("tie_word_embeddings", family.tied if family else True))
 
 
 def _windows(

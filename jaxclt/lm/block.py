@@ -17,6 +17,7 @@ from jax import Array
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.step import up
+from jaxclt.precision import precise
 from jaxclt.types import Block, Held
 
 __all__ = ["Past", "Taps", "block", "frozen_pattern"]
@@ -42,6 +43,7 @@ class Taps(NamedTuple):
     post_attn_scale_T: Array | None = None  # None: the model has no such norm
 
 
+@precise
 def block(
     p: Block,
     resid_TD: Array,

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from jaxclt.lm.config import LMConfig, RopeScaling
+from jaxclt.precision import precise
 from jaxclt.types import Added, Block, LMParams
 
 __all__ = [
@@ -109,6 +110,7 @@ def fold_norm(read_XD: Array, norm: Norm) -> Array:
     return centre(read_XD * gain_1D, norm)
 
 
+@precise
 def live_reads(read_XD: Array, unit_XD: Array) -> Array:
     """What vectors that read through a norm read if its denominator answers too.
 

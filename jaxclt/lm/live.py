@@ -33,6 +33,7 @@ from jax import Array
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import Norm
+from jaxclt.precision import jit
 from jaxclt.types import Block
 
 __all__ = ["LiveAttention", "Routes", "make_live"]
@@ -129,7 +130,7 @@ def make_live(
     return LiveAttention(blocks, read_LGXD, output_LGDE, resid_LTD, cfg, norms)
 
 
-@jax.jit
+@jit
 def _laid_out(blocks: Block) -> tuple[Array, Array]:
     def one(p: Block) -> tuple[Array, Array]:
         (D, G, _), (H, C, _) = p.k_LDGC.shape, p.o_LHCD.shape

@@ -11,6 +11,7 @@ from jax import Array
 from jaxclt.lm import layers
 from jaxclt.lm.block import Past, Taps, block
 from jaxclt.lm.config import LMConfig
+from jaxclt.precision import precise
 from jaxclt.types import Block, Frozen, Held, LMParams, Recording
 
 __all__ = [
@@ -61,6 +62,7 @@ class Run(NamedTuple):
     out_scale_T: Array
 
 
+@precise
 def run(
     params: LMParams,
     embed_TD: Array,
@@ -168,6 +170,7 @@ def cap_logits(params: LMParams, logit: Array) -> Array:
     return params.logit_cap * jnp.tanh(logit / params.logit_cap)
 
 
+@precise
 def readout(params: LMParams, out_TD: Array) -> Array:
     """Logits [T, V] before any cap: what is linear in the output, and what graphs
     explain.

@@ -8,6 +8,7 @@ from jax import Array
 
 from jaxclt.lm.layers import normalise, out_norm
 from jaxclt.lm.run import readout
+from jaxclt.precision import jit
 from jaxclt.types import LMParams
 
 __all__ = ["GROUP", "highest", "normed", "written_logits"]
@@ -21,16 +22,15 @@ def normed(params: LMParams, written_ND: Array) -> Array:
     return normalise(written_ND, one_N, out_norm(params), biases=False)
 
 
-@jax.jit
+@jit
 def written_logits(params: LMParams, written_ND: Array) -> Array:
     """Demeaned logits [N, V] of vectors in the stream, before any cap.
 
     The final norm's gain is folded in, its denominator is left out: it is positive and
     the same for all tokens.
     """
-    with jax.default_matmul_precision("highest"):
-        logit_NV = readout(params, normed(params, written_ND))
-        return logit_NV - logit_NV.mean(1, keepdims=True)
+    logit_NV = readout(params, normed(params, written_ND))
+    return logit_NV - logit_NV.mean(1, keepdims=True)
 
 
 def highest(x_RN: Array, k: int, group: int = 8) -> tuple[Array, Array]:

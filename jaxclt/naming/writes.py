@@ -10,7 +10,6 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -19,6 +18,7 @@ from jaxclt.clt.active import Active
 from jaxclt.clt.coder import Dictionary
 from jaxclt.lm.config import LMConfig
 from jaxclt.naming.vocabulary import GROUP, highest, normed, written_logits
+from jaxclt.precision import jit
 from jaxclt.types import LMParams
 
 __all__ = ["Spread", "Writes", "features_spread", "node_writes"]
@@ -113,7 +113,7 @@ def _scores(params: LMParams, written_ND: Array) -> Array:
     return written_logits(params, written_ND / safe_N1)
 
 
-@jax.jit
+@jit
 def _added(
     params: LMParams, written_RD: Array, real_R: Array, total_V: Array, square_V: Array
 ) -> tuple[Array, Array]:
@@ -121,7 +121,7 @@ def _added(
     return total_V + score_RV.sum(0), square_V + (score_RV**2).sum(0)
 
 
-@partial(jax.jit, static_argnames="k")
+@partial(jit, static_argnames="k")
 def _strongest(
     params: LMParams, spread: Spread, written_RD: Array, *, k: int
 ) -> tuple[Array, ...]:

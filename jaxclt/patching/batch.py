@@ -22,6 +22,7 @@ from jaxclt.patching.how import How, Mode
 from jaxclt.patching.local import Tables
 from jaxclt.patching.modes import needed, patched
 from jaxclt.patching.patchable import Patchable
+from jaxclt.precision import jit
 
 __all__ = ["chunk_size", "default_range", "in_chunks", "patch_chunk"]
 
@@ -52,7 +53,7 @@ def default_range(
     return int(layer_E.min()), last
 
 
-@partial(jax.jit, static_argnames="how")
+@partial(jit, static_argnames="how")
 def patch_chunk(
     model: Patchable,
     change: Change,

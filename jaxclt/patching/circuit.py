@@ -26,6 +26,7 @@ from jaxclt.patching.modes import (
     run_writing,
 )
 from jaxclt.patching.patchable import Patchable, hold_of
+from jaxclt.precision import jit
 
 __all__ = ["Held", "held_chunk"]
 
@@ -59,7 +60,7 @@ def _writing(model: Patchable, held: Held, how: How) -> Writing:
     return Writing(jnp.zeros((span, T, D), model.recording.embed_TD.dtype), write)
 
 
-@partial(jax.jit, static_argnames="how")
+@partial(jit, static_argnames="how")
 def held_chunk(
     model: Patchable,
     tables: Tables,

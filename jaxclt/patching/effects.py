@@ -13,6 +13,7 @@ from jax import Array
 from jaxclt.lm.run import Run, cap_logits, readout
 from jaxclt.patching.features import Features, activation
 from jaxclt.patching.patchable import Patchable
+from jaxclt.precision import precise
 
 __all__ = [
     "Ask",
@@ -78,6 +79,7 @@ def clean_effect(model: Patchable, ask: Ask) -> Effect:
     return _answer(model, logit_V, ask, watch)
 
 
+@precise
 def watch_values(model: Patchable, done: Run, watch: Features) -> Array:
     """Activations [W] of watched features in a run."""
     at = watch.layer_E, watch.pos_E

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
 from jaxclt.errors import InputError
@@ -66,8 +65,7 @@ def finite_effects(
         subject.ask(),
         on_done=on_done,
     )
-    with jax.default_matmul_precision("highest"):
-        clean = clean_effect(subject.patchable, subject.ask())
+    clean = clean_effect(subject.patchable, subject.ask())
     change_BK = np.asarray(done.logit_K, float) - np.asarray(clean.logit_K, float)
     change_BK[diverged(done)] = np.nan
     return FiniteEffects(change_BK=change_BK, contrast_B=change_BK @ subject.contrast_K)

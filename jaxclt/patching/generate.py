@@ -27,6 +27,7 @@ from jaxclt.patching.effects import sound
 from jaxclt.patching.features import Features, activation
 from jaxclt.patching.modes import pending
 from jaxclt.patching.patchable import Patchable, read
+from jaxclt.precision import jit
 from jaxclt.types import Block
 
 __all__ = ["Rivals", "continue_prompt", "rivals"]
@@ -59,7 +60,7 @@ def rivals(dictionary: Dictionary, model: Patchable, later: Change) -> Rivals | 
     )
 
 
-@partial(jax.jit, static_argnames="n_new")
+@partial(jit, static_argnames="n_new")
 def continue_prompt(
     model: Patchable,
     done: Run,

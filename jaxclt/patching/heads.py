@@ -27,6 +27,7 @@ from jaxclt.patching.change import Change
 from jaxclt.patching.how import How
 from jaxclt.patching.modes import pending, underlying
 from jaxclt.patching.patchable import Patchable, hold_of, read
+from jaxclt.precision import precise
 from jaxclt.types import Added, Block
 
 __all__ = ["Head", "Heads", "Side", "choose_heads", "in_heads"]
@@ -81,6 +82,7 @@ def choose_heads(chosen: Sequence[Head], cfg: LMConfig) -> Heads:
     return Heads(jnp.asarray(query_LH), jnp.asarray(key_LH))
 
 
+@precise
 def in_heads(
     model: Patchable,
     change: Change,

@@ -19,6 +19,7 @@ from jaxclt.clt.coder import Dictionary, Encoded, load
 from jaxclt.patching.change import Change
 from jaxclt.patching.how import Part
 from jaxclt.patching.patchable import Patchable, read
+from jaxclt.precision import jit
 from jaxclt.types import Block
 
 __all__ = ["Local", "Tables", "encode", "make_local"]
@@ -117,7 +118,7 @@ def _level(wanted: list[set[int]], n_features: int) -> tuple[np.ndarray, ...]:
     )
 
 
-@jax.jit
+@jit
 def _clean_tables(model: Patchable, tables: Tables) -> Tables:
     """The tables with the activations of the recording, by the code that patches use.
 

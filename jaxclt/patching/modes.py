@@ -39,6 +39,7 @@ from jaxclt.patching.features import activation
 from jaxclt.patching.how import How
 from jaxclt.patching.local import Tables, encode
 from jaxclt.patching.patchable import Patchable, hold_of, read
+from jaxclt.precision import precise
 from jaxclt.types import Block, Held
 
 __all__ = [
@@ -199,6 +200,7 @@ def iterative(model: Patchable, change: Change, how: How) -> Writing:
 MODES = {"constrained": constrained, "iterative": iterative, "additive": additive}
 
 
+@precise
 def patched(
     model: Patchable,
     change: Change,

@@ -160,8 +160,7 @@ def measure(
     ask = subject.ask(subject.gather(watched), n_top=N_TOP)
     done = patch.effects(batched(now, [len(now.factor_E)]), [patch.layers], ask)
     after = jax.tree.map(lambda x: np.asarray(x)[0], done)
-    with jax.default_matmul_precision("highest"):
-        before = jax.tree.map(np.asarray, clean_effect(subject.patchable, ask))
+    before = jax.tree.map(np.asarray, clean_effect(subject.patchable, ask))
     result = _result(patch, watched, before, after)
     if not predict or patch.heads or not len(now.factor_E):
         return result
@@ -369,22 +368,21 @@ def generate(
         held = later, rivals(subject.dictionary, subject.patchable, later)
     clean = Change.of(now.features, 1.0)
     texts: dict[str, list[int]] = {}
-    with jax.default_matmul_precision("highest"):
-        for name, change, (new, among) in (
-            ("before", clean, (None, None)),
-            ("after", now, held),
-        ):
-            token = continue_prompt(
-                subject.patchable,
-                subject.run(change, patch.layers, patch.how),
-                new,
-                jnp.asarray(patch.layers, jnp.int32),
-                jax.random.key(seed),
-                jnp.asarray(temperature, jnp.float32),
-                n_new=patch.n_later,
-                among=among,
-            )
-            texts[name] = [int(t) for t in np.asarray(token)]
+    for name, change, (new, among) in (
+        ("before", clean, (None, None)),
+        ("after", now, held),
+    ):
+        token = continue_prompt(
+            subject.patchable,
+            subject.run(change, patch.layers, patch.how),
+            new,
+            jnp.asarray(patch.layers, jnp.int32),
+            jax.random.key(seed),
+            jnp.asarray(temperature, jnp.float32),
+            n_new=patch.n_later,
+            among=among,
+        )
+        texts[name] = [int(t) for t in np.asarray(token)]
     found = texts["after"]
     lost = found.index(-1) if -1 in found else None
     texts["after"] = found[:lost]

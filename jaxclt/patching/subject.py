@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -53,6 +52,7 @@ from jaxclt.patching.how import How, Mode
 from jaxclt.patching.local import Local, Tables, make_local
 from jaxclt.patching.modes import patched
 from jaxclt.patching.patchable import Patchable, make_patchable
+from jaxclt.precision import jit
 from jaxclt.text.prompts import Prompt
 from jaxclt.trace.record import prompt_tokens, record_again, record_text, same_hash
 from jaxclt.types import Supernode
@@ -142,12 +142,11 @@ class Subject:
             does not fit the model.
         """
         traced = prompt if isinstance(prompt, Graph) else None
-        with jax.default_matmul_precision("highest"):
-            if isinstance(prompt, Graph):
-                recording = record_again(prompt, model, dictionary, pad=False)
-            else:
-                ids = prompt_tokens(model, prompt)
-                recording = record_text(model, ids, available_bytes(), pad=False)
+        if isinstance(prompt, Graph):
+            recording = record_again(prompt, model, dictionary, pad=False)
+        else:
+            ids = prompt_tokens(model, prompt)
+            recording = record_text(model, ids, available_bytes(), pad=False)
         return cls(
             model=model,
             dictionary=dictionary,
@@ -225,8 +224,7 @@ class Subject:
             token_K = self.traced.target_token_K[self.targets]
             return token_K, [chosen[k] for k in self.targets]
         out_D = self.patchable.recording.out_TD[-1]
-        with jax.default_matmul_precision("highest"):
-            token_K = np.asarray(salient_targets(self.model.params, out_D).token_K)
+        token_K = np.asarray(salient_targets(self.model.params, out_D).token_K)
         return token_K, self.model.tokenizer.token_strings(token_K.tolist())
 
     @functools.cached_property
@@ -240,8 +238,7 @@ class Subject:
     def next_logits(self) -> np.ndarray:
         """Logits of the next token before any cap, [V], on the clean run."""
         out_D = self.patchable.recording.out_TD[-1]
-        with jax.default_matmul_precision("highest"):
-            return np.asarray(readout(self.model.params, out_D))
+        return np.asarray(readout(self.model.params, out_D))
 
     @property
     def n_tokens(self) -> int:
@@ -310,8 +307,7 @@ class Subject:
         change = batched(change, [len(change.factor_E)]).where(0)
         tables, change = self._placed(change, how)
         layers_2 = jnp.asarray(layers, jnp.int32)
-        with jax.default_matmul_precision("highest"):
-            return _run(self.patchable, change, layers_2, how=how, tables=tables)
+        return _run(self.patchable, change, layers_2, how=how, tables=tables)
 
     def effects(
         self,
@@ -349,8 +345,7 @@ class Subject:
 
         order_B = np.lexsort((layers_B2[:, 1], layers_B2[:, 0]))
         size = chunk or min(chunk_size(self.patchable, E), B)
-        with jax.default_matmul_precision("highest"):
-            return in_chunks(call, (change, layers_B2), order_B, size, on_done)
+        return in_chunks(call, (change, layers_B2), order_B, size, on_done)
 
     def layer_range(
         self, layers: tuple[int, int] | None, layer_E: np.ndarray, mode: Mode
@@ -378,4 +373,4 @@ class Subject:
         return first, last
 
 
-_run = jax.jit(patched, static_argnames="how")
+_run = jit(patched, static_argnames="how")

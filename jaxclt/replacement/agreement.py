@@ -18,6 +18,7 @@ from jax import Array
 from jaxclt.clt.coder import Loaded
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import forward
+from jaxclt.precision import jit
 from jaxclt.replacement.model import replacement_logits
 from jaxclt.types import LMParams
 
@@ -62,7 +63,7 @@ def divergence(true_TV: Array, found_TV: Array) -> Array:
     return jnp.sum(jnp.exp(log_p_TV) * (log_p_TV - log_q_TV), -1)
 
 
-@partial(jax.jit, static_argnames=("cfg", "keep_first"))
+@partial(jit, static_argnames=("cfg", "keep_first"))
 def _compare(
     params: LMParams,
     loaded: Loaded | None,
@@ -154,13 +155,13 @@ def predict(
     return said_WS, sure_WS
 
 
-_logits = jax.jit(
+_logits = jit(
     lambda params, token_WS, cfg: jax.vmap(partial(forward, params, cfg=cfg))(token_WS),
     static_argnames="cfg",
 )
 
 
-@partial(jax.jit, static_argnames="cfg")
+@partial(jit, static_argnames="cfg")
 def _one_layer(
     params: LMParams,
     loaded: Loaded,

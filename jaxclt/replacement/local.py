@@ -23,6 +23,7 @@ from jaxclt.clt.coder import Encoded, Loaded
 from jaxclt.clt.sites import read_site
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import mlp_norm
+from jaxclt.precision import precise
 from jaxclt.replacement.model import Sources, replaced, written
 from jaxclt.types import Frozen, LMParams, Recording
 
@@ -57,6 +58,7 @@ class LocalRun:
     out_TD: Array  # normed output; jaxclt.lm.run.unembed gives logits
 
 
+@precise
 def local_replacement(
     params: LMParams, loaded: Loaded, recording: Recording, *, cfg: LMConfig
 ) -> LocalReplacement:
@@ -81,6 +83,7 @@ def local_replacement(
     return dataclasses.replace(lrm, error_LTD=recording.write_LTD - write_LTD)
 
 
+@precise
 def run_local(
     lrm: LocalReplacement,
     *,

@@ -25,6 +25,7 @@ from jaxclt.clt.sites import read_site
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import Policy, Run, embed, run, unembed
+from jaxclt.precision import precise
 from jaxclt.types import Block, Frozen, LMParams
 
 __all__ = ["Sources", "replaced", "replacement_logits", "written"]
@@ -51,6 +52,7 @@ def _nothing_ahead(coder: Coder, like_TD: Array) -> Array:
     return jnp.zeros((coder.shape.span, *like_TD.shape), like_TD.dtype)
 
 
+@precise
 def written(
     params: LMParams | None,
     loaded: Loaded,
@@ -81,6 +83,7 @@ def written(
     return jax.lax.scan(step, _nothing_ahead(coder, read_LTD[0]), xs)[1]
 
 
+@precise
 def replaced(
     params: LMParams,
     loaded: Loaded,
@@ -137,6 +140,7 @@ def replaced(
     )
 
 
+@precise
 def replacement_logits(
     params: LMParams,
     loaded: Loaded,

@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from jaxclt.clt.coder import Loaded
+from jaxclt.precision import jit
 from jaxclt.replacement.model import written
 from jaxclt.types import LMParams
 
@@ -106,7 +107,7 @@ class Reconstruction:
         }
 
 
-@partial(jax.jit, static_argnames="n_groups")
+@partial(jit, static_argnames="n_groups")
 def _sums(
     params: LMParams | None,
     loaded: Loaded,

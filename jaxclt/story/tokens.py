@@ -19,6 +19,7 @@ from jax import Array
 from jaxclt.graph.graph import Graph
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import native_mlp, readout, run, token_vectors, unembed
+from jaxclt.precision import jit
 from jaxclt.types import LMParams
 
 __all__ = ["TokenEffect", "token_shares", "without_tokens"]
@@ -73,13 +74,12 @@ def without_tokens(
       Leads [T + 1] in logits before any cap, and probabilities [T + 1].
     """
     pair_2 = jnp.asarray(answer_and_foil, jnp.int32)
-    with jax.default_matmul_precision("highest"):
-        found = _without(params, embed_TD, jnp.asarray(token_T), pair_2, cfg=cfg)
+    found = _without(params, embed_TD, jnp.asarray(token_T), pair_2, cfg=cfg)
     lead_T, prob_T = (np.asarray(x, np.float64) for x in found)
     return lead_T, prob_T
 
 
-@partial(jax.jit, static_argnames="cfg")
+@partial(jit, static_argnames="cfg")
 def _without(
     params: LMParams, embed_TD: Array, token_T: Array, pair_2: Array, *, cfg: LMConfig
 ) -> tuple[Array, Array]:

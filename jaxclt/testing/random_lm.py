@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxclt.lm.config import LMConfig
+from jaxclt.precision import jit
 from jaxclt.types import Block, LMParams
 
 __all__ = ["Parts", "random_lm"]
@@ -60,7 +61,7 @@ def random_lm(
     return _cut(flat, cfg, has)
 
 
-@partial(jax.jit, static_argnames=("cfg", "has"))
+@partial(jit, static_argnames=("cfg", "has"))
 def _cut(flat: Array, cfg: LMConfig, has: Parts) -> LMParams:
     """Weights of a model out of independent normal numbers."""
     L, D, H, G, C = cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head

@@ -23,6 +23,7 @@ from jaxclt.graph.prompt import Prompt
 from jaxclt.graph.targets import salient_targets
 from jaxclt.lm.config import LMConfig, RopeScaling
 from jaxclt.lm.run import record
+from jaxclt.precision import jit
 from jaxclt.replacement.local import LocalReplacement, local_replacement
 from jaxclt.testing.random_clt import random_clt
 from jaxclt.testing.random_lm import Parts, random_lm
@@ -164,10 +165,10 @@ FAMILIES: dict[str, TinyFamily] = {
     ),
 }
 
-_init_clt = jax.jit(random_clt, static_argnames=("cfg", "dtype", "biases", "skip"))
+_init_clt = jit(random_clt, static_argnames=("cfg", "dtype", "biases", "skip"))
 
 
-@partial(jax.jit, static_argnames="cfg")
+@partial(jit, static_argnames="cfg")
 def _record(params: LMParams, token_T: Array, cfg: LMConfig) -> Recording:
     return record(params, token_T, cfg=cfg)
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +16,7 @@ from jaxclt.errors import InputError, did_you_mean
 from jaxclt.files.json_file import MOST, parse_json, read_bounded
 from jaxclt.files.npz import Must, open_npz
 from jaxclt.io.model import Model
+from jaxclt.precision import jit
 from jaxclt.text.peaks import Batch, firing_counts
 from jaxclt.text.windows import BATCH_TOKENS, TokenWindows, batches
 
@@ -105,7 +105,7 @@ def _read_features(path: Path) -> np.ndarray:
         raise InputError(f"--features {path} cannot be read: {usage}") from error
 
 
-_counts = jax.jit(firing_counts)
+_counts = jit(firing_counts)
 
 
 def _firing(

@@ -10,7 +10,6 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -68,14 +67,13 @@ def edge_parts_with_model(
     check_at_least(1, max_hops=max_hops)
     max_hops = min(max_hops, model.cfg.n_layers)  # a path passes no more heads
     parts = known_parts(graph, source, target)
-    with jax.default_matmul_precision("highest"):
-        p = recorded(graph, model, dictionary)
-        p = dataclasses.replace(p, active=graph_active(graph, p.active))
-        answering = _answering(graph, parts.row, p, dictionary)
-        rows = dataclasses.replace(answering, more_RSD=np.zeros(0))
-        hop_Q = hop_spectrum(p, rows, max_hops=max_hops)[:, 0, parts.col]
-        past_norm = reads_past_norm(dictionary.coder(p.cfg).site)
-        response = _response(p, answering, parts.col, parts.edge, past_norm=past_norm)
+    p = recorded(graph, model, dictionary)
+    p = dataclasses.replace(p, active=graph_active(graph, p.active))
+    answering = _answering(graph, parts.row, p, dictionary)
+    rows = dataclasses.replace(answering, more_RSD=np.zeros(0))
+    hop_Q = hop_spectrum(p, rows, max_hops=max_hops)[:, 0, parts.col]
+    past_norm = reads_past_norm(dictionary.coder(p.cfg).site)
+    response = _response(p, answering, parts.col, parts.edge, past_norm=past_norm)
     if not math.isclose(hop_Q.sum(), parts.edge, rel_tol=1e-2, abs_tol=1e-4):
         raise InputError(
             f"the model gives this edge {hop_Q.sum():.4g}, the graph {parts.edge:.4g}: "
@@ -135,23 +133,22 @@ def token_rows(graph: Graph, token_X: np.ndarray, p: Recorded) -> TokenRows:
       p: the graph's prompt, recorded.
     """
     pos, X = graph.n_tokens - 1, len(token_X)
-    with jax.default_matmul_precision("highest"):
-        out_D = p.recording.out_TD[pos]
-        asked = Prompt(
-            p.params,
-            p.recording,
-            graph_active(graph, p.active),
-            token_targets(p.params, out_D, jnp.asarray(token_X), pos=pos),
-            cfg=p.cfg,
-            error_LTD=p.error_LTD,
-        )
-        rows = asked.target_rows()
-        read_XD = past_final_norm(asked, rows.read_RD, rows.pos_R)
-        both = rows.followed_by(dataclasses.replace(rows, read_RD=read_XD))
-        edge_RN = np.zeros((2 * X, Columns(asked).layout.n_columns), read_XD.dtype)
-        plan = Plan(band_end=(len(p.recording.token_T),), capacities=(1,))
-        edge_rows(make_puller(asked, plan=plan, mesh=None), both, edge_RN)
-        return TokenRows(edge_RN[:X], edge_RN[X:], model_derivative(asked))
+    out_D = p.recording.out_TD[pos]
+    asked = Prompt(
+        p.params,
+        p.recording,
+        graph_active(graph, p.active),
+        token_targets(p.params, out_D, jnp.asarray(token_X), pos=pos),
+        cfg=p.cfg,
+        error_LTD=p.error_LTD,
+    )
+    rows = asked.target_rows()
+    read_XD = past_final_norm(asked, rows.read_RD, rows.pos_R)
+    both = rows.followed_by(dataclasses.replace(rows, read_RD=read_XD))
+    edge_RN = np.zeros((2 * X, Columns(asked).layout.n_columns), read_XD.dtype)
+    plan = Plan(band_end=(len(p.recording.token_T),), capacities=(1,))
+    edge_rows(make_puller(asked, plan=plan, mesh=None), both, edge_RN)
+    return TokenRows(edge_RN[:X], edge_RN[X:], model_derivative(asked))
 
 
 def _token(graph: Graph, k: int) -> Array:

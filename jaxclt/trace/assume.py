@@ -10,12 +10,16 @@ import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
+
 from jaxclt.errors import InputError, did_you_mean
 from jaxclt.files.json_file import read_json
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.graph.memory import FLOAT32, MemoryPlan, Sizes, memory_plan
-from jaxclt.io.families import shape_from_hf
+from jaxclt.graph.packing import BankSizes, bank_sizes
+from jaxclt.io.families import is_tied, shape_from_hf
 from jaxclt.lm.config import LMConfig
+from jaxclt.shapes import bucket
 
 __all__ = ["Assumed", "plan_assumed", "read_assumed"]
 
@@ -81,21 +85,21 @@ def plan_assumed(
         raise InputError(
             f"{shape}: with --assume give a model directory or its config.json"
         )
-    cfg = shape_from_hf(read_json(path))
-    L = cfg.n_layers
-    span = min(assumed.span or L, L)
+    hf = read_json(path)
+    cfg = shape_from_hf(hf)
+    L, n_tokens = cfg.n_layers, bucket(assumed.tokens)  # as recordings are padded
     n_active = assumed.tokens * L * assumed.active
-    unique = None if assumed.features is None else L * assumed.features
     cap = config.max_features
+    bank, row_bytes = _bank(cfg, assumed, n_tokens)
     sizes = Sizes(
         cfg=cfg,
-        n_tokens=assumed.tokens,
+        n_tokens=n_tokens,
         n_active=n_active,
         n_rows=n_active if cap is None else min(n_active, cap),
         n_targets=n_targets,
-        n_sites=sum(min(span, L - l) for l in range(L)) / L,
-        n_unique=unique,
-        params_bytes=_parameters(cfg) * FLOAT32,
+        bank=bank,
+        row_bytes=row_bytes,
+        params_bytes=_parameters(cfg, tied=is_tied(hf)) * FLOAT32,
         response=config.response,
         attention=config.attention,
         itemsize=FLOAT32,
@@ -105,10 +109,23 @@ def plan_assumed(
     return plan, n_active
 
 
-def _parameters(cfg: LMConfig) -> int:
-    """How many parameters the model has, its embeddings tied."""
+def _bank(cfg: LMConfig, assumed: Assumed, n_tokens: int) -> tuple[BankSizes, int]:
+    """The bank of as many features everywhere, and bytes of their rows as read."""
+    L = cfg.n_layers
+    span = min(assumed.span or L, L)
+    spans = tuple(min(span, L - layer) for layer in range(L))
+    every = assumed.tokens * assumed.active  # of a layer
+    unique = min(every, assumed.features or every)
+    # Where all positions have as many, one tells the tiles of all.
+    one = bank_sizes(np.full((L, 1), assumed.active), spans, unique * sum(spans))
+    row_bytes = unique * (L + sum(spans)) * cfg.d_model * FLOAT32
+    return one._replace(n_positions=n_tokens), row_bytes
+
+
+def _parameters(cfg: LMConfig, *, tied: bool) -> int:
+    """How many parameters the model has."""
     attention = cfg.d_model * cfg.d_head * 2 * (cfg.n_heads + cfg.n_kv_heads)
     mlp = 3 * cfg.d_model * cfg.d_mlp
     norms = 2 * cfg.d_model
-    embeddings = cfg.d_vocab * cfg.d_model
+    embeddings = (1 if tied else 2) * cfg.d_vocab * cfg.d_model
     return cfg.n_layers * (attention + mlp + norms) + embeddings + cfg.d_model

@@ -29,10 +29,12 @@ from jaxclt.graph.compute import memory_budget, plan_attribution
 from jaxclt.graph.graph import Graph, GraphMeta
 from jaxclt.graph.memory import MemoryPlan
 from jaxclt.graph.prompt import Prompt as RecordedPrompt
+from jaxclt.graph.prompt import check_exact
 from jaxclt.io.chat import check_messages, is_chat
 from jaxclt.io.model import Model
 from jaxclt.naming.label import with_said
 from jaxclt.naming.writes import Spread, features_spread
+from jaxclt.precision import at_precision
 from jaxclt.text.prompts import Opened, Prompt, prompt_ids, prompt_text
 from jaxclt.trace.explained import (
     TargetChoice,
@@ -117,6 +119,7 @@ def trace_prompt(
       KeyboardInterrupt: if stopped where nothing could be kept.
       InputError: for a prompt, target or dictionary that does not fit the model.
     """
+    check_exact(model.params.embed_VD.dtype)
     config = config or AttributeConfig()
     depends = identity(model, dictionary, prompt, config)
     shortlist = None
@@ -128,8 +131,9 @@ def trace_prompt(
         opened = dataclasses.replace(opened, prompt=depends["prompt"])
     ids = _tokens(model, opened, config)
     spent = Timing()
-    with _compile_seconds() as compiled, spent.of("total"):
-        with spent.of("record"), jax.default_matmul_precision(config.precision):
+    at = at_precision(config.precision)
+    with _compile_seconds() as compiled, spent.of("total"), at:
+        with spent.of("record"):
             pad = not callable(targets)  # a function of the recording sees the prompt
             recording = record_text(model, ids, memory_budget(config), pad=pad)
             active = active_features(
@@ -195,11 +199,10 @@ def _named(
     graph: Graph, p: RecordedPrompt, model: Model, dictionary: Dictionary
 ) -> Graph:
     """The graph, its shown features saying what they write and read."""
-    with jax.default_matmul_precision("highest"):
-        spread = _spread(model, dictionary)
-        said = with_said(
-            graph, p.active, model.params, spread, model.tokenizer.token_strings
-        )
+    spread = _spread(model, dictionary)
+    said = with_said(
+        graph, p.active, model.params, spread, model.tokenizer.token_strings
+    )
     return dataclasses.replace(graph, meta=dataclasses.replace(graph.meta, said=said))
 
 

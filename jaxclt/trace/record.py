@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -23,6 +22,7 @@ from jaxclt.graph.provenance import crop
 from jaxclt.io.model import Model
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import record
+from jaxclt.precision import jit
 from jaxclt.shapes import bucket
 from jaxclt.text.prompts import Opened, Prompt, prompt_ids
 from jaxclt.types import LMParams, Recording
@@ -31,7 +31,7 @@ __all__ = ["prompt_tokens", "record_again", "record_prompt", "record_text", "rec
 __all__ += ["same_hash"]
 
 
-@partial(jax.jit, static_argnames=("cfg", "keep_patterns"))
+@partial(jit, static_argnames=("cfg", "keep_patterns"))
 def record_prompt(
     params: LMParams, token_T: Array, cfg: LMConfig, *, keep_patterns: bool = True
 ) -> Recording:

@@ -10,6 +10,7 @@ import jax
 
 from jaxclt.files.atomic import atomic_path
 from jaxclt.files.lines import read_lines
+from jaxclt.precision import asked_precision
 from jaxclt.text.corpus import Windows
 from jaxclt.train.params import n_params
 from jaxclt.train.prepare import Job
@@ -60,6 +61,7 @@ def make_card(
             "jax": jax.__version__,
             "device": f"{device.platform}:{device.device_kind}",
             "n_devices": jax.device_count(),
+            "precision": asked_precision(),
         },
     }
 

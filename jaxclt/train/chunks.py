@@ -27,6 +27,7 @@ from jax import Array
 from jaxclt.clt.config import ReadSite
 from jaxclt.errors import InputError
 from jaxclt.io.model import Model
+from jaxclt.precision import jit
 from jaxclt.text.corpus import PAD, Windows
 from jaxclt.train.harvest import harvest
 from jaxclt.train.normalise import (
@@ -90,7 +91,7 @@ def bound(norm_LT: np.ndarray, outlier: float) -> np.ndarray:
     return (outlier * np.median(norm_LT, axis=1)).astype(np.float32)
 
 
-@jax.jit
+@jit
 def _renormalise(change: Scales, read: Array, write: Array) -> tuple[Array, Array]:
     return normalise(change, read.astype(jnp.float32), write.astype(jnp.float32))
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxclt.errors import InputError
 from jaxclt.graph.memory import available_bytes, host_available_bytes
 from jaxclt.lm.config import LMConfig
+from jaxclt.precision import jit
 from jaxclt.text.corpus import check_context
 from jaxclt.train.config import TrainConfig
 from jaxclt.train.params import Spec, n_params
@@ -90,7 +91,7 @@ def lm_flop_per_token(cfg: LMConfig, context: int) -> float:
     return 2.0 * cfg.n_layers * (attention + scores + 3 * cfg.d_model * cfg.d_mlp)
 
 
-@jax.jit
+@jit
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 

@@ -10,19 +10,19 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from jaxclt.clt.config import CLTConfig
+from jaxclt.precision import jit
 from jaxclt.train.params import LayerParams, Spec, TrainParams, to_clt
 from jaxclt.types import CLTParams
 
 __all__ = ["calibrate", "threshold_form"]
 
 
-@partial(jax.jit, static_argnames="k")
+@partial(jit, static_argnames="k")
 def _layer_threshold(p: LayerParams, read_TD: Array, k: int) -> Array:
     read_TD = read_TD.astype(p.W_enc_FD.dtype)
     pre_TF = read_TD @ p.W_enc_FD.T + p.b_enc_F[None]

@@ -24,6 +24,7 @@ from jaxclt.clt.config import CLTConfig
 from jaxclt.clt.transcoder import loaded_params
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import forward
+from jaxclt.precision import jit
 from jaxclt.replacement.agreement import divergence
 from jaxclt.replacement.model import replacement_logits
 from jaxclt.text.corpus import Windows
@@ -100,7 +101,7 @@ def finetune_kl(
     """
     tx = optax.adam(how.lr)
 
-    @partial(jax.jit, donate_argnums=(0, 1))
+    @partial(jit, donate_argnums=(0, 1))
     def update(
         clt: CLTParams, opt: Any, params: LMParams, token_WT: Array, valid_WT: Array
     ) -> tuple[CLTParams, Any, Array]:

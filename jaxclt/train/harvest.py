@@ -13,13 +13,14 @@ from jaxclt.clt.sites import read_site
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.run import record
+from jaxclt.precision import jit
 from jaxclt.train.normalise import Scales, normalise
 from jaxclt.types import LMParams
 
 __all__ = ["harvest", "mlp_response"]
 
 
-@partial(jax.jit, static_argnames=("cfg", "site", "dtype"))
+@partial(jit, static_argnames=("cfg", "site", "dtype"))
 def harvest(
     params: LMParams,
     token_WS: Array,
@@ -60,7 +61,7 @@ def harvest(
     return read_LTD.astype(dtype), write_LTD.astype(dtype), norm_LT
 
 
-@partial(jax.jit, static_argnames=("cfg", "site"))
+@partial(jit, static_argnames=("cfg", "site"))
 def mlp_response(
     params: LMParams,
     scales: Scales,

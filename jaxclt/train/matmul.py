@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 __all__ = ["matmul"]
@@ -33,8 +34,14 @@ def _matmul(x_TK: Array, w_KN: Array, compute: str) -> Array:
 
 def _dot(a: Array, b: Array, compute: str, out: jax.typing.DTypeLike, dims) -> Array:
     contract = (((dims[0],), (dims[1],)), ((), ()))
+    # What is asked of float32 would widen halves again: they are multiplied as such.
+    half = jnp.dtype(compute).itemsize < 4
     return jax.lax.dot_general(
-        a.astype(compute), b.astype(compute), contract, preferred_element_type=out
+        a.astype(compute),
+        b.astype(compute),
+        contract,
+        precision=jax.lax.Precision.DEFAULT if half else None,
+        preferred_element_type=out,
     )
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from jaxclt.precision import precise
 from jaxclt.types import CLTParams
 
 __all__ = [
@@ -140,6 +141,7 @@ def normalise(scales: Scales, read_LTD: Array, write_LTD: Array) -> tuple[Array,
     )
 
 
+@precise
 def fold(clt: CLTParams, scales: Scales) -> CLTParams:
     """The dictionary in raw units that does what `clt` does in normalised ones.
 

@@ -23,6 +23,7 @@ from jaxclt.io.model import Model
 from jaxclt.io.tokenizer import Tokenizer
 from jaxclt.lm.cache import sample_text
 from jaxclt.lm.config import LMConfig
+from jaxclt.precision import jit
 from jaxclt.runs.kept import State
 from jaxclt.text.corpus import Windows
 from jaxclt.types import LMParams
@@ -43,7 +44,7 @@ def start_token(tokenizer: Tokenizer) -> int:
     raise InputError("--data model needs a tokenizer with a special token to start at")
 
 
-@partial(jax.jit, static_argnames=("cfg", "size"))
+@partial(jit, static_argnames=("cfg", "size"))
 def sample(
     params: LMParams, start_W: Array, key: Array, *, cfg: LMConfig, size: int
 ) -> Array:

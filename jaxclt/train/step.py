@@ -22,6 +22,7 @@ from flax import struct
 from jax import Array
 
 from jaxclt.errors import InputError
+from jaxclt.precision import jit
 from jaxclt.train.objectives import (
     Batch,
     LayerBatch,
@@ -313,7 +314,7 @@ def make_step(
             raise InputError("--memory per_source: use --accumulate 1")
         return _per_source_step(objective, spec, tx, recipe)
 
-    @partial(jax.jit, donate_argnums=(0,))
+    @partial(jit, donate_argnums=(0,))
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         now, batch = _prepare(state, batch, recipe)
         grads, metrics = gradients(
@@ -381,7 +382,7 @@ class PerSourceStep:
 def _per_source_step(
     objective: Separable, spec: Spec, tx: optax.GradientTransformation, recipe: Recipe
 ) -> PerSourceStep:
-    @jax.jit
+    @jit
     def forward(state: TrainState, batch: Batch):
         now, batch = _prepare(state, batch, recipe)
         back, metrics = first_pass(objective, state.params, batch, now, spec)
@@ -389,13 +390,13 @@ def _per_source_step(
 
     # One program for all layers that write as many outputs: the layer only chooses
     # slices, which the host makes.
-    @partial(jax.jit, donate_argnums=(0, 1))
+    @partial(jit, donate_argnums=(0, 1))
     def update(p, opt, back, x, now, norm):
         grad = source_gradient(objective, p, back, x, now, spec)
         square = clip_norm_squared(grad)
         return *update_layer(tx, p, opt, grad, norm, recipe.clip), square
 
-    @jax.jit
+    @jit
     def finish(state: TrainState, norm: Array, metrics: Metrics, now: Values, T: Array):
         return finish_step(state, norm, metrics, now, recipe, T.shape[0])
 

@@ -174,8 +174,7 @@ class Bench:
 
     @functools.cached_property
     def _clean(self) -> Effect:
-        with jax.default_matmul_precision("highest"):
-            return clean_effect(self.subject.patchable, self.ask())
+        return clean_effect(self.subject.patchable, self.ask())
 
     @functools.cached_property
     def clean_K(self) -> np.ndarray:  # noqa: N802

@@ -81,14 +81,13 @@ def faithfulness(
     for kind, (row_B, batch) in made.items():
         several: tuple[Agreement | None, ...] = (None,) * len(hows)
         if batch is not None and len(row_B):
-            with jax.default_matmul_precision("highest"):
-                several = perturb_many(
-                    subject.patchable,
-                    subject.local.tables,
-                    batch,
-                    hows=hows,
-                    shared=kind != "upstream",
-                )
+            several = perturb_many(
+                subject.patchable,
+                subject.local.tables,
+                batch,
+                hows=hows,
+                shared=kind != "upstream",
+            )
         for name, done in zip(variants, several, strict=True):
             said, lost = _spread(done, row_B, layers, L, key)
             on_batch(len(row_B), lost)

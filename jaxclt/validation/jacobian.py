@@ -22,12 +22,13 @@ from jaxclt.lm import layers
 from jaxclt.patching.how import How
 from jaxclt.patching.local import Tables, encode
 from jaxclt.patching.patchable import Patchable, read
+from jaxclt.precision import jit
 from jaxclt.validation.perturb import Agreement, compare
 
 __all__ = ["jacobian_agreement"]
 
 
-@partial(jax.jit, static_argnames=("how", "n_probes"))
+@partial(jit, static_argnames=("how", "n_probes"))
 def jacobian_agreement(
     model: Patchable,
     tables: Tables,

@@ -121,14 +121,13 @@ def _patterns(bench: Bench, factor: float) -> dict[str, Any] | None:
     if not len(at):
         return None
     L, H = subject.model.cfg.n_layers, subject.model.cfg.n_heads
-    with jax.default_matmul_precision("highest"):
-        found = moved_patterns(
-            subject.patchable,
-            local.placed(bench.single.where(at)),
-            local.tables,
-            jnp.asarray(factor, bench.single.factor_E.dtype),
-            n_cells=min(CELLS, L * H * subject.n_tokens**2),
-        )
+    found = moved_patterns(
+        subject.patchable,
+        local.placed(bench.single.where(at)),
+        local.tables,
+        jnp.asarray(factor, bench.single.factor_E.dtype),
+        n_cells=min(CELLS, L * H * subject.n_tokens**2),
+    )
     bench.counter.add(len(at), 0)
     full, small = (_of_patterns(moved, bench.key) for moved in found)
     return {"full": full, "small": small}

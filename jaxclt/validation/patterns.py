@@ -22,6 +22,7 @@ from jaxclt.patching.how import How
 from jaxclt.patching.local import Tables
 from jaxclt.patching.modes import patched
 from jaxclt.patching.patchable import Patchable
+from jaxclt.precision import jit
 
 __all__ = ["LIVE", "Moved", "moved_patterns"]
 
@@ -36,7 +37,7 @@ class Moved(NamedTuple):
     cosine_B: Array  # of all cells
 
 
-@partial(jax.jit, static_argnames="n_cells")
+@partial(jit, static_argnames="n_cells")
 def moved_patterns(
     model: Patchable, change: Change, tables: Tables, factor: Array, *, n_cells: int
 ) -> tuple[Moved, Moved]:

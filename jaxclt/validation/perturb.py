@@ -28,6 +28,7 @@ from jaxclt.patching.how import How
 from jaxclt.patching.local import Tables
 from jaxclt.patching.modes import Needed, Nudge, needed, patched, underlying
 from jaxclt.patching.patchable import Patchable, hold_of, read
+from jaxclt.precision import jit
 
 __all__ = ["Agreement", "Perturbation", "agreements", "compare", "perturb_many"]
 
@@ -168,7 +169,7 @@ def _layers(perturbation: Perturbation, n_layers: int) -> Array:
     return jnp.stack([start, jnp.full_like(start, n_layers - 1)], -1)
 
 
-@partial(jax.jit, static_argnames=("hows", "shared"))
+@partial(jit, static_argnames=("hows", "shared"))
 def _chunk(
     model: Patchable,
     tables: Tables,

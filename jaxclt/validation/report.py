@@ -162,10 +162,9 @@ def _jacobian(subject: Subject, key: jax.Array) -> dict[str, Any]:
     out = {}
     for norms in ("frozen", "live"):
         how = VARIANTS[norms].of(subject.patchable.coder)
-        with jax.default_matmul_precision("highest"):
-            found = jacobian_agreement(
-                subject.patchable, subject.local.tables, key, how=how
-            )
+        found = jacobian_agreement(
+            subject.patchable, subject.local.tables, key, how=how
+        )
         out[norms] = {
             "cosine": [rounded(x) for x in np.asarray(found.cosine_L)],
             "nmse": [rounded(x) for x in np.asarray(found.nmse_L)],

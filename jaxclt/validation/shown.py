@@ -154,8 +154,7 @@ def _lead(
         how_ = how.of(model.coder)
         return held_chunk(model, tables, part, value_LTU, measure.ask, how=how_)
 
-    with jax.default_matmul_precision("highest"):
-        done = in_chunks(call, held_BLTU, np.arange(len(held_BLTU)), CHUNK)
+    done = in_chunks(call, held_BLTU, np.arange(len(held_BLTU)), CHUNK)
     m_B = np.asarray(done.logit_K, np.float64) @ measure.weight_K
     return np.where(diverged(done), np.nan, m_B)
 

@@ -15,10 +15,11 @@ from jaxclt.clt.active import Active
 from jaxclt.errors import InputError
 from jaxclt.graph import compute, pooled, pushed, stream
 from jaxclt.graph.attribute import AttributeConfig, Timing
-from jaxclt.graph.bank import RowTargets, pack, writers
+from jaxclt.graph.bank import RowTargets, writers
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.memory import MemoryPlan, Sizes, memory_plan, patterns_kept
+from jaxclt.graph.packing import bank_sizes, pack
 from jaxclt.graph.plan import make_plan
 from jaxclt.graph.rows import edge_rows, make_puller, visits
 from jaxclt.lm.config import LMConfig
@@ -252,7 +253,8 @@ def smol(n_tokens: int, n_rows: int) -> Sizes:
         n_active=n_tokens * 30 * 32,
         n_rows=n_rows,
         n_targets=10,
-        n_unique=30 * 1536,
+        bank=bank_sizes(np.full((30, n_tokens), 32), (1,) * 30, 30 * 1536),
+        row_bytes=2 * 30 * 1536 * 576 * 4,
         params_bytes=540_000_000,
     )
 
