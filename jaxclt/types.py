@@ -65,6 +65,7 @@ class Block:
     post_mlp_LD: Array | None = None
     # bool: layers with `LMConfig.window` and its local rotary base; None: all alike
     local_L: Array | None = None
+    turning_L: Array | None = None  # bool: layers with rotary embeddings; None: all
 
 
 @struct.dataclass

@@ -10,7 +10,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxclt.errors import InputError, shown
-from jaxclt.io.families import FAMILIES, Family, family_act
+from jaxclt.io.config_hf import family_act
+from jaxclt.io.families import FAMILIES, Family
 from jaxclt.io.gguf_file import GGUFFile, open_gguf
 from jaxclt.io.names import Layout, tensor_name
 from jaxclt.io.read_params import Stored, read_params

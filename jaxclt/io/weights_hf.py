@@ -22,9 +22,10 @@ from jaxclt.errors import InputError, shown
 from jaxclt.files.atomic import atomic_path, write_text
 from jaxclt.files.json_file import read_json
 from jaxclt.files.json_text import to_json
-from jaxclt.io.families import describe_hf
-from jaxclt.io.names import LLAMA, Layout, from_leaf, tensor_name
+from jaxclt.io.config_hf import describe_hf
+from jaxclt.io.names import Layout, from_leaf, tensor_name
 from jaxclt.io.read_params import Stored, read_params
+from jaxclt.io.rows import LLAMA
 from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import LMParams
@@ -247,4 +248,4 @@ def _demand_llama(cfg: LMConfig, params: LMParams) -> None:
 
 
 _NOT_LLAMA = {"rope_scaling", "rope_local_theta", "window", "query_scale", "attn_cap"}
-_NOT_LLAMA |= {"d_rotary", "parallel"}
+_NOT_LLAMA |= {"d_rotary", "parallel", "norm_turned"}

@@ -146,12 +146,13 @@ def frequencies(p: Block, cfg: LMConfig, dtype: jnp.dtype) -> Array:
     """Rotary frequencies of one layer, of each pair of channels that turns."""
     # Angles of late positions are large: half precision would not tell them apart.
     dtype = dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
-    every_J = rotary_frequencies(cfg.n_turning, cfg.rope_theta, cfg.rope_scaling)
-    if p.local_L is None or cfg.rope_local_theta is None:
-        return jnp.asarray(every_J, dtype)
-    local_J = rotary_frequencies(cfg.n_turning, cfg.rope_local_theta)
-    local_J, every_J = jnp.asarray(local_J, dtype), jnp.asarray(every_J, dtype)
-    return jnp.where(p.local_L, local_J, every_J)
+    freq_J = jnp.asarray(
+        rotary_frequencies(cfg.n_turning, cfg.rope_theta, cfg.rope_scaling), dtype
+    )
+    if p.local_L is not None and cfg.rope_local_theta is not None:
+        local_J = rotary_frequencies(cfg.n_turning, cfg.rope_local_theta)
+        freq_J = jnp.where(p.local_L, jnp.asarray(local_J, dtype), freq_J)
+    return freq_J if p.turning_L is None else jnp.where(p.turning_L, freq_J, 0)
 
 
 def rotate(x_THC: Array, freq_J: Array, *, start: Array | int = 0) -> Array:
@@ -182,10 +183,14 @@ def _rotated(
 ) -> Array:
     """Queries or keys, normalised where the model does so, at their positions."""
     if gain_C is not None:
-        if scale_TH is None:
+        if scale_TH is None:  # which turning does not change
             scale_TH = norm_scale(x_THC, Norm(gain_C), eps=cfg.norm_eps)
-        x_THC = x_THC * scale_TH[..., None] * gain_C[None, None, :]
-    return rotate(x_THC, frequencies(p, cfg, x_THC.dtype), start=start)
+        x_THC = x_THC * scale_TH[..., None]
+        x_THC = x_THC if cfg.norm_turned else x_THC * gain_C[None, None, :]
+    x_THC = rotate(x_THC, frequencies(p, cfg, x_THC.dtype), start=start)
+    if gain_C is not None and cfg.norm_turned:
+        x_THC = x_THC * gain_C[None, None, :]
+    return x_THC
 
 
 def _projected(normed_TD: Array, weight_DHC: Array, bias_HC: Array | None) -> Array:
@@ -340,8 +345,9 @@ def move(p: Block, pattern_HTS: Array, value_SGC: Array, *, cfg: LMConfig) -> Ar
     return out_TD if p.o_bias_LD is None else out_TD + p.o_bias_LD[None]
 
 
-_PATTERN_LEAVES = ("norm_attn_LD", "norm_attn_bias_LD", "local_L", "q_LDHC", "k_LDGC")
-_PATTERN_LEAVES += ("q_bias_LHC", "k_bias_LGC", "q_norm_LC", "k_norm_LC")
+_PATTERN_LEAVES = ("norm_attn_LD", "norm_attn_bias_LD", "local_L", "turning_L")
+_PATTERN_LEAVES += ("q_LDHC", "k_LDGC", "q_bias_LHC", "k_bias_LGC")
+_PATTERN_LEAVES += ("q_norm_LC", "k_norm_LC")
 _MOVE_LEAVES = ("v_LDGC", "v_bias_LGC", "o_LHCD", "o_bias_LD", "post_attn_LD")
 
 
@@ -381,6 +387,8 @@ def gate_factor(x: Array, *, cfg: LMConfig) -> Array:
             return 0.5 * jax.lax.erfc(x * -math.sqrt(0.5))
         case "relu":
             return (x > 0).astype(x.dtype)
+        case "relu2":
+            return jax.nn.relu(x)
 
 
 def gate_and_up(p: Block, normed_TD: Array, *, cfg: LMConfig) -> tuple[Array, Array]:

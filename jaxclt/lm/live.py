@@ -305,11 +305,15 @@ class _Layer(NamedTuple):
         """Cotangents of queries or keys before they are turned and normalised."""
         T, B, J, C = g_TBJC.shape
         freq = layers.frequencies(self.p, self.cfg, g_TBJC.dtype)
+        turned = self.cfg.norm_turned
+        if gain_C is not None and turned:
+            g_TBJC = g_TBJC * gain_C
         g_TBX = layers.rotate(g_TBJC.reshape(T, B * J, C), -freq)
         g_TBJC = g_TBX.reshape(T, B, J, C)
         part = _Part(g_TBJC, None)
         if gain_C is not None:
             scale_TJ = layers.norm_scale(raw_TJC, Norm(gain_C), eps=self.cfg.norm_eps)
-            g_TBJC = g_TBJC * (scale_TJ[..., None] * gain_C[None, None])[:, None]
+            g_TBJC = g_TBJC * scale_TJ[:, None, :, None]
+            g_TBJC = g_TBJC if turned else g_TBJC * gain_C
             part = self._answered(g_TBJC, raw_TJC * scale_TJ[..., None])
         return jax.tree.map(lambda x: x.reshape(T, B, J * C), part)

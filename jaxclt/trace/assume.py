@@ -14,7 +14,7 @@ from jaxclt.errors import InputError, did_you_mean
 from jaxclt.files.json_file import read_json
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.graph.memory import FLOAT32, MemoryPlan, Sizes, memory_plan
-from jaxclt.io.families import shape_from_hf
+from jaxclt.io.config_hf import shape_from_hf
 from jaxclt.lm.config import LMConfig
 
 __all__ = ["Assumed", "plan_assumed", "read_assumed"]

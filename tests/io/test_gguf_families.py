@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 
 from jaxclt.errors import InputError
 from jaxclt.io import tokenizer_gguf
-from jaxclt.io.names import GEMMA, GPT2, GPT_NEOX, QWEN, tensor_name
+from jaxclt.io.names import tensor_name
+from jaxclt.io.rows import GEMMA, GPT2, GPT_NEOX, QWEN
 from jaxclt.io.tokenizer import load_tokenizer
 from jaxclt.io.weights_gguf import load_gguf
 from jaxclt.io.weights_hf import load_hf

@@ -13,8 +13,9 @@ from io_models import CFG, assert_same, random_params
 from safetensors.numpy import load_file, save_file
 
 from jaxclt.errors import InputError
-from jaxclt.io.families import describe_hf
-from jaxclt.io.names import LLAMA, find_part, from_leaf, to_leaf
+from jaxclt.io.config_hf import describe_hf
+from jaxclt.io.names import find_part, from_leaf, to_leaf
+from jaxclt.io.rows import LLAMA
 from jaxclt.io.weights_hf import config_to_hf, load_hf, save_hf
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -189,7 +190,7 @@ def family(name):
 
 def test_windows_of_old_files():
     """Without layer_types: which layers are local by each family's own rule."""
-    from jaxclt.io.families import describe_hf
+    from jaxclt.io.config_hf import describe_hf
 
     def local(name, **change):
         hf = family(name) | {"num_hidden_layers": 7} | change

@@ -1,0 +1,77 @@
+"""Dense families against transformers: kept logits, and every tap of new models.
+
+The goldens are made by tests/goldens/make_dense.py and say the versions they are from;
+what needs torch carries the marker `parity`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxclt.io.weights_hf import load_hf
+from jaxclt.lm.run import record, unembed
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+NAMES = sorted(path.name for path in (GOLDENS / "dense").iterdir())
+
+
+def our_taps(folder: Path, token_T) -> dict[str, np.ndarray]:
+    """Op by op: the programs of tiny models compile longer than they run, and single
+    operations are shared by all families.
+    """
+    params, cfg = load_hf(folder)
+    with jax.disable_jit():
+        recording = record(params, jnp.asarray(token_T, jnp.int32), cfg=cfg)
+        logits_TV = unembed(params, recording.out_TD)
+    return {
+        "embed_TD": recording.embed_TD,
+        "resid_LTD": recording.resid_LTD,
+        "mid_LTD": recording.mid_LTD,
+        "write_LTD": recording.write_LTD,
+        "pattern_LHTS": recording.frozen.pattern_LHTS,
+        "out_TD": recording.out_TD,
+        "logits_TV": logits_TV,
+    }
+
+
+def close(got, want, name: str) -> None:
+    """To float32 rounding, which is relative to a tensor's largest entry."""
+    size = max(np.abs(want).max(), 1.0)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * size, err_msg=name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_the_golden_of_transformers(name: str) -> None:
+    folder = GOLDENS / "dense" / name
+    with np.load(folder / "logits.npz", allow_pickle=False) as theirs:
+        assert str(theirs["made_by"]).startswith("transformers 5.")
+        token_T, logits_TV = theirs["token_T"], theirs["logits_TV"]
+    close(our_taps(folder, token_T)["logits_TV"], logits_TV, name)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tap_equals_transformers_live(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(sys, "path", [str(GOLDENS), *sys.path])
+    import dense_models  # pyright: ignore[reportMissingImports]
+
+    model = dense_models.build(name)
+    model.save_pretrained(tmp_path, safe_serialization=True)
+    token_T = dense_models.tokens(name)
+    theirs = dense_models.dense_taps(name, model, token_T)
+    for tap, got in our_taps(tmp_path, token_T.numpy()).items():
+        close(got, theirs[tap], tap)
+    assert set(NAMES) == set(dense_models.DENSE)
+    del torch
+    kept = json.loads((GOLDENS / "dense" / name / "config.json").read_text())
+    assert kept["model_type"] == dense_models.DENSE[name].kind
