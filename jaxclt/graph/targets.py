@@ -131,7 +131,7 @@ def _targets(
 
 
 def _n_layers(params: LMParams) -> int:
-    return len(params.blocks.norm_attn_LD)
+    return len(params.blocks.q_LDHC)
 
 
 def token_targets(

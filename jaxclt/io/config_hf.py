@@ -136,6 +136,7 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
         turning=turning,
         scales=scales,
         embed_scale=times.get("embed", width),
+        embed_eps=cfg.norm_eps if family.norms_embedding else None,
         logit_cap=caps.get(LOGIT_CAP),
     )
     return cfg, layout
@@ -247,12 +248,9 @@ def _windows(
     if n_layers > _MOST_LAYERS:
         raise InputError(f"config.json: no model has {n_layers} layers")
     window = hf.get("sliding_window", family.window)
-    if family.turning == "local" and window is None:
-        raise InputError("config.json: sliding_window must be a number")
     after = family.windows == "after"
     if window is None or (after and not hf.get("use_sliding_window", False)):
-        local = _layer_types(hf, n_layers) or (False,) * n_layers
-        if any(local):
+        if any(_layer_types(hf, n_layers) or ()) or family.turning == "local":
             raise InputError(
                 "config.json: layer_types has sliding_attention but there is no "
                 "sliding_window in use"
@@ -266,20 +264,20 @@ def _windows(
                 "layers all have the sliding_window"
             )
         return window, None
-    local = _layer_types(hf, n_layers)
-    if local is None and family.windows == "listed":
-        return window, None
-    if local is None and after:
+    return window, _layer_types(hf, n_layers) or _local(hf, family, n_layers)
+
+
+def _local(hf: dict[str, Any], family: Family, n_layers: int) -> tuple[bool, ...]:
+    """Which layers have the window if they are not listed."""
+    if family.windows == "after":
         first = whole(hf, "max_window_layers", 28)
-        local = tuple(i >= first for i in range(n_layers))
-    elif local is None:
-        period = whole(hf, "sliding_window_pattern", family.period)
-        if period < 1:
-            raise InputError(
-                f"config.json: sliding_window_pattern must be positive, not {period}"
-            )
-        local = tuple((i + 1) % period != 0 for i in range(n_layers))
-    return window, local
+        return tuple(i >= first for i in range(n_layers))
+    period = whole(hf, "sliding_window_pattern", family.period)
+    if period < 1:
+        raise InputError(
+            f"config.json: sliding_window_pattern must be positive, not {period}"
+        )
+    return tuple((i + 1) % period != 0 for i in range(n_layers))
 
 
 def _layer_types(hf: dict[str, Any], n_layers: int) -> tuple[bool, ...] | None:

@@ -61,14 +61,16 @@ class Family:
     act_field: str = "hidden_act"
     gain_offset: float = 0.0  # gains are stored minus this
     scales_embedding: bool = False  # by the root of the width
+    norms_embedding: bool = False  # by an RMSNorm without gains
     query_scalar: bool = False  # has query_pre_attn_scalar
     cap_fields: Mapping[str, float | None] | None = None  # their defaults; None: none
     tied: bool = False  # unless the config says
-    windows: Literal["all", "listed", "after", "every"] | None = None
+    windows: Literal["all", "after", "every"] | None = None
     period: int = 0
     window: int | None = 4096  # unless the config says
     rope_theta: float = 10_000.0  # unless the config says
-    rope_local_theta: float | None = None  # None: one base for all layers
+    # None: one base for all layers; "same": one, scaled where layers are not local
+    rope_local_theta: float | Literal["same"] | None = None
     rope_alpha: bool = False  # "dynamic" with an alpha means a larger base
     turning: Literal["listed", "local", "windowed"] | None = None
     norm_turned: bool = False  # see `LMConfig`
@@ -102,6 +104,26 @@ _GEMMA3 = {
     "num_key_value_heads": 4,
     "head_dim": 256,
     "max_position_embeddings": 131_072,
+}
+_LAYER_NORM_EPS = {"rms_norm_eps": "layer_norm_eps"}
+_GLM: dict[str, Any] = {
+    "flags": _QKV,
+    "defaults": {
+        "attention_bias": True,
+        "head_dim": 128,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1.5625e-7,
+    },
+    "partial": True,
+}
+_COHERE: dict[str, Any] = {
+    "rows": r.COHERE,
+    "names": _LAYER_NORM_EPS,
+    "flags": _ATTENTION,
+    "defaults": {"logit_scale": 0.0625, **_EPS_5},
+    "multipliers": {"logit_scale": "logits"},
+    "parallel": True,
+    "tied": True,
 }
 FAMILIES: dict[str, Family] = {
     "llama": Family(gguf="llama", flags=_BIASES),
@@ -148,6 +170,111 @@ FAMILIES: dict[str, Family] = {
         tied=True,
         windows="all",
         window=None,
+    ),
+    "stablelm": Family(
+        rows=r.STABLELM,
+        names=_LAYER_NORM_EPS,
+        flags={"use_qkv_bias": ("qkv_bias",)},
+        defaults={"partial_rotary_factor": 0.25, **_EPS_5},
+        demands={"qk_layernorm": False},
+        partial=True,
+        parallel_field="use_parallel_residual",
+    ),
+    "olmo": Family(
+        rows=r.OLMO,
+        flags=_ATTENTION,
+        defaults=_EPS_5,
+        demands={"clip_qkv": False},
+    ),
+    "olmo2": Family(rows=r.OLMO2, flags=_ATTENTION, defaults=_EPS_5),
+    "olmo3": Family(
+        rows=r.OLMO2,
+        flags=_ATTENTION,
+        defaults=_EPS_5,
+        windows="every",
+        period=4,
+        rope_theta=500_000.0,
+        rope_local_theta="same",
+    ),
+    "exaone4": Family(
+        rows=r.EXAONE4,
+        options=frozenset({"qk_norm"}),
+        defaults=_EPS_5,
+        windows="every",
+        period=4,
+        turning="windowed",
+    ),
+    "phi3": Family(
+        rows=r.PHI3, defaults=_EPS_5, partial=True, windows="all", window=None
+    ),
+    "glm": Family(rows=r.GLM, **_GLM),
+    "glm4": Family(rows=r.GLM4, **_GLM),
+    "granite": Family(
+        flags=_BIASES,
+        defaults={
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+        multipliers={
+            "embedding_multiplier": "embed",
+            "residual_multiplier": "residual",
+            "attention_multiplier": "scores",
+            "logits_scaling": "1 / logits",
+        },
+    ),
+    "cohere": Family(**_COHERE, demands={"use_qk_norm": False}, rope_theta=500_000.0),
+    "cohere2": Family(**_COHERE, windows="every", period=4, turning="local"),
+    "nemotron": Family(
+        rows=r.NEMOTRON,
+        names={"rms_norm_eps": "norm_eps"},
+        flags=_BIASES,
+        defaults={"hidden_act": "relu2", "partial_rotary_factor": 0.5, **_EPS_5},
+        partial=True,
+        gain_offset=1.0,
+    ),
+    "nanochat": Family(
+        rows=r.NANOCHAT,
+        options=frozenset({"qk_norm"}),
+        flags=_ATTENTION,
+        defaults={"hidden_act": "relu2"},
+        cap_fields={LOGIT_CAP: 15.0},
+        norms_embedding=True,
+    ),
+    "opt": Family(
+        rows=r.OPT,
+        prefixes=(("model.decoder.", ""), ("decoder.", "")),
+        names={"intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
+        defaults={"hidden_act": "relu", **_EPS_5},
+        demands={
+            "do_layer_norm_before": True,
+            "_remove_final_layer_norm": False,
+            "enable_bias": True,
+            "layer_norm_elementwise_affine": True,
+        },
+        positions=True,
+        tied=True,
+    ),
+    "falcon": Family(
+        rows=r.FALCON,
+        prefixes=(("transformer.", ""),),
+        names={
+            "intermediate_size": "ffn_hidden_size",
+            "hidden_act": "activation",
+            "rms_norm_eps": "layer_norm_epsilon",
+        },
+        flags={"bias": ("bias",)},
+        defaults={"hidden_act": "gelu", "num_key_value_heads": 1, **_EPS_5},
+        demands={
+            "alibi": False,
+            "multi_query": True,
+            "new_decoder_architecture": False,
+            "parallel_attn": True,
+        },
+        mlp_ratio=4,
+        parallel=True,
+        tied=True,
     ),
     "qwen2": Family(
         gguf="qwen2", rows=r.QWEN, options=frozenset({"qkv_bias"}), windows="after"

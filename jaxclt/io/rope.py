@@ -6,7 +6,7 @@ transformers 5 nests them in `rope_parameters`, older releases do not.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -39,7 +39,7 @@ def read_rope(
     d_head: int,
     n_ctx: int,
     theta: float,
-    local_theta: float | None,
+    local_theta: float | Literal["same"] | None,
     partial: bool,
     alpha: bool = False,
 ) -> Rope:
@@ -50,7 +50,8 @@ def read_rope(
       d_head: channels of a head.
       n_ctx: longest prompt.
       theta: base, unless the config says.
-      local_theta: that of local layers; None: they have no other.
+      local_theta: that of local layers; None: they have no other; "same": nor have
+        they, but they are not scaled.
       partial: whether the family can turn a part of the channels only.
       alpha: whether an alpha beside the type "dynamic" enlarges the base.
 
@@ -61,7 +62,7 @@ def read_rope(
     for rope in (new, old):
         if not isinstance(rope, dict):
             raise InputError("config.json: rope parameters must be an object")
-    new, local_theta = _by_kind(hf, new, local_theta)
+    new, local_theta = _by_kind(hf, new, theta, local_theta)
     for rope in (new, old):
         if any(isinstance(value, dict) for value in rope.values()):
             raise InputError(
@@ -92,7 +93,10 @@ def read_rope(
 
 
 def _by_kind(
-    hf: dict[str, Any], rope: dict[str, Any], local_theta: float | None
+    hf: dict[str, Any],
+    rope: dict[str, Any],
+    theta: float,
+    local_theta: float | Literal["same"] | None,
 ) -> tuple[dict[str, Any], float | None]:
     """What is said of layers that are not local, and the base of local ones."""
     if local_theta is None:
@@ -105,6 +109,8 @@ def _by_kind(
             "config.json: rope_parameters of sliding_attention must be of type "
             f"'default', not {shown(_kind(local))}"
         )
+    if local_theta == "same":
+        local_theta = number({**hf, **rope}, "rope_theta", theta)
     local_theta = number({**hf, **local}, "rope_local_base_freq", local_theta)
     return rope, number(local, "rope_theta", local_theta)
 

@@ -109,6 +109,26 @@ def _layer_norms(rows: Iterable[Row], fill: float | None = None) -> tuple[Row, .
     return tuple(out)
 
 
+def _filled(rows: Iterable[Row], fill: float, *leaves: str) -> tuple[Row, ...]:
+    """Some leaves that no file has."""
+    return tuple(replace(r, fill=fill) if r.leaf in leaves else r for r in rows)
+
+
+def _in_one(
+    rows: Iterable[Row], name: str, stored: str, *leaves: str
+) -> tuple[Row, ...]:
+    """Some projections lie in one tensor, one after the other."""
+
+    def one(row: Row) -> Row:
+        if row.leaf not in leaves:
+            return row
+        part = leaves.index(row.leaf)
+        whole = f"model.layers.{{i}}.{name}.weight"
+        return replace(row, hf=whole, stored=stored, part=part)
+
+    return tuple(map(one, rows))
+
+
 def _one_norm(rows: Iterable[Row]) -> tuple[Row, ...]:
     """Attention and the MLP beside it read through one norm, whose tensor both get."""
     rows = tuple(rows)
@@ -134,6 +154,46 @@ STARCODER2 = _ungated(
     )
 )
 NEMOTRON = _ungated(_layer_norms(LLAMA))
+STABLELM = (
+    *(
+        replace(row, option="serial") if row.leaf.startswith("norm_mlp") else row
+        for row in _layer_norms(LLAMA)
+    ),
+    *(
+        replace(row, option="parallel")
+        for row in _one_norm(_layer_norms(LLAMA))
+        if row.leaf.startswith("norm_mlp")
+    ),
+)
+COHERE = _one_norm(_layer_norms(_interleaved(LLAMA), fill=0.0))
+PHI3 = _in_one(
+    _in_one(LLAMA, "self_attn.qkv_proj", "HC+GC+GC D", "q_LDHC", "k_LDGC", "v_LDGC"),
+    *("mlp.gate_up_proj", "I+I D", "gate_LDI", "up_LDI"),
+)
+GLM = _in_one(_interleaved(LLAMA), "mlp.gate_up_proj", "I+I D", "gate_LDI", "up_LDI")
+GLM4 = (
+    *GLM,
+    *_named(
+        _SANDWICH[1:],
+        post_attn_LD="post_self_attn_layernorm.weight",
+        post_mlp_LD="post_mlp_layernorm.weight",
+    ),
+)
+EXAONE4 = (*_without(QWEN, *_BEFORE), *_SANDWICH[1:])
+OLMO2 = (
+    *_without(EXAONE4, "q_norm_LC", "k_norm_LC"),
+    _layer("q_norm_LHC", "self_attn.q_norm.weight", "attn_q_norm.weight", "HC"),
+    _layer("k_norm_LGC", "self_attn.k_norm.weight", "attn_k_norm.weight", "GC"),
+)
+OLMO = _layer_norms(_filled(LLAMA, 1.0, *_BEFORE, "norm_out_D"), fill=0.0)
+NANOCHAT = _ungated(
+    replace(row, flipped=row.leaf in _TURNING)
+    for row in _named(
+        _filled(QWEN, 1.0, *_BEFORE, "norm_out_D", "q_norm_LC", "k_norm_LC"),
+        up_LDI="mlp.fc1.weight",
+        down_LID="mlp.fc2.weight",
+    )
+)
 HUNYUAN = _named(
     QWEN,
     q_norm_LC="self_attn.query_layernorm.weight",
@@ -231,5 +291,33 @@ GPT_NEOX: tuple[Row, ...] = (
     *_norm("norm_mlp_LD", "layers.{i}.post_attention_layernorm", "blk.{i}.ffn_norm"),
     *_linear("up_LDI", "layers.{i}.mlp.dense_h_to_4h", "blk.{i}.ffn_up", "I D"),
     *_linear("down_LID", "layers.{i}.mlp.dense_4h_to_h", "blk.{i}.ffn_down", "D I"),
+)
+OPT: tuple[Row, ...] = (
+    Row("embed_VD", "embed_tokens.weight", "", "V D"),
+    Row("position_TD", "embed_positions.weight", "", "T D", first=2),
+    *_norm("norm_out_D", "final_layer_norm", ""),
+    Row("unembed_DV", "lm_head.weight", "", "V D", option="untied"),
+    *_norm("norm_attn_LD", "layers.{i}.self_attn_layer_norm", ""),
+    *_linear("q_LDHC", "layers.{i}.self_attn.q_proj", "", "HC D"),
+    *_linear("k_LDGC", "layers.{i}.self_attn.k_proj", "", "GC D"),
+    *_linear("v_LDGC", "layers.{i}.self_attn.v_proj", "", "GC D"),
+    *_linear("o_LHCD", "layers.{i}.self_attn.out_proj", "", "D HC"),
+    *_norm("norm_mlp_LD", "layers.{i}.final_layer_norm", ""),
+    *_linear("up_LDI", "layers.{i}.fc1", "", "I D"),
+    *_linear("down_LID", "layers.{i}.fc2", "", "D I"),
+)
+_QKV_NAME = "h.{i}.self_attention.query_key_value"
+FALCON: tuple[Row, ...] = (
+    Row("embed_VD", "word_embeddings.weight", "", "V D"),
+    *_norm("norm_out_D", "ln_f", ""),
+    Row("unembed_DV", "lm_head.weight", "", "V D", option="untied"),
+    *_norm("norm_attn_LD", "h.{i}.input_layernorm", ""),
+    *_norm("norm_mlp_LD", "h.{i}.input_layernorm", ""),
+    *_linear("q_LDHC", _QKV_NAME, "", "HC+GC+GC D", part=0, bias_option="bias"),
+    *_linear("k_LDGC", _QKV_NAME, "", "HC+GC+GC D", part=1, bias_option="bias"),
+    *_linear("v_LDGC", _QKV_NAME, "", "HC+GC+GC D", part=2, bias_option="bias"),
+    *_linear("o_LHCD", "h.{i}.self_attention.dense", "", "D HC", bias_option="bias"),
+    *_linear("up_LDI", "h.{i}.mlp.dense_h_to_4h", "", "I D", bias_option="bias"),
+    *_linear("down_LID", "h.{i}.mlp.dense_4h_to_h", "", "D I", bias_option="bias"),
 )
 # fmt: on

@@ -78,12 +78,14 @@ def _config(file: GGUFFile) -> LMConfig:
                 f"{file.path}: {name}.{key} differs from the head size {d_head}, "
                 "which is not supported"
             )
-    window, local_theta = None, family.rope_local_theta
+    window, local_theta = None, None
     if family.period or f"{name}.attention.sliding_window" in file.meta:
         window = get("attention.sliding_window", int)
-    if local_theta is not None:
-        local_theta = get("rope.freq_base_swa", float, local_theta)
     theta = get("rope.freq_base", float, 10_000.0)
+    if family.rope_local_theta is not None:
+        same = family.rope_local_theta == "same"
+        local_theta = theta if same else family.rope_local_theta
+        local_theta = get("rope.freq_base_swa", float, local_theta)
     n_ctx = get("context_length", int)
     turning = d_head if d_rotary is None else d_rotary
     scaling, warmer = _scaling(file, name, theta, turning, n_ctx)

@@ -30,6 +30,7 @@ __all__ = [
     "gate_and_up",
     "gate_factor",
     "head_scales",
+    "key_gain",
     "key_heads",
     "keys",
     "live_reads",
@@ -45,17 +46,22 @@ __all__ = [
     "pattern_of",
     "pattern_weights",
     "queries",
+    "query_gain",
     "query_heads",
     "rotary_frequencies",
     "rotate",
+    "unit",
     "values",
 ]
 
 
 class Norm(NamedTuple):
-    """The weights of a norm; one with a bias is a LayerNorm, see `Block`."""
+    """The weights of a norm; one with a bias is a LayerNorm, see `Block`.
 
-    gain: Array
+    One without a gain is no norm: its scale is 1, and answers to nothing.
+    """
+
+    gain: Array | None
     bias: Array | None = None
 
     def of_layer(self, layer: Array | int) -> Norm:
@@ -85,8 +91,19 @@ def centre(x_TD: Array, norm: Norm) -> Array:
 
 def norm_scale(x_TD: Array, norm: Norm, *, eps: float) -> Array:
     """Reciprocal denominator [T]: root mean square of each row, or its deviation."""
+    if norm.gain is None:
+        return jnp.ones(x_TD.shape[:-1], x_TD.dtype)
     x_TD = centre(x_TD, norm)
     return jax.lax.rsqrt(jnp.mean(x_TD * x_TD, axis=-1) + eps)
+
+
+def unit(x_TD: Array, scale_T: Array, norm: Norm) -> Array:
+    """What the norm makes of rows without gain and bias: what its denominator answers
+    to, see `live_reads`. Nothing where there is no norm.
+    """
+    if norm.gain is None:
+        return jnp.zeros_like(x_TD)
+    return centre(x_TD, norm) * scale_T[..., None]
 
 
 def normalise(x_TD: Array, scale_T: Array, norm: Norm, *, biases: bool = True) -> Array:
@@ -94,6 +111,8 @@ def normalise(x_TD: Array, scale_T: Array, norm: Norm, *, biases: bool = True) -
 
     Of a LayerNorm, x without its mean, which is linear too, and a bias.
     """
+    if norm.gain is None:
+        return x_TD
     out_TD = centre(x_TD, norm) * scale_T[:, None] * norm.gain[None, :]
     if biases and norm.bias is not None:
         out_TD = out_TD + norm.bias[None, :]
@@ -105,6 +124,8 @@ def fold_norm(read_XD: Array, norm: Norm) -> Array:
 
     ``fold_norm(v) · x · scale == v · normalise(x)`` without the bias. Numpy arrays too.
     """
+    if norm.gain is None:
+        return read_XD
     gain_1D = norm.gain.reshape((1,) * (read_XD.ndim - 1) + norm.gain.shape)
     return centre(read_XD * gain_1D, norm)
 
@@ -172,24 +193,44 @@ def rotate(x_THC: Array, freq_J: Array, *, start: Array | int = 0) -> Array:
     return jnp.concatenate([*rotated, stay_THC], -1)
 
 
+def query_gain(p: Block) -> Array | None:
+    """Gains of the norm of one layer's queries: [C], or [H, C] where it is over all."""
+    return p.q_norm_LC if p.q_norm_LHC is None else p.q_norm_LHC
+
+
+def key_gain(p: Block) -> Array | None:
+    """The same of keys: [C] or [G, C]."""
+    return p.k_norm_LC if p.k_norm_LGC is None else p.k_norm_LGC
+
+
+def _head_scale(x_THC: Array, gain: Array, *, eps: float) -> Array:
+    """Reciprocal denominators [T, H] of a norm over each head's channels, or all."""
+    if gain.ndim == 1:
+        return norm_scale(x_THC, Norm(gain), eps=eps)
+    scale_T = norm_scale(x_THC.reshape(len(x_THC), -1), Norm(gain), eps=eps)
+    return jnp.broadcast_to(scale_T[:, None], x_THC.shape[:2])
+
+
 def _rotated(
     p: Block,
     x_THC: Array,
-    gain_C: Array | None,
+    gain: Array | None,
     scale_TH: Array | None,
     *,
     cfg: LMConfig,
     start: Array | int,
 ) -> Array:
     """Queries or keys, normalised where the model does so, at their positions."""
-    if gain_C is not None:
+    gain_1HC = gain if gain is None else jnp.atleast_2d(gain)[None]
+    if gain is not None:
         if scale_TH is None:  # which turning does not change
-            scale_TH = norm_scale(x_THC, Norm(gain_C), eps=cfg.norm_eps)
+            scale_TH = _head_scale(x_THC, gain, eps=cfg.norm_eps)
         x_THC = x_THC * scale_TH[..., None]
-        x_THC = x_THC if cfg.norm_turned else x_THC * gain_C[None, None, :]
+    if gain_1HC is not None and not cfg.norm_turned:
+        x_THC = x_THC * gain_1HC
     x_THC = rotate(x_THC, frequencies(p, cfg, x_THC.dtype), start=start)
-    if gain_C is not None and cfg.norm_turned:
-        x_THC = x_THC * gain_C[None, None, :]
+    if gain_1HC is not None and cfg.norm_turned:
+        x_THC = x_THC * gain_1HC
     return x_THC
 
 
@@ -228,7 +269,7 @@ def queries(
         `head_scales`), so that queries are linear; None computes them.
     """
     q_THC = query_heads(p, normed_TD)
-    return _rotated(p, q_THC, p.q_norm_LC, scale_TH, cfg=cfg, start=start)
+    return _rotated(p, q_THC, query_gain(p), scale_TH, cfg=cfg, start=start)
 
 
 def keys(
@@ -241,7 +282,7 @@ def keys(
 ) -> Array:
     """Keys [T, G, C], rotated to their positions; arguments as of `queries`."""
     k_TGC = key_heads(p, normed_TD)
-    return _rotated(p, k_TGC, p.k_norm_LC, scale_TG, cfg=cfg, start=start)
+    return _rotated(p, k_TGC, key_gain(p), scale_TG, cfg=cfg, start=start)
 
 
 def head_scales(
@@ -252,14 +293,12 @@ def head_scales(
     [T, H] and [T, G]; None where the model has no such norm.
     """
 
-    def scale(heads_THC: Array, gain_C: Array | None) -> Array | None:
-        if gain_C is None:
-            return None
-        return norm_scale(heads_THC, Norm(gain_C), eps=cfg.norm_eps)
+    def scale(heads_THC: Array, gain: Array | None) -> Array | None:
+        return None if gain is None else _head_scale(heads_THC, gain, eps=cfg.norm_eps)
 
     return (
-        scale(query_heads(p, normed_TD), p.q_norm_LC),
-        scale(key_heads(p, normed_TD), p.k_norm_LC),
+        scale(query_heads(p, normed_TD), query_gain(p)),
+        scale(key_heads(p, normed_TD), key_gain(p)),
     )
 
 
@@ -347,7 +386,7 @@ def move(p: Block, pattern_HTS: Array, value_SGC: Array, *, cfg: LMConfig) -> Ar
 
 _PATTERN_LEAVES = ("norm_attn_LD", "norm_attn_bias_LD", "local_L", "turning_L")
 _PATTERN_LEAVES += ("q_LDHC", "k_LDGC", "q_bias_LHC", "k_bias_LGC")
-_PATTERN_LEAVES += ("q_norm_LC", "k_norm_LC")
+_PATTERN_LEAVES += ("q_norm_LC", "k_norm_LC", "q_norm_LHC", "k_norm_LGC")
 _MOVE_LEAVES = ("v_LDGC", "v_bias_LGC", "o_LHCD", "o_bias_LD", "post_attn_LD")
 
 
@@ -366,7 +405,7 @@ def attention_weights(blocks: Block) -> Block:
 
 def _only(blocks: Block, names: tuple[str, ...]) -> Block:
     unused = {k for k, leaf in vars(blocks).items() if leaf is not None} - set(names)
-    none_L = blocks.norm_attn_LD[:, 0]
+    none_L = blocks.q_LDHC[:, 0, 0, 0]
     return dataclasses.replace(blocks, **dict.fromkeys(unused, none_L))
 
 

@@ -60,6 +60,9 @@ _TEXT = dict(layers="model.language_model.layers", out="model.language_model.nor
 _GEMMA = dict(write="post_feedforward_layernorm", gain_offset=1.0)
 _GEMMA3 = dict(head_dim=4, sliding_window=3, layer_types=[SLIDING, FULL])
 _ROPE = dict(rope_type="default", rope_theta=500.0)
+_PARTIAL = dict(partial_rotary_factor=0.5)
+_AFTER = dict(write="post_feedforward_layernorm")
+_GLM = dict(head_dim=4, attention_bias=True, **_PARTIAL)
 DENSE = {
     "gemma3_untied": Dense(
         kind="gemma3_text",
@@ -140,6 +143,118 @@ DENSE = {
             ),
         ),
     ),
+    "stablelm": Dense(kind="stablelm", options=_PARTIAL | dict(use_qkv_bias=True)),
+    "stablelm_parallel": Dense(
+        kind="stablelm",
+        options=_PARTIAL | dict(use_parallel_residual=True),
+        parallel=True,
+    ),
+    "olmo": Dense(kind="olmo", options=dict(clip_qkv=None)),
+    "olmo2": Dense(kind="olmo2", options=dict(rope_parameters=_ROPE), **_AFTER),
+    "olmo3": Dense(
+        kind="olmo3",
+        options=dict(
+            sliding_window=3,
+            layer_types=[SLIDING, FULL],
+            rope_parameters={
+                FULL: dict(
+                    rope_type="yarn",
+                    rope_theta=10_000.0,
+                    factor=4.0,
+                    original_max_position_embeddings=16,
+                    beta_fast=2.0,
+                    beta_slow=1.0,
+                ),
+                SLIDING: dict(rope_type="default", rope_theta=10_000.0),
+            },
+        ),
+        **_AFTER,
+    ),
+    "exaone4": Dense(
+        kind="exaone4",
+        options=dict(sliding_window=3, layer_types=[SLIDING, FULL]),
+        **_AFTER,
+    ),
+    "exaone4_all": Dense(
+        kind="exaone4",
+        options=dict(sliding_window=None, layer_types=[FULL, FULL]),
+        **_AFTER,
+    ),
+    "phi3": Dense(
+        kind="phi3",
+        options=dict(
+            tie_word_embeddings=True,
+            original_max_position_embeddings=16,
+            rope_parameters=dict(
+                rope_type="longrope",
+                rope_theta=500.0,
+                partial_rotary_factor=1.0,
+                short_factor=[1.5, 2.0],
+                long_factor=[3.0, 4.0],
+                original_max_position_embeddings=16,
+            ),
+        ),
+    ),
+    "phi3_partial": Dense(
+        kind="phi3",
+        options=dict(
+            sliding_window=3,
+            rope_parameters=_ROPE | dict(partial_rotary_factor=0.5),
+        ),
+    ),
+    "glm": Dense(kind="glm", options=_GLM),
+    "glm4": Dense(kind="glm4", options=_GLM, write="post_mlp_layernorm"),
+    "granite": Dense(
+        kind="granite",
+        options=dict(
+            embedding_multiplier=3.0,
+            residual_multiplier=0.3,
+            attention_multiplier=0.4,
+            logits_scaling=2.0,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+        ),
+        write_times=0.3,
+        out_times=0.5,
+    ),
+    "cohere": Dense(
+        kind="cohere",
+        options=dict(logit_scale=0.25, attention_bias=True),
+        out_times=0.25,
+        parallel=True,
+    ),
+    "cohere2": Dense(
+        kind="cohere2",
+        options=dict(
+            logit_scale=0.25,
+            sliding_window=3,
+            layer_types=[SLIDING, FULL],
+            rope_parameters=_ROPE,
+        ),
+        out_times=0.25,
+        parallel=True,
+    ),
+    "nemotron": Dense(
+        kind="nemotron",
+        options=dict(head_dim=4, rope_parameters=_ROPE | _PARTIAL),
+        gain_offset=1.0,
+    ),
+    "nanochat": Dense(kind="nanochat", options=dict(final_logit_softcapping=3.0)),
+    "opt": Dense(
+        kind="opt",
+        options=dict(ffn_dim=12, word_embed_proj_dim=16, num_key_value_heads=None),
+        layers="model.decoder.layers",
+        write="fc2",
+        out="model.decoder.final_layer_norm",
+    ),
+    "falcon": Dense(
+        kind="falcon",
+        options=dict(ffn_hidden_size=12, bias=True, num_key_value_heads=None),
+        layers="transformer.h",
+        out="transformer.ln_f",
+        parallel=True,
+    ),
     "starcoder2": Dense(kind="starcoder2", options=dict(sliding_window=3)),
 }
 
@@ -195,7 +310,7 @@ def dense_taps(
             layer.register_forward_pre_hook(before, with_kwargs=True),
             layer.register_forward_hook(leaving),
             layer.get_submodule(it.write).register_forward_hook(
-                lambda _, args, out: write.append(it.write_times * out[0])
+                lambda _, args, out: write.append(it.write_times * out.view(T, -1))
             ),
         ]
     norm = model.get_submodule(it.out)
