@@ -65,6 +65,9 @@ class Block:
     k_norm_LGC: Array | None = None
     post_attn_LD: Array | None = None  # gains of norms before the stream is added to
     post_mlp_LD: Array | None = None
+    # xIELU's curvatures above and below zero, before a softplus
+    bend_up_L1: Array | None = None
+    bend_down_L1: Array | None = None
     # bool: layers with `LMConfig.window` and its local rotary base; None: all alike
     local_L: Array | None = None
     turning_L: Array | None = None  # bool: layers with rotary embeddings; None: all
@@ -80,6 +83,7 @@ class LMParams:
     norm_out_bias_D: Array | None = None
     position_TD: Array | None = None  # learned positions, added to the embeddings
     unembed_DV: Array | None = None  # None: tied to embed_VD
+    unembed_bias_V: Array | None = None
     embed_scale: Array | None = None  # scalar: what enters layer 0 is times this
     logit_cap: Array | None = None  # scalar c: logits are c tanh(x / c)
 

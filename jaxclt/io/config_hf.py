@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from jaxclt.errors import InputError, shown
+from jaxclt.errors import InputError, did_you_mean, shown
 from jaxclt.files.json_file import TEXT, check_json, json_schema, record
 from jaxclt.io.config_fields import number, whole
 from jaxclt.io.families import ATTN_CAP, FAMILIES, LOGIT_CAP, REFUSED, WRAPPERS, Family
 from jaxclt.io.names import Layout
 from jaxclt.io.rope import KINDS, read_rope
-from jaxclt.lm.config import LMConfig
+from jaxclt.lm.config import Act, LMConfig
 
 __all__ = ["describe_hf", "family_act", "shape_from_hf"]
 
-Act = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 _ACTS: dict[str, Act] = {
     "silu": "silu",
     "swish": "silu",
@@ -31,6 +30,7 @@ _ACTS: dict[str, Act] = {
     "gelu": "gelu",
     "relu": "relu",
     "relu2": "relu2",
+    "xielu": "xielu",
 }
 _DEMANDS = {"use_bidirectional_attention": False}  # of all
 _NAME, _PART = {"type": ["string", "null"]}, {"type": ["object", "null"]}
@@ -58,16 +58,7 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
     wrapper = WRAPPERS.get(str(hf.get("model_type")))
     hf, family = _canonical(hf)
     if family is None:
-        kind = hf.get("model_type")
-        if kind in REFUSED:
-            raise InputError(
-                f"config.json: model_type {shown(kind)} is not supported: "
-                f"{REFUSED[kind]}"
-            )
-        raise InputError(
-            f"config.json: model_type {shown(kind)} is not supported; "
-            f"supported: {', '.join((*FAMILIES, *WRAPPERS))}"
-        )
+        raise InputError(_unknown(hf.get("model_type")))
     for name, wanted in (_DEMANDS | {**family.demands}).items():
         if (hf.get(name, wanted) or False) != wanted:
             raise InputError(
@@ -89,16 +80,9 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
         name: None if hf.get(name, default) is None else number(hf, name, default)
         for name, default in (family.cap_fields or {}).items()
     }
-    parallel = family.parallel or bool(
-        family.parallel_field and hf.get(family.parallel_field)
-    )
-    options = family.options | {"parallel" if parallel else "serial"}
-    for flag, on in family.flags.items():
-        options |= {*on} if hf.get(flag) else set()
-    if not hf.get("tie_word_embeddings", family.tied):
-        options |= {"untied"}
+    options = _options(hf, family)
     times, scales = _multipliers(hf, family)
-    query_scale = times.get("scores")
+    query_scale = times.get("scores", family.score_scale)
     if family.query_scalar:
         query_scale = number(hf, "query_pre_attn_scalar", 256.0) ** -0.5
     if rope.score_factor != 1 and local is not None and rope.local_theta is not None:
@@ -110,12 +94,14 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
         query_scale = (query_scale or shape.d_head**-0.5) * rope.score_factor
     turning = _turning(hf, family, local, shape.n_layers)
     d_rotary = 0 if family.positions else rope.d_rotary
+    if family.rotary_field:
+        d_rotary = whole(hf, family.rotary_field, shape.d_head)
     cfg = dataclasses.replace(
         shape,
         n_ctx=rope.n_ctx,
         norm_eps=number(hf, "rms_norm_eps", 1e-6),
         act=family_act(family, hf),
-        parallel=parallel,
+        parallel="parallel" in options,
         d_rotary=d_rotary,
         rope_theta=rope.theta,
         rope_local_theta=rope.local_theta,
@@ -128,7 +114,7 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
     width = shape.d_model**0.5 if family.scales_embedding else None
     layout = Layout(
         rows=family.rows,
-        options=frozenset(options),
+        options=options,
         prefixes=(wrapper or family).prefixes,
         unread=(wrapper or family).unread,
         gain_offset=family.gain_offset,
@@ -140,6 +126,29 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
         logit_cap=caps.get(LOGIT_CAP),
     )
     return cfg, layout
+
+
+def _unknown(kind: Any) -> str:
+    """Why a model_type is refused."""
+    said = f"config.json: model_type {shown(kind)} is not supported"
+    if kind in REFUSED:
+        return f"{said}: {REFUSED[kind]}"
+    known = (*FAMILIES, *WRAPPERS)
+    near = did_you_mean(str(kind), known)
+    return f"{said}{near}; supported: {', '.join(known)}"
+
+
+def _options(hf: dict[str, Any], family: Family) -> frozenset[str]:
+    """Which leaves there are, and how attention and MLPs follow each other."""
+    parallel = family.parallel or bool(
+        family.parallel_field and hf.get(family.parallel_field)
+    )
+    on = {"parallel" if parallel else "serial", *family.options}
+    for flag, options in family.flags.items():
+        on |= {*options} if hf.get(flag) else set()
+    if not hf.get("tie_word_embeddings", family.tied):
+        on |= {"untied"}
+    return frozenset(on)
 
 
 _QUERY_GAINS = {"q_norm_LC", "q_norm_LHC"}
@@ -269,6 +278,8 @@ def _windows(
 
 def _local(hf: dict[str, Any], family: Family, n_layers: int) -> tuple[bool, ...]:
     """Which layers have the window if they are not listed."""
+    if family.windows == "listed":
+        raise InputError("config.json: which layers attend locally is not listed")
     if family.windows == "after":
         first = whole(hf, "max_window_layers", 28)
         return tuple(i >= first for i in range(n_layers))
@@ -287,10 +298,11 @@ def _layer_types(hf: dict[str, Any], n_layers: int) -> tuple[bool, ...] | None:
         return None
     if not isinstance(kinds, list):
         raise InputError("config.json: layer_types must be a list")
-    unknown = [kind for kind in kinds if kind not in KINDS]
+    local = {**KINDS, "global": False, "local": True}
+    unknown = [kind for kind in kinds if kind not in local]
     if len(kinds) != n_layers or unknown:
         raise InputError(
             f"config.json: layer_types must list {n_layers} of "
             f"{', '.join(KINDS)}, not {len(kinds)} with {unknown[:1]}"
         )
-    return tuple(KINDS[kind] for kind in kinds)
+    return tuple(local[kind] for kind in kinds)

@@ -36,7 +36,7 @@ class Family:
 
     `windows` says which layers have the sliding window if `layer_types` does not:
     "all", those "after" max_window_layers (where use_sliding_window is on), or all
-    but "every" `period`-th.
+    but "every" `period`-th; "listed": it must say.
 
     `turning` says in which layers heads turn, if not in all: those that are "listed"
     (no_rope_layers), the "local" ones, or the "windowed" ones of those that have any.
@@ -53,6 +53,7 @@ class Family:
     mlp_ratio: int | None = None  # width of the MLP to that of the model, if not said
     positions: bool = False  # learned ones, nothing turns
     partial: bool = False  # a part of the channels may turn
+    rotary_field: str | None = None  # says how many
     parallel: bool = False  # attention and MLP read the same
     parallel_field: str | None = None  # says whether they do
     options: frozenset[str] = frozenset()  # leaves that all its models have
@@ -63,9 +64,10 @@ class Family:
     scales_embedding: bool = False  # by the root of the width
     norms_embedding: bool = False  # by an RMSNorm without gains
     query_scalar: bool = False  # has query_pre_attn_scalar
+    score_scale: float | None = None  # None: by the root of the channels of a head
     cap_fields: Mapping[str, float | None] | None = None  # their defaults; None: none
     tied: bool = False  # unless the config says
-    windows: Literal["all", "after", "every"] | None = None
+    windows: Literal["all", "listed", "after", "every"] | None = None
     period: int = 0
     window: int | None = 4096  # unless the config says
     rope_theta: float = 10_000.0  # unless the config says
@@ -105,6 +107,15 @@ _GEMMA3 = {
     "head_dim": 256,
     "max_position_embeddings": 131_072,
 }
+_GPT2_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+    "hidden_act": "activation_function",
+    "rms_norm_eps": "layer_norm_epsilon",
+}
 _LAYER_NORM_EPS = {"rms_norm_eps": "layer_norm_eps"}
 _GLM: dict[str, Any] = {
     "flags": _QKV,
@@ -141,6 +152,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "arcee": Family(
         rows=r.ARCEE, flags=_BIASES, defaults={"hidden_act": "relu2", **_EPS_5}
+    ),
+    "apertus": Family(
+        rows=r.APERTUS,
+        unread=("*.act_fn.beta", "*.act_fn.eps"),  # 0.5 and almost zero
+        options=frozenset({"qk_norm"}),
+        flags=_ATTENTION,
+        defaults={"hidden_act": "xielu", **_EPS_5},
+        demands={"hidden_act": "xielu"},
+        rope_theta=12_000_000.0,
     ),
     "smollm3": Family(
         rows=r.QWEN,
@@ -204,6 +224,15 @@ FAMILIES: dict[str, Family] = {
         period=4,
         turning="windowed",
     ),
+    "phi": Family(
+        rows=r.PHI,
+        names=_LAYER_NORM_EPS,
+        options=frozenset({"attention_bias", "mlp_bias"}),
+        defaults={"hidden_act": "gelu_new", "partial_rotary_factor": 0.5, **_EPS_5},
+        demands={"qk_layernorm": False},
+        partial=True,
+        parallel=True,
+    ),
     "phi3": Family(
         rows=r.PHI3, defaults=_EPS_5, partial=True, windows="all", window=None
     ),
@@ -241,6 +270,36 @@ FAMILIES: dict[str, Family] = {
         defaults={"hidden_act": "relu2"},
         cap_fields={LOGIT_CAP: 15.0},
         norms_embedding=True,
+    ),
+    "gptj": Family(
+        rows=r.GPT_J,
+        prefixes=(("transformer.", ""),),
+        unread=("*.attn.bias", "*.attn.masked_bias"),
+        names=_GPT2_NAMES,
+        defaults={"hidden_act": "gelu_new", **_EPS_5},
+        mlp_ratio=4,
+        rotary_field="rotary_dim",
+        parallel=True,
+    ),
+    "gpt_neo": Family(
+        rows=r.GPT_NEO,
+        prefixes=(("transformer.", ""),),
+        unread=("*.attention.bias", "*.attention.masked_bias"),
+        names={
+            "num_hidden_layers": "num_layers",
+            "num_attention_heads": "num_heads",
+            "hidden_act": "activation_function",
+            "rms_norm_eps": "layer_norm_epsilon",
+            "layer_types": "attention_layers",
+            "sliding_window": "window_size",
+        },
+        defaults={"hidden_act": "gelu_new", **_EPS_5},
+        mlp_ratio=4,
+        positions=True,
+        score_scale=1.0,
+        tied=True,
+        windows="listed",
+        window=256,
     ),
     "opt": Family(
         rows=r.OPT,
@@ -316,15 +375,7 @@ FAMILIES: dict[str, Family] = {
         rows=r.GPT2,
         prefixes=(("transformer.", ""),),
         unread=("*.attn.bias", "*.attn.masked_bias"),  # causal masks
-        names={
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "intermediate_size": "n_inner",
-            "max_position_embeddings": "n_positions",
-            "hidden_act": "activation_function",
-            "rms_norm_eps": "layer_norm_epsilon",
-        },
+        names=_GPT2_NAMES,
         defaults={"hidden_act": "gelu_new", "rms_norm_eps": 1e-5},
         demands={
             "scale_attn_weights": True,

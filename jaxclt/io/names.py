@@ -202,6 +202,7 @@ def leaf_sizes(cfg: LMConfig) -> dict[str, int]:
         "V": cfg.d_vocab,
         "T": cfg.n_ctx,
         "3": 3,
+        "1": 1,
     }
 
 

@@ -170,6 +170,24 @@ PHI3 = _in_one(
     _in_one(LLAMA, "self_attn.qkv_proj", "HC+GC+GC D", "q_LDHC", "k_LDGC", "v_LDGC"),
     *("mlp.gate_up_proj", "I+I D", "gate_LDI", "up_LDI"),
 )
+_LOGIT_BIAS = Row("unembed_bias_V", "lm_head.bias", "", "V")
+PHI = (
+    *_one_norm(
+        _layer_norms(
+            _named(
+                _ungated(LLAMA),
+                norm_out_D="final_layernorm.weight",
+                o_LHCD="self_attn.dense.weight",
+                o_bias_LD="self_attn.dense.bias",
+                up_LDI="mlp.fc1.weight",
+                up_bias_LI="mlp.fc1.bias",
+                down_LID="mlp.fc2.weight",
+                down_bias_LD="mlp.fc2.bias",
+            )
+        )
+    ),
+    _LOGIT_BIAS,
+)
 GLM = _in_one(_interleaved(LLAMA), "mlp.gate_up_proj", "I+I D", "gate_LDI", "up_LDI")
 GLM4 = (
     *GLM,
@@ -193,6 +211,15 @@ NANOCHAT = _ungated(
         up_LDI="mlp.fc1.weight",
         down_LID="mlp.fc2.weight",
     )
+)
+APERTUS = (
+    *_named(
+        _ungated(QWEN),
+        norm_attn_LD="attention_layernorm.weight",
+        norm_mlp_LD="feedforward_layernorm.weight",
+    ),
+    _layer("bend_up_L1", "mlp.act_fn.alpha_p", "", "1"),
+    _layer("bend_down_L1", "mlp.act_fn.alpha_n", "", "1"),
 )
 HUNYUAN = _named(
     QWEN,
@@ -292,6 +319,34 @@ GPT_NEOX: tuple[Row, ...] = (
     *_linear("up_LDI", "layers.{i}.mlp.dense_h_to_4h", "blk.{i}.ffn_up", "I D"),
     *_linear("down_LID", "layers.{i}.mlp.dense_4h_to_h", "blk.{i}.ffn_down", "D I"),
 )
+GPT_NEO: tuple[Row, ...] = (
+    Row("embed_VD", "wte.weight", "", "V D"),
+    Row("position_TD", "wpe.weight", "", "T D"),
+    *_norm("norm_out_D", "ln_f", ""),
+    Row("unembed_DV", "lm_head.weight", "", "V D", option="untied"),
+    *_norm("norm_attn_LD", "h.{i}.ln_1", ""),
+    Row("q_LDHC", "h.{i}.attn.attention.q_proj.weight", "", "HC D"),
+    Row("k_LDGC", "h.{i}.attn.attention.k_proj.weight", "", "GC D"),
+    Row("v_LDGC", "h.{i}.attn.attention.v_proj.weight", "", "GC D"),
+    *_linear("o_LHCD", "h.{i}.attn.attention.out_proj", "", "D HC"),
+    *_norm("norm_mlp_LD", "h.{i}.ln_2", ""),
+    *_linear("up_LDI", "h.{i}.mlp.c_fc", "", "I D"),
+    *_linear("down_LID", "h.{i}.mlp.c_proj", "", "D I"),
+)
+GPT_J: tuple[Row, ...] = _interleaved((
+    Row("embed_VD", "wte.weight", "", "V D"),
+    *_norm("norm_out_D", "ln_f", ""),
+    Row("unembed_DV", "lm_head.weight", "", "V D", option="untied"),
+    _LOGIT_BIAS,
+    *_norm("norm_attn_LD", "h.{i}.ln_1", ""),
+    *_norm("norm_mlp_LD", "h.{i}.ln_1", ""),
+    Row("q_LDHC", "h.{i}.attn.q_proj.weight", "", "HC D"),
+    Row("k_LDGC", "h.{i}.attn.k_proj.weight", "", "GC D"),
+    Row("v_LDGC", "h.{i}.attn.v_proj.weight", "", "GC D"),
+    Row("o_LHCD", "h.{i}.attn.out_proj.weight", "", "D HC"),
+    *_linear("up_LDI", "h.{i}.mlp.fc_in", "", "I D"),
+    *_linear("down_LID", "h.{i}.mlp.fc_out", "", "D I"),
+))
 OPT: tuple[Row, ...] = (
     Row("embed_VD", "embed_tokens.weight", "", "V D"),
     Row("position_TD", "embed_positions.weight", "", "T D", first=2),

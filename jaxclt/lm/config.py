@@ -10,7 +10,9 @@ from typing import Literal
 
 from jaxclt.errors import InputError
 
-__all__ = ["LMConfig", "RopeScaling"]
+__all__ = ["Act", "LMConfig", "RopeScaling"]
+
+Act = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2", "xielu"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ class LMConfig:
     n_ctx: int  # longest prompt in tokens
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
-    act: Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"] = "silu"  # of the MLP
+    act: Act = "silu"  # of the MLP
     parallel: bool = False  # the MLP reads what attention reads, not what it adds
     d_rotary: int | None = None  # first channels of a head that turn; None: all
     rope_scaling: RopeScaling | None = None

@@ -409,12 +409,12 @@ def _only(blocks: Block, names: tuple[str, ...]) -> Block:
     return dataclasses.replace(blocks, **dict.fromkeys(unused, none_L))
 
 
-def activate_gate(x: Array, *, cfg: LMConfig) -> Array:
+def activate_gate(x: Array, p: Block, *, cfg: LMConfig) -> Array:
     """The MLP's nonlinearity, act(x)."""
-    return x * gate_factor(x, cfg=cfg)
+    return x * gate_factor(x, p, cfg=cfg)
 
 
-def gate_factor(x: Array, *, cfg: LMConfig) -> Array:
+def gate_factor(x: Array, p: Block, *, cfg: LMConfig) -> Array:
     """act(x) / x, smooth or 0-1: what a neuron without a gate is gated by."""
     match cfg.act:
         case "silu":
@@ -428,6 +428,21 @@ def gate_factor(x: Array, *, cfg: LMConfig) -> Array:
             return (x > 0).astype(x.dtype)
         case "relu2":
             return jax.nn.relu(x)
+        case "xielu":
+            return _xielu_factor(x, p)
+
+
+_SLOPE = 0.5  # of xIELU at zero
+
+
+def _xielu_factor(x: Array, p: Block) -> Array:
+    """xIELU(x) / x (arXiv 2411.13010), of one layer."""
+    assert p.bend_up_L1 is not None, "it has curvatures"
+    assert p.bend_down_L1 is not None, "of both sides"
+    up, down = (jax.nn.softplus(bend[0]) for bend in (p.bend_up_L1, p.bend_down_L1))
+    below = jnp.where(x < 0, x, -1)  # no division by zero
+    curved = (_SLOPE + down) * (jnp.expm1(below) / below - 1)
+    return _SLOPE + jnp.where(x < 0, curved, up * jax.nn.relu(x))
 
 
 def gate_and_up(p: Block, normed_TD: Array, *, cfg: LMConfig) -> tuple[Array, Array]:
@@ -439,11 +454,11 @@ def gate_and_up(p: Block, normed_TD: Array, *, cfg: LMConfig) -> tuple[Array, Ar
     if p.up_bias_LI is not None:
         up_TI = up_TI + p.up_bias_LI[None]
     if p.gate_LDI is None:
-        return gate_factor(up_TI, cfg=cfg), up_TI
+        return gate_factor(up_TI, p, cfg=cfg), up_TI
     gate_TI = normed_TD @ p.gate_LDI
     if p.gate_bias_LI is not None:
         gate_TI = gate_TI + p.gate_bias_LI[None]
-    return activate_gate(gate_TI, cfg=cfg), up_TI
+    return activate_gate(gate_TI, p, cfg=cfg), up_TI
 
 
 def mlp_and_scale(

@@ -29,7 +29,7 @@ def written_logits(params: LMParams, written_ND: Array) -> Array:
     the same for all tokens.
     """
     with jax.default_matmul_precision("highest"):
-        logit_NV = readout(params, normed(params, written_ND))
+        logit_NV = readout(params, normed(params, written_ND), bias=False)
         return logit_NV - logit_NV.mean(1, keepdims=True)
 
 

@@ -134,6 +134,19 @@ DENSE = {
         options=dict(head_dim=4, attention_bias=True, attention_out_bias=False),
     ),
     "arcee": Dense(kind="arcee", options=dict(mlp_bias=True)),
+    "apertus": Dense(
+        kind="apertus",
+        options=dict(
+            rope_parameters=dict(
+                rope_type="llama3",
+                rope_theta=500.0,
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=40,
+            )
+        ),
+    ),
     "hunyuan": Dense(
         kind="hunyuan_v1_dense",
         options=dict(
@@ -241,6 +254,29 @@ DENSE = {
         gain_offset=1.0,
     ),
     "nanochat": Dense(kind="nanochat", options=dict(final_logit_softcapping=3.0)),
+    "phi": Dense(
+        kind="phi",
+        options=dict(rope_parameters=_ROPE | _PARTIAL),
+        parallel=True,
+        out="model.final_layernorm",
+    ),
+    "gptj": Dense(
+        kind="gptj",
+        options=dict(rotary_dim=2, n_inner=12, num_key_value_heads=None),
+        layers="transformer.h",
+        out="transformer.ln_f",
+        parallel=True,
+    ),
+    "gpt_neo": Dense(
+        kind="gpt_neo",
+        options=dict(
+            attention_types=[[["global", "local"], 1]],
+            window_size=3,
+            num_key_value_heads=None,
+        ),
+        layers="transformer.h",
+        out="transformer.ln_f",
+    ),
     "opt": Dense(
         kind="opt",
         options=dict(ffn_dim=12, word_embed_proj_dim=16, num_key_value_heads=None),

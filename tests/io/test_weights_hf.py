@@ -164,6 +164,7 @@ def test_rope_of_both_generations():
     ("change", "message"),
     [
         ({"model_type": "bert"}, "model_type 'bert' is not supported; supported: llam"),
+        ({"model_type": "olmo4"}, 'is not supported; did you mean "olmo2?"?'),
         ({"model_type": None}, "model_type None is not supported"),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; supported: silu"),
         ({"hidden_size": None}, "hidden_size must be a whole number, not None"),
@@ -172,7 +173,7 @@ def test_rope_of_both_generations():
         ({"num_key_value_heads": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
         ({"rms_norm_eps": "x"}, "rms_norm_eps must be a positive number"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "'dynamic' are not suppo"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope' are not supp"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "short_factor must be a list"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor must be a positive"),
         ({"rope_parameters": {"full": {"rope_theta": 1}}}, "one per kind of layer"),
         ({"rope_parameters": 7}, "must be an object"),

@@ -15,8 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxclt.clt.config import CLTConfig
+from jaxclt.graph.certificate import certificate
+from jaxclt.graph.targets import salient_targets
 from jaxclt.io.weights_hf import load_hf
-from jaxclt.lm.run import record, unembed
+from jaxclt.lm.run import readout, record, unembed
+from jaxclt.testing import Tiny
+from jaxclt.testing.random_clt import random_clt
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 NAMES = sorted(path.name for path in (GOLDENS / "dense").iterdir())
@@ -39,6 +44,41 @@ def our_taps(folder: Path, token_T) -> dict[str, np.ndarray]:
         "out_TD": recording.out_TD,
         "logits_TV": logits_TV,
     }
+
+
+# What no family had before: no norms before, a norm over all heads, gains of turned
+# channels, logits with biases.
+NEW = ("olmo3", "hunyuan", "gptj")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [x if x in NEW else pytest.param(x, marks=pytest.mark.slow) for x in NAMES],
+)
+def test_the_certificate_of_a_graph_is_small(name: str) -> None:
+    """Maths 6.3 in float32, of a random dictionary over two layers."""
+    params, cfg = load_hf(GOLDENS / "dense" / name)
+    with np.load(GOLDENS / "dense" / name / "logits.npz", allow_pickle=False) as kept:
+        token_T = jnp.asarray(kept["token_T"])
+    clt_cfg = CLTConfig(n_layers=2, d_model=16, n_features=20, span=2, read="mlp_in")
+    with jax.disable_jit():
+        clt = random_clt(jax.random.key(0), clt_cfg)
+        recording = record(params, token_T, cfg=cfg)
+    t = Tiny(
+        cfg=cfg,
+        params=params,
+        clt_cfg=clt_cfg,
+        clt=clt,
+        token_T=token_T,
+        recording=recording,
+        targets=salient_targets(params, recording.out_TD[-1]),
+    )
+    graph = t.graph()
+    assert graph.n_features > 5
+    assert certificate(graph).max_relative_row_error < 1e-4
+    logit_V = np.asarray(readout(params, recording.out_TD[-1]))
+    want_K = (logit_V - logit_V.mean())[graph.target_token_K]
+    close(graph.readout_R[graph.target_rows], want_K, name)
 
 
 def close(got, want, name: str) -> None:
