@@ -98,6 +98,7 @@ _GEMMA: dict[str, Any] = {
     "tied": True,
     "windows": "every",
 }
+_VAULTGEMMA: dict[str, Any] = _GEMMA | {"rows": r.VAULTGEMMA}
 _GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 # transformers' defaults, which the text_config of a wrapper leaves out.
 _GEMMA3 = {
@@ -354,7 +355,7 @@ FAMILIES: dict[str, Family] = {
         cap_fields={ATTN_CAP: 50.0, LOGIT_CAP: 30.0},
     ),
     "vaultgemma": Family(
-        **_GEMMA | {"rows": r.VAULTGEMMA},
+        **_VAULTGEMMA,
         defaults=_GELU,
         period=2,
         cap_fields={ATTN_CAP: 50.0, LOGIT_CAP: 30.0},

@@ -104,8 +104,8 @@ def _layer_norms(rows: Iterable[Row], fill: float | None = None) -> tuple[Row, .
         out.append(row)
         if row.leaf in (*_BEFORE, "norm_out_D"):
             name, _, axes = row.leaf.rpartition("_")
-            names = (x.replace(".weight", ".bias") for x in (row.hf, row.gguf))
-            out.append(Row(f"{name}_bias_{axes}", *names, "D", fill=fill))
+            hf, gguf = (x.replace(".weight", ".bias") for x in (row.hf, row.gguf))
+            out.append(Row(f"{name}_bias_{axes}", hf, gguf, "D", fill=fill))
     return tuple(out)
 
 

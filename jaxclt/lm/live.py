@@ -317,9 +317,12 @@ class _Layer(NamedTuple):
         return _Heads(
             self.output_GDE,
             *(jnp.moveaxis(x.reshape(T, G, -1, cfg.d_head), 1, 0) for x in projected),
-            *(gains(layers.query_gain(p), J), gains(layers.key_gain(p), 1)),
-            *(scales(query_TH), scales(key_TG)),
-            *(x.reshape(G, J, T, T) for x in (pattern_HTS, slope_HTS)),
+            query_gain_JC=gains(layers.query_gain(p), J),
+            key_gain_1C=gains(layers.key_gain(p), 1),
+            query_scale_TJ=scales(query_TH),
+            key_scale_S1=scales(key_TG),
+            pattern_JTS=pattern_HTS.reshape(G, J, T, T),
+            slope_JTS=slope_HTS.reshape(G, J, T, T),
         )
 
     def pull(self, heads: _Heads, g: _Part) -> tuple[_Part, _Part, _Part]:
@@ -352,12 +355,13 @@ class _Layer(NamedTuple):
         """Cotangents of what a norm after attention gets, from those of its output."""
         if self.p.post_attn_LD is None:
             return _Part(g_TBD, None)
-        norm = Norm(self.p.post_attn_LD)
+        gain_D = self.p.post_attn_LD
+        norm = Norm(gain_D)
         pattern_HTS = layers.attention_pattern(self.p, self.normed_TD, cfg=self.cfg)
         value_SGC = layers.values(self.p, self.normed_TD)
         moved_TD = layers.move(self.p, pattern_HTS, value_SGC, cfg=self.cfg)
         scale_T = layers.norm_scale(moved_TD, norm, eps=self.cfg.norm_eps)
-        g_TBD = g_TBD * (norm.gain[None] * scale_T[:, None])[:, None]
+        g_TBD = g_TBD * (gain_D[None] * scale_T[:, None])[:, None]
         return self._answered(g_TBD, moved_TD * scale_T[:, None])
 
     def _answered(self, read_TBX: Array, unit_TX: Array) -> _Part:
