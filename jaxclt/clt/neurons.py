@@ -34,6 +34,7 @@ from jaxclt.clt.coder import Encoded
 from jaxclt.clt.config import ReadSite, Shape
 from jaxclt.errors import InputError
 from jaxclt.lm import layers
+from jaxclt.lm.activations import activate_gate, gate_factor
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import Block, LMParams
 
@@ -104,10 +105,10 @@ class NeuronCoder:
     ) -> Encoded:
         up_TU = jnp.einsum("TD,UD->TU", read_TD, enc.up_UD) + enc.up_bias_U[None]
         if enc.gate_UD is None:
-            gate_TU = layers.gate_factor(up_TU, p, cfg=self.lm)
+            gate_TU = gate_factor(up_TU, p, cfg=self.lm)
         else:
             gate_TU = jnp.einsum("TD,UD->TU", read_TD, enc.gate_UD)
-            gate_TU = layers.activate_gate(
+            gate_TU = activate_gate(
                 gate_TU + enc.gate_bias_U[None],  # pyright: ignore
                 p,
                 cfg=self.lm,

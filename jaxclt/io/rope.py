@@ -13,7 +13,7 @@ import numpy as np
 from jaxclt.errors import InputError, shown
 from jaxclt.io.config_fields import number, whole
 from jaxclt.lm.config import RopeScaling
-from jaxclt.lm.layers import rotary_frequencies
+from jaxclt.lm.rotary import rotary_frequencies
 
 __all__ = ["KINDS", "Rope", "read_rope", "yarn", "yarn_warmth"]
 

@@ -7,28 +7,25 @@ the same functions serve the live model and the frozen one.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from jaxclt.lm.config import LMConfig, RopeScaling
+from jaxclt.lm.activations import activate_gate, gate_factor
+from jaxclt.lm.config import LMConfig
+from jaxclt.lm.rotary import frequencies, rotate
 from jaxclt.types import Added, Block, LMParams
 
 __all__ = [
     "Norm",
-    "activate_gate",
     "attention_pattern",
     "attention_scores",
     "attention_weights",
     "attn_norm",
     "fold_norm",
-    "frequencies",
     "gate_and_up",
-    "gate_factor",
     "head_scales",
     "key_gain",
     "key_heads",
@@ -48,8 +45,6 @@ __all__ = [
     "queries",
     "query_gain",
     "query_heads",
-    "rotary_frequencies",
-    "rotate",
     "unit",
     "values",
 ]
@@ -144,53 +139,6 @@ def live_reads(read_XD: Array, unit_XD: Array) -> Array:
     # that is wrong for many vectors.
     share_X = jnp.einsum("...D,...D->...", unit_XD, read_XD) / read_XD.shape[-1]
     return read_XD - unit_XD * share_X[..., None]
-
-
-def rotary_frequencies(
-    d_head: int, theta: float, scaling: RopeScaling | None = None
-) -> np.ndarray:
-    """Radians per position of every pair of channels, [C / 2] in float64."""
-    freq_J = theta ** (-np.arange(0, d_head, 2) / d_head)
-    if scaling is None:
-        return freq_J
-    if scaling.kind == "linear":
-        return freq_J / scaling.factor
-    if scaling.kind == "factors":
-        return freq_J / np.asarray(scaling.factors)
-    turns_J = scaling.n_ctx * freq_J / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept_J = np.clip((turns_J - low) / (high - low), 0, 1)
-    return kept_J * freq_J + (1 - kept_J) * freq_J / scaling.factor
-
-
-def frequencies(p: Block, cfg: LMConfig, dtype: jnp.dtype) -> Array:
-    """Rotary frequencies of one layer, of each pair of channels that turns."""
-    # Angles of late positions are large: half precision would not tell them apart.
-    dtype = dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
-    freq_J = jnp.asarray(
-        rotary_frequencies(cfg.n_turning, cfg.rope_theta, cfg.rope_scaling), dtype
-    )
-    if p.local_L is not None and cfg.rope_local_theta is not None:
-        local_J = rotary_frequencies(cfg.n_turning, cfg.rope_local_theta)
-        freq_J = jnp.where(p.local_L, jnp.asarray(local_J, dtype), freq_J)
-    return freq_J if p.turning_L is None else jnp.where(p.turning_L, freq_J, 0)
-
-
-def rotate(x_THC: Array, freq_J: Array, *, start: Array | int = 0) -> Array:
-    """Rotary embedding by halves: channel j turns with channel j + J, others stay.
-
-    The first row stands at position `start` of the prompt.
-    """
-    if len(freq_J) == 0:
-        return x_THC
-    x_THC, stay_THC = jnp.split(x_THC, [2 * len(freq_J)], axis=-1)
-    dtype = freq_J.dtype
-    pos_T = jnp.arange(len(x_THC), dtype=dtype) + jnp.asarray(start, dtype)
-    angle_TJ = pos_T[:, None] * freq_J[None, :]
-    cos, sin = (f(angle_TJ)[:, None, :].astype(x_THC.dtype) for f in (jnp.cos, jnp.sin))
-    left, right = jnp.split(x_THC, 2, axis=-1)
-    rotated = left * cos - right * sin, right * cos + left * sin
-    return jnp.concatenate([*rotated, stay_THC], -1)
 
 
 def query_gain(p: Block) -> Array | None:
@@ -407,42 +355,6 @@ def _only(blocks: Block, names: tuple[str, ...]) -> Block:
     unused = {k for k, leaf in vars(blocks).items() if leaf is not None} - set(names)
     none_L = blocks.q_LDHC[:, 0, 0, 0]
     return dataclasses.replace(blocks, **dict.fromkeys(unused, none_L))
-
-
-def activate_gate(x: Array, p: Block, *, cfg: LMConfig) -> Array:
-    """The MLP's nonlinearity, act(x)."""
-    return x * gate_factor(x, p, cfg=cfg)
-
-
-def gate_factor(x: Array, p: Block, *, cfg: LMConfig) -> Array:
-    """act(x) / x, smooth or 0-1: what a neuron without a gate is gated by."""
-    match cfg.act:
-        case "silu":
-            return jax.nn.sigmoid(x)
-        case "gelu_tanh":
-            inner = math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))
-            return 0.5 * (1 + jnp.tanh(inner))
-        case "gelu":
-            return 0.5 * jax.lax.erfc(x * -math.sqrt(0.5))
-        case "relu":
-            return (x > 0).astype(x.dtype)
-        case "relu2":
-            return jax.nn.relu(x)
-        case "xielu":
-            return _xielu_factor(x, p)
-
-
-_SLOPE = 0.5  # of xIELU at zero
-
-
-def _xielu_factor(x: Array, p: Block) -> Array:
-    """xIELU(x) / x (arXiv 2411.13010), of one layer."""
-    assert p.bend_up_L1 is not None, "it has curvatures"
-    assert p.bend_down_L1 is not None, "of both sides"
-    up, down = (jax.nn.softplus(bend[0]) for bend in (p.bend_up_L1, p.bend_down_L1))
-    below = jnp.where(x < 0, x, -1)  # no division by zero
-    curved = (_SLOPE + down) * (jnp.expm1(below) / below - 1)
-    return _SLOPE + jnp.where(x < 0, curved, up * jax.nn.relu(x))
 
 
 def gate_and_up(p: Block, normed_TD: Array, *, cfg: LMConfig) -> tuple[Array, Array]:

@@ -33,6 +33,7 @@ from jax import Array
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import Norm
+from jaxclt.lm.rotary import frequencies, rotate
 from jaxclt.types import Block
 
 __all__ = ["LiveAttention", "Routes", "make_live"]
@@ -388,10 +389,10 @@ class _Layer(NamedTuple):
         """
         T, B, J, C = g_TBJC.shape
         gain_JC, scale_TJ = norm
-        freq = layers.frequencies(self.p, self.cfg, g_TBJC.dtype)
+        freq = frequencies(self.p, self.cfg, g_TBJC.dtype)
 
         def turned_back(g_TBJC: Array) -> Array:
-            g_TBX = layers.rotate(g_TBJC.reshape(T, B * J, C), -freq)
+            g_TBX = rotate(g_TBJC.reshape(T, B * J, C), -freq)
             return g_TBX.reshape(T, B, J, C)
 
         part = _Part(g_TBJC, None)

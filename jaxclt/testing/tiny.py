@@ -160,9 +160,9 @@ FAMILIES: dict[str, TinyFamily] = {
         {"joint_qk_norm": True, "pre_norms": False, "post_norms": True}
         | {"local": (True, False)},
     ),
-    # Layers without rotary embeddings, gains of turned channels, squared activations.
+    # Layers without rotary embeddings, gains of turned channels.
     "turned": TinyFamily(
-        {"act": "relu2", "norm_turned": True},
+        {"act": "gelu", "norm_turned": True},
         {"qk_norm": True, "gated": False, "turning": (True, False)},
     ),
     "gpt2": TinyFamily(

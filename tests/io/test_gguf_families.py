@@ -19,7 +19,7 @@ from jaxclt.io.tokenizer import load_tokenizer
 from jaxclt.io.weights_gguf import load_gguf
 from jaxclt.io.weights_hf import load_hf
 from jaxclt.lm.config import LMConfig, RopeScaling
-from jaxclt.lm.layers import rotary_frequencies
+from jaxclt.lm.rotary import rotary_frequencies
 from jaxclt.lm.run import forward
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
