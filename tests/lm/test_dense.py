@@ -6,9 +6,12 @@ what needs torch carries the marker `parity`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +19,10 @@ import numpy as np
 import pytest
 
 from jaxclt.clt.config import CLTConfig
+from jaxclt.errors import InputError
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.targets import salient_targets
+from jaxclt.io.config_hf import describe_hf
 from jaxclt.io.weights_hf import load_hf
 from jaxclt.lm.run import readout, record, unembed
 from jaxclt.testing import Tiny
@@ -44,6 +49,79 @@ def our_taps(folder: Path, token_T) -> dict[str, np.ndarray]:
         "out_TD": recording.out_TD,
         "logits_TV": logits_TV,
     }
+
+
+# What a golden is there for: switched off, its logits must be others.
+SWITCHES = {
+    "smollm3": ["turning_L"],
+    "hunyuan": ["norm_turned"],
+    "olmo3": ["q_norm_LHC", "rope_local_theta", "rope_scaling"],
+    "ministral3": ["rope_scaling"],
+    "granite": ["query_scale", "embed_scale"],
+    "cohere2": ["turning_L", "local_L", "norm_attn_bias_LD"],
+    "gptj": ["unembed_bias_V", "d_rotary", "parallel"],
+    "gpt_neo": ["query_scale", "window", "position_TD"],
+    "nanochat": ["logit_cap"],
+    "phi3": ["rope_scaling", "query_scale"],
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_the_goldens_see_every_switch(name: str) -> None:
+    params, cfg = load_hf(GOLDENS / "dense" / name)
+    with np.load(GOLDENS / "dense" / name / "logits.npz", allow_pickle=False) as kept:
+        token_T, want_TV = jnp.asarray(kept["token_T"]), kept["logits_TV"]
+    for switch in SWITCHES[name]:
+        less, less_cfg = params, cfg
+        if hasattr(cfg, switch):
+            off = False if isinstance(getattr(cfg, switch), bool) else None
+            assert getattr(cfg, switch) != off
+            less_cfg = dataclasses.replace(cfg, **{switch: off})
+        else:
+            part = params if hasattr(params, switch) else params.blocks
+            assert getattr(part, switch) is not None
+            less = dataclasses.replace(part, **{switch: None})
+            if part is params.blocks:
+                less = dataclasses.replace(params, blocks=less)
+        with jax.disable_jit():
+            got_TV = unembed(less, record(less, token_T, cfg=less_cfg).out_TD)
+        assert np.abs(got_TV - want_TV).max() > 1e-2, switch
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("falcon", {"new_decoder_architecture": True}, "new_decoder_architecture True"),
+        ("falcon", {"alibi": True}, "alibi True is not supported"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm True is not supported"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm True is not supported"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before False"),
+        ("olmo", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported; supported: False"),
+        ("apertus", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
+        ("smollm3", {"use_sliding_window": True}, "use_sliding_window True"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must list 2 layers"),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "from 1"),
+        ("cohere2", {"sliding_window": None}, "there is no sliding_window in use"),
+        ("gpt_neo", {"attention_layers": None}, "is not listed"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling must be a positive number"),
+        ("gptj", {"rotary_dim": 6}, "d_rotary=6 must lie in 0..4"),
+        ("hunyuan", {"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic' are not"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused_by_its_field(
+    name: str, change: dict[str, Any], message: str
+) -> None:
+    hf = json.loads((GOLDENS / "dense" / name / "config.json").read_text())
+    with pytest.raises(InputError, match=re.escape(message)):
+        describe_hf(hf | change)
+
+
+@pytest.mark.parametrize("name", ["ministral3", "ministral3_wrapped", "phi3"])
+def test_prompts_end_where_attention_changes(name: str) -> None:
+    """Later positions have warmer attention, or other frequencies."""
+    hf = json.loads((GOLDENS / "dense" / name / "config.json").read_text())
+    assert hf.get("text_config", hf)["max_position_embeddings"] == 64
+    assert describe_hf(hf)[0].n_ctx == 16
 
 
 # What no family had before: no norms before, a norm over all heads, gains of turned
