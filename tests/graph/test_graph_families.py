@@ -196,7 +196,16 @@ def test_neurons_with_their_errors_are_the_model(name: str) -> None:
     assert np.abs(logits(t.params, few, t.token_T) - want).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", FAMILY_CASES)
+# tests/lm/test_dense.py has models with the switches of the last two.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("olmo3", "turned")
+        else name
+        for name in FAMILY_CASES
+    ],
+)
 def test_the_certificate_is_small_in_float32(name: str) -> None:
     graph = tiny(dtype=jnp.float32, **FAMILY_CASES[name]).graph()
     assert graph.edge_RN.dtype == np.float32

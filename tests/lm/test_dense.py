@@ -24,7 +24,8 @@ from jaxclt.graph.certificate import certificate
 from jaxclt.graph.targets import salient_targets
 from jaxclt.io.config_hf import describe_hf
 from jaxclt.io.weights_hf import load_hf
-from jaxclt.lm.run import readout, record, unembed
+from jaxclt.lm.block import Past
+from jaxclt.lm.run import embed, native_mlp, readout, record, run, unembed
 from jaxclt.testing import Tiny
 from jaxclt.testing.random_clt import random_clt
 
@@ -49,6 +50,12 @@ def our_taps(folder: Path, token_T) -> dict[str, np.ndarray]:
         "out_TD": recording.out_TD,
         "logits_TV": logits_TV,
     }
+
+
+def few(*fast: str) -> list[Any]:
+    """All names, but for these under `slow`."""
+    slow = pytest.mark.slow
+    return [name if name in fast else pytest.param(name, marks=slow) for name in NAMES]
 
 
 # What a golden is there for: switched off, its logits must be others.
@@ -124,15 +131,35 @@ def test_prompts_end_where_attention_changes(name: str) -> None:
     assert describe_hf(hf)[0].n_ctx == 16
 
 
+@pytest.mark.parametrize("name", few("smollm3"))
+def test_token_by_token_with_a_cache_equals_the_whole_pass(name: str) -> None:
+    params, cfg = load_hf(GOLDENS / "dense" / name)
+    with np.load(GOLDENS / "dense" / name / "logits.npz", allow_pickle=False) as kept:
+        token_T, want_TV = jnp.asarray(kept["token_T"]), kept["logits_TV"]
+    empty = jnp.zeros((cfg.n_layers, len(token_T), cfg.n_kv_heads, cfg.d_head))
+    past, found = Past(empty, empty), []
+    with jax.disable_jit():
+        for i in range(len(token_T)):
+            start = jnp.asarray(i, jnp.int32)
+            done = run(
+                params,
+                embed(params, token_T[i : i + 1], start=start),
+                native_mlp(cfg),
+                cfg=cfg,
+                past=past,
+                start=start,
+            )
+            past = done.taps.past
+            found.append(unembed(params, done.out_TD))
+    close(np.concatenate(found), want_TV, name)
+
+
 # What no family had before: no norms before, a norm over all heads, gains of turned
 # channels, logits with biases.
 NEW = ("olmo3", "hunyuan", "gptj")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [x if x in NEW else pytest.param(x, marks=pytest.mark.slow) for x in NAMES],
-)
+@pytest.mark.parametrize("name", few(*NEW))
 def test_the_certificate_of_a_graph_is_small(name: str) -> None:
     """Maths 6.3 in float32, of a random dictionary over two layers."""
     params, cfg = load_hf(GOLDENS / "dense" / name)
