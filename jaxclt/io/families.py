@@ -77,6 +77,7 @@ class Family:
     turning: Literal["listed", "local", "windowed"] | None = None
     norm_turned: bool = False  # see `LMConfig`
     gguf: str | None = None  # what llama.cpp calls it
+    refused_gguf: tuple[str, ...] = ()  # metadata of what it calls so as well
     # GGUF files do not say that the largest of its models, known by its layers, scales
     # queries by the width per head.
     wide_queries: int = 0
@@ -152,7 +153,10 @@ FAMILIES: dict[str, Family] = {
         defaults={"attention_bias": True, "head_dim": 128},
     ),
     "arcee": Family(
-        rows=r.ARCEE, flags=_BIASES, defaults={"hidden_act": "relu2", **_EPS_5}
+        gguf="arcee",
+        rows=r.ARCEE,
+        flags=_BIASES,
+        defaults={"hidden_act": "relu2", **_EPS_5},
     ),
     "apertus": Family(
         rows=r.APERTUS,
@@ -180,6 +184,7 @@ FAMILIES: dict[str, Family] = {
         norm_turned=True,
     ),
     "starcoder2": Family(
+        gguf="starcoder2",
         rows=r.STARCODER2,
         names={"rms_norm_eps": "norm_epsilon"},
         flags={"use_bias": ("attention_bias", "mlp_bias")},
@@ -207,7 +212,14 @@ FAMILIES: dict[str, Family] = {
         defaults=_EPS_5,
         demands={"clip_qkv": False},
     ),
-    "olmo2": Family(rows=r.OLMO2, flags=_ATTENTION, defaults=_EPS_5),
+    "olmo2": Family(
+        gguf="olmo2",
+        # OLMo 3's files are called so too: windows, and YaRN in other layers only.
+        refused_gguf=("attention.sliding_window",),
+        rows=r.OLMO2,
+        flags=_ATTENTION,
+        defaults=_EPS_5,
+    ),
     "olmo3": Family(
         rows=r.OLMO2,
         flags=_ATTENTION,
@@ -257,6 +269,7 @@ FAMILIES: dict[str, Family] = {
     "cohere": Family(**_COHERE, demands={"use_qk_norm": False}, rope_theta=500_000.0),
     "cohere2": Family(**_COHERE, windows="every", period=4, turning="local"),
     "nemotron": Family(
+        gguf="nemotron",
         rows=r.NEMOTRON,
         names={"rms_norm_eps": "norm_eps"},
         flags=_BIASES,

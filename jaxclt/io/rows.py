@@ -139,21 +139,22 @@ def _one_norm(rows: Iterable[Row]) -> tuple[Row, ...]:
     return tuple(replace(row, hf=same.get(row.leaf, row.hf)) for row in rows)
 
 
-QWEN: tuple[Row, ...] = (*(replace(row, rotary=()) for row in LLAMA), *_QK_NORM)
+_HALVES = tuple(replace(row, rotary=()) for row in LLAMA)
+QWEN: tuple[Row, ...] = (*_HALVES, *_QK_NORM)
 GEMMA: tuple[Row, ...] = (*_without(QWEN, "norm_mlp_LD"), *_SANDWICH)
 VAULTGEMMA = _named(QWEN, norm_mlp_LD="pre_feedforward_layernorm.weight")
 HELIUM = _interleaved(LLAMA)
 ARCEE = _ungated(LLAMA)
 STARCODER2 = _ungated(
     _named(
-        _layer_norms(LLAMA),
+        _layer_norms(_HALVES),
         up_LDI="mlp.c_fc.weight",
         up_bias_LI="mlp.c_fc.bias",
         down_LID="mlp.c_proj.weight",
         down_bias_LD="mlp.c_proj.bias",
     )
 )
-NEMOTRON = _ungated(_layer_norms(LLAMA))
+NEMOTRON = _ungated(_layer_norms(_HALVES))
 STABLELM = (
     *(
         replace(row, option="serial") if row.leaf.startswith("norm_mlp") else row

@@ -57,11 +57,7 @@ def load_gguf(
 
 def _config(file: GGUFFile) -> LMConfig:
     name, family = _family(file)
-    if file.meta.get(f"{name}.expert_count", 0):
-        raise InputError(f"{file.path}: mixtures of experts are not supported")
-    if "token_embd.weight" not in file.tensors:
-        raise InputError(f"{file.path}: tensor token_embd.weight is missing")
-
+    _check_parts(file, name, family)
     get = _getter(file, name)
     d_model, n_layers = get("embedding_length", int), get("block_count", int)
     n_heads = get("attention.head_count", int)
@@ -119,6 +115,20 @@ def _config(file: GGUFFile) -> LMConfig:
         query_scale=query_scale,
         attn_cap=get("attn_logit_softcapping", float) if _capped(family) else None,
     )
+
+
+def _check_parts(file: GGUFFile, name: str, family: Family) -> None:
+    """Refuse what its tensors and sizes would not show."""
+    if file.meta.get(f"{name}.expert_count", 0):
+        raise InputError(f"{file.path}: mixtures of experts are not supported")
+    for key in family.refused_gguf:
+        if f"{name}.{key}" in file.meta:
+            raise InputError(
+                f"{file.path}: metadata {name}.{key} is not supported; the model may "
+                "open from its Hugging Face files"
+            )
+    if "token_embd.weight" not in file.tensors:
+        raise InputError(f"{file.path}: tensor token_embd.weight is missing")
 
 
 def _family(file: GGUFFile) -> tuple[str, Family]:

@@ -14,7 +14,16 @@ from safetensors.numpy import load_file
 from jaxclt.errors import InputError
 from jaxclt.io import tokenizer_gguf
 from jaxclt.io.names import tensor_name
-from jaxclt.io.rows import GEMMA, GPT2, GPT_NEOX, QWEN
+from jaxclt.io.rows import (
+    ARCEE,
+    GEMMA,
+    GPT2,
+    GPT_NEOX,
+    NEMOTRON,
+    OLMO2,
+    QWEN,
+    STARCODER2,
+)
 from jaxclt.io.tokenizer import load_tokenizer
 from jaxclt.io.weights_gguf import load_gguf
 from jaxclt.io.weights_hf import load_hf
@@ -31,17 +40,30 @@ ROWS = {
     "gpt2": GPT2,
     "gptneox": GPT_NEOX,
 }
-FOLDERS = {"gptneox": "family_neox"}  # all others by their own name
-LAYER_NORMS = ("gpt2", "gptneox")
+DENSE = {"arcee": ARCEE, "starcoder2": STARCODER2, "nemotron": NEMOTRON, "olmo2": OLMO2}
+ROWS |= DENSE
+FOLDERS = {"gptneox": "family_neox"} | {x: f"dense/{x}" for x in DENSE}
+ONE_LESS = ("gemma2", "gemma3", "nemotron")  # than the gains, in Hugging Face's files
+LAYER_NORMS = ("gpt2", "gptneox", "starcoder2", "nemotron")
 
 
 def folder(name: str) -> Path:
     return GOLDENS / FOLDERS.get(name, f"family_{name}")
 
 
-def as_llama_cpp_has_it(name: str, w: np.ndarray, cfg: LMConfig) -> np.ndarray:
-    """GPT-2's projections turned, NeoX's queries, keys and values apart."""
-    if any(f".c_{x}.weight" in name for x in ("attn", "proj", "fc")):
+def as_llama_cpp_has_it(
+    architecture: str, name: str, w: np.ndarray, cfg: LMConfig
+) -> np.ndarray:
+    """GPT-2's projections turned, NeoX's queries, keys and values apart.
+
+    Channels that it turns as neighbours lie beside each other.
+    """
+    if architecture == "arcee" and any(f"{x}_proj" in name for x in "qk"):
+        pairs = w.reshape(-1, 2, cfg.d_head // 2, w.shape[1])
+        return pairs.swapaxes(1, 2).reshape(w.shape)
+    if architecture == "gpt2" and any(
+        f".c_{x}.weight" in name for x in ("attn", "proj", "fc")
+    ):
         return w.T
     if ".query_key_value." in name:
         heads = w.reshape(cfg.n_heads, 3, cfg.d_head, *w.shape[1:])
@@ -73,8 +95,9 @@ def convert(  # noqa: C901  a file has many parts
         writer.add_layer_norm_eps(cfg.norm_eps)
     else:
         writer.add_layer_norm_rms_eps(cfg.norm_eps)
-    if name == "gptneox":
+    if name in ("gptneox", "nemotron"):
         writer.add_rope_dimension_count(cfg.n_turning)
+    if name == "gptneox":
         writer.add_parallel_residual(cfg.parallel)
     if "window" not in left_out and cfg.window is not None:
         writer.add_sliding_window(cfg.window)
@@ -98,8 +121,8 @@ def convert(  # noqa: C901  a file has many parts
             found = [w for x, w in stored.items() if x.partition(".")[2] == theirs]
             w = stored.get(theirs, *found)
             if w is not None and ours not in written:
-                w = w + np.float32(row.is_gain and name.startswith("gemma"))
-                w = as_llama_cpp_has_it(theirs, w, cfg)
+                w = w + np.float32(row.is_gain and name in ONE_LESS)
+                w = as_llama_cpp_has_it(architecture, theirs, w, cfg)
                 writer.add_tensor(ours, np.ascontiguousarray(w))
                 written.add(ours)
     writer.write_header_to_file()
@@ -127,6 +150,19 @@ def test_a_converted_model_is_the_same(name: str, tmp_path: Path):
     for path, leaf in wanted.items():
         if leaf.dtype != bool:
             np.testing.assert_allclose(found[path], leaf, rtol=1e-6, err_msg=str(path))
+
+
+def test_windows_of_olmo_3_are_refused(tmp_path: Path):
+    """Which layers have them, its file does not say in words that are read here."""
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "olmo2")
+    writer.add_sliding_window(4096)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match=r"olmo2\.attention\.sliding_window is not"):
+        load_gguf(path)
 
 
 YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 16}
