@@ -45,6 +45,7 @@ _TYPES = json_schema(  # of what is looked up; numbers are checked by `whole`
         },
     )
 )
+_TIED = "tie_word_embeddings"
 _MOST_LAYERS = 1 << 14  # that are counted up to
 
 
@@ -115,6 +116,7 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
     layout = Layout(
         rows=family.rows,
         options=options,
+        tied=None if wrapper and _TIED not in hf else "untied" not in options,
         prefixes=(wrapper or family).prefixes,
         unread=(wrapper or family).unread,
         gain_offset=family.gain_offset,
@@ -146,7 +148,7 @@ def _options(hf: dict[str, Any], family: Family) -> frozenset[str]:
     on = {"parallel" if parallel else "serial", *family.options}
     for flag, options in family.flags.items():
         on |= {*options} if hf.get(flag) else set()
-    if not hf.get("tie_word_embeddings", family.tied):
+    if not hf.get(_TIED, family.tied):
         on |= {"untied"}
     return frozenset(on)
 
@@ -214,7 +216,7 @@ def _canonical(hf: dict[str, Any]) -> tuple[dict[str, Any], Family | None]:
         inner = hf.get(wrapper.field)
         if not isinstance(inner, dict):
             raise InputError(f"config.json: {wrapper.field} must be an object")
-        outer = {k: hf[k] for k in ("tie_word_embeddings",) if k in hf}
+        outer = {_TIED: hf[_TIED]} if _TIED in hf else {}
         hf = {"model_type": wrapper.kind, **inner, **outer}
         check_json(hf, _TYPES, "config.json")
     family = FAMILIES.get(str(hf.get("model_type")))

@@ -90,6 +90,7 @@ class Layout:
 
     rows: tuple[Row, ...]
     options: frozenset[str] = frozenset()  # which optional leaves exist
+    tied: bool | None = False  # None: if the files have no unembedding
     gain_offset: float = 0.0  # files hold gains minus this
     prefixes: tuple[tuple[str, str], ...] = ()  # of names in files, and in our table
     unread: tuple[str, ...] = ()  # patterns of names that hold nothing for us

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,66 @@ def test_what_cannot_be_computed_is_refused_by_its_field(
     hf = json.loads((GOLDENS / "dense" / name / "config.json").read_text())
     with pytest.raises(InputError, match=re.escape(message)):
         describe_hf(hf | change)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (
+            "olmo3",
+            {
+                "rope_parameters": None,
+                "rope_theta": 10_000.0,
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                    "beta_fast": 2.0,
+                },
+            },
+        ),
+        (
+            "phi3",
+            {
+                "rope_parameters": None,
+                "rope_theta": 500.0,
+                "rope_scaling": {
+                    "type": "su",
+                    "short_factor": [1.5, 2.0],
+                    "long_factor": [3.0, 4.0],
+                },
+            },
+        ),
+        (
+            "hunyuan",
+            {
+                "rope_parameters": None,
+                "rope_theta": 100.0,
+                "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 3.0},
+            },
+        ),
+        ("glm4", {"rope_parameters": None, "partial_rotary_factor": 0.5}),
+        ("cohere2", {"layer_types": None, "sliding_window_pattern": 2}),
+        ("exaone4", {"layer_types": None, "sliding_window_pattern": 2}),
+        ("exaone4_all", {"layer_types": None, "sliding_window_pattern": None}),
+        ("smollm3", {"no_rope_layers": None}),
+    ],
+)
+def test_configs_of_older_releases_say_the_same(
+    name: str, change: dict[str, Any]
+) -> None:
+    hf = json.loads((GOLDENS / "dense" / name / "config.json").read_text())
+    assert describe_hf(hf | change) == describe_hf(hf)
+
+
+@pytest.mark.parametrize("name", ["gemma3_wrapped", "gemma3_wrapped_untied"])
+def test_files_say_whether_a_wrapped_model_is_tied(name: str, tmp_path: Path) -> None:
+    """Where its config does not."""
+    shutil.copytree(GOLDENS / "dense" / name, tmp_path, dirs_exist_ok=True)
+    hf = json.loads((tmp_path / "config.json").read_text())
+    del hf["tie_word_embeddings"], hf["text_config"]["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    assert (load_hf(tmp_path)[0].unembed_DV is None) == (name == "gemma3_wrapped")
 
 
 @pytest.mark.parametrize("name", ["ministral3", "ministral3_wrapped", "phi3"])
