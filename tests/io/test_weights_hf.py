@@ -267,9 +267,11 @@ def test_config_errors_of_families(name, change, message):
         config_from_hf(family(name) | change)
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen3", "gemma2"])
+@pytest.mark.parametrize(
+    "name", ["family_llama3", "family_qwen3", "family_gemma2", "dense/olmo2"]
+)
 def test_what_the_llama_layout_cannot_say_is_not_saved(name, tmp_path):
-    params, cfg = load_hf(GOLDENS / f"family_{name}")
+    params, cfg = load_hf(GOLDENS / name)
     with pytest.raises(InputError, match="the llama layout cannot say"):
         save_hf(params, cfg, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxclt.clt.active import active_features
 from jaxclt.clt.config import CLTConfig
+from jaxclt.clt.neurons import NeuronDictionary
 from jaxclt.errors import InputError
 from jaxclt.graph.certificate import certificate
 from jaxclt.graph.targets import salient_targets
@@ -27,6 +29,7 @@ from jaxclt.io.config_hf import describe_hf
 from jaxclt.io.weights_hf import load_hf
 from jaxclt.lm.block import Past
 from jaxclt.lm.run import embed, native_mlp, readout, record, run, unembed
+from jaxclt.replacement.errors import error_nodes
 from jaxclt.testing import Tiny
 from jaxclt.testing.random_clt import random_clt
 
@@ -245,6 +248,19 @@ def test_the_certificate_of_a_graph_is_small(name: str) -> None:
     logit_V = np.asarray(readout(params, recording.out_TD[-1]))
     want_K = (logit_V - logit_V.mean())[graph.target_token_K]
     close(graph.readout_R[graph.target_rows], want_K, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_neurons_leave_no_error(name: str) -> None:
+    """Every activation, with its gate, is exact."""
+    params, cfg = load_hf(GOLDENS / "dense" / name)
+    with np.load(GOLDENS / "dense" / name / "logits.npz", allow_pickle=False) as kept:
+        token_T = jnp.asarray(kept["token_T"])
+    recording = jax.jit(record, static_argnames="cfg")(params, token_T, cfg=cfg)
+    every = active_features(NeuronDictionary(), params, recording, cfg)
+    size = np.abs(np.asarray(recording.write_LTD)).max()
+    assert np.abs(error_nodes(every, recording)).max() < 1e-5 * size
 
 
 def close(got, want, name: str) -> None:
