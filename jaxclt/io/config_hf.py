@@ -13,12 +13,20 @@ from typing import Any
 from jaxclt.errors import InputError, did_you_mean, shown
 from jaxclt.files.json_file import TEXT, check_json, json_schema, record
 from jaxclt.io.config_fields import number, whole
-from jaxclt.io.families import ATTN_CAP, FAMILIES, LOGIT_CAP, REFUSED, WRAPPERS, Family
+from jaxclt.io.families import (
+    ATTN_CAP,
+    FAMILIES,
+    LOGIT_CAP,
+    REFUSED,
+    WRAPPERS,
+    Family,
+    Multiplied,
+)
 from jaxclt.io.names import Layout
 from jaxclt.io.rope import KINDS, read_rope
 from jaxclt.lm.config import Act, LMConfig
 
-__all__ = ["describe_hf", "family_act", "shape_from_hf"]
+__all__ = ["describe_hf", "family_act", "multiplied_leaves", "shape_from_hf"]
 
 _ACTS: dict[str, Act] = {
     "silu": "silu",
@@ -82,7 +90,8 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
         for name, default in (family.cap_fields or {}).items()
     }
     options = _options(hf, family)
-    times, scales = _multipliers(hf, family)
+    times = {what: number(hf, name) for name, what in family.multipliers.items()}
+    scales = multiplied_leaves(times)
     query_scale = times.get("scores", family.score_scale)
     if family.query_scalar:
         query_scale = number(hf, "query_pre_attn_scalar", 256.0) ** -0.5
@@ -158,20 +167,17 @@ _QUERIES = ("q_LDHC", "q_bias_LHC")
 _WRITES = ("o_LHCD", "o_bias_LD", "down_LID", "down_bias_LD")
 
 
-def _multipliers(
-    hf: dict[str, Any], family: Family
-) -> tuple[dict[str, float], dict[str, float | tuple[float, ...]]]:
-    """What a config multiplies, and what leaves are therefore times."""
-    times: dict[str, float] = {
-        what: number(hf, name) for name, what in family.multipliers.items()
-    }
+def multiplied_leaves(
+    times: Mapping[Multiplied, float],
+) -> dict[str, float | tuple[float, ...]]:
+    """What leaves are times, by what a model multiplies."""
     logits = times.get("logits", 1.0) / times.get("1 / logits", 1.0)
     scales: dict[str, float | tuple[float, ...]] = {}
     if times.get("residual", 1.0) != 1:
         scales |= dict.fromkeys(_WRITES, times["residual"])
     if logits != 1:  # the unembedding may be the embedding's, and stays as it is
         scales |= dict.fromkeys(("norm_out_D", "norm_out_bias_D"), logits)
-    return times, scales
+    return scales
 
 
 def _turning(

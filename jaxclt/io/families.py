@@ -14,15 +14,8 @@ from typing import Any, Literal
 from jaxclt.io import rows as r
 from jaxclt.io.names import Row
 
-__all__ = [
-    "ATTN_CAP",
-    "FAMILIES",
-    "LOGIT_CAP",
-    "REFUSED",
-    "WRAPPERS",
-    "Family",
-    "Wrapper",
-]
+__all__ = ["ATTN_CAP", "FAMILIES", "LOGIT_CAP", "REFUSED", "WRAPPERS", "Family"]
+__all__ += ["Multiplied", "Wrapper"]
 
 Multiplied = Literal["embed", "residual", "scores", "logits", "1 / logits"]
 
@@ -168,7 +161,7 @@ FAMILIES: dict[str, Family] = {
         rope_theta=12_000_000.0,
     ),
     "smollm3": Family(
-        rows=r.QWEN,
+        gguf="smollm3",
         flags=_BIASES,
         demands={"use_sliding_window": False},
         tied=True,
@@ -252,6 +245,7 @@ FAMILIES: dict[str, Family] = {
     "glm": Family(rows=r.GLM, **_GLM),
     "glm4": Family(rows=r.GLM4, **_GLM),
     "granite": Family(
+        gguf="granite",
         flags=_BIASES,
         defaults={
             "embedding_multiplier": 1.0,
@@ -266,8 +260,15 @@ FAMILIES: dict[str, Family] = {
             "logits_scaling": "1 / logits",
         },
     ),
-    "cohere": Family(**_COHERE, demands={"use_qk_norm": False}, rope_theta=500_000.0),
-    "cohere2": Family(**_COHERE, windows="every", period=4, turning="local"),
+    "cohere": Family(
+        **_COHERE,
+        gguf="command-r",
+        demands={"use_qk_norm": False},
+        rope_theta=500_000.0,
+    ),
+    "cohere2": Family(
+        **_COHERE, gguf="cohere2", windows="every", period=4, turning="local"
+    ),
     "nemotron": Family(
         gguf="nemotron",
         rows=r.NEMOTRON,

@@ -132,11 +132,15 @@ def _in_one(
 def _one_norm(rows: Iterable[Row]) -> tuple[Row, ...]:
     """Attention and the MLP beside it read through one norm, whose tensor both get."""
     rows = tuple(rows)
-    names = {row.leaf: row.hf for row in rows}
-    same = {
-        x: names[x.replace("mlp", "attn")] for x in names if x.startswith("norm_mlp")
-    }
-    return tuple(replace(row, hf=same.get(row.leaf, row.hf)) for row in rows)
+    by_leaf = {row.leaf: row for row in rows}
+
+    def one(row: Row) -> Row:
+        if not row.leaf.startswith("norm_mlp"):
+            return row
+        same = by_leaf[row.leaf.replace("mlp", "attn")]
+        return replace(row, hf=same.hf, gguf=same.gguf)
+
+    return tuple(map(one, rows))
 
 
 _HALVES = tuple(replace(row, rotary=()) for row in LLAMA)

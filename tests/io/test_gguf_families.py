@@ -16,9 +16,11 @@ from jaxclt.io import tokenizer_gguf
 from jaxclt.io.names import tensor_name
 from jaxclt.io.rows import (
     ARCEE,
+    COHERE,
     GEMMA,
     GPT2,
     GPT_NEOX,
+    LLAMA,
     NEMOTRON,
     OLMO2,
     QWEN,
@@ -40,11 +42,32 @@ ROWS = {
     "gpt2": GPT2,
     "gptneox": GPT_NEOX,
 }
-DENSE = {"arcee": ARCEE, "starcoder2": STARCODER2, "nemotron": NEMOTRON, "olmo2": OLMO2}
+DENSE = {
+    "arcee": ARCEE,
+    "smollm3": LLAMA,
+    "granite": LLAMA,
+    "starcoder2": STARCODER2,
+    "nemotron": NEMOTRON,
+    "olmo2": OLMO2,
+    "command-r": COHERE,
+    "cohere2": COHERE,
+}
 ROWS |= DENSE
-FOLDERS = {"gptneox": "family_neox"} | {x: f"dense/{x}" for x in DENSE}
+FOLDERS = {x: f"dense/{x}" for x in DENSE}
+FOLDERS |= {"gptneox": "family_neox", "command-r": "dense/cohere"}
+LAYER_NORMS = ("gpt2", "gptneox", "starcoder2", "nemotron", "command-r", "cohere2")
+NEIGHBOURS = ("arcee", "smollm3", "granite")  # put beside each other when converted
+SCALES = {
+    "granite": {
+        "attention.scale": 0.4,
+        "embedding_scale": 3.0,
+        "residual_scale": 0.3,
+        "logit_scale": 2.0,
+    },
+    "command-r": {"logit_scale": 0.25},
+    "cohere2": {"logit_scale": 0.25},
+}
 ONE_LESS = ("gemma2", "gemma3", "nemotron")  # than the gains, in Hugging Face's files
-LAYER_NORMS = ("gpt2", "gptneox", "starcoder2", "nemotron")
 
 
 def folder(name: str) -> Path:
@@ -58,8 +81,8 @@ def as_llama_cpp_has_it(
 
     Channels that it turns as neighbours lie beside each other.
     """
-    if architecture == "arcee" and any(f"{x}_proj" in name for x in "qk"):
-        pairs = w.reshape(-1, 2, cfg.d_head // 2, w.shape[1])
+    if architecture in NEIGHBOURS and any(f"{x}_proj" in name for x in "qk"):
+        pairs = w.reshape(-1, 2, cfg.d_head // 2, *w.shape[1:])
         return pairs.swapaxes(1, 2).reshape(w.shape)
     if architecture == "gpt2" and any(
         f".c_{x}.weight" in name for x in ("attn", "proj", "fc")
@@ -71,7 +94,7 @@ def as_llama_cpp_has_it(
     return w
 
 
-def convert(  # noqa: C901  a file has many parts
+def convert(  # noqa: C901, PLR0912  a file has many parts
     name: str,
     path: Path,
     left_out: tuple[str, ...] = (),
@@ -111,6 +134,8 @@ def convert(  # noqa: C901  a file has many parts
     if name == "gemma2":
         writer.add_attn_logit_softcapping(2.0)
         writer.add_final_logit_softcapping(3.0)
+    for key, value in SCALES.get(name, {}).items():
+        writer.add_float32(f"{name}.{key}", value)
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", rope_factors)
     stored = load_file(folder(name) / "model.safetensors")
@@ -138,11 +163,17 @@ def test_a_converted_model_is_the_same(name: str, tmp_path: Path):
     got, got_cfg = load_gguf(convert(name, tmp_path / "m.gguf"))
     # llama.cpp knows which layers are local, and how Gemma 3 turns them.
     local = {"gemma2": [True, False, True], "gemma3": [True] * 3}.get(name)
+    local = [True, True] if name == "cohere2" else local
+    turning = [True, True] if name in ("cohere2", "smollm3") else None
+    found = got.blocks.turning_L
+    assert (None if found is None else found.tolist()) == turning
     assert (None if local is None else got.blocks.local_L.tolist()) == local
     leaves = "act window attn_cap rope_theta rope_scaling d_head norm_eps d_rotary"
     for leaf in (*leaves.split(), "parallel"):
         assert getattr(got_cfg, leaf) == getattr(cfg, leaf), leaf
     assert got_cfg.rope_local_theta == (10_000.0 if name == "gemma3" else None)
+    if name in DENSE:
+        assert got_cfg.query_scale == pytest.approx(cfg.query_scale)
     wanted, found = (
         dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (want, got)
     )
