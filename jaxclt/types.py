@@ -37,18 +37,18 @@ class Block:
     first. Biases, and norms that not every model has, are None where there are none.
 
     A norm that has a bias is a LayerNorm and takes the mean off first; one without is
-    an RMSNorm. An MLP without a gate is ``act(x W_up) W_down``, one with
-    ``(act(x W_gate) * x W_up) W_down``.
+    an RMSNorm; one without a gain is none. An MLP without a gate is
+    ``act(x W_up) W_down``, one with ``(act(x W_gate) * x W_up) W_down``.
     """
 
-    norm_attn_LD: Array
     q_LDHC: Array
     k_LDGC: Array
     v_LDGC: Array
     o_LHCD: Array
-    norm_mlp_LD: Array
     up_LDI: Array
     down_LID: Array
+    norm_attn_LD: Array | None = None
+    norm_mlp_LD: Array | None = None
     gate_LDI: Array | None = None
     norm_attn_bias_LD: Array | None = None
     norm_mlp_bias_LD: Array | None = None
@@ -61,10 +61,16 @@ class Block:
     down_bias_LD: Array | None = None
     q_norm_LC: Array | None = None  # gains of norms over a head's channels
     k_norm_LC: Array | None = None
+    q_norm_LHC: Array | None = None  # or over the channels of all heads together
+    k_norm_LGC: Array | None = None
     post_attn_LD: Array | None = None  # gains of norms before the stream is added to
     post_mlp_LD: Array | None = None
+    # xIELU's curvatures above and below zero, before a softplus
+    bend_up_L1: Array | None = None
+    bend_down_L1: Array | None = None
     # bool: layers with `LMConfig.window` and its local rotary base; None: all alike
     local_L: Array | None = None
+    turning_L: Array | None = None  # bool: layers with rotary embeddings; None: all
 
 
 @struct.dataclass
@@ -73,10 +79,11 @@ class LMParams:
 
     embed_VD: Array
     blocks: Block
-    norm_out_D: Array
+    norm_out_D: Array | None
     norm_out_bias_D: Array | None = None
     position_TD: Array | None = None  # learned positions, added to the embeddings
     unembed_DV: Array | None = None  # None: tied to embed_VD
+    unembed_bias_V: Array | None = None
     embed_scale: Array | None = None  # scalar: what enters layer 0 is times this
     logit_cap: Array | None = None  # scalar c: logits are c tanh(x / c)
 

@@ -63,6 +63,8 @@ FAMILY_CASES = {
     "qwen3": {"seed": 10, "family": "qwen3", "read": "normalized"},
     "gpt2": {"seed": 11, "family": "gpt2", "read": "normalized", "tied": True},
     "neox": {"seed": 12, "family": "neox", "read": "mlp_in", "skip": True},
+    "olmo3": {"seed": 13, "family": "olmo3", "read": "mlp_in", "skip": True},
+    "turned": {"seed": 14, "family": "turned"},
 }
 OWN_MAPS = ("gemma2", "gemma3", "neox")
 FAMILIES = [

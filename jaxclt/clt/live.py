@@ -19,12 +19,12 @@ from jaxclt.clt.coder import Coder, Dictionary, in_dtype
 from jaxclt.clt.sites import read_site, reads_past_norm
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import (
-    centre,
     live_reads,
     mlp_and_scale,
     mlp_norm,
     norm_scale,
     normalise,
+    unit,
 )
 from jaxclt.precision import jit
 from jaxclt.shapes import bucket
@@ -56,7 +56,7 @@ def _unit(
 ) -> Array:
     mid_KD = jnp.asarray(mid_LTD)[layer, pos_K]
     scale_K = jnp.asarray(scale_LT)[layer, pos_K]
-    return centre(mid_KD, mlp_norm(params.blocks)) * scale_K[:, None]
+    return unit(mid_KD, scale_K, mlp_norm(params.blocks))
 
 
 def live_feature_reads(

@@ -34,6 +34,7 @@ from jaxclt.clt.coder import Encoded
 from jaxclt.clt.config import ReadSite, Shape
 from jaxclt.errors import InputError
 from jaxclt.lm import layers
+from jaxclt.lm.activations import activate_gate, gate_factor
 from jaxclt.lm.config import LMConfig
 from jaxclt.precision import precise
 from jaxclt.types import Block, LMParams
@@ -92,7 +93,7 @@ class NeuronCoder:
     ) -> Encoded:
         """``up`` and its gate; of some neurons all are on, of all the strong ones."""
         if enc is not None:
-            return self._some(enc, read_TD, post_T)
+            return self._some(p, enc, read_TD, post_T)
         gate_TI, up_TI = layers.gate_and_up(p, read_TD, cfg=self.lm)
         if p.post_mlp_LD is not None:
             if post_T is None:
@@ -101,14 +102,17 @@ class NeuronCoder:
             gate_TI = gate_TI * post_T[:, None]
         return Encoded(up_TI, self._kept(p, gate_TI * up_TI), gate_TI)
 
-    def _some(self, enc: NeuronRows, read_TD: Array, post_T: Array | None) -> Encoded:
+    def _some(
+        self, p: Block, enc: NeuronRows, read_TD: Array, post_T: Array | None
+    ) -> Encoded:
         up_TU = jnp.einsum("TD,UD->TU", read_TD, enc.up_UD) + enc.up_bias_U[None]
         if enc.gate_UD is None:
-            gate_TU = layers.gate_factor(up_TU, cfg=self.lm)
+            gate_TU = gate_factor(up_TU, p, cfg=self.lm)
         else:
             gate_TU = jnp.einsum("TD,UD->TU", read_TD, enc.gate_UD)
-            gate_TU = layers.activate_gate(
+            gate_TU = activate_gate(
                 gate_TU + enc.gate_bias_U[None],  # pyright: ignore
+                p,
                 cfg=self.lm,
             )
         if post_T is not None:

@@ -34,8 +34,8 @@ def read_site(site: ReadSite, norm: Norm, mid_TD: Array, scale_T: Array) -> Arra
         case "resid_mid":
             return mid_TD
         case "normalized":
-            plain = Norm(jnp.ones_like(norm.gain), norm.bias)
-            return normalise(mid_TD, scale_T, plain, biases=False)
+            gain = None if norm.gain is None else jnp.ones_like(norm.gain)
+            return normalise(mid_TD, scale_T, Norm(gain, norm.bias), biases=False)
         case "mlp_in":
             return normalise(mid_TD, scale_T, norm)
 
@@ -54,8 +54,9 @@ def fold_reads(site: ReadSite, norm: Norm, W_FD: np.ndarray) -> tuple[Any, Any]:
       W' [F, D] and c [F].
     """
     gain_D, bias_D = (None if x is None else np.asarray(x) for x in norm)
-    assert gain_D is not None
     zero_F = np.zeros(len(W_FD), W_FD.dtype)
+    if gain_D is None:
+        return W_FD, zero_F
     match site:
         case "resid_mid":
             return W_FD, zero_F

@@ -18,7 +18,7 @@ from jaxclt.clt.live import live_feature_reads, mlp_unit
 from jaxclt.clt.sites import reads_past_norm
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.prompt import Prompt
-from jaxclt.lm.layers import attn_norm, centre, live_reads, out_norm
+from jaxclt.lm.layers import attn_norm, live_reads, out_norm, unit
 
 __all__ = ["answering", "answering_rows", "past_final_norm", "rows_in_parts"]
 __all__ += ["summed", "written_live"]
@@ -87,15 +87,15 @@ def past_final_norm(p: Prompt, read_KD: np.ndarray, pos_K: np.ndarray) -> np.nda
       read_KD: the same with it held.
       pos_K: where each is.
     """
-    end_KD = centre(p.recording.end_TD[pos_K], out_norm(p.params))
-    unit_KD = end_KD * p.recording.frozen.out_scale_T[pos_K][:, None]
+    scale_K = p.recording.frozen.out_scale_T[pos_K]
+    unit_KD = unit(p.recording.end_TD[pos_K], scale_K, out_norm(p.params))
     return np.asarray(live_reads(jnp.asarray(read_KD), unit_KD))
 
 
 def _attn_unit(p: Prompt, layer: int, pos_K: np.ndarray) -> Array:
     norm = attn_norm(p.params.blocks).of_layer(layer)
     scale_K = p.recording.frozen.attn_scale_LT[layer, pos_K]
-    return centre(p.recording.resid_LTD[layer, pos_K], norm) * scale_K[:, None]
+    return unit(p.recording.resid_LTD[layer, pos_K], scale_K, norm)
 
 
 def _target_norms(p: Prompt, held_KD: np.ndarray, *, past_norm: bool) -> np.ndarray:

@@ -19,7 +19,7 @@ from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.stream import make_stream
 from jaxclt.graph.travel import Frozen, Way
 from jaxclt.lm.config import LMConfig
-from jaxclt.lm.layers import centre, live_reads, mlp_norm
+from jaxclt.lm.layers import live_reads, mlp_norm, unit
 from jaxclt.lm.live import LiveAttention, make_live
 from jaxclt.lm.step import Skip, down
 
@@ -52,7 +52,7 @@ def _live_skip(p: Recorded, *, past_norm: bool) -> _LiveSkip | None:
     if past_norm:
         mid_LTD, blocks = jnp.asarray(p.recording.mid_LTD), p.params.blocks
         scale_LT = p.recording.frozen.mlp_scale_LT
-        unit_LTD = centre(mid_LTD, mlp_norm(blocks)) * scale_LT[:, :, None]
+        unit_LTD = unit(mid_LTD, scale_LT, mlp_norm(blocks))
     return _LiveSkip(jax.tree.map(jnp.asarray, p.active.skip), unit_LTD)
 
 

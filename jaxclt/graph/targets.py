@@ -77,6 +77,16 @@ def _unembedding(params: LMParams, token_K: Array) -> Array:
     return params.unembed_DV[:, token_K].T
 
 
+def _logit_bias(
+    params: LMParams, token_K: Array, share_V: Array | None
+) -> Array | None:
+    """What logits are given anyway, less their mean by some shares; None: nothing."""
+    bias_V = params.unembed_bias_V
+    if bias_V is None:
+        return None
+    return bias_V[token_K] - (bias_V.mean() if share_V is None else bias_V @ share_V)
+
+
 def demeaned_unembedding(params: LMParams, token_K: Array) -> Array:
     """Unembedding columns minus their mean over the vocabulary, [K, D].
 
@@ -132,7 +142,7 @@ def _targets(
 
 
 def _n_layers(params: LMParams) -> int:
-    return len(params.blocks.norm_attn_LD)
+    return len(params.blocks.q_LDHC)
 
 
 def token_targets(
@@ -146,6 +156,7 @@ def token_targets(
         pos=pos,
         token_K=token_K,
         weight_K=prob_V[token_K],
+        const_K=_logit_bias(params, token_K, None),
     )
 
 
@@ -186,10 +197,14 @@ def difference_targets(
 ) -> Targets:
     """Logits of some tokens minus those of others, pair by pair."""
     pairs = zip(np.asarray(token_K).tolist(), np.asarray(other_K).tolist(), strict=True)
+    bias_K = None
+    if params.unembed_bias_V is not None:
+        bias_K = params.unembed_bias_V[token_K] - params.unembed_bias_V[other_K]
     return _targets(
         _unembedding(params, token_K) - _unembedding(params, other_K),
         layer=_n_layers(params),
         pos=pos,
+        const_K=bias_K,
         labels=labels or [f"token {a} − token {b}" for a, b in pairs],
     )
 
@@ -216,11 +231,16 @@ def probability_targets(
     else:
         mean_D = params.unembed_DV @ prob_V
     vec_KD = _unembedding(params, token_K) - mean_D[None]
+    bias_K = _logit_bias(params, token_K, prob_V)
+    if not log:
+        vec_KD = vec_KD * prob_V[token_K][:, None]
+        bias_K = None if bias_K is None else bias_K * prob_V[token_K]
     name = "log p" if log else "p"
     return _targets(
-        vec_KD if log else vec_KD * prob_V[token_K][:, None],
+        vec_KD,
         layer=_n_layers(params),
         pos=pos,
+        const_K=bias_K,
         labels=labels or [f"{name}(token {i})" for i in np.asarray(token_K).tolist()],
     )
 

@@ -7,6 +7,7 @@ than one such part, and no device more than its share.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
@@ -31,6 +32,7 @@ from jaxclt.io.names import (
     to_leaf,
 )
 from jaxclt.lm.config import LMConfig
+from jaxclt.lm.layers import Norm, norm_scale
 from jaxclt.lm.sharding import leaf_sharding
 from jaxclt.types import Block, LMParams
 
@@ -95,11 +97,17 @@ def read_params(
         if not np.isfinite(w).all():
             raise InputError(f"{where}: tensor {name} contains NaN or infinity")
         leaf = to_leaf(w, row, source, part)
-        out[...] = leaf + offset if offset and row.is_gain else leaf
+        leaf = leaf + offset if offset and row.is_gain else leaf
+        times = layout.scales.get(row.leaf, 1.0)
+        times = times[layer] if isinstance(times, tuple) else times
+        out[...] = leaf if times == 1 else leaf * np.float32(times)
 
     def part_of(row: Row, index: tuple[slice, ...]) -> np.ndarray:
         """A part of a leaf, read by several threads."""
         out = np.empty([x.stop - x.start for x in index], jnp.dtype(dtype))
+        if row.fill is not None:
+            out[...] = row.fill
+            return out
         jobs = [(0, *piece) for piece in _pieces(index, out)]
         if row.per_layer:
             jobs = [(layer, index[1:], out[layer]) for layer in range(cfg.n_layers)]
@@ -113,16 +121,29 @@ def read_params(
 
     with pool:
         arrays = {row.leaf: leaf(row) for row in rows}
+    return _assembled(arrays, layout, dtype, mesh)
+
+
+def _assembled(
+    arrays: dict[str, Array], layout: Layout, dtype: str, mesh: Mesh | None
+) -> LMParams:
+    """The leaves that were read, and what no file holds."""
+    if layout.embed_eps is not None:  # it has no gain, so that it is the tokens' own
+        embed_VD = arrays["embed_VD"].astype(jnp.float32)
+        unit = Norm(jnp.ones(embed_VD.shape[1:], jnp.float32))
+        scale_V = norm_scale(embed_VD, unit, eps=layout.embed_eps)
+        arrays["embed_VD"] = (embed_VD * scale_V[:, None]).astype(jnp.dtype(dtype))
     for name, said, kind in (
         ("local_L", layout.local, "bool"),
+        ("turning_L", layout.turning, "bool"),
         ("embed_scale", layout.embed_scale, dtype),
         ("logit_cap", layout.logit_cap, dtype),
     ):
         if said is not None:
             value = np.asarray(said, jnp.dtype(kind))
             arrays[name] = _placed(name, value.shape, mesh, value.__getitem__)
-    of_blocks = {r.leaf: arrays.pop(r.leaf) for r in rows if r.per_layer}
-    blocks = Block(**of_blocks, local_L=arrays.pop("local_L", None))
+    of_blocks = {field.name for field in dataclasses.fields(Block)} & {*arrays}
+    blocks = Block(**{name: arrays.pop(name) for name in of_blocks})
     return LMParams(blocks=blocks, **arrays)
 
 
@@ -186,6 +207,7 @@ def _check(
     wanted = {
         tensor_name(row, stored.source, i): stored_shape(row, cfg, stored.source)
         for row in rows
+        if row.fill is None
         for i in range(cfg.n_layers if row.per_layer else 1)
     }
     for name in sorted(wanted.keys() - present):

@@ -6,18 +6,19 @@ transformers 5 nests them in `rope_parameters`, older releases do not.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from jaxclt.errors import InputError, shown
 from jaxclt.io.config_fields import number, whole
 from jaxclt.lm.config import RopeScaling
-from jaxclt.lm.layers import rotary_frequencies
+from jaxclt.lm.rotary import rotary_frequencies
 
 __all__ = ["KINDS", "Rope", "read_rope", "yarn", "yarn_warmth"]
 
 _MOST_CHANNELS = 1 << 16  # of a head
+_ORIGINAL = "original_max_position_embeddings"
 KINDS = {"full_attention": False, "sliding_attention": True}  # is it local?
 
 
@@ -29,6 +30,7 @@ class Rope(NamedTuple):
     scaling: RopeScaling | None
     d_rotary: int | None
     score_factor: float  # what attention scores are times
+    n_ctx: int  # positions up to which they are so
 
 
 def read_rope(
@@ -37,8 +39,9 @@ def read_rope(
     d_head: int,
     n_ctx: int,
     theta: float,
-    local_theta: float | None,
+    local_theta: float | Literal["same"] | None,
     partial: bool,
+    alpha: bool = False,
 ) -> Rope:
     """Rotary embeddings of a model.
 
@@ -47,8 +50,10 @@ def read_rope(
       d_head: channels of a head.
       n_ctx: longest prompt.
       theta: base, unless the config says.
-      local_theta: that of local layers; None: they have no other.
+      local_theta: that of local layers; None: they have no other; "same": nor have
+        they, but they are not scaled.
       partial: whether the family can turn a part of the channels only.
+      alpha: whether an alpha beside the type "dynamic" enlarges the base.
 
     Raises:
       InputError: for another type than the supported ones, or an impossible number.
@@ -57,17 +62,7 @@ def read_rope(
     for rope in (new, old):
         if not isinstance(rope, dict):
             raise InputError("config.json: rope parameters must be an object")
-    if local_theta is not None:
-        nested = any(kind in new for kind in KINDS)
-        local = (new.get("sliding_attention") or {}) if nested else {}
-        new = (new.get("full_attention") or {}) if nested else new
-        if _kind(local) != "default":
-            raise InputError(
-                "config.json: rope_parameters of sliding_attention must be of type "
-                f"'default', not {shown(_kind(local))}"
-            )
-        local_theta = number({**hf, **local}, "rope_local_base_freq", local_theta)
-        local_theta = number(local, "rope_theta", local_theta)
+    new, local_theta = _by_kind(hf, new, theta, local_theta)
     for rope in (new, old):
         if any(isinstance(value, dict) for value in rope.values()):
             raise InputError(
@@ -85,8 +80,39 @@ def read_rope(
         )
     theta = number({**hf, **new}, "rope_theta", theta)
     turning = d_head if d_rotary is None else d_rotary
-    scaling, factor = _scaling(old or new, theta, turning, n_ctx)
-    return Rope(theta, local_theta, scaling, d_rotary, factor)
+    said = {_ORIGINAL: hf.get(_ORIGINAL), **(old or new)}
+    if alpha and _kind(said) == "dynamic" and said.get("alpha") and turning > 2:
+        theta *= number(said, "alpha") ** (turning / (turning - 2))
+        said = {}
+    scaling, factor = _scaling(said, theta, turning, n_ctx)
+    # Past the context it was trained with, a model like these has other frequencies, or
+    # attention that is warmer at later positions: longer prompts are refused.
+    if said.get("llama_4_scaling_beta") or said.get("short_factor"):
+        n_ctx = min(n_ctx, whole(said, _ORIGINAL, n_ctx, least=1))
+    return Rope(theta, local_theta, scaling, d_rotary, factor, n_ctx)
+
+
+def _by_kind(
+    hf: dict[str, Any],
+    rope: dict[str, Any],
+    theta: float,
+    local_theta: float | Literal["same"] | None,
+) -> tuple[dict[str, Any], float | None]:
+    """What is said of layers that are not local, and the base of local ones."""
+    if local_theta is None:
+        return rope, None
+    nested = any(kind in rope for kind in KINDS)
+    local = (rope.get("sliding_attention") or {}) if nested else {}
+    rope = (rope.get("full_attention") or {}) if nested else rope
+    if _kind(local) != "default":
+        raise InputError(
+            "config.json: rope_parameters of sliding_attention must be of type "
+            f"'default', not {shown(_kind(local))}"
+        )
+    if local_theta == "same":
+        local_theta = number({**hf, **rope}, "rope_theta", theta)
+    local_theta = number({**hf, **local}, "rope_local_base_freq", local_theta)
+    return rope, number(local, "rope_theta", local_theta)
 
 
 def _share(*said: dict[str, Any]) -> float:
@@ -110,11 +136,13 @@ def _scaling(
     kind = _kind({k: v for k, v in rope.items() if v is not None})
     if kind == "default":
         return None, 1.0
-    if kind not in ("linear", "llama3", "yarn"):
+    if kind not in ("linear", "llama3", "yarn", "longrope", "su"):
         raise InputError(
             f"config.json: rotary embeddings of type {shown(kind)} are not supported; "
-            "supported: 'default', 'linear', 'llama3', 'yarn'"
+            "supported: 'default', 'linear', 'llama3', 'yarn', 'longrope'"
         )
+    if kind in ("longrope", "su") or rope.get("short_factor"):
+        return _longrope(rope, n_ctx)
     if kind == "yarn":
         return _yarn(rope, theta, turning, n_ctx)
     factor = number(rope, "factor")
@@ -125,9 +153,24 @@ def _scaling(
         factor=factor,
         low_freq_factor=number(rope, "low_freq_factor", 1.0),
         high_freq_factor=number(rope, "high_freq_factor", 4.0),
-        n_ctx=whole(rope, "original_max_position_embeddings", n_ctx),
+        n_ctx=whole(rope, _ORIGINAL, n_ctx),
     )
     return llama3, 1.0
+
+
+def _longrope(rope: dict[str, Any], n_ctx: int) -> tuple[RopeScaling, float]:
+    """Divisors of every pair of channels, in the context that a model started with."""
+    each = rope.get("short_factor")
+    if not isinstance(each, list):
+        raise InputError("config.json: short_factor must be a list of numbers")
+    factors = tuple(number({"short_factor": x}, "short_factor") for x in each)
+    original = whole(rope, _ORIGINAL, n_ctx, least=2)
+    factor = number(rope, "factor", n_ctx / original)
+    default = 1.0
+    if factor > 1:
+        default = math.sqrt(1 + math.log(factor) / math.log(original))
+    times = number(rope, "attention_factor", default)
+    return RopeScaling(kind="factors", factors=factors), times**2
 
 
 def _yarn(
@@ -138,7 +181,7 @@ def _yarn(
     Cosines and sines of queries and of keys are times one number, and scores therefore
     times its square.
     """
-    original = whole(rope, "original_max_position_embeddings", n_ctx, least=1)
+    original = whole(rope, _ORIGINAL, n_ctx, least=1)
     factor = number(rope, "factor", n_ctx / original)
     scaling = yarn(
         theta,

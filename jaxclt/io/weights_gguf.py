@@ -10,7 +10,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxclt.errors import InputError, shown
-from jaxclt.io.families import FAMILIES, Family, family_act
+from jaxclt.io.config_hf import family_act, multiplied_leaves
+from jaxclt.io.families import FAMILIES, Family, Multiplied
 from jaxclt.io.gguf_file import GGUFFile, open_gguf
 from jaxclt.io.names import Layout, tensor_name
 from jaxclt.io.read_params import Stored, read_params
@@ -22,6 +23,7 @@ __all__ = ["load_gguf"]
 
 
 _FAMILIES = {family.gguf: family for family in FAMILIES.values() if family.gguf}
+_TURNING_BUT = 4  # every such layer has no rotary embeddings, which no file says
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -56,11 +58,7 @@ def load_gguf(
 
 def _config(file: GGUFFile) -> LMConfig:
     name, family = _family(file)
-    if file.meta.get(f"{name}.expert_count", 0):
-        raise InputError(f"{file.path}: mixtures of experts are not supported")
-    if "token_embd.weight" not in file.tensors:
-        raise InputError(f"{file.path}: tensor token_embd.weight is missing")
-
+    _check_parts(file, name, family)
     get = _getter(file, name)
     d_model, n_layers = get("embedding_length", int), get("block_count", int)
     n_heads = get("attention.head_count", int)
@@ -77,16 +75,18 @@ def _config(file: GGUFFile) -> LMConfig:
                 f"{file.path}: {name}.{key} differs from the head size {d_head}, "
                 "which is not supported"
             )
-    window, local_theta = None, family.rope_local_theta
+    window, local_theta = None, None
     if family.period or f"{name}.attention.sliding_window" in file.meta:
         window = get("attention.sliding_window", int)
-    if local_theta is not None:
-        local_theta = get("rope.freq_base_swa", float, local_theta)
     theta = get("rope.freq_base", float, 10_000.0)
+    if family.rope_local_theta is not None:
+        same = family.rope_local_theta == "same"
+        local_theta = theta if same else family.rope_local_theta
+        local_theta = get("rope.freq_base_swa", float, local_theta)
     n_ctx = get("context_length", int)
     turning = d_head if d_rotary is None else d_rotary
     scaling, warmer = _scaling(file, name, theta, turning, n_ctx)
-    query_scale = None
+    query_scale = _multipliers(file, name, family).get("scores", family.score_scale)
     if n_layers == family.wide_queries:
         query_scale = (d_model / n_heads) ** -0.5
     if warmer != 1:
@@ -94,7 +94,8 @@ def _config(file: GGUFFile) -> LMConfig:
     biased = any(row.leaf == "norm_out_bias_D" for row in family.rows)
     norm = "layer_norm" if biased else "layer_norm_rms"
     parallel = file.meta.get(
-        f"{name}.use_parallel_residual", bool(family.parallel_field)
+        f"{name}.use_parallel_residual",
+        family.parallel or bool(family.parallel_field),
     )
     return LMConfig(
         n_layers=n_layers,
@@ -118,6 +119,20 @@ def _config(file: GGUFFile) -> LMConfig:
     )
 
 
+def _check_parts(file: GGUFFile, name: str, family: Family) -> None:
+    """Refuse what its tensors and sizes would not show."""
+    if file.meta.get(f"{name}.expert_count", 0):
+        raise InputError(f"{file.path}: mixtures of experts are not supported")
+    for key in family.refused_gguf:
+        if f"{name}.{key}" in file.meta:
+            raise InputError(
+                f"{file.path}: metadata {name}.{key} is not supported; the model may "
+                "open from its Hugging Face files"
+            )
+    if "token_embd.weight" not in file.tensors:
+        raise InputError(f"{file.path}: tensor token_embd.weight is missing")
+
+
 def _family(file: GGUFFile) -> tuple[str, Family]:
     name = file.meta.get("general.architecture")
     if name not in _FAMILIES:
@@ -126,6 +141,21 @@ def _family(file: GGUFFile) -> tuple[str, Family]:
             f"supported: {', '.join(_FAMILIES)}"
         )
     return name, _FAMILIES[name]
+
+
+_TIMES: dict[Multiplied, str] = {
+    "embed": "embedding_scale",
+    "residual": "residual_scale",
+    "scores": "attention.scale",
+    "logits": "logit_scale",
+    "1 / logits": "logit_scale",
+}
+
+
+def _multipliers(file: GGUFFile, name: str, family: Family) -> dict[Multiplied, float]:
+    """What a model of the family multiplies by what."""
+    get = _getter(file, name)
+    return {what: get(_TIMES[what], float) for what in family.multipliers.values()}
 
 
 def _capped(family: Family) -> bool:
@@ -194,6 +224,11 @@ def _layout(file: GGUFFile, cfg: LMConfig) -> Layout:
     local = None
     if family.period and cfg.n_layers <= len(file.tensors):  # else it is refused below
         local = tuple((i + 1) % family.period != 0 for i in range(cfg.n_layers))
+    turning = local if family.turning == "local" else None
+    if family.turning == "listed" and cfg.n_layers <= len(file.tensors):
+        turning = tuple((i + 1) % _TURNING_BUT != 0 for i in range(cfg.n_layers))
+    times = _multipliers(file, name, family)
+    width = cfg.d_model**0.5 if family.scales_embedding else None
     cap = None
     if _capped(family):
         cap = _getter(file, name)("final_logit_softcapping", float)
@@ -202,7 +237,9 @@ def _layout(file: GGUFFile, cfg: LMConfig) -> Layout:
         options=family.options | options,
         unread=(_ROPE_FACTORS,),  # in the config
         local=local,
-        embed_scale=cfg.d_model**0.5 if family.scales_embedding else None,
+        turning=turning,
+        scales=multiplied_leaves(times),
+        embed_scale=times.get("embed", width),
         logit_cap=cap,
     )
 

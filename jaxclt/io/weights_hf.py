@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from jaxclt.errors import InputError, shown
 from jaxclt.files.atomic import atomic_path, write_text
 from jaxclt.files.json_file import read_json
 from jaxclt.files.json_text import to_json
-from jaxclt.io.families import describe_hf
-from jaxclt.io.names import LLAMA, Layout, from_leaf, tensor_name
+from jaxclt.io.config_hf import describe_hf
+from jaxclt.io.names import Layout, from_leaf, tensor_name
 from jaxclt.io.read_params import Stored, read_params
+from jaxclt.io.rows import LLAMA
 from jaxclt.io.tensors import TensorFile, open_tensors, refuse_pickles
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import LMParams
@@ -93,6 +95,7 @@ def load_hf(
         raise InputError(f"{root}: {error}") from error
     files = _locate_tensors(root)
     theirs = {_our_name(name, layout): name for name in files}
+    layout = _tied_or_not(layout, theirs)
     if len(theirs) < len(files):
         raise InputError(f"{root}: a tensor is there twice, under two names")
 
@@ -196,6 +199,15 @@ def _our_name(name: str, layout: Layout) -> str:
     return name
 
 
+def _tied_or_not(layout: Layout, names: Collection[str]) -> Layout:
+    """Whether the unembedding is the embedding, if the config leaves it open."""
+    if layout.tied is not None:
+        return layout
+    (unembed,) = (row.hf for row in layout.rows if row.leaf == "unembed_DV")
+    own = {"untied"} if unembed in names else set()
+    return dataclasses.replace(layout, options=layout.options - {"untied"} | own)
+
+
 def _all_unread(layout: Layout) -> Layout:
     """With what carries nothing: a second copy of the embedding, and constants."""
     tied = [
@@ -239,6 +251,8 @@ def _demand_llama(cfg: LMConfig, params: LMParams) -> None:
     ]
     if params.blocks.gate_LDI is None:
         odd.append("an MLP without a gate")
+    if params.blocks.norm_attn_LD is None or params.blocks.norm_mlp_LD is None:
+        odd.append("layers without a norm before them")
     if odd:
         raise InputError(
             f"the llama layout cannot say {', '.join(odd)}; only models like Llama "
@@ -247,4 +261,4 @@ def _demand_llama(cfg: LMConfig, params: LMParams) -> None:
 
 
 _NOT_LLAMA = {"rope_scaling", "rope_local_theta", "window", "query_scale", "attn_cap"}
-_NOT_LLAMA |= {"d_rotary", "parallel"}
+_NOT_LLAMA |= {"d_rotary", "parallel", "norm_turned"}

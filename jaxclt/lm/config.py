@@ -10,7 +10,9 @@ from typing import Literal
 
 from jaxclt.errors import InputError
 
-__all__ = ["LMConfig", "RopeScaling"]
+__all__ = ["Act", "LMConfig", "RopeScaling"]
+
+Act = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2", "xielu"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ class LMConfig:
     n_ctx: int  # longest prompt in tokens
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
-    act: Literal["silu", "gelu_tanh", "gelu", "relu"] = "silu"  # of the MLP
+    act: Act = "silu"  # of the MLP
     parallel: bool = False  # the MLP reads what attention reads, not what it adds
     d_rotary: int | None = None  # first channels of a head that turn; None: all
     rope_scaling: RopeScaling | None = None
@@ -78,6 +80,9 @@ class LMConfig:
     window: int | None = None  # positions seen, the query's own included
     query_scale: float | None = None  # None: d_head ** -0.5
     attn_cap: float | None = None  # c: attention scores are c tanh(x / c)
+    norm_turned: bool = (
+        False  # gains of queries' and keys' norms are of turned channels
+    )
 
     def __post_init__(self) -> None:
         sizes = "n_layers d_model n_heads n_kv_heads d_head d_mlp d_vocab n_ctx"

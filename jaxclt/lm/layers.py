@@ -7,30 +7,28 @@ the same functions serve the live model and the frozen one.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from jaxclt.lm.config import LMConfig, RopeScaling
+from jaxclt.lm.activations import activate_gate, gate_factor
+from jaxclt.lm.config import LMConfig
+from jaxclt.lm.rotary import frequencies, rotate
 from jaxclt.precision import precise
 from jaxclt.types import Added, Block, LMParams
 
 __all__ = [
     "Norm",
-    "activate_gate",
     "attention_pattern",
     "attention_scores",
     "attention_weights",
     "attn_norm",
     "fold_norm",
-    "frequencies",
     "gate_and_up",
-    "gate_factor",
     "head_scales",
+    "key_gain",
     "key_heads",
     "keys",
     "live_reads",
@@ -46,17 +44,20 @@ __all__ = [
     "pattern_of",
     "pattern_weights",
     "queries",
+    "query_gain",
     "query_heads",
-    "rotary_frequencies",
-    "rotate",
+    "unit",
     "values",
 ]
 
 
 class Norm(NamedTuple):
-    """The weights of a norm; one with a bias is a LayerNorm, see `Block`."""
+    """The weights of a norm; one with a bias is a LayerNorm, see `Block`.
 
-    gain: Array
+    One without a gain is no norm: its scale is 1, and answers to nothing.
+    """
+
+    gain: Array | None
     bias: Array | None = None
 
     def of_layer(self, layer: Array | int) -> Norm:
@@ -86,8 +87,19 @@ def centre(x_TD: Array, norm: Norm) -> Array:
 
 def norm_scale(x_TD: Array, norm: Norm, *, eps: float) -> Array:
     """Reciprocal denominator [T]: root mean square of each row, or its deviation."""
+    if norm.gain is None:
+        return jnp.ones(x_TD.shape[:-1], x_TD.dtype)
     x_TD = centre(x_TD, norm)
     return jax.lax.rsqrt(jnp.mean(x_TD * x_TD, axis=-1) + eps)
+
+
+def unit(x_TD: Array, scale_T: Array, norm: Norm) -> Array:
+    """What the norm makes of rows without gain and bias: what its denominator answers
+    to, see `live_reads`. Nothing where there is no norm.
+    """
+    if norm.gain is None:
+        return jnp.zeros_like(x_TD)
+    return centre(x_TD, norm) * scale_T[..., None]
 
 
 def normalise(x_TD: Array, scale_T: Array, norm: Norm, *, biases: bool = True) -> Array:
@@ -95,6 +107,8 @@ def normalise(x_TD: Array, scale_T: Array, norm: Norm, *, biases: bool = True) -
 
     Of a LayerNorm, x without its mean, which is linear too, and a bias.
     """
+    if norm.gain is None:
+        return x_TD
     out_TD = centre(x_TD, norm) * scale_T[:, None] * norm.gain[None, :]
     if biases and norm.bias is not None:
         out_TD = out_TD + norm.bias[None, :]
@@ -106,6 +120,8 @@ def fold_norm(read_XD: Array, norm: Norm) -> Array:
 
     ``fold_norm(v) · x · scale == v · normalise(x)`` without the bias. Numpy arrays too.
     """
+    if norm.gain is None:
+        return read_XD
     gain_1D = norm.gain.reshape((1,) * (read_XD.ndim - 1) + norm.gain.shape)
     return centre(read_XD * gain_1D, norm)
 
@@ -127,67 +143,45 @@ def live_reads(read_XD: Array, unit_XD: Array) -> Array:
     return read_XD - unit_XD * share_X[..., None]
 
 
-def rotary_frequencies(
-    d_head: int, theta: float, scaling: RopeScaling | None = None
-) -> np.ndarray:
-    """Radians per position of every pair of channels, [C / 2] in float64."""
-    freq_J = theta ** (-np.arange(0, d_head, 2) / d_head)
-    if scaling is None:
-        return freq_J
-    if scaling.kind == "linear":
-        return freq_J / scaling.factor
-    if scaling.kind == "factors":
-        return freq_J / np.asarray(scaling.factors)
-    turns_J = scaling.n_ctx * freq_J / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept_J = np.clip((turns_J - low) / (high - low), 0, 1)
-    return kept_J * freq_J + (1 - kept_J) * freq_J / scaling.factor
+def query_gain(p: Block) -> Array | None:
+    """Gains of the norm of one layer's queries: [C], or [H, C] where it is over all."""
+    return p.q_norm_LC if p.q_norm_LHC is None else p.q_norm_LHC
 
 
-def frequencies(p: Block, cfg: LMConfig, dtype: jnp.dtype) -> Array:
-    """Rotary frequencies of one layer, of each pair of channels that turns."""
-    # Angles of late positions are large: half precision would not tell them apart.
-    dtype = dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
-    every_J = rotary_frequencies(cfg.n_turning, cfg.rope_theta, cfg.rope_scaling)
-    if p.local_L is None or cfg.rope_local_theta is None:
-        return jnp.asarray(every_J, dtype)
-    local_J = rotary_frequencies(cfg.n_turning, cfg.rope_local_theta)
-    local_J, every_J = jnp.asarray(local_J, dtype), jnp.asarray(every_J, dtype)
-    return jnp.where(p.local_L, local_J, every_J)
+def key_gain(p: Block) -> Array | None:
+    """The same of keys: [C] or [G, C]."""
+    return p.k_norm_LC if p.k_norm_LGC is None else p.k_norm_LGC
 
 
-def rotate(x_THC: Array, freq_J: Array, *, start: Array | int = 0) -> Array:
-    """Rotary embedding by halves: channel j turns with channel j + J, others stay.
-
-    The first row stands at position `start` of the prompt.
-    """
-    if len(freq_J) == 0:
-        return x_THC
-    x_THC, stay_THC = jnp.split(x_THC, [2 * len(freq_J)], axis=-1)
-    dtype = freq_J.dtype
-    pos_T = jnp.arange(len(x_THC), dtype=dtype) + jnp.asarray(start, dtype)
-    angle_TJ = pos_T[:, None] * freq_J[None, :]
-    cos, sin = (f(angle_TJ)[:, None, :].astype(x_THC.dtype) for f in (jnp.cos, jnp.sin))
-    left, right = jnp.split(x_THC, 2, axis=-1)
-    rotated = left * cos - right * sin, right * cos + left * sin
-    return jnp.concatenate([*rotated, stay_THC], -1)
+def _head_scale(x_THC: Array, gain: Array, *, eps: float) -> Array:
+    """Reciprocal denominators [T, H] of a norm over each head's channels, or all."""
+    if gain.ndim == 1:
+        return norm_scale(x_THC, Norm(gain), eps=eps)
+    scale_T = norm_scale(x_THC.reshape(len(x_THC), -1), Norm(gain), eps=eps)
+    return jnp.broadcast_to(scale_T[:, None], x_THC.shape[:2])
 
 
 def _rotated(
     p: Block,
     x_THC: Array,
-    gain_C: Array | None,
+    gain: Array | None,
     scale_TH: Array | None,
     *,
     cfg: LMConfig,
     start: Array | int,
 ) -> Array:
     """Queries or keys, normalised where the model does so, at their positions."""
-    if gain_C is not None:
-        if scale_TH is None:
-            scale_TH = norm_scale(x_THC, Norm(gain_C), eps=cfg.norm_eps)
-        x_THC = x_THC * scale_TH[..., None] * gain_C[None, None, :]
-    return rotate(x_THC, frequencies(p, cfg, x_THC.dtype), start=start)
+    gain_1HC = gain if gain is None else jnp.atleast_2d(gain)[None]
+    if gain is not None:
+        if scale_TH is None:  # which turning does not change
+            scale_TH = _head_scale(x_THC, gain, eps=cfg.norm_eps)
+        x_THC = x_THC * scale_TH[..., None]
+    if gain_1HC is not None and not cfg.norm_turned:
+        x_THC = x_THC * gain_1HC
+    x_THC = rotate(x_THC, frequencies(p, cfg, x_THC.dtype), start=start)
+    if gain_1HC is not None and cfg.norm_turned:
+        x_THC = x_THC * gain_1HC
+    return x_THC
 
 
 def _projected(normed_TD: Array, weight_DHC: Array, bias_HC: Array | None) -> Array:
@@ -225,7 +219,7 @@ def queries(
         `head_scales`), so that queries are linear; None computes them.
     """
     q_THC = query_heads(p, normed_TD)
-    return _rotated(p, q_THC, p.q_norm_LC, scale_TH, cfg=cfg, start=start)
+    return _rotated(p, q_THC, query_gain(p), scale_TH, cfg=cfg, start=start)
 
 
 def keys(
@@ -238,7 +232,7 @@ def keys(
 ) -> Array:
     """Keys [T, G, C], rotated to their positions; arguments as of `queries`."""
     k_TGC = key_heads(p, normed_TD)
-    return _rotated(p, k_TGC, p.k_norm_LC, scale_TG, cfg=cfg, start=start)
+    return _rotated(p, k_TGC, key_gain(p), scale_TG, cfg=cfg, start=start)
 
 
 def head_scales(
@@ -249,14 +243,12 @@ def head_scales(
     [T, H] and [T, G]; None where the model has no such norm.
     """
 
-    def scale(heads_THC: Array, gain_C: Array | None) -> Array | None:
-        if gain_C is None:
-            return None
-        return norm_scale(heads_THC, Norm(gain_C), eps=cfg.norm_eps)
+    def scale(heads_THC: Array, gain: Array | None) -> Array | None:
+        return None if gain is None else _head_scale(heads_THC, gain, eps=cfg.norm_eps)
 
     return (
-        scale(query_heads(p, normed_TD), p.q_norm_LC),
-        scale(key_heads(p, normed_TD), p.k_norm_LC),
+        scale(query_heads(p, normed_TD), query_gain(p)),
+        scale(key_heads(p, normed_TD), key_gain(p)),
     )
 
 
@@ -342,8 +334,9 @@ def move(p: Block, pattern_HTS: Array, value_SGC: Array, *, cfg: LMConfig) -> Ar
     return out_TD if p.o_bias_LD is None else out_TD + p.o_bias_LD[None]
 
 
-_PATTERN_LEAVES = ("norm_attn_LD", "norm_attn_bias_LD", "local_L", "q_LDHC", "k_LDGC")
-_PATTERN_LEAVES += ("q_bias_LHC", "k_bias_LGC", "q_norm_LC", "k_norm_LC")
+_PATTERN_LEAVES = ("norm_attn_LD", "norm_attn_bias_LD", "local_L", "turning_L")
+_PATTERN_LEAVES += ("q_LDHC", "k_LDGC", "q_bias_LHC", "k_bias_LGC")
+_PATTERN_LEAVES += ("q_norm_LC", "k_norm_LC", "q_norm_LHC", "k_norm_LGC")
 _MOVE_LEAVES = ("v_LDGC", "v_bias_LGC", "o_LHCD", "o_bias_LD", "post_attn_LD")
 
 
@@ -362,27 +355,8 @@ def attention_weights(blocks: Block) -> Block:
 
 def _only(blocks: Block, names: tuple[str, ...]) -> Block:
     unused = {k for k, leaf in vars(blocks).items() if leaf is not None} - set(names)
-    none_L = blocks.norm_attn_LD[:, 0]
+    none_L = blocks.q_LDHC[:, 0, 0, 0]
     return dataclasses.replace(blocks, **dict.fromkeys(unused, none_L))
-
-
-def activate_gate(x: Array, *, cfg: LMConfig) -> Array:
-    """The MLP's nonlinearity, act(x)."""
-    return x * gate_factor(x, cfg=cfg)
-
-
-def gate_factor(x: Array, *, cfg: LMConfig) -> Array:
-    """act(x) / x, smooth or 0-1: what a neuron without a gate is gated by."""
-    match cfg.act:
-        case "silu":
-            return jax.nn.sigmoid(x)
-        case "gelu_tanh":
-            inner = math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))
-            return 0.5 * (1 + jnp.tanh(inner))
-        case "gelu":
-            return 0.5 * jax.lax.erfc(x * -math.sqrt(0.5))
-        case "relu":
-            return (x > 0).astype(x.dtype)
 
 
 def gate_and_up(p: Block, normed_TD: Array, *, cfg: LMConfig) -> tuple[Array, Array]:
@@ -394,11 +368,11 @@ def gate_and_up(p: Block, normed_TD: Array, *, cfg: LMConfig) -> tuple[Array, Ar
     if p.up_bias_LI is not None:
         up_TI = up_TI + p.up_bias_LI[None]
     if p.gate_LDI is None:
-        return gate_factor(up_TI, cfg=cfg), up_TI
+        return gate_factor(up_TI, p, cfg=cfg), up_TI
     gate_TI = normed_TD @ p.gate_LDI
     if p.gate_bias_LI is not None:
         gate_TI = gate_TI + p.gate_bias_LI[None]
-    return activate_gate(gate_TI, cfg=cfg), up_TI
+    return activate_gate(gate_TI, p, cfg=cfg), up_TI
 
 
 def mlp_and_scale(

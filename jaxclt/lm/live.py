@@ -33,6 +33,7 @@ from jax import Array
 from jaxclt.lm import layers
 from jaxclt.lm.config import LMConfig
 from jaxclt.lm.layers import Norm
+from jaxclt.lm.rotary import frequencies, rotate
 from jaxclt.precision import jit
 from jaxclt.types import Block
 
@@ -69,17 +70,25 @@ class LiveAttention:
         at = _Layer.of(self, layer, len(g_TBD))
         g = _Part(_total(at.past_post_norm(g_TBD)), None)
 
-        def projected(heads: _Heads) -> Array:
-            return jnp.concatenate([*map(_total, at.pull(heads, g))], -1)
+        def projected(heads: _Heads) -> tuple[Array, Array, Array]:
+            query, key, value = map(_total, at.pull(heads, g))
+            return query, key, value
 
-        heads_GTBX = jax.lax.map(projected, at.heads)
-        return at.live(at.read(heads_GTBX, slice(None)))
+        all_heads = at.heads
+        query, key, value = jax.lax.map(projected, all_heads)
+        if at.joint:
+            query, key = (_total(x) for x in at.jointly(all_heads, query, key))
+        return at.live(at.read(jnp.concatenate([query, key, value], -1), slice(None)))
 
     def routes(self, layer: Array, g_TBD: Array) -> Routes:
         """The same apart; arguments as of `pull`."""
         at = _Layer.of(self, layer, len(g_TBD))
         g = at.past_post_norm(g_TBD)
-        parts = jax.lax.map(lambda heads: at.pull(heads, g), at.heads)
+        all_heads = at.heads
+        parts = jax.lax.map(lambda heads: at.pull(heads, g), all_heads)
+        if at.joint:
+            found = at.jointly(all_heads, parts[0].held, parts[1].held)
+            parts = (*found, parts[2])
         ends = np.cumsum([0, *(part.held.shape[-1] for part in parts)])
         rows = [slice(a, b) for a, b in itertools.pairwise(ends.tolist())]
         held = [at.read(part.held, X) for part, X in zip(parts, rows, strict=True)]
@@ -166,6 +175,10 @@ class _Heads(NamedTuple):
     value_S1C: Array
     raw_query_TJC: Array
     raw_key_S1C: Array
+    query_gain_JC: Array | None  # of norms of theirs, and reciprocal denominators
+    key_gain_1C: Array | None
+    query_scale_TJ: Array | None
+    key_scale_S1: Array | None
     pattern_JTS: Array
     slope_JTS: Array  # times the derivative of capped scores by products of the two
 
@@ -236,8 +249,40 @@ class _Layer(NamedTuple):
         """The same with the denominator of the norm before attention live."""
         if not self.norms:
             return read_TBD
-        unit_TD = layers.centre(self.resid_TD, self.norm) * self.scale_T[:, None]
+        unit_TD = layers.unit(self.resid_TD, self.scale_T, self.norm)
         return layers.live_reads(read_TBD, unit_TD[:, None])
+
+    @property
+    def joint(self) -> bool:
+        """Whether the norms of queries and keys are over all heads together."""
+        return self.p.q_norm_LHC is not None
+
+    def jointly(
+        self, heads: _Heads, query_GTBX: Array, key_GTBX: Array
+    ) -> tuple[_Part, _Part]:
+        """Cotangents of projections, with what norms over all heads' channels answer.
+
+        Args:
+          heads: all of them, leaves with a leading G.
+          query_GTBX: of what queries are projected to, denominators held.
+          key_GTBX: the same of keys.
+        """
+
+        def one(read_GTBX: Array, raw_GTJC: Array, scale_GTJ: Array | None) -> _Part:
+            assert scale_GTJ is not None
+            G, T, B, X = read_GTBX.shape
+            unit_GTX = (raw_GTJC * scale_GTJ[..., None]).reshape(G, T, X)
+            read_TBX = jnp.moveaxis(read_GTBX, 0, 2).reshape(T, B, G * X)
+            unit_TX = jnp.moveaxis(unit_GTX, 0, 1).reshape(T, G * X)
+            answer = self._answered(read_TBX, unit_TX).answer
+            if answer is None:
+                return _Part(read_GTBX, None)
+            return _Part(read_GTBX, jnp.moveaxis(answer.reshape(T, B, G, X), 2, 0))
+
+        return (
+            one(query_GTBX, heads.raw_query_TJC, heads.query_scale_TJ),
+            one(key_GTBX, heads.raw_key_S1C, heads.key_scale_S1),
+        )
 
     @property
     def heads(self) -> _Heads:
@@ -258,10 +303,28 @@ class _Layer(NamedTuple):
             layers.key_heads(p, self.normed_TD),
         )
         G, J, T = cfg.n_kv_heads, cfg.n_queries_per_kv, len(self.resid_TD)
+
+        def gains(gain: Array | None, n: int) -> Array | None:
+            if gain is None:
+                return None
+            gain = gain if gain.ndim == 2 else jnp.tile(gain, (G * n, 1))
+            return gain.reshape(G, n, cfg.d_head)
+
+        def scales(scale_TH: Array | None) -> Array | None:
+            if scale_TH is None:
+                return None
+            return jnp.moveaxis(scale_TH.reshape(T, G, -1), 1, 0)
+
+        query_TH, key_TG = layers.head_scales(p, self.normed_TD, cfg=cfg)
         return _Heads(
             self.output_GDE,
             *(jnp.moveaxis(x.reshape(T, G, -1, cfg.d_head), 1, 0) for x in projected),
-            *(x.reshape(G, J, T, T) for x in (pattern_HTS, slope_HTS)),
+            query_gain_JC=gains(layers.query_gain(p), J),
+            key_gain_1C=gains(layers.key_gain(p), 1),
+            query_scale_TJ=scales(query_TH),
+            key_scale_S1=scales(key_TG),
+            pattern_JTS=pattern_HTS.reshape(G, J, T, T),
+            slope_JTS=slope_HTS.reshape(G, J, T, T),
         )
 
     def pull(self, heads: _Heads, g: _Part) -> tuple[_Part, _Part, _Part]:
@@ -274,9 +337,16 @@ class _Layer(NamedTuple):
         # A norm after attention answers to everything. Its answer to what values bring
         # is that of a denominator which they enter.
         score_TBJS = heads.scores(heads.gathered(_total(g)))
-        raw = heads.raw_query_TJC, heads.raw_key_S1C
-        query = self._unturned(heads.queries(score_TBJS), raw[0], self.p.q_norm_LC)
-        key = self._unturned(heads.keys(score_TBJS), raw[1], self.p.k_norm_LC)
+        query = self._unturned(
+            heads.queries(score_TBJS),
+            heads.raw_query_TJC,
+            (heads.query_gain_JC, heads.query_scale_TJ),
+        )
+        key = self._unturned(
+            heads.keys(score_TBJS),
+            heads.raw_key_S1C,
+            (heads.key_gain_1C, heads.key_scale_S1),
+        )
         held, answer = (
             None if x is None else heads.values(heads.gathered(x)) for x in g
         )
@@ -287,12 +357,13 @@ class _Layer(NamedTuple):
         """Cotangents of what a norm after attention gets, from those of its output."""
         if self.p.post_attn_LD is None:
             return _Part(g_TBD, None)
-        norm = Norm(self.p.post_attn_LD)
+        gain_D = self.p.post_attn_LD
+        norm = Norm(gain_D)
         pattern_HTS = layers.attention_pattern(self.p, self.normed_TD, cfg=self.cfg)
         value_SGC = layers.values(self.p, self.normed_TD)
         moved_TD = layers.move(self.p, pattern_HTS, value_SGC, cfg=self.cfg)
         scale_T = layers.norm_scale(moved_TD, norm, eps=self.cfg.norm_eps)
-        g_TBD = g_TBD * (norm.gain[None] * scale_T[:, None])[:, None]
+        g_TBD = g_TBD * (gain_D[None] * scale_T[:, None])[:, None]
         return self._answered(g_TBD, moved_TD * scale_T[:, None])
 
     def _answered(self, read_TBX: Array, unit_TX: Array) -> _Part:
@@ -302,15 +373,39 @@ class _Layer(NamedTuple):
         live_TBX = layers.live_reads(read_TBX, unit_TX[:, None])
         return _Part(read_TBX, live_TBX - read_TBX)
 
-    def _unturned(self, g_TBJC: Array, raw_TJC: Array, gain_C: Array | None) -> _Part:
-        """Cotangents of queries or keys before they are turned and normalised."""
+    def _unturned(
+        self,
+        g_TBJC: Array,
+        raw_TJC: Array,
+        norm: tuple[Array | None, Array | None],
+    ) -> _Part:
+        """Cotangents of queries or keys before they are turned and normalised.
+
+        Without what a norm over all heads answers, for which see `jointly`.
+
+        Args:
+          g_TBJC: of them as scores are made of them.
+          raw_TJC: as they are projected.
+          norm: gains [J, C] and reciprocal denominators [T, J] of their norm, or None.
+        """
         T, B, J, C = g_TBJC.shape
-        freq = layers.frequencies(self.p, self.cfg, g_TBJC.dtype)
-        g_TBX = layers.rotate(g_TBJC.reshape(T, B * J, C), -freq)
-        g_TBJC = g_TBX.reshape(T, B, J, C)
+        gain_JC, scale_TJ = norm
+        freq = frequencies(self.p, self.cfg, g_TBJC.dtype)
+
+        def turned_back(g_TBJC: Array) -> Array:
+            g_TBX = rotate(g_TBJC.reshape(T, B * J, C), -freq)
+            return g_TBX.reshape(T, B, J, C)
+
         part = _Part(g_TBJC, None)
-        if gain_C is not None:
-            scale_TJ = layers.norm_scale(raw_TJC, Norm(gain_C), eps=self.cfg.norm_eps)
-            g_TBJC = g_TBJC * (scale_TJ[..., None] * gain_C[None, None])[:, None]
-            part = self._answered(g_TBJC, raw_TJC * scale_TJ[..., None])
+        if gain_JC is None or scale_TJ is None:
+            part = _Part(turned_back(g_TBJC), None)
+        else:
+            gain_11JC = gain_JC[None, None]
+            if self.cfg.norm_turned:
+                g_TBJC = turned_back(g_TBJC * gain_11JC)
+            else:
+                g_TBJC = turned_back(g_TBJC) * gain_11JC
+            part = _Part(g_TBJC * scale_TJ[:, None, :, None], None)
+            if not self.joint:
+                part = self._answered(part.held, raw_TJC * scale_TJ[..., None])
         return jax.tree.map(lambda x: x.reshape(T, B, J * C), part)

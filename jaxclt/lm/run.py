@@ -171,13 +171,17 @@ def cap_logits(params: LMParams, logit: Array) -> Array:
 
 
 @precise
-def readout(params: LMParams, out_TD: Array) -> Array:
-    """Logits [T, V] before any cap: what is linear in the output, and what graphs
-    explain.
+def readout(params: LMParams, out_TD: Array, *, bias: bool = True) -> Array:
+    """Logits [T, V] before any cap: what is affine in the output, and what graphs
+    explain; without what tokens are given anyway, if `bias` is False.
     """
     if params.unembed_DV is None:
-        return jnp.einsum("...D,VD->...V", out_TD, params.embed_VD)
-    return jnp.einsum("...D,DV->...V", out_TD, params.unembed_DV)
+        logit_TV = jnp.einsum("...D,VD->...V", out_TD, params.embed_VD)
+    else:
+        logit_TV = jnp.einsum("...D,DV->...V", out_TD, params.unembed_DV)
+    if params.unembed_bias_V is None or not bias:
+        return logit_TV
+    return logit_TV + jnp.broadcast_to(params.unembed_bias_V, logit_TV.shape)
 
 
 def record(

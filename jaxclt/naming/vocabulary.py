@@ -29,7 +29,7 @@ def written_logits(params: LMParams, written_ND: Array) -> Array:
     The final norm's gain is folded in, its denominator is left out: it is positive and
     the same for all tokens.
     """
-    logit_NV = readout(params, normed(params, written_ND))
+    logit_NV = readout(params, normed(params, written_ND), bias=False)
     return logit_NV - logit_NV.mean(1, keepdims=True)
 
 

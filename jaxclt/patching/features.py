@@ -63,8 +63,7 @@ def activation(
       scale_E: reciprocal denominators of the norm before the MLP.
       coder: of the dictionary.
     """
-    norm = mlp_norm(p)
-    each = 0 if norm.gain.ndim == 2 else None
+    each = 0 if p.up_LDI.ndim == 3 else None
 
     def one(
         p: Block, enc: Any, mid_D: Array, scale: Array, post: Any, on: Any

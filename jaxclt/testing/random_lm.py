@@ -24,6 +24,9 @@ class Parts:
     tied: bool = True  # one matrix for embedding and unembedding
     biases: bool = False  # of every projection
     qk_norm: bool = False
+    joint_qk_norm: bool = False  # over the channels of all heads
+    pre_norms: bool = True  # before attention and MLPs
+    turning: tuple[bool, ...] | None = None
     post_norms: bool = False  # of what attention and MLPs write
     local: tuple[bool, ...] | None = None
     embed_scale: float | None = None
@@ -56,6 +59,7 @@ def random_lm(
     # One long draw, cut into leaves: a sampler per shape would compile per shape, and
     # cut in the same program it is fused into, and compiled again for, each leaf.
     n_more = 2 * L * (C * has.qk_norm + D * has.post_norms)
+    n_more += L * (H + G) * C * has.joint_qk_norm
     n_more += (2 * L + 1) * D * has.layer_norm + T * D * has.positions
     flat = jax.random.normal(key, (n_weights + n_biases + n_more,), dtype)
     return _cut(flat, cfg, has)
@@ -86,12 +90,12 @@ def _cut(flat: Array, cfg: LMConfig, has: Parts) -> LMParams:
         return 0.3 * draw(shape) if has.biases else None
 
     blocks = Block(
-        norm_attn_LD=gain(L, D),
+        norm_attn_LD=gain(L, D) if has.pre_norms else None,
         q_LDHC=normal(L, D, H, C, fan_in=D),
         k_LDGC=normal(L, D, G, C, fan_in=D),
         v_LDGC=normal(L, D, G, C, fan_in=D),
         o_LHCD=normal(L, H, C, D, fan_in=H * C),
-        norm_mlp_LD=gain(L, D),
+        norm_mlp_LD=gain(L, D) if has.pre_norms else None,
         gate_LDI=normal(L, D, I, fan_in=D) if has.gated else None,
         up_LDI=normal(L, D, I, fan_in=D),
         down_LID=normal(L, I, D, fan_in=I),
@@ -115,9 +119,12 @@ def _cut(flat: Array, cfg: LMConfig, has: Parts) -> LMParams:
         blocks,
         q_norm_LC=gain(L, C) if has.qk_norm else None,
         k_norm_LC=gain(L, C) if has.qk_norm else None,
+        q_norm_LHC=gain(L, H, C) if has.joint_qk_norm else None,
+        k_norm_LGC=gain(L, G, C) if has.joint_qk_norm else None,
         post_attn_LD=gain(L, D) if has.post_norms else None,
         post_mlp_LD=gain(L, D) if has.post_norms else None,
         local_L=None if has.local is None else jnp.asarray(has.local, bool),
+        turning_L=None if has.turning is None else jnp.asarray(has.turning, bool),
         norm_attn_bias_LD=0.3 * draw((L, D)) if has.layer_norm else None,
         norm_mlp_bias_LD=0.3 * draw((L, D)) if has.layer_norm else None,
     )

@@ -155,6 +155,17 @@ FAMILIES: dict[str, TinyFamily] = {
             "embed_scale": 4.0,
         },
     ),
+    # Norms only after what is written, queries and keys normalised over all heads.
+    "olmo3": TinyFamily(
+        {"window": 3, "rope_local_theta": 100.0},
+        {"joint_qk_norm": True, "pre_norms": False, "post_norms": True}
+        | {"local": (True, False)},
+    ),
+    # Layers without rotary embeddings, gains of turned channels.
+    "turned": TinyFamily(
+        {"act": "gelu", "norm_turned": True},
+        {"qk_norm": True, "gated": False, "turning": (True, False)},
+    ),
     "gpt2": TinyFamily(
         {"act": "gelu_tanh", "d_rotary": 0},
         {"layer_norm": True, "gated": False, "positions": True},
@@ -212,9 +223,10 @@ def tiny(seed: int = 0, **options: Any) -> Tiny:
         **FAMILIES[o.family].cfg,
     )
     parts = Parts(tied=o.tied, biases=o.biases, **FAMILIES[o.family].parts)
-    if local := parts.local:  # again and again
-        cycled = tuple(local[i % len(local)] for i in range(o.n_layers))
-        parts = dataclasses.replace(parts, local=cycled)
+    for name in ("local", "turning"):
+        if some := getattr(parts, name):  # again and again
+            cycled = tuple(some[i % len(some)] for i in range(o.n_layers))
+            parts = dataclasses.replace(parts, **{name: cycled})
     clt_cfg = CLTConfig(
         n_layers=o.n_layers,
         d_model=16,

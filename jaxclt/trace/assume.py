@@ -17,7 +17,7 @@ from jaxclt.files.json_file import read_json
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.graph.memory import FLOAT32, MemoryPlan, Sizes, memory_plan
 from jaxclt.graph.packing import BankSizes, bank_sizes
-from jaxclt.io.families import is_tied, shape_from_hf
+from jaxclt.io.config_hf import is_tied, shape_from_hf
 from jaxclt.lm.config import LMConfig
 from jaxclt.shapes import bucket
 

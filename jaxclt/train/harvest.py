@@ -94,7 +94,7 @@ def mlp_response(
             if site == "resid_mid":
                 scale_T = layers.norm_scale(raw_TD, norm, eps=cfg.norm_eps)
                 raw_TD = layers.normalise(raw_TD, scale_T, norm)
-            elif site == "normalized":
+            elif site == "normalized" and norm.gain is not None:
                 raw_TD = raw_TD * norm.gain[None]
                 raw_TD = raw_TD if norm.bias is None else raw_TD + norm.bias[None]
             return layers.mlp(p, raw_TD, cfg=cfg) / write_scale

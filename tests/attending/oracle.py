@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxclt.clt.active import Active
 from jaxclt.graph.graph import Graph
-from jaxclt.lm.layers import rotary_frequencies
+from jaxclt.lm.rotary import rotary_frequencies
 from jaxclt.replacement.errors import error_nodes
 from jaxclt.testing import Tiny
 
@@ -39,6 +39,8 @@ class Frozen:
         gain_D, bias_D = (
             self.weight(f"norm_attn{name}_LD", layer) for name in ("", "_bias")
         )
+        if gain_D is None:
+            return x_xTD
         if bias_D is not None:
             x_xTD = x_xTD - x_xTD.mean(-1, keepdims=True)
         out_xTD = x_xTD * scale_T[:, None] * gain_D
@@ -123,7 +125,10 @@ class Frozen:
         for name, axes in (("q", "LHC"), ("k", "LGC")):
             weight = self.weight(f"{name}_LD{axes[1:]}", layer)
             bias = self.weight(f"{name}_bias_{axes}", layer)
-            gain_C = self.weight(f"{name}_norm_LC", layer)
+            gain = self.weight(f"{name}_norm_LC", layer)
+            over = (-1,)
+            if gain is None:  # or over the channels of all heads
+                gain, over = self.weight(f"{name}_norm_{axes}", layer), (-2, -1)
 
             def project(x, biases, weight=weight, bias=bias):
                 normed = self.normed(layer, x, biases=biases)
@@ -131,17 +136,21 @@ class Frozen:
                 return y + bias if biases and bias is not None else y
 
             y = project(x_xTD, biases)
-            if gain_C is not None:
+            late = self.t.cfg.norm_turned
+            if gain is not None:
                 clean = project(clean_TD, True)
-                mean = (clean**2).mean(-1, keepdims=True)
-                y = y / np.sqrt(mean + self.t.cfg.norm_eps) * gain_C
-            found.append(self._turned(layer, y))
+                mean = (clean**2).mean(over, keepdims=True)
+                y = y / np.sqrt(mean + self.t.cfg.norm_eps) * (1 if late else gain)
+            y = self._turned(layer, y)
+            found.append(y * gain if late and gain is not None else y)
         query, key = found
         return query, np.repeat(key, self.t.cfg.n_queries_per_kv, axis=-2)
 
     def _turned(self, layer: int, x_xTHC: np.ndarray) -> np.ndarray:
         """Rotary embedding, by complex numbers."""
         cfg, local = self.t.cfg, self.weight("local_L", layer)
+        if self.weight("turning_L", layer) == np.False_:
+            return x_xTHC
         theta, scaling = cfg.rope_theta, cfg.rope_scaling
         if cfg.rope_local_theta is not None and local:
             theta, scaling = cfg.rope_local_theta, None

@@ -29,7 +29,7 @@ CASES = [
     for slow in [pytest.mark.slow]
     for name in (*DICTIONARIES, *FAMILY_CASES)
 ]
-STEP = 1e-4
+STEP = 2e-5
 
 
 @functools.cache

@@ -44,7 +44,7 @@ from jaxclt.types import Reads, Sources
 pytestmark = pytest.mark.usefixtures("x64")
 
 NORMS_BEHIND = ["gemma2", "gemma3"]
-GPT2 = pytest.param("gpt2", marks=pytest.mark.slow)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "olmo3")]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -136,7 +136,7 @@ def test_patterns_computed_again_give_the_same_graph(name: str) -> None:
     close(got.edge_RN, case_graph(name).edge_RN, 1e-12)
 
 
-@pytest.mark.parametrize("name", [*NORMS_BEHIND, "neox", GPT2])
+@pytest.mark.parametrize("name", [*NORMS_BEHIND, "neox", *SLOW])
 def test_parts_of_edges_sum_to_the_edges(name: str) -> None:
     """Maths 7.2 to 7.5: direct and by heads, by hops, and cut at a layer."""
     t = case(name)
@@ -161,7 +161,7 @@ def neuron_graph(name: str, k: int | None) -> tuple[Graph, np.ndarray]:
     return graph, error_nodes(active, t.recording)
 
 
-@pytest.mark.parametrize("name", [*NORMS_BEHIND, "neox", GPT2])
+@pytest.mark.parametrize("name", [*NORMS_BEHIND, "neox", *SLOW])
 def test_neurons_are_exact(name: str) -> None:
     """All of them leave no error; rows sum to up times the gate and any scale behind.
 
@@ -177,7 +177,7 @@ def test_neurons_are_exact(name: str) -> None:
     close(graph.readout_R[: graph.n_features], graph.value_A, 1e-12)
 
 
-@pytest.mark.parametrize("name", [*NORMS_BEHIND, "neox", GPT2])
+@pytest.mark.parametrize("name", [*NORMS_BEHIND, "neox", *SLOW])
 def test_neurons_with_their_errors_are_the_model(name: str) -> None:
     """Maths 3.4, and 3.2 with all neurons."""
     t, error_LTD = case(name), neuron_graph(name, 5)[1]
@@ -196,7 +196,16 @@ def test_neurons_with_their_errors_are_the_model(name: str) -> None:
     assert np.abs(logits(t.params, few, t.token_T) - want).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", FAMILY_CASES)
+# tests/lm/test_dense.py has models with the switches of the last two.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("olmo3", "turned")
+        else name
+        for name in FAMILY_CASES
+    ],
+)
 def test_the_certificate_is_small_in_float32(name: str) -> None:
     graph = tiny(dtype=jnp.float32, **FAMILY_CASES[name]).graph()
     assert graph.edge_RN.dtype == np.float32

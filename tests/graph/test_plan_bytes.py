@@ -26,7 +26,7 @@ from jaxclt.graph.packing import bank_sizes, counts, pack
 from jaxclt.graph.plan import make_plan
 from jaxclt.graph.prompt import Recorded
 from jaxclt.graph.rows import _pull_chunk, make_puller, padded_reads
-from jaxclt.io.families import is_tied
+from jaxclt.io.config_hf import is_tied
 from jaxclt.testing import Tiny, tiny
 from jaxclt.trace.assume import Assumed, _bank
 

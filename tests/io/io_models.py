@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxclt.io.names import LLAMA
+from jaxclt.io.rows import LLAMA
 from jaxclt.lm.config import LMConfig
 from jaxclt.types import Block, LMParams
 

@@ -13,12 +13,24 @@ from safetensors.numpy import load_file
 
 from jaxclt.errors import InputError
 from jaxclt.io import tokenizer_gguf
-from jaxclt.io.names import GEMMA, GPT2, GPT_NEOX, QWEN, tensor_name
+from jaxclt.io.names import tensor_name
+from jaxclt.io.rows import (
+    ARCEE,
+    COHERE,
+    GEMMA,
+    GPT2,
+    GPT_NEOX,
+    LLAMA,
+    NEMOTRON,
+    OLMO2,
+    QWEN,
+    STARCODER2,
+)
 from jaxclt.io.tokenizer import load_tokenizer
 from jaxclt.io.weights_gguf import load_gguf
 from jaxclt.io.weights_hf import load_hf
 from jaxclt.lm.config import LMConfig, RopeScaling
-from jaxclt.lm.layers import rotary_frequencies
+from jaxclt.lm.rotary import rotary_frequencies
 from jaxclt.lm.run import forward
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -30,17 +42,51 @@ ROWS = {
     "gpt2": GPT2,
     "gptneox": GPT_NEOX,
 }
-FOLDERS = {"gptneox": "family_neox"}  # all others by their own name
-LAYER_NORMS = ("gpt2", "gptneox")
+DENSE = {
+    "arcee": ARCEE,
+    "smollm3": LLAMA,
+    "granite": LLAMA,
+    "starcoder2": STARCODER2,
+    "nemotron": NEMOTRON,
+    "olmo2": OLMO2,
+    "command-r": COHERE,
+    "cohere2": COHERE,
+}
+ROWS |= DENSE
+FOLDERS = {x: f"dense/{x}" for x in DENSE}
+FOLDERS |= {"gptneox": "family_neox", "command-r": "dense/cohere"}
+LAYER_NORMS = ("gpt2", "gptneox", "starcoder2", "nemotron", "command-r", "cohere2")
+NEIGHBOURS = ("arcee", "smollm3", "granite")  # put beside each other when converted
+SCALES = {
+    "granite": {
+        "attention.scale": 0.4,
+        "embedding_scale": 3.0,
+        "residual_scale": 0.3,
+        "logit_scale": 2.0,
+    },
+    "command-r": {"logit_scale": 0.25},
+    "cohere2": {"logit_scale": 0.25},
+}
+ONE_LESS = ("gemma2", "gemma3", "nemotron")  # than the gains, in Hugging Face's files
 
 
 def folder(name: str) -> Path:
     return GOLDENS / FOLDERS.get(name, f"family_{name}")
 
 
-def as_llama_cpp_has_it(name: str, w: np.ndarray, cfg: LMConfig) -> np.ndarray:
-    """GPT-2's projections turned, NeoX's queries, keys and values apart."""
-    if any(f".c_{x}.weight" in name for x in ("attn", "proj", "fc")):
+def as_llama_cpp_has_it(
+    architecture: str, name: str, w: np.ndarray, cfg: LMConfig
+) -> np.ndarray:
+    """GPT-2's projections turned, NeoX's queries, keys and values apart.
+
+    Channels that it turns as neighbours lie beside each other.
+    """
+    if architecture in NEIGHBOURS and any(f"{x}_proj" in name for x in "qk"):
+        pairs = w.reshape(-1, 2, cfg.d_head // 2, *w.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(w.shape)
+    if architecture == "gpt2" and any(
+        f".c_{x}.weight" in name for x in ("attn", "proj", "fc")
+    ):
         return w.T
     if ".query_key_value." in name:
         heads = w.reshape(cfg.n_heads, 3, cfg.d_head, *w.shape[1:])
@@ -48,7 +94,7 @@ def as_llama_cpp_has_it(name: str, w: np.ndarray, cfg: LMConfig) -> np.ndarray:
     return w
 
 
-def convert(  # noqa: C901  a file has many parts
+def convert(  # noqa: C901, PLR0912  a file has many parts
     name: str,
     path: Path,
     left_out: tuple[str, ...] = (),
@@ -72,8 +118,9 @@ def convert(  # noqa: C901  a file has many parts
         writer.add_layer_norm_eps(cfg.norm_eps)
     else:
         writer.add_layer_norm_rms_eps(cfg.norm_eps)
-    if name == "gptneox":
+    if name in ("gptneox", "nemotron"):
         writer.add_rope_dimension_count(cfg.n_turning)
+    if name == "gptneox":
         writer.add_parallel_residual(cfg.parallel)
     if "window" not in left_out and cfg.window is not None:
         writer.add_sliding_window(cfg.window)
@@ -87,6 +134,8 @@ def convert(  # noqa: C901  a file has many parts
     if name == "gemma2":
         writer.add_attn_logit_softcapping(2.0)
         writer.add_final_logit_softcapping(3.0)
+    for key, value in SCALES.get(name, {}).items():
+        writer.add_float32(f"{name}.{key}", value)
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", rope_factors)
     stored = load_file(folder(name) / "model.safetensors")
@@ -97,8 +146,8 @@ def convert(  # noqa: C901  a file has many parts
             found = [w for x, w in stored.items() if x.partition(".")[2] == theirs]
             w = stored.get(theirs, *found)
             if w is not None and ours not in written:
-                w = w + np.float32(row.is_gain and name.startswith("gemma"))
-                w = as_llama_cpp_has_it(theirs, w, cfg)
+                w = w + np.float32(row.is_gain and name in ONE_LESS)
+                w = as_llama_cpp_has_it(architecture, theirs, w, cfg)
                 writer.add_tensor(ours, np.ascontiguousarray(w))
                 written.add(ours)
     writer.write_header_to_file()
@@ -114,11 +163,17 @@ def test_a_converted_model_is_the_same(name: str, tmp_path: Path):
     got, got_cfg = load_gguf(convert(name, tmp_path / "m.gguf"))
     # llama.cpp knows which layers are local, and how Gemma 3 turns them.
     local = {"gemma2": [True, False, True], "gemma3": [True] * 3}.get(name)
+    local = [True, True] if name == "cohere2" else local
+    turning = [True, True] if name in ("cohere2", "smollm3") else None
+    found = got.blocks.turning_L
+    assert (None if found is None else found.tolist()) == turning
     assert (None if local is None else got.blocks.local_L.tolist()) == local
     leaves = "act window attn_cap rope_theta rope_scaling d_head norm_eps d_rotary"
     for leaf in (*leaves.split(), "parallel"):
         assert getattr(got_cfg, leaf) == getattr(cfg, leaf), leaf
     assert got_cfg.rope_local_theta == (10_000.0 if name == "gemma3" else None)
+    if name in DENSE:
+        assert got_cfg.query_scale == pytest.approx(cfg.query_scale)
     wanted, found = (
         dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (want, got)
     )
@@ -126,6 +181,19 @@ def test_a_converted_model_is_the_same(name: str, tmp_path: Path):
     for path, leaf in wanted.items():
         if leaf.dtype != bool:
             np.testing.assert_allclose(found[path], leaf, rtol=1e-6, err_msg=str(path))
+
+
+def test_windows_of_olmo_3_are_refused(tmp_path: Path):
+    """Which layers have them, its file does not say in words that are read here."""
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "olmo2")
+    writer.add_sliding_window(4096)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match=r"olmo2\.attention\.sliding_window is not"):
+        load_gguf(path)
 
 
 YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 16}

@@ -19,7 +19,7 @@ from test_weights_gguf import write_gguf
 import jaxclt
 from jaxclt.errors import InputError
 from jaxclt.graph.attribute import AttributeConfig
-from jaxclt.io import names, read_params
+from jaxclt.io import names, read_params, rows
 from jaxclt.io.model import load_model, save_hf
 from jaxclt.io.weights_gguf import load_gguf
 from jaxclt.io.weights_hf import load_hf
@@ -41,10 +41,10 @@ CFG = LMConfig(
     n_ctx=64,
 )
 TABLES = {
-    "llama": names.LLAMA,
-    "gemma": names.GEMMA,
-    "gpt2": names.GPT2,
-    "neox": names.GPT_NEOX,
+    "llama": rows.LLAMA,
+    "gemma": rows.GEMMA,
+    "gpt2": rows.GPT2,
+    "neox": rows.GPT_NEOX,
 }
 
 
@@ -61,7 +61,7 @@ def made(cfg: LMConfig) -> LMParams:
     size = names.leaf_sizes(cfg) | {"L": cfg.n_layers}
     leaves = {
         row.leaf: np.resize(pool, [size[x] for x in row.leaf.rpartition("_")[2]])
-        for row in names.LLAMA
+        for row in rows.LLAMA
         if row.option in (None, "untied")
     }
     blocks: dict[str, Any] = {k: leaves.pop(k) for k in list(leaves) if "_L" in k}

@@ -10,7 +10,8 @@ from io_models import CFG, assert_same, random_params
 
 from jaxclt.errors import InputError
 from jaxclt.io.gguf_file import open_gguf
-from jaxclt.io.names import LLAMA, from_leaf, tensor_name
+from jaxclt.io.names import from_leaf, tensor_name
+from jaxclt.io.rows import LLAMA
 from jaxclt.io.weights_gguf import load_gguf
 
 

@@ -13,8 +13,9 @@ from io_models import CFG, assert_same, random_params
 from safetensors.numpy import load_file, save_file
 
 from jaxclt.errors import InputError
-from jaxclt.io.families import describe_hf
-from jaxclt.io.names import LLAMA, find_part, from_leaf, to_leaf
+from jaxclt.io.config_hf import describe_hf
+from jaxclt.io.names import find_part, from_leaf, to_leaf
+from jaxclt.io.rows import LLAMA
 from jaxclt.io.weights_hf import config_to_hf, load_hf, save_hf
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -163,6 +164,7 @@ def test_rope_of_both_generations():
     ("change", "message"),
     [
         ({"model_type": "bert"}, "model_type 'bert' is not supported; supported: llam"),
+        ({"model_type": "olmo4"}, 'is not supported; did you mean "olmo2?"?'),
         ({"model_type": None}, "model_type None is not supported"),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; supported: silu"),
         ({"hidden_size": None}, "hidden_size must be a whole number, not None"),
@@ -171,7 +173,7 @@ def test_rope_of_both_generations():
         ({"num_key_value_heads": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
         ({"rms_norm_eps": "x"}, "rms_norm_eps must be a positive number"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "'dynamic' are not suppo"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope' are not supp"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "short_factor must be a list"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor must be a positive"),
         ({"rope_parameters": {"full": {"rope_theta": 1}}}, "one per kind of layer"),
         ({"rope_parameters": 7}, "must be an object"),
@@ -189,7 +191,7 @@ def family(name):
 
 def test_windows_of_old_files():
     """Without layer_types: which layers are local by each family's own rule."""
-    from jaxclt.io.families import describe_hf
+    from jaxclt.io.config_hf import describe_hf
 
     def local(name, **change):
         hf = family(name) | {"num_hidden_layers": 7} | change
@@ -265,9 +267,11 @@ def test_config_errors_of_families(name, change, message):
         config_from_hf(family(name) | change)
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen3", "gemma2"])
+@pytest.mark.parametrize(
+    "name", ["family_llama3", "family_qwen3", "family_gemma2", "dense/olmo2"]
+)
 def test_what_the_llama_layout_cannot_say_is_not_saved(name, tmp_path):
-    params, cfg = load_hf(GOLDENS / f"family_{name}")
+    params, cfg = load_hf(GOLDENS / name)
     with pytest.raises(InputError, match="the llama layout cannot say"):
         save_hf(params, cfg, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,8 @@ import pytest
 from cases import FAMILIES, case, case_active, close
 
 from jaxclt.lm.block import block
-from jaxclt.lm.layers import mlp_at, norm_scale, normalise, out_norm, rotary_frequencies
+from jaxclt.lm.layers import mlp_at, norm_scale, normalise, out_norm
+from jaxclt.lm.rotary import rotary_frequencies
 from jaxclt.lm.run import Run
 from jaxclt.patching.change import Change
 from jaxclt.patching.features import gather_features
@@ -76,6 +77,8 @@ class Plain:
 
     def normed(self, x: np.ndarray, *, bias: bool) -> np.ndarray:
         shift = self.p.get("norm_attn_bias_LD")
+        if "norm_attn_LD" not in self.p:
+            return x
         if shift is not None:
             x = x - x.mean(-1, keepdims=True)
         x = x * self.held("attn_scale_LT")[:, None] * self.p["norm_attn_LD"]
@@ -101,14 +104,20 @@ class Plain:
         clean = np.einsum("td,dhc->thc", self.normed(self.resid, bias=True), weight)
         out = np.einsum("td,dhc->thc", self.normed(x, bias=bias), weight)
         out = out + shift if bias else out
-        if f"{letter}_norm_LC" in self.p:
-            size = ((clean + shift) ** 2).mean(-1, keepdims=True) + self.cfg.norm_eps
-            out = out / np.sqrt(size) * self.p[f"{letter}_norm_LC"]
-        out = self.turned(out)
+        joint = f"{letter}_norm_LHC" if letter == "q" else f"{letter}_norm_LGC"
+        gain = self.p.get(f"{letter}_norm_LC", self.p.get(joint))
+        late = gain is not None and self.cfg.norm_turned
+        if gain is not None:
+            over = (-2, -1) if joint in self.p else -1
+            size = ((clean + shift) ** 2).mean(over, keepdims=True) + self.cfg.norm_eps
+            out = out / np.sqrt(size) * (1 if late else gain)
+        out = self.turned(out) * (gain if late else 1)
         return out if letter == "q" else out.repeat(self.cfg.n_queries_per_kv, 1)
 
     def turned(self, x: np.ndarray) -> np.ndarray:
         cfg, J = self.cfg, self.cfg.n_turning // 2
+        if not self.p.get("turning_L", True):
+            return x
         freq = rotary_frequencies(2 * J, cfg.rope_theta, cfg.rope_scaling)
         if cfg.rope_local_theta is not None and self.p["local_L"]:
             freq = rotary_frequencies(2 * J, cfg.rope_local_theta)
