@@ -261,7 +261,7 @@ def _swap(player: _Player, set_A: np.ndarray) -> np.ndarray:
             if m <= min(k, n - k)
         ]
         if k <= TRIES:
-            others = np.eye(n, dtype=bool)[top(worth_A, 3, ~set_A)]
+            others = np.eye(n, dtype=bool)[top(worth_A, 3 if k < 6 else 1, ~set_A)]
             tried += [one | new for one in _without(set_A, set_A) for new in others]
         sets, shares = player.measure(tried)
         best = int(shares.score.argmax())
