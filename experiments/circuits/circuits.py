@@ -24,13 +24,14 @@ import numpy as np
 
 import jaxclt
 from jaxclt import tasks
+from jaxclt.circuits.rankings import BASELINES
 from jaxclt.circuits.search import Shares, fit
 from jaxclt.cli.common import use_compilation_cache
 from jaxclt.graph.config import AttributeConfig
 from jaxclt.trace.prompt import trace_prompt
 from jaxclt.validation.stats import mean_interval, wilson
 
-SETS = ("circuit", "top by influence", "top by activation x gradient", "random")
+SETS = ("circuit", *BASELINES.values(), "random")
 
 
 def of_prompt(

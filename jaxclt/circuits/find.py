@@ -159,7 +159,7 @@ def circuit(
         reached=found.reached,
         share=None if asked.size is not None else asked.share,
         candidates=len(node_A),
-        groups=tuple(grouped(graph, nodes)),
+        groups=tuple(grouped(graph, nodes, len(nodes))),
         how=stage.how.mode,
         prompts=rest,
         passes=count.n,

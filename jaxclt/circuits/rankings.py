@@ -13,6 +13,7 @@ __all__ = ["BASELINES", "rankings"]
 BASELINES = {
     "influence": "top by influence",
     "gradient": "top by activation x gradient",
+    "derivative": "top by derivative x change",
 }
 
 

@@ -9,7 +9,7 @@ from jaxclt.circuits.ablation import Leads
 from jaxclt.circuits.beside import Members
 from jaxclt.files.json_text import rounded
 from jaxclt.graph.graph import Graph
-from jaxclt.graph.nodes import node_id, quoted
+from jaxclt.graph.nodes import node_id, node_label, quoted
 from jaxclt.story.groups import Group
 from jaxclt.types import Supernode
 
@@ -114,6 +114,7 @@ class Circuit:
                     "pos": pos,
                     "feature": feature,
                     "token": graph.meta.tokens[pos],
+                    "label": node_label(graph, node),
                     "influence": rounded(float(graph.influence_N[node])),
                     "adds": {
                         "sufficiency": None if bad else rounded(adds.sufficiency[i]),

@@ -20,6 +20,7 @@ TRIES = 16  # sets that are measured in one step
 ALONE = 48  # members up to which each is left out by itself at the end
 FIRST = 64  # of the candidates, the share of the first block
 LOSS = 0.02  # of the best score that pruning may cost where no set is good enough
+PAIRS = 24  # single members exchanged for single others in a round
 SWAPS = 4  # rounds in which members are exchanged
 ROUNDS = 24  # of pruning to what is needed
 
@@ -137,7 +138,9 @@ def search(game: Game, rankings: Mapping[str, np.ndarray], goal: Goal) -> Found:
         seen.append(_down_to(player, best_A, size))
         seen += [top(rank_A, size) for rank_A in player.rankings]
         sets, shares = player.measure(one for one in seen if one.sum() == size)
-        best_A = _swap(player, sets[int(shares.score.argmax())])
+        best = np.argsort(-shares.score, kind="stable")[: goal.beam]
+        sets, shares = player.measure([_swap(player, sets[b]) for b in best])
+        best_A = sets[int(shares.score.argmax())]
         return Found(best_A, bool(_least(player, best_A) >= goal.share))
     reached = bool(_least(player, best_A) >= goal.share)
     if not reached:
@@ -261,7 +264,7 @@ def _swap(player: _Player, set_A: np.ndarray) -> np.ndarray:
             if m <= min(k, n - k)
         ]
         if k <= TRIES:
-            others = np.eye(n, dtype=bool)[top(worth_A, 3 if k < 6 else 1, ~set_A)]
+            others = np.eye(n, dtype=bool)[top(worth_A, max(1, PAIRS // k), ~set_A)]
             tried += [one | new for one in _without(set_A, set_A) for new in others]
         sets, shares = player.measure(tried)
         best = int(shares.score.argmax())

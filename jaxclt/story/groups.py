@@ -62,12 +62,13 @@ def choose_groups(
     return grouped(graph, order[: min(FEATURES, int(shown_A.sum()))])
 
 
-def grouped(graph: Graph, nodes: np.ndarray) -> list[Group]:
-    """Some features in groups, the most influential `GROUPS` of them.
+def grouped(graph: Graph, nodes: np.ndarray, most: int = GROUPS) -> list[Group]:
+    """Some features in groups, most influential first.
 
     Args:
       graph: attributed and pruned.
       nodes: slots of features.
+      most: groups.
     """
     cols = graph.feature_cols
     keep_N = graph.pruning.keep_N.copy()
@@ -81,7 +82,7 @@ def grouped(graph: Graph, nodes: np.ndarray) -> list[Group]:
     total = float(graph.influence_N[cols].sum()) or 1.0
     groups: dict[str, Group] = {}
     for one in found:
-        if len(groups) == GROUPS or isinstance(one.nodes[0], str):
+        if len(groups) == most or isinstance(one.nodes[0], str):
             break
         members = tuple(slot[node] for node in one.nodes)  # pyright: ignore
         share = float(graph.influence_N[list(members)].sum()) / total
