@@ -12,7 +12,7 @@ from jaxclt.tasks.templates import TASKS, Parts
 
 __all__ = ["make"]
 
-DRAWS = 50  # for one example, before a task counts as exhausted
+DRAWS = 1000  # in a row that bring nothing new: a task is exhausted
 
 
 def make(
@@ -33,20 +33,23 @@ def make(
     check_choice("task", task, TASKS)
     check_at_least(1, n=n)
     rng = random.Random(f"{task} {seed}")
-    found: dict[tuple[str, str], Example] = {}
-    for _ in range(DRAWS * n + DRAWS):
-        if len(found) == n:
-            break
+    found: list[Example] = []
+    seen: set[tuple[str, str]] = set()
+    missed = 0
+    while len(found) < n and missed < DRAWS:
         example = _example(task, rng)
-        if tokenizer is None or check([example], tokenizer).kept:
-            found.setdefault((example.prompt, example.counterfactual), example)
+        pair = example.prompt, example.counterfactual
+        missed = missed + 1 if pair in seen else 0
+        if pair not in seen and (tokenizer is None or check([example], tokenizer).kept):
+            found.append(example)
+        seen.add(pair)
     if len(found) < n:
         taken = "" if tokenizer is None else " that this model's tokenizer takes"
         raise InputError(
             f"task {task!r}: found {len(found)} different examples{taken}, not {n}: "
             "ask for fewer, or give a file of your own"
         )
-    return list(found.values())
+    return found
 
 
 def _example(task: str, rng: random.Random) -> Example:

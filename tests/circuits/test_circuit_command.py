@@ -128,8 +128,8 @@ def test_the_circuit_of_python(directory: Path, tmp_path: Path):
     every = said["measured"]["all candidates"]
     assert (every["sufficiency"], every["necessity"]) == pytest.approx((1, 1), abs=1e-4)
     assert len(said["paraphrases"]["prompts"]) == 2
+    short = jaxclt.tasks.Example(prompt="w7", answer="w3", foil="w4")
     with pytest.raises(InputError, match="give paraphrases of as many"):
-        short = jaxclt.tasks.Example(prompt="w7", answer="w3", foil="w4")
         jaxclt.circuit(model, dictionary, graph, size=1, paraphrases=[short])
 
 
