@@ -134,7 +134,7 @@ def test_a_models_tokenizer_chooses() -> None:
     made = tasks.make("addition", 50, tokenizer=tokenizer)
     assert tasks.check(made, tokenizer).kept == made
     with pytest.raises(InputError, match="found 0 different examples that this"):
-        tasks.make("pronoun", 2, tokenizer=tokenizer)
+        tasks.make("capital", 2, tokenizer=tokenizer)
     with pytest.raises(InputError, match="did you mean"):
         tasks.make("capitals", 2)
     with pytest.raises(InputError, match="not 1000"):
