@@ -1,6 +1,9 @@
+from . import tasks
 from .api import Page, attribute, explain, influence, prune, show
 from .attending.cells import HeadEffects
 from .attending.result import Attention
+from .circuits.find import CircuitOptions, circuit
+from .circuits.result import Circuit
 from .clt.subset import Subset
 from .errors import InputError
 from .global_weights.circuit import (
@@ -74,3 +77,4 @@ __all__ += ["suggest_supernodes", "supernode_graph", "sweep_prompts", "trace_pro
 __all__ += ["virtual_weights", "write_globals", "write_trace"]
 __all__ += ["Attention", "HeadEffects", "attention", "head_effects"]
 __all__ += ["Story", "at_precision", "save_graphml", "story", "token_effects"]
+__all__ += ["Circuit", "CircuitOptions", "circuit", "tasks"]

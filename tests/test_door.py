@@ -56,6 +56,7 @@ BASE: dict[str, tuple[object, ...]] = {
     "explain": ("{files}", "embed 1", "0"),
     "patch": ("{files}", "--feature", "0:1:2"),
     "validate": ("{files}",),
+    "circuit": ("{files}",),
     "eval": ADDITION,
     "globals": (*ADDITION, "--data", "{files}/prompts.txt"),
     "features": (*ADDITION, "--data", "{files}/prompts.txt"),

@@ -71,6 +71,7 @@ _COMMANDS = {
     "explain": _Command(long=False),
     "patch": _Command(long=False),
     "validate": _Command("fewer --n-features"),
+    "circuit": _Command("a smaller --max-features when tracing", resumes=True),
     "eval": _Command("a smaller --max-features, --tokens or --context", resumes=True),
     "globals": _Command(
         "fewer features (--features top:K) or a smaller --context",

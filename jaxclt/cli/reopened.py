@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxclt.patching.subject import Reopened
     from jaxclt.types import Supernode
 
-__all__ = ["ReopenFlags", "check_traced"]
+__all__ = ["OpenFlags", "ReopenFlags", "check_traced"]
 
 
 def check_traced(directory: Path) -> None:
@@ -27,16 +27,13 @@ def check_traced(directory: Path) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReopenFlags:
-    """A traced directory, where its model and dictionary are, and its groups."""
+class OpenFlags:
+    """A traced directory, and where its model and dictionary are."""
 
     model: Annotated[str | None, arg(metavar="M")] = None
     """The model; for a traced directory only if it has moved since."""
     dictionary: Annotated[str | None, arg(metavar="D")] = None
     """The dictionary; for a traced directory only if it has moved since."""
-    supernodes: Path | None = None
-    """JSON file of groups, [["name", "layer_feature_pos", ...], ...] as the viewer
-    saves them; or a graph.json with some."""
     json: AsJson = False
     debug: Debug = False
 
@@ -62,6 +59,15 @@ class ReopenFlags:
             dictionary=self.dictionary,
             progress=run.line,
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReopenFlags(OpenFlags):
+    """The same, and its groups."""
+
+    supernodes: Path | None = None
+    """JSON file of groups, [["name", "layer_feature_pos", ...], ...] as the viewer
+    saves them; or a graph.json with some."""
 
     def groups(self, directory: Path, opened: Reopened) -> list[Supernode]:
         """Supernodes of the file that is named, else those saved in the directory."""

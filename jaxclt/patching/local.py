@@ -22,7 +22,7 @@ from jaxclt.patching.patchable import Patchable, read
 from jaxclt.precision import jit
 from jaxclt.types import Block
 
-__all__ = ["Local", "Tables", "encode", "make_local"]
+__all__ = ["Local", "Tables", "encode", "every_value", "make_local", "values_on"]
 
 FULL_TABLE_BYTES = 2 << 30  # larger dictionaries encode again what is active somewhere
 
@@ -155,3 +155,33 @@ def encode(
     elif model.coder.chooses:
         found = found._replace(on_TF=table.on_LTU)
     return found.a_TF
+
+
+def every_value(
+    model: Patchable, table: Tables, read_TD: Array, p: Block, post_T: Any = None
+) -> Array:
+    """Activations [T, U] of one layer of the tables, also of what was not chosen.
+
+    A neuron that `neurons:k` does not keep has a value all the same.
+    """
+    found = model.coder.encode(p, table.enc, read_TD, post_T)
+    return found.pre_TF if model.coder.chooses else found.a_TF
+
+
+@jit
+def values_on(model: Patchable, tables: Tables) -> Array:
+    """Activations [L, T, U] of a table's features on another recording (`every_value`).
+
+    Args:
+      model: that recording.
+      tables: of any prompt.
+    """
+
+    def one(x: Any) -> Array:
+        p, table, mid_TD, scale_T = x
+        return every_value(model, table, read(model, mid_TD, scale_T, p), p)
+
+    rec = model.recording
+    bare = Tables(enc=tables.enc, dec=tables.dec)
+    layers = model.params.blocks, bare, rec.mid_LTD, rec.frozen.mlp_scale_LT
+    return jax.lax.map(one, layers)

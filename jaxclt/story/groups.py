@@ -16,7 +16,7 @@ from jaxclt.patching.how import How
 from jaxclt.validation.ablations import Bench
 from jaxclt.validation.held_live import LOCAL
 
-__all__ = ["Group", "choose_groups", "measured_groups"]
+__all__ = ["Group", "choose_groups", "grouped", "measured_groups"]
 
 FEATURES, GROUPS = 60, 7  # the most influential that are grouped, and groups told
 _DISTANCE = 1.0  # profiles that point apart are not grouped
@@ -59,25 +59,36 @@ def choose_groups(
     shown_A = graph.pruning.keep_N[cols] & ~np.isin(graph.pos_A, np.asarray(sink, int))
     weight_A = graph.influence_N[cols] if change_A is None else change_A
     order = np.argsort(-np.where(shown_A, weight_A, -1), kind="stable")
-    top = order[: min(FEATURES, int(shown_A.sum()))]
+    return grouped(graph, order[: min(FEATURES, int(shown_A.sum()))])
+
+
+def grouped(graph: Graph, nodes: np.ndarray, most: int = GROUPS) -> list[Group]:
+    """Some features in groups, most influential first.
+
+    Args:
+      graph: attributed and pruned.
+      nodes: slots of features.
+      most: groups.
+    """
+    cols = graph.feature_cols
     keep_N = graph.pruning.keep_N.copy()
     keep_N[cols] = False
-    keep_N[top] = True
+    keep_N[nodes] = True
     few = dataclasses.replace(graph.pruning, keep_N=keep_N)
     found = suggest_supernodes(
         dataclasses.replace(graph, pruning=few), distance=_DISTANCE
     )
-    slot = {graph.feature(int(a)): int(a) for a in top}
+    slot = {graph.feature(int(a)): int(a) for a in nodes}
     total = float(graph.influence_N[cols].sum()) or 1.0
     groups: dict[str, Group] = {}
     for one in found:
-        if len(groups) == GROUPS or isinstance(one.nodes[0], str):
+        if len(groups) == most or isinstance(one.nodes[0], str):
             break
-        nodes = tuple(slot[node] for node in one.nodes)  # pyright: ignore
-        share = float(graph.influence_N[list(nodes)].sum()) / total
-        name = group_name(graph, nodes)
+        members = tuple(slot[node] for node in one.nodes)  # pyright: ignore
+        share = float(graph.influence_N[list(members)].sum()) / total
+        name = group_name(graph, members)
         name = name if name not in groups else f"{name} ({len(groups) + 1})"
-        groups[name] = Group(name=name, nodes=nodes, share=share)
+        groups[name] = Group(name=name, nodes=members, share=share)
     return list(groups.values())
 
 

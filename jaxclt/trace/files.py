@@ -87,7 +87,7 @@ def write_trace(
     slug, stated = out.name or "graph", report["scores"]
     doc = graph_json(graph, slug=slug, scores=stated, other=other)
     doc = with_saved_view(doc, out)
-    for part in (*TOLD, "changes"):
+    for part in (*TOLD, "changes", "circuit"):
         doc["jaxclt"].pop(part, None)  # of an earlier trace
     if change_A is not None:
         doc = with_changes(doc, change_A, graph)

@@ -30,7 +30,7 @@ from jaxclt.patching.how import How
 from jaxclt.patching.subject import Subject
 from jaxclt.validation.stats import mean_interval
 
-__all__ = ["HOWS", "Measure", "check_reference", "shown"]
+__all__ = ["HOWS", "Measure", "check_reference", "held_leads", "shown"]
 
 HOWS = {
     "clamped": How(mode="constrained", norms="frozen"),
@@ -96,7 +96,7 @@ def shown(
         "errors": "kept",
     }
     for name, how in HOWS.items():
-        m_B = _lead(subject, measure, np.stack(held), value_LTU, how)
+        m_B = held_leads(subject, measure, np.stack(held), value_LTU, how)
         out[name] = _section(m_B, key)
     live = out["live"]
     return {
@@ -140,21 +140,35 @@ def _section(m_B: np.ndarray, key: Array) -> dict[str, Any]:
     }
 
 
-def _lead(
+def held_leads(
     subject: Subject,
     measure: Measure,
     held_BLTU: np.ndarray,
     value_LTU: np.ndarray,
     how: How,
+    *,
+    together: bool = False,
+    chunk: int = CHUNK,
 ) -> np.ndarray:
-    """m [B] of passes in which some features are held; nan where one diverged."""
+    """m [B] of passes in which some features are held; nan where one diverged.
+
+    Args:
+      subject: a recorded prompt.
+      measure: m.
+      held_BLTU: which features, of the local replacement model's tables.
+      value_LTU: at which values.
+      how: see `held_chunk`.
+      together: passes of a chunk run side by side.
+      chunk: passes of one program.
+    """
     model, tables = subject.patchable, subject.local.tables
 
     def call(part: Array) -> Any:
         how_ = how.of(model.coder)
-        return held_chunk(model, tables, part, value_LTU, measure.ask, how=how_)
+        values = tables, part, value_LTU, measure.ask
+        return held_chunk(model, *values, how=how_, together=together)
 
-    done = in_chunks(call, held_BLTU, np.arange(len(held_BLTU)), CHUNK)
+    done = in_chunks(call, held_BLTU, np.arange(len(held_BLTU)), chunk)
     m_B = np.asarray(done.logit_K, np.float64) @ measure.weight_K
     return np.where(diverged(done), np.nan, m_B)
 
