@@ -22,6 +22,7 @@ __all__ = [
     "n_columns",
     "on_device",
     "on_host",
+    "packing",
     "pattern_bytes",
     "score_bytes",
     "table_bytes",
@@ -98,12 +99,9 @@ def tile_bytes(bank: BankSizes, d_model: int, itemsize: int) -> int:
 
 def on_host(sizes: Sizes) -> dict[str, int]:
     """Bytes on the host but the edge matrix."""
-    tables = (table_bytes(x, sizes.cfg.d_model, sizes.itemsize) for x in sizes.banks)
     return {
         "dictionary rows as read": sizes.row_bytes,
-        "dictionary rows joined": max(tables),  # on their way to the device
-        "active features": sizes.n_active * 64
-        + max(entry_bytes(x, sizes.itemsize) for x in sizes.banks),
+        "active features": sizes.n_active * 64 + entries_of(sizes),
     }
 
 
@@ -115,7 +113,6 @@ def on_device(sizes: Sizes, keep: bool, packed: bool, chunk: int) -> dict[str, i
     patterns = pattern_bytes(cfg, T, item)
     one_layer = patterns // L
     tables = max(table_bytes(x, D, item) for x in sizes.banks)
-    entries = max(entry_bytes(x, item) for x in sizes.banks)
     tiles = max(tile_bytes(x, D, item) for x in sizes.banks)
     # One tile of every position at a time.
     gathered = 2 * T * sizes.bank.width * D * item
@@ -127,11 +124,27 @@ def on_device(sizes: Sizes, keep: bool, packed: bool, chunk: int) -> dict[str, i
         "recording": 8 * L * T * D * item,  # the stream, writes, errors, diagonals
         "attention maps": L * D * (heads + kv_heads) * item,
         "patterns": 2 * patterns if keep else 3 * one_layer,
-        # Once tiles are written out their rows go, and chunks have their room.
-        "dictionary rows": max(0, tables + entries - work) if packed else tables,
-        "sources": tiles if packed else entries + gathered,
+        "dictionary rows": 0 if packed else tables,  # see `packing`
+        "sources": tiles if packed else entries_of(sizes) + gathered,
         "chunk": work,
     }
+
+
+def entries_of(sizes: Sizes) -> int:
+    """Bytes of the larger bank's tiles as rows and values."""
+    return max(entry_bytes(x, sizes.itemsize) for x in sizes.banks)
+
+
+def packing(sizes: Sizes, packed: bool) -> tuple[int, int]:
+    """Bytes of dictionary rows on their way, before any chunk or edge is made.
+
+    Returns:
+      On the host, of the table that all rows are joined to; and on the device, of its
+      copy beside the tiles that are written out from it.
+    """
+    cfg, item = sizes.cfg, sizes.itemsize
+    joined = max(table_bytes(x, cfg.d_model, item) for x in sizes.banks)
+    return joined, joined + entries_of(sizes) if packed else 0
 
 
 def answering_bytes(sizes: Sizes, chunk: int) -> int:

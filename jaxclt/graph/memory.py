@@ -32,6 +32,7 @@ from jaxclt.graph.footprint import (
     n_columns,
     on_device,
     on_host,
+    packing,
     pattern_bytes,
     score_bytes,
 )
@@ -125,7 +126,19 @@ def memory_plan(
         room = budget - sum(device.values()) if host_budget is None else host_budget
         room -= sum(host.values())
         pool = _pool(sizes, room)
-        host |= {"edges": matrix_bytes(sizes, sizes.n_rows, pool)}
+        edges = matrix_bytes(sizes, sizes.n_rows, pool)
+        host |= {"edges": edges}
+        joined, written = packing(sizes, packed)
+        written *= n_copies
+        # Rows are packed before chunks and edges are made: those have their room.
+        if host_budget is None:
+            # Joined and copied first, then written out as the sources.
+            copied = joined + written - packed * device["sources"]
+            before = max(copied, written) - device["chunk"] - edges
+            device["packing"] = max(0, before)
+        else:
+            device["packing"] = max(0, written - device["chunk"])
+            host["rows joined"] = max(0, joined - edges)
         answering = 0
         if sizes.response:
             # Rows by value are done by then: their chunk's room is free again.
@@ -158,13 +171,20 @@ def memory_plan(
     smallest = planned(chunks[-1], packed=False)
     if fits(smallest):
         return smallest
+    raise _too_large(sizes, smallest, budget, host_budget)
+
+
+def _too_large(
+    sizes: Sizes, plan: MemoryPlan, budget: int, host_budget: int | None
+) -> InputError:
+    """What the smallest plan needs, and the flags that lower it."""
     lower = f"lower --max-features (now {sizes.n_rows:,})"
     lower += ", leave out --response" * sizes.response
     lower += ", give --attention 0" * (sizes.attention > 0)
-    where, needed, given = "", smallest.total, budget
-    if host_budget is not None and smallest.host_total > host_budget:
-        where, needed, given = " of the host", smallest.host_total, host_budget
-    raise InputError(
+    where, needed, given = "", plan.total, budget
+    if host_budget is not None and plan.host_total > host_budget:
+        where, needed, given = " of the host", plan.host_total, host_budget
+    return InputError(
         f"this graph needs {_gb(needed)} of memory{where} and "
         f"{_gb(given)} may be used: {lower}, shorten the prompt "
         f"({sizes.n_tokens:,} tokens), or raise --memory"

@@ -294,7 +294,9 @@ def test_a_plan_is_of_one_accelerator_or_of_all_copies() -> None:
     apart = memory_plan(smol(64, 128), 96 << 30, host_budget=96 << 30)
     kernels = set(apart.bytes)
     assert {k: two.bytes[k] for k in kernels} == {k: 2 * one.bytes[k] for k in kernels}
-    assert {k: v for k, v in two.bytes.items() if k not in kernels} == apart.host_bytes
+    host = {k: v for k, v in two.bytes.items() if k not in kernels}
+    # Rows on their way to a device of its own are the host's.
+    assert host == {k: v for k, v in apart.host_bytes.items() if k != "rows joined"}
     mesh = Mesh(np.array(jax.devices()), ("x",))
     split = NamedSharding(mesh, PartitionSpec(None, "x"))
     assert compute._share(jax.device_put(jnp.zeros((3, 16)), split)) == 6

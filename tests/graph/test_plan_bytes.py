@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxclt.clt.active import Active
-from jaxclt.graph.bank import RowTargets, readers, writers
+from jaxclt.graph.bank import RowTargets, _joined, readers, writers
 from jaxclt.graph.compute import writers_sizes
 from jaxclt.graph.footprint import (
     Sizes,
@@ -22,6 +22,7 @@ from jaxclt.graph.footprint import (
     table_bytes,
     tile_bytes,
 )
+from jaxclt.graph.memory import memory_plan
 from jaxclt.graph.packing import bank_sizes, counts, pack
 from jaxclt.graph.plan import make_plan
 from jaxclt.graph.prompt import Recorded
@@ -71,6 +72,7 @@ def test_a_bank_is_as_large_as_was_planned(span: int):
     assert entry_bytes(sizes, 4) == entries
     assert gathered.shared.table_UD is not None
     assert table_bytes(sizes, D, 4) == gathered.shared.table_UD.nbytes
+    assert table_bytes(sizes, D, 4) == _joined(items.tables).nbytes
     # The vectors alone are far less, which is what plans once were of.
     alone = sum(items.n_sites[layer] for layer in active.layer_A.tolist())
     assert sizes.n_vectors > 1.2 * alone
@@ -118,6 +120,35 @@ def test_what_a_chunk_takes_is_what_was_planned(span: int, packed: bool):
     # Gathered, shared and overflow tiles have one table, which XLA counts twice.
     given = found.argument_size_in_bytes - (0 if packed else plan["dictionary rows"])
     assert close_to(sources + way + plan["recording"] + held(reads), given)
+
+
+def test_a_plan_covers_each_stage():
+    """Rows are joined, written out, multiplied: no stage takes more than is planned."""
+    t, active = skewed(3)
+    bank = writers_sizes(active, T)
+    sizes = Sizes(
+        cfg=t.cfg,
+        n_tokens=T,
+        n_active=len(active.layer_A),
+        n_rows=1,
+        n_targets=1,
+        bank=bank,
+        row_bytes=sum(x.nbytes for x in (*active.encoder, *active.decoder)),
+    )
+    D, small = t.cfg.d_model, 16  # rows of a chunk
+    table, tiles = table_bytes(bank, D, 4), tile_bytes(bank, D, 4)
+    one = memory_plan(sizes, 1 << 40, chunk_size=small)
+    assert one.packed
+    b = one.bytes
+    joining = b["dictionary rows as read"] + 2 * table
+    rows = sum(b.values()) - b["packing"]
+    writing = b["dictionary rows as read"] + table + entry_bytes(bank, 4) + tiles
+    stages = joining, writing, rows
+    assert max(stages) <= one.total <= 1.15 * max(stages) + b["active features"]
+    apart = memory_plan(sizes, 1 << 40, chunk_size=small, host_budget=1 << 40)
+    assert apart.total >= table + entry_bytes(bank, 4) + tiles
+    read = apart.host_bytes["dictionary rows as read"]
+    assert apart.host_total >= read + max(table, apart.host_bytes["edges"])
 
 
 def test_assumed_prompts_are_planned_by_the_same_banks():
