@@ -95,7 +95,9 @@ class Stage:
 
     def keep_and_drop(self, set_BA: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """m of sets kept alone [B], and of all but these [B]; nan: one diverged."""
-        keys = [hashlib.sha256(np.packbits(x)).hexdigest()[:24] for x in set_BA]
+        keys = [
+            hashlib.sha256(np.packbits(x).tobytes()).hexdigest()[:24] for x in set_BA
+        ]
         held_BLTU = np.concatenate(
             [self._held(set_BA, keep=True), self._held(set_BA, keep=False)]
         )

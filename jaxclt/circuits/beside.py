@@ -92,7 +92,7 @@ def beside(
             "dropped": rounded(float(drop_B[b])),
         }
     first = len(names)
-    random = {"sets": N_RANDOM, "features": k}
+    random: dict[str, Any] = {"sets": N_RANDOM, "features": k}
     for name, x_B in zip(Shares._fields, shares, strict=True):
         random[name] = None if bad else _mean(x_B[first:])
         random[f"{name}_interval"] = None if bad else _ends(x_B[first:], key)

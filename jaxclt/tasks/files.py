@@ -53,9 +53,11 @@ def _read(row: Any, place: str) -> Example:
             raise InputError(f"{place}: `{name}` is missing: write {FORM}")
     if texts["answer"] == texts["foil"]:
         raise InputError(f"{place}: the foil is the answer: give another token")
-    spans = {name: _spans(row.get(name), texts[of], f"{place}: `{name}`")
-             for name, of in _SPANS.items()}  # fmt: skip
-    return Example(**texts, **spans)
+    spans, there = (
+        _spans(row.get(name), texts[of], f"{place}: `{name}`")
+        for name, of in _SPANS.items()
+    )
+    return Example(**texts, spans=spans, counterfactual_spans=there)
 
 
 def _spans(given: Any, text: str, place: str) -> Mapping[str, Span]:

@@ -49,10 +49,6 @@ def directory(traced: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(traced, tmp_path / "graph"))
 
 
-class StopError(Exception):
-    """The search is stopped."""
-
-
 def test_it_is_written_and_goes_on_where_it_was(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
