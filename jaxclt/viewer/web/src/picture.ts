@@ -2,6 +2,7 @@
 
 import type { App } from "./app";
 import { $, plural } from "./dom";
+import type { Drawing } from "./figure";
 import { columnAt } from "./frame";
 import { GUTTER, type Layout, layOut } from "./layout";
 import type { GraphNode, Model } from "./model";
@@ -321,26 +322,14 @@ export class Picture {
   /** The share of the errors of each column. */
   rails(): number[] { return this.layout?.columns.map((c) => c.rail?.share ?? 0) ?? []; }
 
-  // ---- export -------------------------------------------------------------------------
-  svg(title: string): string {
-    const ruler = document.createElement("canvas").getContext("2d") as CanvasRenderingContext2D;
-    const pen = new SvgPen(this.width, this.height, ruler), scene = this.scene();
-    pen.fillStyle = this.theme.panel;
+  /** What the window shows, as it is printed. */
+  drawing(): Drawing {
+    if (!this.layout || this.stale) this.resize();
+    const theme = readTheme(true), pen = new SvgPen();
+    pen.fillStyle = theme.panel;
     pen.fillRect(0, 0, this.width, this.height);
-    paint(pen, scene);
-    return pen.text(title);
-  }
-
-  png(done: (blob: Blob | null) => void): void {
-    const canvas = document.createElement("canvas"), scale = 2;
-    canvas.width = this.width * scale;
-    canvas.height = this.height * scale;
-    const pen = canvas.getContext("2d") as CanvasRenderingContext2D;
-    pen.scale(scale, scale);
-    pen.fillStyle = this.theme.panel;
-    pen.fillRect(0, 0, this.width, this.height);
-    paint(pen, this.scene());
-    canvas.toBlob(done, "image/png");
+    paint(pen, { ...this.scene(), theme, moving: false });
+    return { width: this.width, height: this.height, body: pen.body };
   }
 }
 
