@@ -84,11 +84,10 @@ def graph_json(
     drawn[kept.col_E] = drawn[layout.node_of(kept.row_E)] = True
     for kind, at in layout.nodes.items():
         drawn[at] |= KINDS[kind].always_drawn
-    influences = _cumulative_influence(graph.influence_N).tolist()
-    influences += [None] * graph.n_targets
+    influences = [*_influences(graph), *[{"influence": None}] * graph.n_targets]
     inputs = _abs_input(graph)
     nodes = {
-        i: _node(graph, i, influence=influences[i], inputs=inputs)
+        i: _node(graph, i, inputs=inputs) | influences[i]
         for i in np.flatnonzero(drawn).tolist()
     }
     _add_changes(readings, nodes)
@@ -143,8 +142,8 @@ def _add_changes(readings: dict[str, Graph], nodes: dict[int, dict[str, Any]]) -
     known = {"derivative": contrast_derivative(graph), "hidden": hidden_effect(graph)}
     said = {k: [brief(x) for x in x_N] for k, x_N in known.items() if x_N is not None}
     if other is not None:
-        share_N = _cumulative_influence(other.influence_N)
-        said["influence_response"] = share_N.tolist()
+        for key in ("influence", "influence_share"):
+            said[f"{key}_response"] = [said_of[key] for said_of in _influences(other)]
     for name, number_N in said.items():
         for i, node in nodes.items():
             if i < len(number_N):
@@ -232,9 +231,7 @@ def _metadata(graph: Graph, slug: str) -> dict[str, Any]:
     }
 
 
-def _node(
-    graph: Graph, i: int, *, influence: float | None, inputs: list[float | None]
-) -> dict[str, Any]:
+def _node(graph: Graph, i: int, *, inputs: list[float | None]) -> dict[str, Any]:
     """A node as circuit-tracer has it; ``abs_input`` and ``target`` are our own."""
     kind, at = graph.layout.kind(i), facts(graph, i)
     row = KINDS[kind]
@@ -244,7 +241,7 @@ def _node(
         "run_idx": 0,
         "reverse_ctx_idx": 0,
         "clerp": well_formed(row.clerp.format_map(at)),
-        "influence": influence,
+        "influence": None,
         "activation": None,
         "node_id": row.node_id.format_map(at),
         "jsNodeId": row.js_id.format_map(at),
@@ -285,6 +282,16 @@ def _said(graph: Graph, node: int) -> dict[str, Any]:
     }
     reads = [[pos, well_formed(text), share] for pos, text, share in said["reads"]]
     return source | {"writes": both | {"share": said["share"]}, "reads": reads}
+
+
+def _influences(graph: Graph) -> list[dict[str, float]]:
+    """What each source holds of the influence, alone and with all above it."""
+    with_all_N = _cumulative_influence(graph.influence_N).tolist()
+    share_N = graph.influence_N / (graph.influence_N.sum() or 1.0)
+    return [
+        {"influence": sum_, "influence_share": brief(share)}
+        for sum_, share in zip(with_all_N, share_N.tolist(), strict=True)
+    ]
 
 
 def _cumulative_influence(influence_N: np.ndarray) -> np.ndarray:

@@ -225,6 +225,7 @@ if (app.notes.length) tell(app.notes.join("; "));
   document: () => toDocument(app),
   rails: () => picture.rails(),
   svg: () => asSvg(picture.drawing(), app.model.doc.metadata.prompt),
+  compared: () => compare.said,
   cards: () => app.cards(),
   cardLinks: () => mergeLinks(app.model, app.cards()),
 };

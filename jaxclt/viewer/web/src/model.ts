@@ -32,6 +32,7 @@ export interface GraphNode {
   own: number; // this node's part of it
   change: number | null; // from the counterfactual prompt
   influences: Record<Reading, number | null>;
+  shares: Record<Reading, number | null>; // its own, where the file says it
   derivative: number | null; // of the model itself
   hidden: number | null; // what of it the graph does not show
   activation: number | null;
@@ -249,6 +250,7 @@ function readNode(raw: Json, index: number, tokens: string[]): GraphNode {
     source: asText(raw.label_source),
     influence: null, own: 0, change: number(raw.change),
     influences: kind === "logit" ? { value: null, response: null } : { value: number(raw.influence), response: number(raw.influence_response) },
+    shares: { value: number(raw.influence_share), response: number(raw.influence_share_response) },
     derivative: number(raw.derivative), hidden: number(raw.hidden),
     activation: number(raw.activation),
     absInput: number(raw.abs_input),
