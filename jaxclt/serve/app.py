@@ -98,6 +98,7 @@ class _Answers:
         other = None if second is None else read_graph(self.folder.graph(second))
         can_patch = self.patcher is not None and self._traced(file) is not None
         serve = {"path": name.strip("/"), "version": version, "patch": can_patch}
+        serve["compare"] = other is not None
         page = directory_page(file.parent, doc=doc, compare=other, serve=serve)
         return HTMLResponse(page)
 

@@ -109,7 +109,7 @@ for (const box of boxes) {
     find("compare").hidden = !two;
     find("hint").hidden = two;
     const with_ = encodeURIComponent(decodeURIComponent(chosen[1] ?? ""));
-    find("compare").href = `/view/${chosen[0]}?compare=${with_}#view=compare`;
+    find("compare").href = `/view/${chosen[0]}?compare=${with_}`;
   });
 }
 // Pictures of what is in sight, from numbers that the server read.

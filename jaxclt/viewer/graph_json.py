@@ -35,7 +35,7 @@ from jaxclt.files.json_text import finite, well_formed
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.kinds import KINDS
 from jaxclt.graph.nodes import facts
-from jaxclt.graph.shares import whole_input
+from jaxclt.graph.shares import shares_total, whole_input
 from jaxclt.viewer.links import brief, edges_of, kept_edges, link_list
 
 __all__ = ["graph_json", "validate"]
@@ -85,7 +85,7 @@ def graph_json(
     for kind, at in layout.nodes.items():
         drawn[at] |= KINDS[kind].always_drawn
     influences = [*_influences(graph), *[{"influence": None}] * graph.n_targets]
-    inputs = _abs_input(graph)
+    inputs = _inputs(graph)
     nodes = {
         i: _node(graph, i, inputs=inputs) | influences[i]
         for i in np.flatnonzero(drawn).tolist()
@@ -148,6 +148,11 @@ def _add_changes(readings: dict[str, Graph], nodes: dict[int, dict[str, Any]]) -
         for i, node in nodes.items():
             if i < len(number_N):
                 node[name] = number_N[i]
+    if other is not None:
+        total_R = _numbers(other, shares_total(other))
+        for i, node in nodes.items():
+            if "abs_input" in node:
+                node["share_total_response"] = total_R[graph.layout.row_of(i)]
 
 
 def validate(doc: Any, *, foreign: bool = False) -> None:
@@ -231,7 +236,9 @@ def _metadata(graph: Graph, slug: str) -> dict[str, Any]:
     }
 
 
-def _node(graph: Graph, i: int, *, inputs: list[float | None]) -> dict[str, Any]:
+def _node(
+    graph: Graph, i: int, *, inputs: list[dict[str, float | None]]
+) -> dict[str, Any]:
     """A node as circuit-tracer has it; ``abs_input`` and ``target`` are our own."""
     kind, at = graph.layout.kind(i), facts(graph, i)
     row = KINDS[kind]
@@ -254,7 +261,7 @@ def _node(graph: Graph, i: int, *, inputs: list[float | None]) -> dict[str, Any]
         node["activation"] = float(str(np.float32(graph.value_A[i])))
         node |= _said(graph, i)
     if row.ends is None:
-        node["abs_input"] = inputs[graph.layout.row_of(i)]
+        node |= inputs[graph.layout.row_of(i)]
     k = at.get("k")
     if k is not None and (graph.meta.weights == "chosen" or not graph.is_next_token[k]):
         layer = int(graph.target_layer_K[k])
@@ -304,9 +311,20 @@ def _cumulative_influence(influence_N: np.ndarray) -> np.ndarray:
     return share_N.round(7)
 
 
-def _abs_input(graph: Graph) -> list[float | None]:
-    """Everything a row reads, summed without sign; None where it was not computed."""
-    total_R = whole_input(graph)
+def _inputs(graph: Graph) -> list[dict[str, float | None]]:
+    """Everything a row reads, summed without sign; None where it was not computed.
+
+    Also what its shares are of, where the graph's convention has them of less.
+    """
+    said = {"abs_input": _numbers(graph, whole_input(graph))}
+    if graph.meta.convention != "paper":
+        said["share_total"] = _numbers(graph, shares_total(graph))
+    return [
+        dict(zip(said, row, strict=True)) for row in zip(*said.values(), strict=True)
+    ]
+
+
+def _numbers(graph: Graph, total_R: np.ndarray) -> list[float | None]:
     return [
         float(f"{total:.7g}") if done and math.isfinite(total) else None
         for total, done in zip(

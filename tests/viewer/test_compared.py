@@ -12,6 +12,7 @@ from test_page import ids_of, violations
 import jaxclt
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.nodes import node_id
+from jaxclt.graph.paths import strongest_paths
 from jaxclt.viewer.graph_json import graph_json
 from jaxclt.viewer.page import page
 
@@ -121,6 +122,28 @@ def test_differences_are_those_of_brute_force(open_page, both):
     row.locator("button").last.click()
     assert tab.evaluate("__jaxclt.app.view") == "compare"
     assert violations(tab) == []
+
+
+SHARE = """ids => {
+  const {model: m} = __jaxclt.app;
+  const at = (e, a, b) => m.from(e).id === a && m.to(e).id === b;
+  return ids.slice(1).reduce((product, b, i) => product * m.share[
+    [...m.insOf(m.byId.get(b))].find((e) => at(e, ids[i], b))], 1);
+}"""
+
+
+def test_paths_have_the_shares_that_the_command_prints(open_page, both):
+    graph, doc = both[0]
+    tab = open_page(page(doc))
+    end = graph.layout.row_of(graph.layout.at("target", 0))
+    paths = strongest_paths(graph, end=end, k=15, kept=True)
+    for path in paths:
+        share = tab.evaluate(SHARE, [node_id(graph, node) for node in path.nodes])
+        assert share == pytest.approx(path.strength, rel=1e-5)
+    tab.evaluate("__jaxclt.select(__jaxclt.app.model.logits[0].id)")
+    tab.click("details.paths summary")
+    said = tab.locator("button.path .right").all_text_contents()
+    assert f"{100 * paths[0].strength:.2g} %" in said
 
 
 def test_a_graph_differs_from_itself_in_nothing(open_page):

@@ -16,6 +16,7 @@ from test_serve import serving, talk, write
 
 from jaxclt.serve import told
 from jaxclt.serve.folder import Folder
+from jaxclt.serve.save import save_view
 from jaxclt.serve.told import picture_of, told_by
 from jaxclt.viewer.graph_json import graph_json
 
@@ -46,7 +47,8 @@ def graph(folder: Path, prompt: str, **parts) -> Path:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     graph(tmp_path / "a", "The cat sat")
-    graph(tmp_path / "deep" / "b #?", "A dog ran", answer=" away", model="large")
+    dog = graph(tmp_path / "deep" / "b #?", "A dog ran", answer=" away", model="large")
+    save_view(dog / "graph.json", {"qParams": {"pinnedIds": ids_of(DOC, FEATURE)[:1]}})
     graph(tmp_path / "hostile", HOSTILE[0], answer=HOSTILE[0], model=HOSTILE[0])
     write(tmp_path / "plain", DOC)  # without a report
     return tmp_path
@@ -191,6 +193,7 @@ def test_the_list_in_a_browser(open_url, root: Path):
         assert tab.text_content("#heretitle") == "A dog ran"
         assert tab.text_content("#theretitle") == "The cat sat"
         assert tab.is_visible("#compared")
+        assert tab.evaluate("__jaxclt.app.pinned.length") == 1  # those of the file
 
 
 def test_a_second_graph_must_be_one_of_the_folder(root: Path):

@@ -149,6 +149,7 @@ export class Compare {
   }
 
   private more(n: number, what: string, numbers: string): void {
+    if (!n) { $("comparemore").textContent = `No ${what} here.`; return; }
     const most = n > ROWS ? `The ${count(ROWS)} of ${plural(n, what)} whose ${numbers} differ most. ` : "";
     const zero = what === "link" ? "A link that a graph does not show counts as 0 there." : "A node that a graph does not show counts as 0 there; of outputs the share is the probability.";
     $("comparemore").textContent = most + zero;

@@ -90,7 +90,7 @@ export class Subgraph {
     list.setAttribute("aria-label", "Links of the subgraph");
     for (const l of this.links) {
       const a = this.cards[l.source] as Card, b = this.cards[l.target] as Card;
-      list.append(el("li", "", `${clip(visible(a.label), 80)} ${verb(b.members[0], l.share)} ${clip(visible(b.label), 80)}: ${percent(Math.abs(l.share))} of its inputs`));
+      list.append(el("li", "", `${clip(visible(a.label), 80)} ${verb(b.members[0], l.share)} ${clip(visible(b.label), 80)}: ${percent(Math.abs(l.share))} of what it reads`));
     }
     this.stage.replaceChildren(lines, ...made, list);
     this.place();
