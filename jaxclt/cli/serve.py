@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,7 @@ class ServeFlags:
     """Port; 0 takes a free one."""
     host: str = "127.0.0.1"
     """Address to listen on. Whoever can reach it and has the token can read the graphs,
-    save labels and, with --model, run patches."""
+    save labels and run patches."""
     allow_host: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME")] = ()
     """A name by which others reach this machine, such as gpu.example; may be repeated.
     Requests for other names are refused."""
@@ -40,9 +41,12 @@ class ServeFlags:
     """What a browser must present; it is part of the printed address. By default a
     random one."""
     model: Annotated[str | None, arg(metavar="M")] = None
-    """With it, pages can patch graphs of this model; needs --dictionary."""
+    """The model for patches; by default that of each graph's report, if it is on this
+    machine."""
     dictionary: Annotated[str | None, arg(metavar="D")] = None
-    """The dictionary that the graphs were traced with, for patches."""
+    """The dictionary for patches; by default that of each graph's report."""
+    patch: bool = True
+    """Let pages patch features with the model; --no-patch refuses."""
     json: AsJson = False
     debug: Debug = False
 
@@ -52,12 +56,15 @@ def run_serve(flags: ServeFlags, run: Run) -> None:
     from jaxclt.serve.listen import make_server
     from jaxclt.serve.patch import Patcher
 
-    if (flags.model is None) != (flags.dictionary is None):
-        raise InputError("patches need both --model and --dictionary: give both")
+    if not flags.patch and (flags.model is not None or flags.dictionary is not None):
+        raise InputError("--no-patch needs no --model and no --dictionary: leave them")
     patcher = None
-    if flags.model is not None and flags.dictionary is not None:
+    if flags.patch:
         use_compilation_cache()
         patcher = Patcher(flags.model, flags.dictionary)
+        if flags.model is None or flags.dictionary is None:
+            # Names that files of a folder say are looked up here, never fetched.
+            os.environ |= {"HF_HUB_OFFLINE": "1", "JAXCLT_FETCH": "hub"}
     server = make_server(
         flags.directory,
         host=flags.host,

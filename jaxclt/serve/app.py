@@ -1,9 +1,9 @@
 """The addresses of the server and what answers there.
 
-Four kinds of things are handed out: the list, a page, a graph's JSON, a feature's JSON;
-and two are taken: labels, pins and groups for a graph's file, and, if the command named
-a model, features to patch (`jaxclt.serve.patch`). What changes a file must come from
-the server's own pages.
+What is handed out: the list, a page, a graph's JSON, its small picture, a feature's
+JSON; and two things are taken: labels, pins and groups for a graph's file, and, unless
+the command said no, features to patch (`jaxclt.serve.patch`). What changes a file must
+come from the server's own pages.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from starlette.routing import Route
 
 from jaxclt.errors import InputError
 from jaxclt.files.json_file import parse_json
-from jaxclt.serve.answers import as_json, list_page, refusal
+from jaxclt.serve.answers import as_json, refusal
 from jaxclt.serve.folder import Folder, NotServedError
+from jaxclt.serve.listing import list_page
 from jaxclt.serve.patch import BUSY, FILES, Patcher
 from jaxclt.serve.save import ChangedError, save_view, version_of
 from jaxclt.trace.pages import PATCHES, directory_page, read_graph
@@ -55,6 +56,7 @@ def make_app(folder: Folder, patcher: Patcher | None = None) -> Starlette:
             Route("/api/graphs", answers.graphs),
             Route("/view/{name:path}", answers.page),
             Route("/api/graph/{name:path}", answers.graph),
+            Route("/api/picture/{name:path}", answers.picture),
             Route("/api/feature/{name:path}/{number:int}.json", answers.feature),
             Route("/api/save/{name:path}", answers.save, methods=["POST"]),
             Route("/api/patch/{name:path}", answers.patch, methods=["POST"]),
@@ -92,14 +94,22 @@ class _Answers:
         # A version older than what is shown costs a merge, a newer one the changes.
         version = version_of(file)
         doc = read_graph(file)
+        second = request.query_params.get("compare")
+        other = None if second is None else read_graph(self.folder.graph(second))
         can_patch = self.patcher is not None and self._traced(file) is not None
         serve = {"path": name.strip("/"), "version": version, "patch": can_patch}
-        return HTMLResponse(directory_page(file.parent, doc=doc, serve=serve))
+        serve["compare"] = other is not None
+        page = directory_page(file.parent, doc=doc, compare=other, serve=serve)
+        return HTMLResponse(page)
 
     def graph(self, request: Request) -> Response:
         file = self.folder.graph(request.path_params["name"])
         read_graph(file)  # refuses what is not a graph
         return Response(file.read_bytes(), media_type="application/json")
+
+    def picture(self, request: Request) -> Response:
+        text = self.folder.picture(request.path_params["name"])
+        return Response(text, media_type="image/svg+xml")
 
     def feature(self, request: Request) -> Response:
         return as_json(self.folder.feature(**request.path_params))
@@ -121,7 +131,7 @@ class _Answers:
         change = await _body(request, MAX_PATCH)
         patcher = self.patcher
         if patcher is None:
-            raise HTTPException(404, "start jaxclt serve with --model and --dictionary")
+            raise HTTPException(404, "start jaxclt serve without --no-patch")
 
         def work() -> dict[str, Any] | None:
             directory = self._traced(self.folder.graph(request.path_params["name"]))

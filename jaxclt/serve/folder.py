@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from jaxclt.dashboards.files import INDEX, FeatureFiles, uncantor
+from jaxclt.serve.told import Kept, picture_of, said, told_by
 
 __all__ = ["Folder", "NotServedError", "describe"]
 
@@ -25,13 +26,14 @@ GRAPH = "graph.json"
 FEATURES = ("features", "examples")  # folders of feature files, first come
 _HEAD, _LONG = 1 << 16, 1 << 24  # bytes in which metadata end, most and all
 _LONGEST = 300  # characters of a prompt in the list
+REPORT = "report.json"
 _NUMBERS = 10**20  # a file's name has an end
 _OBJECT = re.compile(rb"(?:\xef\xbb\xbf)?\s*\{\s*")
 _FIRST = re.compile(_OBJECT.pattern + rb'"metadata"\s*:\s*')
 _METADATA = re.compile(rb'"metadata"\s*:\s*(?=\{)')
 _LISTS = [re.compile(rb'"%s"\s*:\s*\[' % name) for name in (b"nodes", b"links")]
 
-Entry = dict[str, str]  # slug and prompt, or what is wrong as error
+Entry = dict[str, Any]  # slug and prompt, or what is wrong as error
 
 
 class NotServedError(Exception):
@@ -49,11 +51,15 @@ class Folder:
         self.root = root.resolve()
         self._known: dict[Path, tuple[tuple[int, int], Entry | None]] = {}
         self._scanning = threading.Lock()
+        self._reports, self._pictures = Kept(told_by), Kept(picture_of)
 
     def graphs(self) -> list[Entry]:
         """Every graph: its ``path`` as addresses name it, ``slug`` and ``prompt``.
 
-        What should be one and cannot be read has ``path`` and ``error`` instead.
+        Also when it was ``changed`` (seconds since 1970), and as far as its report
+        says: ``model``, ``dictionary``, ``answer`` with ``probability``,
+        ``replacement`` and ``completeness``. What should be a graph and cannot be read
+        has ``path`` and ``error`` instead.
         """
         with self._scanning:
             found, known = [], {}
@@ -62,7 +68,8 @@ class Folder:
                 if path in self._known:
                     known[path] = self._known[path]
                 if entry is not None:
-                    found.append({"path": _said(self._name(path)), **entry})
+                    more = {} if "error" in entry else self._told(path, entry)
+                    found.append({"path": said(self._name(path)), **more, **entry})
             self._known = known
         return sorted(found, key=lambda entry: entry["path"])
 
@@ -79,6 +86,20 @@ class Folder:
         if not here or self._entry(file) is None:
             raise NotServedError("no such graph")
         return file
+
+    def picture(self, name: str) -> str:
+        """The nodes of a graph by layer and position, as a small SVG.
+
+        Raises:
+          NotServedError: if there is no such graph, or it has no nodes.
+        """
+        try:
+            found = self._pictures.of(self.graph(name))
+        except OSError:
+            found = ""
+        if not found:
+            raise NotServedError("no such picture")
+        return found
 
     def feature(self, name: str, number: int) -> dict[str, Any]:
         """The record of a feature, by the number that feature files have.
@@ -135,6 +156,20 @@ class Folder:
                 elif entry.name == GRAPH if whole else entry.name.endswith(".json"):
                     yield folder / entry.name, None
 
+    def _told(self, path: Path, entry: Entry) -> Entry:
+        """What the report of a graph says, if it is of this prompt, and the date."""
+        try:
+            report = self.inside(path.parent / REPORT) if path.name == GRAPH else None
+            told = self._reports.of(report) if report else {}
+        except (NotServedError, OSError):
+            report, told = None, {}
+        if told.get("prompt") != entry["prompt"]:
+            report, told = None, {}
+        try:
+            return {**told, "changed": (report or path).stat().st_mtime}
+        except OSError:  # it has just gone
+            return {**told, "changed": 0.0}
+
     def _name(self, path: Path) -> str:
         place = path
         if path.name == GRAPH and path.parent != self.root:
@@ -157,7 +192,7 @@ class Folder:
         except OSError as error:
             return {"error": f"cannot be read: {error.strerror}"}
         entry, name = kept[1], self._name(path)
-        if entry is not None and (_said(name) != name or "\n" in name):
+        if entry is not None and (said(name) != name or "\n" in name):
             return {"error": "no address can hold its name: rename it"}
         return entry
 
@@ -208,11 +243,6 @@ def _told(file: Path, meta: Any) -> Entry:
         return {"error": "its metadata is not an object"}
     slug, prompt = meta.get("slug"), meta.get("prompt")
     return {
-        "slug": _said(slug if isinstance(slug, str) else file.stem)[:_LONGEST],
-        "prompt": _said(prompt if isinstance(prompt, str) else "")[:_LONGEST],
+        "slug": said(slug if isinstance(slug, str) else file.stem)[:_LONGEST],
+        "prompt": said(prompt if isinstance(prompt, str) else "")[:_LONGEST],
     }
-
-
-def _said(text: str) -> str:
-    """Text without halves of characters, which no page can hold."""
-    return text.encode(errors="backslashreplace").decode()

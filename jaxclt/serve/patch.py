@@ -1,8 +1,9 @@
-"""Patches that a served page asks for: the model behind `jaxclt serve --model`.
+"""Patches that a served page asks for: the model behind `jaxclt serve`.
 
-The model and the dictionary are those that the command named, never what a file in the
-folder names; they are loaded when first asked for and must be the traced ones. One
-patch runs at a time.
+The model and the dictionary are those that the command named, else those that the
+graph's report names, which the command then takes from this machine only. They are
+loaded when first asked for and must be the traced ones, by their hashes. One patch runs
+at a time.
 """
 
 from __future__ import annotations
@@ -45,9 +46,14 @@ _CHANGE = json_schema(
 
 
 class Patcher:
-    """Patches the prompts of traced directories, the last of which stays recorded."""
+    """Patches the prompts of traced directories, the last of which stays recorded.
 
-    def __init__(self, model: str, dictionary: str) -> None:
+    Args:
+      model: where the model is; None where the report of a graph says.
+      dictionary: the same of the dictionary.
+    """
+
+    def __init__(self, model: str | None = None, dictionary: str | None = None) -> None:
         self.model, self.dictionary = model, dictionary
         self._running = threading.Lock()
         self._stamp: tuple[str, int, int] | None = None

@@ -35,7 +35,7 @@ from jaxclt.files.json_text import finite, well_formed
 from jaxclt.graph.graph import Graph
 from jaxclt.graph.kinds import KINDS
 from jaxclt.graph.nodes import facts
-from jaxclt.graph.shares import whole_input
+from jaxclt.graph.shares import shares_total, whole_input
 from jaxclt.viewer.links import brief, edges_of, kept_edges, link_list
 
 __all__ = ["graph_json", "validate"]
@@ -84,11 +84,10 @@ def graph_json(
     drawn[kept.col_E] = drawn[layout.node_of(kept.row_E)] = True
     for kind, at in layout.nodes.items():
         drawn[at] |= KINDS[kind].always_drawn
-    influences = _cumulative_influence(graph.influence_N).tolist()
-    influences += [None] * graph.n_targets
-    inputs = _abs_input(graph)
+    influences = [*_influences(graph), *[{"influence": None}] * graph.n_targets]
+    inputs = _inputs(graph)
     nodes = {
-        i: _node(graph, i, influence=influences[i], inputs=inputs)
+        i: _node(graph, i, inputs=inputs) | influences[i]
         for i in np.flatnonzero(drawn).tolist()
     }
     _add_changes(readings, nodes)
@@ -143,12 +142,17 @@ def _add_changes(readings: dict[str, Graph], nodes: dict[int, dict[str, Any]]) -
     known = {"derivative": contrast_derivative(graph), "hidden": hidden_effect(graph)}
     said = {k: [brief(x) for x in x_N] for k, x_N in known.items() if x_N is not None}
     if other is not None:
-        share_N = _cumulative_influence(other.influence_N)
-        said["influence_response"] = share_N.tolist()
+        for key in ("influence", "influence_share"):
+            said[f"{key}_response"] = [said_of[key] for said_of in _influences(other)]
     for name, number_N in said.items():
         for i, node in nodes.items():
             if i < len(number_N):
                 node[name] = number_N[i]
+    if other is not None:
+        total_R = _numbers(other, shares_total(other))
+        for i, node in nodes.items():
+            if "abs_input" in node:
+                node["share_total_response"] = total_R[graph.layout.row_of(i)]
 
 
 def validate(doc: Any, *, foreign: bool = False) -> None:
@@ -233,7 +237,7 @@ def _metadata(graph: Graph, slug: str) -> dict[str, Any]:
 
 
 def _node(
-    graph: Graph, i: int, *, influence: float | None, inputs: list[float | None]
+    graph: Graph, i: int, *, inputs: list[dict[str, float | None]]
 ) -> dict[str, Any]:
     """A node as circuit-tracer has it; ``abs_input`` and ``target`` are our own."""
     kind, at = graph.layout.kind(i), facts(graph, i)
@@ -244,7 +248,7 @@ def _node(
         "run_idx": 0,
         "reverse_ctx_idx": 0,
         "clerp": well_formed(row.clerp.format_map(at)),
-        "influence": influence,
+        "influence": None,
         "activation": None,
         "node_id": row.node_id.format_map(at),
         "jsNodeId": row.js_id.format_map(at),
@@ -257,7 +261,7 @@ def _node(
         node["activation"] = float(str(np.float32(graph.value_A[i])))
         node |= _said(graph, i)
     if row.ends is None:
-        node["abs_input"] = inputs[graph.layout.row_of(i)]
+        node |= inputs[graph.layout.row_of(i)]
     k = at.get("k")
     if k is not None and (graph.meta.weights == "chosen" or not graph.is_next_token[k]):
         layer = int(graph.target_layer_K[k])
@@ -287,6 +291,16 @@ def _said(graph: Graph, node: int) -> dict[str, Any]:
     return source | {"writes": both | {"share": said["share"]}, "reads": reads}
 
 
+def _influences(graph: Graph) -> list[dict[str, float]]:
+    """What each source holds of the influence, alone and with all above it."""
+    with_all_N = _cumulative_influence(graph.influence_N).tolist()
+    share_N = graph.influence_N / (graph.influence_N.sum() or 1.0)
+    return [
+        {"influence": sum_, "influence_share": brief(share)}
+        for sum_, share in zip(with_all_N, share_N.tolist(), strict=True)
+    ]
+
+
 def _cumulative_influence(influence_N: np.ndarray) -> np.ndarray:
     """Share of all influence held by each node and those above it: low is important."""
     order_N = np.argsort(-influence_N, kind="stable")
@@ -297,9 +311,20 @@ def _cumulative_influence(influence_N: np.ndarray) -> np.ndarray:
     return share_N.round(7)
 
 
-def _abs_input(graph: Graph) -> list[float | None]:
-    """Everything a row reads, summed without sign; None where it was not computed."""
-    total_R = whole_input(graph)
+def _inputs(graph: Graph) -> list[dict[str, float | None]]:
+    """Everything a row reads, summed without sign; None where it was not computed.
+
+    Also what its shares are of, where the graph's convention has them of less.
+    """
+    said = {"abs_input": _numbers(graph, whole_input(graph))}
+    if graph.meta.convention != "paper":
+        said["share_total"] = _numbers(graph, shares_total(graph))
+    return [
+        dict(zip(said, row, strict=True)) for row in zip(*said.values(), strict=True)
+    ]
+
+
+def _numbers(graph: Graph, total_R: np.ndarray) -> list[float | None]:
     return [
         float(f"{total:.7g}") if done and math.isfinite(total) else None
         for total, done in zip(

@@ -232,13 +232,27 @@ def test_targets_of_other_kinds_are_not_called_outputs(open_page) -> None:
     assert "→" in tab.text_content("#h1")
 
 
-def test_shares_of_a_nodes_inputs_sum_to_one(open_page, doc):
-    tab = open_page(page(doc))
-    sums = tab.evaluate(
-        "(({model}) => model.nodes.map(n => [...model.insOf(n)]).filter(l => l.length)"
-        ".map(l => l.reduce((s, e) => s + model.share[e], 0)))(window.__jaxclt.app)"
-    )
-    assert sums == pytest.approx([1.0] * len(sums), rel=1e-5)
+def totals_of(doc: dict) -> dict[str, float]:
+    """What shares are of: all that a node reads, or in foreign files what is shown."""
+    shown = {n["node_id"]: 0.0 for n in doc["nodes"]}
+    for link in doc["links"]:
+        shown[link["target"]] += abs(link["weight"])
+    known = {n["node_id"]: n.get("abs_input") or 0.0 for n in doc["nodes"]}
+    return {i: max(known[i], shown[i]) for i in shown}
+
+
+def test_shares_are_of_all_that_a_node_reads(open_page, doc):
+    for made in (doc, foreign(doc)):
+        tab = open_page(page(made))
+        found = tab.evaluate(
+            "(m => [...m.share].map((s, e) => [m.from(e).id, m.to(e).id, s]))"
+            "(__jaxclt.app.model)"
+        )
+        total = totals_of(made)
+        weight = {(x["source"], x["target"]): x["weight"] for x in made["links"]}
+        for source, target, share in found:
+            want = abs(weight[source, target]) / total[target]
+            assert share == pytest.approx(want, rel=1e-5)
 
 
 def test_keyboard_reaches_every_view(open_page, doc):
@@ -394,20 +408,20 @@ def sides_of(doc: dict) -> dict[str, int]:
 
 def merged(doc: dict, groups: list[list[str]]) -> dict[tuple[int, int], float]:
     """Links of supernodes as the paper defines them, written out slowly."""
-    size, side = {n["node_id"]: 0.0 for n in doc["nodes"]}, sides_of(doc)
-    for link in doc["links"]:
-        size[link["target"]] += abs(link["weight"])
+    size, side = totals_of(doc), sides_of(doc)
+    fed = {link["target"] for link in doc["links"]}
     found = {}
     for t, members in enumerate(groups):
         outside = {
-            n: sum(
+            n: 1
+            - sum(
                 abs(link["weight"])
                 for link in doc["links"]
-                if link["target"] == n and link["source"] not in members
+                if link["target"] == n and link["source"] in members
             )
             / size[n]
             for n in members
-            if size[n] > 0
+            if n in fed
         }
         for s, sources in enumerate(groups):
             total = sum(
@@ -496,13 +510,14 @@ def test_the_address_holds_the_view(open_page, doc):
     assert state["label"] == "ünïcode # label"
 
 
-@pytest.mark.parametrize("kind", ["json", "svg", "png"])
+@pytest.mark.parametrize("kind", ["json", "graph.svg", "graph.png"])
 def test_export(open_page, hostile, kind):
     tab = open_page(page(hostile, REPORT))
     tab.evaluate("__jaxclt.app.togglePin(__jaxclt.nodes[0])")
     with tab.expect_download() as download:
         tab.select_option("#export", kind)
     name, data = download.value.suggested_filename, Path(download.value.path())
+    kind = kind.rpartition(".")[2]
     assert name == f"hostile.{kind}"
     if kind == "json":
         made = json.loads(data.read_text(encoding="utf-8"))

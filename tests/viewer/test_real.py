@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 import pytest
 from test_foreign_files import KINDS, links_of
 from test_layout import MEASURE
-from test_page import FEATURE, ids_of, merged, open_file
+from test_page import FEATURE, ids_of, merged, open_file, totals_of
 from test_serve import TOKEN
 from test_serve_patch import serving
 
@@ -141,7 +141,7 @@ def test_node(open_page, html, doc):
     assert f"Inputs ({len(inputs)})" in tab.text_content("#side")
     rows = tab.locator("ul[aria-label=Inputs] li > button")
     first = max(inputs, key=lambda link: abs(link["weight"]))
-    total = sum(abs(link["weight"]) for link in inputs)
+    total = totals_of(doc)[node["node_id"]]
     share = f"{100 * abs(first['weight']) / total:.0f} %"
     text = rows.first.text_content()
     assert share in text or abs(first["weight"]) / total < 0.1

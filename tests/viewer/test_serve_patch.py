@@ -142,6 +142,23 @@ def test_a_graph_of_another_model_is_refused(traced: Path, tmp_path: Path):
         other.patch(folder, {"nodes": features(folder)[:1]})
 
 
+def test_model_and_dictionary_are_those_that_the_report_names(
+    traced: Path, tmp_path: Path
+):
+    folder = Path(shutil.copytree(traced, tmp_path / "cat"))
+    change = {"nodes": features(folder)[:1]}
+    record = Patcher().patch(folder, change)
+    named = Patcher(str(MODEL), str(DICTIONARY)).patch(folder, change)
+    assert record is not None
+    assert named is not None
+    assert record["kl"] == pytest.approx(named["kl"], rel=1e-5)
+    report = json.loads((folder / "report.json").read_text())
+    gone = {**report, "model": str(tmp_path / "nothing")}
+    (folder / "report.json").write_text(json.dumps(gone))
+    with pytest.raises(InputError, match="no model"):
+        Patcher().patch(folder, change)
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

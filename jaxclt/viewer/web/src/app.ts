@@ -64,6 +64,7 @@ export class App {
     this.notes = doc.notes;
     this.model = new Model(doc);
     this.reset(doc);
+    if (payload.serve?.compare && this.other) this.view = "compare";
   }
 
   listen(listener: (changed: ReadonlySet<Part>) => void): void { this.listeners.push(listener); }

@@ -1,59 +1,33 @@
-// Two graphs side by side: which nodes they share, which only one of them has.
+// Two graphs side by side: which nodes they share, which only one of them has, what differs.
 
 import type { App } from "./app";
-import { asText } from "./document";
-import { $, button, clip, count, el, plural, short, visible } from "./dom";
-import type { GraphNode, Model } from "./model";
+import { type Comparison, type Differs, compareModels, linkDifferences, nodeDifferences } from "./differ";
+import { $, button, clip, count, el, percent, plural, short, visible } from "./dom";
+import type { GraphNode, Model, Reading } from "./model";
 import { Picture } from "./picture";
 
 const ROWS = 200;
+const LISTS = ["differ", "links", "shared", "lost", "gained"] as const;
+const NODE_HEADS = ["Share left", "right", "Right − left", "Activation left", "right"], LINK_HEADS = ["Weight left", "right", "Right − left"];
 
-export interface Match { here: GraphNode; there: GraphNode }
-export interface Comparison { shared: Match[]; lost: GraphNode[]; gained: GraphNode[]; sameDictionary: boolean }
+type Listed = (typeof LISTS)[number];
 
-/** Nodes that stand for the same in both: features by layer, number and position (in
- * prompts of different length counted from the start, then from the end); features of
- * different dictionaries never. */
-export function compareModels(here: Model, there: Model): Comparison {
-  const dictionary = (m: Model) => asText(m.doc.jaxclt.dictionary ?? JSON.stringify(m.doc.metadata.transcoder_list ?? "")) + m.doc.metadata.scan;
-  const sameDictionary = dictionary(here) === dictionary(there);
-  const moved = positions(here.tokens, there.tokens), keyed = new Map<string, GraphNode>();
-  const key = (n: GraphNode, pos: number) =>
-    n.kind === "embedding" ? `E ${pos}` : n.kind === "logit" ? `out ${n.token}` : n.kind === "error" ? `error ${n.layer} ${pos}` : `${n.key} ${pos}`;
-  for (const n of there.nodes) keyed.set(key(n, n.pos), n);
-  const shared: Match[] = [], lost: GraphNode[] = [], met = new Set<GraphNode>();
-  for (const n of here.nodes) {
-    const pos = moved[n.pos] ?? -1, other = keyed.get(key(n, pos));
-    const same = other && (n.kind !== "embedding" || here.tokens[n.pos] === there.tokens[pos]) && (n.kind !== "feature" || sameDictionary);
-    if (same) { shared.push({ here: n, there: other }); met.add(other); } else lost.push(n);
-  }
-  return { shared, lost, gained: there.nodes.filter((n) => !met.has(n)), sameDictionary };
-}
-
-/** Where a position of one prompt is in the other, -1 where nowhere. */
-function positions(a: string[], b: string[]): number[] {
-  if (a.length === b.length) return a.map((_, i) => i);
-  let start = 0, end = 0;
-  const short = Math.min(a.length, b.length);
-  while (start < short && a[start] === b[start]) start += 1;
-  while (end < short - start && a[a.length - 1 - end] === b[b.length - 1 - end]) end += 1;
-  return a.map((_, i) => (i < start ? i : i >= a.length - end ? i - a.length + b.length : -1));
-}
+interface Sorted { reading: Reading; nodes: Differs<GraphNode>[]; links: Differs<number>[] }
 
 export class Compare {
-  private readonly pictures: Picture[];
+  private readonly pictures: [Picture, Picture];
   private found: Comparison | null = null;
+  private sorted: Sorted | null = null;
+  private twins = new Map<GraphNode, GraphNode>(); // both ways
   private only = new Set<GraphNode>(); // in one of the graphs
-  private list: "shared" | "lost" | "gained" = "shared";
+  private right: GraphNode | null = null; // chosen on the right, where the left has none
+  private list: Listed = "differ";
 
   constructor(private readonly app: App) {
     const mark = (n: GraphNode) => (this.only.has(n) ? getComputedStyle(document.documentElement).getPropertyValue("--gained").trim() : null);
     this.pictures = [
-      new Picture(app, $("here"), { model: () => app.model, mark, says: false, choose: (n) => app.select(n) }),
-      new Picture(app, $("there"), {
-        model: () => app.other ?? app.model, mark, says: false,
-        choose: (n) => app.select(this.found?.shared.find((m) => m.there === n)?.here ?? null),
-      }),
+      new Picture(app, $("here"), { model: () => app.model, mark, says: false, choose: (n) => this.choose(n, null) }),
+      new Picture(app, $("there"), { model: () => app.other ?? app.model, mark, says: false, choose: (n) => this.choose(null, n), chosen: () => this.chosenThere() }),
     ];
   }
 
@@ -62,42 +36,122 @@ export class Compare {
     const { model, other } = this.app;
     this.found = other ? compareModels(model, other) : null;
     this.only = new Set([...(this.found?.lost ?? []), ...(this.found?.gained ?? [])]);
+    this.twins = new Map(this.found?.shared.flatMap((m) => [[m.here, m.there], [m.there, m.here]] as const));
+    this.sorted = this.right = null;
   }
 
   show(): void {
-    const { app, found } = this;
+    const { app } = this;
     $("compared").hidden = !app.other;
     $("nocompare").hidden = app.other !== null;
-    if (!app.other || !found) return;
+    if (!app.other || !this.found) return;
     $("heretitle").textContent = visible(app.model.doc.metadata.prompt);
     $("theretitle").textContent = visible(app.other.doc.metadata.prompt);
     for (const picture of this.pictures) picture.resize();
-    const say = { shared: `Shared (${count(found.shared.length)})`, lost: `Only left (${count(found.lost.length)})`, gained: `Only right (${count(found.gained.length)})` };
-    $("comparetabs").replaceChildren(...(["shared", "lost", "gained"] as const).map((name) => {
-      const made = button(say[name], "", () => { this.list = name; this.show(); });
-      made.setAttribute("aria-pressed", String(this.list === name));
-      return made;
-    }));
-    $("comparenote").textContent = found.sameDictionary ? "" : "The dictionaries differ, so no feature is the same in both.";
-    this.rows(app.other, found);
+    this.lists(app.other, this.found);
   }
 
-  again(): void { if (this.app.other) for (const picture of this.pictures) picture.again(); }
+  again(): void {
+    const { other } = this.app;
+    if (!other || !this.found) return;
+    for (const picture of this.pictures) picture.again();
+    if (this.sorted?.reading !== this.app.model.reading) this.lists(other, this.found);
+  }
+
+  /** For tests: what is listed, and what is chosen on the right alone. */
+  get said(): Sorted & { right: GraphNode | null } | null {
+    return this.app.other && this.found && { ...this.sort(this.app.other, this.found), right: this.right };
+  }
+
   redraw(): void { if (this.app.other) for (const picture of this.pictures) picture.draw(); }
   restyle(): void { for (const picture of this.pictures) picture.restyle(); }
 
-  private rows(other: Model, found: Comparison): void {
-    const { app } = this, rank = (n: GraphNode | null) => (n?.rank == null ? "" : count(n.rank)), act = (n: GraphNode | null) => (n?.activation == null ? "" : short(n.activation));
-    const pairs: [GraphNode | null, GraphNode | null][] = this.list === "shared" ? found.shared.map((m) => [m.here, m.there])
-      : this.list === "lost" ? found.lost.map((n) => [n, null]) : found.gained.map((n) => [null, n]);
-    pairs.sort((a, b) => best(a) - best(b));
-    $("comparerows").replaceChildren(...pairs.slice(0, ROWS).map(([here, there]) => {
-      const model = here ? app.model : other, n = (here ?? there) as GraphNode, text = clip(model.label(n), 100);
-      return el("tr", "", el("td", "", here ? button(text, "", () => app.select(here)) : text), el("td", "", model.brief(n)),
-        ...[rank(here), rank(there), act(here), act(there)].map((t) => el("td", "num", t)));
+  /** The node that is chosen in the other graph: what stands for it, or its own. */
+  private chosenThere(): GraphNode | null {
+    const { selected } = this.app;
+    return selected ? this.twins.get(selected) ?? null : this.right;
+  }
+
+  /** Go to a node, in both pictures where both have it. */
+  private choose(here: GraphNode | null, there: GraphNode | null): void {
+    const left = here ?? (there && this.twins.get(there)) ?? null;
+    this.right = left ? null : there;
+    this.app.select(left);
+    const [one, two] = this.pictures, twin = this.chosenThere();
+    if (left) one.reveal(left);
+    if (twin) two.reveal(twin);
+  }
+
+  private sort(other: Model, found: Comparison): Sorted {
+    const { model } = this.app;
+    if (this.sorted?.reading !== model.reading) {
+      this.sorted = { reading: model.reading, nodes: nodeDifferences(found), links: linkDifferences(model, other, found) };
+    }
+    return this.sorted as Sorted;
+  }
+
+  private lists(other: Model, found: Comparison): void {
+    const { nodes, links } = this.sort(other, found), { model } = this.app;
+    const differ = nodes.filter((d) => d.by !== 0 || !d.here || !d.there);
+    const say: Record<Listed, string> = {
+      differ: `Nodes that differ (${count(differ.length)})`, links: `Links that differ (${count(links.length)})`,
+      shared: `Shared (${count(found.shared.length)})`, lost: `Only left (${count(found.lost.length)})`, gained: `Only right (${count(found.gained.length)})`,
+    };
+    $("comparetabs").replaceChildren(...LISTS.map((name) => {
+      const made = button(say[name], "", () => { this.list = name; this.lists(other, found); });
+      made.setAttribute("aria-pressed", String(this.list === name));
+      return made;
     }));
-    $("comparemore").textContent = pairs.length > ROWS ? `The ${count(ROWS)} most influential of ${plural(pairs.length, "node")}.` : "";
+    const scales = model.byChange === other.byChange ? "" : "One is ranked by change from another prompt, the other by influence.";
+    $("comparenote").textContent = [found.sameDictionary ? "" : "The dictionaries differ, so no feature is the same in both.", scales].filter(Boolean).join(" ");
+    if (this.list === "links") this.linkRows(other, links);
+    else this.nodeRows(other, nodes.filter((d) => (this.list === "differ" ? d.by !== 0 || !d.here || !d.there : this.list === "shared" ? d.here && d.there : this.list === "lost" ? !d.there : !d.here)));
+  }
+
+  private nodeRows(other: Model, list: Differs<GraphNode>[]): void {
+    const { app } = this, act = (n: GraphNode | null) => (n?.activation == null ? "" : short(n.activation));
+    const share = (x: number | null) => (x === null ? "" : percent(x));
+    this.rows(["Node", "Where"], NODE_HEADS, list.slice(0, ROWS).map((d) => {
+      const model = d.here ? app.model : other, n = (d.here ?? d.there) as GraphNode;
+      return { d, cells: [this.goes(n, d.here, d.there, model), model.brief(n)], numbers: [share(d.left), share(d.right), (d.by < 0 ? "−" : "+") + percent(Math.abs(d.by)), act(d.here), act(d.there)] };
+    }));
+    this.more(list.length, "node", "influence shares");
+  }
+
+  private linkRows(other: Model, list: Differs<number>[]): void {
+    const { app } = this, weight = (x: number | null) => (x === null ? "" : short(x));
+    this.rows(["From", "To"], LINK_HEADS, list.slice(0, ROWS).map((d) => {
+      const model = d.here === null ? other : app.model, e = (d.here ?? d.there) as number;
+      const end = (n: GraphNode) => this.goes(n, d.here === null ? null : n, d.here === null ? n : null, model);
+      return { d, cells: [end(model.from(e)), end(model.to(e))], numbers: [weight(d.left), weight(d.right), (d.by < 0 ? "" : "+") + short(d.by)] };
+    }));
+    this.more(list.length, "link", "weights");
+  }
+
+  private rows(heads: string[], numbers: string[], rows: { d: Differs<unknown>; cells: (HTMLElement | string)[]; numbers: string[] }[]): void {
+    const head = (text: string, name: string) => Object.assign(el("th", name, text), { scope: "col" });
+    $("compareheads").replaceChildren(...heads.map((t) => head(t, "")), ...numbers.map((t) => head(t, "num")), head("In", ""));
+    $("comparerows").replaceChildren(...rows.map(({ d, cells, numbers: values }) => el("tr", "",
+      ...cells.map((c) => el("td", "", c)), ...values.map((t) => el("td", "num", t)), this.standing(d))));
+  }
+
+  /** Which of the graphs has it. */
+  private standing({ here, there }: Differs<unknown>): HTMLElement {
+    if (here !== null && there !== null) return el("td", "", "both");
+    return el("td", "", el("i", "dot one"), here === null ? " only right" : " only left");
+  }
+
+  /** A node's name that goes to it. */
+  private goes(n: GraphNode, here: GraphNode | null, there: GraphNode | null, model: Model): HTMLElement {
+    const made = button(clip(model.label(n), 100), "", () => this.choose(here, there));
+    made.title = model.where(n);
+    return made;
+  }
+
+  private more(n: number, what: string, numbers: string): void {
+    if (!n) { $("comparemore").textContent = `No ${what} here.`; return; }
+    const most = n > ROWS ? `The ${count(ROWS)} of ${plural(n, what)} whose ${numbers} differ most. ` : "";
+    const zero = what === "link" ? "A link that a graph does not show counts as 0 there." : "A node that a graph does not show counts as 0 there; of outputs the share is the probability.";
+    $("comparemore").textContent = most + zero;
   }
 }
-
-const best = (pair: [GraphNode | null, GraphNode | null]): number => Math.min(...pair.map((n) => n?.rank ?? Infinity));

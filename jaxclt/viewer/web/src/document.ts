@@ -55,6 +55,7 @@ export interface Serve {
   path: string; // of this graph
   version: string; // of its file
   patch: boolean; // whether the server can run the model
+  compare?: boolean; // open beside the other graph
 }
 
 export const asObject = (x: unknown): Json =>

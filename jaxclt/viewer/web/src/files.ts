@@ -4,8 +4,10 @@ import type { App } from "./app";
 import { asObject, asText, readDocument, readSupernodes, readView } from "./document";
 import { $, el, inPath, plural, visible } from "./dom";
 import { type Features, isFeatureFile } from "./features";
+import { asSvg, rasterised, stacked } from "./figure";
 import type { Picture } from "./picture";
 import { toDocument } from "./state";
+import type { Subgraph } from "./subgraph";
 
 /** A line the reader sees and hears. */
 export function tell(text: string, bad = false): void {
@@ -62,13 +64,21 @@ function download(name: string, data: Blob): void {
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
-export function exportAs(app: App, picture: Picture, kind: string): void {
-  const { slug, prompt } = app.model.doc.metadata, name = `${slug.replace(/[^a-zA-Z0-9_.-]+/g, "-") || "graph"}.${kind}`;
+/** What the menu says: json, or graph, subgraph or both as svg or png. */
+export async function exportAs(app: App, picture: Picture, subgraph: Subgraph, kind: string): Promise<void> {
+  const { slug, prompt } = app.model.doc.metadata, name = slug.replace(/[^a-zA-Z0-9_.-]+/g, "-") || "graph";
   if (kind === "json") {
-    download(name, new Blob([JSON.stringify(toDocument(app))], { type: "application/json" }));
+    download(`${name}.json`, new Blob([JSON.stringify(toDocument(app))], { type: "application/json" }));
     if (app.allLinks > app.model.source.length) tell("The file holds the links of this page; graph.npz has them all.");
-  } else if (kind === "svg") download(name, new Blob([picture.svg(prompt)], { type: "image/svg+xml" }));
-  else picture.png((blob) => { if (blob) download(name, blob); });
+    return;
+  }
+  const [what, type] = kind.split("."), cards = what === "graph" ? null : subgraph.drawing();
+  if (what !== "graph" && !cards) { tell("The subgraph is empty: pin nodes (p), or press Suggest", true); return; }
+  if (what !== "subgraph" && app.view !== "graph") app.showView("graph"); // a picture needs its room
+  const drawings = [...(what === "subgraph" ? [] : [picture.drawing()]), ...(cards ? [cards] : [])];
+  const whole = stacked(drawings), text = asSvg(whole, prompt), file = what === "graph" ? name : `${name}-${what}`;
+  if (type === "svg") download(`${file}.svg`, new Blob([text], { type: "image/svg+xml" }));
+  else try { download(`${file}.png`, await rasterised(text, whole)); } catch { tell("The picture is too large for a PNG: take the SVG", true); }
 }
 
 /** Fill the list of the server's other graphs, once it is wanted. */

@@ -6,6 +6,7 @@ import { asObject, asText, type Payload } from "./document";
 import { $, count, el, percent, plural, visible } from "./dom";
 import { Divider } from "./divider";
 import { Features } from "./features";
+import { asSvg } from "./figure";
 import { exportAs, fetchOther, listOthers, openFiles, tell } from "./files";
 import type { GraphNode } from "./model";
 import { showSide } from "./panel";
@@ -168,7 +169,7 @@ document.addEventListener("drop", (e) => {
 });
 $<HTMLSelectElement>("export").addEventListener("change", (e) => {
   const select = e.target as HTMLSelectElement;
-  exportAs(app, picture, select.value);
+  void exportAs(app, picture, subgraph, select.value);
   select.value = "";
 });
 if (saver) {
@@ -223,7 +224,8 @@ if (app.notes.length) tell(app.notes.join("; "));
   where: (id: string) => { const n = app.model.byId.get(id); return n ? picture.where(n) : null; },
   document: () => toDocument(app),
   rails: () => picture.rails(),
-  svg: () => picture.svg(app.model.doc.metadata.prompt),
+  svg: () => asSvg(picture.drawing(), app.model.doc.metadata.prompt),
+  compared: () => compare.said,
   cards: () => app.cards(),
   cardLinks: () => mergeLinks(app.model, app.cards()),
 };

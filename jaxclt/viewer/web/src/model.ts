@@ -32,15 +32,18 @@ export interface GraphNode {
   own: number; // this node's part of it
   change: number | null; // from the counterfactual prompt
   influences: Record<Reading, number | null>;
+  shares: Record<Reading, number | null>; // its own, where the file says it
   derivative: number | null; // of the model itself
   hidden: number | null; // what of it the graph does not show
   activation: number | null;
   absInput: number | null;
+  totals: Record<Reading, number | null>; // what its shares are of, if the file says it
   prob: number;
   token: string; // of an output
   target: Target | null;
   rank: number | null;
   read: number; // sum of the shown inputs without sign
+  total: number; // and of all, where that is known: what its shares are of
   linked: boolean; // the present reading draws it
 }
 
@@ -70,7 +73,7 @@ export class Model {
   // By the present reading, see `read`:
   reading!: Reading;
   weight!: Float64Array;
-  share!: Float32Array; // of the target's shown inputs
+  share!: Float32Array; // of all that the target reads
   flow!: Float32Array; // share times what arrives at the target
   ranked!: GraphNode[]; // most influential first
   ins!: Adjacency;
@@ -81,6 +84,8 @@ export class Model {
     this.doc = doc;
     this.tokens = doc.metadata.prompt_tokens;
     this.nodes = doc.nodes.map((raw, index) => readNode(raw, index, this.tokens));
+    // By the paper's convention shares are of all that a node reads.
+    if (doc.jaxclt.convention === "paper") for (const n of this.nodes) n.totals.value ??= n.absInput;
     this.story = readStory(doc.jaxclt, this.tokens.length);
     this.byChange = Boolean(doc.jaxclt.changes) && this.nodes.some((n) => n.change !== null);
     this.byId = new Map(this.nodes.map((n) => [n.id, n]));
@@ -110,7 +115,8 @@ export class Model {
     this.share = new Float32Array(E);
     const { source, target, weight, share } = this, read = new Float64Array(this.nodes.length);
     for (let e = 0; e < E; e++) read[target[e] as number] = (read[target[e] as number] as number) + Math.abs(weight[e] as number);
-    for (let e = 0; e < E; e++) share[e] = Math.abs(weight[e] as number) / ((read[target[e] as number] as number) || 1);
+    for (const n of this.nodes) n.total = Math.max(read[n.index] as number, n.totals[reading] ?? 0);
+    for (let e = 0; e < E; e++) share[e] = Math.abs(weight[e] as number) / (this.to(e).total || 1);
     this.ins = new Adjacency(target, this.nodes.length, share, other);
     this.outs = new Adjacency(source, this.nodes.length, share, other);
     for (const n of this.nodes) {
@@ -249,13 +255,15 @@ function readNode(raw: Json, index: number, tokens: string[]): GraphNode {
     source: asText(raw.label_source),
     influence: null, own: 0, change: number(raw.change),
     influences: kind === "logit" ? { value: null, response: null } : { value: number(raw.influence), response: number(raw.influence_response) },
+    shares: { value: number(raw.influence_share), response: number(raw.influence_share_response) },
     derivative: number(raw.derivative), hidden: number(raw.hidden),
     activation: number(raw.activation),
     absInput: number(raw.abs_input),
+    totals: { value: number(raw.share_total), response: number(raw.share_total_response) },
     prob: number(raw.token_prob) ?? 0,
     token: kind === "logit" ? outputToken(clerp) : "",
     target: target && { layer: number(target.layer), token: target.token === true, readout: number(target.readout) ?? 0 },
-    rank: null, read: 0, linked: true,
+    rank: null, read: 0, total: 0, linked: true,
   };
 }
 

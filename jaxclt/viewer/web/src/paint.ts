@@ -34,7 +34,13 @@ export interface Scene {
   moving: boolean;
 }
 
-export function readTheme(): Theme {
+/** In the colours of the page, or in those that are printed. */
+export function readTheme(light = false): Theme {
+  if (light) document.documentElement.classList.add("light");
+  try { return themeNow(); } finally { document.documentElement.classList.remove("light"); }
+}
+
+function themeNow(): Theme {
   const css = getComputedStyle(document.documentElement), get = (name: string) => css.getPropertyValue(`--${name}`).trim();
   return {
     panel: get("panel"), band: get("band"), line: get("line"), ink: get("ink"), muted: get("muted"), node: get("node"),

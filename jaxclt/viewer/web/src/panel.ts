@@ -52,7 +52,7 @@ function overview(app: App): HTMLElement[] {
     el("h3", "", "How to read the graph"),
     el("p", "note", "Each column is a token of the prompt, each row a layer. Circles are features the model switched on there; larger ones matter more for the output. Lines are direct effects, those among what is shown that carry most of the output. “·” stands for a space."),
     el("p", "note", "The thin line beside each token is what the features leave unexplained there (errors), with its share of all that the output rests on. Press it, or Errors above, to see each. The slider shows more features, or fewer."),
-    el("p", "note", `A share says how much of a node's shown inputs one link makes up, counted without sign. ${model.reading === "value"
+    el("p", "note", `A share, here as in the command's tables, says how much one link makes up of all that its target reads, counted without sign, shown or not; along a path shares multiply. ${model.reading === "value"
       ? "The weight is the effect itself: with constant terms and what was pruned, a feature's weights add up to its pre-activation, an output's to its logit."
       : "The response is what a small change of the source does, attention and norms live and other features held; responses need not add up. Dotted links act mostly through what heads attend to."} ↑ acts at the same token, ↗ on a later one.`),
     el("p", "note", "+ strengthens a feature, − weakens it, on whichever side of zero its activation is; of an output, + raises the logit. So the signs along a path multiply."),
@@ -111,7 +111,7 @@ function nodePanel(app: App, features: Features, n: GraphNode): HTMLElement[] {
 }
 
 function linkList(app: App, title: string, links: Int32Array, incoming: boolean): HTMLElement[] {
-  const { model } = app, hint = `share of ${incoming ? "inputs" : "target's inputs"} · ${model.reading === "value" ? "weight" : "response"}`;
+  const { model } = app, hint = `share of ${incoming ? "all it reads" : "all the target reads"} · ${model.reading === "value" ? "weight" : "response"}`;
   const head = el("h3", "", `${title} (${count(links.length)})`, el("small", "", links.length ? hint : ""));
   if (!links.length) return [head, el("p", "note", incoming ? "Nothing shown feeds this node." : "This node feeds nothing shown.")];
   const list = el("ul", "links"), most = (model.share[links[0] as number] as number) || 1;
@@ -200,7 +200,7 @@ function pathRow(app: App, path: Path): HTMLElement {
     el("span", "", names.map((m) => clip(m.kind === "feature" ? `L${m.layer} ${model.label(m)}` : m.kind === "error" ? `L${m.layer} error` : model.tag(m), 36)).join(" → ")),
     el("span", "right", percent(path.share)),
   );
-  row.title = "Product of the links' shares. Press to show it in the graph and to pin its nodes with Pin path.";
+  row.title = "Product of the links' shares, as `jaxclt explain` and the trace print it. Press to show it in the graph and to pin its nodes with Pin path.";
   row.setAttribute("aria-pressed", "false");
   row.addEventListener("click", () => {
     const on = row.getAttribute("aria-pressed") !== "true";
@@ -238,7 +238,7 @@ function groupPanel(app: App, group: Supernode): HTMLElement[] {
   const links = mergeLinks(model, cards);
   for (const [name, incoming] of [["Inputs", true], ["Outputs", false]] as const) {
     const mine = links.filter((l) => (incoming ? l.target : l.source) === own);
-    parts.push(el("h3", "", `${name} in the subgraph (${count(mine.length)})`, el("small", "", incoming ? "share of inputs" : "share of target's inputs")));
+    parts.push(el("h3", "", `${name} in the subgraph (${count(mine.length)})`, el("small", "", incoming ? "share of all it reads" : "share of all the target reads")));
     const list = el("ul", "links");
     list.setAttribute("aria-label", `${name} in the subgraph`);
     const most = Math.max(...mine.map((l) => Math.abs(l.share)), 1e-9);

@@ -101,7 +101,7 @@ export class Patches {
     const copy = button("Copy", "plain", () => { void this.copy(command); });
     copy.setAttribute("aria-label", "Copy the command");
     const why = this.app.serve
-      ? "The server was started without a model (--model M --dictionary D). Run this in its folder, then load the page again:"
+      ? "The server was started with --no-patch. Run this in its folder, then load the page again:"
       : "This page cannot run the model. Run this, then open the page again:";
     return [el("p", "note", why), el("div", "run", command, copy)];
   }

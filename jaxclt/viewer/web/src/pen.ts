@@ -5,10 +5,10 @@ export type Pen = Pick<CanvasRenderingContext2D,
   | "fillRect" | "fillText" | "setLineDash" | "save" | "restore" | "translate" | "rotate" | "clip" | "measureText"
   | "strokeStyle" | "fillStyle" | "lineWidth" | "globalAlpha" | "font" | "textAlign" | "textBaseline">;
 
-const fixed = (x: number): string => String(Math.round(x * 100) / 100);
-const escape = (text: string): string =>
+export const fixed = (x: number): string => String(Math.round(x * 100) / 100);
+export const escape = (text: string): string =>
   // eslint-disable-next-line no-control-regex -- XML has no word for the other control characters
-  text.replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffe\uffff]/g, "�")
+  text.replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffe\uffff]|\p{Surrogate}/gu, "�")
     .replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c] ?? c);
 
 export class SvgPen implements Pen {
@@ -26,7 +26,8 @@ export class SvgPen implements Pen {
   private saved: number[] = [];
   private clips = 0;
 
-  constructor(private readonly width: number, private readonly height: number, private readonly ruler: CanvasRenderingContext2D) {}
+  private readonly ruler = document.createElement("canvas").getContext("2d") as CanvasRenderingContext2D;
+
 
   beginPath(): void { this.path = ""; }
   moveTo(x: number, y: number): void { this.path += `M${fixed(x)} ${fixed(y)}`; }
@@ -69,7 +70,7 @@ export class SvgPen implements Pen {
     this.group(`clip-path="url(#${id})"`);
   }
 
-  text(title: string): string {
-    return `<svg xmlns="http://www.w3.org/2000/svg" width="${this.width}" height="${this.height}" viewBox="0 0 ${this.width} ${this.height}" font-family="system-ui, sans-serif" role="img"><title>${escape(title)}</title>${this.parts.join("\n")}</svg>\n`;
-  }
+  /** What no canvas has a word for. */
+  add(markup: string): void { this.parts.push(markup); }
+  get body(): string { return this.parts.join("\n"); }
 }

@@ -2,6 +2,7 @@
 
 import type { App } from "./app";
 import { $, plural } from "./dom";
+import type { Drawing } from "./figure";
 import { columnAt } from "./frame";
 import { GUTTER, type Layout, layOut } from "./layout";
 import type { GraphNode, Model } from "./model";
@@ -34,6 +35,7 @@ export class Picture {
 
   constructor(private readonly app: App, host: HTMLElement, private readonly own: {
     model: () => Model; mark: (n: GraphNode) => string | null; says: boolean; choose: (n: GraphNode | null) => void;
+    chosen?: () => GraphNode | null; // in a second graph
   }) {
     this.box = host;
     this.back = host.querySelector(".back") as HTMLCanvasElement;
@@ -44,11 +46,11 @@ export class Picture {
 
   // ---- state to pixels ----------------------------------------------------------------
   scene(): Scene {
-    const { app } = this, model = this.own.model(), here = model === app.model, attending = app.attending();
+    const { app } = this, model = this.own.model(), here = model === app.model, chosen = this.own.chosen?.() ?? null, attending = app.attending();
     return {
       model, layout: this.layout as Layout, camera: this.camera, width: this.width, height: this.height, theme: this.theme,
-      shows: here ? app.shows : (n) => app.stands(n, model), folded: here ? app.folded : (n) => app.folds(n, model),
-      selected: here ? app.selected : null, pinned: here ? app.isPinned : () => false,
+      shows: here ? app.shows : (n) => n === chosen || app.stands(n, model),
+      folded: here ? app.folded : (n) => n !== chosen && app.folds(n, model), selected: here ? app.selected : chosen, pinned: here ? app.isPinned : () => false,
       matches: (n) => here && (app.matches(n) || attending.has(n.id)), mark: this.own.mark,
       path: here ? app.path : [], moving: this.moving,
     };
@@ -246,7 +248,7 @@ export class Picture {
       const { x, y } = local(e), n = this.at(x, y), fold = n ? null : this.foldAt(x, y);
       if (fold !== null) this.unfold(fold);
       else if (n && (e.ctrlKey || e.metaKey || e.shiftKey) && this.own.says) this.app.togglePin(n);
-      else this.choose(n === this.app.selected ? null : n);
+      else this.choose(n === this.scene().selected ? null : n);
     });
     box.addEventListener("dblclick", (e) => { const { x, y } = local(e); if (!this.at(x, y)) this.zoom(2, x, y); });
     box.addEventListener("focus", () => this.drawOver());
@@ -321,26 +323,14 @@ export class Picture {
   /** The share of the errors of each column. */
   rails(): number[] { return this.layout?.columns.map((c) => c.rail?.share ?? 0) ?? []; }
 
-  // ---- export -------------------------------------------------------------------------
-  svg(title: string): string {
-    const ruler = document.createElement("canvas").getContext("2d") as CanvasRenderingContext2D;
-    const pen = new SvgPen(this.width, this.height, ruler), scene = this.scene();
-    pen.fillStyle = this.theme.panel;
+  /** What the window shows, as it is printed. */
+  drawing(): Drawing {
+    if (!this.layout || this.stale) this.resize();
+    const theme = readTheme(true), pen = new SvgPen();
+    pen.fillStyle = theme.panel;
     pen.fillRect(0, 0, this.width, this.height);
-    paint(pen, scene);
-    return pen.text(title);
-  }
-
-  png(done: (blob: Blob | null) => void): void {
-    const canvas = document.createElement("canvas"), scale = 2;
-    canvas.width = this.width * scale;
-    canvas.height = this.height * scale;
-    const pen = canvas.getContext("2d") as CanvasRenderingContext2D;
-    pen.scale(scale, scale);
-    pen.fillStyle = this.theme.panel;
-    pen.fillRect(0, 0, this.width, this.height);
-    paint(pen, this.scene());
-    canvas.toBlob(done, "image/png");
+    paint(pen, { ...this.scene(), theme, moving: false });
+    return { width: this.width, height: this.height, body: pen.body };
   }
 }
 

@@ -2,14 +2,15 @@
 
 import type { GraphNode, Reading } from "./model";
 
-/** Set each node's part and the sum of the parts of it and all above it. A file says the
- * sums; the part of a node after one that the file left out is at most that of the node
- * before. */
+/** Set each node's part and the sum of the parts of it and all above it. Every file says
+ * the sums, ours the parts too; elsewhere the part of a node after one that the file left
+ * out is at most that of the node before. */
 export function weighInfluence(nodes: GraphNode[], reading: Reading): void {
   for (const n of nodes) n.influence = n.influences[reading];
   let before = 0, least = 1;
   for (const n of nodes.filter((m) => m.influence !== null).sort((a, b) => (a.influence as number) - (b.influence as number))) {
-    n.own = least = Math.max(0, Math.min(least, (n.influence as number) - before));
+    least = Math.max(0, Math.min(least, (n.influence as number) - before));
+    n.own = n.shares[reading] ?? least;
     before = n.influence as number;
   }
 }

@@ -1,10 +1,13 @@
 // The reader's own circuit: pinned nodes and supernodes as cards, links merged.
 
 import type { App } from "./app";
-import { type Point, acyclic, arrange, curveOf, extent, routed, scaleTo } from "./arrange";
+import { type Point, acyclic, arrange, extent, scaleTo } from "./arrange";
 import { readSupernodes } from "./document";
 import { $, clip, count, editText, el, percent, plural, signed, svg, visible } from "./dom";
+import { type Drawing, drawCards } from "./figure";
+import { type Line, linesOf, strokeOf } from "./lines";
 import { verb } from "./model";
+import { readTheme } from "./paint";
 import { storyOf } from "./story";
 import { CARD, type Card, type CardLink, mergeLinks } from "./supernodes";
 
@@ -87,7 +90,7 @@ export class Subgraph {
     list.setAttribute("aria-label", "Links of the subgraph");
     for (const l of this.links) {
       const a = this.cards[l.source] as Card, b = this.cards[l.target] as Card;
-      list.append(el("li", "", `${clip(visible(a.label), 80)} ${verb(b.members[0], l.share)} ${clip(visible(b.label), 80)}: ${percent(Math.abs(l.share))} of its inputs`));
+      list.append(el("li", "", `${clip(visible(a.label), 80)} ${verb(b.members[0], l.share)} ${clip(visible(b.label), 80)}: ${percent(Math.abs(l.share))} of what it reads`));
     }
     this.stage.replaceChildren(lines, ...made, list);
     this.place();
@@ -101,9 +104,8 @@ export class Subgraph {
   private card(card: Card): HTMLElement {
     const { app } = this, first = card.members[0];
     const group = card.group ? app.groups.find((g) => g.ids[0] === first?.id) ?? null : null;
-    const below = card.group ? this.effects(card) : first ? app.model.brief(first) : "";
     const made = el("button", `card ${card.group ? "group" : `is-${first?.kind ?? ""}`}${this.chosen(card) ? " chosen" : ""}`,
-      el("b", "", clip(visible(card.label), 60) || "supernode"), el("small", "", clip(below, 40)));
+      el("b", "", clip(visible(card.label), 60) || "supernode"), el("small", "", clip(this.below(card), 40)));
     made.type = "button";
     made.dataset.card = card.id;
     made.title = clip(visible(card.label), 300);
@@ -126,6 +128,11 @@ export class Subgraph {
     });
     made.addEventListener("dblclick", () => { if (group) this.rename(made, group); });
     return made;
+  }
+
+  private below(card: Card): string {
+    const first = card.members[0];
+    return card.group ? this.effects(card) : first ? this.app.model.brief(first) : "";
   }
 
   /** What the story says that a group does; else its size. */
@@ -182,35 +189,34 @@ export class Subgraph {
 
   /** Cards and lines where they are now. */
   private place(): void {
-    const lines = this.stage.querySelector("svg") as SVGElement, { app } = this;
+    const lines = this.stage.querySelector("svg") as SVGElement;
     for (const card of this.stage.querySelectorAll<HTMLElement>(".card")) {
       const [x, y] = this.at.get(card.dataset.card ?? "") ?? [0, 0];
       card.style.left = `${x - WIDTH / 2}px`;
       card.style.top = `${y - HEIGHT / 2}px`;
     }
     const drawn: SVGElement[] = [];
-    const taken = [...this.at.values()].map(([x, y]) => [x, y, WIDTH / 2, HEIGHT / 2] as [number, number, number, number]); // middles and half sizes
-    const any = this.cards.some((c) => this.chosen(c)), spot = (card: Card): [number, number] => this.at.get(card.id) ?? [0, 0];
-    for (const l of this.links) {
-      const a = this.cards[l.source] as Card, b = this.cards[l.target] as Card, size = Math.abs(l.share), mine = this.chosen(a) || this.chosen(b);
-      const route = app.positions.has(a.id) || app.positions.has(b.id) ? undefined : this.routes.get(l);
-      const { d, spots } = route ? routed(route) : curveOf(spot(a), spot(b), this.sideways), sign = l.share < 0 ? "neg" : "pos";
-      const line = svg("path", {
-        d, class: sign, "stroke-width": (1 + 7 * size).toFixed(2), "marker-end": `url(#arrow-${sign})`,
-        opacity: any && !mine ? 0.3 : Math.min(1, 0.45 + size).toFixed(2),
-      });
-      drawn.unshift(line); // the strongest lies on top
-      if (any && !mine) continue;
-      const words = (l.share < 0 ? "−" : "") + percent(size), half = 3.2 * words.length;
-      const free = spots.find((at) => taken.every(([bx, by, w, h]) => Math.abs(bx - at[0]) > w + half || Math.abs(by - at[1]) > h + 7));
-      if (!free) continue; // the side panel says it too
-      taken.push([free[0], free[1], half, 7]);
-      const text = svg("text", { x: free[0], y: free[1] + 4 });
-      text.textContent = words;
+    for (const { d, share, words, faint } of this.lines((card) => this.chosen(card))) {
+      const sign = share < 0 ? "neg" : "pos";
+      drawn.unshift(svg("path", { d, class: sign, ...strokeOf(share, faint), "marker-end": `url(#arrow-${sign})` })); // the strongest lies on top
+      if (!words) continue; // the side panel says it too
+      const text = svg("text", { x: words.at[0], y: words.at[1] + 4 });
+      text.textContent = words.text;
       drawn.push(text);
     }
     drawn.push(heads());
     lines.replaceChildren(...drawn);
+  }
+
+  private lines(chosen: (card: Card) => boolean): Line[] {
+    const { cards, links, at, routes, sideways, app } = this;
+    return linesOf({ cards, links, at, routes, sideways, moved: (id) => app.positions.has(id), chosen });
+  }
+
+  /** The cards and their links, as they are printed; nothing without cards. */
+  drawing(): Drawing | null {
+    const lines = this.lines(() => false), below = (card: Card) => this.below(card);
+    return this.cards.length ? drawCards({ cards: this.cards, at: this.at, lines, below, theme: readTheme(true) }) : null;
   }
 
   private zoom(factor: number): void {
@@ -241,7 +247,7 @@ export class Subgraph {
 function heads(): SVGElement {
   const defs = svg("defs", {});
   for (const sign of ["pos", "neg"]) {
-    const head = svg("marker", { id: `arrow-${sign}`, class: `arrow ${sign}`, viewBox: "0 0 8 8", refX: 6, refY: 4, markerWidth: 9, markerHeight: 9, markerUnits: "userSpaceOnUse", orient: "auto" });
+    const head = svg("marker", { id: `arrow-${sign}`, class: `arrow ${sign}`, viewBox: "0 0 8 8", refX: 8, refY: 4, markerWidth: 9, markerHeight: 9, markerUnits: "userSpaceOnUse", orient: "auto" });
     head.append(svg("path", { d: "M0 0L8 4L0 8Z" }));
     defs.append(head);
   }

@@ -11,8 +11,8 @@ export interface Card {
 
 export interface CardLink { source: number; target: number; share: number }
 
-/** Links between cards: of every member's inputs (positive where they strengthen it,
- * divided by their sum without sign) what comes from the other card; members count by
+/** Links between cards (docs/maths.md, 13.3): of every member's inputs (positive where they
+ * strengthen it, divided by all that it reads without sign) what comes from the other card; members count by
  * the fraction of their input that comes from outside their own card. */
 export function mergeLinks(model: Model, cards: Card[]): CardLink[] {
   const cardOf = new Int32Array(model.nodes.length).fill(-1);
