@@ -90,7 +90,9 @@ def describe_hf(hf: dict[str, Any]) -> tuple[LMConfig, Layout]:
         for name, default in (family.cap_fields or {}).items()
     }
     options = _options(hf, family)
-    times = {what: number(hf, name) for name, what in family.multipliers.items()}
+    times: dict[Multiplied, float] = {
+        what: number(hf, name) for name, what in family.multipliers.items()
+    }
     scales = multiplied_leaves(times)
     query_scale = times.get("scores", family.score_scale)
     if family.query_scalar:
