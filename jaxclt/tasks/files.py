@@ -31,7 +31,8 @@ def read_tasks(path: str | os.PathLike[str]) -> list[Example]:
       InputError: for a line that is no example; names it.
     """
     path = Path(path)
-    found = [_read(row, f"{path} line {n}") for n, row in json_rows(path)]
+    rows = list(json_rows(path))  # closes the file, whatever the rows hold
+    found = [_read(row, f"{path} line {n}") for n, row in rows]
     if not found:
         raise InputError(f"{path} holds no example: write {FORM} a line")
     return found

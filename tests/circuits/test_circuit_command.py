@@ -90,6 +90,7 @@ def test_it_is_written_and_goes_on_where_it_was(
     assert said["measured"]["circuit"]["features"] == len(members)
 
 
+@pytest.mark.slow
 def test_the_circuit_of_python(directory: Path, tmp_path: Path):
     """Its numbers are those of patches, of the graph's own features."""
     model = jaxclt.load_model(GOLDEN / "model")

@@ -69,7 +69,7 @@ def member(name: str) -> Planted:
 @pytest.mark.parametrize(
     ("name", "span"),
     [
-        ("two_hop", 1),
+        pytest.param("two_hop", 1, marks=pytest.mark.slow),
         pytest.param("two_hop", 2, marks=pytest.mark.slow),
         ("induction", 1),
     ],

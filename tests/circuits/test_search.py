@@ -129,9 +129,9 @@ def test_of_a_size_nearly_always_the_best_of_all_subsets():
 
 
 def test_it_is_never_worse_than_a_ranking_of_equal_size():
-    w_1, w_2 = drawn(200, seed=5), drawn(200, 200, seed=6) / 30
-    game = Written(lambda x: float(1 + w_1 @ x + x @ w_2 @ x), 200)
-    rank = {"one": w_1, "two": w_2.sum(0), "three": drawn(200, seed=7)}
+    w_1, w_2 = drawn(80, seed=5), drawn(80, 80, seed=6) / 20
+    game = Written(lambda x: float(1 + w_1 @ x + x @ w_2 @ x), 80)
+    rank = {"one": w_1, "two": w_2.sum(0), "three": drawn(80, seed=7)}
     for goal in (Goal(share=0.9), Goal(size=20)):
         found = search(game, rank, goal)
         k = int(found.set_A.sum())
