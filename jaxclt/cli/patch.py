@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -159,7 +160,11 @@ def run_patch(flags: PatchFlags, run: Run) -> None:
     for line in dict.fromkeys(filter(None, said)):
         run.warn(line)
     plotted = [f"plot: {out['plot']}"] if "plot" in out else []
-    shown = [_targets(result), *_predicted(result), _rows(result, out)]
+    shown = [
+        _targets(result),
+        *_predicted(result),
+        _rows(result, out, _naming(opened, subject)),
+    ]
     answer(flags.json, out, *shown, *plotted)
 
 
@@ -254,7 +259,28 @@ def _predicted(result: PatchResult) -> list[Table | Text]:
     return [made, Text(RULE)]
 
 
-def _rows(result: PatchResult, out: dict[str, Any]) -> Table:
+def _naming(
+    opened: Reopened | None, subject: Subject
+) -> Callable[[dict[str, Any]], str]:
+    """What names a row's feature: its place, and its label where it has one."""
+    from jaxclt.graph.nodes import labelled
+
+    labels = subject.dictionary.labels
+
+    def named(row: dict[str, Any]) -> str:
+        place = row["layer"], row["pos"], row["feature"]
+        if opened is not None:
+            label = opened.graph.meta.label(*place)
+        else:
+            label = labels.get((row["layer"], row["feature"]), "")
+        return labelled(_place(row), label)
+
+    return named
+
+
+def _rows(
+    result: PatchResult, out: dict[str, Any], named: Callable[[dict[str, Any]], str]
+) -> Table:
     """What else a patch did, a row each."""
 
     def top(tokens: list[tuple[str, float]]) -> str:
@@ -263,7 +289,7 @@ def _rows(result: PatchResult, out: dict[str, Any]) -> Table:
     made = Table(show_header=False)
 
     def row(name: str, value: str) -> None:
-        made.add_row(name, Text(value))
+        made.add_row(Text(name), Text(value))
 
     if result.heads:
         row("seen by", ", ".join(result.heads))
@@ -274,10 +300,10 @@ def _rows(result: PatchResult, out: dict[str, Any]) -> Table:
         was, now = (_said(difference[when], ".3f") for when in ("before", "after"))
         row("logit difference", f"{was} -> {now} (first two targets)")
     for e in result.edits:
-        row(f"edit {_place(e)}", f"{e['before']:.4g} -> {e['after']:.4g}")
+        row(f"edit {named(e)}", f"{e['before']:.4g} -> {e['after']:.4g}")
     for f in result.features:
         share = f"{_said(f['share'], '.0%')} of {f['before']:.4g}"
-        row(f"feature {_place(f)}", share if f["before"] else "")
+        row(f"feature {named(f)}", share if f["before"] else "")
     if swept := out.get("sweep_end"):
         columns = swept["last_layers"], swept["kl"], swept["probability"]
         for end, kl, p in zip(*columns, strict=True):

@@ -56,13 +56,17 @@ def run_serve(flags: ServeFlags, run: Run) -> None:
     from jaxclt.serve.listen import make_server
     from jaxclt.serve.patch import Patcher
 
-    if not flags.patch and (flags.model is not None or flags.dictionary is not None):
+    if (flags.model is None) != (flags.dictionary is None):
+        raise InputError(
+            "patches need both --model and --dictionary: give both, or neither"
+        )
+    if not flags.patch and flags.model is not None:
         raise InputError("--no-patch needs no --model and no --dictionary: leave them")
     patcher = None
     if flags.patch:
         use_compilation_cache()
         patcher = Patcher(flags.model, flags.dictionary)
-        if flags.model is None or flags.dictionary is None:
+        if flags.model is None:
             # Names that files of a folder say are looked up here, never fetched.
             os.environ |= {"HF_HUB_OFFLINE": "1", "JAXCLT_FETCH": "hub"}
     server = make_server(

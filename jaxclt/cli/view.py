@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxclt.cli.common import answer, page_line
 from jaxclt.cli.flags import AsJson, Debug, TracedDirectory
@@ -80,7 +80,24 @@ def run_view(flags: ViewFlags, run: Run) -> None:
     other = flags.compare and pages.read_graph(flags.compare / "graph.json")
     html = pages.directory_page(flags.directory, doc=doc, compare=other)
     path = Page(html=html, doc=doc).save(flags.out or flags.directory / "index.html")
-    answer(flags.json, {"page": str(path)}, page_line(path))
+    groups = _grouped(doc, graph) if flags.suggest else []
+    answer(flags.json, {"page": str(path)}, *groups, page_line(path))
+
+
+def _grouped(doc: dict[str, Any], graph: Graph) -> list[str]:
+    """A line for each suggested group: its name, and its members with their labels."""
+    from jaxclt.errors import on_one_line
+    from jaxclt.graph.nodes import labelled
+
+    lines = []
+    for name, *ids in doc["jaxclt"]["suggested_supernodes"]:
+        places = [tuple(map(int, i.split("_"))) for i in ids]
+        members = [
+            labelled(f"{layer}:{pos}:{feature}", graph.meta.label(layer, pos, feature))
+            for layer, feature, pos in places
+        ]
+        lines.append(f"{on_one_line(name)}: {', '.join(members)}")
+    return lines
 
 
 def _check_there(graph: Graph, node_threshold: float | None) -> None:

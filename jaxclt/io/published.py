@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from jaxclt.io.hub import parse_hub_ref
 
-__all__ = ["Pair", "pairs", "repositories", "supplement"]
+__all__ = ["Pair", "dashboards", "pairs", "repositories", "supplement"]
 
 _CHOICE = re.compile(r"\{([^{}]*)\}")
 
@@ -31,6 +31,7 @@ class Pair:
     note: str = ""
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     whole: bool = False  # `config` is that of every folder of the repository
+    dashboards: str = ""  # address of a feature's, with {layer} and {feature}
 
 
 @functools.cache
@@ -61,6 +62,20 @@ def supplement(name: str) -> Mapping[str, Any]:
         if pair.whole or listed.folder == ref.folder:
             return pair.config
     return {}
+
+
+def dashboards(name: str) -> str:
+    """Where features of a published dictionary are shown, "" if that is not known.
+
+    Returns:
+      An https address with {layer} and {feature} in it.
+    """
+    ref = parse_hub_ref(name)
+    for pair in pairs():
+        listed = parse_hub_ref(pair.dictionary)
+        if ref and listed and (ref.repo, ref.folder) == (listed.repo, listed.folder):
+            return pair.dashboards
+    return ""
 
 
 def _spell(text: str) -> Iterator[str]:

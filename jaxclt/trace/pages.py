@@ -22,6 +22,7 @@ from jaxclt.graph.graph import Graph
 from jaxclt.graph.kinds import KINDS
 from jaxclt.graph.nodes import node_id
 from jaxclt.graph.supernodes import suggest_supernodes
+from jaxclt.io.published import dashboards
 from jaxclt.naming.words import label_of
 from jaxclt.types import Supernode
 from jaxclt.viewer.graph_json import validate
@@ -85,6 +86,7 @@ def directory_page(
         InputError: if a file is not what it should be.
     """
     doc = read_graph(directory / "graph.json") if doc is None else doc
+    doc = _with_dashboards(doc)
     if serve is None:
         doc = with_features(doc, feature_files(directory))
     own = (doc.get("jaxclt") or {}).get("scores") or {}
@@ -98,6 +100,20 @@ def directory_page(
         other=compare,
         serve=serve,
     )
+
+
+def _with_dashboards(doc: dict[str, Any]) -> dict[str, Any]:
+    """The document with the public address of its features, if that is known."""
+    own, listed = doc.get("jaxclt") or {}, doc["metadata"].get("transcoder_list")
+    match own.get("dictionary"), listed:
+        case str(name), _:
+            pass
+        case _, [str(name)]:
+            pass
+        case _:
+            return doc
+    where = dashboards(name)
+    return {**doc, "jaxclt": {**own, "dashboards": where}} if where else doc
 
 
 def write_page(directory: Path, **parts: Any) -> Path:

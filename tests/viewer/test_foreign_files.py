@@ -112,7 +112,7 @@ def test_they_are_served_and_saved(open_url, docs, tmp_path: Path):
     with serving(tmp_path, None) as port:
         origin = f"http://127.0.0.1:{port}"
         tab = open_url(f"{origin}/?token={TOKEN}", origin)
-        assert tab.locator("li a").count() == 2
+        assert tab.locator("tbody a").count() == 2
         for style in docs:
             tab.goto(f"{origin}/view/{style}.json")
             assert tab.evaluate("__jaxclt.nodes.length") == len(docs[style]["nodes"])

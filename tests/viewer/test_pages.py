@@ -11,7 +11,14 @@ from test_page import FEATURE, REPORT, VALIDATION, data_of
 
 from jaxclt.api import show
 from jaxclt.errors import InputError
-from jaxclt.trace.pages import carry_over, read_graph, traced_digest, write_page
+from jaxclt.io.published import dashboards, pairs
+from jaxclt.trace.pages import (
+    carry_over,
+    directory_page,
+    read_graph,
+    traced_digest,
+    write_page,
+)
 from jaxclt.viewer.graph_json import graph_json, validate
 
 
@@ -43,6 +50,34 @@ def test_the_page_has_scores_validation_and_features(folder: Path):
     assert found["report"]["scores"] == REPORT["scores"]
     assert found["validation"]["verdict"] == VALIDATION["verdict"]
     assert found["graph"]["jaxclt"]["features"] == {str(number): {"index": 1}}
+
+
+def test_published_dictionaries_have_addresses_of_their_features(
+    folder: Path, open_page
+):
+    doc = read_graph(folder / "graph.json")
+    node = next(n["node_id"] for n in doc["nodes"] if n["feature_type"] == FEATURE)
+    assert "dashboards" not in data(folder)["graph"]["jaxclt"]
+    doc["jaxclt"]["dictionary"] = "mwhanna/qwen3-4b-transcoders@main"
+    tab = open_page(directory_page(folder, doc=doc))
+    tab.evaluate("id => __jaxclt.select(id)", node)
+    link = tab.locator(".actions a")
+    layer, feature, _ = node.split("_")
+    assert link.get_attribute("href") == (
+        f"https://www.neuronpedia.org/qwen3-4b/{layer}-transcoder-hp/{feature}"
+    )
+    assert "noopener" in link.get_attribute("rel").split()
+    for pattern in ("javascript:alert({layer})", "http://x.example/{feature}", 5):
+        doc["jaxclt"] = {"dictionary": "mine", "dashboards": pattern}
+        tab = open_page(directory_page(folder, doc=doc))
+        tab.evaluate("id => __jaxclt.select(id)", node)
+        assert tab.locator(".actions a").count() == 0
+    for pair in pairs():
+        if pair.dashboards:
+            assert dashboards(pair.dictionary) == pair.dashboards
+            assert pair.dashboards.startswith("https://")
+            assert pair.dashboards.count("{layer}") == 1
+            assert pair.dashboards.endswith("/{feature}")
 
 
 def test_files_of_another_prompt_are_left_out(folder: Path):

@@ -77,6 +77,45 @@ def test_features_are_found_by_the_ways_to_write_them(open_page, doc):
     assert {i.split("_")[0] for i in found} == {layer}
 
 
+RING = """([id, r]) => {
+  const at = __jaxclt.where(id), host = document.querySelector('#graph');
+  const box = host.getBoundingClientRect(), canvas = host.querySelector('.front');
+  const x = at.x - box.left, y = at.y - box.top;
+  const pen = canvas.getContext('2d'), k = devicePixelRatio;
+  return Array.from(pen.getImageData((x + r) * k - 2, y * k, 5, 1).data)
+    .filter((v, i) => i % 4 === 3 && v > 200).length;
+}"""
+
+
+def test_the_focused_node_stands_out_also_where_it_is_pinned(open_page, doc):
+    tab = open_page(page(doc))
+    tab.focus("#graph")
+    tab.keyboard.press("ArrowUp")
+    node = tab.evaluate("__jaxclt.app.model.logits[0].id")
+    tab.wait_for_timeout(50)
+    reach = 4 + 7  # the radius of outputs, and of the ring beyond
+    assert tab.evaluate(RING, [node, reach]) > 1
+    tab.keyboard.press("p")
+    tab.wait_for_timeout(50)
+    assert tab.evaluate(RING, [node, reach]) > 1
+    tab.focus("#search")
+    tab.wait_for_timeout(50)
+    assert tab.evaluate(RING, [node, reach]) == 0
+
+
+def test_what_a_difference_weighs_is_not_said(open_page):
+    targets = {"targets": (" Paris - London",), "target_token": (-1,)}
+    doc = graph_json(make_graph(**targets), slug="x")
+    for node in doc["nodes"]:
+        if node["feature_type"] == "logit":
+            node["token_prob"] = 1.0
+    tab = open_page(page(doc))
+    tab.evaluate("__jaxclt.select(__jaxclt.app.model.logits[0].id)")
+    for part in ("#side", "#h1", "#subgraph"):
+        assert "100 %" not in (tab.text_content(part) or "")
+    assert ">100 %" not in tab.evaluate("__jaxclt.svg()")
+
+
 def test_what_patches_did_stands_beside_the_subgraph(open_page, doc):
     validation = copy.deepcopy(VALIDATION)
     validation["supernodes"]["groups"][0]["name"] = "a 'pair'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -17,7 +18,7 @@ from test_serve import talk as talk_to
 
 from jaxclt.cli import main as cli
 from jaxclt.errors import InputError
-from jaxclt.io.graph_file import load_graph
+from jaxclt.io.graph_file import load_graph, save_graph
 from jaxclt.patching.how import How
 from jaxclt.serve.app import MAX_PATCH
 from jaxclt.serve.patch import BUSY, MAX_NODES, Patcher, read_change
@@ -95,6 +96,27 @@ def test_the_page_patches_a_supernode_and_keeps_what_it_did(
     kept = json.loads((folder / "patches.json").read_text())
     assert [p["name"] for p in kept["patches"]] == [", ".join(places)]
     assert "\\u003cb\\u003epair" in (folder / "index.html").read_text()
+
+
+def test_the_tables_of_patch_and_view_carry_labels(traced: Path, tmp_path, capsys):
+    """Nothing in a label steers the terminal, or is markup of it."""
+    folder = Path(shutil.copytree(traced, tmp_path / "cat"))
+    graph = load_graph(folder / "graph.npz")
+    layer, feature, pos = map(int, features(folder)[0].split("_"))
+    of_all = {
+        f"{at}:{number}": "[red]rome\x1b[2J"
+        for at, _, number in map(graph.feature, range(graph.n_features))
+    }
+    meta = dataclasses.replace(graph.meta, labels=of_all)
+    save_graph(folder / "graph.npz", dataclasses.replace(graph, meta=meta))
+    cli.main(["patch", str(folder), "--feature", f"{layer}:{pos}:{feature}"])
+    said = capsys.readouterr().out
+    assert "\x1b[2J" not in said
+    assert "[red]rome" in " ".join(said.split())
+    cli.main(["view", str(folder), "--suggest"])
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert "page:" in said
 
 
 def test_patches_of_another_prompt_are_neither_shown_nor_kept(
@@ -260,7 +282,7 @@ def test_requests_are_checked_before_the_model_runs(traced: Path, tmp_path: Path
         ask = talk_to(port)
         status, _, text = save(ask, "/api/patch/cat", NODES)
         assert status == 404
-        assert "--model" in text
+        assert "--no-patch" in text
         assert '"patch":false' in ask("/view/cat")[2]
 
 

@@ -110,7 +110,7 @@ export class Compare {
 
   private nodeRows(other: Model, list: Differs<GraphNode>[]): void {
     const { app } = this, act = (n: GraphNode | null) => (n?.activation == null ? "" : short(n.activation));
-    const share = (x: number | null) => (x === null ? "" : percent(x));
+    const share = (x: number | null) => (x ? percent(x) : "");
     this.rows(["Node", "Where"], NODE_HEADS, list.slice(0, ROWS).map((d) => {
       const model = d.here ? app.model : other, n = (d.here ?? d.there) as GraphNode;
       return { d, cells: [this.goes(n, d.here, d.there, model), model.brief(n)], numbers: [share(d.left), share(d.right), (d.by < 0 ? "−" : "+") + percent(Math.abs(d.by)), act(d.here), act(d.there)] };

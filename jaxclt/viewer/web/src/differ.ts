@@ -38,8 +38,8 @@ function positions(a: string[], b: string[]): number[] {
 /** A node, or a link, of both graphs or of one; what is in one only counts as 0 in the other. */
 export interface Differs<Of> { here: Of | null; there: Of | null; left: number | null; right: number | null; by: number }
 
-/** A node's share of the influence; of an output its probability. */
-export const sizeOf = (n: GraphNode): number => (n.kind === "logit" ? n.prob : n.own);
+/** A node's share of the influence; of an output its probability, of other targets nothing. */
+export const sizeOf = (n: GraphNode): number => (n.kind !== "logit" ? n.own : n.target ? 0 : n.prob);
 
 const byDifference = <Of>(list: Differs<Of>[]): Differs<Of>[] => list.sort((a, b) => Math.abs(b.by) - Math.abs(a.by));
 

@@ -223,7 +223,11 @@ export function paintOver(
   };
   for (const n of alike) ring(n, 1.5, s.theme.accent, [2, 2]);
   if (hover) ring(hover, 1.5, s.theme.accent, []);
-  if (cursor) ring(cursor, 2, s.theme.accent, []);
+  if (cursor) for (const [width, colour] of [[6, s.theme.panel], [3, s.theme.accent]] as const) { // unlike pinned ones
+    const { x, y, r } = place(s, cursor);
+    pen.strokeStyle = colour; pen.lineWidth = width; pen.setLineDash([]);
+    glyph(pen, cursor.kind, x, y, r + 7); pen.stroke();
+  }
   if (s.selected) ring(s.selected, 2.5, s.theme.ink, []);
   pen.setLineDash([]);
   pen.restore();

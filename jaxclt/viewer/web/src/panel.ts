@@ -9,7 +9,7 @@ import { evidence } from "./evidence";
 import type { Features } from "./features";
 import { type GraphNode, isBelow, verb } from "./model";
 import { type Path, pathsToInputs, pathsToTargets } from "./paths";
-import { groupFacts, labelSource, says, sinkNote, tokenFacts } from "./says";
+import { dashboardLink, groupFacts, labelSource, says, sinkNote, tokenFacts } from "./says";
 import { mergeLinks } from "./supernodes";
 
 const LIST_ROWS = 60, PATHS = 3;
@@ -80,11 +80,14 @@ function nodePanel(app: App, features: Features, n: GraphNode): HTMLElement[] {
     actions.append(button("Label", "plain", () => editText(title, model.named(n), "Label of this feature", (text) => app.setLabel(n, text))));
   }
   if (n.kind === "feature") actions.append(patchButton(app, { name: model.label(n), ids: [n.id] }));
+  const shown = dashboardLink(model, n);
+  if (shown) actions.append(shown);
   actions.append(button("Clear", "plain", () => { app.select(null); $("graph").focus(); }));
   const facts = el("dl", "facts", ...tokenFacts(model, n));
   if (n.activation !== null) facts.append(fact("Activation", short(n.activation)));
   if (n.kind === "logit" && !n.target) facts.append(fact("Probability", percent(n.prob)));
-  if (n.target) facts.append(fact("Weight", percent(n.prob)), fact("Value", short(n.target.readout)));
+  if (n.target && n.prob < 1) facts.append(fact("Weight", percent(n.prob)));
+  if (n.target) facts.append(fact("Value", short(n.target.readout)));
   if (n.rank !== null) facts.append(fact(model.byChange ? "Change rank" : "Influence rank", `${count(n.rank)} of ${count(model.nRanked)}`));
   if (n.derivative !== null) {
     facts.append(fact("Derivative", signed(n.derivative), "What a small change of what it writes does in the model itself, everything else live"));

@@ -15,6 +15,19 @@ export function labelSource(model: Model, n: GraphNode): string {
   return (model.labels.has(n.key) ? SOURCES.own : SOURCES[n.source]) ?? "";
 }
 
+/** A link to what others show of a feature, where its dictionary is a published one. The
+ * page itself asks nobody. */
+export function dashboardLink(model: Model, n: GraphNode): HTMLElement | null {
+  const pattern = asText(model.doc.jaxclt.dashboards);
+  if (n.kind !== "feature" || !/^https:\/\/[a-z0-9.-]+\//.test(pattern) || !/^\d+$/.test(n.number)) return null;
+  const link = el("a", "plain", "Dashboard ↗");
+  link.href = pattern.replaceAll("{layer}", String(n.layer)).replaceAll("{feature}", n.number);
+  link.target = "_blank";
+  link.rel = "noopener noreferrer";
+  link.title = `What ${link.hostname} shows of this feature`;
+  return link;
+}
+
 const listed = (x: unknown): unknown[][] => (Array.isArray(x) ? x.filter(Array.isArray) : []);
 
 /** Tokens as chips, each with its number. */
