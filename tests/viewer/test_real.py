@@ -302,7 +302,7 @@ def test_served_saved_and_patched(open_url, doc, tmp_path: Path):
     with serving(tmp_path / "runs", patcher) as port:
         origin = f"http://127.0.0.1:{port}"
         tab = open_url(f"{origin}/?token={TOKEN}", origin)
-        tab.locator("li a").first.click()
+        tab.locator("tbody a").first.click()
         tab.click("#suggest")
         tab.locator(".card.group").first.click()
         tab.click(".actions >> text=Patch")
