@@ -39,7 +39,12 @@ def line(name: str, folder: Path, perturbed: int) -> list[str]:
 
 @pytest.mark.parametrize("n_kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "name", ["trace", "sweep", "features", "globals", "eval", "train"]
+    "name",
+    [
+        *("sweep", "features", "globals", "train"),
+        # What they keep is kept as by a sweep; they compile for half a minute.
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("trace", "eval")),
+    ],
 )
 def test_killed_anywhere_the_outputs_are_the_same(
     name: str, n_kills: int, forks: Forks, tmp_path: Path
