@@ -273,7 +273,7 @@ def test_state_and_files(open_page, html, doc):
     tab = open_page(html, hash=tab.evaluate("location.hash"))
     assert tab.evaluate("__jaxclt.state.selected.id") == node
     assert tab.locator(".card").count() > 3
-    for kind in ("svg", "png", "json"):
+    for kind in ("graph.svg", "graph.png", "json"):
         with tab.expect_download() as download:
             tab.select_option("#export", kind)
         data = Path(download.value.path()).read_bytes()
