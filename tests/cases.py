@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from jaxclt.cli import main as cli
 from jaxclt.clt.active import Active
 from jaxclt.graph.bank import RowTargets
 from jaxclt.graph.certificate import certificate
@@ -348,3 +349,12 @@ def walk_visits(graph: Graph, share: np.ndarray) -> np.ndarray:
     weight_K = graph.target_prob_K.astype(np.float64)
     start[N : N + graph.n_targets] = weight_K / weight_K.sum()
     return start @ np.linalg.inv(np.eye(len(share)) - share)
+
+
+def run_command(*args: object) -> int:
+    """Exit status of a command line, run in this process."""
+    try:
+        cli.main([str(arg) for arg in args])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0

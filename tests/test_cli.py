@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import run_command as run
 
-from jaxclt.cli import main as cli
 from jaxclt.cli.trace import heading
 from jaxclt.dashboards.files import FeatureFiles
 from jaxclt.io.graph_file import load_graph
@@ -21,15 +21,6 @@ from jaxclt.viewer.graph_json import validate
 GOLDEN = Path(__file__).parent / "goldens" / "circuit_tracer_clt"
 MODEL, DICTIONARY = GOLDEN / "model", GOLDEN / "dictionary"
 PROMPT = str(np.load(GOLDEN / "graph.npz")["prompt"])
-
-
-def run(*args: object) -> int:
-    """Exit status of a command line."""
-    try:
-        cli.main([str(arg) for arg in args])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def trace(out: Path, *more: object, prompt: str = PROMPT, model: object = MODEL) -> int:

@@ -9,26 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import run_command as run
 
 import jaxclt
 from jaxclt.circuits import find
 from jaxclt.circuits.ablation import Leads
 from jaxclt.circuits.files import with_circuit
-from jaxclt.cli import main as cli
 from jaxclt.errors import InputError
 from jaxclt.viewer.graph_json import validate
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
 PROMPT = "w7 w31 w7 w55 w12 w90"
 OTHER = "w7 w31 w7 w55 w12 w44"
-
-
-def run(*args: object) -> int:
-    try:
-        cli.main([str(arg) for arg in args])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")

@@ -6,17 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from cases import run_command as run
 from tiny_run import GOLDEN, MODEL, write_text
-
-from jaxclt.cli import main as cli
-
-
-def run(*args: object) -> int:
-    try:
-        cli.main([str(a) for a in args])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")

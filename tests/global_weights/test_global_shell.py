@@ -12,9 +12,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from cases import run_command as run
 
 import jaxclt
-from jaxclt.cli import main as cli
 from jaxclt.clt.active import active_features
 from jaxclt.clt.coder import Bound
 from jaxclt.clt.subset import Subset
@@ -360,14 +360,6 @@ def test_bad_input_says_what_to_change(model: Model, dictionary, tmp_path: Path)
         jaxclt.load_globals(tmp_path)
     stats = Subset.of(np.asarray([[0, 1]]), dictionary.cfg)
     assert len(stats) == 1
-
-
-def run(*args: object) -> int:
-    try:
-        cli.main([str(arg) for arg in args])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def test_the_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

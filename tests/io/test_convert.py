@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
+from cases import run_command as run
 from transcoder import decode, encode
 
 import jaxclt
-from jaxclt.cli import main as cli
 from jaxclt.cli.convert import ConvertFlags
 from jaxclt.clt.store import materialise
 from jaxclt.errors import InputError
@@ -179,14 +179,6 @@ def test_the_command_offers_every_format():
     hints = typing.get_type_hints(ConvertFlags, include_extras=True)
     (offered, *_) = typing.get_args(hints["to"])
     assert typing.get_args(offered) == tuple(TARGETS)
-
-
-def run(*args: object) -> int:
-    try:
-        cli.main([str(x) for x in args])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import run_command as run
 from test_shell import (
     DICTIONARY,
     MODEL,
@@ -25,7 +26,6 @@ from test_shell import (
 )
 
 import jaxclt
-from jaxclt.cli import main as cli
 from jaxclt.graph.graph import Graph
 from jaxclt.patching import patch as intervene
 from jaxclt.patching.how import How, Mode
@@ -36,14 +36,6 @@ from jaxclt.trace.record import recorded
 from jaxclt.types import Supernode
 
 NAMES = ("--model", str(MODEL), "--dictionary", str(DICTIONARY))
-
-
-def run(*args: object) -> int:
-    try:
-        cli.main([str(arg) for arg in args])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def node() -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import run_command as run
 
-from jaxclt.cli import main as cli
 from jaxclt.cli.patch import parse_feature
 from jaxclt.errors import InputError
 from jaxclt.io.graph_file import load_graph
@@ -17,14 +17,6 @@ from jaxclt.io.graph_file import load_graph
 GOLDEN = Path(__file__).parents[1] / "goldens" / "circuit_tracer_clt"
 MODEL, DICTIONARY = GOLDEN / "model", GOLDEN / "dictionary"
 PROMPT = str(np.load(GOLDEN / "graph.npz")["prompt"])
-
-
-def run(*args: object) -> int:
-    try:
-        cli.main([str(arg) for arg in args])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")
