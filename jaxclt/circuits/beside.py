@@ -24,7 +24,7 @@ from jaxclt.tasks.form import Example
 from jaxclt.text.windows import TokenWindows
 from jaxclt.trace.target_text import read_token
 from jaxclt.validation.shown import Measure
-from jaxclt.validation.stats import mean_interval
+from jaxclt.validation.stats import mean_of
 
 __all__ = ["Members", "beside", "members_of", "on_prompts"]
 
@@ -94,19 +94,12 @@ def beside(
     first = len(names)
     random: dict[str, Any] = {"sets": N_RANDOM, "features": k}
     for name, x_B in zip(Shares._fields, shares, strict=True):
-        random[name] = None if bad else _mean(x_B[first:])
-        random[f"{name}_interval"] = None if bad else _ends(x_B[first:], key)
-    random |= {"kept": _mean(keep_B[first:]), "dropped": _mean(drop_B[first:])}
+        said = mean_of(x_B[first:], key)
+        random[name] = None if bad else said["mean"]
+        random[f"{name}_interval"] = None if bad else said["interval"]
+    for name, x_B in (("kept", keep_B), ("dropped", drop_B)):
+        random[name] = mean_of(x_B[first:], key)["mean"]
     return found | {"random": random}
-
-
-def _mean(x: np.ndarray) -> float | None:
-    known = x[np.isfinite(x)]
-    return rounded(float(known.mean())) if len(known) else None
-
-
-def _ends(x: np.ndarray, key: jax.Array) -> list[float | None]:
-    return [rounded(end) for end in mean_interval(x, key)]
 
 
 def on_prompts(
@@ -136,9 +129,8 @@ def on_prompts(
     rows = [_on_prompt(stage, place_A3, x, ablate, text) for x in examples]
     found: dict[str, Any] = {"prompts": rows}
     for name in Shares._fields:
-        share = np.array([row[name] for row in rows], float)
-        found[name] = _mean(share)
-        found[f"{name}_interval"] = _ends(share, key)
+        said = mean_of(np.array([row[name] for row in rows], float), key)
+        found[name], found[f"{name}_interval"] = said["mean"], said["interval"]
     return found | {"n": sum(row["sufficiency"] is not None for row in rows)}
 
 

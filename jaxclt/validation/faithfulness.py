@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxclt.files.json_text import rounded
 from jaxclt.patching.change import Change, batched
 from jaxclt.patching.how import How
 from jaxclt.patching.subject import Subject
@@ -24,7 +23,7 @@ from jaxclt.validation.perturb import (
     perturb_many,
     upstream,
 )
-from jaxclt.validation.stats import mean_interval
+from jaxclt.validation.stats import mean_of
 
 __all__ = ["VARIANTS", "by_distance", "faithfulness"]
 
@@ -121,8 +120,8 @@ def _spread(
         "cosine": _table(tables[0]),
         "nmse": _table(tables[1]),
         "n": n_drawn.tolist(),
-        "next_layer": _mean(next_B, key),
-        "flipped": _mean(flipped_B, key),
+        "next_layer": mean_of(next_B, key),
+        "flipped": mean_of(flipped_B, key),
     }
     return found, lost
 
@@ -146,14 +145,6 @@ def by_distance(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
                             at.setdefault(measured - layer, []).append(row[measured])
             found[kind][what] = {str(d): float(np.mean(at[d])) for d in sorted(at)}
     return found
-
-
-def _mean(x_B: np.ndarray, key: jax.Array) -> dict[str, Any]:
-    """Mean, its interval over values, and of how many, as JSON."""
-    x_B = x_B[np.isfinite(x_B)]
-    interval = [rounded(x) for x in mean_interval(x_B, key)]
-    mean = rounded(float(x_B.mean())) if len(x_B) else None
-    return {"mean": mean, "interval": interval, "n": len(x_B)}
 
 
 def _table(values: np.ndarray) -> list[list[float | None]]:

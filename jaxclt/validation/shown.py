@@ -28,7 +28,7 @@ from jaxclt.patching.circuit import held_chunk
 from jaxclt.patching.effects import Ask, diverged
 from jaxclt.patching.how import How
 from jaxclt.patching.subject import Subject
-from jaxclt.validation.stats import mean_interval
+from jaxclt.validation.stats import mean_of
 
 __all__ = ["HOWS", "Measure", "check_reference", "held_leads", "shown"]
 
@@ -118,16 +118,7 @@ def _section(m_B: np.ndarray, key: Array) -> dict[str, Any]:
         "necessity": (whole - drop_C) / made,
         "sufficiency": (keep_C - none) / made,
     }
-    random = {
-        name: {
-            "mean": rounded(float(np.nanmean(share_C[1:])))
-            if np.isfinite(share_C[1:]).any()
-            else None,
-            "interval": [rounded(x) for x in mean_interval(share_C[1:], key)],
-            "n": int(np.isfinite(share_C[1:]).sum()),
-        }
-        for name, share_C in shares.items()
-    }
+    random = {name: mean_of(share_C[1:], key) for name, share_C in shares.items()}
     return {
         **{name: rounded(float(share_C[0])) for name, share_C in shares.items()},
         "m": {

@@ -8,13 +8,17 @@ measure is undefined is left out; scipy's own bootstrap has no interval then.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
+from jaxclt.files.json_text import rounded
+
 __all__ = [
     "bootstrap",
     "mean_interval",
+    "mean_of",
     "ratio_interval",
     "resampled",
     "wilson",
@@ -97,6 +101,20 @@ def mean_interval(x: np.ndarray, key: jax.Array) -> tuple[float, float]:
     x = np.asarray(x, np.float64).ravel()
     x = x[~np.isnan(x)]
     return ratio_interval(x, np.ones(len(x)), key)
+
+
+def mean_of(x: np.ndarray, key: jax.Array) -> dict[str, Any]:
+    """``mean`` of independent values, its ``interval`` and ``n``, as JSON.
+
+    Values that are not finite are dropped; None where nothing can be said.
+    """
+    x = np.asarray(x, np.float64).ravel()
+    x = x[np.isfinite(x)]
+    return {
+        "mean": rounded(float(x.mean())) if len(x) else None,
+        "interval": [rounded(end) for end in mean_interval(x, key)],
+        "n": len(x),
+    }
 
 
 def ratio_interval(
